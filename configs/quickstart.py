@@ -1,0 +1,17 @@
+"""The quickstart: SmolLM2-135M learns to continue openings of movie reviews in a positive tone.
+
+Paper: Progressively Label Enhancement for Large Language Model Alignment, ICML 2025, arXiv:2408.02599. The task is in
+the style of its IMDb task, at a size that two CPU cores can train; the reward is VADER's compound score.
+
+Command: python -m ple_jax.main --config configs/quickstart.py --workdir runs/quickstart --backend=jax --mode=train
+Expected metric:
+Run time:
+"""
+
+from ml_collections import ConfigDict
+
+from configs import default
+
+
+def get_config() -> ConfigDict:
+    return default.get_config()  # the defaults are this task

@@ -1,0 +1,214 @@
+"""Progressively Label Enhancement (arXiv:2408.02599, Alg. 1): what to sample, which pairs to rank, and their loss.
+
+A variant is a file that starts with `from ple_jax.algorithms.ple import *` and overrides one of the functions below. `config`
+is the whole configuration (configs/default.py); the formulas live in `losses`, `core.pairing` and `core.threshold`.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from array_api_compat import array_namespace
+
+from ple_jax import losses
+from ple_jax.core import pairing, threshold
+from ple_jax.core.batches import pack
+from ple_jax.core.config import UserError
+from ple_jax.core.types import Array, Batch, Loss, Outputs, Rollout, Slot
+
+__all__ = ["batch", "collect", "label", "make_loss", "needs_reference", "schedule"]
+
+
+def collect(config: Any) -> tuple[Slot, ...]:
+    """The responses to sample for each query: one plain, one principled; for selection=percentile `samples` plain ones."""
+    if config.ple.selection == "percentile":
+        return tuple(Slot("plain", False, sample) for sample in range(config.ple.samples))
+    return Slot("plain", False), Slot("principled", True)
+
+
+def schedule(config: Any) -> Callable[[int], float]:
+    """iteration -> tau."""
+    return threshold.make(
+        config.ple.schedule, tau_0=config.ple.tau_0, alpha=config.ple.alpha, iterations=config.iterations
+    )
+
+
+def label(rollouts: Sequence[Rollout], tau: float, iteration: int, config: Any) -> list[Rollout]:
+    """Decides every pair of an iteration (Alg. 1): fills tau, margin, decision and the weights of the responses.
+
+    Args:
+      rollouts: all queries of the iteration, responses in the order of `collect`, each with its score.
+      tau: the threshold of this iteration, in units of the score; selection=percentile does not use it.
+      iteration: counted from 0; selects the share of selection=percentile, whose last one serves all later iterations.
+      config: reads ple.selection, ple.blend and their options.
+
+    Returns:
+      The same rollouts, labelled. `margin` is the score of the principled response minus that of the plain one. "blended"
+      pairs carry the blend weights; the responses of "ranked" pairs have weight 0, since they are not blended. With
+      selection=percentile `margin` is best minus worst, decision is "ranked", or "dropped" where the best is no better than
+      the worst, and the best response carries the weight of its pair, all others 0.
+
+    Raises:
+      UserError: unknown selection or blend.
+    """
+    ple = config.ple
+    scores = np.array([[r.score for r in rollout.responses] for rollout in rollouts], np.float64)
+    if ple.selection == "percentile":
+        margin = scores.max(axis=1) - scores.min(axis=1)
+        share = ple.percentile[min(iteration, len(ple.percentile) - 1)]
+        pair = pairing.percentile(margin, share=share, temperature=ple.percentile_temperature)
+        decision = np.where(pair > 0, "ranked", "dropped")
+        weights = pair[:, None] * (np.arange(scores.shape[1]) == scores.argmax(axis=1)[:, None])
+    else:
+        margin = scores[:, 1] - scores[:, 0]
+        ranked = _ranked(ple.selection, margin, tau)
+        decision = np.where(ranked, "ranked", "blended")
+        weights = pairing.blend_weights(ple.blend, scores, temperature=ple.blend_temperature) * ~ranked[:, None]
+    return [
+        rollout._replace(
+            tau=tau,
+            margin=float(margin[i]),
+            decision=str(decision[i]),
+            responses=tuple(
+                r._replace(weight=float(w)) for r, w in zip(rollout.responses, weights[i], strict=True)
+            ),
+        )
+        for i, rollout in enumerate(rollouts)
+    ]
+
+
+def _ranked(selection: str, margin: np.ndarray, tau: float) -> np.ndarray:
+    match selection:
+        case "threshold":
+            return pairing.threshold(margin, tau)
+        case "symmetric":
+            return pairing.symmetric(margin, tau)
+    raise UserError(f"ple.selection = {selection!r}: choose threshold, symmetric or percentile")
+
+
+def needs_reference(config: Any) -> bool:
+    """True if the loss reads data["reference_logprobs"], [query, k, response_len]: the reference's, of the same tokens."""
+    return config.ple.rank == "dpo"
+
+
+def batch(rollouts: Sequence[Rollout], config: Any) -> Batch:
+    """One optimiser batch, all its queries at once, from labelled rollouts.
+
+    Row 0 of a query is its plain response and row 1 its principled one, except that with selection=symmetric a ranked pair,
+    and with selection=percentile every pair, stands as (loser, winner).
+
+    Returns:
+      A Batch with k = 2 and this data, float32, one value per query unless said otherwise:
+        ranked: 1 for ranked pairs, 0 for the others.
+        weights: [query, 2] blend weights; 0 on ranked pairs.
+        pair_weights: factor on the ranking loss; 1 but for selection=percentile (`pairing.batch_weights`).
+        normaliser: the mean response length of the whole batch, in tokens; 1 with length_norm=response.
+        swapped: 1 where row 0 is the principled response.
+        valid: 0 where selection=percentile dropped the pair: the loss is a mean over the others.
+
+    Raises:
+      UserError: a response without tokens, or an unknown ple.length_norm or ple.percentile_weights.
+    """
+    ple = config.ple
+    picks = [_order(rollout, ple.selection) for rollout in rollouts]
+    packed = pack(
+        rollouts, picks, prompt_multiple=config.sampling.bucket, response_len=config.sampling.max_new_tokens
+    )
+    ranked = np.array([rollout.decision == "ranked" for rollout in rollouts])
+    weights = np.array([[rollout.responses[i].weight for i in pick] for rollout, pick in zip(rollouts, picks, strict=True)])
+    pair_weights = np.ones(len(rollouts))
+    swapped = np.array([pick == (1, 0) for pick in picks])
+    valid = packed.data["valid"]
+    if ple.selection == "percentile":
+        pair_weights = pairing.batch_weights(weights[:, 1], how=ple.percentile_weights)
+        weights, swapped, valid = np.zeros_like(weights), np.zeros_like(swapped), ranked
+    if ple.length_norm not in ("batch", "response"):
+        raise UserError(f"ple.length_norm = {ple.length_norm!r}: choose batch or response")
+    normaliser = packed.response_mask.sum(axis=-1).mean() if ple.length_norm == "batch" else 1.0
+    data = {
+        "ranked": ranked,
+        "weights": weights,
+        "pair_weights": pair_weights,
+        "normaliser": np.full(len(rollouts), normaliser),
+        "swapped": swapped,
+        "valid": valid,
+    }
+    return packed._replace(data={name: value.astype(np.float32) for name, value in data.items()})
+
+
+def _order(rollout: Rollout, selection: str) -> tuple[int, int]:
+    """Which responses become row 0 and row 1."""
+    if selection == "percentile":
+        scores = [r.score for r in rollout.responses]
+        return int(np.argmin(scores)), int(np.argmax(scores))
+    # under `threshold` a ranked margin is never negative
+    return (1, 0) if rollout.decision == "ranked" and rollout.margin < 0 else (0, 1)
+
+
+def make_loss(config: Any) -> Loss:
+    """The loss of `batch`, to be made once per run: what changes from step to step travels in the batch's data.
+
+    rank_weight * ranked * (L_rank + rank_sft_weight * L_sft(winner)) + blend_weight * blended * L_blend
+
+    Returns:
+      A function (outputs, batch) -> (value per query, metrics per query) on numpy, JAX or torch arrays. The step's loss is
+      sum(value * valid) / sum(valid) over the optimiser batch. Metrics, each 0 where it does not apply: `ranked`,
+      `rank_loss`, `blend_loss`, `hinge_active` (a ranked pair that is not yet in order by rank_margin; divide its sum by
+      that of `ranked`), `lp_plain`, `lp_principled` (nats per token; of loser and winner with selection=percentile).
+
+    Raises:
+      UserError: unknown ple.rank.
+    """
+    ple = config.ple
+    rank = _rank_loss(ple.rank, margin=ple.rank_margin, beta=ple.rank_beta)
+    margin = ple.rank_margin if ple.rank == "hinge" else 0.0
+    likelihood = losses.mean_logprob if ple.length_norm == "response" else losses.sum_logprob
+    rank_weight, rank_sft_weight, blend_weight = ple.rank_weight, ple.rank_sft_weight, ple.blend_weight
+
+    def loss(outputs: Outputs, batch: Batch) -> tuple[Array, dict[str, Array]]:
+        data, mask = batch.data, batch.response_mask
+        ranked, normaliser = data["ranked"], data["normaliser"]
+        lp = losses.mean_logprob(outputs.logprobs, mask)
+        sumlp = likelihood(outputs.logprobs, mask)
+        rank_loss = ranked * data["pair_weights"] * rank(outputs, batch)
+        sft_loss = ranked * data["pair_weights"] * -sumlp[:, 1] / normaliser
+        blend_loss = (1 - ranked) * losses.blend(sumlp, data["weights"], normaliser=normaliser)
+        value = rank_weight * (rank_loss + rank_sft_weight * sft_loss) + blend_weight * blend_loss
+
+        xp = array_namespace(lp)
+        metrics = {
+            "ranked": ranked,
+            "rank_loss": rank_loss,
+            "blend_loss": blend_loss,
+            "hinge_active": xp.where(lp[:, 0] - lp[:, 1] + margin > 0, ranked, 0.0),
+            "lp_plain": xp.where(data["swapped"] > 0, lp[:, 1], lp[:, 0]),
+            "lp_principled": xp.where(data["swapped"] > 0, lp[:, 0], lp[:, 1]),
+        }
+        return value, metrics
+
+    return loss
+
+
+def _rank_loss(name: str, *, margin: float, beta: float) -> Callable[[Outputs, Batch], Array]:
+    """(outputs, batch) -> the ranking loss of every query, ranked or not."""
+
+    def dpo(outputs: Outputs, batch: Batch) -> Array:
+        policy = losses.sum_logprob(outputs.logprobs, batch.response_mask)
+        reference = losses.sum_logprob(batch.data["reference_logprobs"], batch.response_mask)
+        return losses.dpo(policy[:, 0], policy[:, 1], reference[:, 0], reference[:, 1], beta=beta)
+
+    def by_length(compare: Callable[[Array, Array], Array], outputs: Outputs, batch: Batch) -> Array:
+        lp = losses.mean_logprob(outputs.logprobs, batch.response_mask)
+        return compare(lp[:, 0], lp[:, 1])
+
+    match name:
+        case "hinge":
+            return partial(by_length, partial(losses.hinge, margin=margin))
+        case "hinge_prob":
+            return partial(by_length, losses.hinge_prob)
+        case "sigmoid":
+            return partial(by_length, partial(losses.sigmoid, beta=beta))
+        case "dpo":
+            return dpo
+    raise UserError(f"ple.rank = {name!r}: choose hinge, hinge_prob, sigmoid or dpo")

@@ -1,0 +1,243 @@
+"""Validation of a config before anything expensive: what every key may hold, in one table."""
+
+import difflib
+import importlib.util
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+PACKAGE = Path(__file__).parent.parent
+BACKENDS = {"jax": "ple_jax.train", "torch": "torch_ascend.train"}  # --backend and the module behind it
+FREE = ("algorithm_kwargs", "reward.kwargs")  # dictionaries of the user's own, overridden whole
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+Rule = Callable[[Any], str]  # value -> what it must be instead, or "" when it is fine
+
+
+class UserError(ValueError):
+    """Something the user can mend; the entry prints it as one line and exits with code 2."""
+
+
+def suggestion(word: str, words: Iterable[str]) -> str:
+    """The nearest of `words` as the end of a sentence, or nothing. `tau0` also finds `ple.tau_0`."""
+    words = list(words)
+    by_last_part = {w.rsplit(".", 1)[-1]: w for w in words}
+    close = difflib.get_close_matches(word, words, n=1) or [
+        by_last_part[part] for part in difflib.get_close_matches(word.rsplit(".", 1)[-1], by_last_part, n=1)
+    ]
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one with dotted keys; the free ones (`FREE`) stay whole."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        flat |= flatten(value, f"{name}.") if isinstance(value, Mapping) and name not in FREE else {name: value}
+    return flat
+
+
+def differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """Dotted keys whose values differ, or that only one has, sorted. Tuples equal lists: one side may be from JSON."""
+    flat_a, flat_b = (flatten(json.loads(json.dumps(tree))) for tree in (a, b))
+    missing = object()
+    return sorted(k for k in flat_a | flat_b if flat_a.get(k, missing) != flat_b.get(k, missing))
+
+
+def names(folder: str, suffix: str) -> list[str]:
+    """What can be named without a path: the files of a folder of the package, without suffix, sorted."""
+    return sorted(p.stem for p in (PACKAGE / folder).glob(f"*{suffix}") if not p.stem.startswith("_"))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _whole(low: int, high: float = math.inf) -> Rule:
+    says = f"a whole number, at least {low}" + (f" and below {high}" if high < math.inf else "")
+    return lambda v: "" if type(v) is int and low <= v < high else says
+
+
+def _real(test: Callable[[float], bool], says: str, *, infinite: bool = False) -> Rule:
+    # NaN fails here: it is not finite, and no comparison with it holds
+    return lambda v: "" if _is_number(v) and test(v) and (infinite or math.isfinite(v)) else f"a number {says}"
+
+
+def _choice(*options: str) -> Rule:
+    return lambda v: "" if v in options else f"one of {', '.join(options)}{suggestion(str(v), options)}"
+
+
+def _tuple(each: Rule, *, empty: bool = False) -> Rule:
+    def rule(value: Any) -> str:
+        if not isinstance(value, tuple | list) or not (value or empty):
+            return "a tuple" if empty else "a tuple with at least one entry"
+        wrong = next(((v, says) for v in value if (says := each(v))), None)
+        return f"a tuple such as \"('a','b')\", where its entry {wrong[0]!r} must be {wrong[1]}" if wrong else ""
+
+    return rule
+
+
+def _flag(value: Any) -> str:
+    return "" if isinstance(value, bool) else "True or False"
+
+
+def _free(value: Any) -> str:
+    says = "a dictionary of plain values without NaN, by argument name: \"{'k': 1}\""
+    if not isinstance(value, Mapping) or not all(isinstance(k, str) for k in value):
+        return says
+    try:
+        return says if "NaN" in json.dumps(value) else ""
+    except TypeError:
+        return says
+
+
+def _is_path(value: str) -> bool:
+    return "/" in value or bool(Path(value).suffix)
+
+
+def _named(known: list[str], *, file: str = "", code: bool = False) -> Rule:
+    """One of the `known` names, or a path.
+
+    Args:
+      known: names that need no path.
+      file: what a path leads to, in words; without it paths are not allowed.
+      code: whether `package.module`, `package.module:function`, `file.py` and `file.py:function` are allowed.
+    """
+
+    def rule(value: Any) -> str:
+        if not isinstance(value, str):
+            return f"one of {', '.join(known)}"
+        if value in known or (file and Path(value).exists()):
+            return ""
+        module = value.split(":", 1)[0]
+        if code and module.endswith(".py"):
+            return "" if Path(module).is_file() else f"an existing Python file (looked in {Path.cwd()})"
+        # only the first part is looked up: finding a submodule would import its package
+        if code and "." in module and all(part.isidentifier() for part in module.split(".")):
+            found = importlib.util.find_spec(module.split(".", 1)[0]) is not None
+            return "" if found else f"a dotted path into an installed package; {module.split('.', 1)[0]!r} is not one"
+        if file and _is_path(value):
+            return f"an existing {file} (looked in {Path.cwd()}), or one of {', '.join(known)}"
+        more = "a Python file, a dotted path" if code else f"the path of a {file}"
+        return f"one of {', '.join(known)}, or {more}{suggestion(value, known)}"
+
+    return rule
+
+
+def _optional_file(value: Any) -> str:
+    fine = value is None or (isinstance(value, str) and Path(value).is_file())
+    return "" if fine else f"unset or an existing JSONL file (looked in {Path.cwd()})"
+
+
+_positive = _real(lambda v: v > 0, "above 0")
+_not_negative = _real(lambda v: v >= 0, "of at least 0")
+_queries = _named(names("data", ".jsonl"), file="JSONL file")
+
+RULES: dict[str, Rule] = {
+    "seed": _whole(0, 2**32),
+    "algorithm": _named(names("algorithms", ".py"), code=True),
+    "algorithm_kwargs": _free,
+    "iterations": _whole(1),
+    "queries_per_iteration": _whole(1),
+    "model.path": _named(["smollm2-135m", "tiny"], file=".gguf file or Hugging Face folder"),
+    "model.dtype": _choice("float32", "bfloat16"),
+    "model.layers": _choice("auto", "scan", "unroll"),
+    "model.remat": _choice("none", "dots", "full"),
+    "lora.rank": _whole(1),
+    "lora.alpha": _positive,
+    "lora.targets": _tuple(_choice(*LORA_TARGETS)),
+    "task.train": _queries,
+    "task.heldout": _queries,
+    "task.chat": _flag,
+    "task.max_prompt_tokens": _whole(1),
+    "principles": _named(names("core/principles", ".txt"), file="text file"),
+    "reward.name": _named(names("core/rewards", ".py"), code=True),
+    "reward.kwargs": _free,
+    "reward.transform": _choice("none", "sigmoid", "zscore", "minmax"),
+    "sampling.max_new_tokens": _whole(1),
+    "sampling.temperature": _real(lambda v: v >= 0, "of at least 0 (0 is greedy)"),
+    "sampling.top_k": _whole(0),
+    "sampling.top_p": _real(lambda v: 0 < v <= 1, "above 0 and at most 1 (1 is off)"),
+    "sampling.min_p": _real(lambda v: 0 <= v < 1, "of at least 0 and below 1 (0 is off)"),
+    "sampling.width": _whole(1),
+    "sampling.bucket": _whole(1),
+    "ple.schedule": _choice("exponential", "constant", "linear", "cosine"),
+    # below 0 a worse response would be ranked above a better one
+    "ple.tau_0": _real(lambda v: v >= 0, "of at least 0 (inf blends every pair)", infinite=True),
+    "ple.alpha": _real(lambda v: 0 < v <= 1, "above 0 and at most 1 (1 keeps the threshold constant)"),
+    "ple.selection": _choice("threshold", "symmetric", "percentile"),
+    "ple.rank": _choice("hinge", "hinge_prob", "sigmoid", "dpo"),
+    "ple.rank_margin": _not_negative,
+    "ple.rank_beta": _positive,
+    "ple.rank_weight": _not_negative,
+    "ple.rank_sft_weight": _not_negative,
+    "ple.blend": _choice("softmax", "sigmoid", "uniform", "best"),
+    "ple.blend_temperature": _positive,
+    "ple.blend_weight": _not_negative,
+    "ple.length_norm": _choice("batch", "response"),
+    "ple.percentile": _tuple(_real(lambda v: 0 < v <= 1, "above 0 and at most 1")),
+    "ple.percentile_temperature": _positive,
+    "ple.percentile_weights": _choice("as_intended", "as_released"),
+    "ple.samples": _whole(2),
+    "optimizer.lr": _positive,
+    "optimizer.warmup_steps": _whole(0),
+    "optimizer.weight_decay": _not_negative,
+    "optimizer.clip_norm": _positive,
+    "optimizer.batch_queries": _whole(1),
+    "optimizer.micro_queries": _whole(1),
+    "optimizer.epochs": _whole(1),
+    "sft.data": _optional_file,
+    "sft.epochs": _whole(1),
+    "sft.lr": _positive,
+    "eval.every": _whole(1),
+    "eval.samples": _whole(1),
+    "eval.diagnostic_queries": _whole(1),
+    "mesh.data": _whole(1),
+    "mesh.fsdp": _whole(1),
+    "mesh.tensor": _whole(1),
+    "checkpoint.keep": _whole(1),
+    "sinks": _tuple(_choice("jsonl", "tensorboard", "wandb", "mlflow", "trackio"), empty=True),
+}
+
+_MULTIPLES = (  # (key, the keys whose product divides it, why)
+    (
+        "queries_per_iteration",
+        ("optimizer.batch_queries",),
+        "a remainder would be a smaller optimiser batch, whose queries would weigh more",
+    ),
+    ("optimizer.batch_queries", ("optimizer.micro_queries",), "gradients accumulate over passes of one size"),
+    ("optimizer.micro_queries", ("mesh.data", "mesh.fsdp"), "the queries of a pass are split over these devices"),
+    ("sampling.width", ("mesh.data", "mesh.fsdp"), "the rows decoded at once are split over these devices"),
+)
+
+
+def validate(config: "ConfigDict") -> None:
+    """Checks every key, then the keys that must fit one another; reads no file and imports nothing heavy.
+
+    Args:
+      config: a whole config, as `configs/default.py` lays it out.
+
+    Raises:
+      UserError: one line with the key, its value, what is valid and what to do.
+    """
+    flat = flatten(config.to_dict())
+    for key in flat:
+        if key not in RULES:
+            raise UserError(f"config.{key} is not a known key{suggestion(key, RULES)} (all are in configs/default.py)")
+    for key, rule in RULES.items():
+        if key not in flat:
+            raise UserError(f"config.{key} is missing; start the config file from configs/default.py's get_config()")
+        if says := rule(flat[key]):
+            raise UserError(f"config.{key} is {flat[key]!r} but must be {says} (set it with --config.{key}=VALUE)")
+    for key, divisors, why in _MULTIPLES:
+        value, divisor = flat[key], math.prod(flat[d] for d in divisors)
+        if value % divisor:
+            low = value - value % divisor
+            fits = f"{low} or {low + divisor}" if low else f"{divisor}"
+            product = " * ".join(f"config.{d}" for d in divisors) + f" = {divisor}"
+            raise UserError(f"config.{key} is {value} but must be a multiple of {product}: {why}; use {fits}")

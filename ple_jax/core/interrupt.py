@@ -1,0 +1,74 @@
+"""SIGTERM and SIGINT: stop at the next safe point, and within `grace` seconds whatever the program is doing.
+
+Everything on disk is consistent at any moment (the journal and the checkpoint see to that), so leaving in the middle of
+a compilation loses only the unit in hand.
+"""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from types import TracebackType
+
+
+class Interrupted(BaseException):
+    """Raised by `Stop.check`. Not an Exception: no handler of errors should take it for one."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+class Stop:
+    """A context in which SIGTERM and SIGINT ask for a stop instead of ending the program at once.
+
+    Python runs signal handlers only between bytecodes, which a compilation of a minute is not; so a thread waits at the
+    pipe that the interpreter's C handler writes to, and ends the program when the grace is over.
+    """
+
+    def __init__(self, *, grace: float = 20.0, message: str = ""):
+        self._grace, self._message = grace, message
+        self._number = 0
+
+    def __enter__(self) -> "Stop":
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        self._handlers = {s: signal.signal(s, lambda number, _: None) for s in (signal.SIGTERM, signal.SIGINT)}
+        self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        signal.set_wakeup_fd(self._wakeup)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        os.close(self._write)  # ends the thread
+        self._thread.join(1.0)
+
+    def check(self) -> None:
+        """Raises `Interrupted` if a stop was asked for; called between units of work."""
+        if self._number:
+            raise Interrupted(self._number)
+
+    def _watch(self) -> None:
+        for number in self._bytes():
+            if number not in (signal.SIGTERM, signal.SIGINT):
+                continue
+            if self._number:  # asked twice: at once
+                self._leave()
+            self._number = number
+            print(f"\n{signal.Signals(number).name}: stopping at the next safe point", file=sys.stderr, flush=True)
+            timer = threading.Timer(self._grace, self._leave)
+            timer.daemon = True
+            timer.start()
+
+    def _bytes(self) -> Iterator[int]:
+        while data := os.read(self._read, 64):
+            yield from data
+        os.close(self._read)
+
+    def _leave(self) -> None:
+        print(self._message, file=sys.stderr, flush=True)
+        os._exit(128 + self._number)

@@ -1,0 +1,125 @@
+"""What a run would do, in words and numbers: the text of `--mode=plan`."""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ple_jax.core import prompts, threshold
+from ple_jax.core.rollouts import bucket
+from ple_jax.core.types import Query, Slot, Tokenizer
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+
+def _table(rows: Sequence[tuple[str, str]]) -> str:
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
+
+
+def _visible(text: str) -> str:
+    """The text line by line between quotes, escaped: spaces at the ends and line breaks show, markup does not act."""
+    return "\n".join(f"    {line!r}" for line in text.splitlines(keepends=True))
+
+
+def describe(
+    config: "ConfigDict",
+    *,
+    tokenizer: Tokenizer,
+    parameters: int,
+    adapter_parameters: int,
+    train: Sequence[Query],
+    heldout: Sequence[Query],
+    principles: str,
+    slots: Sequence[Slot],
+) -> str:
+    """Describes the run of a config: model, shapes, steps, tokens, thresholds, principles and prompts.
+
+    Args:
+      config: a validated config.
+      tokenizer: the model's.
+      parameters: number of parameters of the base model.
+      adapter_parameters: number of parameters of the LoRA adapter, which are the ones trained.
+      train: the query set that iterations draw from.
+      heldout: the query set of the evaluations.
+      principles: the text of the principle set.
+      slots: the responses that the algorithm samples for each query.
+
+    Returns:
+      Text of several lines, without a line break at its end.
+    """
+    sampling, optimizer, every = config.sampling, config.optimizer, config.eval.every
+    new, width = sampling.max_new_tokens, sampling.width
+    kinds = sorted({slot.principled for slot in slots})
+    rendered = {
+        kind: [prompts.render(q.prompt, principles if kind else None, tokenizer, chat=config.task.chat) for q in train]
+        for kind in {False, *kinds}
+    }
+    longest = {kind: max(len(ids) for _, ids in pairs) for kind, pairs in rendered.items()}
+    prompt_bucket = {kind: bucket(n, sampling.bucket) for kind, n in longest.items()}
+    words = {False: "plain", True: "principled"}
+
+    def sampled(kind: bool) -> str:
+        rows = config.queries_per_iteration * sum(slot.principled is kind for slot in slots)
+        return (
+            f"{rows} rows in {math.ceil(rows / width)} chunks of {width} x [{prompt_bucket[kind]} prompt tokens"
+            f" (longest {longest[kind]}) + {new} new]"
+        )
+
+    steps = config.queries_per_iteration // optimizer.batch_queries * optimizer.epochs
+    evaluations = 1 + math.ceil(config.iterations / every)
+    training_rows = config.iterations * config.queries_per_iteration * len(slots)
+    evaluation_rows = evaluations * len(heldout) * config.eval.samples
+    passes = optimizer.batch_queries // optimizer.micro_queries
+    tau = threshold.make(
+        config.ple.schedule, tau_0=config.ple.tau_0, alpha=config.ple.alpha, iterations=config.iterations
+    )
+    mesh = config.mesh
+    blocks = [
+        "Model\n"
+        + _table(
+            [
+                ("base", f"{config.model.path}, {config.model.dtype}"),
+                ("parameters", f"{parameters:,}"),
+                (
+                    "LoRA parameters",
+                    f"{adapter_parameters:,} ({adapter_parameters / parameters:.2%} of the base), "
+                    f"rank {config.lora.rank}, alpha {config.lora.alpha:g}, on {', '.join(config.lora.targets)}",
+                ),
+                ("mesh", f"data {mesh.data} x fsdp {mesh.fsdp} x tensor {mesh.tensor}"),
+            ]
+        ),
+        f"Every iteration ({config.iterations} of {config.algorithm})\n"
+        + _table(
+            [
+                ("queries", f"{config.queries_per_iteration} of the {len(train)} of {config.task.train}"),
+                *((f"generate {words[kind]}", sampled(kind)) for kind in kinds),
+                ("reward", f"{config.reward.name}, transform {config.reward.transform}"),
+                (
+                    "update",
+                    f"{steps} optimiser steps of {optimizer.batch_queries} queries, each "
+                    f"{passes} x [{optimizer.micro_queries} queries x "
+                    f"({prompt_bucket[False]} prompt tokens + up to {len(slots)} x {new})]",
+                ),
+            ]
+        ),
+        "The whole run\n"
+        + _table(
+            [
+                ("optimiser steps", f"{config.iterations * steps:,}{' after the warm-up' if config.sft.data else ''}"),
+                ("evaluations", f"{evaluations} of {len(heldout)} x {config.eval.samples} ({config.task.heldout})"),
+                (
+                    "generated tokens",
+                    f"at most {(training_rows + evaluation_rows) * new:,}"
+                    f" ({training_rows * new:,} to train on, {evaluation_rows * new:,} to evaluate)",
+                ),
+                ("reward calls", f"{training_rows + evaluation_rows:,}"),
+                ("tau", f"{', '.join(f'{tau(i):.4g}' for i in range(config.iterations))} ({config.ple.schedule})"),
+            ]
+        ),
+        f"Principles ({config.principles})\n{_visible(principles)}",
+    ]
+    for kind in rendered:
+        text, ids = rendered[kind][0]
+        blocks.append(f"First query, {words[kind]} prompt: {len(ids)} tokens\n{_visible(text)}")
+    return "\n\n".join(blocks)

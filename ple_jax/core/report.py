@@ -1,0 +1,372 @@
+"""The report of a run: one self-contained HTML file, made only from the files of its work directory."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ple_jax.core.config import UserError
+from ple_jax.core.sinks import flatten
+
+SAMPLES = 10  # held-out queries shown before and after
+PAIRS = 4  # training rollouts shown of each decision
+RESPONSES = 4  # responses shown of one rollout
+
+# title, note, metrics (a trailing * stands for the kinds of response), whether the axis is a share
+_CHARTS = (
+    ("Reward", "mean per response, untransformed", ("heldout_reward", "heldout_reward_*", "reward_*"), False),
+    ("Ranked share", "of the training pairs", ("ranked_share", "negative_margin_share"), True),
+    ("Margin and threshold", "units of the (transformed) reward", ("margin", "tau"), False),
+    ("KL to the reference", "nats per token", ("kl",), False),
+    ("Response length", "tokens", ("length_*",), False),
+    ("Log-probability", "nats per token, under the plain prompt", ("lp_*",), False),
+    ("Active hinge", "share of the ranked pairs", ("hinge_active_before", "hinge_active_after"), True),
+    ("Distinct-2", "distinct bigrams over bigrams", ("distinct_2_*",), True),
+)
+_LABELS = {
+    "heldout_reward": "held-out",
+    "ranked_share": "ranked",
+    "negative_margin_share": "negative margin",
+    "kl": "KL",
+    "hinge_active_before": "before the update",
+    "hinge_active_after": "after the update",
+}
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 480, 230, 48, 14, 12, 30
+
+
+def write(workdir: Path) -> Path:
+    """Writes `workdir/report.html` and returns its path.
+
+    Reads config.json, summary.json, environment.json, metrics.jsonl, rollouts/ and evaluations/; whatever a run does
+    not have is left out of the page. The page needs no network and no script.
+
+    Args:
+        workdir: a work directory with at least metrics.jsonl.
+
+    Raises:
+        UserError: there is no metrics.jsonl.
+    """
+    import jinja2
+
+    if not (workdir / "metrics.jsonl").exists():
+        raise UserError(f"no metrics.jsonl in {str(workdir)!r}: give the --workdir of a run")
+    metrics = _lines(workdir / "metrics.jsonl")
+    evaluations = sorted((workdir / "evaluations").glob("iter_[0-9]*[0-9].jsonl"))
+    rollouts = sorted((workdir / "rollouts").glob("iter_[0-9]*[0-9].jsonl"))
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"number": number, "duration": duration, "bytes": _bytes}
+    html = environment.from_string(_PAGE).render(
+        style=_STYLE,
+        name=workdir.resolve().name,
+        summary=_object(workdir / "summary.json"),
+        config=flatten(_object(workdir / "config.json")),
+        environment=_object(workdir / "environment.json"),
+        charts=list(charts(metrics)),
+        metrics=metrics,
+        keys=list(dict.fromkeys(key for line in metrics for key in line if key != "iteration")),
+        samples=_samples(evaluations),
+        pairs=_pairs(_lines(rollouts[-1])) if rollouts else {},
+        responses=RESPONSES,
+        frame={"width": _WIDTH, "height": _HEIGHT, "left": _LEFT, "top": _TOP, "bottom": _HEIGHT - _BOTTOM},
+    )
+    path = workdir / "report.html"
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(html, encoding="utf-8", errors="replace")  # a byte-level model may emit a lone surrogate
+    temporary.replace(path)
+    return path
+
+
+class Series(NamedTuple):
+    """One line of a chart: its label, its colour's number, its points (iteration, value) as they were logged."""
+
+    label: str
+    colour: int
+    points: list[tuple[int, float]]
+    path: str  # of an SVG <path>
+    dots: list[tuple[float, float]]  # in SVG units
+
+
+class Band(NamedTuple):
+    """What appears over one iteration of a chart under the pointer."""
+
+    iteration: int
+    x: float
+    left: float
+    width: float
+    tip: float  # left edge of the box
+    rows: list[tuple[int, str, float]]  # colour, label, value
+
+
+class Chart(NamedTuple):
+    """A line chart, laid out in SVG units."""
+
+    title: str
+    note: str
+    share: bool
+    series: list[Series]
+    xticks: list[tuple[float, int]]
+    yticks: list[tuple[float, str]]
+    bands: list[Band]
+
+
+def charts(metrics: list[dict[str, Any]]) -> Iterator[Chart]:
+    """Lays out the charts for which there are numbers.
+
+    Args:
+        metrics: the lines of metrics.jsonl; missing and null values leave gaps that the line bridges.
+    """
+    keys = list(dict.fromkeys(key for line in metrics for key in line))
+    kinds = [key.removeprefix("reward_") for key in keys if key.startswith("reward_")]
+    # colours follow the kind of response, the same in every chart; 0 is the held-out set and whatever has no kind
+    colours = {kind: 1 + i for i, kind in enumerate(["plain", "principled", *(k for k in kinds if k not in _KINDS)])}
+    last = max(line["iteration"] for line in metrics)
+
+    def x(iteration: float) -> float:
+        return round(_LEFT + 10 + (_WIDTH - _LEFT - _RIGHT - 20) * iteration / max(last, 1), 1)
+
+    for title, note, patterns, share in _CHARTS:
+        found: dict[str, list[tuple[int, float]]] = {}
+        for pattern in patterns:
+            for key in keys:
+                if key == pattern or (pattern.endswith("*") and key.startswith(pattern[:-1])):
+                    points = [(line["iteration"], line[key]) for line in metrics if line.get(key) is not None]
+                    if points:
+                        found[key] = points
+        if not found:
+            continue
+        values = [value for points in found.values() for _, value in points]
+        ticks = [0.0, 0.25, 0.5, 0.75, 1.0] if share else _ticks(min(values), max(values))
+        low, high = ticks[0], ticks[-1]
+
+        def y(value: float, low: float = low, high: float = high) -> float:
+            return round(_TOP + (_HEIGHT - _TOP - _BOTTOM) * (high - value) / (high - low), 1)
+
+        series = []
+        for i, (key, points) in enumerate(found.items()):
+            prefix = next((p[:-1] for p in patterns if p.endswith("*") and key.startswith(p[:-1])), "")
+            kind = key.removeprefix(prefix)
+            label = _LABELS.get(key, f"held-out, {kind}" if prefix == "heldout_reward_" else kind)
+            colour = 5 if prefix == "heldout_reward_" else colours.get(kind, 0) if prefix else 2 * i
+            dots = [(x(iteration), y(value)) for iteration, value in points]
+            path = "M" + "L".join(f"{a} {b}" for a, b in dots)
+            series.append(Series(label, colour % 6, points, path, dots))
+
+        bands = []
+        step = x(1) - x(0)
+        for iteration in sorted({iteration for points in found.values() for iteration, _ in points}):
+            rows = [(s.colour, s.label, dict(s.points)[iteration]) for s in series if iteration in dict(s.points)]
+            at = x(iteration)
+            tip = at + 8 if at < _WIDTH / 2 else at - 158
+            bands.append(Band(iteration, at, at - step / 2, step, tip, rows))
+        every = max(1, math.ceil(last / 10))
+        yield Chart(
+            title,
+            note,
+            share,
+            series,
+            [(x(i), i) for i in range(0, last + 1, every)],
+            [(y(t), f"{t:.0%}" if share else f"{t:g}") for t in ticks],
+            bands,
+        )
+
+
+def number(value: Any, digits: int = 4) -> str:
+    """A number for people: thousands separated, `digits` significant digits, a dash for what is missing."""
+    if value is None:
+        return "–"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 10**digits else f"{value:.{digits}g}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds -> "4 min 32 s"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+
+
+_KINDS = ("plain", "principled")
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Four to seven round values that enclose [low, high]."""
+    span = (high - low) or abs(high) or 1.0
+    unit = 10.0 ** math.floor(math.log10(span / 4))
+    step = next(m * unit for m in (1, 2, 2.5, 5, 10) if span / (m * unit) <= 5)
+    first, last = math.floor(low / step), math.ceil(high / step)
+    last = max(last, first + 1)
+    return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
+
+
+def _object(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    # not splitlines: that also splits at U+2028, which JSON leaves as it is
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def _samples(evaluations: list[Path]) -> dict[str, Any]:
+    """The first held-out queries in file order, each with the first response before and after."""
+    if not evaluations:
+        return {}
+    before, after = _lines(evaluations[0]), {line["query_id"]: line for line in _lines(evaluations[-1])}
+    rows = [
+        (line["prompt"], line["responses"][0], after[line["query_id"]]["responses"][0])
+        for line in before
+        if line["query_id"] in after
+    ]
+    return {"rows": rows[:SAMPLES], "total": len(rows), "iteration": int(evaluations[-1].stem.split("_")[1])}
+
+
+def _pairs(rollouts: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Decision -> its rollouts, in file order."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for rollout in rollouts:
+        groups.setdefault(rollout["decision"] or "collected", []).append(rollout)
+    return dict(sorted(groups.items(), reverse=True))  # ranked before blended
+
+
+_STYLE = """
+:root{color-scheme:light dark;--bg:#f7f7f5;--card:#fff;--ink:#1d2126;--soft:#626b76;--rule:#e4e5e3;--wash:#f3f4f2;
+--c0:#0f7b6c;--c1:#3667c7;--c2:#c2601a;--c3:#8a4fbd;--c4:#a83a5d;--c5:#6a7f13}
+@media(prefers-color-scheme:dark){:root{--bg:#14171a;--card:#1c2024;--ink:#e6e8ea;--soft:#98a2ad;--rule:#2e343a;
+--wash:#23282d;--c0:#4cc3ae;--c1:#7ea6f4;--c2:#ec9a5c;--c3:#c08fee;--c4:#ee86a5;--c5:#b5c95a}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--bg);color:var(--ink);font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;
+font-variant-numeric:tabular-nums}
+main{max-width:1120px;margin:0 auto;padding:40px 24px 64px}
+h1{font-size:26px;font-weight:650;letter-spacing:-.01em;margin:0}
+h2{font-size:18px;font-weight:650;margin:48px 0 4px}
+h3{font-size:15px;font-weight:600;margin:0}
+p{margin:0}.soft,.note{color:var(--soft)}.note{font-size:13px;margin-bottom:14px}
+.card{background:var(--card);border:1px solid var(--rule);border-radius:10px;padding:16px 18px}
+.grid{display:grid;gap:16px}.two{grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr))}
+.tiles{grid-template-columns:repeat(auto-fit,minmax(160px,1fr));margin-top:24px}
+.tile b{display:block;font-size:22px;font-weight:600;letter-spacing:-.01em;white-space:nowrap}
+.tile span{font-size:13px;color:var(--soft)}.tile.lead{border-color:var(--c0)}.tile.lead b{color:var(--c0)}
+svg{display:block;width:100%;height:auto;margin-top:6px;font-size:11px;fill:var(--soft)}
+.gridline{stroke:var(--rule)}.line{fill:none;stroke-width:2;stroke-linejoin:round;stroke-linecap:round}
+.k0{--k:var(--c0)}.k1{--k:var(--c1)}.k2{--k:var(--c2)}.k3{--k:var(--c3)}.k4{--k:var(--c4)}.k5{--k:var(--c5)}
+.line{stroke:var(--k)}.dot{fill:var(--k);stroke:var(--card);stroke-width:1.5}
+.band>rect.hit{fill:transparent}.band>g{visibility:hidden;pointer-events:none}.band:hover>g{visibility:visible}
+.band line{stroke:var(--soft);stroke-dasharray:2 3}.band .box{fill:var(--card);stroke:var(--rule)}
+.band text{fill:var(--ink)}.band .key{fill:var(--k)}
+.legend{display:flex;flex-wrap:wrap;gap:2px 16px;font-size:13px;margin-top:4px}
+.legend i{display:inline-block;width:10px;height:10px;border-radius:3px;background:var(--k);margin-right:6px}
+.sample{margin-bottom:12px}.sample .cols{display:grid;gap:10px;margin-top:10px;
+grid-template-columns:repeat(auto-fit,minmax(min(100%,300px),1fr))}
+.prompt,.text{white-space:pre-wrap;overflow-wrap:anywhere;max-height:15em;overflow:auto}
+.prompt{font-weight:550}.text{background:var(--wash);border-radius:8px;padding:10px 12px}
+.head{display:flex;justify-content:space-between;font-size:13px;color:var(--soft);margin:0 2px 4px}
+.scroll{overflow-x:auto;padding:0}table{border-collapse:collapse;font-size:13px;width:100%}
+th,td{padding:5px 14px;text-align:right;border-bottom:1px solid var(--rule);white-space:nowrap}
+tr:last-child>*{border-bottom:0}thead th{color:var(--soft);font-weight:500}
+tbody th{position:sticky;left:0;background:var(--card);text-align:left;font-weight:400}
+.pairs td{text-align:left;white-space:normal;overflow-wrap:anywhere}.pairs th{color:var(--soft);vertical-align:top}
+@media print{body{background:#fff}.card{break-inside:avoid}}
+"""
+
+_PAGE = """\
+{%- macro response(label, r) %}
+<div><div class="head"><span>{{ label }}</span><span>reward {{ r.reward|number }}
+{%- if r.weight is number %} · weight {{ r.weight|number(3) }}{% endif %}{{ "" if r.finished else " · cut off" }}</span></div>
+<div class="text" dir="auto">{{ r.text or "(empty)" }}</div></div>
+{% endmacro %}
+{%- macro table(title, values) %}
+<div><h2>{{ title }}</h2><div class="card scroll"><table class="pairs"><tbody>
+{% for key, value in values.items() %}<tr><th scope="row">{{ key }}</th><td>{{ value }}</td></tr>
+{% endfor %}</tbody></table></div></div>
+{% endmacro %}
+<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>{{ name }} · report</title><style>{{ style|safe }}</style></head><body><main>
+<h1>{{ (summary.algorithm or config.algorithm or "run")|upper }} · {{ name }}</h1>
+<p class="soft">{% for part in [config["model.path"], config["task.train"], config["reward.name"], config.principles,
+ summary.backend] if part %}{{ part }} · {% endfor %}seed {{ summary.seed|default(config.seed) }}</p>
+<div class="grid tiles">
+{% if summary.heldout_reward_after is number %}
+<div class="card tile lead"><b>{{ summary.heldout_reward_before|number(3) }} → {{ summary.heldout_reward_after|number(3) }}
+</b><span>held-out reward, before → after</span></div>
+<div class="card tile"><b>
+{{- "%+.3f"|format(summary.heldout_reward_after - summary.heldout_reward_before) }}</b><span>gain
+{%- if summary.heldout_gain_ci95 %}, 95% interval {{ "%.3f to %.3f"|format(*summary.heldout_gain_ci95) }}{% endif %}
+</span></div>
+{% endif %}
+{% if summary.wall_seconds is number %}<div class="card tile"><b>{{ summary.wall_seconds|duration }}</b>
+<span>wall time, {{ summary.iterations }} iteration{{ "" if summary.iterations == 1 else "s" }}</span></div>{% endif %}
+{% if summary.generated_tokens is number %}<div class="card tile"><b>{{ summary.generated_tokens|number }}</b>
+<span>tokens generated</span></div>{% endif %}
+{% if summary.training_tokens is number %}<div class="card tile"><b>{{ summary.training_tokens|number }}</b>
+<span>tokens trained on</span></div>{% endif %}
+{% if summary.peak_memory_bytes is number %}<div class="card tile"><b>{{ summary.peak_memory_bytes|bytes }}</b>
+<span>peak memory</span></div>{% endif %}
+</div>
+<h2>Curves</h2><p class="note">By iteration; 0 is the model before training. Rewards of training responses are those of
+the policy that sampled them, before that iteration's update.</p>
+<div class="grid two">
+{% for chart in charts %}
+<figure class="card chart" style="margin:0"><h3>{{ chart.title }} <span class="soft" style="font-weight:400">
+{{- chart.note }}</span></h3>
+<div class="legend">{% for s in chart.series %}<span class="k{{ s.colour }}"><i></i>{{ s.label }}
+<b>{{ s.points[-1][1]|number(3) }}</b></span>{% endfor %}</div>
+<svg viewBox="0 0 {{ frame.width }} {{ frame.height }}" role="img" aria-label="{{ chart.title }} by iteration">
+{% for y, label in chart.yticks %}<line class="gridline" x1="{{ frame.left }}" x2="{{ frame.width }}" y1="{{ y }}"
+ y2="{{ y }}"/><text x="{{ frame.left - 8 }}" y="{{ y + 4 }}" text-anchor="end">{{ label }}</text>
+{% endfor %}
+{% for x, label in chart.xticks %}<text x="{{ x }}" y="{{ frame.bottom + 18 }}" text-anchor="middle">{{ label }}</text>
+{% endfor %}
+{% for s in chart.series %}<g class="k{{ s.colour }}"><path class="line" d="{{ s.path }}"/>
+{% for x, y in s.dots %}<circle class="dot" cx="{{ x }}" cy="{{ y }}" r="3.5"/>{% endfor %}</g>
+{% endfor %}
+{% for band in chart.bands %}<g class="band"><rect class="hit" x="{{ band.left }}" y="0" width="{{ band.width }}"
+ height="{{ frame.bottom }}"/><g><line x1="{{ band.x }}" x2="{{ band.x }}" y1="{{ frame.top }}" y2="{{ frame.bottom }}"/>
+<rect class="box" x="{{ band.tip }}" y="{{ frame.top }}" width="150" height="{{ 22 + 16 * band.rows|length }}" rx="6"/>
+<text x="{{ band.tip + 10 }}" y="{{ frame.top + 15 }}">iteration {{ band.iteration }}</text>
+{% for colour, label, value in band.rows %}<circle class="key k{{ colour }}" cx="{{ band.tip + 13 }}"
+ cy="{{ frame.top + 27 + 16 * loop.index0 }}" r="3"/><text x="{{ band.tip + 22 }}"
+ y="{{ frame.top + 31 + 16 * loop.index0 }}">{{ label }} {{ value|number(3) }}</text>
+{% endfor %}</g></g>
+{% endfor %}
+</svg></figure>
+{% endfor %}
+</div>
+{% if samples %}
+<h2>Held-out samples, before and after</h2><p class="note">The first {{ samples.rows|length }} of {{ samples.total }}
+held-out queries in file order, the first response to each: not selected. After is iteration {{ samples.iteration }}.</p>
+{% for prompt, before, after in samples.rows %}
+<div class="card sample"><div class="prompt" dir="auto">{{ prompt }}</div><div class="cols">
+{{ response("before", before) }}{{ response("after", after) }}</div></div>
+{% endfor %}
+{% endif %}
+{% for decision, group in pairs.items() %}
+<h2>Training: {{ decision }}</h2><p class="note">The first {{ [group|length, 4]|min }} of {{ group|length }} in the last
+iteration, in file order.</p>
+{% for rollout in group[:4] %}
+<div class="card sample"><div class="head"><span>query {{ rollout.query_id }}</span><span>margin {{ rollout.margin|number }}
+ · tau {{ rollout.tau|number }}</span></div><div class="prompt" dir="auto">{{ rollout.prompt }}</div><div class="cols">
+{% for r in rollout.responses[:responses] %}{{ response(r.kind, r) }}{% endfor %}</div>
+{% if rollout.responses|length > responses %}<p class="soft">and {{ rollout.responses|length - responses }} more</p>
+{% endif %}</div>
+{% endfor %}
+{% endfor %}
+<h2>Metrics</h2><p class="note">Four significant digits; the exact values are in metrics.jsonl.</p>
+<div class="card scroll"><table id="metrics"><thead><tr><th></th>{% for line in metrics %}
+<th scope="col">{{ line.iteration }}</th>{% endfor %}</tr></thead><tbody>
+{% for key in keys %}<tr><th scope="row">{{ key }}</th>{% for line in metrics %}
+<td>{% if line[key] is number %}<data value="{{ line[key] }}">{{ line[key]|number }}</data>{% else %}–{% endif %}</td>
+{%- endfor %}</tr>
+{% endfor %}</tbody></table></div>
+<div class="grid two">{{ table("Config", config) }}{{ table("Environment", environment) }}</div>
+</main></body></html>
+"""

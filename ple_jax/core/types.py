@@ -1,0 +1,139 @@
+"""The words the whole project speaks: queries, responses, rollouts, batches, and the two contracts (Loss, Backend)."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from jaxtyping import Bool, Float32, Int32
+
+Array = Any  # a jax, torch or numpy array: the losses are written once for all three
+
+
+class Query(NamedTuple):
+    """One line of a task. `prompt` is what the policy sees; `completion` is a reference answer, where there is one."""
+
+    id: str
+    prompt: str
+    completion: str = ""
+
+
+class Slot(NamedTuple):
+    """One response an algorithm asks for: the kind's name, whether the principles are in the prompt, its number."""
+
+    kind: str
+    principled: bool
+    sample: int = 0
+
+
+class Response(NamedTuple):
+    """Sampled token ids, never re-tokenised. EOS is the last of them only if it was sampled (`finished`)."""
+
+    tokens: tuple[int, ...]
+    finished: bool
+    kind: str = "plain"
+    sample: int = 0
+    text: str = ""  # decoded without special tokens: what the reward sees
+    reward: float = float("nan")  # as the reward gave it
+    score: float = float("nan")  # transformed reward: what selection and weights use
+    weight: float = float("nan")  # weight in the blended loss
+
+
+class Rollout(NamedTuple):
+    """A query with its responses and what was decided about them. One line of rollouts/iter_NNNN.jsonl."""
+
+    query_id: str
+    prompt: str
+    prompt_tokens: tuple[int, ...]  # of the plain prompt: the one that training conditions on
+    responses: tuple[Response, ...]
+    tau: float = float("nan")
+    margin: float = float("nan")
+    decision: str = ""  # "ranked", "blended"; other algorithms use words of their own
+
+
+class Sampling(NamedTuple):
+    """How to sample. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off."""
+
+    max_new_tokens: int
+    eos: tuple[int, ...]
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+
+class Batch(NamedTuple):
+    """One row a query, K responses each (PLE 2, DPO 2, SFT 1). It says what to train on; the backend decides how."""
+
+    prompt: Int32[np.ndarray, "query prompt_len"]  # left-padded
+    prompt_mask: Bool[np.ndarray, "query prompt_len"]
+    response: Int32[np.ndarray, "query k response_len"]  # right-padded
+    response_mask: Bool[np.ndarray, "query k response_len"]
+    data: dict[str, np.ndarray]  # [query] or [query, k, ...]; "valid" is 0 on rows that only fill the shape
+
+
+class Outputs(NamedTuple):
+    """What a model says of a batch: the backend's arrays inside a loss, numpy outside; fp32."""
+
+    logprobs: Array  # "query k response_len", of the response tokens alone, at temperature 1; 0 where masked
+    entropy: Array | None = None  # the same shape
+    values: Array | None = None  # the same shape, where an algorithm asks for a value head
+
+
+Loss = Callable[[Outputs, Batch], tuple[Array, dict[str, Array]]]  # value per query, metrics per query
+Reward = Callable[[Sequence[str], Sequence[str]], Sequence[float]]  # (prompts, responses) -> one float each
+Sink = Callable[[dict[str, float], int], None]  # (metrics, step)
+
+
+class Tokenizer(Protocol):
+    """What the project needs of a tokenizer (transformers' PreTrainedTokenizerFast has it)."""
+
+    eos_token_id: int | None
+    bos_token_id: int | None
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str: ...
+    def apply_chat_template(self, conversation: Any, *, tokenize: bool, add_generation_prompt: bool) -> Any: ...
+
+
+class Backend(Protocol):
+    """Knows how to sample and how to step; holds the weights. One per framework."""
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        uniforms: Float32[np.ndarray, "row max_new"],
+        *,
+        sampling: Sampling,
+        prefix: Sequence[int] = (),
+    ) -> list[Response]:
+        """Samples one response per prompt; `prefix` stands before every prompt and is computed once."""
+        ...
+
+    def logprobs(self, batch: Batch, *, reference: bool = False) -> Outputs:
+        """Log-probabilities and entropy of a batch, as numpy; of the policy or of the frozen reference."""
+        ...
+
+    def update(self, batches: Sequence[Batch], loss: Loss, *, lr: float) -> dict[str, float]:
+        """One optimizer step on the mean over all rows of `batches`; their metrics' means, and `grad_norm`."""
+        ...
+
+    def freeze_reference(self) -> None:
+        """The policy as it is now becomes the reference."""
+        ...
+
+    def adapter(self) -> dict[str, np.ndarray]:
+        """The adapter under PEFT's names and in its layout."""
+        ...
+
+    def save(self, path: Path, step: int, meta: dict[str, Any], *, keep: int) -> None:
+        """Commits everything that training needs to go on, and `meta`; on return it is on disk."""
+        ...
+
+    def restore(self, path: Path) -> dict[str, Any] | None:
+        """Loads the newest commit under `path` and returns its meta; None if there is none."""
+        ...
+
+    def environment(self) -> dict[str, Any]:
+        """Versions, devices and flags: what bit-identical results depend on."""
+        ...

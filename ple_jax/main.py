@@ -1,0 +1,198 @@
+"""The entry: `python -m ple_jax.main --config FILE --workdir DIR`; `--help` says the rest.
+
+The command line and the config are checked before jax, torch or transformers are imported, so that a mistake costs less
+than a second. What a user can mend (`UserError`) is one line on stderr and exit code 2.
+"""
+
+import contextlib
+import importlib
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from absl import app, flags
+from ml_collections import ConfigDict, FrozenConfigDict
+from ml_collections.config_flags import config_flags
+
+from ple_jax.core.config import BACKENDS, UserError, flatten, suggestion, validate
+
+MODES = ("train", "evaluate", "generate", "plan", "export")  # functions of ple_jax.core.loop
+FLAG_NAMES = ("config", "workdir", "backend", "mode", "help")
+ROOT = Path(__file__).parent.parent
+
+USAGE = """\
+usage: python -m ple_jax.main --config FILE --workdir DIR [--config.KEY=VALUE ...] [--backend=jax|torch] [--mode=MODE]
+       MODE is train (default), evaluate, generate, plan or export; --help explains them
+"""
+
+HELP = f"""\
+Align a language model with PLE (Progressively Label Enhancement, ICML 2025, arXiv:2408.02599).
+
+{USAGE}
+Each iteration samples two responses per query, one from the plain prompt and one with the principles in the prompt,
+scores both, ranks the pair if the principled one wins by more than a threshold, blends the two otherwise, trains a LoRA
+adapter on them, and lowers the threshold.
+
+Flags
+  --config FILE          a Python file whose get_config() returns the config: configs/quickstart.py, configs/tiny.py
+  --config.KEY=VALUE     overrides one key; every key, with its default and its meaning, is in configs/default.py
+  --workdir DIR          where everything goes: config.json, metrics.jsonl, rollouts/, checkpoints/, adapter/,
+                         report.html, summary.json (not needed for --mode=plan)
+  --backend jax|torch    what computes (default: jax)
+  --mode MODE            what to do (default: train)
+
+Modes
+  train      run all iterations; a killed run continues where it stood when the same command is given again
+  evaluate   score the held-out queries with the newest checkpoint of DIR
+  generate   print responses to the held-out queries, from the newest checkpoint of DIR
+  plan       print what train would do (parameters, shapes, steps, prompts as the model sees them), and train nothing
+  export     write the newest adapter of DIR in PEFT's layout
+
+Examples
+  python -m ple_jax.main --config configs/tiny.py --workdir runs/tiny
+  python -m ple_jax.main --config configs/quickstart.py --mode=plan
+  python -m ple_jax.main --config configs/quickstart.py --workdir runs/low --config.ple.tau_0=0.1 --config.seed=1
+  python -m ple_jax.main --config configs/quickstart.py --workdir runs/mine --config.algorithm=my_variant.py \\
+      --config.algorithm_kwargs="{{'strength': 2.0}}"
+  python -m ple_jax.main --config configs/quickstart.py --workdir runs/two --config.lora.targets="('q_proj','v_proj')"
+
+Exit codes: 0 done, 2 something to mend (one line on stderr says what).
+"""
+
+ENVIRONMENT = {
+    # this project sends nothing anywhere, and switches off what the libraries it may load would send
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DISABLE_TELEMETRY": "1",
+    "DO_NOT_TRACK": "1",
+    "GRADIO_ANALYTICS_ENABLED": "False",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "WANDB_ERROR_REPORTING": "false",
+    # tokenizers warns when a process that used its threads forks
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+class Run(NamedTuple):
+    """What the command line asks for, checked."""
+
+    config: ConfigDict  # frozen
+    workdir: Path
+    backend: str
+    mode: str
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turns a `UserError` into one line on stderr and exit code 2."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _load(path: str) -> ConfigDict:
+    """The locked config of a file; `path` may be `FILE:ARGUMENT`, whose argument get_config() receives."""
+    file = Path(path.split(":", 1)[0])
+    if not file.is_file():
+        known = sorted(str(p) for p in file.parent.glob("*.py")) or ["configs/quickstart.py"]
+        raise UserError(f"config file {str(file)!r} does not exist in {Path.cwd()}{suggestion(str(file), known)}")
+    parser = config_flags.ConfigFileFlagParser("config")
+    try:
+        config = parser.parse(path)
+        config.to_dict()
+    except Exception as error:  # the file is the user's code: anything may come out of it
+        # ml_collections puts a traceback before the message
+        reason = str(error).strip().splitlines()[-1:] or [""]
+        raise UserError(f"config file {str(file)!r} does not load: {type(error).__name__}: {reason[0]}") from error
+    return config
+
+
+def _override(config: ConfigDict, argv: Sequence[str]) -> ConfigDict:
+    """Applies `--config.KEY=VALUE` arguments; anything else in `argv` is an error. `argv[0]` is the program."""
+    keys = list(flatten(config.to_dict()))
+    for argument in argv[1:]:
+        match = re.match(r"--?(?:no)?config\.([^=]*)", argument)
+        if match is None or any(key == match[1] or key.startswith(f"{match[1]}.") for key in keys):
+            continue
+        parent = match[1].rsplit(".", 1)[0]
+        if parent in keys:
+            raise UserError(f"unknown key in {argument!r}: override {parent} whole, --config.{parent}=\"{{'k': 1}}\"")
+        raise UserError(f"unknown key in {argument!r}{suggestion(match[1], keys)} (all are in configs/default.py)")
+    values = flags.FlagValues()
+    values.set_gnu_getopt(True)
+    try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=list(argv))
+        leftover = values(argv)[1:]
+    except flags.UnrecognizedFlagError as error:
+        raise UserError(f"unknown flag --{error.flagname}{suggestion(error.flagname, FLAG_NAMES)}") from error
+    except flags.Error as error:
+        raise UserError(f"{error} (configs/default.py shows what each key holds)") from error
+    if leftover:
+        raise UserError(f"leftover argument {leftover[0]!r}; every setting is --flag=value or --config.key=value")
+    return values.config
+
+
+def parse(argv: Sequence[str]) -> Run:
+    """Reads and checks the whole command line, config included, without importing a backend.
+
+    Args:
+      argv: program name and arguments.
+
+    Raises:
+      UserError: anything wrong, in one line.
+      SystemExit: 0 for --help, 2 for no arguments at all.
+    """
+    if len(argv) == 1:
+        print(USAGE, end="", file=sys.stderr)
+        sys.exit(2)
+    if any(re.fullmatch(r"-h|--?help(short|full)?", argument) for argument in argv[1:]):
+        print(HELP, end="")
+        sys.exit(0)
+    values = flags.FlagValues()
+    values.set_gnu_getopt(True)  # flags may follow the value of an override: --config.seed 1 --workdir w
+    flags.DEFINE_string("config", None, "", flag_values=values)
+    flags.DEFINE_string("workdir", None, "", flag_values=values)
+    flags.DEFINE_enum("backend", "jax", list(BACKENDS), "", flag_values=values)
+    flags.DEFINE_enum("mode", "train", MODES, "", flag_values=values)
+    try:
+        rest = values(argv, known_only=True)
+    except flags.Error as error:
+        raise UserError(f"{error} (see --help)") from error
+    if not values.config:
+        raise UserError("--config=FILE is missing, e.g. --config configs/quickstart.py (see --help)")
+    config = _override(_load(values.config), rest)
+    if not values.workdir and values.mode != "plan":
+        raise UserError(f"--workdir=DIR is missing; --mode={values.mode} keeps its files there (--workdir runs/mine)")
+    workdir = Path(values.workdir or ".")
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"--workdir={workdir} is a file; give a folder, which is created if need be")
+    if importlib.util.find_spec(BACKENDS[values.backend]) is None:
+        raise UserError(f"--backend={values.backend} is not in this version, which has the jax backend only; use jax")
+    validate(config)
+    return Run(FrozenConfigDict(config), workdir, values.backend, values.mode)
+
+
+def main(run: Run) -> int:
+    """Does what the command line asks for; returns the exit code."""
+    loop = importlib.import_module("ple_jax.core.loop")
+    return getattr(loop, run.mode)(run.config, run.workdir, run.backend)
+
+
+def cli() -> None:
+    os.environ.update(ENVIRONMENT)
+    # a config file says `from configs import default`, from whatever folder the command is given
+    sys.path.append(str(ROOT))
+    # app.run insists on absl's own flags, of which this program offers none
+    flags.FLAGS.mark_as_parsed()
+    # warnings only: absl's default of INFO lets Orbax report every step of a checkpoint
+    flags.FLAGS.verbosity = -1
+    app.run(one_line_errors()(main), flags_parser=one_line_errors()(parse))
+
+
+if __name__ == "__main__":
+    cli()

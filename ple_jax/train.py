@@ -1,0 +1,361 @@
+"""The pure training step, and `JaxBackend`, the only holder of state."""
+
+import functools
+import os
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32
+from ml_collections import ConfigDict
+
+from ple_jax import checkpoint, generate, lora, sharding
+from ple_jax.core.config import UserError
+from ple_jax.core.rollouts import bucket
+from ple_jax.core.types import Batch, Loss, Outputs, Response, Sampling
+from ple_jax.models import checkpoint as weights
+from ple_jax.models.decoder import Model, fill
+
+_CHUNK = 512  # tokens whose logits exist at one time: 100 MB in fp32 at a vocabulary of 49152
+
+
+# ---------------------------------------------------------------- log-probabilities of response tokens
+
+
+@jax.custom_vjp
+def token_logprobs(
+    head: Float[Array, "vocab hidden"], hidden: Float[Array, "row time hidden"], targets: Int[Array, "row time"]
+) -> Float32[Array, "row time"]:
+    """log softmax(head @ hidden)[target], chunked over time: [row, time, vocab] never exists, forward or backward.
+
+    The gradient is with respect to `hidden` alone (the head is frozen) and is computed beside the value, so that the
+    backward pass needs neither the logits nor a second pass over the vocabulary.
+    """
+    return _over_time(lambda h, y: _chunk(head, h, y)[0], hidden, targets)
+
+
+def _chunk(head: Array, hidden: Array, targets: Array) -> tuple[Array, Array, Array]:
+    logits = jnp.einsum("btd,vd->btv", hidden, head, preferred_element_type=jnp.float32)
+    normaliser = jax.nn.logsumexp(logits, -1)
+    target = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    return target - normaliser, normaliser, logits
+
+
+def _over_time(f: Any, hidden: Array, targets: Array) -> Any:
+    rows, time = targets.shape
+    # chunks along time only: rows may be spread over devices
+    size = max(1, min(time, _CHUNK // rows))
+    pad = -time % size
+    h = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0))).reshape(rows, -1, size, hidden.shape[-1]).swapaxes(0, 1)
+    y = jnp.pad(targets, ((0, 0), (0, pad))).reshape(rows, -1, size).swapaxes(0, 1)
+    out = jax.lax.map(lambda part: f(*part), (h, y))
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(rows, -1, *x.shape[3:])[:, :time], out)
+
+
+def _token_logprobs_forward(head: Array, hidden: Array, targets: Array) -> tuple[Array, Array]:
+    def f(h: Array, y: Array) -> tuple[Array, Array]:
+        value, normaliser, logits = _chunk(head, h, y)
+        p = jnp.exp(logits - normaliser[..., None]).astype(head.dtype)
+        expected = jnp.einsum("btv,vd->btd", p, head, preferred_element_type=jnp.float32)
+        return value, head[y].astype(jnp.float32) - expected
+
+    return _over_time(f, hidden, targets)
+
+
+def _token_logprobs_backward(gradient: Array, g: Array) -> tuple[None, Array, None]:
+    return None, (g[..., None] * gradient).astype(jnp.float32), None
+
+
+token_logprobs.defvjp(_token_logprobs_forward, _token_logprobs_backward)
+
+
+def token_entropy(
+    head: Float[Array, "vocab hidden"], hidden: Float[Array, "row time hidden"]
+) -> Float32[Array, "row time"]:
+    """Entropy in nats of the next-token distribution, chunked like `token_logprobs`; not differentiated."""
+
+    def f(h: Array, y: Array) -> Array:
+        _, normaliser, logits = _chunk(head, h, y)
+        logp = logits - normaliser[..., None]
+        return -(jnp.exp(logp) * logp).sum(-1)
+
+    return _over_time(f, hidden, jnp.zeros(hidden.shape[:2], jnp.int32))
+
+
+# ---------------------------------------------------------------- the packed row [prompt | response 1 | ... | response K]
+
+
+def pack(batch: Batch) -> tuple[Array, Array, Array]:
+    """Tokens, positions [row, time] and the block mask [row, time, time] of packed rows, time = P + K * R.
+
+    Every response sees the prompt and itself, never another response; its positions start after the prompt's. A pair
+    costs P + 2R tokens instead of 2(P + R).
+    """
+    rows, k, r = batch.response.shape
+    prompt_len = batch.prompt_mask.astype(jnp.int32).sum(1)
+    tokens = jnp.concatenate([batch.prompt, batch.response.reshape(rows, k * r)], 1)
+    valid = jnp.concatenate([batch.prompt_mask, batch.response_mask.reshape(rows, k * r)], 1)
+    segment = jnp.concatenate([jnp.full((batch.prompt.shape[1],), -1), jnp.repeat(jnp.arange(k), r)])
+    prompt_position = jnp.cumsum(batch.prompt_mask.astype(jnp.int32), 1) - 1
+    response_position = prompt_len[:, None] + jnp.tile(jnp.arange(r), k)[None]
+    position = jnp.concatenate([prompt_position, response_position], 1)
+    time = tokens.shape[1]
+    causal = jnp.tril(jnp.ones((time, time), bool))
+    own = (segment[None] == -1) | (segment[None] == segment[:, None])
+    return tokens, position, (causal & own)[None] & valid[:, None]
+
+
+def outputs(model: Model, base: Any, fused: Any, batch: Batch, *, entropy: bool = False) -> Outputs:
+    """What the model says of a batch. Logits exist for response tokens alone."""
+    rows, k, r = batch.response.shape
+    tokens, position, mask = pack(batch)
+    hidden, _ = model.apply(base, fused, tokens, positions=position, mask=mask)
+    p = batch.prompt.shape[1]
+    # the last prompt token predicts the first token of every response
+    first = jnp.broadcast_to(hidden[:, None, p - 1 : p], (rows, k, 1, hidden.shape[-1]))
+    rest = hidden[:, p:].reshape(rows, k, r, -1)[:, :, :-1]
+    predicting = jnp.concatenate([first, rest], 2).reshape(rows, k * r, -1)
+    head = model.head(base)
+
+    def shaped(x: Array) -> Array:
+        return jnp.where(batch.response_mask, x.reshape(rows, k, r), 0.0)
+
+    logprobs = shaped(token_logprobs(head, predicting, batch.response.reshape(rows, k * r)))
+    return Outputs(logprobs, shaped(token_entropy(head, predicting)) if entropy else None)
+
+
+# ---------------------------------------------------------------- the step
+
+
+def optimizer(*, clip_norm: float, weight_decay: float) -> optax.GradientTransformation:
+    """AdamW after clipping by the global norm; the learning rate is applied by the caller, so that it may change."""
+    return optax.chain(
+        optax.clip_by_global_norm(clip_norm),
+        optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8),
+        optax.add_decayed_weights(weight_decay),
+    )
+
+
+def gradients(
+    model: Model, scale: float, loss: Loss, base: Any, adapter: Any, batch: Batch, share: Array
+) -> tuple[Any, dict[str, Array]]:
+    """Gradients of the mean loss over the optimiser batch, this micro-batch's part; `share` is 1 / its real rows."""
+
+    def total(adapter: Any) -> tuple[Array, dict[str, Array]]:
+        value, metrics = loss(outputs(model, base, lora.fuse(model, adapter, scale), batch), batch)
+        valid = batch.data["valid"]
+        reduced = {name: (m * valid).sum() * share for name, m in {"loss": value, **metrics}.items()}
+        return reduced["loss"], reduced
+
+    return jax.grad(total, has_aux=True)(adapter)
+
+
+def apply_gradients(
+    transform: optax.GradientTransformation, adapter: Any, state: Any, grads: Any, lr: Array
+) -> tuple[Any, Any, Array]:
+    """One AdamW step: new adapter, new optimizer state, the gradient's global norm before clipping."""
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes Python scalars and integer counters with arrays
+        norm = optax.tree.norm(grads)
+        updates, state = transform.update(grads, state, adapter)
+        return jax.tree.map(lambda p, u: p - lr * u, adapter, updates), state, norm
+
+
+class JaxBackend:
+    """The `Backend` of JAX: base weights, adapter, optimizer state and reference adapter, all on one mesh."""
+
+    def __init__(
+        self,
+        model: Model,
+        base: Any,
+        adapter: lora.Adapter,
+        mesh: Mesh,
+        *,
+        scale: float,
+        width: int,
+        bucket: int,
+        clip_norm: float,
+        weight_decay: float,
+    ):
+        self.model, self.mesh, self.base, self.width, self.bucket = model, mesh, base, width, bucket
+        self._transform = optimizer(clip_norm=clip_norm, weight_decay=weight_decay)
+        place = sharding.adapter(adapter, mesh)
+        self._adapter = jax.device_put(adapter, place)
+        init = jax.eval_shape(self._transform.init, adapter)
+        self._place = (place, sharding.adapter(init, mesh))
+        with jax.numpy_dtype_promotion("standard"):
+            self._state = jax.jit(self._transform.init, out_shardings=self._place[1])(self._adapter)
+        self.freeze_reference()  # b is 0: the base itself
+        fuse = functools.partial(lora.fuse, model, scale=scale)
+        self._fuse = fuse
+        self._generate = jax.jit(
+            lambda base, adapter, *data, sampling: generate.generate(model, base, fuse(adapter), *data, sampling=sampling),
+            static_argnames="sampling",
+        )
+        self._outputs = jax.jit(
+            lambda base, adapter, batch, entropy: outputs(model, base, fuse(adapter), batch, entropy=entropy),
+            static_argnames="entropy",
+        )
+        self._gradients = jax.jit(
+            lambda base, adapter, batch, share, loss: gradients(model, scale, loss, base, adapter, batch, share),
+            static_argnames="loss",
+            out_shardings=(place, sharding.replicated(mesh)),
+        )
+        self._accumulate = jax.jit(functools.partial(jax.tree.map, jnp.add), donate_argnums=0)
+        self._apply = jax.jit(
+            functools.partial(apply_gradients, self._transform),
+            donate_argnums=(0, 1, 2),
+            out_shardings=(*self._place, sharding.replicated(mesh)),
+        )
+
+    # -------------------------------------------------------------- Backend
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        uniforms: Float32[np.ndarray, "row max_new"],
+        *,
+        sampling: Sampling,
+        prefix: Sequence[int] = (),
+    ) -> list[Response]:
+        """One response per prompt, decoded `width` rows at a time; short chunks are filled with rows nobody reads."""
+        responses: list[Response] = []
+        for start in range(0, len(prompts), self.width):
+            part = prompts[start : start + self.width]
+            length = bucket(max(len(p) for p in part), self.bucket)
+            tokens, mask = np.zeros((self.width, length), np.int32), np.zeros((self.width, length), bool)
+            mask[:, -1] = True
+            for row, prompt in enumerate(part):
+                tokens[row, length - len(prompt) :] = prompt
+                mask[row, length - len(prompt) :] = True
+            noise = np.zeros((self.width, sampling.max_new_tokens), np.float32)
+            noise[: len(part)] = uniforms[start : start + len(part)]
+            tokens, mask, noise = sharding.put_rows(self.mesh, (tokens, mask, noise))
+            shared = jax.device_put(np.asarray(prefix, np.int32), sharding.replicated(self.mesh))
+            out, lengths = jax.device_get(
+                self._generate(self.base, self._adapter, tokens, mask, shared, noise, sampling=sampling)
+            )
+            for ids, n in zip(out[: len(part)], lengths[: len(part)], strict=True):
+                chosen = tuple(int(t) for t in ids[:n])
+                responses.append(Response(chosen, finished=chosen[-1] in sampling.eos))
+        return responses
+
+    def logprobs(self, batch: Batch, *, reference: bool = False) -> Outputs:
+        """Log-probabilities and entropy of a batch's response tokens under the policy or the frozen reference."""
+        adapter = self._reference if reference else self._adapter
+        rows = len(batch.prompt)
+        result = self._outputs(self.base, adapter, self._put(batch, _round_up(rows, self._multiple)), entropy=True)
+        return jax.tree.map(lambda x: np.asarray(x)[:rows], jax.device_get(result))
+
+    def update(self, batches: Sequence[Batch], loss: Loss, *, lr: float) -> dict[str, float]:
+        """One optimizer step on the mean loss over all rows of `batches`, gradients accumulated over them."""
+        rows = max(len(b.prompt) for b in batches)
+        real = sum(float(b.data["valid"].sum()) for b in batches)
+        share = jnp.float32(1 / real)
+        grads: Any = None
+        metrics: dict[str, float] = {}
+        for batch in batches:
+            part = self._put(batch, _round_up(rows, self._multiple))
+            new, values = self._gradients(self.base, self._adapter, part, share, loss=loss)
+            grads = new if grads is None else self._accumulate(grads, new)
+            for name, value in values.items():
+                metrics[name] = metrics.get(name, 0.0) + float(value)
+        self._adapter, self._state, norm = self._apply(self._adapter, self._state, grads, jnp.float32(lr))
+        return {**metrics, "grad_norm": float(norm)}
+
+    def freeze_reference(self) -> None:
+        """The policy as it is now becomes the reference: the same base with a frozen copy of the adapter."""
+        self._reference = jax.tree.map(jnp.copy, self._adapter)
+
+    def adapter(self) -> dict[str, np.ndarray]:
+        return lora.to_peft(jax.device_get(self._adapter))
+
+    def save(self, path: Path, step: int, meta: dict[str, Any], *, keep: int) -> None:
+        checkpoint.save(path, step, self._trees(), meta, keep=keep)
+
+    def restore(self, path: Path) -> dict[str, Any] | None:
+        """Loads the newest checkpoint under `path`; its meta, or None if there is none."""
+        found = checkpoint.restore(path, self._trees())
+        if found is None:
+            return None
+        trees, meta = found
+        self._adapter, self._state, self._reference = trees["adapter"], trees["optimizer"], trees["reference"]
+        return meta
+
+    def environment(self) -> dict[str, Any]:
+        devices = list(self.mesh.devices.flat)
+        return {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")},
+            "device": devices[0].device_kind,
+            "platform": devices[0].platform,
+            "mesh": ", ".join(f"{axis}={n}" for axis, n in self.mesh.shape.items()),
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        }
+
+    # -------------------------------------------------------------- inside
+
+    @property
+    def _multiple(self) -> int:
+        return sharding.row_multiple(self.mesh)
+
+    def _trees(self) -> dict[str, Any]:
+        return {"adapter": self._adapter, "optimizer": self._state, "reference": self._reference}
+
+    def _put(self, batch: Batch, rows: int) -> Batch:
+        """The batch on the devices, filled up to `rows` with rows that are masked and not valid."""
+
+        def fill_up(x: np.ndarray) -> np.ndarray:
+            x = np.asarray(x, np.float32) if x.dtype == np.float64 else x
+            return np.concatenate([x, np.zeros((rows - len(x), *x.shape[1:]), x.dtype)])
+
+        return sharding.put_rows(self.mesh, jax.tree.map(fill_up, batch))
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def use_scan(setting: str) -> bool:
+    """Whether layers are scanned: on GPU and TPU by default, not on CPU, where scanning copies the weights."""
+    return jax.default_backend() != "cpu" if setting == "auto" else setting == "scan"
+
+
+def abstract(config: ConfigDict, loaded: weights.Loaded) -> Model:
+    """The model of a config, no weights read."""
+    return Model.create(
+        loaded.config, dtype=jnp.dtype(config.model.dtype), scan=use_scan(config.model.layers), remat=config.model.remat
+    )
+
+
+def build(config: ConfigDict, loaded: weights.Loaded) -> JaxBackend:
+    """The backend a config asks for, weights on the mesh."""
+    mesh = sharding.make_mesh(**config.mesh)
+    model = abstract(config, loaded)
+    kv_heads = loaded.config.num_kv_heads
+
+    def put(name: str, array: np.ndarray) -> Array:
+        return jax.device_put(
+            array, jax.sharding.NamedSharding(mesh, sharding.spec(name, array.shape, mesh, kv_heads=kv_heads))
+        )
+
+    base = fill(model, loaded.weights, put)
+    adapter = lora.init(loaded.config, rank=config.lora.rank, targets=config.lora.targets, seed=config.seed)
+    return JaxBackend(
+        model,
+        base,
+        adapter,
+        mesh,
+        scale=config.lora.alpha / config.lora.rank,
+        width=config.sampling.width,
+        bucket=config.sampling.bucket,
+        clip_norm=config.optimizer.clip_norm,
+        weight_decay=config.optimizer.weight_decay,
+    )

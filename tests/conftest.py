@@ -1,0 +1,28 @@
+"""The environment of every test, and of every subprocess a test starts; it must be set before jax is imported."""
+
+import importlib.util
+import os
+
+import pytest
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", os.environ["HF_HUB_OFFLINE"])
+
+UNAVAILABLE = {
+    "gpu": "" if os.environ["JAX_PLATFORMS"] != "cpu" else "needs a GPU: set JAX_PLATFORMS=cuda",
+    "npu": "" if importlib.util.find_spec("torch_npu") else "needs an Ascend NPU and torch-npu",
+    "network": "" if os.environ["HF_HUB_OFFLINE"] == "0" else "needs the network: set HF_HUB_OFFLINE=0",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for marker, reason in UNAVAILABLE.items():
+            if reason and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))

@@ -1,0 +1,185 @@
+"""What a config may hold: the table covers every knob, and each kind of mistake is one line that says what to do."""
+
+import math
+import re
+
+import pytest
+
+from configs import default, quickstart, tiny
+from ple_jax.core import config as config_module
+from ple_jax.core.config import RULES, UserError, differing, flatten, suggestion, validate
+
+
+@pytest.fixture(autouse=True)
+def built_in_names(monkeypatch):
+    """Names that do not depend on which rewards, principles and algorithms the package has."""
+    for key, known in {"principles": ["positive_review"], "reward.name": ["letters", "vader"]}.items():
+        rule = config_module._named(known, file="text file" if key == "principles" else "", code=key == "reward.name")
+        monkeypatch.setitem(RULES, key, rule)
+
+
+def edited(**changes):
+    """The default config with dotted keys changed; a double underscore stands for the dot."""
+    c = default.get_config()
+    with c.ignore_type():
+        c.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
+    return c
+
+
+@pytest.mark.parametrize("module", [default, quickstart, tiny])
+def test_shipped_configs_are_valid(module):
+    validate(module.get_config())
+
+
+def test_table_covers_every_knob():
+    assert set(RULES) == set(flatten(default.get_config().to_dict()))
+
+
+def test_tiny_differs_from_the_defaults_only_where_it_must():
+    assert set(differing(default.get_config().to_dict(), tiny.get_config().to_dict())) == {
+        "iterations", "queries_per_iteration", "model.path", "task.train", "task.heldout", "reward.name",
+        "sampling.max_new_tokens", "sampling.width", "optimizer.lr", "optimizer.batch_queries",
+        "optimizer.micro_queries", "eval.diagnostic_queries",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ple__tau_0": math.inf},
+        {"ple__tau_0": 0},
+        {"ple__alpha": 1.0},
+        {"ple__rank_weight": 0.0},
+        {"sampling__temperature": 0.0},
+        {"sampling__top_p": 1},
+        {"sinks": ()},
+        {"lora__targets": ["q_proj"]},
+        {"algorithm_kwargs": {"strength": 2.0, "names": ["a"]}},
+        {"reward__name": "ple_jax.anything:at_all"},
+        {"algorithm": "ple_jax.algorithms.ple"},
+        {"mesh__data": 4, "mesh__fsdp": 2},
+        {"optimizer__batch_queries": 24, "optimizer__micro_queries": 8},
+    ],
+)
+def test_valid(changes):
+    validate(edited(**changes))
+
+
+# (changes, what the message must say besides the key and the value)
+INVALID = [
+    ({"seed": -1}, "at least 0"),
+    ({"seed": True}, "whole number"),
+    ({"iterations": 0}, "at least 1"),
+    ({"iterations": 2.0}, "whole number"),
+    ({"ple__tau_0": -0.1}, "of at least 0"),
+    ({"ple__tau_0": math.nan}, "of at least 0"),
+    ({"ple__tau_0": "0.2"}, "a number"),
+    ({"ple__alpha": 0.0}, "above 0 and at most 1"),
+    ({"ple__alpha": 1.01}, "above 0 and at most 1"),
+    ({"ple__alpha": math.nan}, "above 0 and at most 1"),
+    ({"ple__rank": "hinges"}, "did you mean 'hinge'?"),
+    ({"ple__percentile": ()}, "at least one entry"),
+    ({"ple__percentile": (0.1, 0.0)}, "its entry 0.0 must be a number above 0"),
+    ({"ple__percentile": 0.1}, "a tuple"),
+    ({"ple__percentile": (0.1, math.nan)}, "its entry nan"),
+    ({"ple__samples": 1}, "at least 2"),
+    ({"ple__blend_temperature": 0.0}, "above 0"),
+    ({"ple__rank_weight": math.inf}, "of at least 0"),
+    ({"sampling__temperature": -1.0}, "0 is greedy"),
+    ({"sampling__temperature": math.inf}, "0 is greedy"),
+    ({"sampling__top_p": 0.0}, "1 is off"),
+    ({"sampling__top_p": 1.5}, "1 is off"),
+    ({"sampling__min_p": 1.0}, "below 1"),
+    ({"sampling__min_p": -0.1}, "below 1"),
+    ({"sampling__top_k": -1}, "at least 0"),
+    ({"lora__rank": 0}, "at least 1"),
+    ({"lora__targets": ("q_proj", "kproj")}, "did you mean 'k_proj'?"),
+    ({"lora__targets": ()}, "at least one entry"),
+    ({"optimizer__lr": 0.0}, "above 0"),
+    ({"optimizer__lr": math.inf}, "above 0"),
+    ({"optimizer__lr": math.nan}, "above 0"),
+    ({"optimizer__warmup_steps": -1}, "at least 0"),
+    ({"eval__samples": 0}, "at least 1"),
+    ({"mesh__tensor": 0}, "at least 1"),
+    ({"task__chat": "yes"}, "True or False"),
+    ({"model__dtype": "float16"}, "float32, bfloat16"),
+    ({"model__path": "smollm2-135"}, "did you mean 'smollm2-135m'?"),
+    ({"model__path": "nowhere/model.gguf"}, "an existing .gguf file"),
+    ({"task__train": "quickstart_trian"}, "did you mean 'quickstart_train'?"),
+    ({"task__heldout": "data/nowhere.jsonl"}, "an existing JSONL file"),
+    ({"principles": "positive_reviews"}, "did you mean 'positive_review'?"),
+    ({"principles": "nowhere.txt"}, "an existing text file"),
+    ({"reward__name": "vadar"}, "did you mean 'vader'?"),
+    ({"reward__name": "no_such_package.rewards:score"}, "'no_such_package' is not one"),
+    ({"reward__name": 3}, "letters, vader"),
+    ({"algorithm": "pel"}, "did you mean 'ple'?"),
+    ({"algorithm": "nowhere.py"}, "an existing Python file"),
+    ({"sft__data": "nowhere.jsonl"}, "an existing JSONL file"),
+    ({"sinks": ("jsonl", "tensorbord")}, "did you mean 'tensorboard'?"),
+    ({"reward__kwargs": {"k": math.nan}}, "without NaN"),
+    ({"reward__kwargs": {"k": {1, 2}}}, "plain values"),
+    ({"algorithm_kwargs": 3}, "a dictionary"),
+]
+
+
+@pytest.mark.parametrize("changes, says", INVALID, ids=[str(changes) for changes, _ in INVALID])
+def test_invalid_value(changes, says):
+    with pytest.raises(UserError) as error:
+        validate(edited(**changes))
+    (key, value), message = next(iter(changes.items())), str(error.value)
+    assert message.startswith(f"config.{key.replace('__', '.')} is {value!r}")
+    assert says in message and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"queries_per_iteration": 50}, "_iteration is 50 .* = 16: .*smaller optimiser batch.*; use 48 or 64"),
+        ({"queries_per_iteration": 8}, "queries_per_iteration is 8 .* = 16: .*; use 16"),
+        ({"optimizer__micro_queries": 5}, r"batch_queries is 16 .*\.micro_queries = 5: .*; use 15 or 20"),
+        ({"mesh__data": 3}, r"micro_queries is 16 .* config\.mesh\.data \* config\.mesh\.fsdp = 3: .*; use 15 or 18"),
+        ({"mesh__fsdp": 8, "sampling__width": 12}, "sampling.width is 12 .* = 8: .*; use 8 or 16"),
+    ],
+)
+def test_sizes_that_do_not_fit(changes, message):
+    with pytest.raises(UserError, match=message):
+        validate(edited(**changes))
+
+
+def test_unknown_and_missing_keys_of_a_config_file():
+    c = default.get_config()
+    c.ple.tau0 = 0.1
+    with pytest.raises(UserError, match=re.escape("config.ple.tau0 is not a known key; did you mean 'ple.tau_0'?")):
+        validate(c)
+    c = default.get_config()
+    del c.eval.samples
+    with pytest.raises(UserError, match=r"config\.eval\.samples is missing; .*default\.py"):
+        validate(c)
+
+
+def test_paths_of_files_that_exist(tmp_path):
+    for name in ("queries.jsonl", "rules.txt", "variant.py"):
+        (tmp_path / name).write_text("")
+    queries, rules, variant = (str(tmp_path / name) for name in ("queries.jsonl", "rules.txt", "variant.py"))
+    changes = {"task__train": queries, "sft__data": queries, "principles": rules, "algorithm": variant}
+    validate(edited(**changes, model__path=str(tmp_path), reward__name=f"{variant}:score"))
+
+
+@pytest.mark.parametrize(
+    "word, expected",
+    [("tau0", "ple.tau_0"), ("ple.tau0", "ple.tau_0"), ("optimiser.lr", "optimizer.lr"), ("zzzzzz", None)],
+)
+def test_suggestion(word, expected):
+    assert suggestion(word, RULES) == (f"; did you mean {expected!r}?" if expected else "")
+
+
+def test_flatten_keeps_free_dictionaries_whole():
+    tree = {"a": 1, "reward": {"kwargs": {"k": 2}, "name": "x"}, "b": {"c": {"d": 3}}}
+    assert flatten(tree) == {"a": 1, "reward.kwargs": {"k": 2}, "reward.name": "x", "b.c.d": 3}
+
+
+def test_differing():
+    a = {"x": 1, "s": {"t": (1, 2), "u": math.inf}, "reward": {"kwargs": {}}}
+    assert differing(a, {"x": 1, "s": {"t": [1, 2], "u": math.inf}, "reward": {"kwargs": {}}}) == []
+    b = {"x": 2, "s": {"t": [1, 3], "v": None}, "reward": {"kwargs": {"k": 1}}}
+    assert differing(a, b) == ["reward.kwargs", "s.t", "s.u", "s.v", "x"]

@@ -1,0 +1,236 @@
+"""The entry: good command lines give a Run; bad ones give one line, exit code 2, and cost no heavy import."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ml_collections import FrozenConfigDict
+
+import ple_jax
+from configs import default
+from ple_jax import main
+from ple_jax.core.config import UserError, validate
+
+ROOT = Path(__file__).parent.parent
+DEFAULT = f"--config={ROOT / 'configs' / 'default.py'}"
+
+
+def parse(*arguments: str) -> main.Run:
+    return main.parse(["ple_jax.main", *arguments])
+
+
+def python(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture
+def no_validation(monkeypatch):
+    """Leaves the config's values to test_config.py; what is tested here is the command line."""
+    monkeypatch.setattr(main, "validate", lambda config: None)
+
+
+@pytest.mark.usefixtures("no_validation")
+class TestParse:
+    def test_overrides(self, tmp_path):
+        run = parse(
+            "--config.iterations=3",  # before --config: the order of flags does not matter
+            DEFAULT,
+            "--config.ple.tau_0=inf",
+            "--config.optimizer.lr",
+            "2e-3",
+            "--config.task.chat",
+            "--noconfig.model.remat",
+            "--config.reward.kwargs={'k': 1, 'words': ['a']}",
+            "--config.lora.targets=('q_proj','v_proj')",
+            "--config.ple.percentile=(0.5, 1)",
+            "--config.sft.data=warm.jsonl",
+            f"--workdir={tmp_path}",
+            "--mode=evaluate",
+        )
+        expected = default.get_config()
+        expected.update_from_flattened_dict(
+            {
+                "iterations": 3,
+                "ple.tau_0": float("inf"),
+                "optimizer.lr": 2e-3,
+                "task.chat": True,
+                "lora.targets": ("q_proj", "v_proj"),
+                "ple.percentile": (0.5, 1),
+                "sft.data": "warm.jsonl",
+            }
+        )
+        expected.reward.kwargs = {"k": 1, "words": ("a",)}
+        assert run.config.to_dict() == expected.to_dict()
+        assert run[1:] == (tmp_path, "jax", "evaluate")
+        with pytest.raises(AttributeError):
+            run.config.seed = 1
+
+    def test_plan_needs_no_workdir(self):
+        assert parse(DEFAULT, "--mode=plan")[1:] == (Path("."), "jax", "plan")
+
+    @pytest.mark.parametrize(
+        "arguments, says",
+        [
+            ([], "--config=FILE is missing"),
+            (["--config.seed=1"], "--config=FILE is missing"),
+            (["--config"], "Missing value for flag --config"),
+            (["--config=configs/nowhere.py"], "config file 'configs/nowhere.py' does not exist"),
+            (["--config=configs/quikstart.py"], "did you mean 'configs/quickstart.py'?"),
+            ([DEFAULT, "--config.ple.tau0=0.1"], "'--config.ple.tau0=0.1'; did you mean 'ple.tau_0'?"),
+            ([DEFAULT, "--config.tau_0=0.1"], "did you mean 'ple.tau_0'?"),
+            ([DEFAULT, "--config.plee.tau_0=0.1"], "did you mean 'ple.tau_0'?"),
+            ([DEFAULT, "--noconfig.task.chatt"], "did you mean 'task.chat'?"),
+            ([DEFAULT, "--config.reward.kwargs.k=1"], "override reward.kwargs whole"),
+            ([DEFAULT, "--config.model.path.x=1"], "unknown key in '--config.model.path.x=1'"),
+            ([DEFAULT, "--config.=1"], "unknown key in '--config.=1'"),
+            ([DEFAULT, "--config.ple.tau_0=abc"], "--config.ple.tau_0=abc"),
+            ([DEFAULT, "--config.iterations=2.5"], "--config.iterations=2.5"),
+            ([DEFAULT, "--config.task.chat=maybe"], "--config.task.chat=maybe"),
+            ([DEFAULT, "--config.ple=3"], "--config.ple=3"),
+            ([DEFAULT, "--config.reward.kwargs={'k'"], "--config.reward.kwargs={'k'"),
+            ([DEFAULT, "--config.seed"], "Missing value for flag --config.seed"),
+            ([DEFAULT, "--wrokdir=x"], "unknown flag --wrokdir; did you mean 'workdir'?"),
+            ([DEFAULT, "train"], "leftover argument 'train'"),
+            ([DEFAULT, "--config.seed", "1", "2"], "leftover argument '2'"),
+            ([DEFAULT, "--mode=trian"], "--mode=trian: value should be one of <train|evaluate|generate|plan|export>"),
+            ([DEFAULT, "--backend=tf"], "--backend=tf: value should be one of <jax|torch>"),
+            ([DEFAULT], "--workdir=DIR is missing"),
+            ([DEFAULT, f"--workdir={__file__}"], "is a file"),
+        ],
+        ids=lambda value: " ".join(value).replace(f"{ROOT}/", "") if isinstance(value, list) else "",
+    )
+    def test_mistakes(self, arguments, says, monkeypatch):
+        monkeypatch.chdir(ROOT)
+        with pytest.raises(UserError) as error:
+            parse("--mode=train", *arguments)
+        assert says in str(error.value) and "\n" not in str(error.value)
+
+    def test_a_backend_that_this_version_does_not_have(self, monkeypatch):
+        monkeypatch.setitem(main.BACKENDS, "torch", "torch_ascend.not_written")
+        with pytest.raises(UserError, match="--backend=torch is not in this version, which has the jax backend only"):
+            parse(DEFAULT, "--mode=plan", "--backend=torch")
+
+    @pytest.mark.parametrize(
+        "source, says",
+        [
+            ("def get_config(:", "SyntaxError"),
+            ("import no_such_module", "No module named 'no_such_module'"),
+            ("x = 1", "no attribute 'get_config'"),
+            ("def get_config(): return None", "to_dict"),
+            ("def get_config(): return open('/no/such/file')", "/no/such/file"),
+            ("from configs import default\ndef get_config():\n  default.get_config().seed = 'a'", "seed"),
+        ],
+    )
+    def test_broken_config_files(self, source, says, tmp_path, monkeypatch):
+        monkeypatch.delitem(sys.modules, "config_config", raising=False)  # as in a new process
+        file = tmp_path / "broken.py"
+        file.write_text(source)
+        with pytest.raises(UserError) as error:
+            parse(f"--config={file}", "--mode=plan")
+        message = str(error.value)
+        assert message.startswith(f"config file {str(file)!r} does not load: ")
+        assert says in message and "\n" not in message
+
+    def test_argument_of_a_config_file(self, tmp_path):
+        file = tmp_path / "sized.py"
+        file.write_text(
+            "from configs import default\n"
+            "def get_config(size):\n  c = default.get_config()\n  c.iterations = int(size)\n  return c\n"
+        )
+        assert parse(f"--config={file}:7", "--mode=plan").config.iterations == 7
+
+
+def test_values_are_validated():
+    with pytest.raises(UserError, match="config.ple.alpha is 1.5 but must be a number above 0 and at most 1"):
+        parse(DEFAULT, "--mode=plan", "--config.ple.alpha=1.5")
+
+
+def test_frozen_config_is_still_valid():
+    validate(FrozenConfigDict(default.get_config()))
+
+
+@pytest.mark.parametrize("mode", main.MODES)
+def test_main_calls_the_mode(mode, monkeypatch, tmp_path):
+    calls = []
+    loop = type("Loop", (), {mode: staticmethod(lambda *arguments: calls.append(arguments) or 7)})
+    monkeypatch.setitem(sys.modules, "ple_jax.core.loop", loop)
+    assert main.main(main.Run("config", tmp_path, "jax", mode)) == 7
+    assert calls == [("config", tmp_path, "jax")]
+
+
+def test_errors_are_one_line(capsys):
+    with pytest.raises(SystemExit) as exit_, main.one_line_errors():
+        raise UserError("first\n  second")
+    assert exit_.value.code == 2
+    assert capsys.readouterr() == ("", "error: first second\n")
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h", "--helpfull"])
+def test_help(flag, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        parse(flag)
+    text = capsys.readouterr().out
+    assert exit_.value.code == 0
+    assert all(word in text for word in ("--workdir", "configs/default.py", *main.MODES))
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_no_arguments():
+    result = python("-m", "ple_jax.main")
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", main.USAGE)
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["--config.ple.tau0=1"], "did you mean 'ple.tau_0'?"),
+        (["--config.ple.tau_0=nan"], "config.ple.tau_0 is nan"),
+        (["surplus"], "leftover argument 'surplus'"),
+    ],
+)
+def test_mistakes_of_a_real_command(arguments, says, tmp_path):
+    command = ["-m", "ple_jax.main", DEFAULT, "--workdir", str(tmp_path / "run"), *arguments]
+    result = python(*command, cwd=tmp_path)  # the config file imports configs.default, which is not in this folder
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert says in result.stderr and "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mistake_imports_nothing_heavy():
+    result = python(
+        "-c",
+        "import sys; from ple_jax import main\n"
+        f"try: main.parse(['x', '{DEFAULT}', '--mode=plan', '--config.seed=-1'])\n"
+        "except ValueError as error: print(error)\n"
+        "print({'jax', 'flax', 'torch', 'transformers', 'datasets'} & set(sys.modules))",
+    )
+    assert result.stdout.splitlines()[0].startswith("config.seed is -1"), result.stderr
+    assert result.stdout.splitlines()[1] == "set()"
+
+
+def test_neutral_modules_import_without_jax_and_torch():
+    result = python(
+        "-c",
+        "import importlib, pkgutil, sys\n"
+        "for name in ('jax', 'jaxlib', 'flax', 'torch'): sys.modules[name] = None\n"
+        "import ple_jax, ple_jax.core, ple_jax.algorithms\n"
+        "names = ['ple_jax.losses', 'ple_jax.main']\n"
+        "for package in (ple_jax.core, ple_jax.algorithms):\n"
+        "    names += [m.name for m in pkgutil.walk_packages(package.__path__, package.__name__ + '.')]\n"
+        "for name in names: importlib.import_module(name)\n"
+        "print(len(names), ple_jax.threshold.__name__)",
+    )
+    assert result.returncode == 0, result.stderr
+    count, threshold = result.stdout.split()
+    assert int(count) > 10 and threshold == "ple_jax.core.threshold"
+
+
+def test_functional_api():
+    assert ple_jax.losses.__name__ == "ple_jax.losses"
+    assert {"losses", "threshold", "pairing", "lora", "generate"} <= set(dir(ple_jax))
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'; it has losses"):
+        ple_jax.nonsense  # noqa: B018

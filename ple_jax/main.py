@@ -20,7 +20,7 @@ from ml_collections.config_flags import config_flags
 
 from ple_jax.core.config import BACKENDS, UserError, flatten, suggestion, validate
 
-MODES = ("train", "evaluate", "generate", "plan", "export")  # functions of ple_jax.core.loop
+MODES = ("train", "evaluate", "generate", "plan", "export")  # functions of ple_jax.core.modes
 FLAG_NAMES = ("config", "workdir", "backend", "mode", "help")
 ROOT = Path(__file__).parent.parent
 
@@ -179,8 +179,8 @@ def parse(argv: Sequence[str]) -> Run:
 
 def main(run: Run) -> int:
     """Does what the command line asks for; returns the exit code."""
-    loop = importlib.import_module("ple_jax.core.loop")
-    return getattr(loop, run.mode)(run.config, run.workdir, run.backend)
+    modes = importlib.import_module("ple_jax.core.modes")
+    return getattr(modes, run.mode)(run.config, run.workdir, run.backend)
 
 
 def cli() -> None:

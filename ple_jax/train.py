@@ -1,6 +1,7 @@
 """The pure training step, and `JaxBackend`, the only holder of state."""
 
 import functools
+import math
 import os
 import platform
 from collections.abc import Sequence
@@ -328,17 +329,29 @@ def use_scan(setting: str) -> bool:
     return jax.default_backend() != "cpu" if setting == "auto" else setting == "scan"
 
 
-def abstract(config: ConfigDict, loaded: weights.Loaded) -> Model:
-    """The model of a config, no weights read."""
-    return Model.create(
-        loaded.config, dtype=jnp.dtype(config.model.dtype), scan=use_scan(config.model.layers), remat=config.model.remat
-    )
+def load(config: ConfigDict) -> weights.Loaded:
+    """Weights, model config and tokenizer of the base model."""
+    return weights.load(config.model.path)
+
+
+def count(config: ConfigDict, loaded: weights.Loaded) -> tuple[int, int]:
+    """Parameters of the base and of the adapter."""
+    base = sum(math.prod(shape) for shape in weights.expected_shapes(loaded.config).values())
+    adapter = lora.init(loaded.config, rank=config.lora.rank, targets=config.lora.targets, seed=config.seed)
+    return base, lora.count(adapter)
+
+
+def notes(backend: JaxBackend) -> list[str]:
+    """What a user should know before the run starts."""
+    return sharding.notes(backend.mesh, kv_heads=backend.model.config.num_kv_heads)
 
 
 def build(config: ConfigDict, loaded: weights.Loaded) -> JaxBackend:
     """The backend a config asks for, weights on the mesh."""
     mesh = sharding.make_mesh(**config.mesh)
-    model = abstract(config, loaded)
+    model = Model.create(
+        loaded.config, dtype=jnp.dtype(config.model.dtype), scan=use_scan(config.model.layers), remat=config.model.remat
+    )
     kv_heads = loaded.config.num_kv_heads
 
     def put(name: str, array: np.ndarray) -> Array:

@@ -18,7 +18,6 @@ from ple_jax.models import checkpoint
 from ple_jax.models.config import ModelConfig
 from ple_jax.models.tokenizer import byte_tokenizer
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 
 def save(folder: Path, *, dtype=torch.float32, shard="1GB", **options) -> LlamaForCausalLM:

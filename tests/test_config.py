@@ -21,6 +21,7 @@ def built_in_names(monkeypatch):
 def edited(**changes):
     """The default config with dotted keys changed; a double underscore stands for the dot."""
     c = default.get_config()
+    c.optimizer.micro_queries = c.optimizer.batch_queries = 16
     with c.ignore_type():
         c.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
     return c
@@ -137,7 +138,7 @@ def test_invalid_value(changes, says):
         ({"queries_per_iteration": 50}, "_iteration is 50 .* = 16: .*smaller optimiser batch.*; use 48 or 64"),
         ({"queries_per_iteration": 8}, "queries_per_iteration is 8 .* = 16: .*; use 16"),
         ({"optimizer__micro_queries": 5}, r"batch_queries is 16 .*\.micro_queries = 5: .*; use 15 or 20"),
-        ({"mesh__data": 3}, r"micro_queries is 16 .* config\.mesh\.data \* config\.mesh\.fsdp = 3: .*; use 15 or 18"),
+        ({"optimizer__micro_queries": 8, "mesh__data": 3}, r"is 8 .* config\.mesh\.data \* config\.mesh\.fsdp = 3: .* 6 or 9"),
         ({"mesh__fsdp": 8, "sampling__width": 12}, "sampling.width is 12 .* = 8: .*; use 8 or 16"),
     ],
 )

@@ -9,9 +9,11 @@ import pytest
 from ml_collections import FrozenConfigDict
 
 import ple_jax
-from configs import default
+from configs import default, tiny
 from ple_jax import main
+from ple_jax.core import plan
 from ple_jax.core.config import UserError, validate
+from ple_jax.core.types import Query, Slot
 
 ROOT = Path(__file__).parent.parent
 DEFAULT = f"--config={ROOT / 'configs' / 'default.py'}"
@@ -155,8 +157,8 @@ def test_frozen_config_is_still_valid():
 @pytest.mark.parametrize("mode", main.MODES)
 def test_main_calls_the_mode(mode, monkeypatch, tmp_path):
     calls = []
-    loop = type("Loop", (), {mode: staticmethod(lambda *arguments: calls.append(arguments) or 7)})
-    monkeypatch.setitem(sys.modules, "ple_jax.core.loop", loop)
+    modes = type("Modes", (), {mode: staticmethod(lambda *arguments: calls.append(arguments) or 7)})
+    monkeypatch.setitem(sys.modules, "ple_jax.core.modes", modes)
     assert main.main(main.Run("config", tmp_path, "jax", mode)) == 7
     assert calls == [("config", tmp_path, "jax")]
 
@@ -234,3 +236,43 @@ def test_functional_api():
     assert {"losses", "threshold", "pairing", "lora", "generate"} <= set(dir(ple_jax))
     with pytest.raises(AttributeError, match="has no attribute 'nonsense'; it has losses"):
         ple_jax.nonsense  # noqa: B018
+
+
+class Utf8:
+    """A tokenizer whose tokens are the bytes of the text, so that counts can be worked out by hand."""
+
+    bos_token_id = eos_token_id = None
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        return list(text.encode())
+
+
+def test_plan_says_what_would_run():
+    config = tiny.get_config()
+    config.eval.every = 2
+    text = plan.describe(
+        config,
+        tokenizer=Utf8(),
+        parameters=20_000,
+        adapter_parameters=1_500,
+        train=[Query("a", "The film [red]was[/red] "), *(Query(str(i), "x" * i) for i in range(1, 12))],
+        heldout=[Query("h", "One day"), Query("i", "Another")],
+        principles="1. Be kind.\n2. Be brief.",
+        slots=[Slot("plain", False), Slot("principled", True)],
+    )
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert "LoRA parameters 1,500 (7.50% of the base), rank 8, alpha 16, on " + ", ".join(config.lora.targets) in lines
+    assert "queries 8 of the 12 of tiny_train" in lines
+    # prompts have 1 to 11 tokens, and one 24: buckets of 16 and 32
+    assert "generate plain 8 rows, 8 at once, each [16 or 32 prompt tokens + 8 new]" in lines
+    assert any(line.startswith("generate principled 8 rows, 8 at once, each [") for line in lines)
+    assert "2 optimiser steps of 4 queries, each 2 x [2 queries x (16 or 32 prompt tokens + up to 2 x 8)]" in text
+    assert "optimiser steps 6" in lines
+    # before training (both kinds), after iteration 2, after iteration 3
+    assert "evaluations 3 of 2 x 2 (tiny_heldout)" in lines
+    assert "generated tokens at most 512 (384 to train on, 128 to evaluate)" in lines  # 3*8*2*8 and 4*2*2*8
+    assert "reward calls 64" in lines
+    assert "tau 0.2, 0.18, 0.162 (exponential)" in lines
+    assert "'1. Be kind.\\n'" in lines and "'2. Be brief.'" in lines
+    assert lines[lines.index("First query, plain prompt: 24 tokens") + 1] == "'The film [red]was[/red] '"
+    assert any(line.startswith("First query, principled prompt: ") for line in lines)

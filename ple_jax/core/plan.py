@@ -1,7 +1,7 @@
 """What a run would do, in words and numbers: the text of `--mode=plan`."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from ple_jax.core import prompts, threshold
@@ -10,6 +10,8 @@ from ple_jax.core.types import Query, Slot, Tokenizer
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
+
+_WORDS = {False: "plain", True: "principled"}
 
 
 def _table(rows: Sequence[tuple[str, str]]) -> str:
@@ -48,28 +50,28 @@ def describe(
     Returns:
       Text of several lines, without a line break at its end.
     """
-    sampling, optimizer, every = config.sampling, config.optimizer, config.eval.every
-    new, width = sampling.max_new_tokens, sampling.width
-    kinds = sorted({slot.principled for slot in slots})
-    rendered = {
-        kind: [prompts.render(q.prompt, principles if kind else None, tokenizer, chat=config.task.chat) for q in train]
-        for kind in {False, *kinds}
-    }
-    longest = {kind: max(len(ids) for _, ids in pairs) for kind, pairs in rendered.items()}
-    prompt_bucket = {kind: bucket(n, sampling.bucket) for kind, n in longest.items()}
-    words = {False: "plain", True: "principled"}
+    sampling, optimizer = config.sampling, config.optimizer
+    new, chat = sampling.max_new_tokens, config.task.chat
 
-    def sampled(kind: bool) -> str:
-        rows = config.queries_per_iteration * sum(slot.principled is kind for slot in slots)
-        return (
-            f"{rows} rows in {math.ceil(rows / width)} chunks of {width} x [{prompt_bucket[kind]} prompt tokens"
-            f" (longest {longest[kind]}) + {new} new]"
-        )
+    def tokens(queries: Sequence[Query], principled: bool) -> list[Sequence[int]]:
+        return [prompts.render(q, principles if principled else None, tokenizer, chat=chat)[1] for q in queries]
+
+    def buckets(lengths: Iterable[int]) -> str:
+        return " or ".join(str(size) for size in sorted({bucket(n, sampling.bucket) for n in lengths}))
+
+    def sampled(principled: bool) -> str:
+        rows = config.queries_per_iteration * sum(slot.principled is principled for slot in slots)
+        # the loop computes what all principled prompts share once, and pads only the rest
+        shared = len(prompts.common_prefix(tokens(heldout[:64], True))) if principled and len(heldout) > 1 else 0
+        rest = buckets(len(ids) - shared for ids in tokens(train, principled))
+        prompt = f"{shared} shared + {rest}" if shared else rest
+        return f"{rows} rows, {sampling.width} at once, each [{prompt} prompt tokens + {new} new]"
 
     steps = config.queries_per_iteration // optimizer.batch_queries * optimizer.epochs
-    evaluations = 1 + math.ceil(config.iterations / every)
+    evaluations = 1 + math.ceil(config.iterations / config.eval.every)
     training_rows = config.iterations * config.queries_per_iteration * len(slots)
-    evaluation_rows = evaluations * len(heldout) * config.eval.samples
+    # the first evaluation samples principled responses too
+    evaluation_rows = (evaluations + 1) * len(heldout) * config.eval.samples
     passes = optimizer.batch_queries // optimizer.micro_queries
     tau = threshold.make(
         config.ple.schedule, tau_0=config.ple.tau_0, alpha=config.ple.alpha, iterations=config.iterations
@@ -93,13 +95,13 @@ def describe(
         + _table(
             [
                 ("queries", f"{config.queries_per_iteration} of the {len(train)} of {config.task.train}"),
-                *((f"generate {words[kind]}", sampled(kind)) for kind in kinds),
+                *((f"generate {_WORDS[kind]}", sampled(kind)) for kind in sorted({s.principled for s in slots})),
                 ("reward", f"{config.reward.name}, transform {config.reward.transform}"),
                 (
                     "update",
                     f"{steps} optimiser steps of {optimizer.batch_queries} queries, each "
                     f"{passes} x [{optimizer.micro_queries} queries x "
-                    f"({prompt_bucket[False]} prompt tokens + up to {len(slots)} x {new})]",
+                    f"({buckets(map(len, tokens(train, False)))} prompt tokens + up to {len(slots)} x {new})]",
                 ),
             ]
         ),
@@ -119,7 +121,7 @@ def describe(
         ),
         f"Principles ({config.principles})\n{_visible(principles)}",
     ]
-    for kind in rendered:
-        text, ids = rendered[kind][0]
-        blocks.append(f"First query, {words[kind]} prompt: {len(ids)} tokens\n{_visible(text)}")
+    for principled, word in _WORDS.items():
+        text, ids = prompts.render(train[0], principles if principled else None, tokenizer, chat=chat)
+        blocks.append(f"First query, {word} prompt: {len(ids)} tokens\n{_visible(text)}")
     return "\n\n".join(blocks)

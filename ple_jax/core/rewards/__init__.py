@@ -1,0 +1,81 @@
+"""Rewards: (prompts, responses) -> one float per response. A module here has `make(**kwargs)`, which returns one."""
+
+import functools
+import importlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float64
+
+from ple_jax.core.config import UserError, names, suggestion
+from ple_jax.core.types import Reward
+
+
+def load(name: str, kwargs: Mapping[str, Any]) -> Reward:
+    """A reward by the name of a module here, or a function of your own as `package.module:function`.
+
+    Raises:
+        UserError: no such reward, a package it needs is missing, or keyword arguments that it does not take.
+    """
+    known = names("core/rewards", ".py")
+    if name in known:
+        make = importlib.import_module(f"{__name__}.{name}").make
+        try:
+            return make(**kwargs)
+        except TypeError as error:
+            raise UserError(f"config.reward.kwargs {dict(kwargs)!r}: {error}") from error
+    module, _, function = name.partition(":")
+    if not function:
+        raise UserError(
+            f"config.reward.name {name!r} is not one of {', '.join(known)}{suggestion(name, known)};"
+            " a function of your own is package.module:function"
+        )
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"config.reward.name {name!r} does not import: {error}") from error
+    return functools.partial(found, **kwargs) if kwargs else found
+
+
+def score(reward: Reward, prompts: Sequence[str], responses: Sequence[str]) -> Float64[np.ndarray, " n"]:
+    """Calls the reward on plain prompts and responses.
+
+    Raises:
+        UserError: it gave another number of values, or one that is not finite (quotes prompt and response).
+    """
+    values = np.asarray(reward(prompts, responses), np.float64)
+    if values.shape != (len(responses),):
+        raise UserError(f"the reward gave values of shape {values.shape} for {len(responses)} responses; one each is needed")
+    bad = np.flatnonzero(~np.isfinite(values))
+    if bad.size:
+        i = bad[0]
+        raise UserError(
+            f"the reward of {bad.size} of {len(values)} responses is not finite: {values[i]} for prompt"
+            f" {prompts[i][:80]!r}, response {responses[i][:80]!r}; mend the reward and give the same command again:"
+            " what was sampled is kept"
+        )
+    return values
+
+
+def transform(raw: Float64[np.ndarray, " n"], name: str) -> Float64[np.ndarray, " n"]:
+    """none | sigmoid | zscore | minmax. Statistics are pooled over all responses; zero spread gives 0.
+
+    Pooled, because statistics of each kind alone would erase the margin between the kinds. Beware: zscore on rewards that
+    have converged blows noise up to differences of 1.
+    """
+    raw = np.asarray(raw, np.float64)
+    match name:
+        case "none":
+            return raw
+        case "sigmoid":
+            return np.exp(-np.logaddexp(0.0, -raw))
+        case "zscore":
+            return _scaled(raw - raw.mean(), raw.std())
+        case "minmax":
+            return _scaled(raw - raw.min(), raw.max() - raw.min())
+    raise UserError(f"config.reward.transform {name!r}: choose none, sigmoid, zscore or minmax")
+
+
+def _scaled(centred: np.ndarray, spread: float) -> np.ndarray:
+    return centred / spread if spread > 0 else np.zeros_like(centred)

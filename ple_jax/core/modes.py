@@ -1,0 +1,202 @@
+"""What `--mode` names: train, evaluate, generate, plan, export. Each takes (config, workdir, backend) and gives an exit code."""
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ple_jax.core import loop, peft, plan as planning, principles, report, rewards, sinks, tasks, workdir as files
+from ple_jax.core.config import BACKENDS, UserError
+from ple_jax.core.interrupt import Interrupted, Stop
+from ple_jax.core.progress import Progress
+from ple_jax.core.rollouts import Journal
+from ple_jax.core.types import Response
+
+
+def load_algorithm(name: str) -> ModuleType:
+    """The module of an algorithm: a name in ple_jax/algorithms, a Python file, or a dotted path.
+
+    Raises:
+        UserError: it does not import, or lacks one of the functions that the loop calls.
+    """
+    try:
+        if name.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(Path(name).stem, name)
+            assert spec is not None and spec.loader is not None  # the config was validated: the file exists
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(name if "." in name else f"ple_jax.algorithms.{name}")
+    except UserError:
+        raise
+    except Exception as error:  # the variant is the user's code: anything may come out of it
+        raise UserError(f"config.algorithm {name!r} does not import: {type(error).__name__}: {error}") from error
+    needed = ("collect", "schedule", "label", "batch", "make_loss", "needs_reference")
+    if missing := [function for function in needed if not hasattr(module, function)]:
+        raise UserError(
+            f"config.algorithm {name!r} lacks {', '.join(missing)}; start it with `from ple_jax.algorithms.ple import *`"
+        )
+    return module
+
+
+@contextmanager
+def open_run(config: Any, workdir: Path, backend: str) -> Iterator[loop.Run]:
+    """Everything a run needs, cheap checks first: task, principles, reward and algorithm before any weights are read."""
+    train, heldout = tasks.load(config.task.train), tasks.load(config.task.heldout)
+    tasks.check_disjoint(train, heldout)
+    text = principles.load(config.principles)
+    reward = rewards.load(config.reward.name, config.reward.kwargs.to_dict())
+    algorithm = load_algorithm(config.algorithm)
+    loss = algorithm.make_loss(config)
+    again = f"stopped; nothing finished is lost: give the same command again to continue in {workdir}"
+    with Stop(message=again) as stop, Progress(config.iterations) as progress:
+        progress.phase("load", 1)
+        module = importlib.import_module(BACKENDS[backend])
+        loaded = module.load(config)
+        built = module.build(config, loaded)
+        progress.advance(1)
+        for note in module.notes(built):
+            progress.log(note)
+        stop.check()
+        outputs = sinks.make(config.sinks, workdir, config.to_dict())
+        yield loop.Run(
+            config, workdir, built, loaded.tokenizer, loaded.eos, loaded.name, algorithm, loss, reward, text, train,
+            heldout, outputs, progress, stop, loop.Clock(),
+        )  # fmt: skip
+
+
+def train(config: Any, workdir: Path, backend: str) -> int:
+    """Runs Algorithm 1 to its end, or goes on where it stood."""
+    with files.lock(workdir):
+        files.claim(workdir, config.to_dict(), backend)
+        if (done := files.read_json(workdir / "summary.json")) is not None:
+            low, high = done["heldout_gain_ci95"]
+            print(
+                f"{workdir} is finished: held-out reward {done['heldout_reward_before']:.3f} ->"
+                f" {done['heldout_reward_after']:.3f} (gain {low:.3f} to {high:.3f}); see {workdir / 'report.html'}"
+            )
+            return 0
+        try:
+            with open_run(config, workdir, backend) as run:
+                files.write_json(workdir / "environment.json", run.backend.environment())
+                state = loop.train(run)
+                export_adapter(run)
+                summary = loop.summary(run, backend, state)
+                files.write_json(workdir / "summary.json", summary)
+                page = report.write(workdir)
+        except Interrupted as stopped:
+            print(f"{stopped}: stopped; give the same command again to continue in {workdir}", file=sys.stderr)
+            return 128 + stopped.number
+    low, high = summary["heldout_gain_ci95"]
+    print(
+        f"held-out reward {summary['heldout_reward_before']:.3f} -> {summary['heldout_reward_after']:.3f}"
+        f" (95% interval of the gain {low:.3f} to {high:.3f}) in {summary['wall_seconds']:.0f} s"
+    )
+    print(f"report: {page}\nadapter: {workdir / 'adapter'}")
+    return 0
+
+
+def _trained(config: Any, workdir: Path, backend: str) -> None:
+    """Checks that `workdir` is a run of this config with something in it."""
+    if not (workdir / "config.json").exists():
+        raise UserError(f"--workdir={workdir} holds no run; train one first: --mode=train")
+    files.claim(workdir, config.to_dict(), backend)
+
+
+def _restore(run: loop.Run) -> dict[str, Any]:
+    state = run.backend.restore(run.workdir / "checkpoints")
+    if state is None:
+        raise UserError(f"{run.workdir / 'checkpoints'} holds no checkpoint yet; train first: --mode=train")
+    return state
+
+
+@contextmanager
+def _on_run(config: Any, workdir: Path, backend: str) -> Iterator[tuple[loop.Run, dict[str, Any]]]:
+    with files.lock(workdir):
+        _trained(config, workdir, backend)
+        with open_run(config, workdir, backend) as run:
+            yield run, _restore(run)
+
+
+def evaluate(config: Any, workdir: Path, backend: str) -> int:
+    """Scores the held-out queries with the newest checkpoint and prints the result; reuses what training evaluated."""
+    with _on_run(config, workdir, backend) as (run, state):
+        rollouts, _ = loop.evaluate(run, state["iteration"], loop.renderer(run))
+    reward = loop.mean_rewards(rollouts)
+    low, high = loop.measure.bootstrap_ci(reward, seed=config.seed)
+    print(
+        f"iteration {state['iteration']}: held-out reward {reward.mean():.4f} (95% interval {low:.4f} to {high:.4f})"
+        f" over {len(rollouts)} queries x {config.eval.samples} samples"
+    )
+    return 0
+
+
+def generate(config: Any, workdir: Path, backend: str) -> int:
+    """Prints responses of the newest checkpoint to the held-out queries, plain and principled, and keeps them."""
+    with _on_run(config, workdir, backend) as (run, state):
+        path = workdir / "responses" / f"iter_{state['iteration']:04d}.jsonl"
+        journal = Journal(path.parent, state["iteration"])
+        if (rollouts := journal.read()) is None:
+            slots = run.algorithm.collect(config)
+            rollouts = loop.score(run, loop.sample(run, run.heldout, slots, journal, loop.GENERATE, loop.renderer(run)))
+            journal.complete(rollouts)
+    for rollout in rollouts:
+        print(f"\n{rollout.query_id}  {rollout.prompt}")
+        for r in rollout.responses:
+            print(f"  {_label(r)}  {r.text!r}")
+    print(f"\nkept in {path}")
+    return 0
+
+
+def _label(response: Response) -> str:
+    return f"{response.kind:<11}{response.reward:+.3f}"
+
+
+def export_adapter(run: loop.Run) -> Path:
+    """The adapter in PEFT's layout, in the work directory."""
+    lora, folder = run.config.lora, run.workdir / "adapter"
+    peft.write(
+        folder,
+        run.backend.adapter(),
+        rank=lora.rank,
+        alpha=lora.alpha,
+        targets=list(lora.targets),
+        base_model=run.base_model,
+    )
+    return folder
+
+
+def export(config: Any, workdir: Path, backend: str) -> int:
+    """Writes the newest checkpoint's adapter in PEFT's layout."""
+    with _on_run(config, workdir, backend) as (run, state):
+        folder = export_adapter(run)
+    print(f"adapter of iteration {state['iteration']}: {folder} (PEFT layout, base model {run.base_model})")
+    return 0
+
+
+def plan(config: Any, workdir: Path, backend: str) -> int:
+    """Prints what `train` would do: sizes, shapes, steps, and the prompts as the model sees them."""
+    train_set, heldout = tasks.load(config.task.train), tasks.load(config.task.heldout)
+    tasks.check_disjoint(train_set, heldout)
+    text = principles.load(config.principles)
+    algorithm = load_algorithm(config.algorithm)
+    module = importlib.import_module(BACKENDS[backend])
+    loaded = module.load(config)
+    parameters, adapter_parameters = module.count(config, loaded)
+    print(
+        planning.describe(
+            config,
+            tokenizer=loaded.tokenizer,
+            parameters=parameters,
+            adapter_parameters=adapter_parameters,
+            train=train_set,
+            heldout=heldout,
+            principles=text,
+            slots=algorithm.collect(config),
+        )
+    )
+    return 0

@@ -1,0 +1,14 @@
+"""A toy for the tiny config: the share of some letters among a response's characters, which any model can learn."""
+
+from collections.abc import Sequence
+
+from ple_jax.core.types import Reward
+
+
+def make(*, letters: str = "aeiou") -> Reward:
+    """The share of `letters` among the characters of the response; 0 for an empty one."""
+
+    def reward(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        return [sum(c in letters for c in response) / max(len(response), 1) for response in responses]
+
+    return reward

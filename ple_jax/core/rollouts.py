@@ -1,0 +1,171 @@
+"""The journal of rollouts: what was sampled, written once, atomically, and read by resume, report and evaluation.
+
+While an iteration is being sampled its finished chunks are appended to iter_0003.partial.jsonl; when it is complete and
+labelled, iter_0003.jsonl takes its place. Also here: how the rows of an iteration are cut into chunks, and the noise
+they are sampled with. All of it depends on the config and the data alone, never on what happens to remain.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32
+
+from ple_jax.core.config import UserError
+from ple_jax.core.types import Response, Rollout
+
+
+def bucket(length: int, smallest: int) -> int:
+    """The smallest of smallest, 2 * smallest, 4 * smallest ... that holds `length` tokens."""
+    size = smallest
+    while size < length:
+        size *= 2
+    return size
+
+
+def plan_chunks(groups: Sequence[Hashable], width: int) -> list[list[int]]:
+    """Cuts rows into chunks of at most `width` rows of one group, in order of first appearance.
+
+    Args:
+        groups: the group of every row, e.g. its prompt bucket.
+        width: rows decoded at once.
+    """
+    members: dict[Hashable, list[int]] = {}
+    for row, group in enumerate(groups):
+        members.setdefault(group, []).append(row)
+    return [rows[i : i + width] for rows in members.values() for i in range(0, len(rows), width)]
+
+
+def uniforms(seed: int, iteration: int, query_id: str, kind: str, sample: int, n: int) -> Float32[np.ndarray, " n"]:
+    """The noise of one response, in [0, 1): a function of all these arguments and of nothing else.
+
+    numpy's Philox, keyed by a hash of the arguments. 24 random bits each: float32 holds them exactly, so that none rounds
+    up to 1.
+    """
+    what = json.dumps([seed, iteration, query_id, kind, sample]).encode()
+    key = int.from_bytes(hashlib.blake2b(what, digest_size=16).digest(), "little")
+    bits = np.random.Generator(np.random.Philox(key=key)).integers(0, 2**24, n, dtype=np.uint32)
+    return (bits * 2.0**-24).astype(np.float32)
+
+
+class Journal:
+    """The rollouts of one iteration in `directory`."""
+
+    def __init__(self, directory: Path, iteration: int):
+        self.path = directory / f"iter_{iteration:04d}.jsonl"
+        self.partial = directory / f"iter_{iteration:04d}.partial.jsonl"
+
+    def read(self) -> list[Rollout] | None:
+        """The complete iteration; None if it is not complete."""
+        return read(self.path) if self.path.exists() else None
+
+    def finished_chunks(self) -> dict[int, list[Response]]:
+        """The chunks that were finished before. A torn last line is cut off the file: appending goes on after it."""
+        if not self.partial.exists():
+            return {}
+        data = self.partial.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        if len(whole) < len(data):
+            with self.partial.open("r+b") as file:
+                file.truncate(len(whole))
+                os.fsync(file.fileno())
+        lines = [json.loads(line) for line in whole.splitlines()]
+        return {line["chunk"]: [_response(r) for r in line["responses"]] for line in lines}
+
+    def append(self, chunk: int, responses: Sequence[Response]) -> None:
+        """One finished chunk; on return it is on disk."""
+        self.partial.parent.mkdir(parents=True, exist_ok=True)
+        with self.partial.open("a", encoding="utf-8") as file:
+            file.write(_dumps({"chunk": chunk, "responses": [_plain(r) for r in responses]}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def complete(self, rollouts: Sequence[Rollout]) -> None:
+        """The whole iteration, in one step; the chunks are removed."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(_dumps(_line(r)) + "\n" for r in rollouts)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self.path)
+        directory = os.open(self.path.parent, os.O_RDONLY)
+        os.fsync(directory)
+        os.close(directory)
+        self.partial.unlink(missing_ok=True)
+
+
+def read(path: Path) -> list[Rollout]:
+    """The rollouts of a complete iteration.
+
+    Raises:
+        UserError: the file is not such a journal; names file and line.
+    """
+    rollouts = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            raw = json.loads(line)
+            responses = tuple(_response(r) for r in raw["responses"])
+            rollouts.append(
+                Rollout(
+                    raw["query_id"],
+                    raw["prompt"],
+                    tuple(raw["prompt_tokens"]),
+                    responses,
+                    _number(raw["tau"]),
+                    _number(raw["margin"]),
+                    raw["decision"],
+                )
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}:{number} is not a line of rollouts ({error!r}); delete the file to sample it again")
+    return rollouts
+
+
+def _line(rollout: Rollout) -> dict[str, Any]:
+    return {
+        "query_id": rollout.query_id,
+        "prompt": rollout.prompt,
+        "prompt_tokens": list(rollout.prompt_tokens),
+        "tau": _json(rollout.tau),
+        "responses": [_plain(r) for r in rollout.responses],
+        "margin": _json(rollout.margin),
+        "decision": rollout.decision,
+    }
+
+
+def _plain(response: Response) -> dict[str, Any]:
+    return {
+        "kind": response.kind,
+        "sample": response.sample,
+        "tokens": list(response.tokens),
+        "text": response.text,
+        "finished": response.finished,
+        "reward": _json(response.reward),
+        "score": _json(response.score),
+        "weight": _json(response.weight),
+    }
+
+
+def _response(raw: dict[str, Any]) -> Response:
+    numbers = {name: _number(raw[name]) for name in ("reward", "score", "weight")}
+    return Response(tuple(raw["tokens"]), raw["finished"], raw["kind"], raw["sample"], raw["text"], **numbers)
+
+
+def _json(value: float) -> float | str | None:
+    if math.isnan(value):
+        return None
+    return value if math.isfinite(value) else str(value)
+
+
+def _number(value: float | str | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _dumps(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)

@@ -1,0 +1,90 @@
+"""The work directory: who may write to it, which config it belongs to, and how its files are written.
+
+    config.json  environment.json  metrics.jsonl  rollouts/  evaluations/  checkpoints/  adapter/  tensorboard/
+    report.html  summary.json (written last: it marks a finished run)
+"""
+
+import fcntl
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ple_jax.core.config import UserError, differing
+
+_FILES = ("config.json", "rollouts", "checkpoints", "adapter")
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Atomically; NaN and infinities become null and "inf"."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(_plain(value), file, indent=2, ensure_ascii=False, allow_nan=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    return value
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The file's content; None if there is no such file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+@contextmanager
+def lock(workdir: Path) -> Iterator[None]:
+    """One writer per work directory. The kernel frees the lock when the process ends, however it ends.
+
+    Raises:
+        UserError: another process holds it, or the folder cannot be written.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        handle = (workdir / ".lock").open("a+")
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be written: {error}") from error
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            handle.seek(0)
+            raise UserError(
+                f"--workdir={workdir} is in use by process {handle.read().strip() or 'unknown'};"
+                " wait for it, stop it, or give another --workdir"
+            ) from None
+        handle.truncate(0)
+        handle.write(f"{os.getpid()}\n")
+        handle.flush()
+        yield
+
+
+def claim(workdir: Path, config: Mapping[str, Any], backend: str) -> None:
+    """Writes config.json into a new work directory, or checks that an old one belongs to this config.
+
+    Raises:
+        UserError: it belongs to another config or backend (names the differing keys), or holds something else's files.
+    """
+    wanted = {"backend": backend, **_plain(config)}
+    found = read_json(workdir / "config.json")
+    if found is None:
+        if strangers := [name for name in _FILES if (workdir / name).exists()]:
+            raise UserError(f"--workdir={workdir} holds {strangers[0]} but no config.json; give an empty folder")
+        write_json(workdir / "config.json", wanted)
+    elif keys := differing(found, wanted):
+        raise UserError(
+            f"--workdir={workdir} belongs to another config, differing in {', '.join(keys)};"
+            " give the same config or another --workdir"
+        )

@@ -1,7 +1,7 @@
 """The whole pipeline on a random model of a few thousand parameters: for tests, and for reading along.
 
 Paper: Progressively Label Enhancement for Large Language Model Alignment, ICML 2025, arXiv:2408.02599. The reward
-counts letters, so that a model without any knowledge can learn it.
+counts lower-case letters, so that a model without any knowledge can learn it.
 
 Command: python -m ple_jax.main --config configs/tiny.py --workdir runs/tiny --backend=jax --mode=train
 Expected metric:
@@ -21,6 +21,7 @@ def get_config() -> ConfigDict:
     c.task.train = "tiny_train"
     c.task.heldout = "tiny_heldout"
     c.reward.name = "letters"
+    c.reward.kwargs = {"letters": "abcdefghijklmnopqrstuvwxyz"}
     c.sampling.max_new_tokens = 8
     c.sampling.width = 8
     c.sampling.bucket = 16

@@ -211,7 +211,7 @@ class JaxBackend:
         self._accumulate = jax.jit(functools.partial(jax.tree.map, jnp.add), donate_argnums=0)
         self._apply = jax.jit(
             functools.partial(apply_gradients, self._transform),
-            donate_argnums=(0, 1, 2),
+            donate_argnums=(0, 1),  # of the gradients no output has the shape left over
             out_shardings=(*self._place, sharding.replicated(mesh)),
         )
 

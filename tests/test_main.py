@@ -44,7 +44,7 @@ class TestParse:
             "--config.optimizer.lr",
             "2e-3",
             "--config.task.chat",
-            "--noconfig.model.remat",
+            "--noconfig.task.chat",
             "--config.reward.kwargs={'k': 1, 'words': ['a']}",
             "--config.lora.targets=('q_proj','v_proj')",
             "--config.ple.percentile=(0.5, 1)",
@@ -58,7 +58,6 @@ class TestParse:
                 "iterations": 3,
                 "ple.tau_0": float("inf"),
                 "optimizer.lr": 2e-3,
-                "task.chat": True,
                 "lora.targets": ("q_proj", "v_proj"),
                 "ple.percentile": (0.5, 1),
                 "sft.data": "warm.jsonl",
@@ -69,6 +68,9 @@ class TestParse:
         assert run[1:] == (tmp_path, "jax", "evaluate")
         with pytest.raises(AttributeError):
             run.config.seed = 1
+
+    def test_a_boolean_needs_no_value(self):
+        assert parse(DEFAULT, "--mode=plan", "--config.task.chat").config.task.chat is True
 
     def test_plan_needs_no_workdir(self):
         assert parse(DEFAULT, "--mode=plan")[1:] == (Path("."), "jax", "plan")

@@ -102,10 +102,11 @@ def batch(rollouts: Sequence[Rollout], config: Any) -> Batch:
       A Batch with k = 2 and this data, float32, one value per query unless said otherwise:
         ranked: 1 for ranked pairs, 0 for the others.
         weights: [query, 2] blend weights; 0 on ranked pairs.
-        pair_weights: factor on the ranking loss; 1 but for selection=percentile (`pairing.batch_weights`).
+        pair_weights: factor on the ranking loss; 1 but for selection=percentile (`pairing.batch_weights`), where dropped
+          pairs have 0 and the others make up for them.
         normaliser: the mean response length of the whole batch, in tokens; 1 with length_norm=response.
         swapped: 1 where row 0 is the principled response.
-        valid: 0 where selection=percentile dropped the pair: the loss is a mean over the others.
+        valid: 1.
 
     Raises:
       UserError: a response without tokens, or an unknown ple.length_norm or ple.percentile_weights.
@@ -119,10 +120,9 @@ def batch(rollouts: Sequence[Rollout], config: Any) -> Batch:
     weights = np.array([[rollout.responses[i].weight for i in pick] for rollout, pick in zip(rollouts, picks, strict=True)])
     pair_weights = np.ones(len(rollouts))
     swapped = np.array([pick == (1, 0) for pick in picks])
-    valid = packed.data["valid"]
     if ple.selection == "percentile":
         pair_weights = pairing.batch_weights(weights[:, 1], how=ple.percentile_weights)
-        weights, swapped, valid = np.zeros_like(weights), np.zeros_like(swapped), ranked
+        weights, swapped = np.zeros_like(weights), np.zeros_like(swapped)
     if ple.length_norm not in ("batch", "response"):
         raise UserError(f"ple.length_norm = {ple.length_norm!r}: choose batch or response")
     normaliser = packed.response_mask.sum(axis=-1).mean() if ple.length_norm == "batch" else 1.0
@@ -132,9 +132,8 @@ def batch(rollouts: Sequence[Rollout], config: Any) -> Batch:
         "pair_weights": pair_weights,
         "normaliser": np.full(len(rollouts), normaliser),
         "swapped": swapped,
-        "valid": valid,
     }
-    return packed._replace(data={name: value.astype(np.float32) for name, value in data.items()})
+    return packed._replace(data=packed.data | {name: value.astype(np.float32) for name, value in data.items()})
 
 
 def _order(rollout: Rollout, selection: str) -> tuple[int, int]:
@@ -168,15 +167,15 @@ def make_loss(config: Any) -> Loss:
 
     def loss(outputs: Outputs, batch: Batch) -> tuple[Array, dict[str, Array]]:
         data, mask = batch.data, batch.response_mask
-        ranked, normaliser = data["ranked"], data["normaliser"]
+        xp = array_namespace(outputs.logprobs)
+        ranked = data["ranked"]
+        normaliser = xp.clip(data["normaliser"], min=1.0)  # 0 on rows that only fill the shape: 0 / 0 would be nan
         lp = losses.mean_logprob(outputs.logprobs, mask)
         sumlp = likelihood(outputs.logprobs, mask)
         rank_loss = ranked * data["pair_weights"] * rank(outputs, batch)
         sft_loss = ranked * data["pair_weights"] * -sumlp[:, 1] / normaliser
         blend_loss = (1 - ranked) * losses.blend(sumlp, data["weights"], normaliser=normaliser)
         value = rank_weight * (rank_loss + rank_sft_weight * sft_loss) + blend_weight * blend_loss
-
-        xp = array_namespace(lp)
         metrics = {
             "ranked": ranked,
             "rank_loss": rank_loss,

@@ -52,7 +52,7 @@ def percentile(margin: ArrayLike, *, share: float, temperature: float) -> Float[
 
 
 def batch_weights(weights: ArrayLike, *, how: str) -> Float[np.ndarray, " pairs"]:
-    """What the weights of `percentile` do to the pairs of one optimiser batch, as factors in a plain mean over its kept pairs.
+    """What the weights of `percentile` do to the pairs of one optimiser batch, as factors in a mean over all its pairs.
 
     Args:
       weights: of every pair of the optimiser batch; 0 drops a pair.
@@ -60,23 +60,25 @@ def batch_weights(weights: ArrayLike, *, how: str) -> Float[np.ndarray, " pairs"
         averaged before it is weighted, so that the weights cancel and every kept pair counts the same.
 
     Returns:
-      One factor per pair, 0 for dropped pairs; their mean over the kept ones is 1.
+      One factor per pair, 0 for dropped pairs, with mean 1; all 0 where every pair is dropped.
 
     Raises:
       UserError: unknown `how`.
 
-    >>> batch_weights([1.0, 0.5, 0.0], how="as_intended").round(3).tolist()
-    [1.333, 0.667, 0.0]
+    >>> batch_weights([1.0, 0.5, 0.0], how="as_intended").tolist()
+    [2.0, 1.0, 0.0]
     >>> batch_weights([1.0, 0.5, 0.0], how="as_released").tolist()
-    [1.0, 1.0, 0.0]
+    [1.5, 1.5, 0.0]
     """
     weights = np.asarray(weights, np.float64)
-    kept = weights > 0
-    if how == "as_released":
-        return kept.astype(np.float64)
-    if how == "as_intended":
-        return weights / weights[kept].mean() if kept.any() else weights
-    raise UserError(f"ple.percentile_weights = {how!r}: choose as_intended or as_released")
+    match how:
+        case "as_intended":
+            factors = weights
+        case "as_released":
+            factors = (weights > 0).astype(np.float64)
+        case _:
+            raise UserError(f"ple.percentile_weights = {how!r}: choose as_intended or as_released")
+    return factors * len(factors) / (factors.sum() if factors.any() else 1.0)
 
 
 def softmax(rewards: ArrayLike, *, temperature: float) -> Float[np.ndarray, "*queries k"]:

@@ -47,13 +47,13 @@ class Progress:
         self._total_iterations = total_iterations
         self._console = console or Console()
         self._clock = clock
-        self._live = Live(console=self._console, get_renderable=self._render, refresh_per_second=4)
         self._iteration = self._finished = 0
         self._numbers = ""
         self._phase = ""
         self._done = self._total = self._tokens = 0
         self._run_start = self._iteration_start = self._phase_start = clock()
         self._last_duration: float | None = None
+        self._live = Live(console=self._console, get_renderable=self._render, refresh_per_second=4)
 
     def __enter__(self) -> Self:
         if self._console.is_interactive:

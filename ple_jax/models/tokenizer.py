@@ -94,9 +94,14 @@ def from_folder(path: str | Path) -> PreTrainedTokenizerFast:
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """The tiny model's tokenizer: token id = byte of the UTF-8 text; 256 is <|eos|>, 257 is <|pad|>."""
-    vocab = {f"<0x{byte:02X}>": byte for byte in range(256)}
-    backend = Tokenizer(models.BPE(vocab, [], byte_fallback=True))
-    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    # GPT-2's printable stand-ins: bytes that print as themselves, the others from U+0100 on. (A decoder of byte fallback
+    # would give nothing but replacement characters for a text with one invalid byte.)
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    stand_in = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    backend = Tokenizer(models.BPE({stand_in[byte]: byte for byte in range(256)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
     backend.add_tokens([AddedToken(token, normalized=False, special=True) for token in ("<|eos|>", "<|pad|>")])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,

@@ -83,8 +83,8 @@ def get_config() -> ConfigDict:
 
     c.eval = ConfigDict()
     c.eval.every = 1  # iterations between evaluations; the first and the last are always evaluated
-    c.eval.samples = 2  # responses per held-out query
-    c.eval.diagnostic_queries = 16  # queries of an iteration on which KL, entropy and hinge_active are measured
+    c.eval.samples = 1  # responses per held-out query
+    c.eval.diagnostic_queries = 8  # queries of an iteration on which KL, entropy and hinge_active are measured
 
     c.mesh = ConfigDict()  # devices along each axis; their product must be the number of devices used
     c.mesh.data = 1

@@ -1,9 +1,8 @@
 """The losses, as pure functions on arrays: one file for numpy, JAX and torch, through the array-API standard.
 
-Every function returns one value per example and leaves the reduction to the caller. Log-probabilities are in nats, values in
-the dtype of the first argument (backends pass float32). Index 0 of a pair is the plain (or losing) response, 1 the principled
-(or winning) one. Masks may be boolean or 0/1 arrays of the same library. Nothing here needs a stop-gradient: whatever is
-constant was computed before and comes in as an argument.
+Every function returns one value per example and leaves the reduction to the caller. Log-probabilities are in nats,
+values in the dtype of the first argument (backends pass float32). Masks may be boolean or 0/1 arrays. Nothing here
+needs a stop-gradient: whatever is constant was computed before and comes in as an argument.
 
 References: PLE, arXiv:2408.02599; DPO, arXiv:2305.18290; RRHF, arXiv:2304.05302.
 """
@@ -145,8 +144,8 @@ def blend(
     Args:
       sumlp: `sum_logprob` of each response, nats.
       weights: weight of each response, usually summing to 1 over k.
-      normaliser: the mean response length C of the whole optimiser batch, in tokens. Not each response's own length: on a
-        model's own samples that has an expected gradient towards shorter responses, where a common C has none.
+      normaliser: the mean response length C of the whole optimiser batch, in tokens. Not each response's own length: on
+        a model's own samples that has an expected gradient towards shorter responses, where a fixed C has none.
 
     >>> import numpy as np
     >>> blend(np.array([[-8.0, -4.0]]), np.array([[0.25, 0.75]]), normaliser=2.0).tolist()

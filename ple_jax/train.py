@@ -14,11 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Float32, Int, Int32
+from jaxtyping import Array, Float, Float32, Int
 from ml_collections import ConfigDict
 
 from ple_jax import checkpoint, generate, lora, sharding
-from ple_jax.core.config import UserError
 from ple_jax.core.rollouts import bucket
 from ple_jax.core.types import Batch, Loss, Outputs, Response, Sampling
 from ple_jax.models import checkpoint as weights
@@ -196,7 +195,9 @@ class JaxBackend:
         fuse = functools.partial(lora.fuse, model, scale=scale)
         self._fuse = fuse
         self._generate = jax.jit(
-            lambda base, adapter, *data, sampling: generate.generate(model, base, fuse(adapter), *data, sampling=sampling),
+            lambda base, adapter, *data, sampling: generate.generate(
+                model, base, fuse(adapter), *data, sampling=sampling
+            ),
             static_argnames="sampling",
         )
         self._outputs = jax.jit(

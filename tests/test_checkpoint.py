@@ -19,7 +19,6 @@ from ple_jax.models.config import ModelConfig
 from ple_jax.models.tokenizer import byte_tokenizer
 
 
-
 def save(folder: Path, *, dtype=torch.float32, shard="1GB", **options) -> LlamaForCausalLM:
     settings = dict(
         vocab_size=258, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,

@@ -78,7 +78,9 @@ def test_adapter_equals_peft(scan):
     assert np.abs(np.asarray(ours - without))[mask].max() > 0.1  # the adapter does something
 
 
-@pytest.mark.parametrize("targets", [("q_proj",), ("k_proj", "v_proj"), ("up_proj",), ("o_proj", "down_proj", "gate_proj")])
+@pytest.mark.parametrize(
+    "targets", [("q_proj",), ("k_proj", "v_proj"), ("up_proj",), ("o_proj", "down_proj", "gate_proj")]
+)
 def test_some_targets_only(targets):
     """An adapter on some modules equals the weights with that adapter merged in."""
     adapter = {p: m for p, m in tiny.random_adapter(tiny.CONFIG).items() if p.rsplit(".", 1)[1] in targets}
@@ -145,7 +147,9 @@ def test_remat_changes_no_gradient(remat, scan):
 
     def gradient(remat):
         model, base = build(scan=scan, remat=remat)
-        return jax.grad(lambda a: (full_logits(model, base, lora.fuse(model, a, 2.0), tokens, mask) ** 2).sum())(adapter)
+        return jax.grad(lambda a: (full_logits(model, base, lora.fuse(model, a, 2.0), tokens, mask) ** 2).sum())(
+            adapter
+        )
 
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-2), gradient("none"), gradient(remat))
 

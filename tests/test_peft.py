@@ -13,7 +13,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from ple_jax.core import peft
 from ple_jax.core.config import UserError
 
-
 RANK, ALPHA = 4, 6.0
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

@@ -1,7 +1,8 @@
 """Progressively Label Enhancement (arXiv:2408.02599, Alg. 1): what to sample, which pairs to rank, and their loss.
 
-A variant is a file that starts with `from ple_jax.algorithms.ple import *` and overrides one of the functions below. `config`
-is the whole configuration (configs/default.py); the formulas live in `losses`, `core.pairing` and `core.threshold`.
+A variant is a file that starts with `from ple_jax.algorithms.ple import *` and overrides one of the functions below.
+`config` is the whole configuration (configs/default.py); the formulas live in `losses`, `core.pairing` and
+`core.threshold`.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ __all__ = ["batch", "collect", "label", "make_loss", "needs_reference", "schedul
 
 
 def collect(config: Any) -> tuple[Slot, ...]:
-    """The responses to sample for each query: one plain, one principled; for selection=percentile `samples` plain ones."""
+    """The responses to sample for a query: a plain and a principled one, or `ple.samples` plain ones (percentile)."""
     if config.ple.selection == "percentile":
         return tuple(Slot("plain", False, sample) for sample in range(config.ple.samples))
     return Slot("plain", False), Slot("principled", True)
@@ -44,10 +45,10 @@ def label(rollouts: Sequence[Rollout], tau: float, iteration: int, config: Any) 
       config: reads ple.selection, ple.blend and their options.
 
     Returns:
-      The same rollouts, labelled. `margin` is the score of the principled response minus that of the plain one. "blended"
-      pairs carry the blend weights; the responses of "ranked" pairs have weight 0, since they are not blended. With
-      selection=percentile `margin` is best minus worst, decision is "ranked", or "dropped" where the best is no better than
-      the worst, and the best response carries the weight of its pair, all others 0.
+      The same rollouts, labelled. `margin` is the score of the principled response minus that of the plain one.
+      "blended" pairs carry the blend weights; the responses of "ranked" pairs have weight 0: they are not blended.
+      With selection=percentile `margin` is best minus worst, decision is "ranked", or "dropped" where the best is no
+      better than the worst, and the best response carries the weight of its pair, all others 0.
 
     Raises:
       UserError: unknown selection or blend.
@@ -70,9 +71,7 @@ def label(rollouts: Sequence[Rollout], tau: float, iteration: int, config: Any) 
             tau=tau,
             margin=float(margin[i]),
             decision=str(decision[i]),
-            responses=tuple(
-                r._replace(weight=float(w)) for r, w in zip(rollout.responses, weights[i], strict=True)
-            ),
+            responses=tuple(r._replace(weight=float(w)) for r, w in zip(rollout.responses, weights[i], strict=True)),
         )
         for i, rollout in enumerate(rollouts)
     ]
@@ -88,22 +87,22 @@ def _ranked(selection: str, margin: np.ndarray, tau: float) -> np.ndarray:
 
 
 def needs_reference(config: Any) -> bool:
-    """True if the loss reads data["reference_logprobs"], [query, k, response_len]: the reference's, of the same tokens."""
+    """True if the loss reads data["reference_logprobs"], [query, k, response_len], of the batch's own tokens."""
     return config.ple.rank == "dpo"
 
 
 def batch(rollouts: Sequence[Rollout], config: Any) -> Batch:
     """One optimiser batch, all its queries at once, from labelled rollouts.
 
-    Row 0 of a query is its plain response and row 1 its principled one, except that with selection=symmetric a ranked pair,
-    and with selection=percentile every pair, stands as (loser, winner).
+    Row 0 of a query is its plain response and row 1 its principled one, except that with selection=symmetric a ranked
+    pair, and with selection=percentile every pair, stands as (loser, winner).
 
     Returns:
       A Batch with k = 2 and this data, float32, one value per query unless said otherwise:
         ranked: 1 for ranked pairs, 0 for the others.
         weights: [query, 2] blend weights; 0 on ranked pairs.
-        pair_weights: factor on the ranking loss; 1 but for selection=percentile (`pairing.batch_weights`), where dropped
-          pairs have 0 and the others make up for them.
+        pair_weights: factor on the ranking loss; 1 but for selection=percentile (`pairing.batch_weights`), where
+          dropped pairs have 0 and the others make up for them.
         normaliser: the mean response length of the whole batch, in tokens; 1 with length_norm=response.
         swapped: 1 where row 0 is the principled response.
         valid: 1.
@@ -113,11 +112,9 @@ def batch(rollouts: Sequence[Rollout], config: Any) -> Batch:
     """
     ple = config.ple
     picks = [_order(rollout, ple.selection) for rollout in rollouts]
-    packed = pack(
-        rollouts, picks, prompt_multiple=config.sampling.bucket, response_len=config.sampling.max_new_tokens
-    )
+    packed = pack(rollouts, picks, prompt_multiple=config.sampling.bucket, response_len=config.sampling.max_new_tokens)
     ranked = np.array([rollout.decision == "ranked" for rollout in rollouts])
-    weights = np.array([[rollout.responses[i].weight for i in pick] for rollout, pick in zip(rollouts, picks, strict=True)])
+    weights = np.array([[r.responses[i].weight for i in pick] for r, pick in zip(rollouts, picks, strict=True)])
     pair_weights = np.ones(len(rollouts))
     swapped = np.array([pick == (1, 0) for pick in picks])
     if ple.selection == "percentile":
@@ -151,10 +148,11 @@ def make_loss(config: Any) -> Loss:
     rank_weight * ranked * (L_rank + rank_sft_weight * L_sft(winner)) + blend_weight * blended * L_blend
 
     Returns:
-      A function (outputs, batch) -> (value per query, metrics per query) on numpy, JAX or torch arrays. The step's loss is
-      sum(value * valid) / sum(valid) over the optimiser batch. Metrics, each 0 where it does not apply: `ranked`,
-      `rank_loss`, `blend_loss`, `hinge_active` (a ranked pair that is not yet in order by rank_margin; divide its sum by
-      that of `ranked`), `lp_plain`, `lp_principled` (nats per token; of loser and winner with selection=percentile).
+      A function (outputs, batch) -> (value per query, metrics per query) on numpy, JAX or torch arrays. The step's loss
+      is sum(value * valid) / sum(valid) over the optimiser batch. Metrics, each 0 where it does not apply: `ranked`,
+      `rank_loss`, `blend_loss`, `hinge_active` (a ranked pair whose winner does not lead yet, or not by the hinge's
+      margin; divide its sum by that of `ranked`), `lp_plain`, `lp_principled` (nats per token; of loser and winner with
+      selection=percentile).
 
     Raises:
       UserError: unknown ple.rank.

@@ -42,8 +42,8 @@ def pack(
             tokens = rollout.responses[pick].tokens
             if not 0 < len(tokens) <= response_len:
                 raise UserError(
-                    f"query {rollout.query_id!r}: response {pick} has {len(tokens)} tokens, where 1 to {response_len} are "
-                    "needed; leave the query out, or change sampling.max_new_tokens"
+                    f"query {rollout.query_id!r}: response {pick} has {len(tokens)} tokens, "
+                    f"where 1 to {response_len} are needed; leave this query out"
                 )
             response[i, j, : len(tokens)] = tokens
             response_mask[i, j, : len(tokens)] = True

@@ -24,7 +24,20 @@ from ple_jax.core.interrupt import Stop
 from ple_jax.core.progress import Progress
 from ple_jax.core.rollouts import Journal, bucket, plan_chunks, read, uniforms
 from ple_jax.core.sinks import truncate_jsonl
-from ple_jax.core.types import Backend, Batch, Loss, Outputs, Query, Response, Reward, Rollout, Sampling, Sink, Slot, Tokenizer
+from ple_jax.core.types import (
+    Backend,
+    Batch,
+    Loss,
+    Outputs,
+    Query,
+    Response,
+    Reward,
+    Rollout,
+    Sampling,
+    Sink,
+    Slot,
+    Tokenizer,
+)
 
 # iteration numbers of noise that is not an iteration's: every evaluation draws with the same
 HELDOUT, GENERATE = -1, -2
@@ -81,7 +94,14 @@ def train(run: Run) -> dict[str, Any]:
     config, schedule = run.config, run.algorithm.schedule(run.config)
     state = run.backend.restore(run.workdir / "checkpoints")
     if state is None:
-        state = {"iteration": 0, "step": 0, "generated_tokens": 0, "training_tokens": 0, "wall_seconds": 0.0, "metrics": {}}
+        state = {
+            "iteration": 0,
+            "step": 0,
+            "generated_tokens": 0,
+            "training_tokens": 0,
+            "wall_seconds": 0.0,
+            "metrics": {},
+        }
         state["environment"] = run.backend.environment()
         warm_up(run, state)
         commit(run, state)
@@ -154,7 +174,9 @@ def _as_rollout(run: Run, query: Query, chat: bool) -> Rollout:
     _, ids = prompts.render(query, None, run.tokenizer, chat=chat)
     # a completion is the whole of what is wanted: it ends with EOS, which here is part of the data
     tokens = (*run.tokenizer.encode(query.completion, add_special_tokens=False), *run.eos[:1])
-    return Rollout(query.id, query.prompt, tuple(ids), (Response(tokens, True, kind="reference", text=query.completion),))
+    return Rollout(
+        query.id, query.prompt, tuple(ids), (Response(tokens, True, kind="reference", text=query.completion),)
+    )
 
 
 # ---------------------------------------------------------------- sampling
@@ -310,7 +332,9 @@ def update(run: Run, rollouts: Sequence[Rollout], state: dict[str, Any]) -> dict
             run.stop.check()
             batch = with_reference(run, run.algorithm.batch(groups[group], config))
             lr = optimizer.lr * min(1.0, (state["step"] + 1) / max(1, optimizer.warmup_steps))
-            collected.append(run.backend.update(micro_batches(batch, optimizer.micro_queries), run.loss, lr=lr) | {"lr": lr})
+            collected.append(
+                run.backend.update(micro_batches(batch, optimizer.micro_queries), run.loss, lr=lr) | {"lr": lr}
+            )
             state["step"] += 1
             trained = int(batch.prompt_mask.sum() + batch.response_mask.sum())
             tokens += trained
@@ -318,7 +342,7 @@ def update(run: Run, rollouts: Sequence[Rollout], state: dict[str, Any]) -> dict
     after = diagnose(run, diagnosed, with_loss=True)
     means = {name: float(np.mean([m[name] for m in collected])) for name in ("loss", "grad_norm")}
     # lp_* are those after the update: what a user compares from one iteration to the next
-    named = {name: after[name] for name in ("lp_plain", "lp_principled") if name in after}
+    named: dict[str, float] = {name: after[name] for name in ("lp_plain", "lp_principled") if name in after}
     for name in ("hinge_active", "lp_plain", "lp_principled"):
         if name in before:
             named |= {f"{name}_before": before[name], f"{name}_after": after[name]}
@@ -341,7 +365,10 @@ def diagnose(run: Run, batch: Batch, *, with_loss: bool) -> dict[str, float]:
     policy, reference = run.backend.logprobs(batch), run.backend.logprobs(batch, reference=True)
     mask = batch.response_mask
     log_ratio = np.asarray(reference.logprobs - policy.logprobs, np.float64)[mask]
-    values = {"kl": float((np.expm1(log_ratio) - log_ratio).mean()), "entropy": float(policy.entropy[mask].mean())}
+    values = {
+        "kl": float((np.expm1(log_ratio) - log_ratio).mean()),
+        "entropy": float(np.asarray(policy.entropy)[mask].mean()),
+    }
     if with_loss:
         _, own = run.loss(policy, with_reference(run, batch))
         values |= {name: float(np.mean(value)) for name, value in own.items()}

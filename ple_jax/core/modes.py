@@ -1,4 +1,4 @@
-"""What `--mode` names: train, evaluate, generate, plan, export. Each takes (config, workdir, backend) and gives an exit code."""
+"""What `--mode` names. Each mode takes (config, workdir, backend) and gives an exit code."""
 
 import importlib
 import importlib.util
@@ -9,7 +9,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ple_jax.core import loop, peft, plan as planning, principles, report, rewards, sinks, tasks, workdir as files
+from ple_jax.core import loop, peft, principles, report, rewards, sinks, tasks
+from ple_jax.core import plan as planning
+from ple_jax.core import workdir as files
 from ple_jax.core.config import BACKENDS, UserError
 from ple_jax.core.interrupt import Interrupted, Stop
 from ple_jax.core.progress import Progress

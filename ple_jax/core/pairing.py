@@ -1,7 +1,8 @@
 """From rewards to decisions: which pairs are ranked, and what each response of a blended one weighs. All in float64.
 
-A margin is the (transformed) reward of the principled response minus that of the plain one. The rule `threshold` is the paper's
-(Alg. 1, arXiv:2408.02599), with the margin read as signed; the softmax weights are our choice; the others are variants.
+A margin is the (transformed) reward of the principled response minus that of the plain one. The rule `threshold` is the
+paper's (Alg. 1, arXiv:2408.02599), with the margin read as signed; the softmax weights are our choice; the others are
+variants.
 """
 
 import numpy as np
@@ -12,7 +13,7 @@ from ple_jax.core.config import UserError
 
 
 def threshold(margin: ArrayLike, tau: float) -> Bool[np.ndarray, "*pairs"]:
-    """True where the pair is ranked: margin > tau. Ties are blended, and so is every pair whose principled response is worse.
+    """True where the pair is ranked: margin > tau. Ties are blended, and so is a pair whose principled one is worse.
 
     >>> threshold([0.3, 0.2, -0.3], 0.2).tolist()
     [True, False, False]
@@ -30,7 +31,7 @@ def symmetric(margin: ArrayLike, tau: float) -> Bool[np.ndarray, "*pairs"]:
 
 
 def percentile(margin: ArrayLike, *, share: float, temperature: float) -> Float[np.ndarray, " pairs"]:
-    """Weights of (best, worst) pairs as in the authors' released code: 1 for the top margins, sigmoid(margin / T) for the rest.
+    """Weights of (best, worst) pairs as in the authors' released code: 1 for the top margins, else sigmoid(margin / T).
 
     Args:
       margin: reward of the best minus that of the worst response, of every pair of an iteration.
@@ -56,8 +57,8 @@ def batch_weights(weights: ArrayLike, *, how: str) -> Float[np.ndarray, " pairs"
 
     Args:
       weights: of every pair of the optimiser batch; 0 drops a pair.
-      how: "as_intended", sum(w * loss) / sum(w), which is our reading of what was meant; or "as_released", where the loss is
-        averaged before it is weighted, so that the weights cancel and every kept pair counts the same.
+      how: "as_intended", sum(w * loss) / sum(w), which is our reading of what was meant; or "as_released", where the
+        loss is averaged before it is weighted, so that the weights cancel and every kept pair counts the same.
 
     Returns:
       One factor per pair, 0 for dropped pairs, with mean 1; all 0 where every pair is dropped.

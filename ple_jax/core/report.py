@@ -52,8 +52,8 @@ def write(workdir: Path) -> Path:
     if not (workdir / "metrics.jsonl").exists():
         raise UserError(f"no metrics.jsonl in {str(workdir)!r}: give the --workdir of a run")
     metrics = _lines(workdir / "metrics.jsonl")
-    evaluations = sorted((workdir / "evaluations").glob("iter_[0-9]*[0-9].jsonl"))
-    rollouts = sorted((workdir / "rollouts").glob("iter_[0-9]*[0-9].jsonl"))
+    evaluations = sorted((workdir / "evaluations").glob("iter_????.jsonl"))
+    rollouts = sorted((workdir / "rollouts").glob("iter_????.jsonl"))
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"number": number, "duration": duration, "bytes": _bytes}
     html = environment.from_string(_PAGE).render(
@@ -67,6 +67,7 @@ def write(workdir: Path) -> Path:
         keys=list(dict.fromkeys(key for line in metrics for key in line if key != "iteration")),
         samples=_samples(evaluations),
         pairs=_pairs(_lines(rollouts[-1])) if rollouts else {},
+        shown=PAIRS,
         responses=RESPONSES,
         frame={"width": _WIDTH, "height": _HEIGHT, "left": _LEFT, "top": _TOP, "bottom": _HEIGHT - _BOTTOM},
     )
@@ -119,7 +120,7 @@ def charts(metrics: list[dict[str, Any]]) -> Iterator[Chart]:
     keys = list(dict.fromkeys(key for line in metrics for key in line))
     kinds = [key.removeprefix("reward_") for key in keys if key.startswith("reward_")]
     # colours follow the kind of response, the same in every chart; 0 is the held-out set and whatever has no kind
-    colours = {kind: 1 + i for i, kind in enumerate(["plain", "principled", *(k for k in kinds if k not in _KINDS)])}
+    colours = {kind: 1 + i for i, kind in enumerate(dict.fromkeys(["plain", "principled", *kinds]))}
     last = max(line["iteration"] for line in metrics)
 
     def x(iteration: float) -> float:
@@ -189,9 +190,6 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
 
 
-_KINDS = ("plain", "principled")
-
-
 def _bytes(count: float) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
@@ -251,9 +249,10 @@ h3{font-size:15px;font-weight:600;margin:0}
 p{margin:0}.soft,.note{color:var(--soft)}.note{font-size:13px;margin-bottom:14px}
 .card{background:var(--card);border:1px solid var(--rule);border-radius:10px;padding:16px 18px}
 .grid{display:grid;gap:16px}.two{grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr))}
-.tiles{grid-template-columns:repeat(auto-fit,minmax(160px,1fr));margin-top:24px}
-.tile b{display:block;font-size:22px;font-weight:600;letter-spacing:-.01em;white-space:nowrap}
-.tile span{font-size:13px;color:var(--soft)}.tile.lead{border-color:var(--c0)}.tile.lead b{color:var(--c0)}
+.tiles{grid-template-columns:repeat(auto-fit,minmax(150px,1fr));margin-top:24px;gap:12px}
+.tile{padding:14px 16px}.tile b{display:block;font-size:21px;font-weight:600;letter-spacing:-.01em;white-space:nowrap}
+.tile span{font-size:13px;color:var(--soft)}.tile.lead{border-color:var(--c0);grid-column:span 2}
+.tile.lead b{color:var(--c0);font-size:28px;line-height:1.2}
 svg{display:block;width:100%;height:auto;margin-top:6px;font-size:11px;fill:var(--soft)}
 .gridline{stroke:var(--rule)}.line{fill:none;stroke-width:2;stroke-linejoin:round;stroke-linecap:round}
 .k0{--k:var(--c0)}.k1{--k:var(--c1)}.k2{--k:var(--c2)}.k3{--k:var(--c3)}.k4{--k:var(--c4)}.k5{--k:var(--c5)}
@@ -263,7 +262,7 @@ svg{display:block;width:100%;height:auto;margin-top:6px;font-size:11px;fill:var(
 .band text{fill:var(--ink)}.band .key{fill:var(--k)}
 .legend{display:flex;flex-wrap:wrap;gap:2px 16px;font-size:13px;margin-top:4px}
 .legend i{display:inline-block;width:10px;height:10px;border-radius:3px;background:var(--k);margin-right:6px}
-.sample{margin-bottom:12px}.sample .cols{display:grid;gap:10px;margin-top:10px;
+.sample{margin-bottom:12px}.sample .cols{display:grid;gap:12px 24px;margin-top:10px;
 grid-template-columns:repeat(auto-fit,minmax(min(100%,300px),1fr))}
 .prompt,.text{white-space:pre-wrap;overflow-wrap:anywhere;max-height:15em;overflow:auto}
 .prompt{font-weight:550}.text{background:var(--wash);border-radius:8px;padding:10px 12px}
@@ -277,10 +276,12 @@ tbody th{position:sticky;left:0;background:var(--card);text-align:left;font-weig
 """
 
 _PAGE = """\
+{%- macro show(value, share) %}{{ "%.1f%%"|format(100 * value) if share else value|number(3) }}{% endmacro %}
 {%- macro response(label, r) %}
-<div><div class="head"><span>{{ label }}</span><span>reward {{ r.reward|number }}
-{%- if r.weight is number %} · weight {{ r.weight|number(3) }}{% endif %}{{ "" if r.finished else " · cut off" }}</span></div>
-<div class="text" dir="auto">{{ r.text or "(empty)" }}</div></div>
+<div><div class="head"><b>{{ label }}</b><span>reward {{ r.reward|number(3) }}
+{%- if r.weight is number %} · weight {{ r.weight|number(3) }}{% endif %}
+{{- "" if r.finished else " · cut off" }}</span></div>
+<div class="text" dir="auto">{{ r.text|trim or "(empty)" }}</div></div>
 {% endmacro %}
 {%- macro table(title, values) %}
 <div><h2>{{ title }}</h2><div class="card scroll"><table class="pairs"><tbody>
@@ -297,10 +298,8 @@ _PAGE = """\
 <div class="grid tiles">
 {% if summary.heldout_reward_after is number %}
 <div class="card tile lead"><b>{{ summary.heldout_reward_before|number(3) }} → {{ summary.heldout_reward_after|number(3) }}
-</b><span>held-out reward, before → after</span></div>
-<div class="card tile"><b>
-{{- "%+.3f"|format(summary.heldout_reward_after - summary.heldout_reward_before) }}</b><span>gain
-{%- if summary.heldout_gain_ci95 %}, 95% interval {{ "%.3f to %.3f"|format(*summary.heldout_gain_ci95) }}{% endif %}
+</b><span>held-out reward: {{ "%+.3f"|format(summary.heldout_reward_after - summary.heldout_reward_before) }}
+{%- if summary.heldout_gain_ci95 %}, 95% interval {{ "%+.3f to %+.3f"|format(*summary.heldout_gain_ci95) }}{% endif %}
 </span></div>
 {% endif %}
 {% if summary.wall_seconds is number %}<div class="card tile"><b>{{ summary.wall_seconds|duration }}</b>
@@ -319,7 +318,7 @@ the policy that sampled them, before that iteration's update.</p>
 <figure class="card chart" style="margin:0"><h3>{{ chart.title }} <span class="soft" style="font-weight:400">
 {{- chart.note }}</span></h3>
 <div class="legend">{% for s in chart.series %}<span class="k{{ s.colour }}"><i></i>{{ s.label }}
-<b>{{ s.points[-1][1]|number(3) }}</b></span>{% endfor %}</div>
+<b>{{ show(s.points[-1][1], chart.share) }}</b></span>{% endfor %}</div>
 <svg viewBox="0 0 {{ frame.width }} {{ frame.height }}" role="img" aria-label="{{ chart.title }} by iteration">
 {% for y, label in chart.yticks %}<line class="gridline" x1="{{ frame.left }}" x2="{{ frame.width }}" y1="{{ y }}"
  y2="{{ y }}"/><text x="{{ frame.left - 8 }}" y="{{ y + 4 }}" text-anchor="end">{{ label }}</text>
@@ -335,7 +334,7 @@ the policy that sampled them, before that iteration's update.</p>
 <text x="{{ band.tip + 10 }}" y="{{ frame.top + 15 }}">iteration {{ band.iteration }}</text>
 {% for colour, label, value in band.rows %}<circle class="key k{{ colour }}" cx="{{ band.tip + 13 }}"
  cy="{{ frame.top + 27 + 16 * loop.index0 }}" r="3"/><text x="{{ band.tip + 22 }}"
- y="{{ frame.top + 31 + 16 * loop.index0 }}">{{ label }} {{ value|number(3) }}</text>
+ y="{{ frame.top + 31 + 16 * loop.index0 }}">{{ label }} {{ show(value, chart.share) }}</text>
 {% endfor %}</g></g>
 {% endfor %}
 </svg></figure>
@@ -350,11 +349,11 @@ held-out queries in file order, the first response to each: not selected. After 
 {% endfor %}
 {% endif %}
 {% for decision, group in pairs.items() %}
-<h2>Training: {{ decision }}</h2><p class="note">The first {{ [group|length, 4]|min }} of {{ group|length }} in the last
+<h2>Training: {{ decision }}</h2><p class="note">The first {{ [group|length, shown]|min }} of {{ group|length }} in the last
 iteration, in file order.</p>
-{% for rollout in group[:4] %}
-<div class="card sample"><div class="head"><span>query {{ rollout.query_id }}</span><span>margin {{ rollout.margin|number }}
- · tau {{ rollout.tau|number }}</span></div><div class="prompt" dir="auto">{{ rollout.prompt }}</div><div class="cols">
+{% for rollout in group[:shown] %}
+<div class="card sample"><div class="head"><span>query {{ rollout.query_id }}</span><span>margin {{ rollout.margin|number(3) }}
+ · tau {{ rollout.tau|number(3) }}</span></div><div class="prompt" dir="auto">{{ rollout.prompt }}</div><div class="cols">
 {% for r in rollout.responses[:responses] %}{{ response(r.kind, r) }}{% endfor %}</div>
 {% if rollout.responses|length > responses %}<p class="soft">and {{ rollout.responses|length - responses }} more</p>
 {% endif %}</div>

@@ -123,7 +123,9 @@ def read(path: Path) -> list[Rollout]:
                 )
             )
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}:{number} is not a line of rollouts ({error!r}); delete the file to sample it again")
+            raise UserError(
+                f"{path}:{number} is not a line of rollouts ({error!r}); delete the file to sample it again"
+            ) from error
     return rollouts
 
 

@@ -1,7 +1,8 @@
 """Schedules of the threshold: iteration -> tau. Pairs whose margin exceeds tau are ranked, the others blended.
 
-The exponential schedule is the paper's (Alg. 1, arXiv:2408.02599: tau_0 = 0.2, alpha = 0.9); the others are variants. Any
-`Callable[[int], float]` serves as a schedule. Values are Python floats (float64), in units of the (transformed) reward.
+The exponential schedule is the paper's (Alg. 1, arXiv:2408.02599: tau_0 = 0.2, alpha = 0.9); the others are variants.
+Any `Callable[[int], float]` serves as a schedule. Values are Python floats (float64), in units of the (transformed)
+reward.
 """
 
 import math
@@ -56,7 +57,9 @@ def constant(tau_0: float) -> Schedule:
 
 
 def linear(tau_0: float, iterations: int) -> Schedule:
-    """tau_i = tau_0 * (1 - i / iterations), and 0 from i = iterations on: the last iteration still has tau_0 / iterations.
+    """tau_i = tau_0 * (1 - i / iterations), and 0 from i = iterations on.
+
+    The last iteration, i = iterations - 1, still has tau_0 / iterations.
 
     Raises:
       UserError: tau_0 is negative or nan, or iterations < 1.

@@ -195,7 +195,9 @@ class Model:
 
         def run(block: Block, x: Array, lora: dict, cache: None) -> tuple:
             graph, state = nnx.split(block)
-            body = jax.checkpoint(lambda state, x, lora: layer(nnx.merge(graph, state), x, lora, None)[0], policy=policy)
+            body = jax.checkpoint(
+                lambda state, x, lora: layer(nnx.merge(graph, state), x, lora, None)[0], policy=policy
+            )
             return body(state, x, lora), None
 
         return run
@@ -254,7 +256,8 @@ def _fused(c: ModelConfig, weights: Mapping[str, np.ndarray], layer: int, part: 
             return get("post_attention_layernorm")
         case "qkv":
             q, k, v = (
-                get(f"self_attn.{n}_proj").reshape(c.num_kv_heads, -1, c.head_dim, c.hidden_size) for n in ("q", "k", "v")
+                get(f"self_attn.{n}_proj").reshape(c.num_kv_heads, -1, c.head_dim, c.hidden_size)
+                for n in ("q", "k", "v")
             )
             return np.concatenate([q, k, v], 1).reshape(-1, c.hidden_size).T
         case "o":

@@ -46,7 +46,9 @@ def score(reward: Reward, prompts: Sequence[str], responses: Sequence[str]) -> F
     """
     values = np.asarray(reward(prompts, responses), np.float64)
     if values.shape != (len(responses),):
-        raise UserError(f"the reward gave values of shape {values.shape} for {len(responses)} responses; one each is needed")
+        raise UserError(
+            f"the reward gave values of shape {values.shape} for {len(responses)} responses; one each is needed"
+        )
     bad = np.flatnonzero(~np.isfinite(values))
     if bad.size:
         i = bad[0]

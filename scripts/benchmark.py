@@ -1,0 +1,167 @@
+"""Speed and memory beside transformers and PEFT: the same weights, the same shapes, the same run, in turns.
+
+    python scripts/benchmark.py [--model smollm2-135m] [--repeats 5] [--only generate|train]
+
+Prints one JSON line per measurement: the median tokens/s of both sides over the repeats and the median of their
+pairwise ratios (the two sides take turns, so that a machine that slows down slows both). Needs the extra `dev`.
+
+generate: 64 new tokens after prompts of 16 tokens, at batch 16 and 64, sampling at temperature 1, no EOS.
+train:    one LoRA step (rank 8, all linear modules), forward, backward and AdamW, frozen fp32 base:
+          "rows"  8 rows of 128 tokens, log-probabilities of the last 64 (PEFT: labels on the last 64)
+          "pairs" 8 queries of 16 tokens with two responses of 24, as PLE trains; ours packs a pair into one row, PEFT
+                  has a row for each response; tokens are counted as PEFT sees them.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ple_jax import lora, sharding, train
+from ple_jax.core.types import Batch, Sampling
+from ple_jax.models import checkpoint
+from ple_jax.models.decoder import Model, fill
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def median_pair(ours: Callable[[], None], theirs: Callable[[], None], tokens: int, repeats: int) -> dict[str, float]:
+    """tokens/s of both, and the ratio, each a median; one unmeasured call of each first (it compiles)."""
+    seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
+    for turn in range(repeats + 1):
+        for name, call in {"ours": ours, "theirs": theirs}.items():
+            started = time.perf_counter()
+            call()
+            if turn:
+                seconds[name].append(time.perf_counter() - started)
+    ratios = [t / o for o, t in zip(seconds["ours"], seconds["theirs"], strict=True)]
+    return {
+        "ours_tokens_per_second": round(tokens / statistics.median(seconds["ours"]), 1),
+        "theirs_tokens_per_second": round(tokens / statistics.median(seconds["theirs"]), 1),
+        "ratio": round(statistics.median(ratios), 2),
+        "ratio_min": round(min(ratios), 2),
+        "ratio_max": round(max(ratios), 2),
+    }
+
+
+def transformers_model(loaded: checkpoint.Loaded) -> LlamaForCausalLM:
+    c = loaded.config
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=c.vocab_size,
+            hidden_size=c.hidden_size,
+            intermediate_size=c.intermediate_size,
+            num_hidden_layers=c.num_layers,
+            num_attention_heads=c.num_heads,
+            num_key_value_heads=c.num_kv_heads,
+            head_dim=c.head_dim,
+            rope_theta=c.rope_theta,
+            rms_norm_eps=c.norm_eps,
+            tie_word_embeddings=c.tie_embeddings,
+            pad_token_id=0,
+        )
+    )
+    model.load_state_dict({k: torch.tensor(v) for k, v in loaded.weights.items()}, strict=not c.tie_embeddings)
+    return model.eval()
+
+
+def backend(loaded: checkpoint.Loaded, width: int) -> train.JaxBackend:
+    mesh = sharding.make_mesh()
+    model = Model.create(loaded.config, scan=train.use_scan("auto"))
+    base = fill(model, loaded.weights, lambda _, array: jax.device_put(array, sharding.replicated(mesh)))
+    adapter = lora.init(loaded.config, rank=8, targets=TARGETS, seed=0)
+    return train.JaxBackend(
+        model, base, adapter, mesh, scale=2.0, width=width, bucket=16, clip_norm=1.0, weight_decay=0.0
+    )
+
+
+def measure_generate(loaded: checkpoint.Loaded, repeats: int, new: int = 64, prompt_len: int = 16) -> None:
+    rng = np.random.default_rng(0)
+    theirs = transformers_model(loaded)
+    for width in (16, 64):
+        ours = backend(loaded, width)
+        prompts = rng.integers(1000, loaded.config.vocab_size, (width, prompt_len))
+        noise = rng.random((width, new), dtype=np.float32)
+        ids = torch.tensor(prompts)
+
+        def call_ours(ours=ours, prompts=prompts, noise=noise) -> None:
+            ours.generate(prompts.tolist(), noise, sampling=Sampling(new, ()))
+
+        def call_theirs(ids=ids) -> None:
+            with torch.no_grad():
+                theirs.generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=new,
+                    min_new_tokens=new,
+                    do_sample=True,
+                    top_k=0,
+                    eos_token_id=None,
+                )
+
+        report("generate", {"batch": width, "new_tokens": new, **median_pair(call_ours, call_theirs, width * new, repeats)})
+
+
+def negative_likelihood(outputs, batch):
+    return -outputs.logprobs.sum((1, 2)), {}
+
+
+def measure_train(loaded: checkpoint.Loaded, repeats: int) -> None:
+    rng = np.random.default_rng(0)
+    ours = backend(loaded, 16)
+    theirs = get_peft_model(
+        transformers_model(loaded), LoraConfig(r=8, lora_alpha=16, target_modules=list(TARGETS), lora_dropout=0.0)
+    ).train()
+    parameters = [p for p in theirs.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+    for name, (queries, prompt_len, k, response_len) in {"rows": (8, 64, 1, 64), "pairs": (8, 16, 2, 24)}.items():
+        prompt = rng.integers(1000, loaded.config.vocab_size, (queries, prompt_len)).astype(np.int32)
+        response = rng.integers(1000, loaded.config.vocab_size, (queries, k, response_len)).astype(np.int32)
+        valid = {"valid": np.ones(queries, np.float32)}
+        batch = Batch(prompt, np.ones(prompt.shape, bool), response, np.ones(response.shape, bool), valid)
+        rows = np.concatenate([np.repeat(prompt, k, 0), response.reshape(queries * k, -1)], 1)
+        ids = torch.tensor(rows).long()
+        labels = ids.clone()
+        labels[:, :prompt_len] = -100
+
+        def call_ours(batch=batch) -> None:
+            ours.update([batch], negative_likelihood, lr=1e-4)
+
+        def call_theirs(ids=ids, labels=labels) -> None:
+            optimizer.zero_grad()
+            theirs(input_ids=ids, labels=labels).loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+
+        shape = f"{queries} queries x ({prompt_len} + {k} x {response_len})"
+        report("train", {"case": name, "shape": shape, **median_pair(call_ours, call_theirs, ids.numel(), repeats)})
+
+
+def report(what: str, values: dict) -> None:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    print(json.dumps({"measured": what, **values, "process_peak_mib": peak}), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", choices=("generate", "train"))
+    options = parser.parse_args()
+    loaded = checkpoint.load(options.model)
+    if options.only != "train":
+        measure_generate(loaded, options.repeats)
+    if options.only != "generate":
+        measure_train(loaded, options.repeats)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,237 @@
+"""The training step: packed rows against separate ones, gradients against torch and PEFT, AdamW against torch's."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from test_decoder import build
+
+from ple_jax import lora, sharding, train
+from ple_jax.core.types import Batch
+
+SCALE = 2.0
+
+
+def random_batch(rows=4, k=2, prompt_len=16, response_len=8, vocab=tiny.CONFIG.vocab_size, seed=0) -> Batch:
+    rng = np.random.default_rng(seed)
+    prompts, lengths = rng.integers(2, prompt_len + 1, rows), rng.integers(1, response_len + 1, (rows, k))
+    prompt_mask = np.arange(prompt_len)[None] >= prompt_len - prompts[:, None]
+    mask = np.arange(response_len)[None, None] < lengths[..., None]
+    prompt = np.where(prompt_mask, rng.integers(1, vocab, prompt_mask.shape), 0).astype(np.int32)
+    response = np.where(mask, rng.integers(1, vocab, mask.shape), 0).astype(np.int32)
+    return Batch(prompt, prompt_mask, response, mask, {"valid": np.ones(rows, np.float32)})
+
+
+def negative_likelihood(outputs, batch):
+    return -outputs.logprobs.sum((1, 2)), {"tokens": batch.response_mask.sum((1, 2)).astype(jnp.float32)}
+
+
+def backend(mesh=None, tensors=None, adapter=None, scan=False, width=4):
+    mesh = mesh or sharding.make_mesh()
+    tensors = tensors or tiny.weights()
+    model = train.Model.create(tiny.CONFIG, scan=scan)
+
+    def put(name, array):
+        place = sharding.spec(name, array.shape, mesh, kv_heads=tiny.CONFIG.num_kv_heads)
+        return jax.device_put(array, jax.sharding.NamedSharding(mesh, place))
+
+    return train.JaxBackend(
+        model,
+        train.fill(model, tensors, put),
+        tiny.random_adapter(tiny.CONFIG) if adapter is None else adapter,
+        mesh,
+        scale=SCALE,
+        width=width,
+        bucket=16,
+        clip_norm=1.0,
+        weight_decay=0.01,
+    )
+
+
+def separate_logprobs(model, batch):
+    """Each response in a row of its own through torch, no packing, no padding."""
+    import torch
+
+    values = torch.zeros(batch.response.shape)
+    for i in range(len(batch.prompt)):
+        for j in range(batch.response.shape[1]):
+            prompt = batch.prompt[i][batch.prompt_mask[i]]
+            response = batch.response[i, j][batch.response_mask[i, j]]
+            ids = torch.tensor(np.concatenate([prompt, response])).long()[None]
+            logp = model(ids).logits.log_softmax(-1)[0, len(prompt) - 1 : -1]
+            values[i, j, : len(response)] = logp.gather(-1, torch.tensor(response).long()[:, None])[:, 0]
+    return values
+
+
+def peft_model(rank=4):
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    adapter = tiny.random_adapter(tiny.CONFIG, rank)
+    targets = sorted({path.rsplit(".", 1)[1] for path in adapter})
+    model = get_peft_model(
+        tiny.transformers_model(tiny.CONFIG, tiny.weights()),
+        LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules=targets),
+    )
+    named = {k.replace(".weight", ".default.weight"): torch.tensor(v) for k, v in lora.to_peft(adapter).items()}
+    model.load_state_dict(named, strict=False)
+    return model, adapter
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_packed_rows_equal_separate_rows_in_peft(scan):
+    """Log-probabilities and LoRA gradients of [prompt | y1 | y2] in one row, against PEFT on rows of their own."""
+    batch = random_batch()
+    theirs, adapter = peft_model()
+    model, base = build(scan=scan)
+    expected = separate_logprobs(theirs, batch)
+    fused = lora.fuse(model, adapter, SCALE)
+    ours = jax.jit(lambda b: train.outputs(model, base, fused, b, entropy=True))(batch)
+    np.testing.assert_allclose(ours.logprobs, expected.detach().numpy(), atol=1e-4)
+    assert not np.asarray(ours.logprobs)[~batch.response_mask].any()
+
+    (-expected.sum() / 4).backward()
+    grads, metrics = jax.jit(
+        lambda a: train.gradients(model, SCALE, negative_likelihood, base, a, batch, jnp.float32(1 / 4))
+    )(adapter)
+    named = {
+        name.replace(".default", ""): p.grad.numpy() for name, p in theirs.named_parameters() if p.grad is not None
+    }
+    ours_named = lora.to_peft(grads)
+    assert sorted(named) == sorted(ours_named)
+    for name, gradient in named.items():
+        np.testing.assert_allclose(ours_named[name], gradient, atol=1e-4 * max(1, np.abs(gradient).max()))
+    assert float(metrics["loss"]) == pytest.approx(-expected.sum().item() / 4, rel=1e-5)
+    assert float(metrics["tokens"]) == batch.response_mask.sum() / 4
+
+
+def test_token_logprobs_and_entropy_against_the_closed_form():
+    rng = np.random.default_rng(0)
+    head, hidden = rng.normal(size=(300, 16)).astype(np.float32), rng.normal(size=(3, 700, 16)).astype(np.float32)
+    targets = rng.integers(0, 300, (3, 700)).astype(np.int32)
+    logits = hidden.astype(np.float64) @ head.T.astype(np.float64)
+    logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    ours = jax.jit(train.token_logprobs)(head, hidden, targets)  # 3 x 700 tokens: more than one chunk, and a rest
+    np.testing.assert_allclose(ours, np.take_along_axis(logp, targets[..., None], -1)[..., 0], atol=1e-4)
+    np.testing.assert_allclose(train.token_entropy(head, hidden), -(np.exp(logp) * logp).sum(-1), atol=1e-4)
+    g = rng.normal(size=targets.shape).astype(np.float32)
+    gradient = jax.jit(jax.grad(lambda h: (train.token_logprobs(head, h, targets) * g).sum()))(hidden)
+    expected = g[..., None] * (head[targets] - np.exp(logp) @ head)
+    np.testing.assert_allclose(gradient, expected, atol=1e-4)
+
+
+def test_logits_of_all_tokens_never_exist():
+    """No array of the compiled step, forward or backward, holds more than a chunk of logits."""
+    model, base = build()
+    batch = random_batch(rows=8, k=2, prompt_len=16, response_len=128)
+    adapter = tiny.random_adapter(tiny.CONFIG)
+
+    def step(a):
+        return train.gradients(model, SCALE, negative_likelihood, base, a, batch, jnp.float32(1))
+
+    text = jax.jit(step).lower(adapter).compile().as_text()
+    vocab = tiny.CONFIG.vocab_size
+    sizes = [
+        np.prod([int(n) for n in dims.split(",")])
+        for dims in re.findall(r"f32\[([\d,]+)\]", text)
+        if str(vocab) in dims.split(",")
+    ]
+    assert max(sizes) <= train._CHUNK * vocab < 8 * 2 * 128 * vocab
+
+
+def test_accumulated_micro_batches_equal_one_batch():
+    batch = random_batch(rows=6)
+    parts = [
+        jax.tree.map(lambda x, r=rows: x[r], batch) for rows in (slice(0, 2), slice(2, 4), slice(4, 6))
+    ]  # the mean is over all rows of the optimiser batch
+    whole, split = backend(), backend()
+    one, three = whole.update([batch], negative_likelihood, lr=0.01), split.update(parts, negative_likelihood, lr=0.01)
+    assert three["loss"] == pytest.approx(one["loss"], rel=1e-6)
+    assert three["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
+    for name, array in whole.adapter().items():
+        np.testing.assert_allclose(split.adapter()[name], array, atol=1e-6)
+
+
+def test_rows_that_are_not_valid_do_not_count():
+    batch = random_batch(rows=6)
+    batch.data["valid"][4:] = 0
+    four = jax.tree.map(lambda x: x[:4], batch)
+    assert backend().update([batch], negative_likelihood, lr=0.01)["loss"] == pytest.approx(
+        backend().update([four], negative_likelihood, lr=0.01)["loss"], rel=1e-6
+    )
+
+
+def test_adamw_and_clipping_equal_torch():
+    import torch
+
+    theirs, _ = peft_model()
+    ours = backend()
+    optimizer = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=0.02, weight_decay=0.01)
+    for step in range(4):
+        batch = random_batch(seed=step)
+        optimizer.zero_grad()
+        (-separate_logprobs(theirs, batch).sum() / 4).backward()
+        norm = torch.nn.utils.clip_grad_norm_([p for p in theirs.parameters() if p.requires_grad], 1.0)
+        optimizer.step()
+        assert ours.update([batch], negative_likelihood, lr=0.02)["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
+    adapter = ours.adapter()
+    for name, p in theirs.named_parameters():
+        if p.requires_grad:
+            np.testing.assert_allclose(adapter[name.replace(".default", "")], p.detach().numpy(), atol=2e-3)
+
+
+def test_reference_is_frozen():
+    batch = random_batch()
+    ours = backend()
+    before = ours.logprobs(batch).logprobs
+    ours.update([batch], negative_likelihood, lr=0.05)
+    np.testing.assert_array_equal(ours.logprobs(batch, reference=True).logprobs, before)
+    assert np.abs(ours.logprobs(batch).logprobs - before).max() > 1e-2
+    ours.freeze_reference()
+    np.testing.assert_array_equal(ours.logprobs(batch, reference=True).logprobs, ours.logprobs(batch).logprobs)
+
+
+def test_checkpoint_brings_back_everything(tmp_path):
+    """Two more steps after a restore give the same bits as two more steps without one."""
+    batches = [random_batch(seed=s) for s in range(3)]
+    ours = backend()
+    ours.update([batches[0]], negative_likelihood, lr=0.01)
+    ours.freeze_reference()
+    ours.update([batches[0]], negative_likelihood, lr=0.01)
+    ours.save(tmp_path, 1, {"iteration": 1}, keep=2)
+    again = backend(adapter=lora.init(tiny.CONFIG, rank=4, targets=_ALL, seed=9))
+    assert again.restore(tmp_path) == {"iteration": 1}
+    for one in (ours, again):
+        for batch in batches[1:]:
+            one.update([batch], negative_likelihood, lr=0.01)
+    for name, array in ours.adapter().items():
+        np.testing.assert_array_equal(again.adapter()[name], array)
+    np.testing.assert_array_equal(
+        again.logprobs(batches[0], reference=True).logprobs, ours.logprobs(batches[0], reference=True).logprobs
+    )
+
+
+_ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@pytest.mark.parametrize(
+    ("rank", "targets", "message"),
+    [(8, _ALL, r"self_attn.*lora|is \(3, \d+, 4\)"), (4, ("q_proj",), ""), (4, _ALL, None)],
+)
+def test_checkpoint_of_another_shape_is_refused(tmp_path, rank, targets, message):
+    backend(adapter=lora.init(tiny.CONFIG, rank=4, targets=("q_proj", "o_proj"), seed=0)).save(tmp_path, 0, {}, keep=1)
+    other = backend(adapter=lora.init(tiny.CONFIG, rank=rank, targets=targets, seed=0))
+    if targets == ("q_proj",):  # less than what was saved: nothing of it is wrong
+        other.restore(tmp_path)
+    else:
+        with pytest.raises(train.UserError, match="this config needs"):
+            other.restore(tmp_path)
+
+
+def test_restore_without_a_checkpoint(tmp_path):
+    assert backend().restore(tmp_path / "nothing") is None
+    (tmp_path / "empty").mkdir()
+    assert backend().restore(tmp_path / "empty") is None

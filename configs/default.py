@@ -68,11 +68,11 @@ def get_config() -> ConfigDict:
     c.ple.samples = 8  # responses per query of selection=percentile
 
     c.optimizer = ConfigDict()
-    c.optimizer.lr = 5e-4
+    c.optimizer.lr = 1e-3
     c.optimizer.warmup_steps = 2
     c.optimizer.weight_decay = 0.0
     c.optimizer.clip_norm = 1.0  # global gradient norm
-    c.optimizer.batch_queries = 16  # queries of one optimiser step
+    c.optimizer.batch_queries = 8  # queries of one optimiser step
     c.optimizer.micro_queries = 8  # queries of one forward-backward pass; gradients accumulate over them
     c.optimizer.epochs = 1  # passes over an iteration's pairs
 

@@ -20,7 +20,9 @@ from ple_jax.core.config import UserError
 def _manager(path: Path, keep: int | None = None) -> ocp.CheckpointManager:
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs a page for every save
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
-    return ocp.CheckpointManager(path.absolute(), options=options)
+    # named here, so that the metadata of a checkpoint can be read before its arrays are
+    handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
+    return ocp.CheckpointManager(path.absolute(), options=options, item_handlers=handlers)
 
 
 def save(path: Path, step: int, trees: dict[str, Any], meta: dict[str, Any], *, keep: int) -> None:

@@ -294,6 +294,12 @@ def test_percentile_ranks_the_best_over_the_worst(how):
     assert value.mean() == pytest.approx(sum(a * b for a, b in zip(w, losses, strict=True)) / sum(w), rel=1e-6)
     assert value[2] == 0 and not metrics["blend_loss"].any()
 
+    config.ple.update(rank_weight=0.5, rank_sft_weight=2.0)  # the pair's weight covers its likelihood term too
+    value, _ = ple.make_loss(config)(Outputs(logprobs), batch)
+    mean_length = batch.response_mask.sum() / 8
+    losses = [0.5 * (a - 2 * logprobs[i, 1].sum() / mean_length) for i, a in zip(pairs, losses, strict=True)]
+    assert value.mean() == pytest.approx(sum(a * b for a, b in zip(w, losses, strict=True)) / sum(w), rel=1e-6)
+
 
 def test_percentile_shares_follow_the_iterations():
     config = settings(selection="percentile", percentile=(0.1, 0.4, 1.0))

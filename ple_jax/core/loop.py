@@ -341,11 +341,10 @@ def update(run: Run, rollouts: Sequence[Rollout], state: dict[str, Any]) -> dict
             run.progress.advance(1, tokens=trained)
     after = diagnose(run, diagnosed, with_loss=True)
     means = {name: float(np.mean([m[name] for m in collected])) for name in ("loss", "grad_norm")}
-    # lp_* are those after the update: what a user compares from one iteration to the next
+    # log-probabilities as they are after the update: what a user compares from one iteration to the next
     named: dict[str, float] = {name: after[name] for name in ("lp_plain", "lp_principled") if name in after}
-    for name in ("hinge_active", "lp_plain", "lp_principled"):
-        if name in before:
-            named |= {f"{name}_before": before[name], f"{name}_after": after[name]}
+    if "hinge_active" in before:
+        named |= {"hinge_active_before": before["hinge_active"], "hinge_active_after": after["hinge_active"]}
     return {**means, **named, "lr": collected[-1]["lr"], "training_tokens": tokens}
 
 
@@ -457,7 +456,7 @@ def logged(path: Path) -> set[int]:
     """Iterations that metrics.jsonl already holds."""
     if not path.exists():
         return set()
-    return {json.loads(line)["iteration"] for line in path.read_text(encoding="utf-8").splitlines()}
+    return {json.loads(line)["iteration"] for line in path.read_bytes().splitlines()}
 
 
 def summary(run: Run, backend: str, state: dict[str, Any]) -> dict[str, Any]:

@@ -77,6 +77,8 @@ def train(config: Any, workdir: Path, backend: str) -> int:
         files.claim(workdir, config.to_dict(), backend)
         if (done := files.read_json(workdir / "summary.json")) is not None:
             low, high = done["heldout_gain_ci95"]
+            if not (workdir / "report.html").exists():  # ended between the summary and the report
+                report.write(workdir)
             print(
                 f"{workdir} is finished: held-out reward {done['heldout_reward_before']:.3f} ->"
                 f" {done['heldout_reward_after']:.3f} (gain {low:.3f} to {high:.3f}); see {workdir / 'report.html'}"

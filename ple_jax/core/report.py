@@ -118,9 +118,11 @@ def charts(metrics: list[dict[str, Any]]) -> Iterator[Chart]:
         metrics: the lines of metrics.jsonl; missing and null values leave gaps that the line bridges.
     """
     keys = list(dict.fromkeys(key for line in metrics for key in line))
-    kinds = [key.removeprefix("reward_") for key in keys if key.startswith("reward_")]
+    # every kind of response has a length; a suffix that is no kind (lp_plain_before, reward_calls) is no line
+    lengths = [key.removeprefix("length_") for key in keys if key.startswith("length_")]
+    kinds = dict.fromkeys(["plain", "principled", *lengths])
     # colours follow the kind of response, the same in every chart; 0 is the held-out set and whatever has no kind
-    colours = {kind: 1 + i for i, kind in enumerate(dict.fromkeys(["plain", "principled", *kinds]))}
+    colours = {kind: 1 + i for i, kind in enumerate(kinds)}
     last = max(line["iteration"] for line in metrics)
 
     def x(iteration: float) -> float:
@@ -129,11 +131,9 @@ def charts(metrics: list[dict[str, Any]]) -> Iterator[Chart]:
     for title, note, patterns, share in _CHARTS:
         found: dict[str, list[tuple[int, float]]] = {}
         for pattern in patterns:
-            for key in keys:
-                if key == pattern or (pattern.endswith("*") and key.startswith(pattern[:-1])):
-                    points = [(line["iteration"], line[key]) for line in metrics if line.get(key) is not None]
-                    if points:
-                        found[key] = points
+            for key in [pattern.replace("*", kind) for kind in kinds] if "*" in pattern else [pattern]:
+                if points := [(line["iteration"], line[key]) for line in metrics if line.get(key) is not None]:
+                    found[key] = points
         if not found:
             continue
         values = [value for points in found.values() for _, value in points]
@@ -158,7 +158,7 @@ def charts(metrics: list[dict[str, Any]]) -> Iterator[Chart]:
         for iteration in sorted({iteration for points in found.values() for iteration, _ in points}):
             rows = [(s.colour, s.label, dict(s.points)[iteration]) for s in series if iteration in dict(s.points)]
             at = x(iteration)
-            tip = at + 8 if at < _WIDTH / 2 else at - 158
+            tip = at + 8 if at < _WIDTH / 2 else at - 188
             bands.append(Band(iteration, at, at - step / 2, step, tip, rows))
         every = max(1, math.ceil(last / 10))
         yield Chart(
@@ -264,8 +264,8 @@ svg{display:block;width:100%;height:auto;margin-top:6px;font-size:11px;fill:var(
 .legend i{display:inline-block;width:10px;height:10px;border-radius:3px;background:var(--k);margin-right:6px}
 .sample{margin-bottom:12px}.sample .cols{display:grid;gap:12px 24px;margin-top:10px;
 grid-template-columns:repeat(auto-fit,minmax(min(100%,300px),1fr))}
-.prompt,.text{white-space:pre-wrap;overflow-wrap:anywhere;max-height:15em;overflow:auto}
-.prompt{font-weight:550}.text{background:var(--wash);border-radius:8px;padding:10px 12px}
+.prompt,.response{white-space:pre-wrap;overflow-wrap:anywhere;max-height:15em;overflow:auto}
+.prompt{font-weight:550}.response{background:var(--wash);border-radius:8px;padding:10px 12px}
 .head{display:flex;justify-content:space-between;font-size:13px;color:var(--soft);margin:0 2px 4px}
 .scroll{overflow-x:auto;padding:0}table{border-collapse:collapse;font-size:13px;width:100%}
 th,td{padding:5px 14px;text-align:right;border-bottom:1px solid var(--rule);white-space:nowrap}
@@ -280,8 +280,8 @@ _PAGE = """\
 {%- macro response(label, r) %}
 <div><div class="head"><b>{{ label }}</b><span>reward {{ r.reward|number(3) }}
 {%- if r.weight is number %} · weight {{ r.weight|number(3) }}{% endif %}
-{{- "" if r.finished else " · cut off" }}</span></div>
-<div class="text" dir="auto">{{ r.text|trim or "(empty)" }}</div></div>
+{{- "" if r.finished else " · cut off" }}</span>
+</div><div class="response" dir="auto">{{ r.text|trim or "(empty)" }}</div></div>
 {% endmacro %}
 {%- macro table(title, values) %}
 <div><h2>{{ title }}</h2><div class="card scroll"><table class="pairs"><tbody>
@@ -297,8 +297,9 @@ _PAGE = """\
  summary.backend] if part %}{{ part }} · {% endfor %}seed {{ summary.seed|default(config.seed) }}</p>
 <div class="grid tiles">
 {% if summary.heldout_reward_after is number %}
-<div class="card tile lead"><b>{{ summary.heldout_reward_before|number(3) }} → {{ summary.heldout_reward_after|number(3) }}
-</b><span>held-out reward: {{ "%+.3f"|format(summary.heldout_reward_after - summary.heldout_reward_before) }}
+<div class="card tile lead"><b>{{ summary.heldout_reward_before|number(3) }} →
+{{ summary.heldout_reward_after|number(3) }}</b><span>held-out reward:
+{{ "%+.3f"|format(summary.heldout_reward_after - summary.heldout_reward_before) }}
 {%- if summary.heldout_gain_ci95 %}, 95% interval {{ "%+.3f to %+.3f"|format(*summary.heldout_gain_ci95) }}{% endif %}
 </span></div>
 {% endif %}
@@ -326,11 +327,13 @@ the policy that sampled them, before that iteration's update.</p>
 {% for x, label in chart.xticks %}<text x="{{ x }}" y="{{ frame.bottom + 18 }}" text-anchor="middle">{{ label }}</text>
 {% endfor %}
 {% for s in chart.series %}<g class="k{{ s.colour }}"><path class="line" d="{{ s.path }}"/>
-{% for x, y in s.dots %}<circle class="dot" cx="{{ x }}" cy="{{ y }}" r="3.5"/>{% endfor %}</g>
+{% for x, y in s.dots %}<circle class="dot" cx="{{ x }}" cy="{{ y }}"
+ r="{{ 3.5 if s.dots|length < 40 else 2 }}"/>{% endfor %}</g>
 {% endfor %}
 {% for band in chart.bands %}<g class="band"><rect class="hit" x="{{ band.left }}" y="0" width="{{ band.width }}"
- height="{{ frame.bottom }}"/><g><line x1="{{ band.x }}" x2="{{ band.x }}" y1="{{ frame.top }}" y2="{{ frame.bottom }}"/>
-<rect class="box" x="{{ band.tip }}" y="{{ frame.top }}" width="150" height="{{ 22 + 16 * band.rows|length }}" rx="6"/>
+ height="{{ frame.bottom }}"/><g><line x1="{{ band.x }}" x2="{{ band.x }}" y1="{{ frame.top }}"
+ y2="{{ frame.bottom }}"/>
+<rect class="box" x="{{ band.tip }}" y="{{ frame.top }}" width="180" height="{{ 22 + 16 * band.rows|length }}" rx="6"/>
 <text x="{{ band.tip + 10 }}" y="{{ frame.top + 15 }}">iteration {{ band.iteration }}</text>
 {% for colour, label, value in band.rows %}<circle class="key k{{ colour }}" cx="{{ band.tip + 13 }}"
  cy="{{ frame.top + 27 + 16 * loop.index0 }}" r="3"/><text x="{{ band.tip + 22 }}"
@@ -342,18 +345,20 @@ the policy that sampled them, before that iteration's update.</p>
 </div>
 {% if samples %}
 <h2>Held-out samples, before and after</h2><p class="note">The first {{ samples.rows|length }} of {{ samples.total }}
-held-out queries in file order, the first response to each: not selected. After is iteration {{ samples.iteration }}.</p>
+held-out queries in file order, the first response to each: not selected. After is iteration
+{{ samples.iteration }}.</p>
 {% for prompt, before, after in samples.rows %}
 <div class="card sample"><div class="prompt" dir="auto">{{ prompt }}</div><div class="cols">
 {{ response("before", before) }}{{ response("after", after) }}</div></div>
 {% endfor %}
 {% endif %}
 {% for decision, group in pairs.items() %}
-<h2>Training: {{ decision }}</h2><p class="note">The first {{ [group|length, shown]|min }} of {{ group|length }} in the last
-iteration, in file order.</p>
+<h2>Training: {{ decision }}</h2><p class="note">The first {{ [group|length, shown]|min }} of {{ group|length }} in the
+last iteration, in file order.</p>
 {% for rollout in group[:shown] %}
-<div class="card sample"><div class="head"><span>query {{ rollout.query_id }}</span><span>margin {{ rollout.margin|number(3) }}
- · tau {{ rollout.tau|number(3) }}</span></div><div class="prompt" dir="auto">{{ rollout.prompt }}</div><div class="cols">
+<div class="card sample"><div class="head"><span>query {{ rollout.query_id }}</span><span>
+margin {{ rollout.margin|number(3) }} · tau {{ rollout.tau|number(3) }}</span></div>
+<div class="prompt" dir="auto">{{ rollout.prompt }}</div><div class="cols">
 {% for r in rollout.responses[:responses] %}{{ response(r.kind, r) }}{% endfor %}</div>
 {% if rollout.responses|length > responses %}<p class="soft">and {{ rollout.responses|length - responses }} more</p>
 {% endif %}</div>

@@ -1,0 +1,166 @@
+"""The loop in this process, on the tiny model: ablations, a variant from a file, the warm-up, and bad runs."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ml_collections import FrozenConfigDict
+
+from configs import tiny as tiny_config
+from ple_jax.core import modes, peft
+from ple_jax.core.config import UserError, validate
+
+ROOT = Path(__file__).parent.parent
+
+
+def train(workdir: Path, **overrides) -> list[dict]:
+    """Runs the tiny config, one iteration unless told otherwise; its metrics lines."""
+    config = tiny_config.get_config()
+    config.sinks = ("jsonl",)
+    config.update_from_flattened_dict({"iterations": 1, **overrides})
+    validate(config)
+    assert modes.train(FrozenConfigDict(config), workdir, "jax") == 0
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def rollouts(workdir: Path, iteration: int = 0) -> list[dict]:
+    lines = (workdir / "rollouts" / f"iter_{iteration:04d}.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def default_run(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("default")
+    # tau_0 = 0 so that about half of the pairs of a random model are ranked
+    return workdir, train(workdir, **{"ple.tau_0": 0.0})
+
+
+def test_metrics_are_all_there(default_run):
+    workdir, (before, after) = default_run
+    assert before["iteration"] == 0 and {"heldout_reward", "heldout_reward_principled", "kl", "entropy"} <= set(before)
+    assert before["kl"] == 0  # the policy is still the reference
+    assert after["kl"] > 0
+    assert {
+        "reward_plain", "reward_principled", "margin", "tau", "ranked_share", "negative_margin_share",
+        "hinge_active_before", "hinge_active_after", "lp_plain", "lp_principled", "length_plain", "length_principled",
+        "truncated_share", "kl", "entropy", "grad_norm", "distinct_2_plain", "distinct_2_principled", "leak", "loss", "lr",
+        "generated_tokens", "training_tokens", "seconds_generate", "seconds_update", "heldout_reward",
+    } <= set(after)  # fmt: skip
+    lines = rollouts(workdir)
+    margins = np.array([line["margin"] for line in lines])
+    assert after["margin"] == pytest.approx(margins.mean())
+    assert after["ranked_share"] == (margins > 0).mean() and 0 < after["ranked_share"] < 1
+    assert after["negative_margin_share"] == (margins < 0).mean()
+    assert after["reward_plain"] == pytest.approx(np.mean([line["responses"][0]["reward"] for line in lines]))
+    assert after["truncated_share"] == np.mean([not r["finished"] for line in lines for r in line["responses"]])
+    assert after["generated_tokens"] == sum(len(r["tokens"]) for line in lines for r in line["responses"])
+    trained = sum(len(line["prompt_tokens"]) + sum(len(r["tokens"]) for r in line["responses"]) for line in lines)
+    assert after["training_tokens"] == trained
+
+
+@pytest.mark.parametrize(
+    ("override", "ranked"),
+    [
+        ({"ple.rank_weight": 0.0}, None),
+        ({"ple.tau_0": float("inf")}, 0.0),
+        ({"ple.blend_weight": 0.0}, None),
+        ({"ple.alpha": 1.0}, None),
+        ({"ple.blend": "uniform"}, None),
+        ({"ple.rank": "dpo", "ple.rank_beta": 0.1}, None),
+        ({"ple.selection": "symmetric"}, None),
+        ({"ple.selection": "percentile", "ple.rank": "dpo", "ple.samples": 3}, None),
+        ({"reward.transform": "zscore", "ple.rank": "sigmoid"}, None),
+        ({"reward.name": "length"}, None),
+    ],
+    ids=str,
+)
+def test_one_override_is_another_run(override, ranked, default_run, tmp_path):
+    workdir, reference = default_run
+    ours = train(tmp_path, **{"ple.tau_0": 0.0, **override})
+    if ranked is not None:
+        assert ours[1]["ranked_share"] == ranked
+    same = [r["tokens"] for line in rollouts(workdir) for r in line["responses"]]
+    if override.get("ple.selection") != "percentile":  # the same noise samples the same tokens
+        assert [r["tokens"] for line in rollouts(tmp_path) for r in line["responses"]] == same
+    if "ple.alpha" not in override:  # which changes later iterations only
+        assert ours[1]["loss"] != reference[1]["loss"]
+    a, b = (peft.read(w / "adapter")[0] for w in (workdir, tmp_path))
+    assert any((a[name] != b[name]).any() for name in a) == ("ple.alpha" not in override)
+
+
+def test_constant_threshold(tmp_path):
+    lines = train(tmp_path, iterations=2, **{"ple.alpha": 1.0, "ple.tau_0": 0.01})
+    assert [line.get("tau") for line in lines] == [None, 0.01, 0.01]
+
+
+def test_a_variant_is_one_file(default_run, tmp_path):
+    variant = ROOT / "tests" / "variants" / "focal.py"
+    assert len(variant.read_text().splitlines()) < 30
+    ours = train(tmp_path, **{"ple.tau_0": 0.0, "algorithm": str(variant), "algorithm_kwargs": {"gamma": 2.0}})
+    assert ours[1]["loss"] != default_run[1][1]["loss"]
+    assert ours[1]["reward_plain"] == default_run[1][1]["reward_plain"]
+
+
+def test_readme_shows_the_variant_that_is_tested():
+    code = (ROOT / "tests" / "variants" / "focal.py").read_text().strip()
+    assert code in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [
+        ("x = 1\n", "lacks collect"),
+        ("import no_such_module\n", "does not import: ModuleNotFoundError"),
+        ("1 / 0\n", "does not import: ZeroDivisionError"),
+    ],
+)
+def test_a_broken_variant_is_named(tmp_path, code, says):
+    (tmp_path / "mine.py").write_text(code)
+    with pytest.raises(UserError, match=says):
+        modes.load_algorithm(str(tmp_path / "mine.py"))
+
+
+def test_warm_up_makes_another_reference(tmp_path):
+    data = tmp_path / "sft.jsonl"
+    rows = [{"prompt": f"query {i}", "completion": "abc" * (i % 3)} for i in range(9)]  # a third are empty
+    data.write_text("\n".join(map(json.dumps, rows)))
+    lines = train(tmp_path / "run", **{"sft.data": str(data), "sft.epochs": 2, "sft.lr": 0.02})
+    assert lines[0]["kl"] == 0  # the reference is the policy as it stood after the warm-up
+    assert lines[0]["heldout_reward"] != train(tmp_path / "cold")[0]["heldout_reward"]
+
+
+def nan_reward(prompts, responses):
+    return [float("nan")] * len(responses)
+
+
+def test_a_reward_that_is_not_finite_loses_nothing(tmp_path):
+    """One line names the response; what was sampled stays, and is used once the reward is mended."""
+    with pytest.raises(UserError, match="finite"):
+        train(tmp_path, **{"reward.name": "test_loop:nan_reward", "reward.kwargs": {}})
+    assert (tmp_path / "evaluations" / "iter_0000.partial.jsonl").stat().st_size > 0
+    assert not (tmp_path / "summary.json").exists()
+
+
+def test_overlapping_sets_are_refused(tmp_path):
+    with pytest.raises(UserError, match="train"):
+        train(tmp_path, **{"task.heldout": "tiny_train"})
+
+
+def test_a_prompt_that_is_too_long_is_named(tmp_path):
+    with pytest.raises(UserError, match="max_prompt_tokens"):
+        train(tmp_path, **{"task.max_prompt_tokens": 4})
+
+
+def test_files_of_someone_else_are_not_touched(tmp_path):
+    (tmp_path / "rollouts").mkdir()
+    with pytest.raises(UserError, match="no config.json"):
+        train(tmp_path)
+
+
+def test_a_lost_report_is_made_again(default_run, tmp_path):
+    shutil.copytree(default_run[0], tmp_path / "copy")
+    (tmp_path / "copy" / "report.html").unlink()
+    train(tmp_path / "copy", **{"ple.tau_0": 0.0})
+    assert (tmp_path / "copy" / "report.html").exists()

@@ -1,0 +1,248 @@
+"""The report: parsed as a browser would, and compared with the files it was made from."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ple_jax.core import report
+from ple_jax.core.config import UserError
+
+HOSTILE = '<script>alert("x")</script> & </div> {{ 7 * 7 }} \u2028 "quoted"'
+VOID = {"meta", "br", "rect", "line", "circle", "path", "link", "img"}
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, texts with the classes they stand in, and a check that every tag is closed."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.texts: list[tuple[str, str]] = []  # classes or tag of the enclosing element, text
+        self.open: list[tuple[str, str]] = []
+        self.rows: list[list[str]] = []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+        if tag == "data":
+            self.rows[-1][-1] = dict(attrs)["value"]
+        if tag not in VOID:
+            self.open.append((tag, dict(attrs).get("class", tag)))
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop()[0] == tag
+
+    def handle_data(self, text):
+        if not self.open:  # the line breaks around <html>
+            return
+        self.texts.append((self.open[-1][1], text))
+        if self.open[-1][0] in ("td", "th"):
+            self.rows[-1][-1] += text.strip()
+
+    def inside(self, name: str) -> list[str]:
+        return [text for where, text in self.texts if name in where.split()]
+
+
+def response(kind: str, text: str, reward: float, weight: float | None = None) -> dict:
+    return {"kind": kind, "sample": 0, "tokens": [5], "text": text, "finished": True, "reward": reward,
+            "score": reward, "weight": weight}  # fmt: skip
+
+
+def rollout(i: int, responses: list[dict], decision: str = "", margin: float | None = None) -> dict:
+    return {"query_id": f"q{i}", "prompt": f"prompt {i}", "tau": 0.2, "responses": responses, "margin": margin,
+            "decision": decision}  # fmt: skip
+
+
+def jsonl(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+METRICS = [
+    {"iteration": 0, "heldout_reward": 0.123456789, "kl": None},
+    {"iteration": 1, "heldout_reward": 0.4, "reward_plain": 0.1, "reward_principled": 0.5, "ranked_share": 0.75,
+     "tau": 0.2, "generated_tokens": 123456, "grad_norm": 1e-07, "kl": 0.25},
+    {"iteration": 2, "heldout_reward": 0.8, "reward_plain": 0.3, "reward_principled": 0.7, "ranked_share": 0.5,
+     "tau": 0.18000000000000002, "generated_tokens": 246912, "grad_norm": 2.5, "kl": None},
+]  # fmt: skip
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    jsonl(tmp_path / "metrics.jsonl", METRICS)
+    config = {"algorithm": "ple", "model": {"path": "smollm2-135m"}, "ple": {"tau_0": "inf"}, "algorithm_kwargs": {}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "environment.json").write_text(json.dumps({"jax": "0.10.2", "cores": 2, "flags": "<none>"}))
+    (tmp_path / "summary.json").write_text(json.dumps({
+        "algorithm": "ple", "backend": "jax", "seed": 3, "heldout_reward_before": 0.123456789,
+        "heldout_reward_after": 0.8, "heldout_gain_ci95": [0.5, 0.85], "iterations": 2, "generated_tokens": 246912,
+        "training_tokens": 1000, "wall_seconds": 272.4, "peak_memory_bytes": 2576980378,
+    }))  # fmt: skip
+    for iteration, word in ((0, "early"), (1, "middle"), (2, "late")):
+        rows = [rollout(i, [response("plain", f"{word} {i}", i / 100)]) for i in range(14)]
+        jsonl(tmp_path / f"evaluations/iter_{iteration:04d}.jsonl", rows)
+    for iteration in (0, 1):
+        both = [response("plain", f"bad {iteration}", 0.1), response("principled", f"good {iteration}", 0.6, 0.7)]
+        pairs = [rollout(i, both, "ranked" if i % 2 else "blended", 0.5) for i in range(12)]
+        jsonl(tmp_path / f"rollouts/iter_{iteration:04d}.jsonl", pairs)
+    (tmp_path / "rollouts" / "iter_0002.partial.jsonl").write_text("torn")
+    return tmp_path
+
+
+def page(workdir: Path) -> Page:
+    return Page(report.write(workdir).read_text(encoding="utf-8"))
+
+
+def test_the_headline_is_the_summary(workdir):
+    text = " ".join(" ".join(t for _, t in page(workdir).texts).split())
+    assert "PLE · " in text and "smollm2-135m · jax · seed 3" in text
+    assert "0.123 → 0.8 held-out reward: +0.677, 95% interval +0.500 to +0.850" in text
+    for words in ("4 min 32 s wall time, 2 iterations", "246,912 tokens generated", "1,000 tokens trained on",
+                  "2.40 GiB peak memory"):  # fmt: skip
+        assert words in text
+
+
+def test_the_table_holds_the_exact_numbers(workdir):
+    rows = {row[0]: row[1:] for row in page(workdir).rows if row and row[0] in {k for m in METRICS for k in m}}
+    assert set(rows) == {key for line in METRICS for key in line} - {"iteration"}
+    for key, cells in rows.items():
+        assert cells == [repr(line[key]) if line.get(key) is not None else "–" for line in METRICS]
+
+
+def test_config_and_environment_are_listed(workdir):
+    rows = page(workdir).rows
+    for row in (["model.path", "smollm2-135m"], ["ple.tau_0", "inf"], ["algorithm_kwargs", "{}"], ["jax", "0.10.2"],
+                ["flags", "<none>"]):  # fmt: skip
+        assert row in rows
+
+
+def test_samples_are_the_first_in_file_order_before_and_after(workdir):
+    seen = page(workdir)
+    assert seen.inside("response")[:20] == [f"{word} {i}" for i in range(10) for word in ("early", "late")]
+    assert seen.inside("prompt")[:10] == [f"prompt {i}" for i in range(10)]
+    notes = " ".join(" ".join(seen.inside("note")).split())
+    assert "The first 10 of 14 held-out queries in file order, the first response to each: not selected." in notes
+    assert "After is iteration 2." in notes
+
+
+def test_training_pairs_are_those_of_the_last_iteration_by_decision(workdir):
+    seen = page(workdir)
+    assert seen.inside("h2")[2:4] == ["Training: ranked", "Training: blended"]
+    assert seen.inside("response")[20:] == ["bad 1", "good 1"] * 8
+    assert seen.inside("prompt")[10:] == [f"prompt {i}" for i in (1, 3, 5, 7, 0, 2, 4, 6)]
+    spans = " ".join(" ".join(seen.inside("span")).split())
+    assert "margin 0.5 · tau 0.2" in spans and "reward 0.6 · weight 0.7" in spans
+
+
+def test_every_text_is_escaped(workdir):
+    row = rollout(0, [response("<b>kind", HOSTILE, 0.5)], "<i>decision", 0.1) | {"prompt": HOSTILE, "query_id": "<q>"}
+    jsonl(workdir / "evaluations/iter_0000.jsonl", [row])
+    jsonl(workdir / "evaluations/iter_0002.jsonl", [row])
+    jsonl(workdir / "rollouts/iter_0001.jsonl", [row])
+    jsonl(workdir / "metrics.jsonl", [*METRICS, {"iteration": 3, "reward_<u>": 1.0, "length_<u>": 2.0}])
+    (workdir / "config.json").write_text(json.dumps({"principles": HOSTILE, "<s>": HOSTILE}))
+    seen = page(workdir)
+    assert {tag for tag, _ in seen.tags}.isdisjoint({"script", "u", "s", "q"})
+    assert seen.inside("prompt") == [HOSTILE] * 2
+    assert seen.inside("response") == [HOSTILE] * 3
+    assert ["<s>", HOSTILE.strip()] in seen.rows
+    assert "Training: <i>decision" in seen.inside("h2")
+
+
+def test_nothing_is_loaded_from_anywhere(workdir):
+    seen = page(workdir)
+    html = (workdir / "report.html").read_text()
+    assert not {tag for tag, _ in seen.tags} & {"script", "link", "img", "iframe", "object", "embed", "base"}
+    assert not [attrs for _, attrs in seen.tags if attrs.keys() & {"src", "href", "srcset", "action", "background"}]
+    assert not re.search(r"https?:|//[a-z]|url\(|@import", html)
+    assert ("meta", {"http-equiv": "Content-Security-Policy",
+                     "content": "default-src 'none'; style-src 'unsafe-inline'"}) in seen.tags  # fmt: skip
+    assert "prefers-color-scheme:dark" in html
+
+
+def test_a_lone_surrogate_does_not_stop_the_report(workdir):
+    (workdir / "config.json").write_text('{"principles": "a\\ud800b"}')
+    assert ["principles", "a?b"] in page(workdir).rows
+
+
+def test_only_metrics_are_needed_and_one_iteration_is_enough(tmp_path):
+    jsonl(tmp_path / "metrics.jsonl", [{"iteration": 1, "reward_plain": 0.5}])
+    seen = page(tmp_path)
+    assert seen.inside("h2") == ["Curves", "Metrics", "Config", "Environment"]
+    assert sum(tag == "svg" for tag, _ in seen.tags) == 1
+
+
+def test_a_run_with_no_number_at_all_has_no_chart(tmp_path):
+    jsonl(tmp_path / "metrics.jsonl", [{"iteration": 0}])
+    assert not [tag for tag, _ in page(tmp_path).tags if tag == "svg"]
+
+
+def test_other_algorithms_bring_kinds_and_decisions_of_their_own(tmp_path):
+    metrics = [
+        {"iteration": i, "reward_plain": 0.1, "reward_sampled": 0.2, "length_sampled": 3.0, "reward_calls": 96}
+        for i in (1, 2)
+    ]
+    jsonl(tmp_path / "metrics.jsonl", metrics)
+    answers = [response("sampled", f"answer {i}", 0.1) for i in range(9)]
+    jsonl(tmp_path / "rollouts/iter_0001.jsonl", [rollout(0, answers)])
+    seen = page(tmp_path)
+    rewards, lengths = report.charts(metrics)
+    assert [series.label for series in rewards.series] == ["plain", "sampled"]
+    assert [series.colour for series in lengths.series] == [rewards.series[1].colour]
+    assert "Training: collected" in seen.inside("h2")
+    assert seen.inside("response") == [f"answer {i}" for i in range(4)]
+    assert "and 5 more" in seen.inside("soft")
+
+
+def test_without_metrics_the_error_says_what_to_give(tmp_path):
+    with pytest.raises(UserError, match="no metrics.jsonl in .*: give the --workdir of a run"):
+        report.write(tmp_path)
+
+
+def test_points_lie_where_the_numbers_say():
+    (chart,) = report.charts([{"iteration": i, "ranked_share": v} for i, v in enumerate((0.0, None, 0.5, 1.0, 0.25))])
+    (series,) = chart.series
+    assert series.points == [(0, 0.0), (2, 0.5), (3, 1.0), (4, 0.25)]
+    (x0, bottom), (x2, middle), (x3, top), (x4, _) = series.dots
+    assert middle == pytest.approx((top + bottom) / 2, abs=0.1)  # coordinates have one decimal
+    assert (x2 - x0, x3 - x0) == pytest.approx(((x4 - x0) / 2, (x4 - x0) * 3 / 4), abs=0.1)
+    assert chart.yticks == [(bottom, "0%"), (pytest.approx((bottom * 3 + top) / 4, abs=0.1), "25%"), (middle, "50%"),
+                            (pytest.approx((bottom + top * 3) / 4, abs=0.1), "75%"), (top, "100%")]  # fmt: skip
+    assert [band.iteration for band in chart.bands] == [0, 2, 3, 4]
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=30))
+def test_every_point_lies_within_the_frame_between_round_ticks(values):
+    (chart,) = report.charts([{"iteration": i, "kl": value} for i, value in enumerate(values)])
+    assert all(48 <= x <= 480 and 12 <= y <= 200 for x, y in chart.series[0].dots)
+    assert 2 <= len(chart.yticks) <= 7
+    assert len(chart.xticks) <= 11
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.123456, "0.1235"), (1234567, "1,234,567"), (12345.6, "12,346"), (1e-7, "1e-07"), (None, "–"), ("inf", "inf")],
+)
+def test_numbers_for_people(value, text):
+    assert report.number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(4.25, "4.2 s"), (59.7, "1 min 0 s"), (272.3, "4 min 32 s"), (7384, "2 h 3 min")]
+)
+def test_durations_for_people(seconds, text):
+    assert report.duration(seconds) == text

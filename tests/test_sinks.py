@@ -1,0 +1,183 @@
+"""Sinks: what is on disk after each call, read back by independent readers."""
+
+import json
+import math
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.compat.proto.event_pb2 import Event
+
+from ple_jax.core import sinks
+from ple_jax.core.config import UserError
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().split("\n")[:-1]]
+
+
+def test_jsonl_appends_a_line_a_call_and_writes_null_for_what_json_has_not(tmp_path):
+    (sink,) = sinks.make(["jsonl"], tmp_path / "new", {})
+    sink({"tau": 0.1, "kl": math.nan, "generated_tokens": 7}, 0)
+    sink({"tau": math.inf, "loss": np.float32(0.5), "n": np.int64(3)}, 1)
+    assert lines(tmp_path / "new" / "metrics.jsonl") == [
+        {"iteration": 0, "tau": 0.1, "kl": None, "generated_tokens": 7},
+        {"iteration": 1, "tau": None, "loss": 0.5, "n": 3},
+    ]
+
+
+def test_jsonl_is_on_disk_after_every_call(tmp_path):
+    program = (
+        "import os, pathlib, sys; from ple_jax.core import sinks;"
+        "s, t = sinks.make(['jsonl', 'tensorboard'], pathlib.Path(sys.argv[1]), {});"
+        "[f({'x': 1.5}, 3) for f in (s, t)]; os.kill(os.getpid(), 9)"
+    )
+    killed = subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False)
+    assert killed.returncode == -9
+    assert lines(tmp_path / "metrics.jsonl") == [{"iteration": 3, "x": 1.5}]
+    assert scalars(tmp_path, "x") == [(3, 1.5)]
+
+
+@pytest.mark.parametrize(("last", "kept"), [(-1, []), (0, [0]), (2, [0, 1, 2]), (9, [0, 1, 2, 3])])
+def test_truncate_keeps_the_lines_up_to_the_step_byte_for_byte(tmp_path, last, kept):
+    path = tmp_path / "metrics.jsonl"
+    text = [f'{{"iteration": {i}, "x": 1.10,  "note": "\u2028"}}\n' for i in range(4)]
+    path.write_text("".join(text) + '{"iteration": 1, "x"', encoding="utf-8")
+    sinks.truncate_jsonl(path, last)
+    assert path.read_bytes() == "".join(text[i] for i in kept).encode()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_truncate_drops_a_last_line_without_its_newline_and_accepts_a_missing_file(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    sinks.truncate_jsonl(path, 3)
+    assert not path.exists()
+    path.write_text('{"iteration": 0}\n{"iteration": 1}')
+    sinks.truncate_jsonl(path, 3)
+    assert path.read_text() == '{"iteration": 0}\n'
+
+
+def test_a_resumed_run_logs_every_iteration_once(tmp_path):
+    for first in (0, 2):
+        sinks.truncate_jsonl(tmp_path / "metrics.jsonl", first - 1)
+        for step in range(first, 4):
+            for sink in sinks.make(["jsonl"], tmp_path, {}):
+                sink({"x": float(step)}, step)
+    assert [line["iteration"] for line in lines(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3]
+
+
+def scalars(workdir: Path, tag: str) -> list[tuple[int, float]]:
+    reader = EventAccumulator(str(workdir / "tensorboard"))
+    reader.Reload()
+    return [(event.step, event.value) for event in reader.Scalars(tag)]
+
+
+def test_tensorboard_reads_back_what_was_logged_and_drops_what_a_resume_repeats(tmp_path):
+    (sink,) = sinks.make(["tensorboard"], tmp_path, {})
+    for step, value in enumerate((0.25, 0.5, 99.0)):
+        sink({"reward": value, "tau": 0.125}, step)
+    (resumed,) = sinks.make(["tensorboard"], tmp_path, {})
+    for step, value in ((2, 0.75), (3, 1.0)):
+        resumed({"reward": value, "tau": 0.125}, step)
+    assert scalars(tmp_path, "reward") == [(0, 0.25), (1, 0.5), (2, 0.75), (3, 1.0)]
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 2
+
+
+def test_tensorboard_files_are_tfrecords_that_begin_with_the_version(tmp_path):
+    (sink,) = sinks.make(["tensorboard"], tmp_path, {})
+    sink({"x": 1.0}, 5)
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    data, events = path.read_bytes(), []
+    while data:  # length, its checksum, message, its checksum
+        (length,) = struct.unpack("<Q", data[:8])
+        events.append(Event.FromString(data[12 : 12 + length]))
+        data = data[16 + length :]
+    assert events[0].file_version == "brain.Event:2"
+    assert (events[2].step, events[2].summary.value[0].tag) == (5, "x")
+
+
+def test_sinks_import_neither_jax_nor_torch():
+    program = (
+        "import pathlib, sys, tempfile; from ple_jax.core import sinks;"
+        "made = sinks.make(['jsonl', 'tensorboard'], pathlib.Path(tempfile.mkdtemp()), {});"
+        "[sink({'x': 1.0}, 0) for sink in made];"
+        "sys.exit(str(sorted({'jax', 'torch', 'tensorflow'} & set(sys.modules))))"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True)
+    assert ran.stderr.strip() == "[]"
+
+
+def test_an_unknown_sink_is_named_with_the_valid_ones_and_nothing_is_opened(tmp_path):
+    with pytest.raises(UserError, match="'csv': choose from jsonl, tensorboard, wandb, mlflow, trackio"):
+        sinks.make(["jsonl", "csv"], tmp_path / "run", {})
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow", "trackio"])
+def test_a_missing_package_is_an_error_with_the_command(name, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, name, None)
+    for module in [m for m in sys.modules if m.startswith(f"{name}.")]:
+        monkeypatch.setitem(sys.modules, module, None)
+    for variable in ("WANDB_ERROR_REPORTING", "MLFLOW_TRACKING_URI", "MLFLOW_DISABLE_TELEMETRY"):
+        monkeypatch.setenv(variable, "set")
+    with pytest.raises(UserError, match=f"pip install {name}"):
+        sinks.make([name], tmp_path, {})
+
+
+class Tracker(ModuleType):
+    """Stands in for wandb, mlflow and trackio, which are not dependencies: records every call."""
+
+    def __init__(self, name: str):
+        super().__init__(name)
+        self.calls: list[tuple] = []
+        self.found: list = []
+
+    def __getattr__(self, name: str):
+        def call(*args, **kwargs):
+            self.calls.append((name, args, kwargs))
+            if name == "search_runs":
+                return self.found
+            return SimpleNamespace(log=self.log, info=SimpleNamespace(run_id="r1"))
+
+        return call
+
+
+@pytest.fixture
+def tracker(request, monkeypatch):
+    for variable in ("WANDB_ERROR_REPORTING", "MLFLOW_TRACKING_URI", "MLFLOW_DISABLE_TELEMETRY"):
+        monkeypatch.setenv(variable, "set")
+    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+    fake = Tracker(request.param)
+    monkeypatch.setitem(sys.modules, request.param, fake)
+    return fake
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "trackio"], indirect=True)
+def test_trackers_get_the_config_and_finite_metrics_with_their_step(tracker, tmp_path):
+    (sink,) = sinks.make([tracker.__name__], tmp_path, {"ple": {"tau_0": 0.2}})
+    sink({"x": 1.0, "kl": math.nan}, 4)
+    (init, log) = tracker.calls
+    assert init[0] == "init" and init[2]["config"] == {"ple": {"tau_0": 0.2}}
+    assert log == ("log", ({"x": 1.0},), {"step": 4})
+
+
+@pytest.mark.parametrize("tracker", ["mlflow"], indirect=True)
+def test_mlflow_goes_on_with_the_run_of_the_same_work_directory(tracker, tmp_path):
+    sinks.make(["mlflow"], tmp_path, {"ple": {"tau_0": 0.2}})[0]({"x": 1.0, "kl": math.inf}, 4)
+    calls = {name: (args, kwargs) for name, args, kwargs in tracker.calls}
+    assert calls["start_run"][0] == (None,)
+    assert calls["log_params"][0] == ({"ple.tau_0": 0.2},)
+    assert calls["log_metrics"] == (({"x": 1.0},), {"step": 4, "run_id": "r1"})
+    tracker.found = [SimpleNamespace(info=SimpleNamespace(run_id="r0"))]
+    sinks.make(["mlflow"], tmp_path, {})
+    assert [args for name, args, _ in tracker.calls if name == "start_run"] == [(None,), ("r0",)]
+
+
+def test_flatten_joins_keys_with_dots_and_keeps_empty_groups():
+    nested = {"b": {"x": 1, "deep": {"y": (1, 2)}}, "kwargs": {}, "a": None}
+    assert list(sinks.flatten(nested).items()) == [("b.x", 1), ("b.deep.y", (1, 2)), ("kwargs", {}), ("a", None)]

@@ -312,13 +312,18 @@ class JaxBackend:
         return {"adapter": self._adapter, "optimizer": self._state, "reference": self._reference}
 
     def _put(self, batch: Batch, rows: int) -> Batch:
-        """The batch on the devices, filled up to `rows` with rows that are masked and not valid."""
+        """The batch on the devices, filled up to `rows` with copies of its first row that are not valid.
+
+        Copies and not zeros: a loss that divides by its data would make NaN of zeros, and 0 * NaN is NaN.
+        """
 
         def fill_up(x: np.ndarray) -> np.ndarray:
             x = np.asarray(x, np.float32) if x.dtype == np.float64 else x
-            return np.concatenate([x, np.zeros((rows - len(x), *x.shape[1:]), x.dtype)])
+            return np.concatenate([x, np.repeat(x[:1], rows - len(x), 0)])
 
-        return sharding.put_rows(self.mesh, jax.tree.map(fill_up, batch))
+        filled = jax.tree.map(fill_up, batch)
+        filled.data["valid"][len(batch.prompt) :] = 0
+        return sharding.put_rows(self.mesh, filled)
 
 
 def _round_up(n: int, multiple: int) -> int:

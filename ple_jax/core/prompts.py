@@ -13,11 +13,13 @@ def render(query: Query, principles: str | None, tokenizer: Tokenizer, *, chat: 
     whatever system turn the model's own template puts in.
 
     Raises:
-        UserError: chat without a chat template, or with one that refuses the turns.
+        UserError: chat without a chat template, or with one that refuses the turns or leaves out the system turn.
     """
     if not chat:
         text = query.prompt if principles is None else f"{principles}\n\n{query.prompt}"
-        return text, list(tokenizer.encode(text, add_special_tokens=True))
+        tokens = list(tokenizer.encode(text, add_special_tokens=True))
+        # some tokenizers close every text with EOS; a prompt is to be continued
+        return text, tokens[:-1] if tokens[-1] == tokenizer.eos_token_id else tokens
     turns = [{"role": "user", "content": query.prompt}]
     if principles is not None:
         turns.insert(0, {"role": "system", "content": principles})
@@ -28,6 +30,11 @@ def render(query: Query, principles: str | None, tokenizer: Tokenizer, *, chat: 
             f"the tokenizer's chat template does not take query {query.id!r}"
             f"{' with a system turn' if principles else ''}: {error}; set --config.task.chat=False for raw prompts"
         ) from error
+    if principles is not None and principles.strip() not in text:  # the two kinds of response would be the same
+        raise UserError(
+            f"the tokenizer's chat template leaves out the system turn {principles[:60]!r};"
+            " take a model whose template has one, or set --config.task.chat=False for raw prompts"
+        )
     return text, list(tokenizer.encode(text, add_special_tokens=False))
 
 

@@ -62,7 +62,10 @@ class Journal:
 
     def read(self) -> list[Rollout] | None:
         """The complete iteration; None if it is not complete."""
-        return read(self.path) if self.path.exists() else None
+        if not self.path.exists():
+            return None
+        self.partial.unlink(missing_ok=True)  # a kill between the last two steps of `complete` leaves it behind
+        return read(self.path)
 
     def finished_chunks(self) -> dict[int, list[Response]]:
         """The chunks that were finished before. A torn last line is cut off the file: appending goes on after it."""
@@ -107,7 +110,8 @@ def read(path: Path) -> list[Rollout]:
         UserError: the file is not such a journal; names file and line.
     """
     rollouts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    # bytes: str.splitlines would also cut at U+2028 and the like inside a response
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             raw = json.loads(line)
             responses = tuple(_response(r) for r in raw["responses"])

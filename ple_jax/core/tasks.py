@@ -71,18 +71,16 @@ def draw(queries: Sequence[Query], n: int, *, seed: int, iteration: int) -> list
     if n > size:
         raise UserError(f"config.queries_per_iteration is {n} but there are {size} train queries; use at most {size}")
 
-    def order(passing: int, first: Sequence[int]) -> list[int]:
-        permutation = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, passing]))).permutation(size)
-        taken = set(first)
-        return [i for i in permutation.tolist() if i not in taken] + [i for i in permutation.tolist() if i in taken]
-
-    orders: dict[int, list[int]] = {}
-    for passing in range((iteration * n) // size, ((iteration + 1) * n - 1) // size + 1):
-        begin = passing * size % n  # how many places of the crossing iteration lie in the pass before
-        before = orders.get(passing - 1) or (order(passing - 1, ()) if passing and begin else [])
-        orders[passing] = order(passing, before[size - begin :] if begin else ())
-    places = range(iteration * n, (iteration + 1) * n)
-    return [queries[orders[p // size][p % size]] for p in places]
+    last = ((iteration + 1) * n - 1) // size
+    before: list[int] = []
+    order: list[int] = []
+    for passing in range(last + 1):  # from the first: the order of a pass depends on how the one before it ended
+        fresh = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, passing]))).permutation(size).tolist()
+        drawn = passing * size % n  # how many places of the crossing iteration lie in the pass before
+        taken = set(order[size - drawn :])
+        before, order = order, [i for i in fresh if i not in taken] + [i for i in fresh if i in taken]
+    begin = iteration * n - max(last - 1, 0) * size
+    return [queries[i] for i in (before + order)[begin : begin + n]]
 
 
 def _path(source: str) -> Path:
@@ -104,6 +102,7 @@ def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             continue
         try:
             record = json.loads(line)
+            json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair is JSON, but nothing can encode it
         except ValueError as error:
             raise UserError(f"{path}:{number} is not JSON ({error}); each line is one record") from None
         if not isinstance(record, dict):

@@ -73,11 +73,12 @@ def transform(raw: Float64[np.ndarray, " n"], name: str) -> Float64[np.ndarray, 
         case "sigmoid":
             return np.exp(-np.logaddexp(0.0, -raw))
         case "zscore":
-            return _scaled(raw - raw.mean(), raw.std())
+            unit = _unit(raw)  # the rounding of equal rewards would otherwise pass for a spread
+            return (unit - unit.mean()) / (unit.std() or 1.0)
         case "minmax":
-            return _scaled(raw - raw.min(), raw.max() - raw.min())
+            return _unit(raw)
     raise UserError(f"config.reward.transform {name!r}: choose none, sigmoid, zscore or minmax")
 
 
-def _scaled(centred: np.ndarray, spread: float) -> np.ndarray:
-    return centred / spread if spread > 0 else np.zeros_like(centred)
+def _unit(raw: np.ndarray) -> np.ndarray:
+    return (raw - raw.min()) / (np.ptp(raw) or 1.0)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ml_collections import FrozenConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from configs import tiny as tiny_config
 from ple_jax.core import modes, peft
@@ -19,7 +19,12 @@ def train(workdir: Path, **overrides) -> list[dict]:
     """Runs the tiny config, one iteration unless told otherwise; its metrics lines."""
     config = tiny_config.get_config()
     config.sinks = ("jsonl",)
-    config.update_from_flattened_dict({"iterations": 1, **overrides})
+    for key, value in {"iterations": 1, **overrides}.items():
+        *parents, name = key.split(".")
+        node = config
+        for parent in parents:
+            node = node[parent]
+        node[name] = ConfigDict(value) if isinstance(value, dict) else value  # dictionaries are overridden whole
     validate(config)
     assert modes.train(FrozenConfigDict(config), workdir, "jax") == 0
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
@@ -72,7 +77,7 @@ def test_metrics_are_all_there(default_run):
         ({"ple.selection": "symmetric"}, None),
         ({"ple.selection": "percentile", "ple.rank": "dpo", "ple.samples": 3}, None),
         ({"reward.transform": "zscore", "ple.rank": "sigmoid"}, None),
-        ({"reward.name": "length"}, None),
+        ({"reward.kwargs": {"letters": "xyz"}}, None),
     ],
     ids=str,
 )

@@ -118,7 +118,7 @@ def _named(known: list[str], *, file: str = "", code: bool = False) -> Rule:
         if code and module.endswith(".py"):
             return "" if Path(module).is_file() else f"an existing Python file (looked in {Path.cwd()})"
         # only the first part is looked up: finding a submodule would import its package
-        if code and "." in module and all(part.isidentifier() for part in module.split(".")):
+        if code and ("." in module or ":" in value) and all(part.isidentifier() for part in module.split(".")):
             found = importlib.util.find_spec(module.split(".", 1)[0]) is not None
             return "" if found else f"a dotted path into an installed package; {module.split('.', 1)[0]!r} is not one"
         if file and _is_path(value):

@@ -1,7 +1,6 @@
 """What `--mode` names. Each mode takes (config, workdir, backend) and gives an exit code."""
 
 import importlib
-import importlib.util
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from ple_jax.core import plan as planning
 from ple_jax.core import workdir as files
 from ple_jax.core.config import BACKENDS, UserError
 from ple_jax.core.interrupt import Interrupted, Stop
+from ple_jax.core.plugins import load_module
 from ple_jax.core.progress import Progress
 from ple_jax.core.rollouts import Journal
 from ple_jax.core.types import Response
@@ -25,18 +25,8 @@ def load_algorithm(name: str) -> ModuleType:
     Raises:
         UserError: it does not import, or lacks one of the functions that the loop calls.
     """
-    try:
-        if name.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(name).stem, name)
-            assert spec is not None and spec.loader is not None  # the config was validated: the file exists
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(name if "." in name else f"ple_jax.algorithms.{name}")
-    except UserError:
-        raise
-    except Exception as error:  # the variant is the user's code: anything may come out of it
-        raise UserError(f"config.algorithm {name!r} does not import: {type(error).__name__}: {error}") from error
+    own = name.endswith(".py") or "." in name
+    module = load_module(name if own else f"ple_jax.algorithms.{name}", "algorithm")
     needed = ("collect", "schedule", "label", "batch", "make_loss", "needs_reference")
     if missing := [function for function in needed if not hasattr(module, function)]:
         raise UserError(

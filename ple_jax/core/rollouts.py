@@ -49,8 +49,9 @@ def uniforms(seed: int, iteration: int, query_id: str, kind: str, sample: int, n
     """
     what = json.dumps([seed, iteration, query_id, kind, sample]).encode()
     key = int.from_bytes(hashlib.blake2b(what, digest_size=16).digest(), "little")
-    bits = np.random.Generator(np.random.Philox(key=key)).integers(0, 2**24, n, dtype=np.uint32)
-    return (bits * 2.0**-24).astype(np.float32)
+    # raw bits: what numpy's Generator makes of them may change between versions
+    bits = np.random.Philox(key=key).random_raw(n) >> np.uint64(40)
+    return bits.astype(np.float32) * np.float32(2.0**-24)
 
 
 class Journal:

@@ -9,11 +9,13 @@ import numpy as np
 from jaxtyping import Float64
 
 from ple_jax.core.config import UserError, names, suggestion
+from ple_jax.core.plugins import load_module
 from ple_jax.core.types import Reward
 
 
 def load(name: str, kwargs: Mapping[str, Any]) -> Reward:
-    """A reward by the name of a module here, or a function of your own as `package.module:function`.
+    """A reward by the name of a module here, or a function of your own as `package.module:function` or
+    `file.py:function`.
 
     Raises:
         UserError: no such reward, a package it needs is missing, or keyword arguments that it does not take.
@@ -29,12 +31,11 @@ def load(name: str, kwargs: Mapping[str, Any]) -> Reward:
     if not function:
         raise UserError(
             f"config.reward.name {name!r} is not one of {', '.join(known)}{suggestion(name, known)};"
-            " a function of your own is package.module:function"
+            " a function of your own is package.module:function or file.py:function"
         )
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"config.reward.name {name!r} does not import: {error}") from error
+    found = getattr(load_module(module, "reward.name"), function, None)
+    if not callable(found):
+        raise UserError(f"config.reward.name {name!r}: {module} has no function {function!r}")
     return functools.partial(found, **kwargs) if kwargs else found
 
 

@@ -2,7 +2,7 @@
 # installs nothing until pyproject.toml changes.
 
 PYTHON ?= python3
-PYTEST_ARGS ?= -n auto --maxprocesses=4
+PYTEST_ARGS ?= -n auto --maxprocesses=4 --dist loadfile
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install

@@ -59,18 +59,20 @@ def _over_time(f: Any, hidden: Array, targets: Array) -> Any:
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(rows, -1, *x.shape[3:])[:, :time], out)
 
 
-def _token_logprobs_forward(head: Array, hidden: Array, targets: Array) -> tuple[Array, Array]:
+def _token_logprobs_forward(head: Array, hidden: Array, targets: Array) -> tuple[Array, tuple[Array, Array]]:
     def f(h: Array, y: Array) -> tuple[Array, Array]:
         value, normaliser, logits = _chunk(head, h, y)
         p = jnp.exp(logits - normaliser[..., None]).astype(head.dtype)
         expected = jnp.einsum("btv,vd->btd", p, head, preferred_element_type=jnp.float32)
         return value, head[y].astype(jnp.float32) - expected
 
-    return _over_time(f, hidden, targets)
+    value, gradient = _over_time(f, hidden, targets)
+    return value, (gradient, jnp.zeros((), hidden.dtype))
 
 
-def _token_logprobs_backward(gradient: Array, g: Array) -> tuple[None, Array, None]:
-    return None, (g[..., None] * gradient).astype(jnp.float32), None
+def _token_logprobs_backward(saved: tuple[Array, Array], g: Array) -> tuple[None, Array, None]:
+    gradient, like = saved
+    return None, (g[..., None] * gradient).astype(like.dtype), None
 
 
 token_logprobs.defvjp(_token_logprobs_forward, _token_logprobs_backward)

@@ -169,3 +169,29 @@ def test_a_lost_report_is_made_again(default_run, tmp_path):
     (tmp_path / "copy" / "report.html").unlink()
     train(tmp_path / "copy", **{"ple.tau_0": 0.0})
     assert (tmp_path / "copy" / "report.html").exists()
+
+
+@pytest.mark.parametrize("axes", [{"mesh.data": 2}, {"mesh.fsdp": 2}, {"mesh.tensor": 2}], ids=str)
+def test_a_whole_run_on_a_mesh(axes, default_run, tmp_path):
+    """The same loss as on one device, to rounding."""
+    ours = train(tmp_path, **{"ple.tau_0": 0.0, **axes})
+    assert ours[1]["loss"] == pytest.approx(default_run[1][1]["loss"], rel=1e-4)
+    assert ours[1]["ranked_share"] == default_run[1][1]["ranked_share"]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"model.layers": "scan", "model.remat": "full"},
+        {"model.dtype": "bfloat16"},
+        {"sampling.temperature": 0.7, "sampling.top_k": 50, "sampling.top_p": 0.9, "sampling.min_p": 0.01},
+        {"sampling.max_new_tokens": 1, "eval.samples": 2, "eval.every": 2, "optimizer.epochs": 2},
+        {"task.chat": True},
+    ],
+    ids=str,
+)
+def test_settings_that_change_the_shapes(overrides, tmp_path):
+    lines = train(tmp_path, **overrides)
+    assert np.isfinite([lines[1]["loss"], lines[1]["kl"], lines[1]["heldout_reward"]]).all()
+    longest = max(len(r["tokens"]) for line in rollouts(tmp_path) for r in line["responses"])
+    assert longest <= overrides.get("sampling.max_new_tokens", 8)

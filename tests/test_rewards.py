@@ -1,9 +1,13 @@
-"""Rewards, their transforms, and what is refused."""
+"""Rewards against values worked out by hand and the package they come from; their transforms; what is refused."""
 
+import math
 import sys
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import special, stats
 
 from ple_jax.core import rewards
 from ple_jax.core.config import UserError
@@ -12,12 +16,14 @@ from ple_jax.core.config import UserError
 def test_vader_is_the_packages_compound_score():
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-    texts = ["A wonderful, lovely film!", "It was horrible.", "The film is two hours long.", ""]
-    expected = [SentimentIntensityAnalyzer().polarity_scores(t)["compound"] for t in texts]
-    assert rewards.load("vader", {})(["awful "] * 4, texts) == expected
-    assert expected[0] > 0.5 > -0.3 > expected[1]
-    with_prompt = rewards.load("vader", {"with_prompt": True})(["awful "] * 4, texts)
-    assert with_prompt[2] == SentimentIntensityAnalyzer().polarity_scores("awful " + texts[2])["compound"] < 0
+    def compound(text):
+        return SentimentIntensityAnalyzer().polarity_scores(text)["compound"]
+
+    texts = ["A wonderful, lovely film!", "It was horrible.", "It is two hours long.", ""]
+    scores = rewards.load("vader", {})(["awful "] * 4, texts)
+    assert scores == [compound(t) for t in texts]
+    assert scores[0] > 0.5 and scores[1] < -0.5 and scores[2:] == [0, 0]
+    assert rewards.load("vader", {"with_prompt": True})(["awful "] * 4, texts) == [compound("awful " + t) for t in texts]
 
 
 def test_vader_without_its_package(monkeypatch):
@@ -26,11 +32,15 @@ def test_vader_without_its_package(monkeypatch):
         rewards.load("vader", {})
 
 
-def test_length_and_letters():
-    assert rewards.load("length", {"target": 4})(["", "", ""], ["a b c d", "a b", ""]) == [0.0, -0.5, -1.0]
-    assert rewards.load("letters", {})(["", ""], ["aexx", ""]) == [0.5, 0.0]
-    with pytest.raises(UserError, match="at least 1 word"):
+def test_length_counts_words():
+    responses = ["a b  c\nd", "a b", "", "a b c d e f g h i j"]
+    assert rewards.load("length", {"target": 4})([""] * 4, responses) == [0.0, -0.5, -1.0, -1.5]
+    with pytest.raises(UserError, match="target = 0"):
         rewards.load("length", {"target": 0})
+
+
+def test_letters_counts_lower_case_vowels():
+    assert rewards.load("letters", {})([""] * 4, ["aexx", "", "AEIOU", "ouié"]) == [0.5, 0.0, 0.0, 0.75]
 
 
 def constant(prompts, responses, *, value=1.0):
@@ -38,47 +48,78 @@ def constant(prompts, responses, *, value=1.0):
 
 
 def test_a_function_of_your_own():
+    assert rewards.load("test_rewards:constant", {}) is constant
     assert rewards.load("test_rewards:constant", {"value": 3.0})(["p"], ["r"]) == [3.0]
-    assert rewards.load("test_rewards:constant", {})(["p"], ["r"]) == [1.0]
 
 
 @pytest.mark.parametrize(
     ("name", "kwargs", "says"),
     [
-        ("vadr", {}, "did you mean 'vader'"),
-        ("vader", {"k": 1}, "config.reward.kwargs"),
-        ("no_such_module:f", {}, "does not import"),
+        ("vadr", {}, "length, letters, vader.*did you mean 'vader'"),
+        ("vader", {"with_promt": True}, r"config.reward.kwargs \{'with_promt': True\}.*unexpected keyword"),
+        ("no_such_module:f", {}, "No module named 'no_such_module'"),
         ("test_rewards:nothing", {}, "no function 'nothing'"),
     ],
 )
-def test_bad_names(name, kwargs, says):
+def test_what_cannot_be_loaded(name, kwargs, says):
     with pytest.raises(UserError, match=says):
         rewards.load(name, kwargs)
 
 
+def test_score_gives_float64_in_order():
+    values = rewards.score(lambda p, r: [len(a) + len(b) for a, b in zip(p, r, strict=True)], ["a", "bb"], ["c", "dd"])
+    assert values.dtype == np.float64 and values.tolist() == [2.0, 4.0]
+
+
 @pytest.mark.parametrize(
     ("values", "says"),
-    [([1.0], "shape"), ([[1.0], [2.0]], "shape"), ([1.0, float("nan")], "second answer"), ([float("inf"), 0.0], "inf")],
+    [
+        ([1.0], r"shape \(1,\) for 2 responses"),
+        ([[1.0], [2.0]], r"shape \(2, 1\) for 2 responses"),
+        ([1.0, math.nan], r"1 of 2 .*nan for prompt 'prompt b', response 'second answer'"),
+        ([math.inf, -math.inf], r"2 of 2 .*inf for prompt 'prompt a', response 'first answer'"),
+    ],
 )
-def test_bad_values_name_prompt_and_response(values, says):
+def test_score_checks_what_it_gets(values, says):
     with pytest.raises(UserError, match=says):
-        rewards.score(lambda p, r: values, ["a", "b"], ["first answer", "second answer"])
+        rewards.score(lambda p, r: values, ["prompt a", "prompt b"], ["first answer", "second answer"])
 
 
-def test_transforms_pool_both_kinds():
-    raw = np.array([-1.0, 0.0, 2.0, 3.0])
+SPREAD = st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=30).filter(
+    lambda x: np.ptp(x) > max(1e-6, 1e-3 * max(map(abs, x)))
+)
+
+
+@given(SPREAD)
+def test_transforms_equal_scipys(values):
+    raw = np.array(values)
     np.testing.assert_array_equal(rewards.transform(raw, "none"), raw)
-    np.testing.assert_allclose(rewards.transform(raw, "sigmoid"), 1 / (1 + np.exp(-raw)), rtol=1e-12)
-    np.testing.assert_allclose(rewards.transform(raw, "zscore"), (raw - 1) / np.sqrt(2.5), rtol=1e-12)
-    np.testing.assert_allclose(rewards.transform(raw, "minmax"), [0, 0.25, 0.75, 1])
-    with pytest.raises(UserError, match="sigmoid"):
-        rewards.transform(raw, "log")
+    np.testing.assert_allclose(rewards.transform(raw, "sigmoid"), special.expit(raw), rtol=1e-12, atol=0)
+    np.testing.assert_allclose(rewards.transform(raw, "zscore"), stats.zscore(raw), rtol=1e-9, atol=1e-9)
+    scaled = rewards.transform(raw, "minmax")
+    assert scaled.min() == 0 and scaled.max() == 1
+    np.testing.assert_allclose(scaled * np.ptp(raw) + raw.min(), raw, rtol=1e-9, atol=1e-9 * np.abs(raw).max())
 
 
 @pytest.mark.parametrize("name", ["zscore", "minmax"])
-def test_no_spread_gives_zero(name):
-    np.testing.assert_array_equal(rewards.transform(np.full(5, 0.7), name), np.zeros(5))
+@pytest.mark.parametrize("value", [0.0, 0.1, 0.4404, -1e300])
+@pytest.mark.parametrize("n", [1, 3, 96])
+def test_no_spread_gives_zero(name, value, n):
+    # the mean of three times 0.1 is not 0.1 in floating point
+    np.testing.assert_array_equal(rewards.transform(np.full(n, value), name), np.zeros(n))
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1.0, 1e150])
+def test_scale_does_not_matter(scale):
+    raw = np.array([-1.0, 0.0, 2.0, 3.0])
+    np.testing.assert_allclose(rewards.transform(raw * scale, "zscore"), (raw - 1) / math.sqrt(2.5), rtol=1e-12)
+    np.testing.assert_allclose(rewards.transform(raw * scale, "minmax"), [0, 0.25, 0.75, 1], rtol=1e-12)
 
 
 def test_sigmoid_of_huge_rewards():
-    np.testing.assert_array_equal(rewards.transform(np.array([-1e9, 1e9]), "sigmoid"), [0, 1])
+    np.testing.assert_array_equal(rewards.transform(np.array([-1e9, 0.0, 1e9]), "sigmoid"), [0, 0.5, 1])
+
+
+def test_unknown_transform():
+    with pytest.raises(UserError, match="'log': choose none, sigmoid, zscore or minmax"):
+        rewards.transform(np.zeros(2), "log")

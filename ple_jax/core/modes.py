@@ -50,6 +50,7 @@ def open_run(config: Any, workdir: Path, backend: str) -> Iterator[loop.Run]:
         module = importlib.import_module(BACKENDS[backend])
         loaded = module.load(config)
         built = module.build(config, loaded)
+        loaded = loaded._replace(weights={})  # the backend has its own: the host's copy may go
         progress.advance(1)
         for note in module.notes(built):
             progress.log(note)

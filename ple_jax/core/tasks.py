@@ -118,4 +118,4 @@ def _query(path: Path, number: int, record: dict[str, Any]) -> Query:
             raise UserError(f"{path}:{number}: `{key}` is a {type(record[key]).__name__}, not a text")
     if not record["prompt"].strip():
         raise UserError(f"{path}:{number}: `prompt` is empty; remove the line")
-    return Query(str(record.get("id", number)), record["prompt"], record.get("completion", ""))
+    return Query(str(record.get("id", f"{path.stem}:{number}")), record["prompt"], record.get("completion", ""))

@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from ml_collections.config_flags import config_flags
 
 from ple_jax.core.config import BACKENDS, UserError, flatten, suggestion, validate
+from ple_jax.core.interrupt import MESSAGE, Interrupted
 
 MODES = ("train", "evaluate", "generate", "plan", "export")  # functions of ple_jax.core.modes
 FLAG_NAMES = ("config", "workdir", "backend", "mode", "help")
@@ -87,11 +89,25 @@ class Run(NamedTuple):
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turns a `UserError` into one line on stderr and exit code 2."""
+    """What a user can mend, a stop that was asked for, or too little memory: one line on stderr and an exit code."""
     try:
         yield
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except (Interrupted, KeyboardInterrupt) as stopped:
+        print(MESSAGE, file=sys.stderr)
+        sys.exit(128 + (stopped.number if isinstance(stopped, Interrupted) else signal.SIGINT))
+    except Exception as error:
+        # XLA's name for it, on every platform
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(
+            f"error: not enough memory ({str(error).strip().splitlines()[0][:200] or 'MemoryError'}); lower"
+            " --config.optimizer.micro_queries or --config.sampling.width, or set --config.model.remat=full;"
+            " what was finished is kept",
+            file=sys.stderr,
+        )
         sys.exit(2)
 
 

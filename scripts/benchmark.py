@@ -1,6 +1,6 @@
 """Speed and memory beside transformers and PEFT: the same weights, the same shapes, the same run, in turns.
 
-    python scripts/benchmark.py [--model smollm2-135m] [--repeats 5] [--only generate|train]
+    python scripts/benchmark.py [--model smollm2-135m] [--repeats 5] [--only memory|train|generate]
 
 Prints one JSON line per measurement: the median tokens/s of both sides over the repeats and the median of their
 pairwise ratios (the two sides take turns, so that a machine that slows down slows both). Needs the extra `dev`.
@@ -10,6 +10,8 @@ train:    one LoRA step (rank 8, all linear modules), forward, backward and Adam
           "rows"  8 rows of 128 tokens, log-probabilities of the last 64 (PEFT: labels on the last 64)
           "pairs" 8 queries of 16 tokens with two responses of 24, as PLE trains; ours packs a pair into one row, PEFT
                   has a row for each response; tokens are counted as PEFT sees them.
+memory:   temporary memory of the compiled training step with log-probabilities chunked over time, as we train, and with
+          the fp32 logits of all tokens. Nothing is run.
 """
 
 import argparse
@@ -145,6 +147,38 @@ def measure_train(loaded: checkpoint.Loaded, repeats: int) -> None:
         report("train", {"case": name, "shape": shape, **median_pair(call_ours, call_theirs, ids.numel(), repeats)})
 
 
+def measure_memory(loaded: checkpoint.Loaded) -> None:
+    """Temporary memory of the compiled training step, as the compiler reports it; nothing is run."""
+    c = loaded.config
+    model = Model.create(c, scan=train.use_scan("auto"))
+    adapter = lora.init(c, rank=8, targets=TARGETS, seed=0)
+    queries, prompt_len, k, response_len = 8, 64, 2, 128
+
+    def all_logits(base, adapter, batch):
+        """Logits of every token, prompts included, in fp32, kept for the backward pass."""
+        tokens, position, mask = train.pack(batch)
+        hidden, _ = model.apply(base, lora.fuse(model, adapter, 2.0), tokens, positions=position, mask=mask)
+        logp = jax.nn.log_softmax(model.logits(base, hidden))
+        return jax.numpy.take_along_axis(logp[:, :-1], tokens[:, 1:, None], -1)[:, prompt_len - 1 :].sum()
+
+    def chunked(base, adapter, batch):
+        return train.outputs(model, base, lora.fuse(model, adapter, 2.0), batch).logprobs.sum()
+
+    shape = jax.ShapeDtypeStruct
+    batch = Batch(
+        shape((queries, prompt_len), np.int32),
+        shape((queries, prompt_len), bool),
+        shape((queries, k, response_len), np.int32),
+        shape((queries, k, response_len), bool),
+        {},
+    )
+    peaks = {}
+    for name, function in {"chunked": chunked, "all_logits": all_logits}.items():
+        compiled = jax.jit(jax.grad(function, argnums=1)).lower(model.shapes, adapter, batch).compile()
+        peaks[f"{name}_mib"] = compiled.memory_analysis().temp_size_in_bytes >> 20
+    report("memory", {"shape": f"{queries} queries x ({prompt_len} + {k} x {response_len})", **peaks})
+
+
 def report(what: str, values: dict) -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     print(json.dumps({"measured": what, **values, "process_peak_mib": peak}), flush=True)
@@ -154,13 +188,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--only", choices=("generate", "train"))
+    parser.add_argument("--only", choices=("generate", "train", "memory"))
     options = parser.parse_args()
     loaded = checkpoint.load(options.model)
-    if options.only != "train":
-        measure_generate(loaded, options.repeats)
-    if options.only != "generate":
+    if options.only in (None, "memory"):
+        measure_memory(loaded)
+    if options.only in (None, "train"):
         measure_train(loaded, options.repeats)
+    if options.only in (None, "generate"):
+        measure_generate(loaded, options.repeats)
 
 
 if __name__ == "__main__":

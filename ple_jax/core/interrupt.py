@@ -11,6 +11,8 @@ import threading
 from collections.abc import Iterator
 from types import TracebackType
 
+MESSAGE = "stopped; nothing finished is lost: give the same command again to continue"
+
 
 class Interrupted(BaseException):
     """Raised by `Stop.check`. Not an Exception: no handler of errors should take it for one."""
@@ -27,8 +29,8 @@ class Stop:
     pipe that the interpreter's C handler writes to, and ends the program when the grace is over.
     """
 
-    def __init__(self, *, grace: float = 20.0, message: str = ""):
-        self._grace, self._message = grace, message
+    def __init__(self, *, grace: float = 20.0):
+        self._grace = grace
         self._number = 0
 
     def __enter__(self) -> "Stop":
@@ -72,5 +74,5 @@ class Stop:
         os.close(self._read)
 
     def _leave(self) -> None:
-        print(self._message, file=sys.stderr, flush=True)
+        print(MESSAGE, file=sys.stderr, flush=True)
         os._exit(128 + self._number)

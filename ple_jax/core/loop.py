@@ -298,7 +298,8 @@ def collect(
     sampled = time.perf_counter()
     rollouts = run.algorithm.label(score(run, rollouts), tau, iteration, config)
     journal.complete(rollouts)
-    return rollouts, {"generate": sampled - started, "score": time.perf_counter() - sampled}
+    # training reads what is on disk, here as after a resume
+    return read(journal.path), {"generate": sampled - started, "score": time.perf_counter() - sampled}
 
 
 # ---------------------------------------------------------------- training

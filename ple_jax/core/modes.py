@@ -1,7 +1,6 @@
 """What `--mode` names. Each mode takes (config, workdir, backend) and gives an exit code."""
 
 import importlib
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +11,7 @@ from ple_jax.core import loop, peft, principles, report, rewards, sinks, tasks
 from ple_jax.core import plan as planning
 from ple_jax.core import workdir as files
 from ple_jax.core.config import BACKENDS, UserError
-from ple_jax.core.interrupt import Interrupted, Stop
+from ple_jax.core.interrupt import Stop
 from ple_jax.core.plugins import load_module
 from ple_jax.core.progress import Progress
 from ple_jax.core.rollouts import Journal
@@ -38,14 +37,13 @@ def load_algorithm(name: str) -> ModuleType:
 @contextmanager
 def open_run(config: Any, workdir: Path, backend: str) -> Iterator[loop.Run]:
     """Everything a run needs, cheap checks first: task, principles, reward and algorithm before any weights are read."""
-    train, heldout = tasks.load(config.task.train), tasks.load(config.task.heldout)
-    tasks.check_disjoint(train, heldout)
-    text = principles.load(config.principles)
-    reward = rewards.load(config.reward.name, config.reward.kwargs.to_dict())
-    algorithm = load_algorithm(config.algorithm)
-    loss = algorithm.make_loss(config)
-    again = f"stopped; nothing finished is lost: give the same command again to continue in {workdir}"
-    with Stop(message=again) as stop, Progress(config.iterations) as progress:
+    with Stop() as stop, Progress(config.iterations) as progress:
+        train, heldout = tasks.load(config.task.train), tasks.load(config.task.heldout)
+        tasks.check_disjoint(train, heldout)
+        text = principles.load(config.principles)
+        reward = rewards.load(config.reward.name, config.reward.kwargs.to_dict())
+        algorithm = load_algorithm(config.algorithm)
+        loss = algorithm.make_loss(config)
         progress.phase("load", 1)
         module = importlib.import_module(BACKENDS[backend])
         loaded = module.load(config)
@@ -65,7 +63,7 @@ def open_run(config: Any, workdir: Path, backend: str) -> Iterator[loop.Run]:
 def train(config: Any, workdir: Path, backend: str) -> int:
     """Runs Algorithm 1 to its end, or goes on where it stood."""
     with files.lock(workdir):
-        files.claim(workdir, config.to_dict(), backend)
+        files.check(workdir, config.to_dict(), backend)
         if (done := files.read_json(workdir / "summary.json")) is not None:
             low, high = done["heldout_gain_ci95"]
             if not (workdir / "report.html").exists():  # ended between the summary and the report
@@ -75,17 +73,15 @@ def train(config: Any, workdir: Path, backend: str) -> int:
                 f" {done['heldout_reward_after']:.3f} (gain {low:.3f} to {high:.3f}); see {workdir / 'report.html'}"
             )
             return 0
-        try:
-            with open_run(config, workdir, backend) as run:
-                files.write_json(workdir / "environment.json", run.backend.environment())
-                state = loop.train(run)
-                export_adapter(run)
-                summary = loop.summary(run, backend, state)
-                files.write_json(workdir / "summary.json", summary)
-                page = report.write(workdir)
-        except Interrupted as stopped:
-            print(f"{stopped}: stopped; give the same command again to continue in {workdir}", file=sys.stderr)
-            return 128 + stopped.number
+        with open_run(config, workdir, backend) as run:
+            # not before everything above has been found in order: a mistake mended should not need another directory
+            files.claim(workdir, config.to_dict(), backend)
+            files.write_json(workdir / "environment.json", run.backend.environment())
+            state = loop.train(run)
+            export_adapter(run)
+            summary = loop.summary(run, backend, state)
+            files.write_json(workdir / "summary.json", summary)
+            page = report.write(workdir)
     low, high = summary["heldout_gain_ci95"]
     print(
         f"held-out reward {summary['heldout_reward_before']:.3f} -> {summary['heldout_reward_after']:.3f}"
@@ -99,7 +95,7 @@ def _trained(config: Any, workdir: Path, backend: str) -> None:
     """Checks that `workdir` is a run of this config with something in it."""
     if not (workdir / "config.json").exists():
         raise UserError(f"--workdir={workdir} holds no run; train one first: --mode=train")
-    files.claim(workdir, config.to_dict(), backend)
+    files.check(workdir, config.to_dict(), backend)
 
 
 def _restore(run: loop.Run) -> dict[str, Any]:

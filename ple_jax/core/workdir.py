@@ -15,7 +15,7 @@ from typing import Any
 
 from ple_jax.core.config import UserError, differing
 
-_FILES = ("config.json", "rollouts", "checkpoints", "adapter")
+_FILES = ("rollouts", "checkpoints", "adapter")
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -71,20 +71,19 @@ def lock(workdir: Path) -> Iterator[None]:
         yield
 
 
-def claim(workdir: Path, config: Mapping[str, Any], backend: str) -> None:
-    """Writes config.json into a new work directory, or checks that an old one belongs to this config.
-
-    Raises:
-        UserError: it belongs to another config or backend (names the differing keys), or holds something else's files.
-    """
-    wanted = {"backend": backend, **_plain(config)}
+def check(workdir: Path, config: Mapping[str, Any], backend: str) -> None:
+    """Raises a UserError unless the directory is new or belongs to this config and backend; names the differing keys."""
     found = read_json(workdir / "config.json")
     if found is None:
         if strangers := [name for name in _FILES if (workdir / name).exists()]:
             raise UserError(f"--workdir={workdir} holds {strangers[0]} but no config.json; give an empty folder")
-        write_json(workdir / "config.json", wanted)
-    elif keys := differing(found, wanted):
+    elif keys := differing(found, {"backend": backend, **_plain(config)}):
         raise UserError(
             f"--workdir={workdir} belongs to another config, differing in {', '.join(keys)};"
             " give the same config or another --workdir"
         )
+
+
+def claim(workdir: Path, config: Mapping[str, Any], backend: str) -> None:
+    """Writes config.json: from here on the directory belongs to this config."""
+    write_json(workdir / "config.json", {"backend": backend, **_plain(config)})

@@ -46,7 +46,7 @@ def get_config() -> ConfigDict:
     c.sampling.top_p = 1.0
     c.sampling.min_p = 0.0
     c.sampling.width = 64  # rows decoded at once; part of the result (see README, determinism)
-    c.sampling.bucket = 16  # prompts are padded to multiples of this many tokens, doubling: 16, 32, 64 ...
+    c.sampling.bucket = 16  # prompts are padded to this many tokens or its next doubling: 16, 32, 64 ...
 
     c.ple = ConfigDict()
     c.ple.schedule = "exponential"  # exponential (paper) | constant | linear | cosine
@@ -94,5 +94,5 @@ def get_config() -> ConfigDict:
     c.checkpoint = ConfigDict()
     c.checkpoint.keep = 2  # newest checkpoints kept
 
-    c.sinks = ("jsonl", "tensorboard")  # where metrics go; also: wandb, mlflow, trackio (where installed)
+    c.sinks = ("tensorboard",)  # where metrics go beside metrics.jsonl: also wandb, mlflow, trackio (where installed)
     return c

@@ -78,9 +78,7 @@ def _token_logprobs_backward(saved: tuple[Array, Array], g: Array) -> tuple[None
 token_logprobs.defvjp(_token_logprobs_forward, _token_logprobs_backward)
 
 
-def token_entropy(
-    head: Float[Array, "vocab hidden"], hidden: Float[Array, "row time hidden"]
-) -> Float32[Array, "row time"]:
+def token_entropy(head: Float[Array, "vocab hidden"], hidden: Float[Array, "row time hidden"]) -> Float32[Array, "row time"]:
     """Entropy in nats of the next-token distribution, chunked like `token_logprobs`; not differentiated."""
 
     def f(h: Array, y: Array) -> Array:
@@ -197,9 +195,7 @@ class JaxBackend:
         fuse = functools.partial(lora.fuse, model, scale=scale)
         self._fuse = fuse
         self._generate = jax.jit(
-            lambda base, adapter, *data, sampling: generate.generate(
-                model, base, fuse(adapter), *data, sampling=sampling
-            ),
+            lambda base, adapter, *data, sampling: generate.generate(model, base, fuse(adapter), *data, sampling=sampling),
             static_argnames="sampling",
         )
         self._outputs = jax.jit(
@@ -228,18 +224,23 @@ class JaxBackend:
         sampling: Sampling,
         prefix: Sequence[int] = (),
     ) -> list[Response]:
-        """One response per prompt, decoded `width` rows at a time; short chunks are filled with rows nobody reads."""
+        """One response per prompt, decoded `width` rows at a time.
+
+        Short chunks are filled with copies of their first row, which end when it does: rows of noise would not end, and
+        decoding goes on until all have.
+        """
         responses: list[Response] = []
         for start in range(0, len(prompts), self.width):
             part = prompts[start : start + self.width]
             length = bucket(max(len(p) for p in part), self.bucket)
             tokens, mask = np.zeros((self.width, length), np.int32), np.zeros((self.width, length), bool)
-            mask[:, -1] = True
-            for row, prompt in enumerate(part):
+            noise = np.zeros((self.width, sampling.max_new_tokens), np.float32)
+            for row in range(self.width):
+                source = row if row < len(part) else 0
+                prompt = part[source]
                 tokens[row, length - len(prompt) :] = prompt
                 mask[row, length - len(prompt) :] = True
-            noise = np.zeros((self.width, sampling.max_new_tokens), np.float32)
-            noise[: len(part)] = uniforms[start : start + len(part)]
+                noise[row] = uniforms[start + source]
             tokens, mask, noise = sharding.put_rows(self.mesh, (tokens, mask, noise))
             shared = jax.device_put(np.asarray(prefix, np.int32), sharding.replicated(self.mesh))
             out, lengths = jax.device_get(
@@ -338,7 +339,8 @@ def use_scan(setting: str) -> bool:
 
 
 def load(config: ConfigDict) -> weights.Loaded:
-    """Weights, model config and tokenizer of the base model."""
+    """Weights, model config and tokenizer of the base model; a mesh that does not fit is refused before."""
+    sharding.make_mesh(**config.mesh)
     return weights.load(config.model.path)
 
 

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from configs import tiny as tiny_config
 from ple_jax.core import modes, peft
+from ple_jax.core import workdir as workdir_files
 from ple_jax.core.config import UserError, validate
 
 ROOT = Path(__file__).parent.parent
@@ -18,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 def train(workdir: Path, **overrides) -> list[dict]:
     """Runs the tiny config, one iteration unless told otherwise; its metrics lines."""
     config = tiny_config.get_config()
-    config.sinks = ("jsonl",)
+    config.sinks = ()
     for key, value in {"iterations": 1, **overrides}.items():
         *parents, name = key.split(".")
         node = config
@@ -44,13 +45,15 @@ def default_run(tmp_path_factory):
 
 def test_metrics_are_all_there(default_run):
     workdir, (before, after) = default_run
-    assert before["iteration"] == 0 and {"heldout_reward", "heldout_reward_principled", "kl", "entropy"} <= set(before)
-    assert before["kl"] == 0  # the policy is still the reference
-    assert after["kl"] > 0
+    first = {"iteration", "heldout_reward", "heldout_reward_principled", "heldout_kl", "heldout_entropy"}
+    assert before["iteration"] == 0 and first <= set(before)
+    assert before["heldout_kl"] == after["kl"] == 0  # the policy that sampled is still the reference
+    assert after["heldout_kl"] > 0
     assert {
         "reward_plain", "reward_principled", "margin", "tau", "ranked_share", "negative_margin_share",
         "hinge_active_before", "hinge_active_after", "lp_plain", "lp_principled", "length_plain", "length_principled",
-        "truncated_share", "kl", "entropy", "grad_norm", "distinct_2_plain", "distinct_2_principled", "leak", "loss", "lr",
+        "truncated_share", "kl", "entropy", "heldout_kl",
+        "rank_loss", "blend_loss", "grad_norm", "distinct_2_plain", "distinct_2_principled", "leak", "loss", "lr",
         "generated_tokens", "training_tokens", "seconds_generate", "seconds_update", "heldout_reward",
     } <= set(after)  # fmt: skip
     lines = rollouts(workdir)
@@ -132,7 +135,7 @@ def test_warm_up_makes_another_reference(tmp_path):
     rows = [{"prompt": f"query {i}", "completion": "abc" * (i % 3)} for i in range(9)]  # a third are empty
     data.write_text("\n".join(map(json.dumps, rows)))
     lines = train(tmp_path / "run", **{"sft.data": str(data), "sft.epochs": 2, "sft.lr": 0.02})
-    assert lines[0]["kl"] == 0  # the reference is the policy as it stood after the warm-up
+    assert lines[0]["heldout_kl"] == 0  # the reference is the policy as it stood after the warm-up
     assert lines[0]["heldout_reward"] != train(tmp_path / "cold")[0]["heldout_reward"]
 
 
@@ -192,6 +195,40 @@ def test_a_whole_run_on_a_mesh(axes, default_run, tmp_path):
 )
 def test_settings_that_change_the_shapes(overrides, tmp_path):
     lines = train(tmp_path, **overrides)
-    assert np.isfinite([lines[1]["loss"], lines[1]["kl"], lines[1]["heldout_reward"]]).all()
+    assert np.isfinite([lines[1]["loss"], lines[1]["kl"], lines[1]["heldout_kl"], lines[1]["heldout_reward"]]).all()
     longest = max(len(r["tokens"]) for line in rollouts(tmp_path) for r in line["responses"])
     assert longest <= overrides.get("sampling.max_new_tokens", 8)
+
+
+def test_a_run_that_diverges_stops_before_it_is_committed(tmp_path):
+    with pytest.raises(UserError, match="optimiser step .* lower --config.optimizer.lr"):
+        train(tmp_path, iterations=3, **{"optimizer.lr": 1e30, "optimizer.warmup_steps": 0})
+    assert not (tmp_path / "summary.json").exists() and not (tmp_path / "checkpoints" / "3").exists()
+
+
+def test_other_content_under_the_same_name_is_another_run(tmp_path):
+    """A file changed between two starts would attach what was sampled to other queries."""
+    data = tmp_path / "train.jsonl"
+    lines = (ROOT / "ple_jax" / "data" / "tiny_train.jsonl").read_text().splitlines()
+    data.write_text("\n".join(lines))
+    train(tmp_path / "run", **{"task.train": str(data)})
+    data.write_text("\n".join(reversed(lines)))
+    with pytest.raises(UserError, match="differing in inputs.train"):
+        train(tmp_path / "run", **{"task.train": str(data)})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        ({"queries_per_iteration": 100}, "queries_per_iteration"),
+        ({"mesh.data": 8, "mesh.fsdp": 2, "sampling.width": 16, "optimizer.batch_queries": 16,
+          "optimizer.micro_queries": 16, "queries_per_iteration": 16}, "needs 16 devices"),
+        ({"reward.name": "test_loop:nan_reward", "reward.kwargs": {"k": 1}}, "is not called as"),
+        ({"sampling.max_new_tokens": 2048}, "takes 2048"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_mistake_mended_does_not_need_another_directory(overrides, says, tmp_path):
+    with pytest.raises(UserError, match=says):
+        train(tmp_path, **overrides)
+    workdir_files.check(tmp_path, {"any": "other config"})

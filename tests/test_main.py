@@ -261,6 +261,7 @@ def test_plan_says_what_would_run():
         heldout=[Query("h", "One day"), Query("i", "Another")],
         principles="1. Be kind.\n2. Be brief.",
         slots=[Slot("plain", False), Slot("principled", True)],
+        schedule=lambda iteration: 0.2 * 0.9**iteration,
     )
     lines = [" ".join(line.split()) for line in text.splitlines()]
     assert "LoRA parameters 1,500 (7.50% of the base), rank 8, alpha 16, on " + ", ".join(config.lora.targets) in lines
@@ -271,10 +272,10 @@ def test_plan_says_what_would_run():
     assert "2 optimiser steps of 4 queries, each 2 x [2 queries x (16 or 32 prompt tokens + up to 2 x 8)]" in text
     assert "optimiser steps 6" in lines
     # before training (both kinds), after iteration 2, after iteration 3
-    assert "evaluations 3 of 2 x 2 (tiny_heldout)" in lines
-    assert "generated tokens at most 512 (384 to train on, 128 to evaluate)" in lines  # 3*8*2*8 and 4*2*2*8
-    assert "reward calls 64" in lines
-    assert "tau 0.2, 0.18, 0.162 (exponential)" in lines
+    assert "evaluations 3 of 2 x 1 (tiny_heldout)" in lines
+    assert "generated tokens at most 448 (384 to train on, 64 to evaluate)" in lines  # 3*8*2*8 and 4*2*1*8
+    assert "reward calls 56" in lines
+    assert "tau 0.2, 0.18, 0.162" in lines
     assert "'1. Be kind.\\n'" in lines and "'2. Be brief.'" in lines
     assert lines[lines.index("First query, plain prompt: 24 tokens") + 1] == "'The film [red]was[/red] '"
     assert any(line.startswith("First query, principled prompt: ") for line in lines)

@@ -9,9 +9,7 @@ from ple_jax.core.rollouts import bucket
 from ple_jax.core.types import Batch, Rollout
 
 
-def pack(
-    rollouts: Sequence[Rollout], picks: Sequence[Sequence[int]], *, prompt_multiple: int, response_len: int
-) -> Batch:
+def pack(rollouts: Sequence[Rollout], picks: Sequence[Sequence[int]], *, prompt_multiple: int, response_len: int) -> Batch:
     """One row a query: its prompt padded on the left, the chosen responses padded on the right, with token 0.
 
     Tokens go in as they were sampled: no EOS is appended, nothing is re-tokenised.

@@ -91,8 +91,9 @@ def _free(value: Any) -> str:
     if not isinstance(value, Mapping) or not all(isinstance(k, str) for k in value):
         return says
     try:
-        return says if "NaN" in json.dumps(value) else ""
-    except TypeError:
+        json.dumps(value, allow_nan=False)
+        return ""
+    except (TypeError, ValueError):
         return says
 
 
@@ -100,19 +101,20 @@ def _is_path(value: str) -> bool:
     return "/" in value or bool(Path(value).suffix)
 
 
-def _named(known: list[str], *, file: str = "", code: bool = False) -> Rule:
+def _named(known: list[str], *, file: str = "", folder: bool = False, code: bool = False) -> Rule:
     """One of the `known` names, or a path.
 
     Args:
       known: names that need no path.
       file: what a path leads to, in words; without it paths are not allowed.
+      folder: whether it may lead to a folder.
       code: whether `package.module`, `package.module:function`, `file.py` and `file.py:function` are allowed.
     """
 
     def rule(value: Any) -> str:
         if not isinstance(value, str):
             return f"one of {', '.join(known)}"
-        if value in known or (file and Path(value).exists()):
+        if value in known or (file and value and (Path(value).is_file() or (folder and Path(value).is_dir()))):
             return ""
         module = value.split(":", 1)[0]
         if code and module.endswith(".py"):
@@ -144,7 +146,7 @@ RULES: dict[str, Rule] = {
     "algorithm_kwargs": _free,
     "iterations": _whole(1),
     "queries_per_iteration": _whole(1),
-    "model.path": _named(["smollm2-135m", "tiny"], file=".gguf file or Hugging Face folder"),
+    "model.path": _named(["smollm2-135m", "tiny"], file=".gguf file or Hugging Face folder", folder=True),
     "model.dtype": _choice("float32", "bfloat16"),
     "model.layers": _choice("auto", "scan", "unroll"),
     "model.remat": _choice("none", "dots", "full"),
@@ -160,7 +162,7 @@ RULES: dict[str, Rule] = {
     "reward.kwargs": _free,
     "reward.transform": _choice("none", "sigmoid", "zscore", "minmax"),
     "sampling.max_new_tokens": _whole(1),
-    "sampling.temperature": _real(lambda v: v >= 0, "of at least 0 (0 is greedy)"),
+    "sampling.temperature": _real(lambda v: v == 0 or v >= 1e-6, "of at least 1e-6, or 0 (0 is greedy)"),
     "sampling.top_k": _whole(0),
     "sampling.top_p": _real(lambda v: 0 < v <= 1, "above 0 and at most 1 (1 is off)"),
     "sampling.min_p": _real(lambda v: 0 <= v < 1, "of at least 0 and below 1 (0 is off)"),

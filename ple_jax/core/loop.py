@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ple_jax import losses
 from ple_jax.core import metrics as measure
 from ple_jax.core import prompts, rewards, tasks
 from ple_jax.core.batches import pack
@@ -53,6 +54,7 @@ class Run(NamedTuple):
     tokenizer: Tokenizer
     eos: tuple[int, ...]
     base_model: str
+    context: int  # tokens that the model was trained to see at once
     algorithm: ModuleType
     loss: Loss
     reward: Reward
@@ -66,7 +68,7 @@ class Run(NamedTuple):
 
 
 class Clock:
-    """Wall time in laps, so that a resumed run adds up what every process spent."""
+    """Wall time in laps, so that a resumed run adds up what every process spent until its last commit."""
 
     def __init__(self) -> None:
         self._last = _START
@@ -92,6 +94,7 @@ class Rendered(NamedTuple):
 def train(run: Run) -> dict[str, Any]:
     """Runs, or goes on with, the whole of Algorithm 1; returns the totals of the run."""
     config, schedule = run.config, run.algorithm.schedule(run.config)
+    render = renderer(run)
     state = run.backend.restore(run.workdir / "checkpoints")
     if state is None:
         state = {
@@ -107,7 +110,7 @@ def train(run: Run) -> dict[str, Any]:
         commit(run, state)
     elif state["environment"] != run.backend.environment():
         run.progress.log(_changed(state["environment"], run.backend.environment()))
-    render = renderer(run)
+    run.progress.iteration(state["iteration"])
     truncate_jsonl(run.workdir / "metrics.jsonl", state["iteration"])
     finish(run, state, render)
     while state["iteration"] < config.iterations:
@@ -120,7 +123,8 @@ def train(run: Run) -> dict[str, Any]:
         seconds["update"] = time.perf_counter() - started
         generated = sum(len(r.tokens) for rollout in rollouts for r in rollout.responses)
         values |= {f"seconds_{name}": s for name, s in seconds.items()}
-        values["generate_tokens_per_second"] = generated / max(seconds["generate"], 1e-9)
+        if seconds["generate"]:  # and not read from the journal
+            values["generate_tokens_per_second"] = generated / seconds["generate"]
         values["train_tokens_per_second"] = values["training_tokens"] / max(seconds["update"], 1e-9)
         state["iteration"] += 1
         state["generated_tokens"] += generated
@@ -145,12 +149,13 @@ def warm_up(run: Run, state: dict[str, Any]) -> None:
     if sft.data is None:
         return
     examples, empty = tasks.load_sft(sft.data)
+    tasks.check_disjoint(examples, run.heldout)
     if empty:
         run.progress.log(f"{sft.data}: {len(empty)} examples without a completion are left out")
     size, chat = run.config.optimizer.batch_queries, run.config.task.chat
     rollouts = [_as_rollout(run, query, chat) for query in examples]
     longest = max(len(r.responses[0].tokens) for r in rollouts)
-    loss = sft_loss
+    check_context(run, examples, max(len(r.prompt_tokens) + len(r.responses[0].tokens) for r in rollouts))
     run.progress.phase("warm-up", -(-len(rollouts) // size) * sft.epochs)
     for epoch in range(sft.epochs):
         order = np.random.default_rng([run.config.seed, epoch]).permutation(len(rollouts))
@@ -159,7 +164,7 @@ def warm_up(run: Run, state: dict[str, Any]) -> None:
             chosen = [rollouts[i] for i in order[start : start + size]]
             batch = pack(chosen, [(0,)] * len(chosen), prompt_multiple=run.config.sampling.bucket, response_len=longest)
             batch.data["normaliser"] = np.full(len(chosen), batch.response_mask.sum() / len(chosen), np.float32)
-            run.backend.update(micro_batches(batch, run.config.optimizer.micro_queries), loss, lr=sft.lr)
+            run.backend.update(micro_batches(batch, run.config.optimizer.micro_queries), sft_loss, lr=sft.lr)
             state["training_tokens"] += int(batch.response_mask.sum() + batch.prompt_mask.sum())
             run.progress.advance(1)
     run.backend.freeze_reference()
@@ -167,16 +172,16 @@ def warm_up(run: Run, state: dict[str, Any]) -> None:
 
 def sft_loss(outputs: Outputs, batch: Batch) -> tuple[Any, dict[str, Any]]:
     """Cross-entropy per response token of the optimiser batch."""
-    return -outputs.logprobs.sum((1, 2)) / batch.data["normaliser"], {}
+    return losses.nll(outputs.logprobs[:, 0], batch.response_mask[:, 0], normaliser=batch.data["normaliser"]), {}
 
 
 def _as_rollout(run: Run, query: Query, chat: bool) -> Rollout:
     _, ids = prompts.render(query, None, run.tokenizer, chat=chat)
-    # a completion is the whole of what is wanted: it ends with EOS, which here is part of the data
-    tokens = (*run.tokenizer.encode(query.completion, add_special_tokens=False), *run.eos[:1])
-    return Rollout(
-        query.id, query.prompt, tuple(ids), (Response(tokens, True, kind="reference", text=query.completion),)
-    )
+    # a completion is the whole of what is wanted: it ends with EOS, which here is part of the data. Where a model stops
+    # at several, the tokenizer's is the one that its own training used
+    eos = [run.tokenizer.eos_token_id] if run.tokenizer.eos_token_id in run.eos else run.eos[:1]
+    tokens = (*run.tokenizer.encode(query.completion, add_special_tokens=False), *eos)
+    return Rollout(query.id, query.prompt, tuple(ids), (Response(tokens, True, kind="reference", text=query.completion),))
 
 
 # ---------------------------------------------------------------- sampling
@@ -188,7 +193,7 @@ def renderer(run: Run) -> Callable[[Query, bool], Rendered]:
     Raises:
         UserError: a prompt longer than task.max_prompt_tokens.
     """
-    chat, limit = run.config.task.chat, run.config.task.max_prompt_tokens
+    chat, limit, config = run.config.task.chat, run.config.task.max_prompt_tokens, run.config.sampling
 
     def ids(query: Query, principled: bool) -> tuple[int, ...]:
         return tuple(prompts.render(query, run.principles if principled else None, run.tokenizer, chat=chat)[1])
@@ -199,6 +204,8 @@ def renderer(run: Run) -> Callable[[Query, bool], Rendered]:
                 f"query {query.id!r} has {n} tokens, above task.max_prompt_tokens={limit}; shorten it, leave it out,"
                 f" or raise --config.task.max_prompt_tokens"
             )
+    new = config.max_new_tokens
+    check_context(run, run.train, max(len(ids(query, True)) for query in (*run.train, *run.heldout)) + new)
     # what the principled prompts share is computed once per call of generate instead of once per row
     some = [ids(query, True) for query in run.heldout[:64]]
     prefix = tuple(prompts.common_prefix(some)) if len(some) > 1 else ()
@@ -210,6 +217,15 @@ def renderer(run: Run) -> Callable[[Query, bool], Rendered]:
         return Rendered((), whole, whole)
 
     return render
+
+
+def check_context(run: Run, queries: Sequence[Query], tokens: int) -> None:
+    """Raises a UserError if the longest prompt and response together are more than the model was trained to see."""
+    if tokens > run.context:
+        raise UserError(
+            f"the longest of {len(queries)} prompts and its response are {tokens} tokens, and {run.base_model} takes"
+            f" {run.context}; shorten prompts, principles or --config.sampling.max_new_tokens"
+        )
 
 
 def sample(
@@ -291,7 +307,7 @@ def collect(
     started = time.perf_counter()
     rollouts = journal.read()
     if rollouts is not None:
-        return rollouts, {"generate": 0.0, "score": 0.0}
+        return rollouts, {"generate": 0.0}
     config = run.config
     queries = tasks.draw(run.train, config.queries_per_iteration, seed=config.seed, iteration=iteration)
     rollouts = sample(run, queries, run.algorithm.collect(config), journal, iteration, render)
@@ -333,20 +349,32 @@ def update(run: Run, rollouts: Sequence[Rollout], state: dict[str, Any]) -> dict
             run.stop.check()
             batch = with_reference(run, run.algorithm.batch(groups[group], config))
             lr = optimizer.lr * min(1.0, (state["step"] + 1) / max(1, optimizer.warmup_steps))
-            collected.append(
-                run.backend.update(micro_batches(batch, optimizer.micro_queries), run.loss, lr=lr) | {"lr": lr}
-            )
+            values = run.backend.update(micro_batches(batch, optimizer.micro_queries), run.loss, lr=lr)
+            collected.append({**check_finite(values, state["step"], lr), "lr": lr})
             state["step"] += 1
             trained = int(batch.prompt_mask.sum() + batch.response_mask.sum())
             tokens += trained
             run.progress.advance(1, tokens=trained)
     after = diagnose(run, diagnosed, with_loss=True)
-    means = {name: float(np.mean([m[name] for m in collected])) for name in ("loss", "grad_norm")}
-    # log-probabilities as they are after the update: what a user compares from one iteration to the next
-    named: dict[str, float] = {name: after[name] for name in ("lp_plain", "lp_principled") if name in after}
+    means = {name: float(np.mean([m[name] for m in collected])) for name in collected[0]}
+    # the policy that sampled these responses is the one before the update; log-probabilities are compared over iterations
+    named = {name: before[name] for name in ("kl", "entropy")}
+    named |= {name: after[name] for name in ("lp_plain", "lp_principled") if name in after}
     if "hinge_active" in before:
+        means.pop("hinge_active")
         named |= {"hinge_active_before": before["hinge_active"], "hinge_active_after": after["hinge_active"]}
     return {**means, **named, "lr": collected[-1]["lr"], "training_tokens": tokens}
+
+
+def check_finite(values: dict[str, float], step: int, lr: float) -> dict[str, float]:
+    """Raises a UserError where a step's loss or gradient is not finite: before anything of it is committed."""
+    if not (np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])):
+        raise UserError(
+            f"optimiser step {step} at learning rate {lr:g} gave loss {values['loss']} and gradient norm"
+            f" {values['grad_norm']}; the newest checkpoint is from before it: lower --config.optimizer.lr (in a new"
+            " --workdir)"
+        )
+    return values
 
 
 def with_reference(run: Run, batch: Batch) -> Batch:
@@ -360,17 +388,22 @@ def diagnose(run: Run, batch: Batch, *, with_loss: bool) -> dict[str, float]:
     """What the policy says of a few queries: KL to the reference and entropy per token, and the loss's own metrics.
 
     KL is the mean over response tokens of r - 1 - log r with r = reference / policy: unbiased where the tokens are the
-    policy's own, never negative, of low variance (Schulman, "Approximating KL divergence", 2020).
+    policy's own, never negative, of low variance (Schulman, "Approximating KL divergence", 2020). The principled
+    responses were sampled under another prompt, so they are left out of it.
     """
     policy, reference = run.backend.logprobs(batch), run.backend.logprobs(batch, reference=True)
     mask = batch.response_mask
+    if "swapped" in batch.data:
+        mask = mask & (np.arange(mask.shape[1]) == batch.data["swapped"][:, None])[..., None]
     log_ratio = np.asarray(reference.logprobs - policy.logprobs, np.float64)[mask]
     values = {
         "kl": float((np.expm1(log_ratio) - log_ratio).mean()),
         "entropy": float(np.asarray(policy.entropy)[mask].mean()),
     }
     if with_loss:
-        _, own = run.loss(policy, with_reference(run, batch))
+        if run.algorithm.needs_reference(run.config):
+            batch.data["reference_logprobs"] = reference.logprobs
+        _, own = run.loss(policy, batch)
         values |= {name: float(np.mean(value)) for name, value in own.items()}
         if "hinge_active" in own and "ranked" in own:  # a share of the ranked pairs
             values["hinge_active"] = float(own["hinge_active"].sum() / max(own["ranked"].sum(), 1))
@@ -442,11 +475,11 @@ def finish(run: Run, state: dict[str, Any], render: Callable[[Query, bool], Rend
         values["heldout_reward"] = float(mean_rewards(rollouts).mean())
         if iteration == 0:
             values["heldout_reward_principled"] = float(mean_rewards(rollouts, "principled").mean())
-        # k plain samples of a query are k responses of one row: the shape that training compiles anyway where k is 2
         picks = [range(config.eval.samples)] * config.eval.diagnostic_queries
         few = rollouts[: config.eval.diagnostic_queries]
         shape = {"prompt_multiple": config.sampling.bucket, "response_len": config.sampling.max_new_tokens}
-        values |= diagnose(run, pack(few, picks[: len(few)], **shape), with_loss=False)
+        policy = diagnose(run, pack(few, picks[: len(few)], **shape), with_loss=False)
+        values |= {f"heldout_{name}": value for name, value in policy.items()}
         values["seconds_evaluate"] = time.perf_counter() - started
     for sink in run.sinks:
         sink(values, iteration)
@@ -468,6 +501,7 @@ def summary(run: Run, backend: str, state: dict[str, Any]) -> dict[str, Any]:
     evaluated = sum(
         len(r.tokens)
         for path in sorted((run.workdir / "evaluations").glob("iter_*.jsonl"))
+        if not path.name.endswith(".partial.jsonl")
         for rollout in read(path)
         for r in rollout.responses
     )

@@ -1,5 +1,6 @@
 """What `--mode` names. Each mode takes (config, workdir, backend) and gives an exit code."""
 
+import hashlib
 import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,16 +35,36 @@ def load_algorithm(name: str) -> ModuleType:
     return module
 
 
+def inputs(config: Any) -> dict[str, str]:
+    """Digests of the files that a config names: the same path with other content is another run."""
+    texts = {
+        "train": repr(tasks.load(config.task.train)),
+        "heldout": repr(tasks.load(config.task.heldout)),
+        "principles": principles.load(config.principles),
+    }
+    code = {"algorithm": config.algorithm, "reward": config.reward.name.split(":")[0], "sft": config.sft.data or ""}
+    texts |= {name: Path(file).read_text() for name, file in code.items() if Path(file).is_file()}
+    return {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in texts.items()}
+
+
+def resolved(config: Any, backend: str) -> dict[str, Any]:
+    """What config.json holds: every key, the backend, and the digests of the inputs."""
+    return {"backend": backend, **config.to_dict(), "inputs": inputs(config)}
+
+
 @contextmanager
 def open_run(config: Any, workdir: Path, backend: str) -> Iterator[loop.Run]:
-    """Everything a run needs, cheap checks first: task, principles, reward and algorithm before any weights are read."""
+    """Everything a run needs, cheap checks first; from here on the directory belongs to this config."""
     with Stop() as stop, Progress(config.iterations) as progress:
         train, heldout = tasks.load(config.task.train), tasks.load(config.task.heldout)
         tasks.check_disjoint(train, heldout)
+        tasks.draw(train, config.queries_per_iteration, seed=config.seed, iteration=0)  # refuses more than there are
         text = principles.load(config.principles)
         reward = rewards.load(config.reward.name, config.reward.kwargs.to_dict())
         algorithm = load_algorithm(config.algorithm)
         loss = algorithm.make_loss(config)
+        names = ("jsonl", *(name for name in config.sinks if name != "jsonl"))  # metrics.jsonl is part of the contract
+        sinks.check(names)
         progress.phase("load", 1)
         module = importlib.import_module(BACKENDS[backend])
         loaded = module.load(config)
@@ -53,17 +74,19 @@ def open_run(config: Any, workdir: Path, backend: str) -> Iterator[loop.Run]:
         for note in module.notes(built):
             progress.log(note)
         stop.check()
-        outputs = sinks.make(config.sinks, workdir, config.to_dict())
+        # not before everything above was found in order: a mistake mended should not need another directory
+        files.write_json(workdir / "config.json", resolved(config, backend))
+        outputs = sinks.make(names, workdir, config.to_dict())
         yield loop.Run(
-            config, workdir, built, loaded.tokenizer, loaded.eos, loaded.name, algorithm, loss, reward, text, train,
-            heldout, outputs, progress, stop, loop.Clock(),
+            config, workdir, built, loaded.tokenizer, loaded.eos, loaded.name, loaded.config.max_positions, algorithm,
+            loss, reward, text, train, heldout, outputs, progress, stop, loop.Clock(),
         )  # fmt: skip
 
 
 def train(config: Any, workdir: Path, backend: str) -> int:
     """Runs Algorithm 1 to its end, or goes on where it stood."""
     with files.lock(workdir):
-        files.check(workdir, config.to_dict(), backend)
+        files.check(workdir, resolved(config, backend))
         if (done := files.read_json(workdir / "summary.json")) is not None:
             low, high = done["heldout_gain_ci95"]
             if not (workdir / "report.html").exists():  # ended between the summary and the report
@@ -74,8 +97,6 @@ def train(config: Any, workdir: Path, backend: str) -> int:
             )
             return 0
         with open_run(config, workdir, backend) as run:
-            # not before everything above has been found in order: a mistake mended should not need another directory
-            files.claim(workdir, config.to_dict(), backend)
             files.write_json(workdir / "environment.json", run.backend.environment())
             state = loop.train(run)
             export_adapter(run)
@@ -91,13 +112,6 @@ def train(config: Any, workdir: Path, backend: str) -> int:
     return 0
 
 
-def _trained(config: Any, workdir: Path, backend: str) -> None:
-    """Checks that `workdir` is a run of this config with something in it."""
-    if not (workdir / "config.json").exists():
-        raise UserError(f"--workdir={workdir} holds no run; train one first: --mode=train")
-    files.check(workdir, config.to_dict(), backend)
-
-
 def _restore(run: loop.Run) -> dict[str, Any]:
     state = run.backend.restore(run.workdir / "checkpoints")
     if state is None:
@@ -107,8 +121,10 @@ def _restore(run: loop.Run) -> dict[str, Any]:
 
 @contextmanager
 def _on_run(config: Any, workdir: Path, backend: str) -> Iterator[tuple[loop.Run, dict[str, Any]]]:
+    if not (workdir / "config.json").exists():
+        raise UserError(f"--workdir={workdir} holds no run; train one first: --mode=train")
     with files.lock(workdir):
-        _trained(config, workdir, backend)
+        files.check(workdir, resolved(config, backend))
         with open_run(config, workdir, backend) as run:
             yield run, _restore(run)
 
@@ -173,8 +189,11 @@ def plan(config: Any, workdir: Path, backend: str) -> int:
     """Prints what `train` would do: sizes, shapes, steps, and the prompts as the model sees them."""
     train_set, heldout = tasks.load(config.task.train), tasks.load(config.task.heldout)
     tasks.check_disjoint(train_set, heldout)
+    tasks.draw(train_set, config.queries_per_iteration, seed=config.seed, iteration=0)  # refuses more than there are
     text = principles.load(config.principles)
+    rewards.load(config.reward.name, config.reward.kwargs.to_dict())
     algorithm = load_algorithm(config.algorithm)
+    algorithm.make_loss(config)
     module = importlib.import_module(BACKENDS[backend])
     loaded = module.load(config)
     parameters, adapter_parameters = module.count(config, loaded)
@@ -188,6 +207,7 @@ def plan(config: Any, workdir: Path, backend: str) -> int:
             heldout=heldout,
             principles=text,
             slots=algorithm.collect(config),
+            schedule=algorithm.schedule(config),
         )
     )
     return 0

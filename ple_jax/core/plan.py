@@ -1,10 +1,10 @@
 """What a run would do, in words and numbers: the text of `--mode=plan`."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from ple_jax.core import prompts, threshold
+from ple_jax.core import prompts
 from ple_jax.core.rollouts import bucket
 from ple_jax.core.types import Query, Slot, Tokenizer
 
@@ -34,6 +34,7 @@ def describe(
     heldout: Sequence[Query],
     principles: str,
     slots: Sequence[Slot],
+    schedule: Callable[[int], float],
 ) -> str:
     """Describes the run of a config: model, shapes, steps, tokens, thresholds, principles and prompts.
 
@@ -46,6 +47,7 @@ def describe(
       heldout: the query set of the evaluations.
       principles: the text of the principle set.
       slots: the responses that the algorithm samples for each query.
+      schedule: iteration -> tau, the algorithm's own.
 
     Returns:
       Text of several lines, without a line break at its end.
@@ -73,9 +75,6 @@ def describe(
     # the first evaluation samples principled responses too
     evaluation_rows = (evaluations + 1) * len(heldout) * config.eval.samples
     passes = optimizer.batch_queries // optimizer.micro_queries
-    tau = threshold.make(
-        config.ple.schedule, tau_0=config.ple.tau_0, alpha=config.ple.alpha, iterations=config.iterations
-    )
     mesh = config.mesh
     blocks = [
         "Model\n"
@@ -116,7 +115,7 @@ def describe(
                     f" ({training_rows * new:,} to train on, {evaluation_rows * new:,} to evaluate)",
                 ),
                 ("reward calls", f"{training_rows + evaluation_rows:,}"),
-                ("tau", f"{', '.join(f'{tau(i):.4g}' for i in range(config.iterations))} ({config.ple.schedule})"),
+                ("tau", f"{', '.join(f'{schedule(i):.4g}' for i in range(config.iterations))}"),
             ]
         ),
         f"Principles ({config.principles})\n{_visible(principles)}",

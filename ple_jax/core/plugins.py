@@ -22,6 +22,7 @@ def load_module(name: str, key: str) -> ModuleType:
         if spec is None or spec.loader is None:
             raise ImportError(f"{name} is no Python file")
         module = importlib.util.module_from_spec(spec)
+        sys.path.append(str(Path(name).resolve().parent))  # for what lies beside it
         sys.modules.setdefault(spec.name, module)  # where dataclasses and pickle look a module up
         spec.loader.exec_module(module)
         return module

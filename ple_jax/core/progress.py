@@ -19,7 +19,7 @@ _SHOWN = {
     "reward_principled": ("principled", "{:.3f}"),
     "ranked_share": ("ranked", "{:.0%}"),
     "tau": ("tau", "{:.3f}"),
-    "kl": ("KL", "{:.3f}"),
+    "heldout_kl": ("KL", "{:.3f}"),
     "loss": ("loss", "{:.3f}"),
 }
 

@@ -18,7 +18,7 @@ _CHARTS = (
     ("Reward", "mean per response, untransformed", ("heldout_reward", "heldout_reward_*", "reward_*"), False),
     ("Ranked share", "of the training pairs", ("ranked_share", "negative_margin_share"), True),
     ("Margin and threshold", "units of the (transformed) reward", ("margin", "tau"), False),
-    ("KL to the reference", "nats per token", ("kl",), False),
+    ("KL to the reference", "nats per token", ("heldout_kl", "kl"), False),
     ("Response length", "tokens", ("length_*",), False),
     ("Log-probability", "nats per token, under the plain prompt", ("lp_*",), False),
     ("Active hinge", "share of the ranked pairs", ("hinge_active_before", "hinge_active_after"), True),
@@ -28,7 +28,8 @@ _LABELS = {
     "heldout_reward": "held-out",
     "ranked_share": "ranked",
     "negative_margin_share": "negative margin",
-    "kl": "KL",
+    "heldout_kl": "held-out",
+    "kl": "training responses",
     "hinge_active_before": "before the update",
     "hinge_active_after": "after the update",
 }

@@ -2,9 +2,11 @@
 
 import hashlib
 import importlib
+import importlib.util
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,11 +30,18 @@ def make(names: Sequence[str], workdir: Path, config: dict[str, Any]) -> list[Si
     Raises:
         UserError: an unknown name, or a tracker whose package is not installed.
     """
+    check(names)
+    workdir.mkdir(parents=True, exist_ok=True)
+    return [_SINKS[name](workdir, config) for name in names]
+
+
+def check(names: Sequence[str]) -> None:
+    """Raises a UserError for an unknown name, or a package that is not there; opens nothing."""
     for name in names:
         if name not in _SINKS:
             raise UserError(f"unknown sink {name!r}: choose from {', '.join(_SINKS)}")
-    workdir.mkdir(parents=True, exist_ok=True)
-    return [_SINKS[name](workdir, config) for name in names]
+        if name != "jsonl" and name not in sys.modules and importlib.util.find_spec(name) is None:
+            raise UserError(f"sink {name!r} is not installed: run `pip install {name}`")
 
 
 def truncate_jsonl(path: Path, last_step: int) -> None:

@@ -1,7 +1,7 @@
 """The work directory: who may write to it, which config it belongs to, and how its files are written.
 
-    config.json  environment.json  metrics.jsonl  rollouts/  evaluations/  checkpoints/  adapter/  tensorboard/
-    report.html  summary.json (written last: it marks a finished run)
+config.json  environment.json  metrics.jsonl  rollouts/  evaluations/  checkpoints/  adapter/  tensorboard/
+report.html  summary.json (written last: it marks a finished run)
 """
 
 import fcntl
@@ -15,7 +15,7 @@ from typing import Any
 
 from ple_jax.core.config import UserError, differing
 
-_FILES = ("rollouts", "checkpoints", "adapter")
+_FILES = ("rollouts", "evaluations", "checkpoints", "adapter", "metrics.jsonl", "summary.json", "report.html")
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -71,19 +71,16 @@ def lock(workdir: Path) -> Iterator[None]:
         yield
 
 
-def check(workdir: Path, config: Mapping[str, Any], backend: str) -> None:
-    """Raises a UserError unless the directory is new or belongs to this config and backend; names the differing keys."""
+def check(workdir: Path, wanted: Mapping[str, Any]) -> None:
+    """Raises a UserError unless the directory is new or its config.json is the `wanted` one; names the differing keys."""
     found = read_json(workdir / "config.json")
+    work = [name for name in _FILES if (workdir / name).exists()]
     if found is None:
-        if strangers := [name for name in _FILES if (workdir / name).exists()]:
-            raise UserError(f"--workdir={workdir} holds {strangers[0]} but no config.json; give an empty folder")
-    elif keys := differing(found, {"backend": backend, **_plain(config)}):
+        if work:
+            raise UserError(f"--workdir={workdir} holds {work[0]} but no config.json; give an empty folder")
+    # without any work in it a directory may change hands: a mistake that was mended should not need another one
+    elif work and (keys := differing(found, _plain(wanted))):
         raise UserError(
             f"--workdir={workdir} belongs to another config, differing in {', '.join(keys)};"
             " give the same config or another --workdir"
         )
-
-
-def claim(workdir: Path, config: Mapping[str, Any], backend: str) -> None:
-    """Writes config.json: from here on the directory belongs to this config."""
-    write_json(workdir / "config.json", {"backend": backend, **_plain(config)})

@@ -16,7 +16,10 @@ def load(source: str) -> str:
     if not path.is_file():
         known = names("core/principles", ".txt")
         raise UserError(f"principles {source!r}: neither a file nor one of {', '.join(known)}{suggestion(source, known)}")
-    lines = path.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"principles file {path} is not UTF-8 ({error.reason} at byte {error.start}); convert it") from None
     text = "\n".join(lines[1:] if lines and lines[0].startswith("# version:") else lines).strip()
     if not text:
         raise UserError(f"principles file {path} is empty; write a few rules into it")

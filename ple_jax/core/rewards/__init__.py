@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,6 +37,10 @@ def load(name: str, kwargs: Mapping[str, Any]) -> Reward:
     found = getattr(load_module(module, "reward.name"), function, None)
     if not callable(found):
         raise UserError(f"config.reward.name {name!r}: {module} has no function {function!r}")
+    try:
+        inspect.signature(found).bind([], [], **kwargs)
+    except TypeError as error:
+        raise UserError(f"config.reward.name {name!r} is not called as (prompts, responses, **kwargs): {error}") from error
     return functools.partial(found, **kwargs) if kwargs else found
 
 
@@ -45,11 +50,17 @@ def score(reward: Reward, prompts: Sequence[str], responses: Sequence[str]) -> F
     Raises:
         UserError: it gave another number of values, or one that is not finite (quotes prompt and response).
     """
-    values = np.asarray(reward(prompts, responses), np.float64)
-    if values.shape != (len(responses),):
+    try:
+        values = np.asarray(reward(prompts, responses), np.float64)
+    except UserError:
+        raise
+    except Exception as error:  # the reward is the user's code: anything may come out of it
         raise UserError(
-            f"the reward gave values of shape {values.shape} for {len(responses)} responses; one each is needed"
-        )
+            f"the reward failed on {len(responses)} responses: {type(error).__name__}: {error}; mend it and give the same"
+            " command again: what was sampled is kept"
+        ) from error
+    if values.shape != (len(responses),):
+        raise UserError(f"the reward gave values of shape {values.shape} for {len(responses)} responses; one each is needed")
     bad = np.flatnonzero(~np.isfinite(values))
     if bad.size:
         i = bad[0]

@@ -73,6 +73,8 @@ ENVIRONMENT = {
     "GRADIO_ANALYTICS_ENABLED": "False",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "WANDB_ERROR_REPORTING": "false",
+    # it would say in every run that PyTorch was not found, which is how it should be
+    "TRANSFORMERS_VERBOSITY": "error",
     # tokenizers warns when a process that used its threads forks
     "TOKENIZERS_PARALLELISM": "false",
 }

@@ -123,3 +123,18 @@ def test_sigmoid_of_huge_rewards():
 def test_unknown_transform():
     with pytest.raises(UserError, match="'log': choose none, sigmoid, zscore or minmax"):
         rewards.transform(np.zeros(2), "log")
+
+
+def test_a_file_of_your_own(tmp_path):
+    (tmp_path / "helper_of_mine.py").write_text("def words(text):\n    return len(text.split())\n")
+    (tmp_path / "mine.py").write_text(
+        "from helper_of_mine import words\n\ndef score(prompts, responses):\n    return [words(r) for r in responses]\n"
+    )
+    reward = rewards.load(f"{tmp_path / 'mine.py'}:score", {})
+    assert rewards.score(reward, ["p", "p"], ["a b", ""]).tolist() == [2.0, 0.0]
+
+
+@pytest.mark.parametrize("returned", [["good"], None])
+def test_a_reward_that_fails_is_named(returned):
+    with pytest.raises(UserError, match="the reward failed|shape"):
+        rewards.score(lambda prompts, responses: returned, ["p"], ["r"])

@@ -1,0 +1,1 @@
+"""The PyTorch backend for Ascend devices; this version has the JAX backend only."""

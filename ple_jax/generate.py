@@ -115,7 +115,12 @@ def generate(
     causal = jnp.arange(total)[None] <= shared + jnp.arange(length)[:, None]
     position = shared + jnp.cumsum(prompt_mask.astype(jnp.int32), 1) - 1
     mask = source[:, None] & causal[None]
-    hidden, cache = model.apply(base, lora, prompt, positions=position, mask=mask, cache=cache, index=shared)
+    coming = position[:, -1:] + 1 + jnp.arange(new)[None]
+    before = jnp.broadcast_to(jnp.arange(shared)[None], (rows, shared))
+    places = jnp.concatenate([before, position, coming], 1)
+    hidden, cache = model.apply(
+        base, lora, prompt, positions=position, mask=mask, cache=cache, index=shared, source_positions=places
+    )
     eos = jnp.asarray(sampling.eos, jnp.int32)
 
     def draw(hidden: Array, u: Array) -> Array:
@@ -129,7 +134,14 @@ def generate(
         index = shared + length + i
         seen = source | ((jnp.arange(total) >= shared + length) & (jnp.arange(total) <= index))[None]
         hidden, cache = model.apply(
-            base, lora, token[:, None], positions=position[:, -1:] + 1 + i, mask=seen[:, None], cache=cache, index=index
+            base,
+            lora,
+            token[:, None],
+            positions=position[:, -1:] + 1 + i,
+            mask=seen[:, None],
+            cache=cache,
+            index=index,
+            source_positions=places,
         )
         u = jax.lax.dynamic_slice_in_dim(uniforms, jnp.minimum(i + 1, new - 1), 1, 1)[:, 0]
         return i + 1, draw(hidden, u), cache, out, lengths, done

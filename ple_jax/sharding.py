@@ -16,17 +16,24 @@ BATCH = ("data", "fsdp")  # rows of a batch are spread over both
 RULES: dict[str, tuple[str | None, ...]] = {
     "embed": ("tensor", "fsdp"),
     "head": ("tensor", "fsdp"),
+    "positions": (None, "fsdp"),
     "norm/scale": (None,),
-    "layers/input_norm/scale": (None,),
-    "layers/post_norm/scale": (None,),
-    "layers/qkv": ("fsdp", "tensor"),
-    "layers/o": ("tensor", "fsdp"),
-    "layers/gate_up": ("fsdp", None, "tensor"),
-    "layers/down": ("tensor", "fsdp"),
+    "norm/bias": (None,),
+    "layers/qkv/kernel": ("fsdp", "tensor"),
+    "layers/o/kernel": ("tensor", "fsdp"),
+    "layers/gate_up/kernel": ("fsdp", None, "tensor"),
+    "layers/down/kernel": ("tensor", "fsdp"),
+    "layers/qkv/bias": ("tensor",),
+    "layers/o/bias": (None,),
+    "layers/gate_up/bias": (None, "tensor"),
+    "layers/down/bias": (None,),
     "lora/a": ("fsdp", None),
     "lora/b": (None, "fsdp"),
+    "lora/m": (None,),
 }
-_HEADS = ("layers/qkv", "layers/o")
+_NORMS = ("pre_attention_norm", "post_attention_norm", "pre_mlp_norm", "post_mlp_norm", "q_norm", "k_norm")
+RULES |= {f"layers/{norm}/{leaf}": (None,) for norm in _NORMS for leaf in ("scale", "bias")}
+_HEADS = ("layers/qkv/kernel", "layers/qkv/bias", "layers/o/kernel")
 
 
 def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
@@ -69,11 +76,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def adapter(tree: Any, mesh: Mesh) -> Any:
-    """NamedShardings of an adapter, or of any tree whose leaves end in "a" or "b" like one (its Adam moments)."""
+    """NamedShardings of an adapter, or of any tree whose leaves end in "a", "b" or "m" like one (its Adam moments)."""
 
     def leaf(path: tuple, x: Any) -> NamedSharding:
         name = getattr(path[-1], "key", None)
-        if name not in ("a", "b"):
+        if name not in ("a", "b", "m"):
             return replicated(mesh)
         return NamedSharding(mesh, spec(f"lora/{name}", x.shape, mesh, kv_heads=1))
 

@@ -7,7 +7,7 @@ import platform
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,11 @@ from ml_collections import ConfigDict
 from ple_jax import checkpoint, generate, lora, sharding
 from ple_jax.core.rollouts import bucket
 from ple_jax.core.types import Batch, Loss, Outputs, Response, Sampling
+from ple_jax.models import attention
 from ple_jax.models import checkpoint as weights
-from ple_jax.models.decoder import Model, fill
+from ple_jax.models.config import ModelConfig
+from ple_jax.models.decoder import Model, fill, head_logits
+from ple_jax.models.families import expected_shapes
 
 _CHUNK = 512  # tokens whose logits exist at one time: 100 MB in fp32 at a vocabulary of 49152
 
@@ -29,20 +32,23 @@ _CHUNK = 512  # tokens whose logits exist at one time: 100 MB in fp32 at a vocab
 # ---------------------------------------------------------------- log-probabilities of response tokens
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def token_logprobs(
-    head: Float[Array, "vocab hidden"], hidden: Float[Array, "row time hidden"], targets: Int[Array, "row time"]
+    head: Float[Array, "vocab hidden"],
+    hidden: Float[Array, "row time hidden"],
+    targets: Int[Array, "row time"],
+    softcap: float | None = None,
 ) -> Float32[Array, "row time"]:
-    """log softmax(head @ hidden)[target], chunked over time: [row, time, vocab] never exists, forward or backward.
+    """log softmax(logits)[target], chunked over time: [row, time, vocab] never exists, forward or backward.
 
     The gradient is with respect to `hidden` alone (the head is frozen) and is computed beside the value, so that the
     backward pass needs neither the logits nor a second pass over the vocabulary.
     """
-    return _over_time(lambda h, y: _chunk(head, h, y)[0], hidden, targets)
+    return _over_time(lambda h, y: _chunk(head, h, y, softcap)[0], hidden, targets)
 
 
-def _chunk(head: Array, hidden: Array, targets: Array) -> tuple[Array, Array, Array]:
-    logits = jnp.einsum("btd,vd->btv", hidden, head, preferred_element_type=jnp.float32)
+def _chunk(head: Array, hidden: Array, targets: Array, softcap: float | None) -> tuple[Array, Array, Array]:
+    logits = head_logits(head, hidden, softcap=softcap)
     normaliser = jax.nn.logsumexp(logits, -1)
     target = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
     return target - normaliser, normaliser, logits
@@ -59,18 +65,25 @@ def _over_time(f: Any, hidden: Array, targets: Array) -> Any:
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(rows, -1, *x.shape[3:])[:, :time], out)
 
 
-def _token_logprobs_forward(head: Array, hidden: Array, targets: Array) -> tuple[Array, tuple[Array, Array]]:
+def _token_logprobs_forward(
+    head: Array, hidden: Array, targets: Array, softcap: float | None
+) -> tuple[Array, tuple[Array, Array]]:
     def f(h: Array, y: Array) -> tuple[Array, Array]:
-        value, normaliser, logits = _chunk(head, h, y)
-        p = jnp.exp(logits - normaliser[..., None]).astype(head.dtype)
-        expected = jnp.einsum("btv,vd->btd", p, head, preferred_element_type=jnp.float32)
-        return value, head[y].astype(jnp.float32) - expected
+        value, normaliser, logits = _chunk(head, h, y, softcap)
+        p = jnp.exp(logits - normaliser[..., None])
+        chosen = head[y].astype(jnp.float32)
+        if softcap is not None:  # d tanh
+            slope = 1 - (logits / softcap) ** 2
+            p = p * slope
+            chosen = chosen * jnp.take_along_axis(slope, y[..., None], -1)
+        expected = jnp.einsum("btv,vd->btd", p.astype(head.dtype), head, preferred_element_type=jnp.float32)
+        return value, chosen - expected
 
     value, gradient = _over_time(f, hidden, targets)
     return value, (gradient, jnp.zeros((), hidden.dtype))
 
 
-def _token_logprobs_backward(saved: tuple[Array, Array], g: Array) -> tuple[None, Array, None]:
+def _token_logprobs_backward(_: float | None, saved: tuple[Array, Array], g: Array) -> tuple[None, Array, None]:
     gradient, like = saved
     return None, (g[..., None] * gradient).astype(like.dtype), None
 
@@ -78,11 +91,13 @@ def _token_logprobs_backward(saved: tuple[Array, Array], g: Array) -> tuple[None
 token_logprobs.defvjp(_token_logprobs_forward, _token_logprobs_backward)
 
 
-def token_entropy(head: Float[Array, "vocab hidden"], hidden: Float[Array, "row time hidden"]) -> Float32[Array, "row time"]:
+def token_entropy(
+    head: Float[Array, "vocab hidden"], hidden: Float[Array, "row time hidden"], softcap: float | None = None
+) -> Float32[Array, "row time"]:
     """Entropy in nats of the next-token distribution, chunked like `token_logprobs`; not differentiated."""
 
     def f(h: Array, y: Array) -> Array:
-        _, normaliser, logits = _chunk(head, h, y)
+        _, normaliser, logits = _chunk(head, h, y, softcap)
         logp = logits - normaliser[..., None]
         return -(jnp.exp(logp) * logp).sum(-1)
 
@@ -127,8 +142,9 @@ def outputs(model: Model, base: Any, fused: Any, batch: Batch, *, entropy: bool 
     def shaped(x: Array) -> Array:
         return jnp.where(batch.response_mask, x.reshape(rows, k, r), 0.0)
 
-    logprobs = shaped(token_logprobs(head, predicting, batch.response.reshape(rows, k * r)))
-    return Outputs(logprobs, shaped(token_entropy(head, predicting)) if entropy else None)
+    softcap = model.config.logits_softcap
+    logprobs = shaped(token_logprobs(head, predicting, batch.response.reshape(rows, k * r), softcap))
+    return Outputs(logprobs, shaped(token_entropy(head, predicting, softcap)) if entropy else None)
 
 
 # ---------------------------------------------------------------- the step
@@ -144,12 +160,16 @@ def optimizer(*, clip_norm: float, weight_decay: float) -> optax.GradientTransfo
 
 
 def gradients(
-    model: Model, scale: float, loss: Loss, base: Any, adapter: Any, batch: Batch, share: Array
+    model: Model, settings: lora.Lora, loss: Loss, base: Any, adapter: Any, batch: Batch, share: Array, key: Array
 ) -> tuple[Any, dict[str, Array]]:
-    """Gradients of the mean loss over the optimiser batch, this micro-batch's part; `share` is 1 / its real rows."""
+    """Gradients of the mean loss over the optimiser batch, this micro-batch's part; `share` is 1 / its real rows.
+
+    `key` draws the adapter's dropout, where there is any.
+    """
 
     def total(adapter: Any) -> tuple[Array, dict[str, Array]]:
-        value, metrics = loss(outputs(model, base, lora.fuse(model, adapter, scale), batch), batch)
+        fused = lora.fuse(model, adapter, settings, base=base, dropout=key)
+        value, metrics = loss(outputs(model, base, fused, batch), batch)
         valid = batch.data["valid"]
         reduced = {name: (m * valid).sum() * share for name, m in {"loss": value, **metrics}.items()}
         return reduced["loss"], reduced
@@ -167,6 +187,61 @@ def apply_gradients(
         return jax.tree.map(lambda p, u: p - lr * u, adapter, updates), state, norm
 
 
+class Programs(NamedTuple):
+    """The compiled programs of a run, `jax.jit` objects. What `--mode=plan --topology` compiles is these too."""
+
+    generate: Any  # (base, adapter, prompt, prompt_mask, prefix, uniforms, *, sampling) -> (tokens, lengths)
+    outputs: Any  # (base, adapter, batch, *, entropy) -> Outputs
+    gradients: Any  # (base, adapter, batch, share, key, *, loss) -> (gradients, metrics)
+    accumulate: Any  # (gradients, gradients) -> gradients; donates the first
+    apply: Any  # (adapter, state, gradients, lr) -> (adapter, state, norm); donates adapter and state
+
+
+def placement(adapter: lora.Adapter, transform: optax.GradientTransformation, mesh: Mesh) -> tuple[Any, Any]:
+    """NamedShardings of an adapter and of its optimizer state; shapes are all that is read."""
+    return sharding.adapter(adapter, mesh), sharding.adapter(jax.eval_shape(transform.init, adapter), mesh)
+
+
+def programs(
+    model: Model, adapter: lora.Adapter, mesh: Mesh, *, transform: optax.GradientTransformation, settings: lora.Lora
+) -> Programs:
+    """The programs of one model on one mesh; nothing is compiled before it is called or lowered.
+
+    Args:
+        adapter: the adapter, or its shapes.
+    """
+    place = placement(adapter, transform, mesh)
+
+    def fuse(base: Any, adapter: Any) -> Any:
+        return lora.fuse(model, adapter, settings, base=base)
+
+    return Programs(
+        generate=jax.jit(
+            lambda base, adapter, *data, sampling: generate.generate(
+                model, base, fuse(base, adapter), *data, sampling=sampling
+            ),
+            static_argnames="sampling",
+        ),
+        outputs=jax.jit(
+            lambda base, adapter, batch, entropy: outputs(model, base, fuse(base, adapter), batch, entropy=entropy),
+            static_argnames="entropy",
+        ),
+        gradients=jax.jit(
+            lambda base, adapter, batch, share, key, loss: gradients(
+                model, settings, loss, base, adapter, batch, share, key
+            ),
+            static_argnames="loss",
+            out_shardings=(place[0], sharding.replicated(mesh)),
+        ),
+        accumulate=jax.jit(functools.partial(jax.tree.map, jnp.add), donate_argnums=0),
+        apply=jax.jit(
+            functools.partial(apply_gradients, transform),
+            donate_argnums=(0, 1),  # of the gradients no output has the shape left over
+            out_shardings=(*place, sharding.replicated(mesh)),
+        ),
+    )
+
+
 class JaxBackend:
     """The `Backend` of JAX: base weights, adapter, optimizer state and reference adapter, all on one mesh."""
 
@@ -177,41 +252,23 @@ class JaxBackend:
         adapter: lora.Adapter,
         mesh: Mesh,
         *,
-        scale: float,
+        settings: lora.Lora,
         width: int,
         bucket: int,
         clip_norm: float,
         weight_decay: float,
+        seed: int = 0,
     ):
         self.model, self.mesh, self.base, self.width, self.bucket = model, mesh, base, width, bucket
-        self._transform = optimizer(clip_norm=clip_norm, weight_decay=weight_decay)
-        place = sharding.adapter(adapter, mesh)
+        transform = optimizer(clip_norm=clip_norm, weight_decay=weight_decay)
+        place, state_place = placement(adapter, transform, mesh)
         self._adapter = jax.device_put(adapter, place)
-        init = jax.eval_shape(self._transform.init, adapter)
-        self._place = (place, sharding.adapter(init, mesh))
         with jax.numpy_dtype_promotion("standard"):
-            self._state = jax.jit(self._transform.init, out_shardings=self._place[1])(self._adapter)
+            self._state = jax.jit(transform.init, out_shardings=state_place)(self._adapter)
         self.freeze_reference()  # b is 0: the base itself
-        fuse = functools.partial(lora.fuse, model, scale=scale)
-        self._generate = jax.jit(
-            lambda base, adapter, *data, sampling: generate.generate(model, base, fuse(adapter), *data, sampling=sampling),
-            static_argnames="sampling",
-        )
-        self._outputs = jax.jit(
-            lambda base, adapter, batch, entropy: outputs(model, base, fuse(adapter), batch, entropy=entropy),
-            static_argnames="entropy",
-        )
-        self._gradients = jax.jit(
-            lambda base, adapter, batch, share, loss: gradients(model, scale, loss, base, adapter, batch, share),
-            static_argnames="loss",
-            out_shardings=(place, sharding.replicated(mesh)),
-        )
-        self._accumulate = jax.jit(functools.partial(jax.tree.map, jnp.add), donate_argnums=0)
-        self._apply = jax.jit(
-            functools.partial(apply_gradients, self._transform),
-            donate_argnums=(0, 1),  # of the gradients no output has the shape left over
-            out_shardings=(*self._place, sharding.replicated(mesh)),
-        )
+        self._key = jax.random.key(seed)
+        made = programs(model, adapter, mesh, transform=transform, settings=settings)
+        self._generate, self._outputs, self._gradients, self._accumulate, self._apply = made
 
     # -------------------------------------------------------------- Backend
 
@@ -264,9 +321,12 @@ class JaxBackend:
         share = jnp.float32(1 / real)
         grads: Any = None
         metrics: dict[str, float] = {}
-        for batch in batches:
+        # dropout depends on the number of steps taken, which a checkpoint holds: a resumed run draws the same
+        step = jax.random.fold_in(self._key, optax.tree.get(self._state, "count"))
+        for i, batch in enumerate(batches):
             part = self._put(batch, _round_up(rows, self._multiple))
-            new, values = self._gradients(self.base, self._adapter, part, share, loss=loss)
+            key = jax.random.fold_in(step, i)
+            new, values = self._gradients(self.base, self._adapter, part, share, key, loss=loss)
             grads = new if grads is None else self._accumulate(grads, new)
             for name, value in values.items():
                 metrics[name] = metrics.get(name, 0.0) + float(value)
@@ -332,9 +392,14 @@ def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def use_scan(setting: str) -> bool:
-    """Whether layers are scanned: on GPU and TPU by default, not on CPU, where scanning copies the weights."""
-    return jax.default_backend() != "cpu" if setting == "auto" else setting == "scan"
+def use_scan(setting: str, platform: str | None = None) -> bool:
+    """Whether layers are scanned: on GPU and TPU by default, not on CPU, where scanning copies the weights.
+
+    Args:
+        setting: config.model.layers.
+        platform: where the programs will run; jax's default backend if it is not given.
+    """
+    return (platform or jax.default_backend()) != "cpu" if setting == "auto" else setting == "scan"
 
 
 def load(config: ConfigDict) -> weights.Loaded:
@@ -345,9 +410,32 @@ def load(config: ConfigDict) -> weights.Loaded:
 
 def count(config: ConfigDict, loaded: weights.Loaded) -> tuple[int, int]:
     """Parameters of the base and of the adapter."""
-    base = sum(math.prod(shape) for shape in weights.expected_shapes(loaded.config).values())
-    adapter = lora.init(loaded.config, rank=config.lora.rank, targets=config.lora.targets, seed=config.seed)
-    return base, lora.count(adapter)
+    base = sum(math.prod(shape) for shape in expected_shapes(loaded.config).values())
+    return base, lora.count(lora.init(loaded.config, lora_settings(config), seed=config.seed))
+
+
+def lora_settings(config: ConfigDict) -> lora.Lora:
+    """`config.lora` as `ple_jax.lora` takes it."""
+    return lora.Lora(**config.lora.to_dict())
+
+
+def make_model(config: ConfigDict, model_config: ModelConfig, mesh: Mesh) -> Model:
+    """The decoder a config asks for, on the devices of a mesh."""
+    platform, dtype = mesh.devices.flat[0].platform, jnp.dtype(config.model.dtype)
+    return Model.create(
+        model_config,
+        dtype=dtype,
+        scan=use_scan(config.model.layers, platform),
+        remat=config.model.remat,
+        attention=attention.choose(
+            config.model.attention,
+            platform=platform,
+            dtype=dtype,
+            softcap=model_config.attention_softcap,
+            head_dim=model_config.head_dim,
+        ),
+        mesh=mesh,
+    )
 
 
 def notes(backend: JaxBackend) -> list[str]:
@@ -358,9 +446,8 @@ def notes(backend: JaxBackend) -> list[str]:
 def build(config: ConfigDict, loaded: weights.Loaded) -> JaxBackend:
     """The backend a config asks for, weights on the mesh."""
     mesh = sharding.make_mesh(**config.mesh)
-    model = Model.create(
-        loaded.config, dtype=jnp.dtype(config.model.dtype), scan=use_scan(config.model.layers), remat=config.model.remat
-    )
+    model = make_model(config, loaded.config, mesh)
+    settings = lora_settings(config)
     kv_heads = loaded.config.num_kv_heads
 
     def put(name: str, array: np.ndarray) -> Array:
@@ -369,15 +456,18 @@ def build(config: ConfigDict, loaded: weights.Loaded) -> JaxBackend:
         )
 
     base = fill(model, loaded.weights, put)
-    adapter = lora.init(loaded.config, rank=config.lora.rank, targets=config.lora.targets, seed=config.seed)
+    adapter = lora.init(loaded.config, settings, seed=config.seed)
+    if settings.dora:
+        adapter = lora.magnitudes(loaded.config, loaded.weights, adapter, settings)
     return JaxBackend(
         model,
         base,
         adapter,
         mesh,
-        scale=config.lora.alpha / config.lora.rank,
+        settings=settings,
         width=config.sampling.width,
         bucket=config.sampling.bucket,
         clip_norm=config.optimizer.clip_norm,
         weight_decay=config.optimizer.weight_decay,
+        seed=config.seed,
     )

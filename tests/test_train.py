@@ -13,7 +13,6 @@ from ple_jax import lora, sharding, train
 from ple_jax.core.config import UserError
 from ple_jax.core.types import Batch
 
-SCALE = 2.0
 _ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -45,7 +44,7 @@ def backend(mesh=None, tensors=None, adapter=None, scan=False, width=4):
         train.fill(model, tensors, put),
         tiny.random_adapter(tiny.CONFIG) if adapter is None else adapter,
         mesh,
-        scale=SCALE,
+        settings=tiny.LORA,
         width=width,
         bucket=16,
         clip_norm=1.0,
@@ -75,8 +74,8 @@ def peft_model(rank=4):
     adapter = tiny.random_adapter(tiny.CONFIG, rank)
     targets = sorted({path.rsplit(".", 1)[1] for path in adapter})
     model = get_peft_model(
-        tiny.transformers_model(tiny.CONFIG, tiny.weights()),
-        LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules=targets),
+        tiny.transformers_model(tiny.RAW, tiny.weights()),
+        LoraConfig(r=rank, lora_alpha=tiny.LORA.alpha, target_modules=targets),
     )
     named = {k.replace(".weight", ".default.weight"): torch.tensor(v) for k, v in lora.to_peft(adapter).items()}
     model.load_state_dict(named, strict=False)
@@ -90,14 +89,16 @@ def test_packed_rows_equal_separate_rows_in_peft(scan):
     theirs, adapter = peft_model()
     model, base = build(scan=scan)
     expected = separate_logprobs(theirs, batch)
-    fused = lora.fuse(model, adapter, SCALE)
+    fused = lora.fuse(model, adapter, tiny.LORA)
     ours = jax.jit(lambda b: train.outputs(model, base, fused, b, entropy=True))(batch)
     np.testing.assert_allclose(ours.logprobs, expected.detach().numpy(), atol=1e-4)
     assert not np.asarray(ours.logprobs)[~batch.response_mask].any()
 
     (-expected.sum() / 4).backward()
     grads, metrics = jax.jit(
-        lambda a: train.gradients(model, SCALE, negative_likelihood, base, a, batch, jnp.float32(1 / 4))
+        lambda a: train.gradients(
+            model, tiny.LORA, negative_likelihood, base, a, batch, jnp.float32(1 / 4), jax.random.key(0)
+        )
     )(adapter)
     named = {name.replace(".default", ""): p.grad.numpy() for name, p in theirs.named_parameters() if p.grad is not None}
     ours_named = lora.to_peft(grads)
@@ -130,7 +131,7 @@ def test_logits_of_all_tokens_never_exist():
     adapter = tiny.random_adapter(tiny.CONFIG)
 
     def step(a):
-        return train.gradients(model, SCALE, negative_likelihood, base, a, batch, jnp.float32(1))
+        return train.gradients(model, tiny.LORA, negative_likelihood, base, a, batch, jnp.float32(1), jax.random.key(0))
 
     text = jax.jit(step).lower(adapter).compile().as_text()
     vocab = tiny.CONFIG.vocab_size
@@ -152,7 +153,8 @@ def test_accumulated_micro_batches_equal_one_batch():
     assert three["loss"] == pytest.approx(one["loss"], rel=1e-6)
     assert three["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
     for name, array in whole.adapter().items():
-        np.testing.assert_allclose(split.adapter()[name], array, atol=1e-6)
+        # Adam divides a gradient by itself: where it is nearly zero its rounding shows in a step of 0.01
+        np.testing.assert_allclose(split.adapter()[name], array, atol=1e-5)
 
 
 def test_rows_that_are_not_valid_do_not_count():
@@ -202,7 +204,7 @@ def test_checkpoint_brings_back_everything(tmp_path):
     ours.freeze_reference()
     ours.update([batches[0]], negative_likelihood, lr=0.01)
     ours.save(tmp_path, 1, {"iteration": 1}, keep=2)
-    again = backend(adapter=lora.init(tiny.CONFIG, rank=4, targets=_ALL, seed=9))
+    again = backend(adapter=lora.init(tiny.CONFIG, lora.Lora(rank=4), seed=9))
     assert again.restore(tmp_path) == {"iteration": 1}
     for one in (ours, again):
         for batch in batches[1:]:
@@ -219,9 +221,11 @@ def test_checkpoint_brings_back_everything(tmp_path):
     [(8, ("q_proj", "o_proj"), r"o_proj.*is \(3, .*this config needs"), (4, _ALL, "is nothing, this config needs")],
 )
 def test_checkpoint_of_another_shape_is_refused(tmp_path, rank, targets, says):
-    backend(adapter=lora.init(tiny.CONFIG, rank=4, targets=("q_proj", "o_proj"), seed=0)).save(tmp_path, 0, {}, keep=1)
+    backend(adapter=lora.init(tiny.CONFIG, lora.Lora(rank=4, targets=("q_proj", "o_proj")), seed=0)).save(
+        tmp_path, 0, {}, keep=1
+    )
     with pytest.raises(UserError, match=says):
-        backend(adapter=lora.init(tiny.CONFIG, rank=rank, targets=targets, seed=0)).restore(tmp_path)
+        backend(adapter=lora.init(tiny.CONFIG, lora.Lora(rank=rank, targets=targets), seed=0)).restore(tmp_path)
 
 
 def test_restore_without_a_checkpoint(tmp_path):

@@ -2,13 +2,17 @@
 
 import numpy as np
 
-from ple_jax.models.checkpoint import expected_shapes
+from ple_jax.lora import Lora
 from ple_jax.models.config import ModelConfig
+from ple_jax.models.families import expected_shapes, read
 
-CONFIG = ModelConfig(
-    vocab_size=101, hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8,
-    rope_theta=5000.0, norm_eps=1e-5, tie_embeddings=False,
-)  # fmt: skip
+RAW = {  # a config.json
+    "model_type": "llama", "vocab_size": 101, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "rms_norm_eps": 1e-5, "pad_token_id": 0,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}, "tie_word_embeddings": False,
+}  # fmt: skip
+CONFIG = read(RAW, "tiny")
+LORA = Lora(rank=4, alpha=8.0)  # a scale of two
 
 
 def weights(config: ModelConfig = CONFIG, seed: int = 0) -> dict[str, np.ndarray]:
@@ -19,26 +23,13 @@ def weights(config: ModelConfig = CONFIG, seed: int = 0) -> dict[str, np.ndarray
     }
 
 
-def transformers_model(config: ModelConfig, tensors: dict[str, np.ndarray]):
+def transformers_model(raw: dict, tensors: dict[str, np.ndarray]):
+    """transformers' model of a Llama config.json and its weights."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            rope_theta=config.rope_theta,
-            rms_norm_eps=config.norm_eps,
-            tie_word_embeddings=config.tie_embeddings,
-            pad_token_id=0,
-        )
-    )
-    model.load_state_dict({k: torch.tensor(v) for k, v in tensors.items()}, strict=not config.tie_embeddings)
+    model = LlamaForCausalLM(LlamaConfig(**raw))
+    model.load_state_dict({k: torch.tensor(v) for k, v in tensors.items()}, strict=not raw["tie_word_embeddings"])
     return model.eval()
 
 
@@ -47,6 +38,5 @@ def random_adapter(config: ModelConfig, rank: int = 4, seed: int = 1) -> dict[st
     from ple_jax import lora
 
     rng = np.random.default_rng(seed)
-    targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    fresh = lora.init(config, rank=rank, targets=targets, seed=seed)
+    fresh = lora.init(config, Lora(rank=rank), seed=seed)
     return {p: {k: (0.1 * rng.normal(size=x.shape)).astype(np.float32) for k, x in m.items()} for p, m in fresh.items()}

@@ -4,6 +4,7 @@ import difflib
 import importlib.util
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +14,12 @@ if TYPE_CHECKING:
 
 PACKAGE = Path(__file__).parent.parent
 BACKENDS = {"jax": "ple_jax.train", "torch": "torch_ascend.train"}  # --backend and the module behind it
-FREE = ("algorithm_kwargs", "reward.kwargs")  # dictionaries of the user's own, overridden whole
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+FREE = (
+    "algorithm_kwargs",
+    "reward.kwargs",
+    "lora.rank_pattern",
+    "lora.alpha_pattern",
+)  # dictionaries of the user's own, overridden whole
 
 Rule = Callable[[Any], str]  # value -> what it must be instead, or "" when it is fine
 
@@ -136,6 +141,30 @@ def _optional_file(value: Any) -> str:
     return "" if fine else f"unset or an existing JSONL file (looked in {Path.cwd()})"
 
 
+def _targets(value: Any) -> str:
+    """Names are checked against the model's modules, which differ between families, when it is loaded."""
+    if value == "all-linear":
+        return ""
+    names = isinstance(value, tuple | list) and value and all(isinstance(v, str) and v for v in value)
+    return "" if names else "all-linear or a tuple of module names: \"('q_proj','v_proj')\""
+
+
+def _patterns(each: Rule) -> Rule:
+    def rule(value: Any) -> str:
+        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+            return "a dictionary by regular expression: \"{'mlp.down_proj': 16}\""
+        for key, number in value.items():
+            try:
+                re.compile(key)
+            except re.error as error:
+                return f"a dictionary by regular expression; {key!r} is not one ({error})"
+            if says := each(number):
+                return f"a dictionary, where {key!r} must be {says}"
+        return ""
+
+    return rule
+
+
 _positive = _real(lambda v: v > 0, "above 0")
 _not_negative = _real(lambda v: v >= 0, "of at least 0")
 _queries = _named(names("data", ".jsonl"), file="JSONL file")
@@ -149,10 +178,16 @@ RULES: dict[str, Rule] = {
     "model.path": _named(["smollm2-135m", "tiny"], file=".gguf file or Hugging Face folder", folder=True),
     "model.dtype": _choice("float32", "bfloat16"),
     "model.layers": _choice("auto", "scan", "unroll"),
+    "model.attention": _choice("auto", "xla", "cudnn", "splash"),
     "model.remat": _choice("none", "dots", "full"),
     "lora.rank": _whole(1),
     "lora.alpha": _positive,
-    "lora.targets": _tuple(_choice(*LORA_TARGETS)),
+    "lora.targets": _targets,
+    "lora.rank_pattern": _patterns(_whole(1)),
+    "lora.alpha_pattern": _patterns(_positive),
+    "lora.rslora": _flag,
+    "lora.dora": _flag,
+    "lora.dropout": _real(lambda v: 0 <= v < 1, "of at least 0 and below 1"),
     "task.train": _queries,
     "task.heldout": _queries,
     "task.chat": _flag,

@@ -1,10 +1,20 @@
-"""The few numbers that define a decoder of the Llama family."""
+"""What defines a decoder: the numbers and switches in which the families of `ple_jax.models.families` differ."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class LayerKind(NamedTuple):
+    """What may differ from layer to layer: rotary positions and how far back a token sees."""
+
+    frequencies: tuple[float, ...] = ()  # inverse rotary frequencies, radians per position; zeros leave a layer unrotated
+    rope_scale: float = 1.0  # factor on cos and sin (YaRN's and LongRoPE's attention factor)
+    window: int | None = None  # a token sees this many positions, itself included
 
 
 @dataclass(frozen=True)
 class ModelConfig:
+    family: str  # of ple_jax.models.families.FAMILIES: names and layout of the weights
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -12,7 +22,28 @@ class ModelConfig:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    rope_theta: float = 10000.0
+    kinds: tuple[LayerKind, ...]
+    pattern: tuple[int, ...]  # every layer's index into `kinds`
+    # of pre_attention_norm, post_attention_norm, pre_mlp_norm, post_mlp_norm (on the branch, before it is added back)
+    norms: tuple[str, ...] = ("pre_attention_norm", "pre_mlp_norm")
+    norm: str = "rms"  # rms | rms_plus_one (scale 1 + weight) | layer (with a bias)
     norm_eps: float = 1e-5
+    qk_norm: str = "none"  # none | head (each head by itself) | all (all heads together): before the rotation
+    parallel: bool = False  # attention and MLP read the same input
+    activation: str = "silu"  # silu | gelu | gelu_tanh
+    gated: bool = True  # activation(gate(x)) * up(x) instead of activation(up(x))
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    query_scale: float = 1.0  # factor on q k^T
+    attention_softcap: float | None = None  # scores become cap * tanh(scores / cap)
+    logits_softcap: float | None = None
+    embed_scale: float = 1.0
+    learned_positions: bool = False  # a table [max_positions, hidden] is added to the embedding
     tie_embeddings: bool = False
     max_positions: int = 2048
+
+    @property
+    def group(self) -> int:
+        """Query heads per KV head."""
+        return self.num_heads // self.num_kv_heads

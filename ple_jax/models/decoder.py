@@ -1,11 +1,11 @@
-"""One decoder for the Llama family, in Flax NNX; everything outside sees only the pure `Model.apply`.
+"""One decoder for every family, in Flax NNX; everything outside sees only the pure `Model.apply`.
 
-Weights of a layer that read the same input are fused at load: q, k, v into `qkv` [hidden, kv_heads * (group + 2) * head_dim]
-(for every KV head its query heads, then k, then v, so that a shard holds whole heads) and gate, up into `gate_up`
-[hidden, 2, intermediate]. Adapters stay canonical (see `ple_jax.lora`) and arrive here fused the same way.
+Weights of a layer that read the same input are fused at load: q, k, v into `qkv` and gate, up into `gate_up` (see
+`ple_jax.models.families.fuse`). Adapters stay canonical (see `ple_jax.lora`) and arrive here fused the same way.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,9 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from ple_jax.models.config import ModelConfig
+from ple_jax.models import families
+from ple_jax.models.attention import attend
+from ple_jax.models.config import LayerKind, ModelConfig
 
 Tree = Any  # a pytree of arrays
 
@@ -28,107 +31,166 @@ class Cache(NamedTuple):
 
 
 class LowRank(NamedTuple):
-    """A fused adapter of one matmul: x @ down @ up is added to its output; the scale is already in `up`."""
+    """A fused adapter of one matmul: gain * (x @ kernel + dropout(x) @ down @ up); the scale is already in `up`."""
 
     down: Float[Array, "inp rank"]
     up: Float[Array, "rank *out"]
+    gain: Float[Array, "*out"] | None = None  # DoRA's magnitude over the norm of its direction
+    dropout: tuple[Array, Array] | None = None  # key and rate
+
+
+class Kind(NamedTuple):
+    """What one kind of layer needs at every position of a call."""
+
+    cos: Float[Array, "row time half"]
+    sin: Float[Array, "row time half"]
+    mask: Bool[Array, "row time source"]
 
 
 _LONGEST_SUM = 1024
 
 
-def _project(x: Array, kernel: Array, lora: LowRank | None) -> Array:
+def _matmul(x: Float[Array, "row time inp"], kernel: Float[Array, "inp *out"]) -> Float[Array, "row time *out"]:
     size = kernel.shape[0]
-    if size > _LONGEST_SUM and x.dtype == jnp.float32:
-        # XLA's CPU kernels add up in one fp32 accumulator: halves are as exact as torch (SmolLM2's logits: 5e-5, not 14e-5)
-        half = size // 2
-        y = jnp.tensordot(x[..., :half], kernel[:half], 1) + jnp.tensordot(x[..., half:], kernel[half:], 1)
-    else:
-        y = jnp.tensordot(x, kernel, 1)
-    if lora is not None:  # the adapter is fp32 whatever the base is
-        delta = jnp.tensordot(jnp.tensordot(x.astype(lora.down.dtype), lora.down, 1), lora.up, 1)
-        y = y + delta.astype(y.dtype)
-    return y
+    if size > _LONGEST_SUM and size % 2 == 0 and x.dtype == jnp.float32:
+        # XLA's CPU kernels add up in one fp32 accumulator: SmolLM2's logits were 16e-5 off float64, halves are 6e-5 off
+        # (torch: 9e-5). One batched matmul: two matmuls of slices copied the kernel in every decode step
+        halves = x.reshape(-1, 2, size // 2).swapaxes(0, 1)
+        y = jnp.einsum("cth,cho->cto", halves, kernel.reshape(2, size // 2, -1)).sum(0)
+        return y.reshape(*x.shape[:-1], *kernel.shape[1:])
+    return jnp.tensordot(x, kernel, 1)
 
 
-class RMSNorm(nnx.Module):
-    def __init__(self, size: int, eps: float, dtype: Any):
-        self.scale = nnx.Param(jnp.ones((size,), dtype))
-        self.eps = eps
+class Linear(nnx.Module):
+    """A frozen kernel [in, *out], a bias where the family has one, and the adapter's share."""
+
+    def __init__(self, shape: tuple[int, ...], bias: bool, dtype: Any):
+        self.kernel = nnx.Param(jnp.zeros(shape, dtype))
+        if bias:
+            self.bias = nnx.Param(jnp.zeros(shape[1:], dtype))
+
+    def __call__(self, x: Float[Array, "row time inp"], lora: LowRank | None) -> Float[Array, "row time *out"]:
+        y = _matmul(x, self.kernel[...])
+        if lora is not None:  # the adapter is fp32 whatever the base is
+            h = x.astype(lora.down.dtype)
+            if lora.dropout is not None:
+                key, rate = lora.dropout
+                h = jnp.where(jax.random.bernoulli(key, rate, h.shape), 0.0, h / (1 - rate))
+            delta = jnp.tensordot(jnp.tensordot(h, lora.down, 1), lora.up, 1)
+            if lora.gain is None:
+                y = y + delta.astype(y.dtype)
+            else:
+                y = (jnp.expand_dims(lora.gain, (0, 1)) * (y.astype(delta.dtype) + delta)).astype(y.dtype)
+        return y + jnp.expand_dims(self.bias[...], (0, 1)) if hasattr(self, "bias") else y
+
+
+class Norm(nnx.Module):
+    """RMSNorm or LayerNorm over the last `len(shape)` dimensions, in fp32."""
+
+    def __init__(self, c: ModelConfig, shape: tuple[int, ...], dtype: Any):
+        self.scale = nnx.Param(jnp.ones(shape, dtype))
+        self.kind, self.eps = c.norm, c.norm_eps
+        if c.norm == "layer":
+            self.bias = nnx.Param(jnp.zeros(shape, dtype))
 
     def __call__(self, x: Float[Array, "*batch size"]) -> Float[Array, "*batch size"]:
+        scale = self.scale[...].astype(jnp.float32)
+        axes, before = tuple(range(-scale.ndim, 0)), tuple(range(x.ndim - scale.ndim))
         h = x.astype(jnp.float32)
-        h = h * jax.lax.rsqrt(jnp.mean(h * h, -1, keepdims=True) + self.eps)
-        scale = self.scale[...]
-        return jnp.expand_dims(scale, range(x.ndim - 1)) * h.astype(x.dtype)
+        if self.kind == "layer":
+            h = h - h.mean(axes, keepdims=True)
+        h = h * jax.lax.rsqrt(jnp.mean(h * h, axes, keepdims=True) + self.eps)
+        h = h * jnp.expand_dims(scale + 1 if self.kind == "rms_plus_one" else scale, before)
+        if self.kind == "layer":
+            h = h + jnp.expand_dims(self.bias[...].astype(jnp.float32), before)
+        return h.astype(x.dtype)
 
 
-def rope(positions: Int[Array, "row time"], head_dim: int, theta: float) -> tuple[Array, Array]:
-    """cos and sin of the rotary angles, each [row, time, head_dim / 2], fp32. RoFormer, arXiv:2104.09864."""
-    frequency = theta ** (-np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
-    angle = positions.astype(jnp.float32)[..., None] * jnp.asarray(frequency)[None, None]
-    return jnp.cos(angle), jnp.sin(angle)
+def rope(positions: Int[Array, "row time"], kind: LayerKind) -> tuple[Array, Array]:
+    """cos and sin of the rotary angles, each [row, time, rotated dimensions / 2], fp32. RoFormer, arXiv:2104.09864."""
+    frequency = jnp.asarray(np.asarray(kind.frequencies, np.float32))
+    angle = positions.astype(jnp.float32)[..., None] * frequency[None, None]
+    return jnp.cos(angle) * jnp.float32(kind.rope_scale), jnp.sin(angle) * jnp.float32(kind.rope_scale)
 
 
 def _rotate(x: Float[Array, "row time kv group dim"], cos: Array, sin: Array) -> Array:
+    """The first 2 * cos.shape[-1] dimensions rotated, the others as they are."""
+    half = cos.shape[-1]
+    if half == 0:
+        return x
     cos, sin = cos[:, :, None, None], sin[:, :, None, None]
-    a, b = jnp.split(x.astype(jnp.float32), 2, -1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+    h = x[..., : 2 * half].astype(jnp.float32)
+    a, b = jnp.split(h, 2, -1)
+    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+    return jnp.concatenate([turned, x[..., 2 * half :]], -1) if 2 * half < x.shape[-1] else turned
+
+
+_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+}
 
 
 class Block(nnx.Module):
-    def __init__(self, c: ModelConfig, dtype: Any):
-        group = c.num_heads // c.num_kv_heads
-        self.c = c
-        self.input_norm = RMSNorm(c.hidden_size, c.norm_eps, dtype)
-        self.qkv = nnx.Param(jnp.zeros((c.hidden_size, c.num_kv_heads * (group + 2) * c.head_dim), dtype))
-        self.o = nnx.Param(jnp.zeros((c.num_heads * c.head_dim, c.hidden_size), dtype))
-        self.post_norm = RMSNorm(c.hidden_size, c.norm_eps, dtype)
-        self.gate_up = nnx.Param(jnp.zeros((c.hidden_size, 2, c.intermediate_size), dtype))
-        self.down = nnx.Param(jnp.zeros((c.intermediate_size, c.hidden_size), dtype))
+    def __init__(self, c: ModelConfig, dtype: Any, attend: Callable):
+        self.c, self.attend = c, attend
+        for name in c.norms:
+            setattr(self, name, Norm(c, (c.hidden_size,), dtype))
+        self.qkv = Linear((c.hidden_size, c.num_kv_heads * (c.group + 2) * c.head_dim), c.qkv_bias, dtype)
+        if c.qk_norm != "none":
+            together = c.qk_norm == "all"
+            self.q_norm = Norm(c, (c.num_kv_heads, c.group, c.head_dim) if together else (c.head_dim,), dtype)
+            self.k_norm = Norm(c, (c.num_kv_heads, 1, c.head_dim) if together else (c.head_dim,), dtype)
+        self.o = Linear((c.num_heads * c.head_dim, c.hidden_size), c.o_bias, dtype)
+        self.gate_up = Linear((c.hidden_size, 1 + c.gated, c.intermediate_size), c.mlp_bias, dtype)
+        self.down = Linear((c.intermediate_size, c.hidden_size), c.mlp_bias, dtype)
 
-    def attention(self, x: Array, lora: dict, angles: tuple, mask: Array, cache: tuple | None, index: Any) -> tuple:
+    def attention(self, x: Array, lora: dict, kind: Kind, cache: tuple | None, index: Any) -> tuple:
         c = self.c
         rows, time, _ = x.shape
-        group = c.num_heads // c.num_kv_heads
-        qkv = _project(x, self.qkv[...], lora.get("qkv")).reshape(rows, time, c.num_kv_heads, group + 2, c.head_dim)
-        rotated = _rotate(qkv[..., :-1, :], *angles)
+        qkv = self.qkv(x, lora.get("qkv")).reshape(rows, time, c.num_kv_heads, c.group + 2, c.head_dim)
+        qk = qkv[..., :-1, :]
+        if c.qk_norm != "none":
+            qk = jnp.concatenate([self.q_norm(qk[..., :-1, :]), self.k_norm(qk[..., -1:, :])], -2)
+        qk = _rotate(qk, kind.cos, kind.sin)
         # [row, kv, time, dim]: with time before kv, attention over the cache was 5x slower on CPU
-        q = rotated[..., :-1, :].transpose(0, 2, 3, 1, 4).reshape(rows, c.num_kv_heads, group * time, c.head_dim)
-        k = rotated[..., -1, :].transpose(0, 2, 1, 3)
+        q = qk[..., :-1, :].transpose(0, 2, 3, 1, 4)
+        k = qk[..., -1, :].transpose(0, 2, 1, 3)
         v = qkv[..., -1, :].transpose(0, 2, 1, 3)
         if cache is not None:
             k = jax.lax.dynamic_update_slice(cache[0], k, (0, 0, index, 0))
             v = jax.lax.dynamic_update_slice(cache[1], v, (0, 0, index, 0))
-        scores = jnp.einsum("bkqd,bksd->bkqs", q, k, preferred_element_type=jnp.float32) * c.head_dim**-0.5
-        scores = scores.reshape(rows, c.num_kv_heads, group, time, -1)
-        # a large negative number, not -inf: rows that only fill the shape may see nothing at all, and must not give NaN
-        scores = jnp.where(mask[:, None, None], scores, jnp.float32(-1e30))
-        weights = jax.nn.softmax(scores, -1).astype(x.dtype).reshape(rows, c.num_kv_heads, group * time, -1)
-        out = jnp.einsum("bkqs,bksd->bkqd", weights, v)
-        out = out.reshape(rows, c.num_kv_heads, group, time, c.head_dim).transpose(0, 3, 1, 2, 4)
-        return _project(out.reshape(rows, time, -1), self.o[...], lora.get("o")), (k, v)
+        out = self.attend(q, k, v, mask=kind.mask, scale=c.query_scale, softcap=c.attention_softcap)
+        return self.o(out.transpose(0, 3, 1, 2, 4).reshape(rows, time, -1), lora.get("o")), (k, v)
 
     def mlp(self, x: Array, lora: dict) -> Array:
-        gate_up = _project(x, self.gate_up[...], lora.get("gate_up"))
-        return _project(jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :], self.down[...], lora.get("down"))
+        gate_up = self.gate_up(x, lora.get("gate_up"))
+        h = _ACTIVATIONS[self.c.activation](gate_up[..., 0, :])
+        return self.down(h * gate_up[..., 1, :] if self.c.gated else h, lora.get("down"))
 
-    def __call__(self, x: Array, lora: dict, angles: tuple, mask: Array, cache: tuple | None, index: Any) -> tuple:
-        attended, cache = self.attention(self.input_norm(x), lora, angles, mask, cache, index)
-        x = x + attended
-        return x + self.mlp(self.post_norm(x), lora), cache
+    def _norm(self, name: str, x: Array) -> Array:
+        return getattr(self, name)(x) if name in self.c.norms else x
+
+    def __call__(self, x: Array, lora: dict, kind: Kind, cache: tuple | None, index: Any) -> tuple:
+        attended, cache = self.attention(self._norm("pre_attention_norm", x), lora, kind, cache, index)
+        after = x + self._norm("post_attention_norm", attended)
+        fed = self.mlp(self._norm("pre_mlp_norm", x if self.c.parallel else after), lora)
+        return after + self._norm("post_mlp_norm", fed), cache
 
 
 class Decoder(nnx.Module):
     """Embedding, layers (a list, or one block with stacked weights), final norm, and the head [vocab, hidden]."""
 
-    def __init__(self, c: ModelConfig, dtype: Any, scan: bool):
+    def __init__(self, c: ModelConfig, dtype: Any, scan: bool, attend: Callable):
         self.embed = nnx.Param(jnp.zeros((c.vocab_size, c.hidden_size), dtype))
+        if c.learned_positions:
+            self.positions = nnx.Param(jnp.zeros((c.max_positions, c.hidden_size), dtype))
         if scan:
-            self.layers = nnx.vmap(lambda _: Block(c, dtype))(jnp.zeros(c.num_layers))
+            self.layers = nnx.vmap(lambda _: Block(c, dtype, attend))(jnp.zeros(c.num_layers))
         else:
-            self.layers = nnx.List([Block(c, dtype) for _ in range(c.num_layers)])
-        self.norm = RMSNorm(c.hidden_size, c.norm_eps, dtype)
+            self.layers = nnx.List([Block(c, dtype, attend) for _ in range(c.num_layers)])
+        self.norm = Norm(c, (c.hidden_size,), dtype)
         if not c.tie_embeddings:
             self.head = nnx.Param(jnp.zeros((c.vocab_size, c.hidden_size), dtype))
 
@@ -144,8 +206,18 @@ class Model:
     shapes: Tree  # of the base: nested dicts of jax.ShapeDtypeStruct
 
     @staticmethod
-    def create(config: ModelConfig, *, dtype: Any = jnp.float32, scan: bool, remat: str = "none") -> "Model":
-        graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, dtype, scan)))
+    def create(
+        config: ModelConfig,
+        *,
+        dtype: Any = jnp.float32,
+        scan: bool,
+        remat: str = "none",
+        attention: str = "xla",
+        mesh: Mesh | None = None,
+    ) -> "Model":
+        """A decoder without weights; `attention` is one of `ple_jax.models.attention`'s implementations."""
+        chosen = functools.partial(attend, implementation=attention, mesh=mesh)
+        graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, dtype, scan, chosen)))
         return Model(config, scan, remat, graph, nnx.to_pure_dict(state))
 
     def _bind(self, base: Tree) -> Decoder:
@@ -161,39 +233,50 @@ class Model:
         mask: Bool[Array, "row time source"],
         cache: Cache | None = None,
         index: Int[Array, ""] | int = 0,
+        source_positions: Int[Array, "row source"] | None = None,
     ) -> tuple[Float[Array, "row time hidden"], Cache | None]:
         """Final hidden states (after the last norm), and the cache with this call's keys and values written.
 
         Args:
             lora: a fused adapter from `ple_jax.lora.fuse`, or `{}` for the base alone.
-            positions: rotary position of every token; of padding it does not matter.
+            positions: position of every token; of padding it does not matter.
             mask: which source positions a token may attend to (source = time without a cache, its length with one).
             index: where in the cache this call writes.
+            source_positions: position of everything `mask` speaks of; with a cache a sliding window needs it.
         """
+        c = self.config
         decoder = self._bind(base)
         x = decoder.embed[...][tokens]
-        angles = rope(positions, self.config.head_dim, self.config.rope_theta)
+        if c.embed_scale != 1.0:
+            x = x * jnp.asarray(c.embed_scale, x.dtype)
+        if c.learned_positions:  # padding may lie anywhere
+            x = x + decoder.positions[...][jnp.clip(positions, 0, c.max_positions - 1)]
+        back = positions[:, :, None] - (positions if source_positions is None else source_positions)[:, None]
+        kinds = [Kind(*rope(positions, k), mask & (back < k.window) if k.window else mask) for k in c.kinds]
 
-        def layer(block: Block, x: Array, lora: dict, cache: tuple | None) -> tuple:
-            return block(x, lora, angles, mask, cache, index)
+        def layer(block: Block, x: Array, lora: dict, kind: Kind, cache: tuple | None) -> tuple:
+            return block(x, lora, kind, cache, index)
 
         if self.remat != "none" and cache is None:
             layer = self._rematerialised(layer)
         if self.scan:
             graph, stacked = nnx.split(decoder.layers)
+            every = jax.tree.map(lambda *x: jnp.stack(x), *kinds)
 
             def step(x: Array, part: tuple) -> tuple:
-                state, lora, cache = part
-                x, new = layer(nnx.merge(graph, state), x, lora, cache)
+                state, lora, cache, i = part
+                kind = kinds[0] if len(kinds) == 1 else jax.tree.map(lambda x: x[i], every)
+                x, new = layer(nnx.merge(graph, state), x, lora, kind, cache)
                 return x, new if cache is not None else None
 
-            x, new = jax.lax.scan(step, x, (stacked, lora.get("layers", {}), tuple(cache) if cache else None))
+            parts = (stacked, lora.get("layers", {}), tuple(cache) if cache else None, jnp.asarray(c.pattern, jnp.int32))
+            x, new = jax.lax.scan(step, x, parts)
             cache = Cache(*new) if cache else None
         else:
-            loras = lora.get("layers", [{}] * self.config.num_layers)
+            loras = lora.get("layers", [{}] * c.num_layers)
             new = []
             for i, block in enumerate(decoder.layers):
-                x, kv = layer(block, x, loras[i], (cache.key[i], cache.value[i]) if cache else None)
+                x, kv = layer(block, x, loras[i], kinds[c.pattern[i]], (cache.key[i], cache.value[i]) if cache else None)
                 new.append(kv)
             cache = Cache(tuple(k for k, _ in new), tuple(v for _, v in new)) if cache else None
         return decoder.norm(x), cache
@@ -202,10 +285,13 @@ class Model:
         """The layer, keeping for the backward pass its input ("full") or the results of its weight matmuls ("dots")."""
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
 
-        def run(block: Block, x: Array, lora: dict, cache: None) -> tuple:
+        def run(block: Block, x: Array, lora: dict, kind: Kind, cache: None) -> tuple:
             graph, state = nnx.split(block)
-            body = jax.checkpoint(lambda state, x, lora: layer(nnx.merge(graph, state), x, lora, None)[0], policy=policy)
-            return body(state, x, lora), None
+
+            def body(state: Any, x: Array, lora: dict, kind: Kind) -> Array:
+                return layer(nnx.merge(graph, state), x, lora, kind, None)[0]
+
+            return jax.checkpoint(body, policy=policy)(state, x, lora, kind), None
 
         return run
 
@@ -215,7 +301,7 @@ class Model:
 
     def logits(self, base: Tree, hidden: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
         """fp32 logits."""
-        return jnp.einsum("...d,vd->...v", hidden, self.head(base), preferred_element_type=jnp.float32)
+        return head_logits(self.head(base), hidden, softcap=self.config.logits_softcap)
 
     def empty_cache(self, rows: int, length: int, dtype: Any) -> Cache:
         c = self.config
@@ -225,67 +311,56 @@ class Model:
         return Cache(*(tuple(jnp.zeros(shape, dtype) for _ in range(c.num_layers)) for _ in range(2)))
 
 
+def head_logits(
+    head: Float[Array, "vocab hidden"], hidden: Float[Array, "*batch hidden"], *, softcap: float | None
+) -> Float[Array, "*batch vocab"]:
+    """fp32 logits, soft-capped where the family says so."""
+    logits = jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
+    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+
+
 def fill(model: Model, weights: Mapping[str, np.ndarray], put: Callable[[str, np.ndarray], Array]) -> Tree:
     """The base pytree from weights under Hugging Face's names.
 
-    `put(name, array)` places one leaf on the devices; names are those of `ple_jax.sharding`: "layers/qkv", "embed" ...
+    `put(name, array)` places one leaf on the devices; names are those of `ple_jax.sharding`: "layers/qkv/kernel" ...
     """
     c = model.config
     dtype = model.shapes["embed"].dtype
 
-    def leaf(keys: tuple, _: jax.ShapeDtypeStruct) -> Array:
+    def leaf(keys: tuple, shape: jax.ShapeDtypeStruct) -> Array:
         path = [str(k.key) for k in keys]
         name = "/".join(part for part in path if not part.isdigit())
         if path[0] != "layers":
-            array = weights[_TOP[path[0]]]
+            array = weights[_top(c, path)]
         elif model.scan:
-            array = np.stack([_fused(c, weights, i, path[1]) for i in range(c.num_layers)])
+            array = np.stack([_layer(c, weights, i, path[1:]) for i in range(c.num_layers)])
         else:
-            array = _fused(c, weights, int(path[1]), path[2])
-        return put(name, np.ascontiguousarray(array, dtype))
+            array = _layer(c, weights, int(path[1]), path[2:])
+        return put(name, np.ascontiguousarray(array.reshape(shape.shape), dtype))
 
     return jax.tree_util.tree_map_with_path(leaf, model.shapes)
 
 
-_TOP = {"embed": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight"}
+_SUFFIX = {"scale": "weight", "bias": "bias", "kernel": "weight"}
 
 
-def _fused(c: ModelConfig, weights: Mapping[str, np.ndarray], layer: int, part: str) -> np.ndarray:
-    """One fused kernel [in, ...] of one layer from Hugging Face's tensors ([out, in])."""
+def _top(c: ModelConfig, path: list[str]) -> str:
+    """Hugging Face's name of a weight outside the layers."""
+    return f"{getattr(families.FAMILIES[c.family], path[0])}.{_SUFFIX[path[1]] if len(path) > 1 else 'weight'}"
+
+
+def _layer(c: ModelConfig, weights: Mapping[str, np.ndarray], layer: int, path: list[str]) -> np.ndarray:
+    """One weight of one layer in the decoder's layout, from Hugging Face's tensors."""
+    part, kind = path
+    family = families.FAMILIES[c.family]
 
     def get(name: str) -> np.ndarray:
-        return weights[f"model.layers.{layer}.{name}.weight"]
+        return weights[f"{family.layers}.{layer}.{name}.{_SUFFIX[kind]}"]
 
-    match part:
-        case "input_norm":
-            return get("input_layernorm")
-        case "post_norm":
-            return get("post_attention_layernorm")
-        case "qkv":
-            q, k, v = (
-                get(f"self_attn.{n}_proj").reshape(c.num_kv_heads, -1, c.head_dim, c.hidden_size) for n in ("q", "k", "v")
-            )
-            return np.concatenate([q, k, v], 1).reshape(-1, c.hidden_size).T
-        case "o":
-            return get("self_attn.o_proj").T
-        case "gate_up":
-            return np.stack([get("mlp.gate_proj").T, get("mlp.up_proj").T], 1)
-        case _:
-            return get("mlp.down_proj").T
-
-
-def module_shapes(c: ModelConfig) -> Iterator[tuple[str, int, int]]:
-    """Every linear module inside the layers: its Hugging Face path, input size, output size."""
-    heads, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    sizes = {
-        "self_attn.q_proj": (c.hidden_size, heads),
-        "self_attn.k_proj": (c.hidden_size, kv),
-        "self_attn.v_proj": (c.hidden_size, kv),
-        "self_attn.o_proj": (heads, c.hidden_size),
-        "mlp.gate_proj": (c.hidden_size, c.intermediate_size),
-        "mlp.up_proj": (c.hidden_size, c.intermediate_size),
-        "mlp.down_proj": (c.intermediate_size, c.hidden_size),
-    }
-    for layer in range(c.num_layers):
-        for name, (inp, out) in sizes.items():
-            yield f"model.layers.{layer}.{name}", inp, out
+    norms = {**family.norms, **family.qk_norms}
+    if part in norms:
+        return get(norms[part])
+    modules = {m.name: get(m.name) for m in family.modules if m.kernel == part}
+    if kind == "kernel" and not family.transposed:
+        modules = {name: weight.T for name, weight in modules.items()}
+    return families.fuse(c, part, modules)

@@ -12,9 +12,9 @@ from gguf.quants import dequantize
 from transformers import PreTrainedTokenizerFast
 
 from ple_jax.core.config import UserError
-from ple_jax.models import tokenizer
-from ple_jax.models.checkpoint import expected_shapes
+from ple_jax.models import families, tokenizer
 from ple_jax.models.config import ModelConfig
+from ple_jax.models.families import expected_shapes
 
 _ARCHITECTURES = {"llama": MODEL_ARCH.LLAMA}
 
@@ -41,48 +41,50 @@ class _Reader(GGUFReader):
         return default
 
 
-def read(path: str | Path) -> tuple[ModelConfig, dict[str, np.ndarray], PreTrainedTokenizerFast]:
+def read(path: str | Path) -> tuple[dict[str, Any], ModelConfig, dict[str, np.ndarray], PreTrainedTokenizerFast]:
     """Reads a Llama-family GGUF file of any quantisation that the gguf package can undo.
 
     Returns:
-        The config; weights under Hugging Face's names, float32, linear layers [out, in]; the tokenizer.
+        The config as a config.json would have it, and ours;
+        weights under Hugging Face's names, float32, linear layers [out, in]; the tokenizer.
 
     Raises:
         UserError: not a GGUF file, truncated, another architecture or tokenizer, a tensor missing, unknown, of another
             shape or with values that are not finite.
     """
     reader = _open(Path(path))
-    config = read_config(reader)
-    return config, read_weights(reader, config), read_tokenizer(reader)
+    raw = read_config(reader)
+    config = families.read(raw, str(path))
+    return raw, config, read_weights(reader, config), read_tokenizer(reader)
 
 
-def read_config(reader: _Reader) -> ModelConfig:
-    """The model's numbers, from the `llama.*` metadata."""
+def read_config(reader: _Reader) -> dict[str, Any]:
+    """The model's numbers as a config.json has them, from the `llama.*` metadata."""
     architecture = reader.value("general.architecture")
     if architecture not in _ARCHITECTURES:
-        raise UserError(
-            f"{reader.path} holds architecture {architecture!r}; supported: {', '.join(sorted(_ARCHITECTURES))}"
-        )
+        raise UserError(f"{reader.path} holds architecture {architecture!r}; supported: {', '.join(sorted(_ARCHITECTURES))}")
     hidden, heads = (reader.value(f"llama.{key}") for key in ("embedding_length", "attention.head_count"))
     head_dim = reader.value("llama.attention.key_length", hidden // heads)
     if (scaling := reader.value("llama.rope.scaling.type", "none")) != "none":
         raise UserError(f"{reader.path} uses RoPE scaling {scaling!r}, which is not supported")
     if (rotated := reader.value("llama.rope.dimension_count", head_dim)) != head_dim:
         raise UserError(f"{reader.path} rotates {rotated} of {head_dim} head dimensions, which is not supported")
-    return ModelConfig(
-        vocab_size=len(reader.value("tokenizer.ggml.tokens")),
-        hidden_size=hidden,
-        intermediate_size=reader.value("llama.feed_forward_length"),
-        num_layers=reader.value("llama.block_count"),
-        num_heads=heads,
-        num_kv_heads=reader.value("llama.attention.head_count_kv", heads),
-        head_dim=head_dim,
-        rope_theta=reader.value("llama.rope.freq_base", 10000.0),
+    return {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": len(reader.value("tokenizer.ggml.tokens")),
+        "hidden_size": hidden,
+        "intermediate_size": reader.value("llama.feed_forward_length"),
+        "num_hidden_layers": reader.value("llama.block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": reader.value("llama.attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "rope_theta": reader.value("llama.rope.freq_base", 10000.0),
         # stored as float32: 1e-5 comes back as 9.99999974738e-06
-        norm_eps=float(str(np.float32(reader.value("llama.attention.layer_norm_rms_epsilon")))),
-        tie_embeddings=all(tensor.name != "output.weight" for tensor in reader.tensors),
-        max_positions=reader.value("llama.context_length"),
-    )
+        "rms_norm_eps": float(str(np.float32(reader.value("llama.attention.layer_norm_rms_epsilon")))),
+        "tie_word_embeddings": all(tensor.name != "output.weight" for tensor in reader.tensors),
+        "max_position_embeddings": reader.value("llama.context_length"),
+    }
 
 
 def read_weights(reader: _Reader, config: ModelConfig) -> dict[str, np.ndarray]:

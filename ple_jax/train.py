@@ -4,10 +4,10 @@ import functools
 import math
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -167,6 +167,55 @@ def apply_gradients(
         return jax.tree.map(lambda p, u: p - lr * u, adapter, updates), state, norm
 
 
+class Programs(NamedTuple):
+    """The compiled programs of a run, `jax.jit` objects. What `--mode=plan --topology` compiles is these too."""
+
+    generate: Any  # (base, adapter, prompt, prompt_mask, prefix, uniforms, *, sampling) -> (tokens, lengths)
+    outputs: Any  # (base, adapter, batch, *, entropy) -> Outputs
+    gradients: Any  # (base, adapter, batch, share, *, loss) -> (gradients, metrics)
+    accumulate: Any  # (gradients, gradients) -> gradients; donates the first
+    apply: Any  # (adapter, state, gradients, lr) -> (adapter, state, norm); donates adapter and state
+
+
+def placement(adapter: lora.Adapter, transform: optax.GradientTransformation, mesh: Mesh) -> tuple[Any, Any]:
+    """NamedShardings of an adapter and of its optimizer state; shapes are all that is read."""
+    return sharding.adapter(adapter, mesh), sharding.adapter(jax.eval_shape(transform.init, adapter), mesh)
+
+
+def programs(
+    model: Model, adapter: lora.Adapter, mesh: Mesh, *, transform: optax.GradientTransformation, scale: float
+) -> Programs:
+    """The programs of one model on one mesh; nothing is compiled before it is called or lowered.
+
+    Args:
+        adapter: the adapter, or its shapes.
+        scale: alpha / rank.
+    """
+    place = placement(adapter, transform, mesh)
+    fuse = functools.partial(lora.fuse, model, scale=scale)
+    return Programs(
+        generate=jax.jit(
+            lambda base, adapter, *data, sampling: generate.generate(model, base, fuse(adapter), *data, sampling=sampling),
+            static_argnames="sampling",
+        ),
+        outputs=jax.jit(
+            lambda base, adapter, batch, entropy: outputs(model, base, fuse(adapter), batch, entropy=entropy),
+            static_argnames="entropy",
+        ),
+        gradients=jax.jit(
+            lambda base, adapter, batch, share, loss: gradients(model, scale, loss, base, adapter, batch, share),
+            static_argnames="loss",
+            out_shardings=(place[0], sharding.replicated(mesh)),
+        ),
+        accumulate=jax.jit(functools.partial(jax.tree.map, jnp.add), donate_argnums=0),
+        apply=jax.jit(
+            functools.partial(apply_gradients, transform),
+            donate_argnums=(0, 1),  # of the gradients no output has the shape left over
+            out_shardings=(*place, sharding.replicated(mesh)),
+        ),
+    )
+
+
 class JaxBackend:
     """The `Backend` of JAX: base weights, adapter, optimizer state and reference adapter, all on one mesh."""
 
@@ -184,34 +233,15 @@ class JaxBackend:
         weight_decay: float,
     ):
         self.model, self.mesh, self.base, self.width, self.bucket = model, mesh, base, width, bucket
-        self._transform = optimizer(clip_norm=clip_norm, weight_decay=weight_decay)
-        place = sharding.adapter(adapter, mesh)
+        transform = optimizer(clip_norm=clip_norm, weight_decay=weight_decay)
+        place, state_place = placement(adapter, transform, mesh)
         self._adapter = jax.device_put(adapter, place)
-        init = jax.eval_shape(self._transform.init, adapter)
-        self._place = (place, sharding.adapter(init, mesh))
         with jax.numpy_dtype_promotion("standard"):
-            self._state = jax.jit(self._transform.init, out_shardings=self._place[1])(self._adapter)
+            self._state = jax.jit(transform.init, out_shardings=state_place)(self._adapter)
         self.freeze_reference()  # b is 0: the base itself
-        fuse = functools.partial(lora.fuse, model, scale=scale)
-        self._generate = jax.jit(
-            lambda base, adapter, *data, sampling: generate.generate(model, base, fuse(adapter), *data, sampling=sampling),
-            static_argnames="sampling",
-        )
-        self._outputs = jax.jit(
-            lambda base, adapter, batch, entropy: outputs(model, base, fuse(adapter), batch, entropy=entropy),
-            static_argnames="entropy",
-        )
-        self._gradients = jax.jit(
-            lambda base, adapter, batch, share, loss: gradients(model, scale, loss, base, adapter, batch, share),
-            static_argnames="loss",
-            out_shardings=(place, sharding.replicated(mesh)),
-        )
-        self._accumulate = jax.jit(functools.partial(jax.tree.map, jnp.add), donate_argnums=0)
-        self._apply = jax.jit(
-            functools.partial(apply_gradients, self._transform),
-            donate_argnums=(0, 1),  # of the gradients no output has the shape left over
-            out_shardings=(*self._place, sharding.replicated(mesh)),
-        )
+        made = programs(model, adapter, mesh, transform=transform, scale=scale)
+        self._generate, self._outputs, self._gradients, self._accumulate, self._apply = made
+        self._fuse = jax.jit(functools.partial(lora.fuse, model, scale=scale))
 
     # -------------------------------------------------------------- Backend
 
@@ -249,6 +279,18 @@ class JaxBackend:
                 chosen = tuple(int(t) for t in ids[:n])
                 responses.append(Response(chosen, finished=chosen[-1] in sampling.eos))
         return responses
+
+    def stream(
+        self,
+        prompt: Sequence[int],
+        uniforms: Float32[np.ndarray, " max_new"],
+        *,
+        sampling: Sampling,
+        base: bool = False,
+    ) -> Iterator[int]:
+        """The tokens of one response as they are sampled; of the base without the adapter, if `base`."""
+        fused = {} if base else self._fuse(self._adapter)
+        return generate.stream(self.model, self.base, fused, np.asarray(prompt, np.int32), uniforms, sampling=sampling)
 
     def logprobs(self, batch: Batch, *, reference: bool = False) -> Outputs:
         """Log-probabilities and entropy of a batch's response tokens under the policy or the frozen reference."""
@@ -332,9 +374,14 @@ def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def use_scan(setting: str) -> bool:
-    """Whether layers are scanned: on GPU and TPU by default, not on CPU, where scanning copies the weights."""
-    return jax.default_backend() != "cpu" if setting == "auto" else setting == "scan"
+def use_scan(setting: str, platform: str | None = None) -> bool:
+    """Whether layers are scanned: on GPU and TPU by default, not on CPU, where scanning copies the weights.
+
+    Args:
+        setting: config.model.layers.
+        platform: where the programs will run; jax's default backend if it is not given.
+    """
+    return (platform or jax.default_backend()) != "cpu" if setting == "auto" else setting == "scan"
 
 
 def load(config: ConfigDict) -> weights.Loaded:
@@ -359,7 +406,10 @@ def build(config: ConfigDict, loaded: weights.Loaded) -> JaxBackend:
     """The backend a config asks for, weights on the mesh."""
     mesh = sharding.make_mesh(**config.mesh)
     model = Model.create(
-        loaded.config, dtype=jnp.dtype(config.model.dtype), scan=use_scan(config.model.layers), remat=config.model.remat
+        loaded.config,
+        dtype=jnp.dtype(config.model.dtype),
+        scan=use_scan(config.model.layers, mesh.devices.flat[0].platform),
+        remat=config.model.remat,
     )
     kv_heads = loaded.config.num_kv_heads
 

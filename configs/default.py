@@ -101,5 +101,12 @@ def get_config() -> ConfigDict:
     c.checkpoint = ConfigDict()
     c.checkpoint.keep = 2  # newest checkpoints kept
 
+    c.export = ConfigDict()  # of --mode=export; a run may be exported in several ways
+    c.export.merged = False  # also write WORKDIR/merged: the whole model, adapter merged, as transformers loads it
+    c.export.dtype = "keep"  # of merged weights: keep (as stored) | float32 | bfloat16 | float16
+    c.export.shard_gb = 4.0  # largest file of merged weights, in 10^9 bytes; the host holds one at a time
+    c.export.push = config_dict.placeholder(str)  # a hub repository, user/name; merged weights go to user/name-merged
+    c.export.private = True  # of a repository that the push creates
+
     c.sinks = ("tensorboard",)  # where metrics go beside metrics.jsonl: also wandb, mlflow, trackio (where installed)
     return c

@@ -4,12 +4,16 @@ Sampling noise comes in as data, one uniform per row and step, and is turned int
 depends on its own uniforms and not on its place in a batch.
 """
 
+import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32
 
+from ple_jax.core.rollouts import bucket
 from ple_jax.core.types import Sampling
 from ple_jax.models.decoder import Cache, Model
 
@@ -172,3 +176,80 @@ def _prefill_prefix(model: Model, base: Any, lora: Any, prefix: Int32[Array, " p
         return jax.lax.dynamic_update_slice(whole, part, (0,) * whole.ndim)
 
     return jax.tree.map(spread, cache, small)
+
+
+# ---------------------------------------------------------------- one token at a time, for a person who waits
+
+
+_PROMPT_BUCKET, _CACHE_BUCKET = 64, 256  # smallest sizes compiled for; a conversation that grows doubles them
+
+
+def stream(
+    model: Model,
+    base: Any,
+    lora: Any,
+    prompt: Int32[np.ndarray, " prompt_len"],
+    uniforms: Float32[np.ndarray, " max_new"],
+    *,
+    sampling: Sampling,
+) -> Iterator[int]:
+    """One response, token by token as it is sampled, until EOS (yielded too) or `max_new` tokens.
+
+    Shapes come in buckets, so that the turns of a conversation share their compiled programs.
+
+    Args:
+        lora: a fused adapter (`ple_jax.lora.fuse`), or `{}` for the base alone.
+        uniforms: the noise of every token.
+    """
+    length, new = len(prompt), len(uniforms)
+    padded = np.zeros((1, bucket(length, _PROMPT_BUCKET)), np.int32)
+    padded[0, :length] = prompt
+    options = sampling._replace(max_new_tokens=0, eos=())  # neither needs another compilation
+    size = bucket(length + new, _CACHE_BUCKET)
+    token, cache = _first(model, base, lora, padded, np.int32(length), uniforms[:1], size=size, sampling=options)
+    for i in range(1, new + 1):
+        yield (chosen := int(token[0]))
+        if chosen in sampling.eos or i == new:
+            return
+        index = np.int32(length + i - 1)
+        token, cache = _next(model, base, lora, token, index, cache, uniforms[i : i + 1], sampling=options)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "size", "sampling"))
+def _first(
+    model: Model,
+    base: Any,
+    lora: Any,
+    prompt: Int32[Array, "1 padded"],
+    length: Int32[Array, ""],
+    u: Float32[Array, " 1"],
+    *,
+    size: int,
+    sampling: Sampling,
+) -> tuple[Int32[Array, " 1"], Cache]:
+    """Prefill of a right-padded prompt: what padding leaves in the cache is overwritten before anything may see it."""
+    index = jnp.arange(prompt.shape[1])[None]
+    mask = (jnp.arange(size)[None] <= index[0][:, None])[None]
+    cache = model.empty_cache(1, size, base["embed"].dtype)
+    hidden, cache = model.apply(base, lora, prompt, positions=jnp.minimum(index, length - 1), mask=mask, cache=cache)
+    last = jax.lax.dynamic_index_in_dim(hidden, length - 1, 1, keepdims=False)
+    return sample_token(model.logits(base, last), u, sampling=sampling), cache
+
+
+@functools.partial(jax.jit, static_argnames=("model", "sampling"), donate_argnames="cache")
+def _next(
+    model: Model,
+    base: Any,
+    lora: Any,
+    token: Int32[Array, " 1"],
+    index: Int32[Array, ""],
+    cache: Cache,
+    u: Float32[Array, " 1"],
+    *,
+    sampling: Sampling,
+) -> tuple[Int32[Array, " 1"], Cache]:
+    """The token after `token`, which stands at position `index`."""
+    size = jax.tree.leaves(cache)[0].shape[-2]
+    mask = (jnp.arange(size) <= index)[None, None]
+    hidden, cache = model.apply(base, lora, token[:, None], positions=index[None, None], mask=mask, cache=cache, index=index)
+    return sample_token(model.logits(base, hidden[:, 0]), u, sampling=sampling), cache

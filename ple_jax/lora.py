@@ -1,4 +1,4 @@
-"""LoRA as pure functions: init, fuse (for the decoder), stack, delta, merge, unmerge. arXiv:2106.09685.
+"""LoRA as pure functions: init, fuse (for the decoder), stack, merge, unmerge. arXiv:2106.09685.
 
 An adapter is a dict `{module path: {"a": [in, rank], "b": [rank, out]}}` under Hugging Face's module paths, fp32; DoRA
 adds a magnitude "m": [out]. That is what is trained, saved and exported; stacking layers and fusing q, k, v (gate, up)
@@ -16,7 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from ple_jax.core import peft
 from ple_jax.core.config import UserError, suggestion
+from ple_jax.core.peft import patterned
 from ple_jax.models import families
 from ple_jax.models.config import ModelConfig
 from ple_jax.models.decoder import LowRank, Model
@@ -39,16 +41,12 @@ class Lora:
     dropout: float = 0.0  # of the adapter's input, while training; q, k, v (gate, up) share one draw
 
     def rank_of(self, path: str) -> int:
-        return _pattern(self.rank_pattern, path, self.rank)
+        return patterned(self.rank_pattern, path, self.rank)
 
     def scale_of(self, path: str) -> float:
         """What B A is multiplied by."""
         rank = self.rank_of(path)
-        return _pattern(self.alpha_pattern, path, self.alpha) / (rank**0.5 if self.rslora else rank)
-
-
-def _pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), default)
+        return patterned(self.alpha_pattern, path, self.alpha) / (rank**0.5 if self.rslora else rank)
 
 
 def resolve(config: ModelConfig, targets: str | Sequence[str]) -> list[str]:
@@ -171,23 +169,11 @@ def _gained(low: LowRank, norm: Array) -> LowRank:
 # ---------------------------------------------------------------- on the host: weights under Hugging Face's names
 
 
-def delta(module: Mapping[str, np.ndarray], scale: float) -> Float[np.ndarray, "inp out"]:
-    """What one module adds to its weight, fp32: scale * a @ b."""
-    return np.float32(scale) * (np.asarray(module["a"], np.float32) @ np.asarray(module["b"], np.float32))
-
-
-def merge_one(
-    config: ModelConfig, weight: np.ndarray, module: Mapping[str, np.ndarray], scale: float, *, sign: float = 1.0
-) -> np.ndarray:
+def merge_one(config: ModelConfig, weight: np.ndarray, module: Mapping[str, np.ndarray], scale: float) -> np.ndarray:
     """One weight in Hugging Face's layout with its module added, computed in fp32, in the weight's own dtype."""
+    arrays = peft.Module(np.asarray(module["a"]).T, np.asarray(module["b"]).T, module.get("m"))
     transposed = families.FAMILIES[config.family].transposed
-    added = np.float32(sign) * delta(module, scale)
-    merged = np.asarray(weight, np.float32) + (added if transposed else added.T)
-    if "m" in module:
-        norm = np.sqrt((merged * merged).sum(0 if transposed else 1))
-        gain = np.asarray(module["m"], np.float32) / norm
-        merged = merged * (gain if transposed else gain[:, None])
-    return merged.astype(weight.dtype)
+    return peft.merge(weight, arrays, scale=scale, fan_in_fan_out=transposed).astype(weight.dtype)
 
 
 def merge(config: ModelConfig, weights: Mapping[str, np.ndarray], adapter: Adapter, lora: Lora) -> dict[str, np.ndarray]:
@@ -210,7 +196,7 @@ def unmerge(config: ModelConfig, weights: Mapping[str, np.ndarray], adapter: Ada
     unmerged = dict(weights)
     for path, module in adapter.items():
         name = f"{path}.weight"
-        unmerged[name] = merge_one(config, unmerged[name], module, lora.scale_of(path), sign=-1.0)
+        unmerged[name] = merge_one(config, unmerged[name], module, -lora.scale_of(path))
     return unmerged
 
 

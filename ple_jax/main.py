@@ -22,13 +22,13 @@ from ml_collections.config_flags import config_flags
 from ple_jax.core.config import BACKENDS, UserError, flatten, suggestion, validate
 from ple_jax.core.interrupt import MESSAGE, Interrupted
 
-MODES = ("train", "evaluate", "generate", "plan", "export")  # functions of ple_jax.core.modes
-FLAG_NAMES = ("config", "workdir", "backend", "mode", "help")
+MODES = ("train", "evaluate", "generate", "plan", "export", "chat")  # functions of ple_jax.core.modes
+FLAG_NAMES = ("config", "workdir", "backend", "mode", "topology", "help")
 ROOT = Path(__file__).parent.parent
 
 USAGE = """\
 usage: python -m ple_jax.main --config FILE --workdir DIR [--config.KEY=VALUE ...] [--backend=jax|torch] [--mode=MODE]
-       MODE is train (default), evaluate, generate, plan or export; --help explains them
+       MODE is train (default), evaluate, generate, plan, export or chat; --help explains them
 """
 
 HELP = f"""\
@@ -46,17 +46,23 @@ Flags
                          report.html, summary.json (not needed for --mode=plan)
   --backend jax|torch    what computes (default: jax)
   --mode MODE            what to do (default: train)
+  --topology KIND:CHIPS  with --mode=plan: compile the run for these devices, v5e:2x4, v5p:2x2x2 ..., which need not be
+                         there, and say what each phase needs of them (libtpu does it for TPUs); cpu:8 simulates
 
 Modes
   train      run all iterations; a killed run continues where it stood when the same command is given again
   evaluate   score the held-out queries with the newest checkpoint of DIR
   generate   print responses to the held-out queries, from the newest checkpoint of DIR
   plan       print what train would do (parameters, shapes, steps, prompts as the model sees them), and train nothing
-  export     write the newest adapter of DIR in PEFT's layout
+  export     write the newest adapter of DIR in PEFT's layout with a model card; --config.export.merged=True: the merged
+             model too; --config.export.push=USER/NAME: to a hub
+  chat       talk to the newest adapter of DIR, its base, or both; principles on or off
 
 Examples
   python -m ple_jax.main --config configs/tiny.py --workdir runs/tiny
   python -m ple_jax.main --config configs/quickstart.py --mode=plan
+  python -m ple_jax.main --config configs/quickstart.py --mode=plan --topology=v5e:2x4 --config.mesh.fsdp=8 \\
+      --config.model.path=llama-3-8b --config.model.dtype=bfloat16 --config.model.remat=full
   python -m ple_jax.main --config configs/quickstart.py --workdir runs/low --config.ple.tau_0=0.1 --config.seed=1
   python -m ple_jax.main --config configs/quickstart.py --workdir runs/mine --config.algorithm=my_variant.py \\
       --config.algorithm_kwargs="{{'strength': 2.0}}"
@@ -87,6 +93,7 @@ class Run(NamedTuple):
     workdir: Path
     backend: str
     mode: str
+    topology: str | None = None  # of --mode=plan: devices to compile for
 
 
 @contextlib.contextmanager
@@ -177,6 +184,7 @@ def parse(argv: Sequence[str]) -> Run:
     flags.DEFINE_string("workdir", None, "", flag_values=values)
     flags.DEFINE_enum("backend", "jax", list(BACKENDS), "", flag_values=values)
     flags.DEFINE_enum("mode", "train", MODES, "", flag_values=values)
+    flags.DEFINE_string("topology", None, "", flag_values=values)
     try:
         rest = values(argv, known_only=True)
     except flags.Error as error:
@@ -191,14 +199,17 @@ def parse(argv: Sequence[str]) -> Run:
         raise UserError(f"--workdir={workdir} is a file; give a folder, which is created if need be")
     if importlib.util.find_spec(BACKENDS[values.backend]) is None:
         raise UserError(f"--backend={values.backend} is not in this version, which has the jax backend only; use jax")
+    if values.topology and (values.mode, values.backend) != ("plan", "jax"):
+        raise UserError(f"--topology={values.topology} goes with --mode=plan and --backend=jax, where nothing is run")
     validate(config)
-    return Run(FrozenConfigDict(config), workdir, values.backend, values.mode)
+    return Run(FrozenConfigDict(config), workdir, values.backend, values.mode, values.topology)
 
 
 def main(run: Run) -> int:
     """Does what the command line asks for; returns the exit code."""
     modes = importlib.import_module("ple_jax.core.modes")
-    return getattr(modes, run.mode)(run.config, run.workdir, run.backend)
+    options = {"topology": run.topology} if run.topology else {}
+    return getattr(modes, run.mode)(run.config, run.workdir, run.backend, **options)
 
 
 def cli() -> None:

@@ -4,7 +4,7 @@ import functools
 import math
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ from ple_jax.models import attention
 from ple_jax.models import checkpoint as weights
 from ple_jax.models.config import ModelConfig
 from ple_jax.models.decoder import Model, fill, head_logits
-from ple_jax.models.families import expected_shapes
+from ple_jax.models.families import FAMILIES, expected_shapes
 
 _CHUNK = 512  # tokens whose logits exist at one time: 100 MB in fp32 at a vocabulary of 49152
 
@@ -269,6 +269,7 @@ class JaxBackend:
         self._key = jax.random.key(seed)
         made = programs(model, adapter, mesh, transform=transform, settings=settings)
         self._generate, self._outputs, self._gradients, self._accumulate, self._apply = made
+        self._fuse = jax.jit(lambda base, adapter: lora.fuse(model, adapter, settings, base=base))
 
     # -------------------------------------------------------------- Backend
 
@@ -306,6 +307,18 @@ class JaxBackend:
                 chosen = tuple(int(t) for t in ids[:n])
                 responses.append(Response(chosen, finished=chosen[-1] in sampling.eos))
         return responses
+
+    def stream(
+        self,
+        prompt: Sequence[int],
+        uniforms: Float32[np.ndarray, " max_new"],
+        *,
+        sampling: Sampling,
+        base: bool = False,
+    ) -> Iterator[int]:
+        """The tokens of one response as they are sampled; of the base without the adapter, if `base`."""
+        fused = {} if base else self._fuse(self.base, self._adapter)
+        return generate.stream(self.model, self.base, fused, np.asarray(prompt, np.int32), uniforms, sampling=sampling)
 
     def logprobs(self, batch: Batch, *, reference: bool = False) -> Outputs:
         """Log-probabilities and entropy of a batch's response tokens under the policy or the frozen reference."""
@@ -412,6 +425,11 @@ def count(config: ConfigDict, loaded: weights.Loaded) -> tuple[int, int]:
     """Parameters of the base and of the adapter."""
     base = sum(math.prod(shape) for shape in expected_shapes(loaded.config).values())
     return base, lora.count(lora.init(loaded.config, lora_settings(config), seed=config.seed))
+
+
+def transposed(loaded: weights.Loaded) -> bool:
+    """Whether the base keeps its linear weights as [in, out]."""
+    return FAMILIES[loaded.config.family].transposed
 
 
 def lora_settings(config: ConfigDict) -> lora.Lora:

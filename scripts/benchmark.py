@@ -32,7 +32,7 @@ from ple_jax.core.types import Batch, Sampling
 from ple_jax.models import checkpoint
 from ple_jax.models.decoder import Model, fill
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LORA = lora.Lora(rank=8, alpha=16.0)
 
 
 def median_pair(ours: Callable[[], None], theirs: Callable[[], None], tokens: int, repeats: int) -> dict[str, float]:
@@ -55,23 +55,9 @@ def median_pair(ours: Callable[[], None], theirs: Callable[[], None], tokens: in
 
 
 def transformers_model(loaded: checkpoint.Loaded) -> LlamaForCausalLM:
-    c = loaded.config
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=c.vocab_size,
-            hidden_size=c.hidden_size,
-            intermediate_size=c.intermediate_size,
-            num_hidden_layers=c.num_layers,
-            num_attention_heads=c.num_heads,
-            num_key_value_heads=c.num_kv_heads,
-            head_dim=c.head_dim,
-            rope_theta=c.rope_theta,
-            rms_norm_eps=c.norm_eps,
-            tie_word_embeddings=c.tie_embeddings,
-            pad_token_id=0,
-        )
-    )
-    model.load_state_dict({k: torch.tensor(v) for k, v in loaded.weights.items()}, strict=not c.tie_embeddings)
+    model = LlamaForCausalLM(LlamaConfig(**loaded.raw, pad_token_id=0))
+    tensors = {k: torch.tensor(v) for k, v in loaded.weights.items()}
+    model.load_state_dict(tensors, strict=not loaded.config.tie_embeddings)
     return model.eval()
 
 
@@ -79,9 +65,9 @@ def backend(loaded: checkpoint.Loaded, width: int) -> train.JaxBackend:
     mesh = sharding.make_mesh()
     model = Model.create(loaded.config, scan=train.use_scan("auto"))
     base = fill(model, loaded.weights, lambda _, array: jax.device_put(array, sharding.replicated(mesh)))
-    adapter = lora.init(loaded.config, rank=8, targets=TARGETS, seed=0)
+    adapter = lora.init(loaded.config, LORA, seed=0)
     return train.JaxBackend(
-        model, base, adapter, mesh, scale=2.0, width=width, bucket=16, clip_norm=1.0, weight_decay=0.0
+        model, base, adapter, mesh, settings=LORA, width=width, bucket=16, clip_norm=1.0, weight_decay=0.0
     )
 
 
@@ -120,7 +106,7 @@ def measure_train(loaded: checkpoint.Loaded, repeats: int) -> None:
     rng = np.random.default_rng(0)
     ours = backend(loaded, 16)
     theirs = get_peft_model(
-        transformers_model(loaded), LoraConfig(r=8, lora_alpha=16, target_modules=list(TARGETS), lora_dropout=0.0)
+        transformers_model(loaded), LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", lora_dropout=0.0)
     ).train()
     parameters = [p for p in theirs.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4)
@@ -151,18 +137,18 @@ def measure_memory(loaded: checkpoint.Loaded) -> None:
     """Temporary memory of the compiled training step, as the compiler reports it; nothing is run."""
     c = loaded.config
     model = Model.create(c, scan=train.use_scan("auto"))
-    adapter = lora.init(c, rank=8, targets=TARGETS, seed=0)
+    adapter = lora.init(c, LORA, seed=0)
     queries, prompt_len, k, response_len = 8, 64, 2, 128
 
     def all_logits(base, adapter, batch):
         """Logits of every token, prompts included, in fp32, kept for the backward pass."""
         tokens, position, mask = train.pack(batch)
-        hidden, _ = model.apply(base, lora.fuse(model, adapter, 2.0), tokens, positions=position, mask=mask)
+        hidden, _ = model.apply(base, lora.fuse(model, adapter, LORA), tokens, positions=position, mask=mask)
         logp = jax.nn.log_softmax(model.logits(base, hidden))
         return jax.numpy.take_along_axis(logp[:, :-1], tokens[:, 1:, None], -1)[:, prompt_len - 1 :].sum()
 
     def chunked(base, adapter, batch):
-        return train.outputs(model, base, lora.fuse(model, adapter, 2.0), batch).logprobs.sum()
+        return train.outputs(model, base, lora.fuse(model, adapter, LORA), batch).logprobs.sum()
 
     shape = jax.ShapeDtypeStruct
     batch = Batch(

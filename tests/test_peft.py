@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from ple_jax.core import peft
 from ple_jax.core.config import UserError
@@ -138,18 +138,103 @@ def test_an_interrupted_write_leaves_the_old_adapter(tmp_path, monkeypatch):
     "change, message",
     [
         ({"peft_type": "IA3"}, "peft_type 'IA3'; only 'LORA'"),
-        ({"use_rslora": True}, "use_rslora=True"),
-        ({"use_dora": True}, "use_dora=True"),
-        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern="),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save="),
+        ({"bias": "all"}, "bias='all', which is not supported"),
+        ({"lora_bias": True}, "lora_bias=True, which is not supported"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4', which is not supported"),
+        ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication="),
+        ({"of_next_year": 1}, "of_next_year=1, which is not supported"),
+        ({"rank_pattern": {"q_proj": 2}}, r"q_proj are \[4, 32\] and \[32, 4\], and adapter_config.json says rank 2"),
+        ({"use_dora": True}, "lacks tensor base_model.model.model.layers.0.* write the adapter again"),
     ],
 )
-def test_other_kinds_of_adapter_are_refused(tmp_path, change, message):
+def test_what_is_not_supported_is_refused(tmp_path, change, message):
     write(tmp_path, random_adapter(tiny_llama()))
     file = tmp_path / peft.CONFIG
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(UserError, match=message):
         peft.read(tmp_path)
+
+
+def test_tensors_that_are_not_of_linear_layers_are_refused(tmp_path):
+    # the name that PEFT gives the adapter of an embedding
+    embedding = {"base_model.model.model.embed_tokens.lora_embedding_A": np.zeros((RANK, 50), np.float32)}
+    write(tmp_path, random_adapter(tiny_llama()) | embedding)
+    with pytest.raises(UserError, match="lora_embedding_A, which is not a LoRA matrix of a linear layer"):
+        peft.read(tmp_path)
+
+
+def tiny_gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4, n_positions=16)).eval()
+
+
+PATTERNS = {"rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.up_proj": 6}, "alpha_pattern": {"1.self_attn.v_proj": 11}}
+OPTIONS = {
+    "patterns": (tiny_llama, TARGETS, PATTERNS),
+    "rslora": (tiny_llama, TARGETS, {"use_rslora": True}),
+    "dora": (tiny_llama, TARGETS, {"use_dora": True}),
+    "everything": (tiny_llama, TARGETS, {**PATTERNS, "use_rslora": True, "use_dora": True, "lora_dropout": 0.1}),
+    "conv1d": (tiny_gpt2, ("c_attn", "c_proj"), {"fan_in_fan_out": True}),
+    "conv1d dora": (tiny_gpt2, ("c_attn", "c_fc"), {"fan_in_fan_out": True, "use_dora": True}),
+}
+
+
+def trained_by_peft(build, targets, options):
+    """A PEFT model with random matrices and, for DoRA, magnitudes that are no longer the base's norms."""
+    settings = LoraConfig(
+        r=RANK, lora_alpha=5, target_modules=list(targets), task_type="CAUSAL_LM", init_lora_weights=False, **options
+    )
+    model = get_peft_model(build(), settings).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "magnitude" in name:
+                parameter *= 1 + 0.3 * torch.rand_like(parameter)
+    return model
+
+
+@pytest.mark.parametrize(("build", "targets", "options"), OPTIONS.values(), ids=OPTIONS)
+def test_options_go_there_and_back(tmp_path, build, targets, options):
+    """PEFT writes, we read; we write, PEFT reads: the same tensors bit for bit, the same logits."""
+    theirs = trained_by_peft(build, targets, options)
+    theirs.save_pretrained(tmp_path / "theirs")
+    adapter, config = peft.read(tmp_path / "theirs")
+    renamed = {"dropout" if key == "lora_dropout" else key: value for key, value in options.items()}
+    peft.write(tmp_path / "ours", adapter, rank=RANK, alpha=5, targets=targets, base_model="some/base", **renamed)
+    ours = PeftModel.from_pretrained(build(), tmp_path / "ours")
+    assert np.abs(logits(theirs) - logits(build())).max() > 0.01
+    np.testing.assert_array_equal(logits(ours), logits(theirs))
+    again, written = peft.read(tmp_path / "ours")
+    assert again.keys() == adapter.keys() and {key: written[key] for key in options} == {key: config[key] for key in options}
+    for name, value in adapter.items():
+        np.testing.assert_array_equal(again[name], value, err_msg=name)
+
+
+@pytest.mark.parametrize(("build", "targets", "options"), OPTIONS.values(), ids=OPTIONS)
+def test_merge_equals_pefts_own(tmp_path, build, targets, options):
+    theirs = trained_by_peft(build, targets, options)
+    theirs.save_pretrained(tmp_path)
+    adapter, config = peft.read(tmp_path)
+    base = {name: p.detach().numpy() for name, p in build().named_parameters()}
+    merged = theirs.merge_and_unload()
+    found = peft.modules(adapter)
+    assert len(found) == sum(name.removesuffix(".weight").endswith(tuple(targets)) for name in base if "bias" not in name)
+    for path, module in found.items():
+        ours = peft.merge(
+            base[f"{path}.weight"], module, scale=peft.scaling(config, path), fan_in_fan_out=config["fan_in_fan_out"]
+        )
+        expected = merged.get_submodule(path).weight.detach().numpy()
+        assert ours.dtype == np.float32 and np.abs(expected - base[f"{path}.weight"]).max() > 0.01
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6, err_msg=path)
+
+
+def test_scaling_and_rank_of_a_module():
+    config = {"r": 8, "lora_alpha": 16, **PATTERNS, "use_rslora": False}
+    assert peft.scaling(config, "model.layers.0.self_attn.k_proj") == 2
+    assert peft.scaling(config, "model.layers.0.self_attn.q_proj") == 8
+    assert peft.scaling(config, "model.layers.1.self_attn.v_proj") == 11 / 8
+    assert peft.scaling(config | {"use_rslora": True}, "model.layers.1.mlp.up_proj") == 16 / 6**0.5
+    assert peft.module_rank(config, "model.layers.11.mlp.up_proj") == 8  # a name counts whole: 11 is not 1
 
 
 def test_damaged_or_missing_files(tmp_path):

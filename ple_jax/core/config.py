@@ -165,6 +165,11 @@ def _patterns(each: Rule) -> Rule:
     return rule
 
 
+def _optional_repository(value: Any) -> str:
+    fine = value is None or (isinstance(value, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", value))
+    return "" if fine else "unset or a hub repository, user/name"
+
+
 _positive = _real(lambda v: v > 0, "above 0")
 _not_negative = _real(lambda v: v >= 0, "of at least 0")
 _queries = _named(names("data", ".jsonl"), file="JSONL file")
@@ -238,6 +243,11 @@ RULES: dict[str, Rule] = {
     "mesh.fsdp": _whole(1),
     "mesh.tensor": _whole(1),
     "checkpoint.keep": _whole(1),
+    "export.merged": _flag,
+    "export.dtype": _choice("keep", "float32", "bfloat16", "float16"),
+    "export.shard_gb": _positive,
+    "export.push": _optional_repository,
+    "export.private": _flag,
     "sinks": _tuple(_choice("jsonl", "tensorboard", "wandb", "mlflow", "trackio"), empty=True),
 }
 

@@ -55,6 +55,7 @@ class Run(NamedTuple):
     eos: tuple[int, ...]
     base_model: str
     context: int  # tokens that the model was trained to see at once
+    transposed: bool  # its linear weights are [in, out], which PEFT wants to know
     algorithm: ModuleType
     loss: Loss
     reward: Reward

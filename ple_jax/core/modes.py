@@ -1,14 +1,18 @@
 """What `--mode` names. Each mode takes (config, workdir, backend) and gives an exit code."""
 
+import contextlib
+import functools
 import hashlib
 import importlib
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ple_jax.core import loop, peft, principles, report, rewards, sinks, tasks
+from ple_jax.core import card, loop, peft, principles, report, rewards, sinks, tasks
+from ple_jax.core import chat as chatting
 from ple_jax.core import plan as planning
 from ple_jax.core import workdir as files
 from ple_jax.core.config import BACKENDS, UserError
@@ -16,7 +20,7 @@ from ple_jax.core.interrupt import Stop
 from ple_jax.core.plugins import load_module
 from ple_jax.core.progress import Progress
 from ple_jax.core.rollouts import Journal
-from ple_jax.core.types import Response
+from ple_jax.core.types import Response, Sampling
 
 
 def load_algorithm(name: str) -> ModuleType:
@@ -48,8 +52,9 @@ def inputs(config: Any) -> dict[str, str]:
 
 
 def resolved(config: Any, backend: str) -> dict[str, Any]:
-    """What config.json holds: every key, the backend, and the digests of the inputs."""
-    return {"backend": backend, **config.to_dict(), "inputs": inputs(config)}
+    """What config.json holds: every key but those of the export, the backend, and the digests of the inputs."""
+    keys = {key: value for key, value in config.to_dict().items() if key != "export"}  # no part of what a run computes
+    return {"backend": backend, **keys, "inputs": inputs(config)}
 
 
 @contextmanager
@@ -78,8 +83,8 @@ def open_run(config: Any, workdir: Path, backend: str) -> Iterator[loop.Run]:
         files.write_json(workdir / "config.json", resolved(config, backend))
         outputs = sinks.make(names, workdir, config.to_dict())
         yield loop.Run(
-            config, workdir, built, loaded.tokenizer, loaded.eos, loaded.name, loaded.config.max_positions, algorithm,
-            loss, reward, text, train, heldout, outputs, progress, stop, loop.Clock(),
+            config, workdir, built, loaded.tokenizer, loaded.eos, loaded.name, loaded.config.max_positions,
+            module.transposed(loaded), algorithm, loss, reward, text, train, heldout, outputs, progress, stop, loop.Clock(),
         )  # fmt: skip
 
 
@@ -99,8 +104,8 @@ def train(config: Any, workdir: Path, backend: str) -> int:
         with open_run(config, workdir, backend) as run:
             files.write_json(workdir / "environment.json", run.backend.environment())
             state = loop.train(run)
-            export_adapter(run)
             summary = loop.summary(run, backend, state)
+            export_adapter(run, state["iteration"], summary)
             files.write_json(workdir / "summary.json", summary)
             page = report.write(workdir)
     low, high = summary["heldout_gain_ci95"]
@@ -163,30 +168,137 @@ def _label(response: Response) -> str:
     return f"{response.kind:<11}{response.reward:+.3f}"
 
 
-def export_adapter(run: loop.Run) -> Path:
-    """The adapter in PEFT's layout, in the work directory."""
-    lora, folder = run.config.lora, run.workdir / "adapter"
+def _target_names(targets: str | Sequence[str], adapter: Mapping[str, Any]) -> list[str]:
+    """Module names for PEFT; of all-linear those that were adapted, which is every one with such a name."""
+    if targets != "all-linear":
+        return list(targets)
+    return sorted({path.rsplit(".", 1)[1] for path in peft.modules(adapter)})
+
+
+def export_adapter(run: loop.Run, iteration: int, summary: Mapping[str, Any]) -> Path:
+    """The adapter in PEFT's layout and its model card, in the work directory; `summary` is {} for an unfinished run."""
+    lora, folder, tensors = run.config.lora, run.workdir / "adapter", run.backend.adapter()
     peft.write(
         folder,
-        run.backend.adapter(),
+        tensors,
         rank=lora.rank,
         alpha=lora.alpha,
-        targets=list(lora.targets),
+        targets=_target_names(lora.targets, tensors),
         base_model=run.base_model,
+        rank_pattern=lora.rank_pattern.to_dict(),
+        alpha_pattern=lora.alpha_pattern.to_dict(),
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        fan_in_fan_out=run.transposed,
+        dropout=lora.dropout,
     )
+    readme = card.render(
+        run.workdir,
+        library="peft",
+        base_model=run.base_model,
+        iteration=iteration,
+        summary=summary,
+        defaults=_defaults(),
+        repo=run.config.export.push,
+    )
+    (folder / "README.md").write_text(readme, encoding="utf-8")
     return folder
 
 
+def _defaults() -> dict[str, Any]:
+    return importlib.import_module("configs.default").get_config().to_dict()
+
+
 def export(config: Any, workdir: Path, backend: str) -> int:
-    """Writes the newest checkpoint's adapter in PEFT's layout."""
-    with _on_run(config, workdir, backend) as (run, state):
-        folder = export_adapter(run)
-    print(f"adapter of iteration {state['iteration']}: {folder} (PEFT layout, base model {run.base_model})")
+    """Writes the newest checkpoint's adapter in PEFT's layout; merged weights and a push where the config asks for them."""
+    adapter, iteration, base_model = _export_adapter(config, workdir, backend)
+    print(f"adapter of iteration {iteration}: {adapter} (PEFT layout, base model {base_model})")
+    name = workdir.resolve().name
+    serve = card.serve_adapter(adapter, peft.read(adapter)[1], name=name)
+    folders = {adapter: config.export.push}
+    if config.export.merged:
+        repo = _merged_repository(config)
+        merged = _export_merged(config, workdir, backend, iteration, repo)
+        print(f"merged weights: {merged} (safetensors, for transformers)")
+        folders[merged] = repo
+    for folder, repo in folders.items():
+        if repo:
+            address = importlib.import_module("ple_jax.models.export").push(folder, repo, private=config.export.private)
+            print(f"pushed {folder} to {address}")
+    commands = [serve] if serve else []
+    if config.export.merged:
+        commands.append(card.serve_merged(merged, name=name))
+    print("vLLM cannot serve this adapter by itself: --config.export.merged=True" if not commands else "serve with vLLM:")
+    for command in commands:
+        print(f"  {command}")
     return 0
 
 
-def plan(config: Any, workdir: Path, backend: str) -> int:
-    """Prints what `train` would do: sizes, shapes, steps, and the prompts as the model sees them."""
+def _export_adapter(config: Any, workdir: Path, backend: str) -> tuple[Path, int, str]:
+    # a function of its own: the base's weights are freed when it returns, before the merged model is written
+    with _on_run(config, workdir, backend) as (run, state):
+        summary = files.read_json(workdir / "summary.json") or {}
+        return export_adapter(run, state["iteration"], summary), state["iteration"], run.base_model
+
+
+def _export_merged(config: Any, workdir: Path, backend: str, iteration: int, repo: str | None) -> Path:
+    from ple_jax.models import export as weights  # numpy alone, whatever the backend
+
+    with files.lock(workdir):
+        loaded = importlib.import_module(BACKENDS[backend]).load(config)
+        readme = card.render(
+            workdir,
+            library="transformers",
+            base_model=loaded.name,
+            iteration=iteration,
+            summary=files.read_json(workdir / "summary.json") or {},
+            defaults=_defaults(),
+            repo=repo,
+        )
+        return weights.merged(
+            loaded,
+            workdir / "adapter",
+            workdir / "merged",
+            dtype=config.export.dtype,
+            shard_gb=config.export.shard_gb,
+            readme=readme,
+            about={"iteration": iteration, "dtype": config.export.dtype},
+        )
+
+
+def _merged_repository(config: Any) -> str | None:
+    # not the adapter's: transformers would find it beside the merged weights and apply it once more
+    return f"{config.export.push}-merged" if config.export.push else None
+
+
+def chat(config: Any, workdir: Path, backend: str) -> int:
+    """A conversation on the terminal with the newest checkpoint, its base, or both; reads lines from a pipe too."""
+    # nothing is written after this: another process may have the directory, and Ctrl-C ends an answer, not the program
+    with _on_run(config, workdir, backend) as (run, state):
+        talk = chatting.Chat(
+            run.backend.stream,
+            run.tokenizer,
+            sampling=Sampling(eos=run.eos, **{key: config.sampling[key] for key in Sampling._fields if key != "eos"}),
+            principles=run.principles,
+            context=run.context,
+            seed=config.seed,
+            write=functools.partial(print, end="", flush=True),
+        )
+    print(f"iteration {state['iteration']} of {run.base_model}; /help lists the commands\n{talk.status()}", end="")
+    if talk.options.template and not config.task.chat:
+        print("this run was trained on plain text to be continued: /template off")
+    if sys.stdin.isatty():
+        with contextlib.suppress(ImportError):  # lines can be edited where Python has it
+            importlib.import_module("readline")
+    talk.run(lambda: input("> " if sys.stdin.isatty() else ""))
+    return 0
+
+
+def plan(config: Any, workdir: Path, backend: str, topology: str | None = None) -> int:
+    """Prints what `train` would do: sizes, shapes, steps, and the prompts as the model sees them.
+
+    With a topology: what every phase needs of its devices, which need not be there.
+    """
     train_set, heldout = tasks.load(config.task.train), tasks.load(config.task.heldout)
     tasks.check_disjoint(train_set, heldout)
     tasks.draw(train_set, config.queries_per_iteration, seed=config.seed, iteration=0)  # refuses more than there are
@@ -194,6 +306,11 @@ def plan(config: Any, workdir: Path, backend: str) -> int:
     rewards.load(config.reward.name, config.reward.kwargs.to_dict())
     algorithm = load_algorithm(config.algorithm)
     algorithm.make_loss(config)
+    if topology:
+        importlib.import_module("ple_jax.topology").report(
+            config, topology, algorithm=algorithm, train_set=train_set, heldout=heldout, principles=text
+        )
+        return 0
     module = importlib.import_module(BACKENDS[backend])
     loaded = module.load(config)
     parameters, adapter_parameters = module.count(config, loaded)

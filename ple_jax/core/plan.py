@@ -24,6 +24,10 @@ def _visible(text: str) -> str:
     return "\n".join(f"    {line!r}" for line in text.splitlines(keepends=True))
 
 
+def _names(targets: str | Sequence[str]) -> str:
+    return targets if isinstance(targets, str) else ", ".join(targets)
+
+
 def describe(
     config: "ConfigDict",
     *,
@@ -85,7 +89,7 @@ def describe(
                 (
                     "LoRA parameters",
                     f"{adapter_parameters:,} ({adapter_parameters / parameters:.2%} of the base), "
-                    f"rank {config.lora.rank}, alpha {config.lora.alpha:g}, on {', '.join(config.lora.targets)}",
+                    f"rank {config.lora.rank}, alpha {config.lora.alpha:g}, on {_names(config.lora.targets)}",
                 ),
                 ("mesh", f"data {mesh.data} x fsdp {mesh.fsdp} x tensor {mesh.tensor}"),
             ]

@@ -1,6 +1,6 @@
 """The words the whole project speaks: queries, responses, rollouts, batches, and the two contracts (Loss, Backend)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -90,6 +90,7 @@ class Tokenizer(Protocol):
 
     eos_token_id: int | None
     bos_token_id: int | None
+    chat_template: str | None
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str: ...
@@ -108,6 +109,17 @@ class Backend(Protocol):
         prefix: Sequence[int] = (),
     ) -> list[Response]:
         """Samples one response per prompt; `prefix` stands before every prompt and is computed once."""
+        ...
+
+    def stream(
+        self,
+        prompt: Sequence[int],
+        uniforms: Float32[np.ndarray, " max_new"],
+        *,
+        sampling: Sampling,
+        base: bool = False,
+    ) -> Iterator[int]:
+        """The tokens of one response as they are sampled, EOS included; of the base without the adapter, if `base`."""
         ...
 
     def logprobs(self, batch: Batch, *, reference: bool = False) -> Outputs:

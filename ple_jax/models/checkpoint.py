@@ -19,6 +19,7 @@ from ple_jax.models.families import FAMILIES, expected_shapes, read
 _DTYPES = ("F32", "F16", "BF16")
 _TINY = {  # a config.json
     "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
     "vocab_size": 258,
     "hidden_size": 32,
     "intermediate_size": 64,

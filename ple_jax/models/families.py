@@ -244,7 +244,7 @@ def _smollm3(raw: Raw) -> dict[str, Any]:
     window = raw.get("sliding_window") if raw.get("use_sliding_window") else None
     types = raw.get("layer_types") or [_FULL if r or not window else _SLIDING for r in rotated]
     full = _kind(raw, _rope(raw))
-    kinds = {}
+    kinds: dict[str, LayerKind] = {}
     for rope in (True, False):
         turned = full if rope else full._replace(frequencies=(0.0,) * len(full.frequencies))
         kinds |= {f"{_FULL} {rope}": turned, f"{_SLIDING} {rope}": turned._replace(window=window)}

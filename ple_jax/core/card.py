@@ -1,0 +1,237 @@
+"""The model card of an export (README.md with the hub's front matter), and the command line that serves it."""
+
+import json
+import re
+import shlex
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from ple_jax.core.config import flatten
+from ple_jax.core.workdir import read_json
+
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what `vllm serve --max-lora-rank` takes
+_METRICS = (  # metrics.jsonl -> words
+    ("heldout_reward", "held-out reward (mean)"),
+    ("heldout_kl", "KL to the reference (nats per token)"),
+    ("heldout_entropy", "entropy (nats per token)"),
+)
+
+
+def on_hub(base_model: str) -> bool:
+    """Whether a base model's name is a hub id (user/name) and not a path on this machine."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", base_model) is not None and not Path(base_model).exists()
+
+
+def render(
+    workdir: Path,
+    *,
+    library: str,
+    base_model: str,
+    iteration: int,
+    summary: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    repo: str | None = None,
+) -> str:
+    """The text of README.md for the export of one checkpoint.
+
+    Reads config.json and, where the run has got so far, environment.json and metrics.jsonl.
+
+    Args:
+        workdir: a run's work directory.
+        library: what loads the export: "peft" (the adapter) or "transformers" (merged weights).
+        base_model: the base model's hub id or path; of a path the card shows the last part alone.
+        iteration: the checkpoint's iteration.
+        summary: what summary.json says, or {}; left out where it speaks of another iteration.
+        defaults: the default config, nested: the card shows what differs from it.
+        repo: hub id that the export will have, if any.
+    """
+    import jinja2
+
+    config = flatten(read_json(workdir / "config.json") or {})
+    plain = flatten(json.loads(json.dumps(dict(defaults))))
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    # JSON strings are YAML strings, whatever is in them
+    environment.filters |= {"yaml": lambda x: json.dumps(x, ensure_ascii=False), "cell": _cell, "number": "{:.4g}".format}
+    return environment.from_string(_CARD).render(
+        library=library,
+        base=base_model if on_hub(base_model) else Path(base_model).name,
+        on_hub=on_hub(base_model),
+        name=repo or "path/to/this/folder",
+        iteration=iteration,
+        config=config,
+        settings={k: v for k, v in config.items() if k in plain and plain[k] != v and not k.startswith("export.")},
+        metrics=_metrics(workdir, iteration),
+        summary=summary if summary.get("iterations") == iteration else {},
+        versions=_versions(workdir),
+        rank=rank_limit(config["lora.rank"]),
+    )
+
+
+def _metrics(workdir: Path, iteration: int) -> list[tuple[str, float, float]]:
+    """What is known before training and at the newest evaluation up to `iteration`."""
+    path = workdir / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line] if path.exists() else []
+    rows = []
+    for key, words in _METRICS:
+        known = [line[key] for line in lines if line.get(key) is not None and line["iteration"] <= iteration]
+        if len(known) > 1:
+            rows.append((words, known[0], known[-1]))
+    return rows
+
+
+def _versions(workdir: Path) -> dict[str, str]:
+    found = read_json(workdir / "environment.json") or {}
+    names = ("python", "jax", "flax", "optax", "torch", "torch-npu", "transformers", "peft")
+    try:
+        ours = {"ple_jax": version("ple_jax")}
+    except PackageNotFoundError:  # run from a source tree that was never installed
+        ours = {}
+    return ours | {name: found[name] for name in names if name in found}
+
+
+def _cell(value: Any) -> str:
+    """A value for a table: no absolute path of this machine, nothing that ends the cell."""
+    if isinstance(value, str) and Path(value).is_absolute():
+        value = Path(value).name
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return "`" + text.replace("|", "\\|").replace("`", "'").replace("\n", " ") + "`"
+
+
+def rank_limit(rank: int) -> int | None:
+    """The smallest --max-lora-rank that vLLM takes and that holds `rank`; None where there is none."""
+    return next((limit for limit in RANKS if limit >= rank), None)
+
+
+def serve_adapter(folder: Path, adapter_config: Mapping[str, Any], *, name: str) -> str | None:
+    """The command that serves an adapter folder with vLLM; None for an adapter or a base that vLLM cannot serve so.
+
+    vLLM refuses DoRA, and computes one scale from `r` and `lora_alpha` for all modules, whatever the patterns say.
+    """
+    base = adapter_config["base_model_name_or_path"]
+    rank = rank_limit(adapter_config["r"])
+    special = any(adapter_config.get(option) for option in ("use_dora", "rank_pattern", "alpha_pattern"))
+    if rank is None or special or not (on_hub(base) or Path(base).is_dir()):
+        return None
+    modules = shlex.quote(f"{name}={folder}")
+    return f"vllm serve {shlex.quote(base)} --enable-lora --max-lora-rank {rank} --lora-modules {modules}"
+
+
+def serve_merged(folder: Path, *, name: str) -> str:
+    """The command that serves a folder of merged weights with vLLM."""
+    return f"vllm serve {shlex.quote(str(folder))} --served-model-name {shlex.quote(name)}"
+
+
+_CARD = """\
+---
+{% if on_hub %}
+base_model: {{ base|yaml }}
+{% endif %}
+library_name: {{ library }}
+pipeline_tag: text-generation
+tags:
+- ple
+- lora
+---
+
+# {{ base }}, aligned with PLE
+
+{{ "A LoRA adapter for" if library == "peft" else "The weights, LoRA adapter merged, of" }} {{ base }} after iteration
+{{ iteration }} of {{ config["iterations"] }} of [PLE](https://arxiv.org/abs/2408.02599) (Progressively Label Enhancement).
+The policy samples a response to the plain prompt and one to the prompt with principles; it learns to rank the second above
+the first where its reward is better by more than a threshold that falls with every iteration, and otherwise learns from
+both, weighted by their rewards.
+
+## Training
+
+| | |
+|---|---|
+| base model | {{ base|cell }} |
+| algorithm | {{ config["algorithm"]|cell }} |
+| training queries | {{ config["task.train"]|cell }}, {{ config["queries_per_iteration"] }} per iteration |
+| held-out queries | {{ config["task.heldout"]|cell }} |
+| principles | {{ config["principles"]|cell }} |
+| reward | {{ config["reward.name"]|cell }} with {{ config["reward.kwargs"]|cell }} |
+| prompts | {{ "chat template" if config["task.chat"] else "plain text" }} |
+
+{% if settings %}
+Settings that differ from the defaults:
+
+| setting | value |
+|---|---|
+{% for key, value in settings.items() %}
+| {{ key|cell }} | {{ value|cell }} |
+{% endfor %}
+{% else %}
+All settings are the defaults.
+{% endif %}
+
+{% if metrics %}
+## Evaluation
+
+| held-out queries | before | after |
+|---|---|---|
+{% for words, before, after in metrics %}
+| {{ words }} | {{ before|number }} | {{ after|number }} |
+{% endfor %}
+
+{% if summary %}
+Gain in reward, 95% bootstrap interval over {{ summary["heldout_queries"] }} queries:
+{{ summary["heldout_gain_ci95"][0]|number }} to {{ summary["heldout_gain_ci95"][1]|number }}.
+{% endif %}
+
+{% endif %}
+## Use
+
+{% if library == "peft" %}
+```python
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained({{ name|yaml }})
+```
+
+{% if on_hub and rank %}
+```bash
+vllm serve {{ base }} --enable-lora --max-lora-rank {{ rank }} --lora-modules aligned={{ name }}
+```
+
+{% endif %}
+{% else %}
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model, tokenizer = (c.from_pretrained({{ name|yaml }}) for c in (AutoModelForCausalLM, AutoTokenizer))
+```
+
+```bash
+vllm serve {{ name }}
+```
+
+{% endif %}
+{% if not on_hub %}
+The base model, {{ base|cell }}, was read from a file or folder: there is no hub id for it.
+
+{% endif %}
+## Versions
+
+{% for package, number in versions.items() %}{{ ", " if not loop.first }}{{ package }} {{ number }}{% endfor %}
+
+
+## Licence
+
+See the base model: its licence holds for what is derived from it.
+
+## Citation
+
+```bibtex
+@inproceedings{liu2025ple,
+  title = {Progressively Label Enhancement for Large Language Model Alignment},
+  author = {Liu, Biao and Xu, Ning and Geng, Xin},
+  booktitle = {Proceedings of the 42nd International Conference on Machine Learning},
+  volume = {267},
+  pages = {39915--39928},
+  year = {2025}
+}
+```
+"""

@@ -1,0 +1,469 @@
+"""`--mode=plan --topology=v5e:2x4`: what every phase of a run needs of a device, from the compiler, without the devices.
+
+The programs are those that train (`train.programs`); weights are shapes with shardings. libtpu compiles for a slice of
+TPUs on any machine; where it is not installed the same report is made on simulated CPU devices.
+"""
+
+import math
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from ple_jax import generate, hlo, lora, sharding, train
+from ple_jax.core import prompts
+from ple_jax.core.config import PACKAGE, UserError
+from ple_jax.core.rollouts import bucket
+from ple_jax.core.types import Batch, Query, Response, Rollout, Sampling, Tokenizer
+from ple_jax.models import checkpoint, families
+from ple_jax.models import tokenizer as tokenizers
+from ple_jax.models.config import ModelConfig
+from ple_jax.models.decoder import Model
+from ple_jax.models.families import module_shapes
+from ple_jax.targets import Target, make_mesh, open_target
+
+GIB = 2**30
+
+
+# ---------------------------------------------------------------- the model and the shapes
+
+
+PUBLISHED = PACKAGE / "models" / "published"  # the config.json of well-known models, by name
+
+
+class Source(NamedTuple):
+    """What planning reads of a model: never a weight."""
+
+    config: ModelConfig
+    tokenizer: Tokenizer | None
+    eos: tuple[int, ...]
+
+
+def read_source(path: str) -> Source:
+    """A published model's shapes by name, a folder in which a config.json is enough, or anything that can be trained."""
+    named, folder = PUBLISHED / f"{path}.json", Path(path)
+    if not named.is_file() and not folder.is_dir():
+        loaded = checkpoint.load(path)
+        return Source(loaded.config, loaded.tokenizer, loaded.eos)
+    file = named if named.is_file() else folder / "config.json"
+    raw = checkpoint._read_json(file)
+    config = families.read(raw, str(file))
+    if (folder / "tokenizer.json").is_file():
+        tokenizer = tokenizers.from_folder(folder)
+        return Source(config, tokenizer, tokenizers.eos_ids(tokenizer, raw))
+    eos = raw.get("eos_token_id") or 0
+    return Source(config, None, tuple(eos) if isinstance(eos, list) else (eos,))
+
+
+class Lengths(NamedTuple):
+    """Tokens of the arrays that a run is made of."""
+
+    prefix: int  # shared by all principled prompts
+    sampled: int  # of a prompt to sample from, without the prefix
+    trained: int  # of a prompt to train on
+    new: int
+
+
+def lengths(
+    config: ConfigDict, tokenizer: Tokenizer | None, train_set: Sequence[Query], heldout: Sequence[Query], principles: str
+) -> Lengths:
+    """The longest of the data; without a tokenizer the longest that the config allows, and no shared prefix."""
+    smallest, new = config.sampling.bucket, config.sampling.max_new_tokens
+    if tokenizer is None:
+        longest = bucket(config.task.max_prompt_tokens, smallest)
+        return Lengths(0, longest, longest, new)
+
+    def ids(queries: Sequence[Query], text: str | None) -> list[list[int]]:
+        return [prompts.render(q, text, tokenizer, chat=config.task.chat)[1] for q in queries]
+
+    plain = max(map(len, ids([*train_set, *heldout], None)))
+    prefix = len(prompts.common_prefix(ids(heldout[:64], principles))) if len(heldout) > 1 else 0
+    rest = max(map(len, ids([*train_set, *heldout], principles))) - prefix
+    return Lengths(prefix, bucket(max(plain, rest), smallest), bucket(plain, smallest), new)
+
+
+def example_batch(config: ConfigDict, algorithm: ModuleType, rows: int, sizes: Lengths, vocab: int) -> Batch:
+    """A batch of the algorithm's own making, of `rows` queries with the longest prompts."""
+    slots = algorithm.collect(config)
+
+    def response(place: int, slot: Any) -> Response:
+        return Response((1,), False, slot.kind, slot.sample, reward=float(place), score=float(place))
+
+    made = [
+        Rollout(str(i), "", (vocab - 1,) * sizes.trained, tuple(response(j, slot) for j, slot in enumerate(slots)))
+        for i in range(rows)
+    ]
+    batch = algorithm.batch(algorithm.label(made, algorithm.schedule(config)(0), 0, config), config)
+    if algorithm.needs_reference(config):
+        batch.data["reference_logprobs"] = np.zeros(batch.response.shape, np.float32)
+    return batch
+
+
+def abstract_base(model: Model, mesh: Mesh) -> Any:
+    """The base as shapes with the shardings that training gives it."""
+
+    def leaf(path: tuple, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        name = "/".join(str(k.key) for k in path if not str(k.key).isdigit())
+        place = sharding.spec(name, x.shape, mesh, kv_heads=model.config.num_kv_heads)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, place))
+
+    return jax.tree_util.tree_map_with_path(leaf, model.shapes)
+
+
+def _abstract(tree: Any, places: Any) -> Any:
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places)
+
+
+def _rows(mesh: Mesh, tree: Any) -> Any:
+    """A batch as it is on the devices: rows spread, padded to a multiple of the devices they are spread over."""
+    multiple = sharding.row_multiple(mesh)
+
+    def leaf(x: np.ndarray) -> jax.ShapeDtypeStruct:
+        dtype = np.float32 if x.dtype == np.float64 else x.dtype
+        rows = -(-x.shape[0] // multiple) * multiple
+        return jax.ShapeDtypeStruct((rows, *x.shape[1:]), dtype, sharding=sharding.rows(mesh, x.ndim))
+
+    return jax.tree.map(leaf, tree)
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes of abstract arrays on one device."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+# ---------------------------------------------------------------- floating-point operations, by formula
+
+
+def forward_flops(c: ModelConfig, *, rows: int, tokens: int, source: int, predicted: int, adapter: int) -> dict[str, float]:
+    """Multiplications and additions of one forward pass over all rows, by part.
+
+    XLA's own count takes the body of a loop once, so this is a formula: 2 per weight and token, and for attention
+    4 * heads * head_dim per token and source position, masked or not.
+
+    Args:
+        tokens: per row, those that go through the layers.
+        source: positions that each of them attends to.
+        predicted: per row, those that go through the head.
+        adapter: parameters of the adapter.
+    """
+    each = rows * tokens
+    return {
+        "base": 2.0 * each * sum(inp * out for *_, inp, out in module_shapes(c)),
+        "adapter": 2.0 * each * adapter,
+        "attention": 4.0 * each * source * c.num_layers * c.num_heads * c.head_dim,
+        "head": 2.0 * rows * predicted * c.vocab_size * c.hidden_size,
+    }
+
+
+def gradient_flops(forward: dict[str, float], remat: str) -> float:
+    """Operations of a gradient step with a frozen base: no gradients of its weights.
+
+    Backward costs once the forward pass for the base and twice for adapter and attention. The head's part is two matmuls
+    (`train.token_logprobs`). What is recomputed comes on top: with remat=full all layers, with dots the attention.
+    """
+    base, adapter, attention, head = (forward[part] for part in ("base", "adapter", "attention", "head"))
+    again = {"none": 0.0, "dots": attention, "full": base + adapter + attention}[remat]
+    return 2 * base + 3 * adapter + 3 * attention + 2 * head + again
+
+
+# ---------------------------------------------------------------- the phases
+
+
+class Phase(NamedTuple):
+    """One compiled program of a run."""
+
+    name: str
+    about: str
+    held: int  # bytes on a device of what stays there but is no argument of this program
+    flops: float  # of all devices together
+    lower: Callable[[], Any]
+
+
+def phases(
+    config: ConfigDict, model: Model, mesh: Mesh, sizes: Lengths, algorithm: ModuleType, eos: tuple[int, ...]
+) -> Iterator[Phase]:
+    """Everything a run compiles, in the order in which it happens."""
+    c, opt = model.config, config.optimizer
+    settings = train.lora_settings(config)
+    transform = train.optimizer(clip_norm=opt.clip_norm, weight_decay=opt.weight_decay)
+    fresh = lora.init(c, settings, seed=config.seed)
+    places = train.placement(fresh, transform, mesh)
+    made = train.programs(model, fresh, mesh, transform=transform, settings=settings)
+    base = abstract_base(model, mesh)
+    adapter = _abstract(fresh, places[0])
+    state = _abstract(jax.eval_shape(transform.init, fresh), places[1])
+    frozen, trained, moments = map(device_bytes, (base, adapter, state))  # the reference is as large as the adapter
+
+    def whole(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.replicated(mesh))
+
+    def spread(*shape: int, dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.rows(mesh, len(shape)))
+
+    def forward(rows: int, tokens: int, source: int, predicted: int) -> dict[str, float]:
+        return forward_flops(c, rows=rows, tokens=tokens, source=source, predicted=predicted, adapter=lora.count(fresh))
+
+    s, width = config.sampling, config.sampling.width
+    sampling = Sampling(sizes.new, eos, s.temperature, s.top_k, s.top_p, s.min_p)
+    total = sizes.prefix + sizes.sampled + sizes.new
+
+    def generation(new: int) -> Any:
+        prompt = spread(width, sizes.sampled, dtype=jnp.int32), spread(width, sizes.sampled, dtype=jnp.bool_)
+        noise = spread(width, new, dtype=jnp.float32)
+        return made.generate.lower(base, adapter, *prompt, whole((sizes.prefix,), jnp.int32), noise, sampling=sampling)
+
+    def decode() -> Any:
+        fuse = jax.jit(lambda base, adapter: lora.fuse(model, adapter, settings, base=base))
+        # fused before the loop in generate: where the compiler puts it is where the loop finds it
+        fused = _abstract(jax.eval_shape(fuse, base, adapter), fuse.lower(base, adapter).compile().output_shardings)
+        cache = jax.eval_shape(lambda: model.empty_cache(width, total, jnp.dtype(config.model.dtype)))
+        heads = "tensor" if c.num_kv_heads % mesh.shape["tensor"] == 0 else None
+        cached = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(
+                x.shape,
+                x.dtype,
+                sharding=NamedSharding(mesh, PartitionSpec(*[None] * (x.ndim - 4), sharding.BATCH, heads, None, None)),
+            ),
+            cache,
+        )
+
+        def step(base: Any, fused: Any, cache: Any, token: Any, position: Any, mask: Any, index: Any, u: Any) -> Any:
+            hidden, cache = model.apply(base, fused, token, positions=position, mask=mask, cache=cache, index=index)
+            return generate.sample_token(model.logits(base, hidden[:, -1]), u, sampling=sampling), cache
+
+        token, position = spread(width, 1, dtype=jnp.int32), spread(width, 1, dtype=jnp.int32)
+        mask, u = spread(width, 1, total, dtype=jnp.bool_), spread(width, dtype=jnp.float32)
+        return jax.jit(step, donate_argnums=2).lower(base, fused, cached, token, position, mask, whole((), jnp.int32), u)
+
+    resident = trained + moments  # the reference and the optimizer's moments
+    first = sum(forward(width, sizes.sampled, total, 1).values())
+    first += sum(forward(1, sizes.prefix, sizes.prefix, 0).values())
+    one = sum(forward(width, 1, total, 1).values())
+    rows = f"{width} rows x [{f'{sizes.prefix} shared + ' if sizes.prefix else ''}{sizes.sampled} prompt"
+    yield Phase("prefill", f"{rows} tokens]", resident, first, lambda: generation(1))
+    yield Phase("decode step", f"{width} rows x 1 token over {total} positions", resident, one, decode)
+    yield Phase(
+        "generate", f"{rows} + {sizes.new} new tokens]", resident, first + (sizes.new - 1) * one,
+        lambda: generation(sizes.new),
+    )  # fmt: skip
+
+    def batch(queries: int) -> Batch:
+        return _rows(mesh, example_batch(config, algorithm, queries, sizes, c.vocab_size))
+
+    def packed(b: Batch) -> tuple[str, dict[str, float]]:
+        queries, k, new = b.response.shape
+        time_ = b.prompt.shape[1] + k * new
+        about = f"{queries} rows x [{b.prompt.shape[1]} prompt + {k} x {new} response tokens]"
+        return about, forward(queries, time_, time_, k * new)
+
+    # log-probabilities are taken of a whole optimiser batch where the loss needs the reference's
+    judged = batch(max(config.eval.diagnostic_queries, opt.batch_queries * algorithm.needs_reference(config)))
+    about, flops = packed(judged)
+    yield Phase(
+        "log-probs", about, resident, sum(flops.values()),
+        lambda: made.outputs.lower(base, adapter, judged, entropy=False),
+    )  # fmt: skip
+    micro, loss = batch(opt.micro_queries), algorithm.make_loss(config)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    about, flops = packed(micro)
+    passes = opt.batch_queries // opt.micro_queries
+    accumulated = trained if passes > 1 else 0
+    yield Phase(
+        "gradients",
+        about + (f", {passes} times a step" if passes > 1 else ""),
+        resident + accumulated,
+        gradient_flops(flops, config.model.remat),
+        lambda: made.gradients.lower(base, adapter, micro, whole((), jnp.float32), key, loss=loss),
+    )
+    numbers = lora.count(fresh)
+    if passes > 1:
+        yield Phase(
+            "accumulate", f"{numbers:,} gradients", frozen + resident + trained, numbers,
+            lambda: made.accumulate.lower(adapter, adapter),
+        )  # fmt: skip
+    yield Phase(
+        "apply", f"AdamW on {numbers:,} parameters", frozen + trained, 20.0 * numbers,
+        lambda: made.apply.lower(adapter, state, adapter, whole((), jnp.float32)),
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------- what the compiler says
+
+
+class Measured(NamedTuple):
+    """Bytes on one device. Of a program that the compiler refuses only `peak` is known: what it says it would need."""
+
+    arguments: int
+    outputs: int
+    temporaries: int
+    peak: int
+    collectives: list[hlo.Collective]
+    seconds: float
+    refused: bool = False
+
+
+def measure(phase: Phase) -> Measured:
+    """Lowers and compiles one phase."""
+    start = time.perf_counter()
+    try:
+        compiled = phase.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return Measured(0, 0, 0, _needed(str(error)), [], time.perf_counter() - start, refused=True)
+    seconds = time.perf_counter() - start
+    m = compiled.memory_analysis()
+    outputs = m.output_size_in_bytes - m.alias_size_in_bytes  # donated arguments become outputs
+    # the sum: temporaries are one block, reserved for the whole call. peak_memory_in_bytes counts on-chip memory on a TPU
+    peak = m.argument_size_in_bytes + outputs + m.temp_size_in_bytes + m.generated_code_size_in_bytes
+    return Measured(
+        m.argument_size_in_bytes, outputs, m.temp_size_in_bytes, peak, hlo.collectives(compiled.as_text()), seconds
+    )
+
+
+def _needed(message: str) -> int:
+    """Bytes in the compiler's refusal: the largest amount that it names."""
+    units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    return max((int(float(n) * units[u]) for n, u in re.findall(r"\b(\d+(?:\.\d+)?)([KMGT])\b", message)), default=0)
+
+
+# ---------------------------------------------------------------- the report
+
+
+def report(
+    config: ConfigDict,
+    topology: str,
+    *,
+    algorithm: ModuleType,
+    train_set: Sequence[Query],
+    heldout: Sequence[Query],
+    principles: str,
+    write: Callable[[str], None] = lambda line: print(line, flush=True),
+) -> dict[str, Measured]:
+    """Compiles every phase for the topology and writes, as it goes, what each needs and whether it fits.
+
+    Args:
+        topology: `v5e:2x4`, `cpu:8` ...
+        algorithm: a module like ple_jax/algorithms/ple.py.
+        write: takes one line at a time.
+
+    Returns:
+        What was measured, by phase.
+
+    Raises:
+        UserError: an unknown topology, a mesh that does not take its devices, a model that is not supported.
+    """
+    target = open_target(topology)
+    mesh = make_mesh(target, **config.mesh)
+    source = read_source(config.model.path)
+    c = source.config
+    sizes = lengths(config, source.tokenizer, train_set, heldout, principles)
+    if (longest := sizes.prefix + sizes.sampled + sizes.new) > c.max_positions:
+        raise UserError(
+            f"{longest} positions are needed and {config.model.path} has {c.max_positions};"
+            " lower --config.task.max_prompt_tokens or --config.sampling.max_new_tokens"
+        )
+    scan = train.use_scan(config.model.layers, target.platform)
+    model = Model.create(c, dtype=jnp.dtype(config.model.dtype), scan=scan, remat=config.model.remat)
+    count = sum(math.prod(x.shape) for x in jax.tree.leaves(model.shapes))
+    limit = target.chip.hbm * GIB if target.chip else math.inf
+    axes = " x ".join(f"{axis} {n}" for axis, n in mesh.shape.items())
+    write(f"{config.model.path}: {count:,} parameters, {config.model.dtype}, remat {config.model.remat}")
+    memory = f", {target.chip.hbm:g} GiB each" if target.chip else ""
+    write(f"{target.name}: {len(target.devices)} devices, {axes}{memory}")
+    write(target.note)
+    for line in sharding.notes(mesh, kv_heads=c.num_kv_heads):
+        write(line)
+    if source.tokenizer is None:
+        write(f"no tokenizer: every prompt counts as {sizes.sampled} tokens (task.max_prompt_tokens), principles included")
+    write("\nMemory of one device: a program's arguments, outputs and temporaries, and what stays there besides")
+    write(f"{'':<12}{'args':>10}{'out':>10}{'temp':>10}{'held':>10}{'total':>10}{'of HBM':>8}{'FLOPs':>10}{'compile':>9}")
+    results: dict[str, tuple[Phase, Measured]] = {}
+    for phase in phases(config, model, mesh, sizes, algorithm, source.eos):
+        m = measure(phase)
+        results[phase.name] = (phase, m)
+        write(_row(phase, m, limit))
+    write("")
+    for phase, m in results.values():
+        write(f"{phase.name}: {phase.about}")
+        for line in _collectives(m.collectives):
+            write(f"    {line}")
+    write("")
+    for line in verdict(config, target, [*results.values()]):
+        write(line)
+    return {name: m for name, (_, m) in results.items()}
+
+
+def _size(count: float) -> str:
+    """Bytes for reading: 512 B, 1.50 MiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            break
+        count /= 1024
+    return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.3g} {unit}"
+
+
+def _row(phase: Phase, m: Measured, limit: float) -> str:
+    parts = ["", "", ""] if m.refused else [_size(n) for n in (m.arguments, m.outputs, m.temporaries)]
+    total = m.peak + phase.held
+    share = f"{total / limit:.0%}" if limit < math.inf else ""
+    cells = "".join(f"{cell:>10}" for cell in (*parts, _size(phase.held), _size(total)))
+    return f"{phase.name:<12}{cells}{share:>8}{phase.flops:>10.2e}{m.seconds:>7.1f} s" + (
+        "  the compiler refuses" if m.refused else ""
+    )
+
+
+def _collectives(found: Sequence[hlo.Collective]) -> list[str]:
+    lines = []
+    for kind in sorted({x.kind for x in found}):
+        mine = [x for x in found if x.kind == kind]
+        terms = [f"{sum(not x.looped for x in mine)}"] if any(not x.looped for x in mine) else []
+        for times in sorted({x.times for x in mine if x.looped}):
+            terms.append(f"{sum(x.looped and x.times == times for x in mine)} in a loop of {times}")
+        moved = _size(sum(x.bytes * x.times for x in mine))
+        lines.append(f"{kind}: {sum(x.times for x in mine)} ({' + '.join(terms)}), {moved}")
+    return lines or ["no collectives"]
+
+
+def verdict(config: ConfigDict, target: Target, results: Sequence[tuple[Phase, Measured]]) -> list[str]:
+    """Which phase is the largest, and for each that does not fit what to change."""
+    name, total = max(((phase.name, m.peak + phase.held) for phase, m in results), key=lambda pair: pair[1])
+    if target.chip is None:
+        return [f"The largest phase is {name}: {_size(total)} a device."]
+    limit = target.chip.hbm * GIB
+    lines = [f"The largest phase is {name}: {_size(total)} of {target.chip.hbm:g} GiB ({total / limit:.0%})."]
+    over = [(phase, m) for phase, m in results if m.refused or m.peak + phase.held > limit]
+    lines += [f"{phase.name} does not fit: {advice(config, phase, m)}." for phase, m in over]
+    return lines if over else [*lines, f"Everything fits on {target.name}."]
+
+
+def advice(config: ConfigDict, phase: Phase, m: Measured) -> str:
+    """What to change, from what takes most of the memory."""
+    mesh, opt = config.mesh, config.optimizer
+    multiple = mesh.data * mesh.fsdp
+    if not m.refused and m.arguments + phase.held >= m.temporaries + m.outputs:
+        steps = ["--config.model.dtype=bfloat16"] if config.model.dtype == "float32" else []
+        if mesh.data > 1:
+            steps.append(f"--config.mesh.data=1 --config.mesh.fsdp={multiple}, which spreads the weights too")
+        steps.append("a larger slice with a larger --config.mesh.fsdp")
+        return f"weights and state dominate ({_size(m.arguments + phase.held)}); try {' or '.join(steps)}"
+    steps = []
+    if phase.name in ("gradients", "log-probs"):
+        if phase.name == "gradients" and config.model.remat != "full":
+            steps.append("--config.model.remat=full")
+        if phase.name == "gradients" and opt.micro_queries > multiple:
+            steps.append(f"--config.optimizer.micro_queries={max(multiple, opt.micro_queries // 2)}")
+        if phase.name == "log-probs":
+            steps.append("a smaller --config.eval.diagnostic_queries (or optimizer.batch_queries with a reference)")
+    elif config.sampling.width > multiple:
+        steps.append(f"--config.sampling.width={max(multiple, config.sampling.width // 2)}")
+    steps += ["shorter --config.task.max_prompt_tokens and --config.sampling.max_new_tokens", "a larger slice"]
+    return f"temporaries dominate; try {', then '.join(steps)}"

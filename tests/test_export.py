@@ -1,0 +1,452 @@
+"""Exports: merged weights against transformers and PEFT, what an interruption leaves, the card, the hub, vLLM's line."""
+
+import json
+import shlex
+from pathlib import Path
+
+import huggingface_hub
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+import tiny
+import torch
+import yaml
+from ml_collections import FrozenConfigDict
+from peft import AutoPeftModelForCausalLM, PeftModel
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from configs import default
+from configs import tiny as tiny_config
+from ple_jax import lora
+from ple_jax.core import card, modes, peft
+from ple_jax.core.config import UserError
+from ple_jax.core.types import Sampling
+from ple_jax.models import checkpoint, export
+from ple_jax.models.tokenizer import byte_tokenizer
+
+ADAPTER = lora.to_peft(tiny.random_adapter(tiny.CONFIG))
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PROMPT = torch.arange(24).reshape(2, 12)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """A Hugging Face folder as transformers writes it, with things that belong to a model and things that do not."""
+    folder = tmp_path_factory.mktemp("hub") / "base"
+    tiny.transformers_model(tiny.CONFIG, tiny.weights()).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [7, 9], "temperature": 0.3}')
+    (folder / "LICENSE.md").write_text("terms")
+    (folder / "modeling_own.py").write_text("raise SystemExit")
+    (folder / "pytorch_model.bin").write_text("pickled")
+    return folder
+
+
+@pytest.fixture
+def adapter(tmp_path) -> Path:
+    peft.write(tmp_path / "adapter", ADAPTER, rank=4, alpha=6, targets=TARGETS, base_model="some/base")
+    return tmp_path / "adapter"
+
+
+def merged(source, adapter, folder, *, dtype="keep", shard_gb=4.0, about=None) -> Path:
+    return export.merged(
+        checkpoint.load(str(source)), adapter, folder, dtype=dtype, shard_gb=shard_gb, readme="# card", about=about or {}
+    )
+
+
+def tensors(folder: Path) -> dict[str, np.ndarray]:
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "numpy") as opened:
+            assert opened.metadata() == {"format": "pt"}
+            found |= {name: opened.get_tensor(name) for name in opened.keys()}
+    return found
+
+
+def logits(model) -> np.ndarray:
+    with torch.no_grad():
+        return model.float().eval()(PROMPT).logits.numpy()
+
+
+def test_merged_folder_is_base_plus_adapter(source, adapter, tmp_path):
+    folder = merged(source, adapter, tmp_path / "merged")
+    base = AutoModelForCausalLM.from_pretrained(source)
+    before = logits(base)
+    expected = logits(PeftModel.from_pretrained(base, adapter))
+    ours = AutoModelForCausalLM.from_pretrained(folder)
+    assert np.abs(expected - before).max() > 0.1
+    np.testing.assert_allclose(logits(ours), expected, atol=2e-5)
+    assert {file.name for file in folder.iterdir()} == {
+        "config.json", "generation_config.json", "model.safetensors", "README.md", "tokenizer.json", "LICENSE.md",
+        "tokenizer_config.json", "chat_template.jinja", export.MARKER,
+    }  # fmt: skip
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja", "LICENSE.md"):
+        same = (folder / name).read_text() == (source / name).read_text()
+        assert same or json.loads((folder / name).read_text()) == json.loads((source / name).read_text()), name
+    assert len({file.stat().st_mode for file in folder.iterdir()}) == 1
+
+
+def test_what_is_not_adapted_is_untouched(source, tmp_path):
+    one = {name: value for name, value in ADAPTER.items() if "layers.1.mlp.up_proj" in name}
+    peft.write(tmp_path / "adapter", one, rank=4, alpha=6, targets=["up_proj"], base_model="some/base")
+    folder = merged(source, tmp_path / "adapter", tmp_path / "merged")
+    found, base = tensors(folder), tiny.weights()
+    adapted = "model.layers.1.mlp.up_proj.weight"
+    for name in base.keys() - {adapted}:
+        np.testing.assert_array_equal(found[name], base[name], err_msg=name)
+    b, a = (one[f"base_model.model.model.layers.1.mlp.up_proj.lora_{side}.weight"].astype(np.float64) for side in "BA")
+    np.testing.assert_allclose(found[adapted], base[adapted] + 1.5 * b @ a, atol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "digits"), [("float32", 23), ("bfloat16", 7), ("float16", 10)])
+def test_dtype_is_rounded_to_once(source, adapter, tmp_path, dtype, digits):
+    folder = merged(source, adapter, tmp_path / "merged", dtype=dtype)
+    assert json.loads((folder / "config.json").read_text())["dtype"] == dtype
+    found, config = tensors(folder), peft.read(adapter)[1]
+    assert {str(value.dtype) for value in found.values()} == {dtype}
+    for path, module in peft.modules(ADAPTER).items():
+        delta = peft.scaling(config, path) * module.b.astype(np.float64) @ module.a.astype(np.float64)
+        exact = tiny.weights()[f"{path}.weight"] + delta
+        step = 2.0 ** (np.floor(np.log2(np.abs(exact))) - digits)  # between neighbouring numbers of this dtype
+        error = np.abs(found[f"{path}.weight"].astype(np.float64) - exact)
+        assert (error <= 0.51 * step + 3e-7).all()
+    assert AutoModelForCausalLM.from_pretrained(folder).dtype == getattr(torch, dtype)
+
+
+def test_a_bfloat16_base_stays_bfloat16(adapter, tmp_path):
+    model = tiny.transformers_model(tiny.CONFIG, tiny.weights()).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    folder = merged(tmp_path / "base", adapter, tmp_path / "merged")
+    assert {value.dtype for value in tensors(folder).values()} == {np.dtype(ml_dtypes.bfloat16)}
+    assert AutoModelForCausalLM.from_pretrained(folder).dtype == torch.bfloat16
+
+
+def test_shards_hold_no_more_than_asked(source, adapter, tmp_path):
+    whole = tensors(merged(source, adapter, tmp_path / "one"))
+    limit = 20_000
+    folder = merged(source, adapter, tmp_path / "many", shard_gb=limit / 1e9)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(value.nbytes for value in whole.values())
+    files = sorted(set(index["weight_map"].values()))
+    assert files == [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))] and len(files) > 3
+    assert {file.name for file in folder.glob("*.safetensors")} == set(files)
+    for file in files:
+        with safe_open(folder / file, "numpy") as opened:
+            assert {name for name, where in index["weight_map"].items() if where == file} == set(opened.keys())
+            assert sum(opened.get_tensor(name).nbytes for name in opened.keys()) <= limit
+    for name, value in tensors(folder).items():
+        np.testing.assert_array_equal(value, whole[name], err_msg=name)
+    np.testing.assert_allclose(
+        logits(AutoModelForCausalLM.from_pretrained(folder)),
+        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "one")),
+        atol=1e-6,
+    )
+
+
+def test_an_interrupted_export_leaves_the_earlier_one(source, adapter, tmp_path, monkeypatch):
+    folder = merged(source, adapter, tmp_path / "merged", about={"number": 1})
+    calls = []
+
+    def crash(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        save(*arguments, **options)
+
+    save = safetensors.numpy.save_file
+    monkeypatch.setattr("safetensors.numpy.save_file", crash)
+    for target in (folder, tmp_path / "new"):
+        calls.clear()
+        with pytest.raises(KeyboardInterrupt):
+            merged(source, adapter, target, shard_gb=2e-5, about={"number": 2})
+    monkeypatch.undo()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter", "merged"]
+    assert json.loads((folder / export.MARKER).read_text()) == {"number": 1}
+    assert json.loads((merged(source, adapter, folder, about={"number": 3}) / export.MARKER).read_text()) == {"number": 3}
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter", "merged"]
+
+
+def test_an_export_killed_at_its_end_is_found_again(source, adapter, tmp_path, monkeypatch):
+    folder = merged(source, adapter, tmp_path / "merged", about={"number": 1})
+    folder.rename(tmp_path / ".merged.old")  # as a kill between the two renames leaves it
+    (tmp_path / ".merged.partial").mkdir()
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    with pytest.raises(UserError, match=r"need 0.00 GB and .* has 0.00 GB free; free some, or set --config.export.dtype"):
+        merged(source, adapter, folder)
+    assert json.loads((folder / export.MARKER).read_text()) == {"number": 1}
+
+
+def test_a_folder_of_someone_elses_is_not_touched(source, adapter, tmp_path):
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="is not an earlier export"):
+        merged(source, adapter, tmp_path / "merged")
+    assert [file.name for file in (tmp_path / "merged").iterdir()] == ["notes.txt"]
+
+
+def test_a_full_disk_is_a_clear_error(source, adapter, tmp_path, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safetensors.numpy.save_file", full)
+    with pytest.raises(UserError, match="merged could not be written .*No space left on device"):
+        merged(source, adapter, tmp_path / "merged")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter"]
+
+
+def test_values_that_the_dtype_cannot_hold(source, tmp_path):
+    large = {name: value * np.float32(1e3) for name, value in ADAPTER.items()}
+    peft.write(tmp_path / "adapter", large, rank=4, alpha=6, targets=TARGETS, base_model="some/base")
+    with pytest.raises(UserError, match="q_proj.weight holds values that are not finite in float16"):
+        merged(source, tmp_path / "adapter", tmp_path / "merged", dtype="float16")
+
+
+def test_an_adapter_of_another_model(source, tmp_path):
+    other = {name.replace("layers.2", "layers.3"): value for name, value in ADAPTER.items()}
+    peft.write(tmp_path / "adapter", other, rank=4, alpha=6, targets=TARGETS, base_model="some/base")
+    with pytest.raises(UserError, match=r"adapts model.layers.3.mlp.down_proj, which .* does not have"):
+        merged(source, tmp_path / "adapter", tmp_path / "merged")
+
+
+# ---------------------------------------------------------------- the hub
+
+
+class FakeHub:
+    """What the tests see of huggingface_hub.HfApi."""
+
+    def __init__(self, log):
+        self.log = log
+
+    def create_repo(self, repo, **options):
+        self.log.append(("create", repo, options))
+        return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo}")
+
+    def upload_folder(self, *, repo_id, folder_path, commit_message):
+        self.log.append(("upload", repo_id, sorted(file.name for file in Path(folder_path).iterdir())))
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    log: list = []
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: FakeHub(log))
+    return log
+
+
+def test_push(hub, adapter):
+    assert export.push(adapter, "me/mine", private=True) == "https://huggingface.co/me/mine"
+    assert hub == [
+        ("create", "me/mine", {"private": True, "exist_ok": True}),
+        ("upload", "me/mine", [peft.CONFIG, peft.WEIGHTS]),
+    ]
+
+
+def test_push_without_a_hub(adapter):
+    """The real client, which the tests' environment keeps offline."""
+    with pytest.raises(UserError, match=r"could not push to me/mine \(.*offline.*hf auth login.*everything was exported to"):
+        export.push(adapter, "me/mine", private=True)
+
+
+def test_push_without_a_token(adapter, monkeypatch):
+    def refuse(self, *arguments, **options):
+        raise huggingface_hub.errors.LocalTokenNotFoundError("Token is required")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", refuse)
+    with pytest.raises(UserError, match=r"could not push to me/mine \(Token is required\)"):
+        export.push(adapter, "me/mine", private=False)
+
+
+# ---------------------------------------------------------------- vLLM's line
+
+
+def adapter_config(**changes):
+    return {"base_model_name_or_path": "some/base", "r": 8, "use_dora": False, "rank_pattern": {}} | changes
+
+
+def test_line_that_serves_an_adapter():
+    line = card.serve_adapter(Path("runs/my run/adapter"), adapter_config(), name="my run")
+    assert line == ("vllm serve some/base --enable-lora --max-lora-rank 8 --lora-modules 'my run=runs/my run/adapter'")
+    assert shlex.split(line)[-1] == "my run=runs/my run/adapter"
+
+
+@pytest.mark.parametrize(("rank", "limit"), [(1, 8), (8, 8), (9, 16), (200, 256), (257, 320), (512, 512), (513, None)])
+def test_rank_is_one_that_vllm_takes(rank, limit):
+    line = card.serve_adapter(Path("a"), adapter_config(r=rank), name="n")
+    assert (line is None) if limit is None else f"--max-lora-rank {limit} " in line
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"use_dora": True}, {"rank_pattern": {"q_proj": 4}}, {"alpha_pattern": {"q_proj": 4}},
+     {"base_model_name_or_path": "model.gguf"}, {"base_model_name_or_path": "tiny"}],
+)  # fmt: skip
+def test_adapters_that_vllm_cannot_serve(change):
+    assert card.serve_adapter(Path("a"), adapter_config(**change), name="n") is None
+
+
+# ---------------------------------------------------------------- the mode, on a run
+
+
+def a_run(workdir: Path, **overrides):
+    """A work directory whose newest checkpoint is a random adapter that does something; and its config."""
+    config = tiny_config.get_config()
+    config.sinks = ()
+    config.lora.rank, config.lora.alpha = 4, 6.0
+    for key, value in overrides.items():
+        config.update_from_flattened_dict({key.replace("__", "."): value})
+    frozen = FrozenConfigDict(config)
+    workdir.mkdir()
+    with modes.open_run(frozen, workdir, "jax") as run:
+        run.backend._adapter = jax.tree.map(
+            lambda new, old: jax.device_put(new, old.sharding),
+            tiny.random_adapter(run.backend.model.config),
+            run.backend._adapter,
+        )
+        run.backend.save(workdir / "checkpoints", 2, {"iteration": 2}, keep=1)
+    return frozen
+
+
+def exporting(config, **export):
+    plain = config.to_dict()
+    plain["export"] |= export
+    return FrozenConfigDict(plain)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "tiny"
+    return a_run(workdir), workdir
+
+
+def test_mode_export(run, hub, capsys):
+    config, workdir = run
+    asked = exporting(config, merged=True, dtype="float32", push="me/mine", private=False)
+    assert modes.export(asked, workdir, "jax") == 0
+    said = capsys.readouterr().out
+    assert f"adapter of iteration 2: {workdir / 'adapter'} (PEFT layout, base model tiny)" in said
+    assert said.endswith(f"serve with vLLM:\n  vllm serve {workdir / 'merged'} --served-model-name tiny\n")
+    assert [(what, repo) for what, repo, _ in hub] == [
+        ("create", "me/mine"), ("upload", "me/mine"), ("create", "me/mine-merged"), ("upload", "me/mine-merged"),
+    ]  # fmt: skip
+    assert hub[0][2]["private"] is False and "README.md" in hub[1][2]
+
+    base = {name: torch.tensor(value) for name, value in checkpoint.load("tiny").weights.items()}
+    model = AutoModelForCausalLM.from_pretrained(workdir / "merged")
+    merged_logits = logits(model)
+    model.load_state_dict(base, strict=False)
+    adapted = PeftModel.from_pretrained(model, workdir / "adapter")
+    np.testing.assert_allclose(merged_logits, logits(adapted), atol=2e-5)
+
+    tokenizer = AutoTokenizer.from_pretrained(workdir / "merged")
+    assert tokenizer.encode("né €") == list("né €".encode()) and tokenizer.eos_token_id == 256
+    turns = [{"role": "user", "content": "hello"}]
+    expected = byte_tokenizer().apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    assert tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) == expected
+    generation = AutoModelForCausalLM.from_pretrained(workdir / "merged").generation_config
+    assert generation.eos_token_id == [256] and generation.pad_token_id == 257
+
+
+def test_merged_model_says_what_the_run_says(run):
+    """Greedy tokens of our own decoder with the adapter, and of transformers on the merged folder."""
+    config, workdir = run
+    modes.export(exporting(config, merged=True), workdir, "jax")
+    model = AutoModelForCausalLM.from_pretrained(workdir / "merged")
+    prompt = list(b"Once upon a time")
+    out = model.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False, eos_token_id=256, pad_token_id=257)
+    with modes._on_run(config, workdir, "jax") as (opened, _):
+        sampling = Sampling(16, (256,), temperature=0)
+        ours = opened.backend.generate([prompt], np.zeros((1, 16), np.float32), sampling=sampling)[0]
+    assert list(ours.tokens) == out[0, len(prompt) :].tolist()
+
+
+def test_exported_adapter_is_the_checkpoints_bit_for_bit(run):
+    config, workdir = run
+    modes.export(config, workdir, "jax")
+    read = lora.from_peft(peft.read(workdir / "adapter")[0])
+    expected = tiny.random_adapter(checkpoint.load("tiny").config)
+    assert read.keys() == expected.keys()
+    for path, module in expected.items():
+        for kind, value in module.items():
+            np.testing.assert_array_equal(read[path][kind], value, err_msg=path)
+
+
+def test_a_base_folder_is_served_with_the_adapter(source, tmp_path, capsys):
+    base = tmp_path / "base"
+    tiny_like = checkpoint.load("tiny")
+    tiny.transformers_model(tiny_like.config, dict(tiny_like.weights)).save_pretrained(base)
+    byte_tokenizer().save_pretrained(base)
+    workdir = tmp_path / "run"
+    config = a_run(workdir, model__path=str(base))
+    modes.export(config, workdir, "jax")
+    modules = f"run={workdir / 'adapter'}"
+    assert capsys.readouterr().out.endswith(
+        f"serve with vLLM:\n  vllm serve {base} --enable-lora --max-lora-rank 8 --lora-modules {modules}\n"
+    )
+    loaded = AutoPeftModelForCausalLM.from_pretrained(workdir / "adapter")
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    assert np.abs(logits(loaded) - logits(plain)).max() > 0.01
+    text = (workdir / "adapter" / "README.md").read_text()
+    assert str(tmp_path) not in text and "`base`" in text
+
+
+# ---------------------------------------------------------------- the card
+
+
+def a_card(workdir: Path, *, iteration=3, base_model="some/base", library="peft", summary=None, repo=None, **changes) -> str:
+    workdir.mkdir(exist_ok=True)
+    settings = default.get_config()
+    settings.lora.rank = 12
+    settings.task.train = str(workdir / "queries | mine.jsonl")
+    settings.update(changes)
+    (workdir / "config.json").write_text(json.dumps(settings.to_dict()))
+    lines = [{"iteration": i, "heldout_reward": 0.1 * i, "heldout_kl": 0.0 if i == 0 else 0.05} for i in range(4)]
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (workdir / "environment.json").write_text(json.dumps({"jax": "9.9.9", "device": "cpu", "python": "3.99"}))
+    return card.render(
+        workdir, library=library, base_model=base_model, iteration=iteration, summary=summary or {},
+        defaults=default.get_config().to_dict(), repo=repo,
+    )  # fmt: skip
+
+
+SUMMARY = {"iterations": 3, "heldout_queries": 40, "heldout_gain_ci95": [0.123456, 0.5]}
+
+
+def front_matter(text: str) -> dict:
+    return yaml.safe_load(text.split("---\n")[1])
+
+
+def test_card_of_an_adapter(tmp_path):
+    text = a_card(tmp_path / "run", summary=SUMMARY, repo="me/mine")
+    assert front_matter(text) == {
+        "base_model": "some/base",
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["ple", "lora"],
+    }
+    assert huggingface_hub.ModelCard(text).data.base_model == "some/base"
+    for part in (
+        "| held-out reward (mean) | 0 | 0.3 |",
+        "| KL to the reference (nats per token) | 0 | 0.05 |",
+        "95% bootstrap interval over 40 queries:\n0.1235 to 0.5",
+        "| `lora.rank` | `12` |",
+        r"| `task.train` | `queries \| mine.jsonl` |",
+        'AutoPeftModelForCausalLM.from_pretrained("me/mine")',
+        "vllm serve some/base --enable-lora --max-lora-rank 16 --lora-modules aligned=me/mine",
+        "python 3.99, jax 9.9.9",
+        "https://arxiv.org/abs/2408.02599",
+    ):
+        assert part in text, part
+    assert str(tmp_path) not in text and "\n\n\n" not in text
+    rows = [line for line in text.split("\n") if line.startswith("| `")]
+    assert {row.split("`")[1] for row in rows} == {"lora.rank", "task.train"}  # nothing that is as by default
+
+
+def test_card_of_merged_weights_before_the_end(tmp_path):
+    text = a_card(tmp_path / "run", iteration=2, library="transformers", base_model=str(tmp_path / "base"), summary=SUMMARY)
+    assert front_matter(text)["library_name"] == "transformers" and "base_model" not in front_matter(text)
+    assert "| held-out reward (mean) | 0 | 0.2 |" in text
+    assert "interval" not in text  # the summary speaks of another iteration
+    assert "AutoModelForCausalLM" in text and "peft" not in text.lower() and str(tmp_path) not in text

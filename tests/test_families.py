@@ -1,0 +1,295 @@
+"""Every family against transformers and PEFT: logits, greedy tokens, packed rows, gradients, names, and what is refused."""
+
+import functools
+import itertools
+import json
+from typing import Any, NamedTuple
+
+import families
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from families import UNSUPPORTED, VARIANTS, WINDOW
+
+from ple_jax import generate, lora, train
+from ple_jax.core import peft
+from ple_jax.core.config import UserError
+from ple_jax.core.types import Batch, Sampling
+from ple_jax.models import checkpoint
+from ple_jax.models.decoder import Model, fill, module_shapes
+from ple_jax.models.tokenizer import byte_tokenizer
+
+LENGTHS = (5, 14, 9)  # two of them longer than a window
+WIDTH = max(LENGTHS)
+RANK, SCALE = 4, 2.0
+
+# what is compiled here runs once: most of the time would go into optimising it
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+class Family(NamedTuple):
+    name: str
+    theirs: Any  # transformers' model
+    folder: Any
+    loaded: checkpoint.Loaded
+    models: dict[bool, Model]  # by scan
+    bases: dict[bool, Any]
+
+    @property
+    def scan(self) -> bool:
+        """Where one way is enough: scanned for every other variant."""
+        return list(VARIANTS).index(self.name) % 2 == 0
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def family(request, tmp_path_factory) -> Family:
+    """One variant, saved by transformers and read by us."""
+    theirs, folder = families.build(VARIANTS[request.param]), tmp_path_factory.mktemp(request.param)
+    families.save(theirs, folder)
+    loaded = checkpoint.load(str(folder))
+    models = {scan: Model.create(loaded.config, dtype=jnp.float32, scan=scan) for scan in (False, True)}
+    bases = {scan: fill(model, loaded.weights, lambda _, array: jnp.asarray(array)) for scan, model in models.items()}
+    return Family(request.param, theirs, folder, loaded, models, bases)
+
+
+def padded(side: str, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    column, length = np.arange(WIDTH)[None], np.array(LENGTHS)[:, None]
+    mask = column >= WIDTH - length if side == "left" else column < length
+    tokens = np.random.default_rng(seed).integers(1, 256, mask.shape)
+    return np.where(mask, tokens, 0).astype(np.int32), mask
+
+
+def torch_logits(model, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    positions = torch.tensor(np.maximum(np.cumsum(mask, 1) - 1, 0))
+    with torch.no_grad():
+        ids, attention = torch.tensor(tokens).long(), torch.tensor(mask).long()
+        return model(input_ids=ids, attention_mask=attention, position_ids=positions).logits.numpy()
+
+
+def seen(mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Positions [row, time], and what may be attended to [row, time, source]: what came before and is no padding."""
+    time = mask.shape[1]
+    return jnp.cumsum(mask.astype(jnp.int32), 1) - 1, jnp.tril(jnp.ones((time, time), bool))[None] & mask[:, None]
+
+
+# ---------------------------------------------------------------- logits
+
+
+@pytest.mark.parametrize("feature", [(v, f) for v in VARIANTS for f in VARIANTS[v].without], ids=" without ".join)
+def test_the_feature_is_seen(feature):
+    """Without it transformers itself says something else, so that agreeing with transformers means having it."""
+    variant = VARIANTS[feature[0]]
+    tokens, mask = padded("left")
+    with_it, without = (torch_logits(families.build(variant, **c), tokens, mask) for c in ({}, variant.without[feature[1]]))
+    assert np.abs(with_it - without)[mask].max() > 0.1
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_logits_equal_transformers(family, scan):
+    model = family.models[scan]
+
+    @jit
+    def ours(base, tokens, mask):
+        positions, visible = seen(mask)
+        hidden, _ = model.apply(base, {}, tokens, positions=positions, mask=visible)
+        return model.logits(base, hidden)
+
+    for side in ("left", "right"):
+        tokens, mask = padded(side)
+        theirs = torch_logits(family.theirs, tokens, mask)
+        np.testing.assert_allclose(ours(family.bases[scan], tokens, mask)[mask], theirs[mask], atol=1e-4, rtol=0)
+
+
+# ---------------------------------------------------------------- the cache
+
+
+def test_decoding_token_by_token_gives_the_same_logits(family):
+    """The first tokens in one go, the others one at a time, each row at its own position."""
+    model, prefill = family.models[family.scan], 4
+
+    @jit
+    def decode(base, tokens, mask):
+        positions, visible = seen(mask)
+
+        def some(cache, start, count):
+            cut = [jax.lax.dynamic_slice_in_dim(x, start, count, 1) for x in (tokens, positions, visible)]
+            hidden, cache = model.apply(
+                base, {}, cut[0], positions=cut[1], mask=cut[2], cache=cache, index=start, source_positions=positions
+            )
+            return cache, model.logits(base, hidden)
+
+        cache, first = some(model.empty_cache(len(LENGTHS), WIDTH, jnp.float32), 0, prefill)
+        _, rest = jax.lax.scan(lambda cache, i: some(cache, i, 1), cache, jnp.arange(prefill, WIDTH))
+        return jnp.concatenate([first, rest[:, :, 0].swapaxes(0, 1)], 1)
+
+    tokens, mask = padded("left")
+    theirs = torch_logits(family.theirs, tokens, mask)
+    np.testing.assert_allclose(decode(family.bases[family.scan], tokens, mask)[mask], theirs[mask], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("prefix_len", "scan"), [(0, True), (WINDOW + 3, False)])
+def test_greedy_tokens_equal_transformers(family, prefix_len, scan):
+    """Left-padded prompts of unequal lengths, behind nothing or behind a prefix that is computed once for all of them."""
+    model, new = family.models[scan], 28
+    prefix, prompt, mask, expected = decisive_prompts(family.theirs, prefix_len, new)
+    out, lengths = jit(
+        lambda base, prompt, mask, prefix, noise: generate.generate(
+            model, base, {}, prompt, mask, prefix, noise, sampling=Sampling(new, (), temperature=0.0)
+        )
+    )(family.bases[scan], prompt, mask, prefix, np.zeros((len(LENGTHS), new), np.float32))
+    np.testing.assert_array_equal(out, expected)
+    assert list(lengths) == [new] * len(LENGTHS)
+
+
+def decisive_prompts(theirs, prefix_len: int, new: int) -> tuple[np.ndarray, ...]:
+    """Prompts after which the best token is never within 1e-3 of the next: a near-tie would say nothing of either side."""
+    for seed in itertools.count():
+        prompt, mask = padded("left", seed)
+        prefix = np.random.default_rng(seed).integers(1, 256, prefix_len).astype(np.int32)
+        # transformers knows no shared prefix: it stands in every row, between padding and prompt
+        ids, attention = np.zeros((2, len(LENGTHS), prefix_len + WIDTH), np.int64)
+        for row, length in enumerate(LENGTHS):
+            ids[row, WIDTH - length :] = np.concatenate([prefix, prompt[row][mask[row]]])
+            attention[row, WIDTH - length :] = 1
+        generated = theirs.generate(
+            torch.tensor(ids),
+            attention_mask=torch.tensor(attention),
+            max_new_tokens=new,
+            do_sample=False,
+            eos_token_id=None,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        best = torch.stack(generated.logits, 1).topk(2).values
+        if (best[..., 0] - best[..., 1]).min() > 1e-3:
+            return prefix, prompt, mask, generated.sequences[:, ids.shape[1] :].numpy()
+    raise AssertionError
+
+
+# ---------------------------------------------------------------- LoRA and packed rows
+
+
+def adapted(family: Family) -> Any:
+    """PEFT's model with a random adapter on all linear modules of the language model."""
+    from peft import LoraConfig, get_peft_model
+
+    settings = LoraConfig(
+        r=RANK,
+        lora_alpha=SCALE * RANK,
+        # of a model that also sees, the linear modules of the part that reads and writes text
+        target_modules=r".*language_model.*_proj" if family.name == "gemma3" else "all-linear",
+        fan_in_fan_out=family.name == "gpt2",  # its matrices are [in, out]
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(families.build(VARIANTS[family.name]), settings).eval()
+    rng = np.random.default_rng(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.from_numpy(rng.normal(0, 0.2, parameter.shape)))
+    return model
+
+
+def random_batch() -> Batch:
+    """Three prompts with two responses each, all of unequal lengths."""
+    rng = np.random.default_rng(1)
+    prompt, prompt_mask = padded("left", 1)
+    response_mask = np.arange(9)[None, None] < np.array([[9, 4], [1, 8], [6, 7]])[..., None]
+    response = np.where(response_mask, rng.integers(1, 256, response_mask.shape), 0).astype(np.int32)
+    return Batch(prompt, prompt_mask, response, response_mask, {"valid": np.ones(len(prompt), np.float32)})
+
+
+def separate_logprobs(model, batch: Batch) -> torch.Tensor:
+    """Every response after its prompt in a row of its own, without padding."""
+    values = torch.zeros(batch.response.shape)
+    for i, k in np.ndindex(batch.response.shape[:2]):
+        prompt, response = batch.prompt[i][batch.prompt_mask[i]], batch.response[i, k][batch.response_mask[i, k]]
+        ids = torch.tensor(np.concatenate([prompt, response])).long()[None]
+        logp = model(input_ids=ids).logits.log_softmax(-1)[0, len(prompt) - 1 : -1]
+        values[i, k, : len(response)] = logp.gather(-1, torch.tensor(response).long()[:, None])[:, 0]
+    return values
+
+
+def test_packed_rows_and_their_gradients_equal_peft(family, tmp_path):
+    """[prompt | response 1 | response 2] in one row: each response's log-probabilities, and what they ask of LoRA."""
+    model, base, batch = family.models[family.scan], family.bases[family.scan], random_batch()
+    theirs = adapted(family)
+    theirs.save_pretrained(tmp_path)
+    adapter = lora.from_peft(peft.read(tmp_path)[0])
+    weights = np.random.default_rng(2).normal(size=batch.response.shape).astype(np.float32)
+
+    @jit
+    def ours(base, adapter, batch):
+        def total(adapter):
+            logprobs = train.outputs(model, base, lora.fuse(model, adapter, SCALE), batch).logprobs
+            return (weights * logprobs).sum(), logprobs
+
+        return jax.grad(total, has_aux=True)(adapter)
+
+    gradient, logprobs = ours(base, adapter, batch)
+    expected = separate_logprobs(theirs, batch)
+    np.testing.assert_allclose(logprobs, expected.detach().numpy(), atol=1e-4, rtol=0)
+    (torch.from_numpy(weights) * expected).sum().backward()
+    named = {n.replace(".default", ""): p.grad.numpy() for n, p in theirs.named_parameters() if p.grad is not None}
+    gradient = lora.to_peft(gradient)
+    assert sorted(gradient) == sorted(named)
+    for name, theirs_ in named.items():
+        np.testing.assert_allclose(gradient[name], theirs_, atol=1e-4 * np.abs(theirs_).max(), rtol=0, err_msg=name)
+
+
+def test_names_of_adapted_modules_are_those_of_peft(family):
+    """What we would write for "all-linear" has the names and shapes of what PEFT would."""
+    from peft import get_peft_model_state_dict
+
+    theirs = {name: tuple(x.shape) for name, x in get_peft_model_state_dict(adapted(family)).items()}
+    targets = {path.rsplit(".", 1)[1] for path, *_ in module_shapes(family.loaded.config)}
+    ours = lora.to_peft(lora.init(family.loaded.config, rank=RANK, targets=sorted(targets), seed=0))
+    assert {name: x.shape for name, x in ours.items()} == theirs
+
+
+# ---------------------------------------------------------------- config.json
+
+
+def write_config(folder, raw: dict[str, Any]) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(raw))
+    byte_tokenizer().save_pretrained(folder)
+
+
+def raw_config(variant: families.Variant) -> dict[str, Any]:
+    return json.loads(families.config(variant).to_json_string())
+
+
+def test_config_of_transformers_4_says_the_same(family, tmp_path):
+    (tmp_path / "model.safetensors").symlink_to(family.folder / "model.safetensors")
+    write_config(tmp_path, families.older(raw_config(VARIANTS[family.name])))
+    assert checkpoint.load(str(tmp_path)).config == family.loaded.config
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_unsupported_families_are_refused(name, tmp_path):
+    write_config(tmp_path, raw_config(UNSUPPORTED[name]))
+    with pytest.raises(UserError, match=f"{name}.*supported") as error:
+        checkpoint.load(str(tmp_path))
+    for supported in {families.config(variant).model_type for variant in VARIANTS.values()}:
+        assert supported in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "says"),
+    [
+        ("llama", {"hidden_act": "relu6"}, "relu6"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "dynamic"),
+        ("llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+        ("gpt2", {"add_cross_attention": True}, "add_cross_attention"),
+    ],
+)
+def test_features_that_are_not_there_are_refused_by_name(name, change, says, tmp_path):
+    write_config(tmp_path, raw_config(VARIANTS[name]) | change)
+    with pytest.raises(UserError, match=says):
+        checkpoint.load(str(tmp_path))

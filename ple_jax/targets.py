@@ -88,7 +88,11 @@ def open_target(topology: str) -> Target:
 
 def _tpu(topology: str, chip: Chip) -> Sequence[Any]:
     from jax.experimental import topologies
+    from jax.experimental.compilation_cache import compilation_cache
 
+    # what is compiled without the device cannot be read back from a cache on disk
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
     for name, value in _LIBTPU.items():
         os.environ.setdefault(name, value)
     try:

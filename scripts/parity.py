@@ -73,8 +73,8 @@ def theirs(file: Path, rows: list[list[int]]) -> float:
     for tokens, mask in batches(rows):
         ids, attention = torch.tensor(tokens).long(), torch.tensor(mask)
         with torch.no_grad():
-            logp = model(ids, attention_mask=attention.long()).logits[:, :-1].log_softmax(-1)
-        chosen = logp.gather(-1, ids[:, 1:, None])[..., 0]
+            logits = model(ids, attention_mask=attention.long()).logits[:, :-1]
+        chosen = logits.gather(-1, ids[:, 1:, None])[..., 0] - logits.logsumexp(-1)
         total -= chosen[attention[:, 1:]].double().sum().item()
     return total
 

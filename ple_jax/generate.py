@@ -231,7 +231,15 @@ def _first(
     index = jnp.arange(prompt.shape[1])[None]
     mask = (jnp.arange(size)[None] <= index[0][:, None])[None]
     cache = model.empty_cache(1, size, base["embed"].dtype)
-    hidden, cache = model.apply(base, lora, prompt, positions=jnp.minimum(index, length - 1), mask=mask, cache=cache)
+    hidden, cache = model.apply(
+        base,
+        lora,
+        prompt,
+        positions=jnp.minimum(index, length - 1),
+        mask=mask,
+        cache=cache,
+        source_positions=jnp.arange(size)[None],
+    )
     last = jax.lax.dynamic_index_in_dim(hidden, length - 1, 1, keepdims=False)
     return sample_token(model.logits(base, last), u, sampling=sampling), cache
 
@@ -251,5 +259,14 @@ def _next(
     """The token after `token`, which stands at position `index`."""
     size = jax.tree.leaves(cache)[0].shape[-2]
     mask = (jnp.arange(size) <= index)[None, None]
-    hidden, cache = model.apply(base, lora, token[:, None], positions=index[None, None], mask=mask, cache=cache, index=index)
+    hidden, cache = model.apply(
+        base,
+        lora,
+        token[:, None],
+        positions=index[None, None],
+        mask=mask,
+        cache=cache,
+        index=index,
+        source_positions=jnp.arange(mask.shape[-1])[None],
+    )
     return sample_token(model.logits(base, hidden[:, 0]), u, sampling=sampling), cache

@@ -52,6 +52,8 @@ def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
 def spec(name: str, shape: tuple[int, ...], mesh: Mesh, *, kv_heads: int) -> PartitionSpec:
     """The rule for one leaf. An axis that does not divide its dimension is left out: that dimension is replicated.
 
+    The parts of a quantised kernel, values and scales, have its rank and go by its name.
+
     Attention is sharded by whole KV heads, so where `kv_heads` does not divide it is replicated over `tensor`.
 
     Raises:

@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from ple_jax import generate, hlo, lora, sharding, train
+from ple_jax import quantize as quantization
 from ple_jax.core import prompts
 from ple_jax.core.config import PACKAGE, UserError
 from ple_jax.core.rollouts import bucket
@@ -107,13 +108,19 @@ def example_batch(config: ConfigDict, algorithm: ModuleType, rows: int, sizes: L
     return batch
 
 
-def abstract_base(model: Model, mesh: Mesh) -> Any:
+def abstract_base(model: Model, mesh: Mesh, quantize: str = "none") -> Any:
     """The base as shapes with the shardings that training gives it."""
 
-    def leaf(path: tuple, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    def leaf(path: tuple, x: jax.ShapeDtypeStruct) -> Any:
         name = "/".join(str(k.key) for k in path if not str(k.key).isdigit())
-        place = sharding.spec(name, x.shape, mesh, kv_heads=model.config.num_kv_heads)
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, place))
+        quantized = quantize != "none" and name.endswith("/kernel")
+        parts = quantization.shapes(x, quantize, axis=int(model.scan)) if quantized else x
+
+        def placed(part: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            place = sharding.spec(name, part.shape, mesh, kv_heads=model.config.num_kv_heads)
+            return jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=NamedSharding(mesh, place))
+
+        return jax.tree.map(placed, parts)
 
     return jax.tree_util.tree_map_with_path(leaf, model.shapes)
 
@@ -197,7 +204,7 @@ def phases(
     fresh = lora.init(c, settings, seed=config.seed)
     places = train.placement(fresh, transform, mesh)
     made = train.programs(model, fresh, mesh, transform=transform, settings=settings)
-    base = abstract_base(model, mesh)
+    base = abstract_base(model, mesh, config.model.quantize)
     adapter = _abstract(fresh, places[0])
     state = _abstract(jax.eval_shape(transform.init, fresh), places[1])
     frozen, trained, moments = map(device_bytes, (base, adapter, state))  # the reference is as large as the adapter
@@ -371,8 +378,7 @@ def report(
             f"{longest} positions are needed and {config.model.path} has {c.max_positions};"
             " lower --config.task.max_prompt_tokens or --config.sampling.max_new_tokens"
         )
-    scan = train.use_scan(config.model.layers, target.platform)
-    model = Model.create(c, dtype=jnp.dtype(config.model.dtype), scan=scan, remat=config.model.remat)
+    model = train.make_model(config, c, mesh, platform=target.platform)
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(model.shapes))
     limit = target.chip.hbm * GIB if target.chip else math.inf
     axes = " x ".join(f"{axis} {n}" for axis, n in mesh.shape.items())

@@ -437,17 +437,17 @@ def lora_settings(config: ConfigDict) -> lora.Lora:
     return lora.Lora(**config.lora.to_dict())
 
 
-def make_model(config: ConfigDict, model_config: ModelConfig, mesh: Mesh) -> Model:
-    """The decoder a config asks for, on the devices of a mesh."""
-    platform, dtype = mesh.devices.flat[0].platform, jnp.dtype(config.model.dtype)
+def make_model(config: ConfigDict, model_config: ModelConfig, mesh: Mesh, *, platform: str | None = None) -> Model:
+    """The decoder a config asks for, on the devices of a mesh; `platform` is what these stand for, if they are simulated."""
+    present, dtype = mesh.devices.flat[0].platform, jnp.dtype(config.model.dtype)
     return Model.create(
         model_config,
         dtype=dtype,
-        scan=use_scan(config.model.layers, platform),
+        scan=use_scan(config.model.layers, platform or present),
         remat=config.model.remat,
         attention=attention.choose(
             config.model.attention,
-            platform=platform,
+            platform=present,
             dtype=dtype,
             softcap=model_config.attention_softcap,
             head_dim=model_config.head_dim,

@@ -18,12 +18,12 @@ from ple_jax.core import peft
 from ple_jax.core.config import UserError
 from ple_jax.core.types import Batch, Sampling
 from ple_jax.models import checkpoint
-from ple_jax.models.decoder import Model, fill, module_shapes
+from ple_jax.models.decoder import Model, fill
 from ple_jax.models.tokenizer import byte_tokenizer
 
 LENGTHS = (5, 14, 9)  # two of them longer than a window
 WIDTH = max(LENGTHS)
-RANK, SCALE = 4, 2.0
+LORA = lora.Lora(rank=4, alpha=8.0)
 
 # what is compiled here runs once: most of the time would go into optimising it
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -176,8 +176,8 @@ def adapted(family: Family) -> Any:
     from peft import LoraConfig, get_peft_model
 
     settings = LoraConfig(
-        r=RANK,
-        lora_alpha=SCALE * RANK,
+        r=LORA.rank,
+        lora_alpha=LORA.alpha,
         # of a model that also sees, the linear modules of the part that reads and writes text
         target_modules=r".*language_model.*_proj" if family.name == "gemma3" else "all-linear",
         fan_in_fan_out=family.name == "gpt2",  # its matrices are [in, out]
@@ -224,7 +224,7 @@ def test_packed_rows_and_their_gradients_equal_peft(family, tmp_path):
     @jit
     def ours(base, adapter, batch):
         def total(adapter):
-            logprobs = train.outputs(model, base, lora.fuse(model, adapter, SCALE), batch).logprobs
+            logprobs = train.outputs(model, base, lora.fuse(model, adapter, LORA), batch).logprobs
             return (weights * logprobs).sum(), logprobs
 
         return jax.grad(total, has_aux=True)(adapter)
@@ -245,8 +245,7 @@ def test_names_of_adapted_modules_are_those_of_peft(family):
     from peft import get_peft_model_state_dict
 
     theirs = {name: tuple(x.shape) for name, x in get_peft_model_state_dict(adapted(family)).items()}
-    targets = {path.rsplit(".", 1)[1] for path, *_ in module_shapes(family.loaded.config)}
-    ours = lora.to_peft(lora.init(family.loaded.config, rank=RANK, targets=sorted(targets), seed=0))
+    ours = lora.to_peft(lora.init(family.loaded.config, LORA, seed=0))
     assert {name: x.shape for name, x in ours.items()} == theirs
 
 

@@ -182,6 +182,7 @@ RULES: dict[str, Rule] = {
     "queries_per_iteration": _whole(1),
     "model.path": _named(["smollm2-135m", "tiny"], file=".gguf file or Hugging Face folder", folder=True),
     "model.dtype": _choice("float32", "bfloat16"),
+    "model.quantize": _choice("none", "int8", "nf4"),
     "model.layers": _choice("auto", "scan", "unroll"),
     "model.attention": _choice("auto", "xla", "cudnn", "splash"),
     "model.remat": _choice("none", "dots", "full"),

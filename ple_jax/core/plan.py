@@ -24,6 +24,10 @@ def _visible(text: str) -> str:
     return "\n".join(f"    {line!r}" for line in text.splitlines(keepends=True))
 
 
+def _quantized(kind: str) -> str:
+    return "" if kind == "none" else f", kernels in {kind}"
+
+
 def _names(targets: str | Sequence[str]) -> str:
     return targets if isinstance(targets, str) else ", ".join(targets)
 
@@ -84,7 +88,7 @@ def describe(
         "Model\n"
         + _table(
             [
-                ("base", f"{config.model.path}, {config.model.dtype}"),
+                ("base", f"{config.model.path}, {config.model.dtype}{_quantized(config.model.quantize)}"),
                 ("parameters", f"{parameters:,}"),
                 (
                     "LoRA parameters",

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ple_jax.models import families
 from ple_jax.models.attention import attend
 from ple_jax.models.config import LayerKind, ModelConfig
+from ple_jax.quantize import QArray, project
 
 Tree = Any  # a pytree of arrays
 
@@ -50,8 +51,10 @@ class Kind(NamedTuple):
 _LONGEST_SUM = 1024
 
 
-def _matmul(x: Float[Array, "row time inp"], kernel: Float[Array, "inp *out"]) -> Float[Array, "row time *out"]:
+def _matmul(x: Float[Array, "row time inp"], kernel: Float[Array, "inp *out"] | QArray) -> Float[Array, "row time *out"]:
     size = kernel.shape[0]
+    if isinstance(kernel, QArray):
+        return project(x, kernel)
     if size > _LONGEST_SUM and size % 2 == 0 and x.dtype == jnp.float32:
         # XLA's CPU kernels add up in one fp32 accumulator: SmolLM2's logits were 16e-5 off float64, halves are 6e-5 off
         # (torch: 9e-5). One batched matmul: two matmuls of slices copied the kernel in every decode step
@@ -221,7 +224,9 @@ class Model:
         return Model(config, scan, remat, graph, nnx.to_pure_dict(state))
 
     def _bind(self, base: Tree) -> Decoder:
-        return nnx.merge(self.graph, nnx.State(jax.tree.map(nnx.Param, base)))
+        # a quantised kernel is a pytree of its own, in the place of an array
+        params = jax.tree.map(nnx.Param, base, is_leaf=lambda x: isinstance(x, QArray))
+        return nnx.merge(self.graph, nnx.State(params))
 
     def apply(
         self,

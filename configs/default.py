@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
     c.lora = ConfigDict()
     c.lora.rank = 8
     c.lora.alpha = 16.0  # the update is scaled by alpha / rank
-    c.lora.targets = "all-linear"  # every linear module of the layers, or their names: ("q_proj", "v_proj")
+    c.lora.targets = ("all-linear",)  # every linear module of the layers, or their names: ("q_proj", "v_proj")
     # a rank or alpha of their own for modules whose path ends in a regular expression: {"layers.0.mlp.down_proj": 16}
     c.lora.rank_pattern = {}
     c.lora.alpha_pattern = {}

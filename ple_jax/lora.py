@@ -33,7 +33,7 @@ class Lora:
 
     rank: int = 8
     alpha: float = 16.0
-    targets: str | Sequence[str] = "all-linear"  # or names of modules: "q_proj", "attn.c_proj"
+    targets: Sequence[str] = ("all-linear",)  # or names of modules: "q_proj", "attn.c_proj"
     rank_pattern: Mapping[str, int] = field(default_factory=dict)  # regular expression at a path's end -> its own rank
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     rslora: bool = False  # scale by alpha / sqrt(rank), arXiv:2312.03732
@@ -56,7 +56,7 @@ def resolve(config: ModelConfig, targets: str | Sequence[str]) -> list[str]:
         UserError: a target that names no linear module of this family.
     """
     known = [module.name for module in families.FAMILIES[config.family].modules]
-    if targets == "all-linear":
+    if "all-linear" in targets:
         return known
     for target in [targets] if isinstance(targets, str) else targets:
         if not any(_ends_with(name, target) for name in known):

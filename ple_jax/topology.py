@@ -143,7 +143,8 @@ def _rows(mesh: Mesh, tree: Any) -> Any:
 
 def device_bytes(tree: Any) -> int:
     """Bytes of abstract arrays on one device."""
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * jax.dtypes.itemsize_bits(x.dtype) for x in leaves) // 8
 
 
 # ---------------------------------------------------------------- floating-point operations, by formula
@@ -457,6 +458,8 @@ def advice(config: ConfigDict, phase: Phase, m: Measured) -> str:
     multiple = mesh.data * mesh.fsdp
     if not m.refused and m.arguments + phase.held >= m.temporaries + m.outputs:
         steps = ["--config.model.dtype=bfloat16"] if config.model.dtype == "float32" else []
+        if config.model.quantize == "none":
+            steps.append("--config.model.quantize=nf4")
         if mesh.data > 1:
             steps.append(f"--config.mesh.data=1 --config.mesh.fsdp={multiple}, which spreads the weights too")
         steps.append("a larger slice with a larger --config.mesh.fsdp")

@@ -65,7 +65,7 @@ class TestParse:
         )
         expected.reward.kwargs = {"k": 1, "words": ("a",)}
         assert run.config.to_dict() == expected.to_dict()
-        assert run[1:] == (tmp_path, "jax", "evaluate")
+        assert run[1:-1] == (tmp_path, "jax", "evaluate")
         with pytest.raises(AttributeError):
             run.config.seed = 1
 
@@ -73,7 +73,7 @@ class TestParse:
         assert parse(DEFAULT, "--mode=plan", "--config.task.chat").config.task.chat is True
 
     def test_plan_needs_no_workdir(self):
-        assert parse(DEFAULT, "--mode=plan")[1:] == (Path("."), "jax", "plan")
+        assert parse(DEFAULT, "--mode=plan")[1:] == (Path("."), "jax", "plan", None)
 
     @pytest.mark.parametrize(
         "arguments, says",
@@ -99,7 +99,7 @@ class TestParse:
             ([DEFAULT, "--wrokdir=x"], "unknown flag --wrokdir; did you mean 'workdir'?"),
             ([DEFAULT, "train"], "leftover argument 'train'"),
             ([DEFAULT, "--config.seed", "1", "2"], "leftover argument '2'"),
-            ([DEFAULT, "--mode=trian"], "--mode=trian: value should be one of <train|evaluate|generate|plan|export>"),
+            ([DEFAULT, "--mode=trian"], "--mode=trian: value should be one of <train|evaluate|generate|plan|export|chat>"),
             ([DEFAULT, "--backend=tf"], "--backend=tf: value should be one of <jax|torch>"),
             ([DEFAULT], "--workdir=DIR is missing"),
             ([DEFAULT, f"--workdir={__file__}"], "is a file"),

@@ -293,7 +293,7 @@ def test_advice_follows_what_dominates():
     assert "Everything fits" in lines(_phase("gradients"), _measured(8, 7))
     state = lines(_phase("gradients", held=9), _measured(8, 1))
     assert "largest phase is gradients: 18 GiB of 15.75" in state and "weights and state dominate" in state
-    assert "model.dtype=bfloat16" in state and "mesh.data=1 --config.mesh.fsdp=2" in state
+    assert "model.dtype=bfloat16" in state and "model.quantize=nf4" in state and "mesh.data=1 --config.mesh.fsdp=2" in state
     temporary = lines(_phase("gradients"), _measured(2, 30))
     assert "model.remat=full" in temporary and "optimizer.micro_queries=4" in temporary
     config.model.remat = "full"

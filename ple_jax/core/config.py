@@ -143,10 +143,10 @@ def _optional_file(value: Any) -> str:
 
 def _targets(value: Any) -> str:
     """Names are checked against the model's modules, which differ between families, when it is loaded."""
-    if value == "all-linear":
-        return ""
     names = isinstance(value, tuple | list) and value and all(isinstance(v, str) and v for v in value)
-    return "" if names else "all-linear or a tuple of module names: \"('q_proj','v_proj')\""
+    if not names or ("all-linear" in value and len(value) > 1):
+        return "a tuple of module names, \"('q_proj','v_proj')\", or \"('all-linear',)\""
+    return ""
 
 
 def _patterns(each: Rule) -> Rule:

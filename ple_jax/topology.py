@@ -24,7 +24,7 @@ from ple_jax.core import prompts
 from ple_jax.core.config import PACKAGE, UserError
 from ple_jax.core.rollouts import bucket
 from ple_jax.core.types import Batch, Query, Response, Rollout, Sampling, Tokenizer
-from ple_jax.models import checkpoint, families
+from ple_jax.models import checkpoint, families, hub
 from ple_jax.models import tokenizer as tokenizers
 from ple_jax.models.config import ModelConfig
 from ple_jax.models.decoder import Model
@@ -48,13 +48,14 @@ class Source(NamedTuple):
     eos: tuple[int, ...]
 
 
-def read_source(path: str) -> Source:
-    """A published model's shapes by name, a folder in which a config.json is enough, or anything that can be trained."""
-    named, folder = PUBLISHED / f"{path}.json", Path(path)
+def read_source(path: str, revision: str | None = None) -> Source:
+    """A folder in which a config.json is enough, a published model's shapes by name, or anything that can be trained."""
+    named = PUBLISHED / f"{path}.json"
+    folder = hub.fetch(path, revision, weights=False) if hub.is_remote(path) else Path(path)
     if not named.is_file() and not folder.is_dir():
         loaded = checkpoint.load(path)
         return Source(loaded.config, loaded.tokenizer, loaded.eos)
-    file = named if named.is_file() else folder / "config.json"
+    file = folder / "config.json" if folder.is_dir() else named
     raw = checkpoint._read_json(file)
     config = families.read(raw, str(file))
     if (folder / "tokenizer.json").is_file():
@@ -190,6 +191,7 @@ class Phase(NamedTuple):
 
     name: str
     about: str
+    given: int  # bytes on a device of weights and state among its arguments
     held: int  # bytes on a device of what stays there but is no argument of this program
     flops: float  # of all devices together
     lower: Callable[[], Any]
@@ -251,15 +253,16 @@ def phases(
         mask, u = spread(width, 1, total, dtype=jnp.bool_), spread(width, dtype=jnp.float32)
         return jax.jit(step, donate_argnums=2).lower(base, fused, cached, token, position, mask, whole((), jnp.int32), u)
 
+    policy = frozen + trained
     resident = trained + moments  # the reference and the optimizer's moments
     first = sum(forward(width, sizes.sampled, total, 1).values())
     first += sum(forward(1, sizes.prefix, sizes.prefix, 0).values())
     one = sum(forward(width, 1, total, 1).values())
     rows = f"{width} rows x [{f'{sizes.prefix} shared + ' if sizes.prefix else ''}{sizes.sampled} prompt"
-    yield Phase("prefill", f"{rows} tokens]", resident, first, lambda: generation(1))
-    yield Phase("decode step", f"{width} rows x 1 token over {total} positions", resident, one, decode)
+    yield Phase("prefill", f"{rows} tokens]", policy, resident, first, lambda: generation(1))
+    yield Phase("decode step", f"{width} rows x 1 token over {total} positions", policy, resident, one, decode)
     yield Phase(
-        "generate", f"{rows} + {sizes.new} new tokens]", resident, first + (sizes.new - 1) * one,
+        "generate", f"{rows} + {sizes.new} new tokens]", policy, resident, first + (sizes.new - 1) * one,
         lambda: generation(sizes.new),
     )  # fmt: skip
 
@@ -276,7 +279,7 @@ def phases(
     judged = batch(max(config.eval.diagnostic_queries, opt.batch_queries * algorithm.needs_reference(config)))
     about, flops = packed(judged)
     yield Phase(
-        "log-probs", about, resident, sum(flops.values()),
+        "log-probs", about, policy, resident, sum(flops.values()),
         lambda: made.outputs.lower(base, adapter, judged, entropy=False),
     )  # fmt: skip
     micro, loss = batch(opt.micro_queries), algorithm.make_loss(config)
@@ -287,6 +290,7 @@ def phases(
     yield Phase(
         "gradients",
         about + (f", {passes} times a step" if passes > 1 else ""),
+        policy,
         resident + accumulated,
         gradient_flops(flops, config.model.remat),
         lambda: made.gradients.lower(base, adapter, micro, whole((), jnp.float32), key, loss=loss),
@@ -294,11 +298,11 @@ def phases(
     numbers = lora.count(fresh)
     if passes > 1:
         yield Phase(
-            "accumulate", f"{numbers:,} gradients", frozen + resident + trained, numbers,
+            "accumulate", f"{numbers:,} gradients", 2 * trained, policy + resident, numbers,
             lambda: made.accumulate.lower(adapter, adapter),
         )  # fmt: skip
     yield Phase(
-        "apply", f"AdamW on {numbers:,} parameters", frozen + trained, 20.0 * numbers,
+        "apply", f"AdamW on {numbers:,} parameters", 2 * trained + moments, policy, 20.0 * numbers,
         lambda: made.apply.lower(adapter, state, adapter, whole((), jnp.float32)),
     )  # fmt: skip
 
@@ -307,7 +311,7 @@ def phases(
 
 
 class Measured(NamedTuple):
-    """Bytes on one device. Of a program that the compiler refuses only `peak` is known: what it says it would need."""
+    """Bytes on one device. What the compiler says of a program that it refuses is how much it would need in all."""
 
     arguments: int
     outputs: int
@@ -326,7 +330,9 @@ def measure(phase: Phase) -> Measured:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return Measured(0, 0, 0, _needed(str(error)), [], time.perf_counter() - start, refused=True)
+        needed = max(_needed(str(error)), phase.given)
+        seconds = time.perf_counter() - start
+        return Measured(phase.given, 0, needed - phase.given, needed, [], seconds, refused=True)
     seconds = time.perf_counter() - start
     m = compiled.memory_analysis()
     outputs = m.output_size_in_bytes - m.alias_size_in_bytes  # donated arguments become outputs
@@ -371,7 +377,7 @@ def report(
     """
     target = open_target(topology)
     mesh = make_mesh(target, **config.mesh)
-    source = read_source(config.model.path)
+    source = read_source(config.model.path, config.model.revision)
     c = source.config
     sizes = lengths(config, source.tokenizer, train_set, heldout, principles)
     if (longest := sizes.prefix + sizes.sampled + sizes.new) > c.max_positions:
@@ -401,7 +407,7 @@ def report(
     write("")
     for phase, m in results.values():
         write(f"{phase.name}: {phase.about}")
-        for line in _collectives(m.collectives):
+        for line in ["not compiled"] if m.refused else _collectives(m.collectives):
             write(f"    {line}")
     write("")
     for line in verdict(config, target, [*results.values()]):
@@ -419,7 +425,7 @@ def _size(count: float) -> str:
 
 
 def _row(phase: Phase, m: Measured, limit: float) -> str:
-    parts = ["", "", ""] if m.refused else [_size(n) for n in (m.arguments, m.outputs, m.temporaries)]
+    parts = [_size(n) for n in (m.arguments, m.outputs, m.temporaries)]
     total = m.peak + phase.held
     share = f"{total / limit:.0%}" if limit < math.inf else ""
     cells = "".join(f"{cell:>10}" for cell in (*parts, _size(phase.held), _size(total)))
@@ -447,32 +453,40 @@ def verdict(config: ConfigDict, target: Target, results: Sequence[tuple[Phase, M
         return [f"The largest phase is {name}: {_size(total)} a device."]
     limit = target.chip.hbm * GIB
     lines = [f"The largest phase is {name}: {_size(total)} of {target.chip.hbm:g} GiB ({total / limit:.0%})."]
-    over = [(phase, m) for phase, m in results if m.refused or m.peak + phase.held > limit]
-    lines += [f"{phase.name} does not fit: {advice(config, phase, m)}." for phase, m in over]
+    over: dict[str, list[str]] = {}
+    for phase, m in results:
+        if m.refused or m.peak + phase.held > limit:
+            over.setdefault(advice(config, phase, m, limit), []).append(phase.name)
+    lines += [f"Too large: {', '.join(names)}: {what}." for what, names in over.items()]
     return lines if over else [*lines, f"Everything fits on {target.name}."]
 
 
-def advice(config: ConfigDict, phase: Phase, m: Measured) -> str:
-    """What to change, from what takes most of the memory."""
+def advice(config: ConfigDict, phase: Phase, m: Measured, limit: float) -> str:
+    """What to change, from what takes most of the memory; `limit` in bytes."""
     mesh, opt = config.mesh, config.optimizer
     multiple = mesh.data * mesh.fsdp
-    if not m.refused and m.arguments + phase.held >= m.temporaries + m.outputs:
+    larger = mesh.fsdp  # if all of it is spread as the weights are
+    while (m.peak + phase.held) * mesh.fsdp > limit * larger:
+        larger *= 2
+    slice_ = f"{larger // mesh.fsdp} times the chips with --config.mesh.fsdp={larger}"
+    if m.arguments + phase.held >= m.temporaries + m.outputs:
         steps = ["--config.model.dtype=bfloat16"] if config.model.dtype == "float32" else []
         if config.model.quantize == "none":
             steps.append("--config.model.quantize=nf4")
         if mesh.data > 1:
             steps.append(f"--config.mesh.data=1 --config.mesh.fsdp={multiple}, which spreads the weights too")
-        steps.append("a larger slice with a larger --config.mesh.fsdp")
+        steps.append(slice_)
         return f"weights and state dominate ({_size(m.arguments + phase.held)}); try {' or '.join(steps)}"
     steps = []
     if phase.name in ("gradients", "log-probs"):
         if phase.name == "gradients" and config.model.remat != "full":
             steps.append("--config.model.remat=full")
         if phase.name == "gradients" and opt.micro_queries > multiple:
-            steps.append(f"--config.optimizer.micro_queries={max(multiple, opt.micro_queries // 2)}")
+            smaller = [n for n in range(multiple, opt.micro_queries, multiple) if opt.batch_queries % n == 0]
+            steps.append(f"--config.optimizer.micro_queries={smaller[-1]}")
         if phase.name == "log-probs":
             steps.append("a smaller --config.eval.diagnostic_queries (or optimizer.batch_queries with a reference)")
     elif config.sampling.width > multiple:
-        steps.append(f"--config.sampling.width={max(multiple, config.sampling.width // 2)}")
-    steps += ["shorter --config.task.max_prompt_tokens and --config.sampling.max_new_tokens", "a larger slice"]
+        steps.append(f"--config.sampling.width={max(multiple, config.sampling.width // 2 // multiple * multiple)}")
+    steps += ["shorter --config.task.max_prompt_tokens and --config.sampling.max_new_tokens", slice_]
     return f"temporaries dominate; try {', then '.join(steps)}"

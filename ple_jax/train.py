@@ -32,19 +32,24 @@ _CHUNK = 512  # tokens whose logits exist at one time: 100 MB in fp32 at a vocab
 # ---------------------------------------------------------------- log-probabilities of response tokens
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def token_logprobs(
     head: Float[Array, "vocab hidden"],
     hidden: Float[Array, "row time hidden"],
     targets: Int[Array, "row time"],
     softcap: float | None = None,
+    shards: int = 1,
 ) -> Float32[Array, "row time"]:
     """log softmax(logits)[target], chunked over time: [row, time, vocab] never exists, forward or backward.
 
     The gradient is with respect to `hidden` alone (the head is frozen) and is computed beside the value, so that the
     backward pass needs neither the logits nor a second pass over the vocabulary.
+
+    Args:
+        softcap: of the logits, where the family has one.
+        shards: over how many devices rows are spread: chunks are as large as one device can take.
     """
-    return _over_time(lambda h, y: _chunk(head, h, y, softcap)[0], hidden, targets)
+    return _over_time(lambda h, y: _chunk(head, h, y, softcap)[0], hidden, targets, shards)
 
 
 def _chunk(head: Array, hidden: Array, targets: Array, softcap: float | None) -> tuple[Array, Array, Array]:
@@ -54,10 +59,10 @@ def _chunk(head: Array, hidden: Array, targets: Array, softcap: float | None) ->
     return target - normaliser, normaliser, logits
 
 
-def _over_time(f: Any, hidden: Array, targets: Array) -> Any:
+def _over_time(f: Any, hidden: Array, targets: Array, shards: int) -> Any:
     rows, time = targets.shape
     # chunks along time only: rows may be spread over devices
-    size = max(1, min(time, _CHUNK // rows))
+    size = max(1, min(time, _CHUNK * shards // rows))
     pad = -time % size
     h = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0))).reshape(rows, -1, size, hidden.shape[-1]).swapaxes(0, 1)
     y = jnp.pad(targets, ((0, 0), (0, pad))).reshape(rows, -1, size).swapaxes(0, 1)
@@ -66,7 +71,7 @@ def _over_time(f: Any, hidden: Array, targets: Array) -> Any:
 
 
 def _token_logprobs_forward(
-    head: Array, hidden: Array, targets: Array, softcap: float | None
+    head: Array, hidden: Array, targets: Array, softcap: float | None, shards: int
 ) -> tuple[Array, tuple[Array, Array]]:
     def f(h: Array, y: Array) -> tuple[Array, Array]:
         value, normaliser, logits = _chunk(head, h, y, softcap)
@@ -79,11 +84,13 @@ def _token_logprobs_forward(
         expected = jnp.einsum("btv,vd->btd", p.astype(head.dtype), head, preferred_element_type=jnp.float32)
         return value, chosen - expected
 
-    value, gradient = _over_time(f, hidden, targets)
+    value, gradient = _over_time(f, hidden, targets, shards)
     return value, (gradient, jnp.zeros((), hidden.dtype))
 
 
-def _token_logprobs_backward(_: float | None, saved: tuple[Array, Array], g: Array) -> tuple[None, Array, None]:
+def _token_logprobs_backward(
+    softcap: float | None, shards: int, saved: tuple[Array, Array], g: Array
+) -> tuple[None, Array, None]:
     gradient, like = saved
     return None, (g[..., None] * gradient).astype(like.dtype), None
 
@@ -92,7 +99,10 @@ token_logprobs.defvjp(_token_logprobs_forward, _token_logprobs_backward)
 
 
 def token_entropy(
-    head: Float[Array, "vocab hidden"], hidden: Float[Array, "row time hidden"], softcap: float | None = None
+    head: Float[Array, "vocab hidden"],
+    hidden: Float[Array, "row time hidden"],
+    softcap: float | None = None,
+    shards: int = 1,
 ) -> Float32[Array, "row time"]:
     """Entropy in nats of the next-token distribution, chunked like `token_logprobs`; not differentiated."""
 
@@ -101,7 +111,7 @@ def token_entropy(
         logp = logits - normaliser[..., None]
         return -(jnp.exp(logp) * logp).sum(-1)
 
-    return _over_time(f, hidden, jnp.zeros(hidden.shape[:2], jnp.int32))
+    return _over_time(f, hidden, jnp.zeros(hidden.shape[:2], jnp.int32), shards)
 
 
 # ---------------------------------------------------------------- the packed row [prompt | response 1 | ... | response K]
@@ -137,14 +147,18 @@ def outputs(model: Model, base: Any, fused: Any, batch: Batch, *, entropy: bool 
     first = jnp.broadcast_to(hidden[:, None, p - 1 : p], (rows, k, 1, hidden.shape[-1]))
     rest = hidden[:, p:].reshape(rows, k, r, -1)[:, :, :-1]
     predicting = jnp.concatenate([first, rest], 2).reshape(rows, k * r, -1)
-    head = model.head(base)
+    head, shards = model.head(base), 1
+    if model.mesh is not None:
+        # once: the loop over chunks would gather it in every turn
+        head = sharding.gathered("head", head, model.mesh)
+        shards = math.gcd(rows, sharding.row_multiple(model.mesh))
 
     def shaped(x: Array) -> Array:
         return jnp.where(batch.response_mask, x.reshape(rows, k, r), 0.0)
 
     softcap = model.config.logits_softcap
-    logprobs = shaped(token_logprobs(head, predicting, batch.response.reshape(rows, k * r), softcap))
-    return Outputs(logprobs, shaped(token_entropy(head, predicting, softcap)) if entropy else None)
+    logprobs = shaped(token_logprobs(head, predicting, batch.response.reshape(rows, k * r), softcap, shards))
+    return Outputs(logprobs, shaped(token_entropy(head, predicting, softcap, shards)) if entropy else None)
 
 
 # ---------------------------------------------------------------- the step
@@ -418,7 +432,7 @@ def use_scan(setting: str, platform: str | None = None) -> bool:
 def load(config: ConfigDict) -> weights.Loaded:
     """Weights, model config and tokenizer of the base model; a mesh that does not fit is refused before."""
     sharding.make_mesh(**config.mesh)
-    return weights.load(config.model.path)
+    return weights.load(config.model.path, config.model.revision)
 
 
 def count(config: ConfigDict, loaded: weights.Loaded) -> tuple[int, int]:
@@ -473,7 +487,7 @@ def build(config: ConfigDict, loaded: weights.Loaded) -> JaxBackend:
             array, jax.sharding.NamedSharding(mesh, sharding.spec(name, array.shape, mesh, kv_heads=kv_heads))
         )
 
-    base = fill(model, loaded.weights, put)
+    base = fill(model, loaded.weights, put, quantize=config.model.quantize)
     adapter = lora.init(loaded.config, settings, seed=config.seed)
     if settings.dora:
         adapter = lora.magnitudes(loaded.config, loaded.weights, adapter, settings)

@@ -150,6 +150,13 @@ VARIANTS = {
     "smollm3": Variant(
         "SmolLM3ForCausalLM", _LLAMA | {"no_rope_layers": [1, 0, 1]}, {"layer without RoPE": {"no_rope_layers": [1, 1, 1]}}
     ),
+    "smollm3-yarn": Variant(
+        "SmolLM3ForCausalLM",
+        _LLAMA
+        | {"no_rope_layers": [1, 0, 1]}
+        | _rope(rope_type="yarn", factor=4.0, original_max_position_embeddings=32, attention_factor=1.3),
+        _SCALED,
+    ),
     "olmo2": Variant("Olmo2ForCausalLM", _LLAMA, {"epsilon": _NO_EPSILON}),
     "gpt2": Variant(
         "GPT2LMHeadModel",
@@ -166,13 +173,19 @@ VARIANTS = {
         },
     ),
     "gpt_neox-sequential": Variant("GPTNeoXForCausalLM", _NEOX | {"use_parallel_residual": False}),
+    "mixtral": Variant(
+        "MixtralForCausalLM",
+        _LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": WINDOW},
+        {"experts per token": {"num_experts_per_tok": 1}, "window": {"sliding_window": None}},
+    ),
+    "qwen3_moe": Variant(
+        "Qwen3MoeForCausalLM",
+        _QWEN3 | {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "norm_topk_prob": True},
+        {"shares that add up to one": {"norm_topk_prob": False}, "experts per token": {"num_experts_per_tok": 2}},
+    ),
 }
 
-# mixtures of experts
-UNSUPPORTED = {
-    "mixtral": Variant("MixtralForCausalLM", _LLAMA | {"num_local_experts": 2}),
-    "qwen3_moe": Variant("Qwen3MoeForCausalLM", _QWEN3 | {"num_experts": 4, "moe_intermediate_size": 16}),
-}
+UNSUPPORTED = {"olmoe": Variant("OlmoeForCausalLM", _LLAMA), "bloom": Variant("BloomForCausalLM", {})}
 
 
 def config(variant: Variant, **changes: Any) -> transformers.PreTrainedConfig:

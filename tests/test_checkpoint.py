@@ -78,6 +78,14 @@ def test_sharded_bfloat16(tmp_path):
     equal_to(model, weights)
 
 
+def test_no_file_stays_mapped(tmp_path):
+    """Pages of mapped files count as the process's memory."""
+    save(tmp_path, shard="20KB")
+    weights = checkpoint.load(str(tmp_path)).weights
+    arrays = [weights[name] for name in weights]
+    assert len(arrays) == len(weights) and str(tmp_path) not in Path("/proc/self/maps").read_text()
+
+
 def test_rope_theta_of_earlier_transformers(folder):
     edit(folder / "config.json", rope_parameters=..., rope_theta=123.0, rope_scaling=None)
     assert theta(checkpoint.load(str(folder)).config) == pytest.approx(123.0)
@@ -112,7 +120,10 @@ def test_several_end_tokens(folder):
         ({"num_key_value_heads": 3}, "4 attention heads do not divide into 3 KV heads"),
         ({"vocab_size": ...}, "has no vocab_size"),
         ({"vocab_size": 300}, r"tensor model.embed_tokens.weight has shape \(258, 32\), config.json says \(300, 32\)"),
-        ({"num_hidden_layers": 3}, "lacks tensor model.layers.2.input_layernorm.weight"),
+        ({"num_hidden_layers": 3}, "lacks tensor model.layers.2.input_layernorm.weight, which .* download it again"),
+        ({"num_hidden_layers": 1}, "model.safetensors has tensor model.layers.1.input_layernorm.weight, which a llama dec"),
+        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, r"quantization_config \(awq\).*take the original"),
+        ({"quantization_config": {"load_in_8bit": True}}, r"quantization_config \(of an unknown method\)"),
     ],
 )
 def test_config_that_does_not_fit(folder, change, message):
@@ -124,6 +135,9 @@ def test_config_that_does_not_fit(folder, change, message):
 def test_config_that_cannot_be_read(folder):
     (folder / "config.json").write_text("{")
     with pytest.raises(UserError, match="config.json is not valid JSON"):
+        checkpoint.load(str(folder))
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(UserError, match="config.json holds no JSON object"):
         checkpoint.load(str(folder))
     (folder / "config.json").unlink()
     with pytest.raises(UserError, match="config.json does not exist"):
@@ -138,10 +152,114 @@ def test_truncated_safetensors(folder, kept):
         checkpoint.load(str(folder))
 
 
-def test_pickled_weights_are_not_read(folder):
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(UserError, match="neither model.safetensors nor model.safetensors.index.json"):
+def test_cut_while_it_is_read(folder):
+    loaded = checkpoint.load(str(folder))
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+    last = max(loaded.weights._places, key=lambda name: loaded.weights._places[name].start)
+    with pytest.raises(UserError, match=f"model.safetensors was cut while it was read: tensor {last} is not whole"):
+        loaded.weights[last]
+
+
+def test_pointer_of_git_lfs(folder):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4665a5ea\nsize 269060552\n"
+    (folder / "model.safetensors").write_text(pointer)
+    with pytest.raises(UserError, match="model.safetensors is only a pointer to the real file; run `git lfs pull`"):
         checkpoint.load(str(folder))
+
+
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "consolidated.00.pth", "model.gguf", "my.safetensors"]
+)
+def test_other_formats_are_not_read(folder, name):
+    (folder / "model.safetensors").rename(folder / name)
+    says = rf"{folder} has neither model.safetensors nor model.safetensors.index.json, but {name}; .*\(pickle can run code"
+    with pytest.raises(UserError, match=says):
+        checkpoint.load(str(folder))
+
+
+def test_no_weights_at_all(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="nor model.safetensors.index.json; other formats are not read"):
+        checkpoint.load(str(folder))
+
+
+def test_a_file_of_a_model_is_no_model(folder):
+    with pytest.raises(UserError, match=f"is one file of a model; give its folder, '{folder}'"):
+        checkpoint.load(str(folder / "model.safetensors"))
+
+
+def test_code_of_a_checkpoint_is_not_run(folder):
+    """auto_map asks for it; transformers would with trust_remote_code."""
+    (folder / "modeling_mine.py").write_text("raise SystemExit('it was run')")
+    edit(folder / "config.json", auto_map={"AutoModelForCausalLM": "modeling_mine.Mine"})
+    edit(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["modeling_mine.Mine", None]})
+    assert checkpoint.load(str(folder)).tokenizer.decode([104, 105]) == "hi"
+    edit(folder / "config.json", model_type="mine")
+    with pytest.raises(UserError, match="model_type 'mine' is not supported"):
+        checkpoint.load(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("index", "says"),
+    [
+        ({}, "index.json has no weight_map"),
+        ({"weight_map": []}, "index.json has no weight_map"),
+        ({"weight_map": {"model.norm.weight": "../other.safetensors"}}, "names '../other.safetensors', which is no file of"),
+        ({"weight_map": {"model.norm.weight": 3}}, "names 3, which is no file of its folder"),
+        ({"weight_map": {"model.norm.weight": "model.safetensors"}}, "index.json lacks tensor model.embed_tokens.weight"),
+    ],
+)
+def test_index_that_is_broken(folder, index, says):
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=says):
+        checkpoint.load(str(folder))
+
+
+def change(folder: Path, *drop: str, **more: np.ndarray) -> None:
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    save_file({k: v for k, v in weights.items() if k not in drop} | more, file)
+
+
+def test_output_matrix_that_is_not_there(folder):
+    change(folder, "lm_head.weight")
+    with pytest.raises(UserError, match=r'lacks tensor lm_head.weight, .*"tie_word_embeddings": true.* set that in config'):
+        checkpoint.load(str(folder))
+    edit(folder / "config.json", tie_word_embeddings=True)  # as the message says
+    assert "lm_head.weight" not in checkpoint.load(str(folder)).weights
+
+
+def test_copy_of_a_tied_output_matrix_is_left_out(tmp_path):
+    save(tmp_path, tie_word_embeddings=True)
+    change(tmp_path, **{"lm_head.weight": np.zeros((258, 32), np.float32)})
+    assert "lm_head.weight" not in checkpoint.load(str(tmp_path)).weights
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.q_proj.bias", "model.layers.1.self_attn.q_norm.weight", "model.layers.0.mlp.gate.weight",
+        "model.embed_positions.weight", "v_head.summary.weight",
+    ],
+)  # fmt: skip
+def test_a_tensor_that_would_be_left_out(folder, name):
+    change(folder, **{name: np.zeros(32, np.float32)})
+    with pytest.raises(UserError, match=f"model.safetensors has tensor {name}, which a llama decoder .* does not have"):
+        checkpoint.load(str(folder))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq", "h.0.attn.bias", "h.0.attn.masked_bias",
+        "gpt_neox.layers.0.attention.bias", "gpt_neox.layers.0.attention.masked_bias", "vision_tower.vision_model.head.bias",
+        "model.multi_modal_projector.mm_soft_emb_norm.weight",
+    ],
+)  # fmt: skip
+def test_a_tensor_that_does_not_matter(folder, name):
+    change(folder, **{name: np.zeros(32, np.int64)})
+    assert name not in checkpoint.load(str(folder)).weights
 
 
 def test_shard_that_is_missing_or_lacks_its_tensor(tmp_path):
@@ -157,23 +275,34 @@ def test_shard_that_is_missing_or_lacks_its_tensor(tmp_path):
         checkpoint.load(str(tmp_path))
 
 
-def test_quantised_and_broken_values(folder):
+def test_dtype_that_is_not_supported(folder):
     file = folder / "model.safetensors"
     weights = load_file(file)
     norm = weights["model.norm.weight"]
     save_file(weights | {"model.norm.weight": norm.astype(np.int8)}, file)
-    with pytest.raises(UserError, match="model.norm.weight has dtype I8; supported: F32, F16, BF16"):
+    with pytest.raises(UserError, match="model.norm.weight has dtype I8; supported: F32, F16, BF16 .*take the original"):
         checkpoint.load(str(folder))
-    norm[7] = np.nan
-    save_file(weights, file)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite(folder, dtype, value):
+    norm = np.ones(32, dtype)
+    norm[7] = ml_dtypes.finfo(dtype).min
+    change(folder, **{"model.norm.weight": norm})
+    np.testing.assert_array_equal(checkpoint.load(str(folder)).weights["model.norm.weight"], norm)
+    norm[31] = value
+    change(folder, **{"model.norm.weight": norm})
     loaded = checkpoint.load(str(folder))
-    with pytest.raises(UserError, match="model.norm.weight holds values that are not finite"):
+    with pytest.raises(UserError, match=f"{folder}/model.safetensors: tensor model.norm.weight holds values that are not"):
         loaded.weights["model.norm.weight"]
 
 
 def test_nothing_there():
     with pytest.raises(UserError, match="'no/such/model' is neither a file nor a folder"):
         checkpoint.load("no/such/model")
+    with pytest.raises(UserError, match="of model 'llama-3-8b' only the shapes are here, for --mode=plan --topology"):
+        checkpoint.load("llama-3-8b")
 
 
 def test_smollm2_is_not_installed(monkeypatch):

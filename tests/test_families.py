@@ -11,19 +11,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import transformers
 from families import UNSUPPORTED, VARIANTS, WINDOW
+from safetensors.numpy import save_file
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ple_jax import generate, lora, train
 from ple_jax.core import peft
 from ple_jax.core.config import UserError
 from ple_jax.core.types import Batch, Sampling
 from ple_jax.models import checkpoint
+from ple_jax.models import families as table
 from ple_jax.models.decoder import Model, fill
 from ple_jax.models.tokenizer import byte_tokenizer
 
 LENGTHS = (5, 14, 9)  # two of them longer than a window
 WIDTH = max(LENGTHS)
 LORA = lora.Lora(rank=4, alpha=8.0)
+# where we adapt less than PEFT: the part that reads and writes text of a model that also sees, and no experts
+TARGETS = {"gemma3": r".*language_model.*_proj", **dict.fromkeys(("mixtral", "qwen3_moe"), r".*self_attn.*_proj")}
 
 # what is compiled here runs once: most of the time would go into optimising it
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -41,6 +47,15 @@ class Family(NamedTuple):
     def scan(self) -> bool:
         """Where one way is enough: scanned for every other variant."""
         return list(VARIANTS).index(self.name) % 2 == 0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """For matrices this small torch's other threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
@@ -129,18 +144,31 @@ def test_decoding_token_by_token_gives_the_same_logits(family):
     np.testing.assert_allclose(decode(family.bases[family.scan], tokens, mask)[mask], theirs[mask], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize(("prefix_len", "scan"), [(0, True), (WINDOW + 3, False)])
-def test_greedy_tokens_equal_transformers(family, prefix_len, scan):
-    """Left-padded prompts of unequal lengths, behind nothing or behind a prefix that is computed once for all of them."""
-    model, new = family.models[scan], 28
-    prefix, prompt, mask, expected = decisive_prompts(family.theirs, prefix_len, new)
+def test_greedy_tokens_equal_transformers(family):
+    """Left-padded prompts of unequal lengths behind a prefix that is computed once for all of them."""
+    model, new = family.models[not family.scan], 28
+    prefix, prompt, mask, expected = decisive_prompts(family.theirs, WINDOW + 3, new)
     out, lengths = jit(
         lambda base, prompt, mask, prefix, noise: generate.generate(
             model, base, {}, prompt, mask, prefix, noise, sampling=Sampling(new, (), temperature=0.0)
         )
-    )(family.bases[scan], prompt, mask, prefix, np.zeros((len(LENGTHS), new), np.float32))
+    )(family.bases[not family.scan], prompt, mask, prefix, np.zeros((len(LENGTHS), new), np.float32))
     np.testing.assert_array_equal(out, expected)
     assert list(lengths) == [new] * len(LENGTHS)
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma3_text", "gpt2"])
+def test_streamed_tokens_equal_transformers(name, tmp_path):
+    """One right-padded prompt, as a conversation has it, in families whose positions or windows must be kept up."""
+    theirs = families.build(VARIANTS[name])
+    families.save(theirs, tmp_path)
+    loaded = checkpoint.load(str(tmp_path))
+    model = Model.create(loaded.config, dtype=jnp.float32, scan=True)
+    base = fill(model, loaded.weights, lambda _, array: jnp.asarray(array))
+    prefix, prompt, mask, expected = decisive_prompts(theirs, WINDOW + 3, 28)
+    ids, noise = np.concatenate([prefix, prompt[0][mask[0]]]), np.zeros(28, np.float32)
+    tokens = generate.stream(model, base, {}, ids, noise, sampling=Sampling(28, (), temperature=0.0))
+    assert list(tokens) == expected[0].tolist()
 
 
 def decisive_prompts(theirs, prefix_len: int, new: int) -> tuple[np.ndarray, ...]:
@@ -178,8 +206,7 @@ def adapted(family: Family) -> Any:
     settings = LoraConfig(
         r=LORA.rank,
         lora_alpha=LORA.alpha,
-        # of a model that also sees, the linear modules of the part that reads and writes text
-        target_modules=r".*language_model.*_proj" if family.name == "gemma3" else "all-linear",
+        target_modules=TARGETS.get(family.name, "all-linear"),
         fan_in_fan_out=family.name == "gpt2",  # its matrices are [in, out]
         init_lora_weights=False,
         task_type="CAUSAL_LM",
@@ -268,6 +295,64 @@ def test_config_of_transformers_4_says_the_same(family, tmp_path):
     assert checkpoint.load(str(tmp_path)).config == family.loaded.config
 
 
+@pytest.mark.parametrize("kind", sorted({families.config(v).model_type for v in VARIANTS.values()}))
+def test_defaults_are_those_of_transformers(kind):
+    """A config.json may say no more than a model's sizes; of Gemma 3's (google/gemma-3-4b-it) it says half of those."""
+    full = json.loads(transformers.CONFIG_MAPPING[kind]().to_json_string())
+    text = full.get("text_config", full)
+    sizes = ["hidden_size", "intermediate_size", "num_hidden_layers", "n_embd", "n_layer", "n_head"]
+    if "gemma3" not in kind:
+        sizes += ["num_attention_heads", "vocab_size"]
+    short = {key: text[key] for key in ["model_type", *sizes] if key in text}
+    if text is not full:
+        short = {"model_type": kind, "text_config": short}
+    assert table.read(short, "config.json") == table.read(full, "config.json")
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "default"},
+        {"rope_type": "linear", "factor": 8.0},
+        {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 2.0, "high_freq_factor": 8.0, "rope_theta": 1e4},
+        {"rope_type": "yarn", "factor": 4.0},
+        {"rope_type": "yarn", "factor": 4.0, "beta_fast": 16.0, "beta_slow": 2.0, "truncate": False},
+        {"rope_type": "yarn", "factor": 40.0, "mscale": 1.0, "mscale_all_dim": 0.8},
+        {"rope_type": "yarn", "factor": 4.0, "attention_factor": 0.7},
+    ],
+    ids=str,
+)
+def test_frequencies_equal_transformers(rope):
+    """At the sizes of real models; transformers' own are the buffers of a rotary embedding."""
+    rope = {"rope_theta": 5e5, "original_max_position_embeddings": 8192} | rope
+    settings = transformers.LlamaConfig(
+        hidden_size=256, num_attention_heads=2, max_position_embeddings=131072, rope_parameters=rope
+    )
+    theirs = LlamaRotaryEmbedding(settings)
+    ours, scale = table.frequencies(rope | {"max_position_embeddings": 131072}, 128)
+    np.testing.assert_allclose(ours, theirs.inv_freq.numpy(), rtol=1e-5)
+    assert scale == pytest.approx(theirs.attention_scaling, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "ours", "other"),
+    [("gpt2", "transformer.", ""), ("gemma3", "model.language_model.", "language_model.model.")],
+)
+def test_other_names_of_the_same_weights(name, ours, other, tmp_path):
+    """GPT-2's checkpoints on hubs hold the bare backbone; Gemma 3's put the language model outside."""
+    theirs = families.build(VARIANTS[name])
+    families.save(theirs, tmp_path)
+    expected = checkpoint.load(str(tmp_path))
+    weights = {key: expected.weights[key] for key in expected.weights}
+    renamed = {key.replace(ours, other, 1): value for key, value in weights.items()}
+    save_file(renamed, tmp_path / "model.safetensors")
+    again = checkpoint.load(str(tmp_path))
+    assert renamed.keys() != weights.keys() == dict(again.weights).keys()
+    for key, value in weights.items():
+        np.testing.assert_array_equal(again.weights[key], value)
+
+
 @pytest.mark.parametrize("name", UNSUPPORTED)
 def test_unsupported_families_are_refused(name, tmp_path):
     write_config(tmp_path, raw_config(UNSUPPORTED[name]))
@@ -284,8 +369,8 @@ def test_unsupported_families_are_refused(name, tmp_path):
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "dynamic"),
         ("llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
-        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
-        ("gpt2", {"add_cross_attention": True}, "add_cross_attention"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "inverse layer index"),
+        ("gpt2", {"add_cross_attention": True}, "cross-attention"),
     ],
 )
 def test_features_that_are_not_there_are_refused_by_name(name, change, says, tmp_path):

@@ -6,10 +6,16 @@ import random
 import re
 import unicodedata
 from pathlib import Path
+from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, processors
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from gguf import GGUFWriter
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, GemmaTokenizer, GPTNeoXTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
+from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
+from transformers.tokenization_utils_base import generate_merges
 
 from ple_jax.core.config import UserError
 from ple_jax.models import gguf, tokenizer
@@ -101,16 +107,236 @@ def test_chat_template_equals_transformers(ours, theirs, messages, prompt):
     assert rendered.startswith("<|im_start|>system\n") and rendered.endswith("<|im_start|>assistant\n") == prompt
 
 
-@pytest.mark.parametrize("field, value", [("model", "llama"), ("pre", "qwen2"), ("pre", None)])
+# ---------------------------------------------------------------- other vocabularies from GGUF
+
+PRES = ["gpt-2", "llama-bpe", "smaug-bpe", "dbrx", "qwen2", "olmo", "mpt"]
+SENTENCEPIECE = ["llama", "phi3", "gemma2", "gemma3"]
+# few words of many kinds, so that a small vocabulary covers them
+WORDS = st.sampled_from(
+    [*" \n\t.,'!?ßж中🙂0179▁", "  ", "\r\n", "don't", "'S", " the", "The", "movie", "½", "e\u0301"]
+    + ["<think>", "<|user|>", "<|begin|>", "<s>"]
+)
+TEXTS = st.one_of(st.text(max_size=30), st.lists(WORDS, max_size=30).map("".join))
+
+
+def trained(normalizer: Any, split: Any, alphabet: list[str]) -> tuple[list[str], list[str]]:
+    """Tokens and merges ("a b") of a BPE vocabulary for `varied_texts`, the alphabet first, merges in their order."""
+    backend = Tokenizer(models.BPE())
+    backend.normalizer, backend.pre_tokenizer = normalizer, split
+    trainer = trainers.BpeTrainer(vocab_size=900, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(varied_texts(400), trainer)
+    model = json.loads(backend.to_str())["model"]
+    return sorted(model["vocab"], key=model["vocab"].get), [" ".join(merge) for merge in model["merges"]]
+
+
+@pytest.fixture(scope="module")
+def byte_level() -> dict[str, Any]:
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokens, merges = trained(None, pre_tokenizers.ByteLevel(add_prefix_space=False), alphabet)
+    return {
+        "tokens": [*tokens, "<|endoftext|>", "<|begin|>", "<think>"],
+        "token_type": [1] * len(tokens) + [3, 3, 4],
+        "merges": merges,
+        "eos_token_id": len(tokens),
+        "bos_token_id": len(tokens) + 1,
+    }
+
+
+@pytest.fixture(scope="module")
+def sentencepiece() -> dict[str, Any]:
+    """As sentencepiece numbers them: specials, bytes, pieces by falling score, then the characters."""
+    blanks = normalizers.Replace(" ", "▁")
+    tokens, merges = trained(blanks, pre_tokenizers.Metaspace("▁", "never"), [])
+    pieces = [merge.replace(" ", "") for merge in merges] + [token for token in tokens if len(token) == 1]
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces, "<|user|>", "<think>"]
+    return {
+        "tokens": names,
+        "scores": [0.0] * 259 + [-float(i) for i in range(len(pieces))] + [-1000.0] * 2,
+        "token_type": [2, 3, 3] + [6] * 256 + [1] * len(pieces) + [3, 4],
+        "unknown_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+
+
+def write_gguf(folder: Path, fields: dict[str, Any], *, architecture="llama", pre=None, **more) -> Path:
+    """A file with this tokenizer alone."""
+    writer = GGUFWriter(folder / "a.gguf", architecture)
+    writer.add_tokenizer_model("gpt2" if pre else "llama")
+    writer.add_tokenizer_pre(pre or "default")
+    for key, value in (fields | more).items():
+        add = (
+            writer.add_bool if isinstance(value, bool) else writer.add_uint32 if isinstance(value, int) else writer.add_array
+        )
+        add(f"tokenizer.ggml.{key}", value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return folder / "a.gguf"
+
+
+def both(path: Path) -> tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast]:
+    """The file as we read it, and as transformers does."""
+    theirs = PreTrainedTokenizerFast.from_pretrained(str(path.parent), gguf_file=path.name)
+    return gguf.read_tokenizer(gguf._open(path)), theirs
+
+
+def assert_equal(ours, theirs, normalize=str) -> None:
+    """The same ids for everything, and the same text back."""
+
+    def compare(text: str) -> None:
+        text = normalize(text)
+        ids = ours.encode(text, add_special_tokens=True)
+        assert ids == theirs.encode(text, add_special_tokens=True), repr(text)
+        assert ours.decode(ids) == theirs.decode(ids), repr(text)
+        assert ours.decode(ids, skip_special_tokens=True) == theirs.decode(ids, skip_special_tokens=True), repr(text)
+
+    for text in varied_texts(400):
+        compare(text)
+    settings(max_examples=300, deadline=None, database=None)(given(TEXTS)(compare))()
+
+
+def nfc(text: str) -> str:
+    return unicodedata.normalize("NFC", text)
+
+
+def strip_after_tokens(text: str) -> str:
+    return re.sub(r"(<think>|<\|user\|>)\s+", r"\1", text)
+
+
+@pytest.mark.parametrize("pre", PRES)
+def test_byte_level_equals_transformers_gguf_reader(byte_level, pre, tmp_path):
+    # which leaves out the normalisation of the tokenizer.json: hence normalised texts
+    assert_equal(*both(write_gguf(tmp_path, byte_level, pre=pre, add_bos_token=True)), nfc)
+
+
+@pytest.mark.parametrize(
+    "pre, reference", [("qwen2", Qwen2Tokenizer), ("olmo", GPTNeoXTokenizer), ("mpt", GPTNeoXTokenizer)]
+)
+def test_byte_level_normalises_as_the_model_does(byte_level, pre, reference, tmp_path):
+    vocab = {token: i for i, token in enumerate(byte_level["tokens"])}
+    merges = [tuple(merge.split(" ")) for merge in byte_level["merges"]]
+    theirs = reference(vocab, merges, bos_token="<|begin|>", eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    theirs.add_tokens("<think>")
+    read = gguf.read_tokenizer(gguf._open(write_gguf(tmp_path, byte_level, pre=pre)))
+    assert read.encode("e\u0301") == read.encode("\u00e9")
+    assert_equal(read, theirs)
+
+
+def test_whole_words_need_no_merge(byte_level, tmp_path):
+    # Llama 3 has such tokens, its tokenizer.json says ignore_merges
+    tokens = [*byte_level["tokens"], "Ġxqz"]
+    fields = byte_level | {"tokens": tokens, "token_type": [*byte_level["token_type"], 1]}
+    for pre, whole in (("llama-bpe", True), ("smaug-bpe", True), ("dbrx", False), ("qwen2", False)):
+        read = gguf.read_tokenizer(gguf._open(write_gguf(tmp_path, fields, pre=pre)))
+        assert (len(tokens) - 1 in read.encode("a xqz.")) == whole, pre
+
+
+@pytest.mark.parametrize(
+    "pre, digits", [("llama-bpe", ["123", "45"]), ("dbrx", ["123", "45"]), ("qwen2", [*"12345"]), ("gpt-2", ["12345"])]
+)
+def test_digits_in_a_row(byte_level, pre, digits, tmp_path):
+    read = gguf.read_tokenizer(gguf._open(write_gguf(tmp_path, byte_level, pre=pre)))
+    split = read.backend_tokenizer.pre_tokenizer.pre_tokenize_str("in12345")
+    assert [piece for piece, _ in split] == ["in", *digits]
+
+
+@pytest.mark.parametrize("architecture", SENTENCEPIECE)
+def test_sentencepiece_equals_transformers_gguf_reader(sentencepiece, architecture, tmp_path):
+    gemma = architecture.startswith("gemma")
+    fields = sentencepiece | (
+        {"add_space_prefix": False, "scores": [-float(i % 5) for i in range(len(sentencepiece["tokens"]))]} if gemma else {}
+    )
+    read, theirs = both(write_gguf(tmp_path, fields, architecture=architecture))
+    # transformers does not know what follows from Phi-3's "rstrip" (see below)
+    assert_equal(read, theirs, strip_after_tokens if architecture == "phi3" else str)
+    assert read.encode("é", add_special_tokens=True)[0] == 1  # BOS, though the file says nothing of it
+
+
+@pytest.mark.parametrize("prefix, reference", [(True, LlamaTokenizer), (False, LlamaTokenizer), (False, GemmaTokenizer)])
+def test_sentencepiece_equals_the_folder(sentencepiece, prefix, reference, tmp_path):
+    """Merges in the file; the reference is saved and read by AutoTokenizer."""
+    vocab = {token: i for i, token in enumerate(sentencepiece["tokens"])}
+    pieces = [token for token, role in zip(sentencepiece["tokens"], sentencepiece["token_type"], strict=True) if role == 1]
+    merges = [(p[:i], p[i:]) for p in pieces for i in range(len(p) - 1, 0, -1) if p[:i] in vocab and p[i:] in vocab]
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
+    theirs = reference(vocab, merges, **special, **({} if reference is GemmaTokenizer else {"add_prefix_space": prefix}))
+    theirs.add_tokens(["<|user|>"], special_tokens=True)
+    theirs.add_tokens(["<think>"])
+    theirs.save_pretrained(tmp_path / "folder")
+    more = {"merges": [" ".join(merge) for merge in merges], "add_space_prefix": prefix, "add_bos_token": True}
+    path = write_gguf(tmp_path, sentencepiece, architecture="gemma3" if reference is GemmaTokenizer else "llama", **more)
+    assert_equal(gguf.read_tokenizer(gguf._open(path)), AutoTokenizer.from_pretrained(tmp_path / "folder"))
+
+
+@given(st.dictionaries(st.text("ab", min_size=1, max_size=5), st.integers(-3, 0), min_size=5))
+def test_merges_from_scores_equal_transformers(scores):
+    vocab = {token: i for i, token in enumerate(scores)}
+    ranks = [-score for score in scores.values()]
+    assert tokenizer._merges(list(scores), ranks) == generate_merges(vocab, scores)
+
+
+def test_tokens_of_blanks(sentencepiece, tmp_path):
+    """llama.cpp's converter writes Gemma's tokens of several spaces with spaces, as added tokens with no score."""
+    tokens = [*sentencepiece["tokens"], "    ", "  "]
+    fields = {"tokens": tokens, "scores": [-1000.0] * len(tokens), "token_type": [*sentencepiece["token_type"], 4, 4]}
+    path = write_gguf(tmp_path, sentencepiece | fields, architecture="gemma3", add_space_prefix=False, add_bos_token=True)
+    read, theirs = both(path)
+    assert_equal(read, theirs)
+    assert read.decode(read.encode("a     b", add_special_tokens=False)) == "a     b"
+
+
+def test_scores_that_say_nothing(sentencepiece, tmp_path):
+    """As the converter writes them without a sentencepiece model at hand: the order of the tokens is left, and the same."""
+    path = write_gguf(tmp_path, sentencepiece)
+    with_scores = gguf.read_tokenizer(gguf._open(path))
+    path = write_gguf(tmp_path, sentencepiece | {"scores": [-1000.0] * len(sentencepiece["tokens"])})
+    assert_equal(gguf.read_tokenizer(gguf._open(path)), with_scores)
+
+
+def test_blanks_after_phi_3s_tokens_go_with_them(sentencepiece, tmp_path):
+    # "rstrip" of its tokenizer.json
+    read = gguf.read_tokenizer(gguf._open(write_gguf(tmp_path, sentencepiece, architecture="phi3")))
+    user = read.convert_tokens_to_ids("<|user|>")
+    movie = read.encode("movie", add_special_tokens=False)
+    assert read.encode("<|user|>\n movie<s>movie", add_special_tokens=False) == [user, *movie, 1, *movie]
+    newline = read.encode("\nmovie", add_special_tokens=False)
+    assert newline != movie and read.encode("<s>\nmovie", add_special_tokens=False) == [1, *newline]
+
+
+@pytest.mark.parametrize("architecture, pre", [("llama", "llama-bpe"), ("qwen2", "qwen2"), ("phi3", None), ("gemma3", None)])
+def test_gguf_tokenizer_saved_as_a_folder(byte_level, sentencepiece, architecture, pre, tmp_path):
+    path = write_gguf(tmp_path, byte_level if pre else sentencepiece, architecture=architecture, pre=pre)
+    read = gguf.read_tokenizer(gguf._open(path))
+    read.save_pretrained(tmp_path / "folder")
+    assert_equal(tokenizer.from_folder(tmp_path / "folder"), read)
+
+
+@pytest.mark.parametrize(
+    "pre, stated, added",
+    [("llama-bpe", None, True), ("llama-bpe", False, False), ("smaug-bpe", None, False), ("qwen2", None, False),
+     ("qwen2", True, True), (None, None, True), (None, False, False)],
+)  # fmt: skip
+def test_bos(byte_level, sentencepiece, pre, stated, added, tmp_path):
+    stated = {} if stated is None else {"add_bos_token": stated}
+    read = gguf.read_tokenizer(gguf._open(write_gguf(tmp_path, byte_level if pre else sentencepiece, pre=pre, **stated)))
+    bare = read.encode("the movie", add_special_tokens=False)
+    assert read.encode("the movie", add_special_tokens=True) == [read.bos_token_id] * added + bare
+
+
+@pytest.mark.parametrize("field, value", [("model", "bert"), ("model", "t5"), ("pre", "tekken"), ("pre", None)])
 def test_another_gguf_tokenizer_is_refused(field, value):
     metadata = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm", f"tokenizer.ggml.{field}": value}
-    with pytest.raises(UserError, match=re.escape(f"{field}={value!r}") + ".*gpt-2, smollm"):
+    with pytest.raises(UserError, match=re.escape(f"{field}={value!r}") + ".*gpt-2, .*smollm.*tokenizer.json"):
         tokenizer.from_gguf(metadata)
 
 
-def test_gguf_tokenizer_without_merges_is_refused():
-    metadata = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm", "tokenizer.ggml.tokens": ["a"]}
-    with pytest.raises(UserError, match="merges"):
+@pytest.mark.parametrize("kind, missing", [("gpt2", "merges"), ("llama", "scores")])
+def test_gguf_tokenizer_without_what_it_needs_is_refused(kind, missing):
+    metadata = {"tokenizer.ggml.model": kind, "tokenizer.ggml.pre": "smollm"}
+    metadata |= {"tokenizer.ggml.tokens": ["a"], "tokenizer.ggml.token_type": [1]}
+    with pytest.raises(UserError, match=missing):
         tokenizer.from_gguf(metadata)
 
 

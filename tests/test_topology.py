@@ -229,7 +229,7 @@ def test_parameters_of_published_models(name):
     assert sum(p.numel() for p in model.parameters()) - tied == PARAMETERS[name]
 
 
-@pytest.mark.parametrize("name", ["llama-2-7b", "llama-3-8b", "llama-3-70b"])
+@pytest.mark.parametrize("name", PARAMETERS)
 def test_published_models_are_read(name):
     source = topology.read_source(name)
     assert source.tokenizer is None
@@ -275,7 +275,7 @@ GIB = topology.GIB
 
 
 def _phase(name, held=0.0):
-    return topology.Phase(name, "", int(held * GIB), 0.0, lambda: None)
+    return topology.Phase(name, "", 0, int(held * GIB), 0.0, lambda: None)
 
 
 def _measured(arguments, temporaries):
@@ -284,7 +284,8 @@ def _measured(arguments, temporaries):
 
 def test_advice_follows_what_dominates():
     config = tiny_config.get_config()
-    config.mesh.data, config.optimizer.micro_queries, config.sampling.width = 2, 8, 8
+    config.mesh.data, config.sampling.width = 2, 8
+    config.optimizer.micro_queries = config.optimizer.batch_queries = 8
     v5e = targets.Target("v5e:2x4", (), targets.CHIPS["v5e"], "tpu", "")
 
     def lines(phase, m):
@@ -294,6 +295,7 @@ def test_advice_follows_what_dominates():
     state = lines(_phase("gradients", held=9), _measured(8, 1))
     assert "largest phase is gradients: 18 GiB of 15.75" in state and "weights and state dominate" in state
     assert "model.dtype=bfloat16" in state and "model.quantize=nf4" in state and "mesh.data=1 --config.mesh.fsdp=2" in state
+    assert "2 times the chips with --config.mesh.fsdp=2" in state  # 18 GiB into 2 x 15.75
     temporary = lines(_phase("gradients"), _measured(2, 30))
     assert "model.remat=full" in temporary and "optimizer.micro_queries=4" in temporary
     config.model.remat = "full"
@@ -358,8 +360,9 @@ def test_a_program_that_the_tpu_compiler_refuses(restored_cache):
     mesh = jax.sharding.Mesh(np.array(devices), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     n = 2**18  # 256 GiB, 64 on each device
     x = jax.ShapeDtypeStruct((n, n), jnp.float32, sharding=NamedSharding(mesh, P("x")))
-    m = topology.measure(topology.Phase("much", "", 0, 0.0, lambda: jax.jit(lambda a: a @ a @ a.T).lower(x)))
-    assert m.refused and m.peak >= 64 * GIB
+    m = topology.measure(topology.Phase("much", "", 64 * GIB, 0, 0.0, lambda: jax.jit(lambda a: a @ a @ a.T).lower(x)))
+    assert m.refused and m.arguments == 64 * GIB and m.peak == m.arguments + m.temporaries
+    assert m.temporaries >= 64 * GIB  # the first product is as large as its argument
 
 
 def test_the_command_on_simulated_devices(tmp_path):

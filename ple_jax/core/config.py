@@ -165,11 +165,31 @@ def _patterns(each: Rule) -> Rule:
     return rule
 
 
+def is_hub_id(value: str) -> bool:
+    """Whether it reads like user/name; a file's suffix is none."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", value) is not None and not value.endswith((".gguf", ".safetensors"))
+
+
 def _optional_repository(value: Any) -> str:
-    fine = value is None or (isinstance(value, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", value))
+    fine = value is None or (isinstance(value, str) and is_hub_id(value))
     return "" if fine else "unset or a hub repository, user/name"
 
 
+def _model(value: Any) -> str:
+    """A hub is asked when the model is loaded."""
+    if isinstance(value, str) and is_hub_id(value):
+        return ""
+    local = _named(["smollm2-135m", "tiny", *PUBLISHED], file=".gguf file or Hugging Face folder", folder=True)(value)
+    return f"{local}, or a model on a hub, user/name" if local else ""
+
+
+def _revision(value: Any) -> str:
+    fine = value is None or (isinstance(value, str) and re.fullmatch(r"\w[\w./+@-]*", value) and ".." not in value)
+    return "" if fine else "unset or a branch, tag or commit of a model on a hub"
+
+
+# well-known models of which only the config.json is here: for planning
+PUBLISHED = names("models/published", ".json")
 _positive = _real(lambda v: v > 0, "above 0")
 _not_negative = _real(lambda v: v >= 0, "of at least 0")
 _queries = _named(names("data", ".jsonl"), file="JSONL file")
@@ -180,7 +200,8 @@ RULES: dict[str, Rule] = {
     "algorithm_kwargs": _free,
     "iterations": _whole(1),
     "queries_per_iteration": _whole(1),
-    "model.path": _named(["smollm2-135m", "tiny"], file=".gguf file or Hugging Face folder", folder=True),
+    "model.path": _model,
+    "model.revision": _revision,
     "model.dtype": _choice("float32", "bfloat16"),
     "model.quantize": _choice("none", "int8", "nf4"),
     "model.layers": _choice("auto", "scan", "unroll"),

@@ -18,6 +18,7 @@ from ple_jax.core import workdir as files
 from ple_jax.core.config import BACKENDS, UserError
 from ple_jax.core.interrupt import Stop
 from ple_jax.core.plugins import load_module
+from ple_jax.models import hub
 from ple_jax.core.progress import Progress
 from ple_jax.core.rollouts import Journal
 from ple_jax.core.types import Response, Sampling
@@ -48,12 +49,15 @@ def inputs(config: Any) -> dict[str, str]:
     }
     code = {"algorithm": config.algorithm, "reward": config.reward.name.split(":")[0], "sft": config.sft.data or ""}
     texts |= {name: Path(file).read_text() for name, file in code.items() if Path(file).is_file()}
-    return {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in texts.items()}
+    digests = {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in texts.items()}
+    return {**digests, "model": hub.identity(config.model.path, config.model.revision)}
 
 
 def resolved(config: Any, backend: str) -> dict[str, Any]:
-    """What config.json holds: every key but those of the export, the backend, and the digests of the inputs."""
-    keys = {key: value for key, value in config.to_dict().items() if key != "export"}  # no part of what a run computes
+    """What config.json holds: the backend, every key with a part in what a run computes, and the digests of the inputs."""
+    keys = config.to_dict()
+    del keys["export"]
+    del keys["model"]["revision"]  # the commit that it stands for is among the inputs
     return {"backend": backend, **keys, "inputs": inputs(config)}
 
 

@@ -5,7 +5,7 @@ Weights of a layer that read the same input are fused at load: q, k, v into `qkv
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,12 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, Bool, Float, Int
 
+from ple_jax import quantize as quantization
 from ple_jax.models import families
 from ple_jax.models.attention import attend
 from ple_jax.models.config import LayerKind, ModelConfig
+from ple_jax.models.experts import MATMULS, Experts
 from ple_jax.quantize import QArray, project
 
 Tree = Any  # a pytree of arrays
@@ -136,7 +138,7 @@ _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 class Block(nnx.Module):
-    def __init__(self, c: ModelConfig, dtype: Any, attend: Callable):
+    def __init__(self, c: ModelConfig, dtype: Any, attend: Callable, mesh: Mesh | None):
         self.c, self.attend = c, attend
         for name in c.norms:
             setattr(self, name, Norm(c, (c.hidden_size,), dtype))
@@ -146,8 +148,11 @@ class Block(nnx.Module):
             self.q_norm = Norm(c, (c.num_kv_heads, c.group, c.head_dim) if together else (c.head_dim,), dtype)
             self.k_norm = Norm(c, (c.num_kv_heads, 1, c.head_dim) if together else (c.head_dim,), dtype)
         self.o = Linear((c.num_heads * c.head_dim, c.hidden_size), c.o_bias, dtype)
-        self.gate_up = Linear((c.hidden_size, 1 + c.gated, c.intermediate_size), c.mlp_bias, dtype)
-        self.down = Linear((c.intermediate_size, c.hidden_size), c.mlp_bias, dtype)
+        if c.experts:
+            self.experts = Experts(c, dtype, _ACTIVATIONS[c.activation], mesh)
+        else:
+            self.gate_up = Linear((c.hidden_size, 1 + c.gated, c.intermediate_size), c.mlp_bias, dtype)
+            self.down = Linear((c.intermediate_size, c.hidden_size), c.mlp_bias, dtype)
 
     def attention(self, x: Array, lora: dict, kind: Kind, cache: tuple | None, index: Any) -> tuple:
         c = self.c
@@ -168,6 +173,8 @@ class Block(nnx.Module):
         return self.o(out.transpose(0, 3, 1, 2, 4).reshape(rows, time, -1), lora.get("o")), (k, v)
 
     def mlp(self, x: Array, lora: dict) -> Array:
+        if self.c.experts:
+            return self.experts(x)
         gate_up = self.gate_up(x, lora.get("gate_up"))
         h = _ACTIVATIONS[self.c.activation](gate_up[..., 0, :])
         return self.down(h * gate_up[..., 1, :] if self.c.gated else h, lora.get("down"))
@@ -185,14 +192,14 @@ class Block(nnx.Module):
 class Decoder(nnx.Module):
     """Embedding, layers (a list, or one block with stacked weights), final norm, and the head [vocab, hidden]."""
 
-    def __init__(self, c: ModelConfig, dtype: Any, scan: bool, attend: Callable):
+    def __init__(self, c: ModelConfig, dtype: Any, scan: bool, attend: Callable, mesh: Mesh | None):
         self.embed = nnx.Param(jnp.zeros((c.vocab_size, c.hidden_size), dtype))
         if c.learned_positions:
             self.positions = nnx.Param(jnp.zeros((c.max_positions, c.hidden_size), dtype))
         if scan:
-            self.layers = nnx.vmap(lambda _: Block(c, dtype, attend))(jnp.zeros(c.num_layers))
+            self.layers = nnx.vmap(lambda _: Block(c, dtype, attend, mesh))(jnp.zeros(c.num_layers))
         else:
-            self.layers = nnx.List([Block(c, dtype, attend) for _ in range(c.num_layers)])
+            self.layers = nnx.List([Block(c, dtype, attend, mesh) for _ in range(c.num_layers)])
         self.norm = Norm(c, (c.hidden_size,), dtype)
         if not c.tie_embeddings:
             self.head = nnx.Param(jnp.zeros((c.vocab_size, c.hidden_size), dtype))
@@ -207,6 +214,7 @@ class Model:
     remat: str  # none | dots | full: what the backward pass recomputes
     graph: nnx.GraphDef
     shapes: Tree  # of the base: nested dicts of jax.ShapeDtypeStruct
+    mesh: Mesh | None = None
 
     @staticmethod
     def create(
@@ -220,8 +228,8 @@ class Model:
     ) -> "Model":
         """A decoder without weights; `attention` is one of `ple_jax.models.attention`'s implementations."""
         chosen = functools.partial(attend, implementation=attention, mesh=mesh)
-        graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, dtype, scan, chosen)))
-        return Model(config, scan, remat, graph, nnx.to_pure_dict(state))
+        graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, dtype, scan, chosen, mesh)))
+        return Model(config, scan, remat, graph, nnx.to_pure_dict(state), mesh)
 
     def _bind(self, base: Tree) -> Decoder:
         # a quantised kernel is a pytree of its own, in the place of an array
@@ -256,6 +264,8 @@ class Model:
             x = x * jnp.asarray(c.embed_scale, x.dtype)
         if c.learned_positions:  # padding may lie anywhere
             x = x + decoder.positions[...][jnp.clip(positions, 0, c.max_positions - 1)]
+        if cache is not None and source_positions is None and any(k.window for k in c.kinds):
+            raise ValueError("a sliding window over a cache needs source_positions")
         back = positions[:, :, None] - (positions if source_positions is None else source_positions)[:, None]
         kinds = [Kind(*rope(positions, k), mask & (back < k.window) if k.window else mask) for k in c.kinds]
 
@@ -288,7 +298,9 @@ class Model:
 
     def _rematerialised(self, layer: Callable) -> Callable:
         """The layer, keeping for the backward pass its input ("full") or the results of its weight matmuls ("dots")."""
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
+        policies = jax.checkpoint_policies
+        dots = policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(MATMULS)
+        policy = policies.save_from_both_policies(*dots) if self.remat == "dots" else None
 
         def run(block: Block, x: Array, lora: dict, kind: Kind, cache: None) -> tuple:
             graph, state = nnx.split(block)
@@ -324,26 +336,79 @@ def head_logits(
     return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 
-def fill(model: Model, weights: Mapping[str, np.ndarray], put: Callable[[str, np.ndarray], Array]) -> Tree:
+def quantized_axis(name: str) -> int | None:
+    """The input dimension of a weight that a quantised base holds quantised; None for the others."""
+    return {"kernel": 0, "gate": 1, "up": 1, "down": 1}.get(name.rsplit("/", 1)[-1])
+
+
+def fill(
+    model: Model,
+    weights: Mapping[str, np.ndarray],
+    put: Callable[[str, np.ndarray], Array],
+    *,
+    quantize: str = "none",
+) -> Tree:
     """The base pytree from weights under Hugging Face's names.
 
-    `put(name, array)` places one leaf on the devices; names are those of `ple_jax.sharding`: "layers/qkv/kernel" ...
+    Each weight is read, fused, cast (or quantised) and placed before the next one is read: the host holds the tensors of
+    one kernel of one layer, never a stack of layers.
+
+    Args:
+        put: `put(name, array)` places one array on the devices; names are those of `ple_jax.sharding`: "layers/qkv/kernel"
+            ... A scanned layer's arrays are placed like an unrolled one's, and then written into their stack, which is
+            sharded in the same way.
+        quantize: "int8" or "nf4" for the kernels of the layers (see `ple_jax.quantize`), whose values and scales are
+            placed under the kernel's name; "none" leaves everything in the model's dtype.
     """
     c = model.config
     dtype = model.shapes["embed"].dtype
 
-    def leaf(keys: tuple, shape: jax.ShapeDtypeStruct) -> Array:
-        path = [str(k.key) for k in keys]
+    def place(path: list[str], array: np.ndarray, shape: tuple[int, ...]) -> Tree:
         name = "/".join(part for part in path if not part.isdigit())
-        if path[0] != "layers":
-            array = weights[_top(c, path)]
-        elif model.scan:
-            array = np.stack([_layer(c, weights, i, path[1:]) for i in range(c.num_layers)])
+        if quantize != "none" and path[0] == "layers" and path[-1] == "kernel":
+            parts = quantization.quantize(array.reshape(shape), quantize)
         else:
-            array = _layer(c, weights, int(path[1]), path[2:])
-        return put(name, np.ascontiguousarray(array.reshape(shape.shape), dtype))
+            parts = np.ascontiguousarray(array.reshape(shape), dtype)
+        # transfers are asynchronous: without waiting, every array still under way would be on the host at once
+        return jax.block_until_ready(jax.tree.map(lambda part: put(name, part), parts))
+
+    def leaf(keys: tuple, leaf: jax.ShapeDtypeStruct) -> Tree:
+        path = [str(k.key) for k in keys]
+        if path[0] != "layers":
+            return place(path, weights[_top(c, path)], leaf.shape)
+        if not model.scan:
+            return place(path, _layer(c, weights, int(path[1]), path[2:]), leaf.shape)
+        parts = (place(path, _layer(c, weights, i, path[1:]), leaf.shape[1:]) for i in range(c.num_layers))
+        return _stack(parts, c.num_layers)
 
     return jax.tree_util.tree_map_with_path(leaf, model.shapes)
+
+
+def _stack(parts: Iterable[Tree], count: int) -> Tree:
+    """`jnp.stack` of pytrees taken one after the other, each written in place: no more than one exists beside the stack."""
+    stack = None
+    for i, part in enumerate(parts):
+        if stack is None:
+            shardings = jax.tree.map(lambda x: _stacked(x.sharding), part)
+            stack = jax.jit(_zeros, static_argnums=1, out_shardings=shardings)(part, count)
+            write = jax.jit(_write, donate_argnums=0, out_shardings=shardings)
+        stack = jax.block_until_ready(write(stack, part, jnp.int32(i)))
+    return stack
+
+
+def _zeros(part: Tree, count: int) -> Tree:
+    return jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), part)
+
+
+def _write(stack: Tree, part: Tree, i: Int[Array, ""]) -> Tree:
+    return jax.tree.map(lambda s, p: jax.lax.dynamic_update_index_in_dim(s, p, i, 0), stack, part)
+
+
+def _stacked(sharding: Sharding) -> Sharding:
+    """With one more dimension in front, which is not sharded."""
+    if isinstance(sharding, NamedSharding):
+        return NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
+    return sharding
 
 
 _SUFFIX = {"scale": "weight", "bias": "bias", "kernel": "weight"}
@@ -360,8 +425,10 @@ def _layer(c: ModelConfig, weights: Mapping[str, np.ndarray], layer: int, path: 
     family = families.FAMILIES[c.family]
 
     def get(name: str) -> np.ndarray:
-        return weights[f"{family.layers}.{layer}.{name}.{_SUFFIX[kind]}"]
+        return weights[f"{family.layers}.{layer}.{name}.{_SUFFIX.get(kind, 'weight')}"]
 
+    if part == "experts":
+        return families.stack_experts(c, kind, get)
     norms = {**family.norms, **family.qk_norms}
     if part in norms:
         return get(norms[part])

@@ -32,6 +32,7 @@ class Family:
     modules: tuple[Module, ...]
     norms: Mapping[str, str]  # ours -> theirs, below the layer
     qk_norms: Mapping[str, str] = field(default_factory=dict)
+    experts: Mapping[str, str] = field(default_factory=dict)  # router, gate, up, down -> theirs, {} the expert's number
     defaults: Mapping[str, Any] = field(default_factory=dict)  # what config.json may leave out
     names: Mapping[str, str] = field(default_factory=dict)  # config keys that go by another name here
     layers: str = "model.layers"
@@ -54,6 +55,14 @@ _SPLIT = (
     Module("mlp.up_proj", "gate_up", ("up",)),
     Module("mlp.down_proj", "down", ("down",)),
 )
+_ATTENTION = tuple(module for module in _SPLIT if module.kernel in ("qkv", "o"))
+
+
+def _mixture(path: str, gate: str, up: str, down: str) -> dict[str, str]:
+    names = {"gate": gate, "up": up, "down": down}
+    return {"router": f"{path}.gate"} | {ours: f"{path}.experts.{{}}.{theirs}" for ours, theirs in names.items()}
+
+
 _PRE = {"pre_attention_norm": "input_layernorm", "pre_mlp_norm": "post_attention_layernorm"}
 _POST = {"post_attention_norm": "post_attention_layernorm", "post_mlp_norm": "post_feedforward_layernorm"}
 _SANDWICH = {"pre_attention_norm": "input_layernorm", "pre_mlp_norm": "pre_feedforward_layernorm", **_POST}
@@ -199,6 +208,33 @@ def _qwen3(raw: dict) -> dict[str, Any]:
     return {**_qwen2(raw), **_biases(raw), "qk_norm": "head"}
 
 
+def _experts(raw: Raw) -> dict[str, Any]:
+    count, chosen = raw.get("num_experts") or raw["num_local_experts"], raw["num_experts_per_tok"]
+    if not 1 <= chosen <= count:
+        raise UserError(f"num_experts_per_tok is {chosen}, of {count} experts")
+    return {"experts": count, "experts_per_token": chosen}
+
+
+def _mixtral(raw: Raw) -> dict[str, Any]:
+    return {**_windowed(raw, lambda _: True), **_experts(raw)}
+
+
+def _qwen3_moe(raw: dict) -> dict[str, Any]:
+    if raw["mlp_only_layers"] or raw["decoder_sparse_step"] != 1:
+        raise UserError(
+            "dense layers among mixtures of experts are not supported: mlp_only_layers must be empty, decoder_sparse_step 1"
+        )
+    raw = raw if raw.get("use_sliding_window") else raw | {"sliding_window": None}
+    return {
+        **_windowed(raw, lambda _: True),
+        **_biases(raw),
+        **_experts(raw),
+        "qk_norm": "head",
+        "intermediate_size": raw["moe_intermediate_size"],
+        "normalize_experts": raw["norm_topk_prob"],
+    }
+
+
 def _gemma2(raw: Raw) -> dict[str, Any]:
     return {**_windowed(raw, lambda i: i % 2 == 0), **_gemma(raw)}
 
@@ -246,7 +282,7 @@ def _smollm3(raw: Raw) -> dict[str, Any]:
     full = _kind(raw, _rope(raw))
     kinds: dict[str, LayerKind] = {}
     for rope in (True, False):
-        turned = full if rope else full._replace(frequencies=(0.0,) * len(full.frequencies))
+        turned = full if rope else full._replace(frequencies=(0.0,) * len(full.frequencies), rope_scale=1.0)
         kinds |= {f"{_FULL} {rope}": turned, f"{_SLIDING} {rope}": turned._replace(window=window)}
     return {**_layers(raw, [f"{t} {bool(r)}" for t, r in zip(types, rotated, strict=True)], kinds), **_biases(raw)}
 
@@ -292,6 +328,8 @@ _SMALL = {"rope_theta": 10000.0, "rms_norm_eps": 1e-6, "max_position_embeddings"
 _QWEN = _SMALL | {"max_position_embeddings": 32768, "max_window_layers": 28, "sliding_window": 4096}
 _GEMMA = _SMALL | {
     "hidden_act": "gelu_pytorch_tanh",
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
     "head_dim": 256,
     "query_pre_attn_scalar": 256,
     "sliding_window": 4096,
@@ -310,7 +348,7 @@ _GEMMA3 = Family(
     _SPLIT,
     _SANDWICH,
     _QK,
-    defaults=_GEMMA | {"rope_theta": 1_000_000.0, "max_position_embeddings": 131072},
+    defaults=_GEMMA | {"rope_theta": 1_000_000.0, "max_position_embeddings": 131072, "vocab_size": 262208},
     names={"hidden_act": "hidden_activation"},
 )
 
@@ -324,6 +362,38 @@ FAMILIES: dict[str, Family] = {  # by config.json's model_type
     ),
     "qwen2": Family(_qwen2, _SPLIT, _PRE, defaults=_QWEN),
     "qwen3": Family(_qwen3, _SPLIT, _PRE, _QK, defaults=_QWEN | {"head_dim": 128}),
+    "mixtral": Family(
+        _mixtral,
+        _ATTENTION,
+        _PRE,
+        experts=_mixture("block_sparse_moe", "w1", "w3", "w2"),
+        defaults=_SMALL
+        | {
+            "num_key_value_heads": 8,
+            "rope_theta": 1_000_000.0,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 131072,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+        },
+    ),
+    "qwen3_moe": Family(
+        _qwen3_moe,
+        _ATTENTION,
+        _PRE,
+        _QK,
+        experts=_mixture("mlp", "gate_proj", "up_proj", "down_proj"),
+        defaults=_QWEN
+        | {
+            "num_key_value_heads": 4,
+            "num_local_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+            "norm_topk_prob": False,
+            "mlp_only_layers": (),
+            "decoder_sparse_step": 1,
+        },
+    ),
     "gemma2": _GEMMA2,
     "gemma3_text": _GEMMA3,
     "phi3": Family(
@@ -503,10 +573,41 @@ def expected_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
         shapes[f"{path}.weight"] = (inp, out) if family.transposed else (out, inp)
         if has_bias(c, module.kernel):
             shapes[f"{path}.bias"] = (out,)
+    for layer in range(c.num_layers):
+        shapes |= {f"{family.layers}.{layer}.{name}.weight": shape for name, shape in _expert_shapes(c)}
     shapes |= {f"{family.norm}.{kind}": (hidden,) for kind in affine}
     if not c.tie_embeddings:
         shapes[f"{family.head}.weight"] = (c.vocab_size, hidden)
     return shapes
+
+
+def _expert_shapes(c: ModelConfig) -> Iterator[tuple[str, tuple[int, int]]]:
+    """The router and the experts of one layer: names below it, shapes [out, in]."""
+    inner, outer = (c.intermediate_size, c.hidden_size), (c.hidden_size, c.intermediate_size)
+    for kind, name in FAMILIES[c.family].experts.items():
+        if kind == "router":
+            yield name, (c.experts, c.hidden_size)
+        else:
+            yield from ((name.format(i), outer if kind == "down" else inner) for i in range(c.experts))
+
+
+def active_weights(c: ModelConfig) -> int:
+    """Weights in the layers' matmuls that one token goes through: of a mixture only its own experts'."""
+    experts = c.hidden_size * (c.experts + c.experts_per_token * 3 * c.intermediate_size)
+    return sum(inp * out for *_, inp, out in module_shapes(c)) + c.num_layers * experts
+
+
+def stack_experts(c: ModelConfig, kind: str, get: Callable[[str], np.ndarray]) -> np.ndarray:
+    """One leaf of `ple_jax.models.experts.Experts`: the router [in, experts], or a kernel of all experts [experts, in, out].
+
+    Args:
+        kind: router, gate, up or down.
+        get: a module's name below the layer -> its weight [out, in].
+    """
+    name = FAMILIES[c.family].experts[kind]
+    if kind == "router":
+        return get(name).T
+    return np.stack([get(name.format(i)).T for i in range(c.experts)])
 
 
 def fuse(c: ModelConfig, kernel: str, modules: Mapping[str, Any]) -> Any:

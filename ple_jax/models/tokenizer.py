@@ -1,22 +1,49 @@
 """Tokenizers without torch: from GGUF metadata, from a Hugging Face folder, and the project's own byte-level one."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ple_jax.core.config import UserError
 
-# What `tokenizer.ggml.pre` stands for. SmolLM cuts every digit off before GPT-2's pattern sees the text, as its own
-# tokenizer.json and llama.cpp's LLAMA_VOCAB_PRE_TYPE_SMOLLM do; transformers' GGUF reader knows only GPT-2's pattern.
+
+class _Pre(NamedTuple):
+    """What a `tokenizer.ggml.pre` stands for in the model's own tokenizer.json."""
+
+    split: pre_tokenizers.PreTokenizer
+    nfc: bool = False
+    whole: bool = False  # a word of the vocabulary is one token, whatever the merges say
+    bos: bool = False  # where the file does not say
+
+
+def _words(digits: str) -> pre_tokenizers.PreTokenizer:
+    """OpenAI's cl100k pattern, with so many digits in a row."""
+    pattern = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+        + digits
+        + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    isolated = pre_tokenizers.Split(Regex(pattern), "isolated")
+    return pre_tokenizers.Sequence([isolated, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
 _GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-_SPLITS = {
-    "gpt-2": _GPT2,
-    "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _GPT2]),
+_LLAMA3 = _Pre(_words("{1,3}"), whole=True, bos=True)
+_PRES = {
+    "gpt-2": _Pre(_GPT2),
+    # SmolLM cuts every digit off before GPT-2's pattern sees the text; transformers' GGUF reader knows only that pattern
+    "smollm": _Pre(pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _GPT2])),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), _LLAMA3),
+    "smaug-bpe": _LLAMA3._replace(bos=False),  # SmolLM 3 has Llama 3's vocabulary
+    "dbrx": _Pre(_words("{1,3}")),  # OLMo 2
+    "qwen2": _Pre(_words(""), nfc=True),
+    **dict.fromkeys(("olmo", "mpt"), _Pre(_GPT2, nfc=True)),  # llama.cpp's converter takes GPT-NeoX's for these
 }
-_CONTROL, _USER_DEFINED = 3, 4  # gguf.TokenType
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # gguf.TokenType
+_BLANK = "▁"  # sentencepiece's space
 
 _BYTE_CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\\n' }}{% endfor %}"
@@ -25,33 +52,41 @@ _BYTE_CHAT_TEMPLATE = (
 
 
 def from_gguf(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE tokenizer that the `tokenizer.*` fields of a GGUF file describe, chat template included.
+    """The tokenizer that the metadata of a GGUF file describe, chat template included.
+
+    Byte-level BPE with a known pattern of words, or BPE as sentencepiece has it.
 
     Args:
-        metadata: GGUF key -> value, e.g. "tokenizer.ggml.tokens" -> list of strings.
+        metadata: GGUF key -> value, "general.architecture" and all "tokenizer.*", e.g. "tokenizer.ggml.tokens" ->
+            list of strings.
 
     Raises:
         UserError: another kind of tokenizer, or a field that such a tokenizer needs is missing.
     """
     kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
-    if kind != "gpt2" or pre not in _SPLITS:
+    if kind != "llama" and (kind != "gpt2" or pre not in _PRES):
         raise UserError(
-            f"GGUF tokenizer model={kind!r} pre={pre!r} is not supported (model 'gpt2' with pre one of "
-            f"{', '.join(sorted(_SPLITS))}); use the model's Hugging Face folder with its tokenizer.json instead"
+            f"GGUF tokenizer model={kind!r} pre={pre!r} is not supported (model 'llama', or 'gpt2' with pre one of "
+            f"{', '.join(sorted(_PRES))}); use the model's Hugging Face folder with its tokenizer.json instead"
         )
-    if missing := [k for k in ("tokens", "merges", "token_type") if f"tokenizer.ggml.{k}" not in metadata]:
+    needed = ("tokens", "token_type", "merges" if kind == "gpt2" else "scores")
+    if missing := [k for k in needed if f"tokenizer.ggml.{k}" not in metadata]:
         raise UserError(f"GGUF tokenizer has no tokenizer.ggml.{missing[0]}; convert the model again with llama.cpp")
     tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
-    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
-
-    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
-    backend.pre_tokenizer = _SPLITS[pre]
-    backend.decoder = decoders.ByteLevel()
+    backend = _sentencepiece(metadata) if kind == "llama" else _byte_level(metadata)
+    vocab = backend.get_vocab()
+    strips = kind == "llama" and metadata["general.architecture"] == "phi3"
     backend.add_tokens(
         [
-            AddedToken(token, normalized=False, special=role == _CONTROL)
+            AddedToken(
+                token,
+                normalized=False,
+                special=role == _CONTROL,
+                # not in the file; llama.cpp knows it too
+                rstrip=strips and token not in ("<unk>", "<s>", "<|endoftext|>"),
+            )
             for token, role in zip(tokens, types, strict=True)
-            if role in (_CONTROL, _USER_DEFINED)
+            if role in (_CONTROL, _USER_DEFINED) and token in vocab
         ]
     )
     special = {
@@ -64,14 +99,69 @@ def from_gguf(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
         )
         if key in metadata
     }
+    bos = metadata.get("tokenizer.ggml.add_bos_token", kind == "llama" or _PRES[str(pre)].bos)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        add_bos_token=metadata.get("tokenizer.ggml.add_bos_token", False),
+        add_bos_token=bos and "bos_token" in special,
         add_eos_token=metadata.get("tokenizer.ggml.add_eos_token", False),
         clean_up_tokenization_spaces=False,
         chat_template=metadata.get("tokenizer.chat_template"),
         **special,
     )
+
+
+def _byte_level(metadata: Mapping[str, Any]) -> Tokenizer:
+    pre = _PRES[metadata["tokenizer.ggml.pre"]]
+    vocab = {token: i for i, token in enumerate(metadata["tokenizer.ggml.tokens"])}
+    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
+    backend = Tokenizer(models.BPE(vocab, merges, ignore_merges=pre.whole))
+    if pre.nfc:
+        backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre.split
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _sentencepiece(metadata: Mapping[str, Any]) -> Tokenizer:
+    """BPE over characters, with tokens <0x00> to <0xFF> for the bytes of those that are not in the vocabulary."""
+    architecture, scores = metadata["general.architecture"], metadata["tokenizer.ggml.scores"]
+    # llama.cpp's converter writes added tokens of blanks with real ones
+    tokens = [token if token.strip(" ") else _BLANK * len(token) for token in metadata["tokenizer.ggml.tokens"]]
+    if "tokenizer.ggml.merges" in metadata:
+        merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
+    else:
+        # The converter overwrites the scores of added tokens (many in Gemma's vocabulary), and all of them where it had
+        # no sentencepiece model at hand; then the order of the tokens is that of the merges.
+        types = metadata["tokenizer.ggml.token_type"]
+        told = {score for score, role in zip(scores, types, strict=True) if role == _NORMAL}
+        ordered = architecture.startswith("gemma") or len(told) == 1
+        merges = _merges(tokens, range(len(tokens)) if ordered else [-score for score in scores])
+    vocab = {token: i for i, token in enumerate(tokens)}
+    backend = Tokenizer(models.BPE(vocab, merges, fuse_unk=True, byte_fallback=True))
+    decoding = [decoders.Replace(_BLANK, " "), decoders.ByteFallback(), decoders.Fuse()]
+    blanks = normalizers.Replace(" ", _BLANK)
+    if not metadata.get("tokenizer.ggml.add_space_prefix", True):
+        backend.normalizer = blanks
+    else:
+        decoding.append(decoders.Strip(" ", 1, 0))
+        if architecture == "phi3":
+            backend.normalizer = normalizers.Sequence([normalizers.Prepend(_BLANK), blanks])
+        else:  # a text that starts with a blank gets no second one
+            backend.pre_tokenizer = pre_tokenizers.Metaspace(_BLANK, "first", split=False)
+    backend.decoder = decoders.Sequence(decoding)
+    return backend
+
+
+def _merges(tokens: Sequence[str], ranks: Sequence[float]) -> list[tuple[str, str]]:
+    """Every way to put a token together from two others: the lowest rank first, of one rank the longest left part."""
+    vocab = set(tokens)
+    pairs = [
+        (rank, token[:cut], token[cut:])
+        for token, rank in zip(tokens, ranks, strict=True)
+        for cut in range(1, len(token))
+        if token[:cut] in vocab and token[cut:] in vocab
+    ]
+    return [(left, right) for _, left, right in sorted(pairs, key=lambda pair: (pair[0], -len(pair[1]), -len(pair[2])))]
 
 
 def from_folder(path: str | Path) -> PreTrainedTokenizerFast:

@@ -18,10 +18,10 @@ from ple_jax.core import workdir as files
 from ple_jax.core.config import BACKENDS, UserError
 from ple_jax.core.interrupt import Stop
 from ple_jax.core.plugins import load_module
-from ple_jax.models import hub
 from ple_jax.core.progress import Progress
 from ple_jax.core.rollouts import Journal
 from ple_jax.core.types import Response, Sampling
+from ple_jax.models import hub
 
 
 def load_algorithm(name: str) -> ModuleType:

@@ -36,7 +36,7 @@ PROMPT = torch.arange(24).reshape(2, 12)
 def source(tmp_path_factory) -> Path:
     """A Hugging Face folder as transformers writes it, with things that belong to a model and things that do not."""
     folder = tmp_path_factory.mktemp("hub") / "base"
-    tiny.transformers_model(tiny.CONFIG, tiny.weights()).save_pretrained(folder)
+    tiny.transformers_model(tiny.RAW, tiny.weights()).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     (folder / "generation_config.json").write_text('{"eos_token_id": [7, 9], "temperature": 0.3}')
     (folder / "LICENSE.md").write_text("terms")
@@ -117,7 +117,7 @@ def test_dtype_is_rounded_to_once(source, adapter, tmp_path, dtype, digits):
 
 
 def test_a_bfloat16_base_stays_bfloat16(adapter, tmp_path):
-    model = tiny.transformers_model(tiny.CONFIG, tiny.weights()).to(torch.bfloat16)
+    model = tiny.transformers_model(tiny.RAW, tiny.weights()).to(torch.bfloat16)
     model.save_pretrained(tmp_path / "base")
     byte_tokenizer().save_pretrained(tmp_path / "base")
     folder = merged(tmp_path / "base", adapter, tmp_path / "merged")
@@ -376,7 +376,7 @@ def test_exported_adapter_is_the_checkpoints_bit_for_bit(run):
 def test_a_base_folder_is_served_with_the_adapter(source, tmp_path, capsys):
     base = tmp_path / "base"
     tiny_like = checkpoint.load("tiny")
-    tiny.transformers_model(tiny_like.config, dict(tiny_like.weights)).save_pretrained(base)
+    tiny.transformers_model(tiny_like.raw, dict(tiny_like.weights)).save_pretrained(base)
     byte_tokenizer().save_pretrained(base)
     workdir = tmp_path / "run"
     config = a_run(workdir, model__path=str(base))

@@ -27,8 +27,7 @@ from ple_jax.core.types import Batch, Query, Response, Rollout, Sampling, Tokeni
 from ple_jax.models import checkpoint, families, hub
 from ple_jax.models import tokenizer as tokenizers
 from ple_jax.models.config import ModelConfig
-from ple_jax.models.decoder import Model
-from ple_jax.models.families import module_shapes
+from ple_jax.models.decoder import Model, quantized_axis
 from ple_jax.targets import Target, make_mesh, open_target
 
 GIB = 2**30
@@ -114,8 +113,8 @@ def abstract_base(model: Model, mesh: Mesh, quantize: str = "none") -> Any:
 
     def leaf(path: tuple, x: jax.ShapeDtypeStruct) -> Any:
         name = "/".join(str(k.key) for k in path if not str(k.key).isdigit())
-        quantized = quantize != "none" and name.endswith("/kernel")
-        parts = quantization.shapes(x, quantize, axis=int(model.scan)) if quantized else x
+        axis = quantized_axis(name) if quantize != "none" else None
+        parts = x if axis is None else quantization.shapes(x, quantize, axis=axis + model.scan)
 
         def placed(part: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
             place = sharding.spec(name, part.shape, mesh, kv_heads=model.config.num_kv_heads)
@@ -165,7 +164,7 @@ def forward_flops(c: ModelConfig, *, rows: int, tokens: int, source: int, predic
     """
     each = rows * tokens
     return {
-        "base": 2.0 * each * sum(inp * out for *_, inp, out in module_shapes(c)),
+        "base": 2.0 * each * families.active_weights(c),
         "adapter": 2.0 * each * adapter,
         "attention": 4.0 * each * source * c.num_layers * c.num_heads * c.head_dim,
         "head": 2.0 * rows * predicted * c.vocab_size * c.hidden_size,

@@ -365,8 +365,8 @@ def fill(
 
     def place(path: list[str], array: np.ndarray, shape: tuple[int, ...]) -> Tree:
         name = "/".join(part for part in path if not part.isdigit())
-        if quantize != "none" and path[0] == "layers" and path[-1] == "kernel":
-            parts = quantization.quantize(array.reshape(shape), quantize)
+        if quantize != "none" and (axis := quantized_axis(name)) is not None:
+            parts = quantization.quantize(array.reshape(shape), quantize, axis=axis)
         else:
             parts = np.ascontiguousarray(array.reshape(shape), dtype)
         # transfers are asynchronous: without waiting, every array still under way would be on the host at once

@@ -196,7 +196,8 @@ def test_sharded_equals_unsharded_and_kernels_stay_sharded(kind):
     quantised, x = quantize(kernel(256, 2, 64), kind), kernel(8, 256, seed=1)
 
     def put(part: np.ndarray) -> jax.Array:
-        return jax.device_put(part, NamedSharding(mesh, sharding.spec("layers/gate_up/kernel", part.shape, mesh, kv_heads=1)))
+        place = sharding.spec("layers/gate_up/kernel", part.shape, mesh, kv_heads=1)
+        return jax.device_put(part, NamedSharding(mesh, place))
 
     placed = jax.tree.map(put, quantised)
     assert placed.qvalue.addressable_shards[0].data.shape == (128, 2, 16)

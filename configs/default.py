@@ -24,14 +24,15 @@ def get_config() -> ConfigDict:
     c.model.layers = "auto"  # scan | unroll | auto (unroll on CPU, where scanning copies the weights)
     c.model.attention = "auto"  # xla (einsums) | cudnn (GPU, bfloat16) | splash (TPU) | auto: the fastest that fits
     c.model.remat = "none"  # none | dots | full: what the backward pass recomputes to save memory
+    c.model.adapter = config_dict.placeholder(str)  # a folder with an adapter (PEFT layout) to start from and to refer to
 
     c.lora = ConfigDict()
     c.lora.rank = 8
     c.lora.alpha = 16.0  # the update is scaled by alpha / rank
     c.lora.targets = ("all-linear",)  # every linear module of the layers, or their names: ("q_proj", "v_proj")
-    # a rank or alpha of their own for modules whose path ends in a regular expression: {"layers.0.mlp.down_proj": 16}
-    c.lora.rank_pattern = {}
-    c.lora.alpha_pattern = {}
+    # a rank or alpha of their own for modules whose path ends in a regular expression: (("layers.0.mlp.down_proj", 16),)
+    c.lora.rank_pattern = ()
+    c.lora.alpha_pattern = ()
     c.lora.rslora = False  # scale by alpha / sqrt(rank), arXiv:2312.03732
     c.lora.dora = False  # train magnitude and direction, arXiv:2402.09353
     c.lora.dropout = 0.0  # of the adapter's input, while training

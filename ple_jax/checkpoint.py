@@ -57,12 +57,16 @@ def restore(path: Path, like: dict[str, Any]) -> tuple[dict[str, Any], dict[str,
 
 
 def _groups(tree: Any) -> dict[str, list[Hashable]]:
-    """Leaf paths by the group they are stacked in: their path without the layer's number."""
-    groups: dict[str, list[Hashable]] = {}
-    for path, _ in jax.tree_util.tree_leaves_with_path(tree):
+    """Leaf paths by the group they are stacked in: their path without the layer's number, with the shape if that varies."""
+    groups: dict[str, dict[tuple[int, ...], list[Hashable]]] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         parts = [p for key in path for p in jax.tree_util.keystr((key,), simple=True).split(".") if not p.isdigit()]
-        groups.setdefault("/".join(parts), []).append(path)
-    return groups
+        groups.setdefault("/".join(parts), {}).setdefault(leaf.shape, []).append(path)
+    return {
+        "/".join([name, *map(str, shape)]) if len(shapes) > 1 else name: paths
+        for name, shapes in groups.items()
+        for shape, paths in shapes.items()
+    }
 
 
 def _stack(tree: Any) -> dict[str, Any]:

@@ -1,14 +1,17 @@
-"""LoRA as pure functions: init, fuse (for the decoder), stack, merge, unmerge. arXiv:2106.09685.
+"""LoRA as pure functions: a fresh or a stored adapter, its fusion for the decoder, merging and stacking. arXiv:2106.09685.
 
 An adapter is a dict `{module path: {"a": [in, rank], "b": [rank, out]}}` under Hugging Face's module paths, fp32; DoRA
 adds a magnitude "m": [out]. That is what is trained, saved and exported; stacking layers and fusing q, k, v (gate, up)
 happens inside jit.
 """
 
+import json
 import re
+import shlex
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,12 +21,12 @@ from jaxtyping import Array, Float
 
 from ple_jax.core import peft
 from ple_jax.core.config import UserError, suggestion
-from ple_jax.core.peft import patterned
 from ple_jax.models import families
 from ple_jax.models.config import ModelConfig
 from ple_jax.models.decoder import LowRank, Model
+from ple_jax.quantize import QArray, dequantize
 
-Adapter = dict[str, dict[str, Array]]
+Adapter = dict[str, dict[str, Any]]  # leaves are numpy arrays on the host, jax arrays on the devices
 _KERNELS = ("qkv", "o", "gate_up", "down")
 
 
@@ -33,62 +36,71 @@ class Lora:
 
     rank: int = 8
     alpha: float = 16.0
-    targets: Sequence[str] = ("all-linear",)  # or names of modules: "q_proj", "attn.c_proj"
+    targets: Sequence[str] = ("all-linear",)  # or ends of module paths: "q_proj", "attn.c_proj", "layers.0.mlp.up_proj"
     rank_pattern: Mapping[str, int] = field(default_factory=dict)  # regular expression at a path's end -> its own rank
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     rslora: bool = False  # scale by alpha / sqrt(rank), arXiv:2312.03732
     dora: bool = False  # train a magnitude and a direction, arXiv:2402.09353
-    dropout: float = 0.0  # of the adapter's input, while training; q, k, v (gate, up) share one draw
+    # of the adapter's input, while training: q, k, v (gate, up) share one draw; the base, DoRA's too, sees its whole input
+    dropout: float = 0.0
 
     def rank_of(self, path: str) -> int:
-        return patterned(self.rank_pattern, path, self.rank)
+        return peft.patterned(self.rank_pattern, path, self.rank)
 
     def scale_of(self, path: str) -> float:
-        """What B A is multiplied by."""
+        """What A B is multiplied by."""
         rank = self.rank_of(path)
-        return patterned(self.alpha_pattern, path, self.alpha) / (rank**0.5 if self.rslora else rank)
+        return peft.patterned(self.alpha_pattern, path, self.alpha) / (rank**0.5 if self.rslora else rank)
 
 
-def resolve(config: ModelConfig, targets: str | Sequence[str]) -> list[str]:
-    """Names of the adapted modules below their layer ("self_attn.q_proj"), in the family's order.
+# ---------------------------------------------------------------- where a run starts
+
+
+def resolve(config: ModelConfig, targets: Sequence[str]) -> list[str]:
+    """Paths of the adapted modules, in the model's order. As with PEFT, a target is a path or its end.
 
     Raises:
-        UserError: a target that names no linear module of this family.
+        UserError: a target that is no linear module of this model.
     """
-    known = [module.name for module in families.FAMILIES[config.family].modules]
+    paths = [path for path, *_ in families.module_shapes(config)]
     if "all-linear" in targets:
-        return known
-    for target in [targets] if isinstance(targets, str) else targets:
-        if not any(_ends_with(name, target) for name in known):
-            short = sorted({name.rsplit(".", 1)[-1] for name in known})
-            raise UserError(
-                f"lora.targets names {target!r}, which is no linear module of {config.family}: {', '.join(short)}"
-                f"{suggestion(target, short)}, or all-linear"
-            )
-    wanted = (targets,) if isinstance(targets, str) else targets
-    return [name for name in known if any(_ends_with(name, target) for target in wanted)]
+        return paths
+    matches = {target: {path for path in paths if f".{path}".endswith(f".{target}")} for target in targets}
+    if unknown := [target for target, found in matches.items() if not found]:
+        short = sorted({path.rsplit(".", 1)[1] for path in paths})
+        raise UserError(
+            f"lora.targets names {unknown[0]!r}, which is no linear module of this {config.family} model:"
+            f" {', '.join(short)}{suggestion(unknown[0], short)}, or all-linear"
+        )
+    wanted = set().union(*matches.values())
+    return [path for path in paths if path in wanted]
 
 
-def _ends_with(name: str, target: str) -> bool:
-    return name == target or name.endswith(f".{target}")
-
-
-def init(config: ModelConfig, lora: Lora, *, seed: int) -> dict[str, dict[str, np.ndarray]]:
+def init(config: ModelConfig, lora: Lora, *, seed: int) -> Adapter:
     """A fresh adapter, on the host: `a` as PEFT initialises it (uniform with Kaiming's bound for a=sqrt(5)), `b` zero.
 
-    Every module's noise depends on (seed, its path) alone, not on how layers are arranged. DoRA's magnitudes start at
-    the norms of the base weights: `magnitudes`.
+    Every module's noise depends on (seed, its path) alone, not on how layers are arranged. DoRA's magnitudes are ones
+    until `magnitudes` has seen the base.
+
+    Raises:
+        UserError: a target or a pattern that matches no linear module of this model.
     """
     targets = resolve(config, lora.targets)
-    adapter = {}
-    for path, module, inp, out in families.module_shapes(config):
-        if module.name in targets:
+    for pattern in (*lora.rank_pattern, *lora.alpha_pattern):
+        if not any(peft.patterned({pattern: True}, path, False) for path in targets):
+            raise UserError(
+                f"lora.rank_pattern or lora.alpha_pattern has {pattern!r}, which is the end of no adapted module's path,"
+                f" such as {targets[0]}"
+            )
+    adapter: Adapter = {}
+    for path, _, inp, out in families.module_shapes(config):
+        if path in targets:
             noise = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, zlib.crc32(path.encode())])))
             bound, rank = inp**-0.5, lora.rank_of(path)
             a = noise.uniform(-bound, bound, (inp, rank)).astype(np.float32)
             adapter[path] = {"a": a, "b": np.zeros((rank, out), np.float32)}
             if lora.dora:
-                adapter[path]["m"] = np.ones((out,), np.float32)
+                adapter[path]["m"] = np.ones(out, np.float32)
     return adapter
 
 
@@ -97,11 +109,98 @@ def count(adapter: Adapter) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(adapter))
 
 
+def magnitudes(model: Model, base: Any, adapter: Adapter, lora: Lora) -> Adapter:
+    """A DoRA adapter with the norms of W + scale A B as its magnitudes, on the host: what it does is LoRA's, for now.
+
+    Args:
+        base: the weights as the model holds them, rounded and quantised as they are.
+    """
+
+    @jax.jit
+    def norms(base: Any, adapter: Adapter) -> dict[str, Array]:
+        found = {}
+        for layer, kernel, paths in _adapted(model.config, adapter):
+            low = _low_rank(model.config, kernel, paths, adapter, lora)
+            # fusing only moves numbers about, so its transpose moves them back
+            modules = {name: adapter[path]["m"] for name, path in paths.items()}
+            back = jax.linear_transpose(lambda m, kernel=kernel: families.fuse(model.config, kernel, m), modules)
+            (split,) = back(_norm(_weight(model, base, layer, kernel), low))
+            found |= {paths[name]: norm for name, norm in split.items()}
+        return found
+
+    found = jax.device_get(norms(base, adapter))
+    return {path: {**module, "m": found[path]} for path, module in adapter.items()}
+
+
+def read(folder: Path, config: ModelConfig, lora: Lora) -> Adapter:
+    """A stored adapter to go on from, ours or PEFT's, on the host and in fp32.
+
+    Raises:
+        UserError: it is damaged, holds NaN, belongs to another model, or was made with other settings than `lora`; then
+            the message has the overrides to give.
+    """
+    tensors, stored = peft.read(folder)
+    tensors = {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
+    if damaged := [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]:
+        raise UserError(f"the adapter in {folder} holds values that are not finite, in tensor {damaged[0]}")
+    adapter = from_peft(tensors)
+    shapes = {path: (inp, out) for path, _, inp, out in families.module_shapes(config)}
+    for path, module in adapter.items():
+        if path not in shapes:
+            raise UserError(f"the adapter in {folder} adapts {path}, which this {config.family} model does not have")
+        (inp, out), rank = shapes[path], module["a"].shape[1]
+        for kind, wanted in {"a": (inp, rank), "b": (rank, out), "m": (out,)}.items():
+            if kind in module and module[kind].shape != wanted:
+                raise UserError(
+                    f"the adapter in {folder} is another model's: {_PEFT[kind]} of {path} has shape"
+                    f" {module[kind].shape[::-1]}, this model's has {wanted[::-1]}"
+                )
+    used = Lora(
+        rank=stored["r"],
+        alpha=stored["lora_alpha"],
+        targets=lora.targets if set(resolve(config, lora.targets)) == set(adapter) else _targets(config, adapter),
+        rank_pattern=stored.get("rank_pattern") or {},
+        alpha_pattern=stored.get("alpha_pattern") or {},
+        rslora=bool(stored.get("use_rslora")),
+        dora=bool(stored.get("use_dora")),
+    )
+    if needed := [override for override in _overrides(used) if override not in _overrides(lora)]:
+        raise UserError(f"the adapter in {folder} was made with other settings than config.lora; give {' '.join(needed)}")
+    return adapter
+
+
+def _targets(config: ModelConfig, paths: Mapping[str, Any]) -> tuple[str, ...]:
+    """The shortest targets that are these modules and no others."""
+    names = {path: module.name for path, module, *_ in families.module_shapes(config) if path in paths}
+    short = tuple(dict.fromkeys(name.rsplit(".", 1)[1] for name in names.values()))
+    for targets in (("all-linear",), short, tuple(dict.fromkeys(names.values()))):
+        if resolve(config, targets) == list(names):
+            return targets
+    return tuple(names)
+
+
+def _overrides(lora: Lora) -> list[str]:
+    """The command line's way to say these settings."""
+    values = {
+        "rank": lora.rank,
+        "alpha": float(lora.alpha),
+        "targets": tuple(lora.targets),
+        "rank_pattern": tuple(lora.rank_pattern.items()),
+        "alpha_pattern": tuple((key, float(alpha)) for key, alpha in lora.alpha_pattern.items()),
+        "rslora": lora.rslora,
+        "dora": lora.dora,
+    }
+    # JSON, as its quotes are double: the shell's can be single ones
+    return [f"--config.lora.{key}={shlex.quote(json.dumps(value))}" for key, value in values.items()]
+
+
+# ---------------------------------------------------------------- inside jit: the decoder's layout
+
+
 def fuse(model: Model, adapter: Adapter, lora: Lora, *, base: Any = None, dropout: Array | None = None) -> Any:
     """The adapter in the decoder's own layout: `{"layers": [...]}`, a list of {kernel: LowRank}, or one stacked dict.
 
-    The scale is multiplied into `up`. Modules of one fused kernel share a `down` of concatenated columns; their `up` is
-    block-structured. An empty adapter gives `{}`.
+    An empty adapter gives `{}`.
 
     Args:
         base: the model's weights, which DoRA needs for the norms of its directions.
@@ -109,80 +208,78 @@ def fuse(model: Model, adapter: Adapter, lora: Lora, *, base: Any = None, dropou
     """
     if not adapter:
         return {}
-    layers = [_fuse_layer(model.config, adapter, lora, i) for i in range(model.config.num_layers)]
-    if lora.dropout and dropout is not None:
-        rate = jnp.float32(lora.dropout)
-        layers = [
-            {k: low._replace(dropout=(jax.random.fold_in(dropout, i * len(_KERNELS) + _KERNELS.index(k)), rate))
-             for k, low in layer.items()}
-            for i, layer in enumerate(layers)
-        ]  # fmt: skip
-    if model.scan:
-        stacked = jax.tree.map(lambda *x: jnp.stack(x), *layers)
+    layers: list[dict[str, LowRank]] = [{} for _ in range(model.config.num_layers)]
+    for layer, kernel, paths in _adapted(model.config, adapter):
+        low = _low_rank(model.config, kernel, paths, adapter, lora)
         if lora.dora:
-            norm = jax.vmap(_direction_norm)
-            stacked = {k: _gained(low, norm(base["layers"][k]["kernel"], low.down, low.up)) for k, low in stacked.items()}
-        return {"layers": stacked}
-    if lora.dora:
-        layers = [
-            {k: _gained(low, _direction_norm(weights[k]["kernel"], low.down, low.up)) for k, low in layer.items()}
-            for layer, weights in zip(layers, _by_layer(base), strict=True)
-        ]
-    return {"layers": layers}
+            m = families.fuse(model.config, kernel, {name: adapter[path]["m"] for name, path in paths.items()})
+            norm = _norm(_weight(model, base, layer, kernel), low)
+            # zero where a module is not adapted, or where its weights are zero: W x + A B x as they are
+            low = low._replace(gain=jnp.where(m == 0, 1.0, m) / jnp.where(m == 0, 1.0, norm))
+        if dropout is not None and lora.dropout:
+            key = jax.random.fold_in(dropout, layer * len(_KERNELS) + _KERNELS.index(kernel))
+            low = low._replace(dropout=(key, jnp.float32(lora.dropout)))
+        layers[layer][kernel] = low
+    if not model.scan:
+        return {"layers": layers}
+    kernels = [kernel for kernel in _KERNELS if any(kernel in layer for layer in layers)]
+    return {"layers": {kernel: _stack_layers([layer.get(kernel) for layer in layers]) for kernel in kernels}}
 
 
-def _by_layer(base: Any) -> list[Any]:
-    layers = base["layers"]
-    return [layers[i] for i in sorted(layers)] if isinstance(layers, dict) else list(layers)
-
-
-def _fuse_layer(c: ModelConfig, adapter: Adapter, lora: Lora, layer: int) -> dict[str, LowRank]:
+def _adapted(c: ModelConfig, adapter: Adapter) -> Iterator[tuple[int, str, dict[str, str]]]:
+    """Layer, kernel and {module name: path} of whatever is adapted."""
     family = families.FAMILIES[c.family]
-    fused = {}
-    for kernel in _KERNELS:
-        paths = {m.name: f"{family.layers}.{layer}.{m.name}" for m in family.modules if m.kernel == kernel}
-        present = {name: adapter[path] for name, path in paths.items() if path in adapter}
-        if not present:
-            continue
-        down = jnp.concatenate([m["a"] for m in present.values()], 1)
-        up = [families.fuse(c, kernel, {name: m["b"] * lora.scale_of(paths[name])}) for name, m in present.items()]
-        gain = None
-        if lora.dora:
-            # where a module is not adapted its gain is one: a magnitude of zero stands for that until the norm is known
-            gain = families.fuse(c, kernel, {name: m["m"] for name, m in present.items()})
-        fused[kernel] = LowRank(down, jnp.concatenate(up, 0), gain)
-    return fused
+    for layer in range(c.num_layers):
+        for kernel in _KERNELS:
+            paths = {m.name: f"{family.layers}.{layer}.{m.name}" for m in family.modules if m.kernel == kernel}
+            if present := {name: path for name, path in paths.items() if path in adapter}:
+                yield layer, kernel, present
 
 
-def _direction_norm(kernel: Array, down: Array, up: Array) -> Float[Array, "*out"]:
-    """||W + A B|| of every output, fp32, without A B itself; a constant to the gradient (arXiv:2402.09353, section 4.3)."""
-    w, a, b = (jax.lax.stop_gradient(x).astype(jnp.float32) for x in (kernel, down, up))
+def _low_rank(c: ModelConfig, kernel: str, paths: Mapping[str, str], adapter: Adapter, lora: Lora) -> LowRank:
+    """The modules of one kernel side by side: columns of `down`, and rows of `up` that are zero at other modules' outputs.
+
+    The scale is multiplied into `up`.
+    """
+    down = [adapter[path]["a"] for path in paths.values()]
+    up = [families.fuse(c, kernel, {name: adapter[path]["b"]}) for name, path in paths.items()]
+    return LowRank(jnp.concatenate(down, 1), jnp.concatenate(up, 0))
+
+
+def _weight(model: Model, base: Any, layer: int, kernel: str) -> Array | QArray:
+    if model.scan:
+        return jax.tree.map(lambda stacked: stacked[layer], base["layers"][kernel]["kernel"])
+    return base["layers"][layer][kernel]["kernel"]
+
+
+def _norm(weight: Array | QArray, low: LowRank) -> Float[Array, "*out"]:
+    """||W + A B|| of every output, without A B itself; a constant to the gradient (arXiv:2402.09353, section 4.3)."""
+    w = dequantize(weight, jnp.float32) if isinstance(weight, QArray) else weight.astype(jnp.float32)
+    w, a, b = jax.lax.stop_gradient((w, low.down, low.up))
     cross = (jnp.tensordot(a.T, w, 1) * b).sum(0)
     square = (jnp.tensordot(a.T @ a, b, 1) * b).sum(0)
     return jnp.sqrt((w * w).sum(0) + 2 * cross + square)
 
 
-def _gained(low: LowRank, norm: Array) -> LowRank:
-    return low._replace(gain=jnp.where(low.gain == 0, 1.0, low.gain / norm))
+def _stack_layers(layers: Sequence[LowRank | None]) -> LowRank:
+    """One kernel of all layers, zeros filling up to the largest rank; None is a layer where it is not adapted."""
+    some = next(low for low in layers if low is not None)
+    none = some._replace(down=some.down[:, :0], up=some.up[:0], gain=jax.tree.map(jnp.ones_like, some.gain))
+    rank = max(low.up.shape[0] for low in layers if low is not None)
+
+    def filled(low: LowRank) -> LowRank:
+        missing, outputs = rank - low.up.shape[0], [(0, 0)] * (low.up.ndim - 1)
+        return low._replace(down=jnp.pad(low.down, [(0, 0), (0, missing)]), up=jnp.pad(low.up, [(0, missing), *outputs]))
+
+    return jax.tree.map(lambda *x: jnp.stack(x), *[filled(low or none) for low in layers])
 
 
 # ---------------------------------------------------------------- on the host: weights under Hugging Face's names
 
 
-def merge_one(config: ModelConfig, weight: np.ndarray, module: Mapping[str, np.ndarray], scale: float) -> np.ndarray:
-    """One weight in Hugging Face's layout with its module added, computed in fp32, in the weight's own dtype."""
-    arrays = peft.Module(np.asarray(module["a"]).T, np.asarray(module["b"]).T, module.get("m"))
-    transposed = families.FAMILIES[config.family].transposed
-    return peft.merge(weight, arrays, scale=scale, fan_in_fan_out=transposed).astype(weight.dtype)
-
-
 def merge(config: ModelConfig, weights: Mapping[str, np.ndarray], adapter: Adapter, lora: Lora) -> dict[str, np.ndarray]:
-    """Weights under Hugging Face's names with the adapter added, in fp32, then cast back to each tensor's dtype."""
-    merged = dict(weights)
-    for path, module in adapter.items():
-        name = f"{path}.weight"
-        merged[name] = merge_one(config, merged[name], module, lora.scale_of(path))
-    return merged
+    """Weights with the adapter added, computed in fp32, each in its own dtype."""
+    return _add(config, weights, adapter, lora, sign=1)
 
 
 def unmerge(config: ModelConfig, weights: Mapping[str, np.ndarray], adapter: Adapter, lora: Lora) -> dict[str, np.ndarray]:
@@ -193,44 +290,44 @@ def unmerge(config: ModelConfig, weights: Mapping[str, np.ndarray], adapter: Ada
     """
     if any("m" in module for module in adapter.values()):
         raise ValueError("a merged DoRA adapter cannot be taken out again: keep the base weights")
-    unmerged = dict(weights)
-    for path, module in adapter.items():
-        name = f"{path}.weight"
-        unmerged[name] = merge_one(config, unmerged[name], module, -lora.scale_of(path))
-    return unmerged
+    return _add(config, weights, adapter, lora, sign=-1)
 
 
-def magnitudes(config: ModelConfig, weights: Mapping[str, np.ndarray], adapter: Adapter, lora: Lora) -> Adapter:
-    """A DoRA adapter whose magnitudes are the norms of W + scale * B A, so that it changes nothing where b is zero."""
+def _add(
+    config: ModelConfig, weights: Mapping[str, np.ndarray], adapter: Adapter, lora: Lora, *, sign: int
+) -> dict[str, np.ndarray]:
     transposed = families.FAMILIES[config.family].transposed
-    out = {}
-    for path, module in adapter.items():
-        bare = {"a": module["a"], "b": module["b"]}
-        whole = merge_one(config, np.asarray(weights[f"{path}.weight"], np.float32), bare, lora.scale_of(path))
-        out[path] = {**bare, "m": np.sqrt((whole * whole).sum(0 if transposed else 1))}
-    return out
+    modules, result = peft.modules(to_peft(adapter)), dict(weights)
+    for path, module in modules.items():
+        weight = weights[f"{path}.weight"]
+        merged = peft.merge(weight, module, scale=sign * lora.scale_of(path), fan_in_fan_out=transposed)
+        result[f"{path}.weight"] = merged.astype(weight.dtype)
+    return result
 
 
-def stack(adapters: Sequence[tuple[Adapter, Lora]]) -> tuple[dict[str, dict[str, Any]], Lora]:
+def stack(adapters: Sequence[tuple[Adapter, Lora]]) -> tuple[Adapter, Lora]:
     """Several adapters as one whose update is the sum of theirs; the order does not matter. Ranks add up.
 
     Returns:
-        The adapter, and settings under which its scale is one everywhere.
+        The adapter, and settings under which every module has its rank and a scale of one.
 
     Raises:
         ValueError: a DoRA adapter among them: its update is not a sum.
     """
     if any(lora.dora for _, lora in adapters):
         raise ValueError("DoRA adapters do not add up; merge them into the weights one after the other")
-    stacked: dict[str, dict[str, Any]] = {}
+    stacked: Adapter = {}
     for path in dict.fromkeys(path for adapter, _ in adapters for path in adapter):
-        own = [(adapter[path], lora.scale_of(path)) for adapter, lora in adapters if path in adapter]
+        own = [(adapter[path], np.float32(lora.scale_of(path))) for adapter, lora in adapters if path in adapter]
         stacked[path] = {
-            "a": np.concatenate([np.asarray(m["a"]) for m, _ in own], 1),
-            "b": np.concatenate([np.asarray(m["b"]) * np.float32(scale) for m, scale in own], 0),
+            "a": np.concatenate([np.asarray(module["a"]) for module, _ in own], 1),
+            "b": np.concatenate([np.asarray(module["b"]) * scale for module, scale in own], 0),
         }
     ranks = {re.escape(path): module["b"].shape[0] for path, module in stacked.items()}
-    return stacked, Lora(rank=1, alpha=1.0, rank_pattern=ranks, alpha_pattern=ranks)
+    return stacked, Lora(targets=tuple(stacked), rank_pattern=ranks, alpha_pattern=ranks)
+
+
+# ---------------------------------------------------------------- PEFT's names
 
 
 _PEFT = {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector"}
@@ -245,11 +342,9 @@ def to_peft(adapter: Adapter) -> dict[str, np.ndarray]:
     }
 
 
-def from_peft(tensors: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
+def from_peft(tensors: Mapping[str, np.ndarray]) -> Adapter:
     """The inverse of `to_peft`."""
-    adapter: dict[str, dict[str, np.ndarray]] = {}
-    for name, tensor in tensors.items():
-        kind = next(kind for kind, suffix in _PEFT.items() if name.endswith(suffix))
-        path = name.removeprefix("base_model.model.").removesuffix(f".{_PEFT[kind]}")
-        adapter.setdefault(path, {})[kind] = np.ascontiguousarray(tensor.T)
-    return adapter
+    return {
+        path: {kind: np.ascontiguousarray(array.T) for kind, array in zip("abm", module, strict=True) if array is not None}
+        for path, module in peft.modules(tensors).items()
+    }

@@ -279,7 +279,7 @@ class JaxBackend:
         self._adapter = jax.device_put(adapter, place)
         with jax.numpy_dtype_promotion("standard"):
             self._state = jax.jit(transform.init, out_shardings=state_place)(self._adapter)
-        self.freeze_reference()  # b is 0: the base itself
+        self.freeze_reference()  # the start adapter; a fresh one is the base itself
         self._key = jax.random.key(seed)
         made = programs(model, adapter, mesh, transform=transform, settings=settings)
         self._generate, self._outputs, self._gradients, self._accumulate, self._apply = made
@@ -438,7 +438,7 @@ def load(config: ConfigDict) -> weights.Loaded:
 def count(config: ConfigDict, loaded: weights.Loaded) -> tuple[int, int]:
     """Parameters of the base and of the adapter."""
     base = sum(math.prod(shape) for shape in expected_shapes(loaded.config).values())
-    return base, lora.count(lora.init(loaded.config, lora_settings(config), seed=config.seed))
+    return base, lora.count(start_adapter(config, loaded.config))
 
 
 def transposed(loaded: weights.Loaded) -> bool:
@@ -448,7 +448,16 @@ def transposed(loaded: weights.Loaded) -> bool:
 
 def lora_settings(config: ConfigDict) -> lora.Lora:
     """`config.lora` as `ple_jax.lora` takes it."""
-    return lora.Lora(**config.lora.to_dict())
+    values = config.lora.to_dict()
+    return lora.Lora(**values | {name: dict(values[name]) for name in ("rank_pattern", "alpha_pattern")})
+
+
+def start_adapter(config: ConfigDict, model_config: ModelConfig) -> lora.Adapter:
+    """The adapter in the folder `config.model.adapter`, or a fresh one (DoRA's magnitudes need the base)."""
+    settings = lora_settings(config)
+    if config.model.adapter is None:
+        return lora.init(model_config, settings, seed=config.seed)
+    return lora.read(Path(config.model.adapter), model_config, settings)
 
 
 def make_model(config: ConfigDict, model_config: ModelConfig, mesh: Mesh, *, platform: str | None = None) -> Model:
@@ -480,6 +489,7 @@ def build(config: ConfigDict, loaded: weights.Loaded) -> JaxBackend:
     mesh = sharding.make_mesh(**config.mesh)
     model = make_model(config, loaded.config, mesh)
     settings = lora_settings(config)
+    adapter = start_adapter(config, loaded.config)  # before the weights are read: it may be refused
     kv_heads = loaded.config.num_kv_heads
 
     def put(name: str, array: np.ndarray) -> Array:
@@ -488,9 +498,8 @@ def build(config: ConfigDict, loaded: weights.Loaded) -> JaxBackend:
         )
 
     base = fill(model, loaded.weights, put, quantize=config.model.quantize)
-    adapter = lora.init(loaded.config, settings, seed=config.seed)
-    if settings.dora:
-        adapter = lora.magnitudes(loaded.config, loaded.weights, adapter, settings)
+    if settings.dora and config.model.adapter is None:
+        adapter = lora.magnitudes(model, base, adapter, settings)
     return JaxBackend(
         model,
         base,

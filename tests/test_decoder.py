@@ -1,4 +1,4 @@
-"""The decoder against transformers: logits, greedy tokens, cache, left padding; scanned and unrolled; LoRA against PEFT."""
+"""The decoder against transformers: logits, greedy tokens, cache, left padding; scanned and unrolled."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from ple_jax.core.types import Sampling
 from ple_jax.lora import Lora
 from ple_jax.models import checkpoint
 from ple_jax.models.decoder import Model, fill
-from ple_jax.models.families import module_shapes, read
+from ple_jax.models.families import read
 
 LENGTHS = (3, 9, 6)
 
@@ -56,64 +56,6 @@ def test_logits_equal_transformers(scan, tie, kv_heads):
     ours = jax.jit(lambda b: full_logits(model, b, {}, tokens, mask))(base)
     theirs = torch_logits(tiny.transformers_model(raw, tensors), tokens, mask)
     np.testing.assert_allclose(np.asarray(ours)[mask], theirs[mask], atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("scan", [False, True])
-def test_adapter_equals_peft(scan):
-    import torch
-    from peft import LoraConfig, get_peft_model
-
-    tensors = tiny.weights()
-    model, base = build(tensors=tensors, scan=scan)
-    adapter = tiny.random_adapter(tiny.CONFIG)
-    targets = sorted({path.rsplit(".", 1)[1] for path in adapter})
-    theirs = get_peft_model(
-        tiny.transformers_model(tiny.RAW, tensors), LoraConfig(r=4, lora_alpha=8, target_modules=targets)
-    )
-    named = {k.replace(".weight", ".default.weight"): torch.tensor(v) for k, v in lora.to_peft(adapter).items()}
-    assert not theirs.load_state_dict(named, strict=False).unexpected_keys
-    tokens, mask = left_padded(np.random.default_rng(0), tiny.CONFIG.vocab_size)
-    ours = full_logits(model, base, lora.fuse(model, adapter, tiny.LORA), tokens, mask)
-    np.testing.assert_allclose(np.asarray(ours)[mask], torch_logits(theirs, tokens, mask)[mask], atol=1e-4, rtol=0)
-    without = full_logits(model, base, {}, tokens, mask)
-    assert np.abs(np.asarray(ours - without))[mask].max() > 0.1  # the adapter does something
-
-
-@pytest.mark.parametrize(
-    "targets", [("q_proj",), ("k_proj", "v_proj"), ("up_proj",), ("o_proj", "down_proj", "gate_proj")]
-)
-def test_some_targets_only(targets):
-    """An adapter on some modules equals the weights with that adapter merged in."""
-    adapter = {p: m for p, m in tiny.random_adapter(tiny.CONFIG).items() if p.rsplit(".", 1)[1] in targets}
-    tokens, mask = left_padded(np.random.default_rng(0), tiny.CONFIG.vocab_size)
-    model, base = build()
-    _, merged = build(tensors=lora.merge(tiny.CONFIG, tiny.weights(), adapter, tiny.LORA))
-    ours = full_logits(model, base, lora.fuse(model, adapter, tiny.LORA), tokens, mask)
-    np.testing.assert_allclose(ours, full_logits(model, merged, {}, tokens, mask), atol=2e-5)
-
-
-def test_fresh_adapter_is_the_base():
-    model, base = build()
-    adapter = lora.init(tiny.CONFIG, Lora(rank=4, targets=("q_proj", "down_proj")), seed=0)
-    tokens, mask = left_padded(np.random.default_rng(0), tiny.CONFIG.vocab_size)
-    with_adapter = full_logits(model, base, lora.fuse(model, adapter, tiny.LORA), tokens, mask)
-    np.testing.assert_array_equal(with_adapter, full_logits(model, base, {}, tokens, mask))
-
-
-def test_adapter_init():
-    adapter = lora.init(tiny.CONFIG, Lora(rank=4, targets=("q_proj", "down_proj")), seed=0)
-    assert sorted(adapter) == sorted(p for p, *_ in module_shapes(tiny.CONFIG) if p.endswith(("q_proj", "down_proj")))
-    for path, _, inp, out in module_shapes(tiny.CONFIG):
-        if path in adapter:
-            assert adapter[path]["a"].shape == (inp, 4) and adapter[path]["b"].shape == (4, out)
-            # Kaiming's uniform bound with a = sqrt(5) is 1 / sqrt(fan_in), as in PEFT
-            assert 0.8 * inp**-0.5 < np.abs(adapter[path]["a"]).max() <= inp**-0.5
-            assert not adapter[path]["b"].any()
-    again = lora.init(tiny.CONFIG, Lora(rank=4, targets=("down_proj",)), seed=0)
-    for path, module in again.items():  # a module's noise does not depend on which others there are
-        np.testing.assert_array_equal(module["a"], adapter[path]["a"])
-    assert lora.count(adapter) == sum(4 * (i + o) for p, _, i, o in module_shapes(tiny.CONFIG) if p in adapter)
-    np.testing.assert_equal(lora.from_peft(lora.to_peft(adapter)), adapter)
 
 
 @pytest.mark.parametrize("scan", [False, True])

@@ -14,12 +14,7 @@ if TYPE_CHECKING:
 
 PACKAGE = Path(__file__).parent.parent
 BACKENDS = {"jax": "ple_jax.train", "torch": "torch_ascend.train"}  # --backend and the module behind it
-FREE = (
-    "algorithm_kwargs",
-    "reward.kwargs",
-    "lora.rank_pattern",
-    "lora.alpha_pattern",
-)  # dictionaries of the user's own, overridden whole
+FREE = ("algorithm_kwargs", "reward.kwargs")  # dictionaries of the user's own, overridden whole
 
 Rule = Callable[[Any], str]  # value -> what it must be instead, or "" when it is fine
 
@@ -141,6 +136,12 @@ def _optional_file(value: Any) -> str:
     return "" if fine else f"unset or an existing JSONL file (looked in {Path.cwd()})"
 
 
+def _optional_adapter(value: Any) -> str:
+    files = ("adapter_config.json", "adapter_model.safetensors")
+    fine = value is None or (isinstance(value, str) and all((Path(value) / file).is_file() for file in files))
+    return "" if fine else f"unset or a folder with {' and '.join(files)} (looked in {Path.cwd()})"
+
+
 def _targets(value: Any) -> str:
     """Names are checked against the model's modules, which differ between families, when it is loaded."""
     names = isinstance(value, tuple | list) and value and all(isinstance(v, str) and v for v in value)
@@ -150,16 +151,18 @@ def _targets(value: Any) -> str:
 
 
 def _patterns(each: Rule) -> Rule:
+    says = "a tuple of (regular expression, value) pairs: \"(('mlp.down_proj', 16),)\""  # ConfigDict has no keys with dots
+
     def rule(value: Any) -> str:
-        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-            return "a dictionary by regular expression: \"{'mlp.down_proj': 16}\""
-        for key, number in value.items():
+        if not isinstance(value, tuple | list) or not all(isinstance(v, tuple | list) and len(v) == 2 for v in value):
+            return says
+        for key, number in value:
             try:
                 re.compile(key)
-            except re.error as error:
-                return f"a dictionary by regular expression; {key!r} is not one ({error})"
-            if says := each(number):
-                return f"a dictionary, where {key!r} must be {says}"
+            except (TypeError, re.error) as error:
+                return f"{says}; {key!r} is no regular expression ({error})"
+            if wrong := each(number):
+                return f"{says}, where {key!r} must have {wrong}"
         return ""
 
     return rule
@@ -207,6 +210,7 @@ RULES: dict[str, Rule] = {
     "model.layers": _choice("auto", "scan", "unroll"),
     "model.attention": _choice("auto", "xla", "cudnn", "splash"),
     "model.remat": _choice("none", "dots", "full"),
+    "model.adapter": _optional_adapter,
     "lora.rank": _whole(1),
     "lora.alpha": _positive,
     "lora.targets": _targets,

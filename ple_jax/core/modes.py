@@ -50,6 +50,9 @@ def inputs(config: Any) -> dict[str, str]:
     code = {"algorithm": config.algorithm, "reward": config.reward.name.split(":")[0], "sft": config.sft.data or ""}
     texts |= {name: Path(file).read_text() for name, file in code.items() if Path(file).is_file()}
     digests = {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in texts.items()}
+    if config.model.adapter is not None:
+        files = [Path(config.model.adapter) / name for name in (peft.CONFIG, peft.WEIGHTS)]
+        digests["adapter"] = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
     return {**digests, "model": hub.identity(config.model.path, config.model.revision)}
 
 
@@ -189,8 +192,8 @@ def export_adapter(run: loop.Run, iteration: int, summary: Mapping[str, Any]) ->
         alpha=lora.alpha,
         targets=_target_names(lora.targets, tensors),
         base_model=run.base_model,
-        rank_pattern=lora.rank_pattern.to_dict(),
-        alpha_pattern=lora.alpha_pattern.to_dict(),
+        rank_pattern=dict(lora.rank_pattern),
+        alpha_pattern=dict(lora.alpha_pattern),
         use_rslora=lora.rslora,
         use_dora=lora.dora,
         fan_in_fan_out=run.transposed,

@@ -81,11 +81,10 @@ class Linear(nnx.Module):
             if lora.dropout is not None:
                 key, rate = lora.dropout
                 h = jnp.where(jax.random.bernoulli(key, rate, h.shape), 0.0, h / (1 - rate))
-            delta = jnp.tensordot(jnp.tensordot(h, lora.down, 1), lora.up, 1)
-            if lora.gain is None:
-                y = y + delta.astype(y.dtype)
-            else:
-                y = (jnp.expand_dims(lora.gain, (0, 1)) * (y.astype(delta.dtype) + delta)).astype(y.dtype)
+            whole = y.astype(h.dtype) + jnp.tensordot(jnp.tensordot(h, lora.down, 1), lora.up, 1)
+            if lora.gain is not None:
+                whole = jnp.expand_dims(lora.gain, (0, 1)) * whole
+            y = whole.astype(y.dtype)
         return y + jnp.expand_dims(self.bias[...], (0, 1)) if hasattr(self, "bias") else y
 
 

@@ -242,7 +242,7 @@ def _low_rank(c: ModelConfig, kernel: str, paths: Mapping[str, str], adapter: Ad
     The scale is multiplied into `up`.
     """
     down = [adapter[path]["a"] for path in paths.values()]
-    up = [families.fuse(c, kernel, {name: adapter[path]["b"]}) for name, path in paths.items()]
+    up = [families.fuse(c, kernel, {name: adapter[path]["b"] * lora.scale_of(path)}) for name, path in paths.items()]
     return LowRank(jnp.concatenate(down, 1), jnp.concatenate(up, 0))
 
 

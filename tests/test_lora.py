@@ -644,6 +644,7 @@ def test_dropout_is_for_training_alone():
     assert len(set(losses)) == 3 and len({round(loss, 3) for loss in exact}) == 1
 
 
+@pytest.mark.slow
 def test_every_option_on_many_devices():
     batch, losses, adapters = random_batch(rows=8), [], []
     for mesh in (sharding.make_mesh(), sharding.make_mesh(data=2, fsdp=2, tensor=2)):

@@ -176,10 +176,11 @@ def _label(response: Response) -> str:
 
 
 def _target_names(targets: Sequence[str], adapter: Mapping[str, Any]) -> list[str]:
-    """Module names for PEFT; of all-linear those that were adapted, which is every one with such a name."""
-    if "all-linear" not in targets:
-        return list(targets)
-    return sorted({path.rsplit(".", 1)[1] for path in peft.modules(adapter)})
+    """Module names for PEFT: as given, those that all-linear adapted, or whole paths where a name would say too much."""
+    paths = sorted(peft.modules(adapter))
+    if any(".language_model." in path for path in paths):
+        return paths  # a vision tower has modules of the same names
+    return sorted({path.rsplit(".", 1)[1] for path in paths}) if "all-linear" in targets else list(targets)
 
 
 def export_adapter(run: loop.Run, iteration: int, summary: Mapping[str, Any]) -> Path:

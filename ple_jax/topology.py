@@ -244,13 +244,25 @@ def phases(
             cache,
         )
 
-        def step(base: Any, fused: Any, cache: Any, token: Any, position: Any, mask: Any, index: Any, u: Any) -> Any:
-            hidden, cache = model.apply(base, fused, token, positions=position, mask=mask, cache=cache, index=index)
+        def step(
+            base: Any, fused: Any, cache: Any, token: Any, position: Any, mask: Any, places: Any, index: Any, u: Any
+        ) -> Any:
+            hidden, cache = model.apply(
+                base,
+                fused,
+                token,
+                positions=position,
+                mask=mask,
+                cache=cache,
+                index=index,
+                source_positions=places,
+            )
             return generate.sample_token(model.logits(base, hidden[:, -1]), u, sampling=sampling), cache
 
         token, position = spread(width, 1, dtype=jnp.int32), spread(width, 1, dtype=jnp.int32)
         mask, u = spread(width, 1, total, dtype=jnp.bool_), spread(width, dtype=jnp.float32)
-        return jax.jit(step, donate_argnums=2).lower(base, fused, cached, token, position, mask, whole((), jnp.int32), u)
+        places, index = spread(width, total, dtype=jnp.int32), whole((), jnp.int32)
+        return jax.jit(step, donate_argnums=2).lower(base, fused, cached, token, position, mask, places, index, u)
 
     policy = frozen + trained
     resident = trained + moments  # the reference and the optimizer's moments
@@ -279,7 +291,7 @@ def phases(
     about, flops = packed(judged)
     yield Phase(
         "log-probs", about, policy, resident, sum(flops.values()),
-        lambda: made.outputs.lower(base, adapter, judged, entropy=False),
+        lambda: made.outputs.lower(base, adapter, judged, entropy=True),
     )  # fmt: skip
     micro, loss = batch(opt.micro_queries), algorithm.make_loss(config)
     key = jax.eval_shape(lambda: jax.random.key(0))

@@ -75,14 +75,11 @@ def _token_logprobs_forward(
 ) -> tuple[Array, tuple[Array, Array]]:
     def f(h: Array, y: Array) -> tuple[Array, Array]:
         value, normaliser, logits = _chunk(head, h, y, softcap)
-        p = jnp.exp(logits - normaliser[..., None])
-        chosen = head[y].astype(jnp.float32)
+        # subtracted in fp32, then rounded to the head's dtype: where p is nearly one, the rest is smaller than p's rounding
+        error = jax.nn.one_hot(y, logits.shape[-1], dtype=jnp.float32) - jnp.exp(logits - normaliser[..., None])
         if softcap is not None:  # d tanh
-            slope = 1 - (logits / softcap) ** 2
-            p = p * slope
-            chosen = chosen * jnp.take_along_axis(slope, y[..., None], -1)
-        expected = jnp.einsum("btv,vd->btd", p.astype(head.dtype), head, preferred_element_type=jnp.float32)
-        return value, chosen - expected
+            error = error * (1 - (logits / softcap) ** 2)
+        return value, jnp.einsum("btv,vd->btd", error.astype(head.dtype), head, preferred_element_type=jnp.float32)
 
     value, gradient = _over_time(f, hidden, targets, shards)
     return value, (gradient, jnp.zeros((), hidden.dtype))

@@ -144,6 +144,26 @@ def test_logits_of_all_tokens_never_exist():
     assert max(sizes) <= train._CHUNK * vocab < 8 * 2 * 128 * vocab
 
 
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_gradient_of_confident_tokens_with_a_bfloat16_head(softcap):
+    """Where p is nearly one, one-hot minus p is smaller than p's rounding: it must not be lost."""
+    rng = np.random.default_rng(0)
+    head = np.asarray(rng.normal(size=(300, 32)), jnp.bfloat16)
+    targets = rng.integers(0, 300, (2, 20)).astype(np.int32)
+    hidden = np.asarray(0.4 * head[targets].astype(np.float32) + 0.1 * rng.normal(size=(2, 20, 32)), jnp.bfloat16)
+    h, w = hidden.astype(np.float64), head.astype(np.float64)
+    raw = h @ w.T
+    logits = raw if softcap is None else softcap * np.tanh(raw / softcap)
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    assert np.median(np.take_along_axis(p, targets[..., None], -1)) > 0.97
+    slope = 1.0 if softcap is None else 1 - (logits / softcap) ** 2
+    expected = ((np.eye(300)[targets] - p) * slope) @ w
+    gradient = jax.grad(lambda x: train.token_logprobs(jnp.asarray(head), x, targets, softcap).sum())(jnp.asarray(hidden))
+    error = np.linalg.norm(np.asarray(gradient, np.float64) - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
+    assert error.max() < 0.02
+
+
 def test_accumulated_micro_batches_equal_one_batch():
     batch = random_batch(rows=6)
     parts = [

@@ -65,7 +65,7 @@ def render(
         metrics=_metrics(workdir, iteration),
         summary=summary if summary.get("iterations") == iteration else {},
         versions=_versions(workdir),
-        rank=rank_limit(config["lora.rank"]),
+        rank=None if any(config[f"lora.{key}"] for key in _UNSERVED) else rank_limit(config["lora.rank"]),
     )
 
 
@@ -97,6 +97,10 @@ def _cell(value: Any) -> str:
         value = Path(value).name
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return "`" + text.replace("|", "\\|").replace("`", "'").replace("\n", " ") + "`"
+
+
+# vLLM refuses DoRA, and scales what has ranks or alphas by pattern wrongly
+_UNSERVED = ("dora", "rank_pattern", "alpha_pattern")
 
 
 def rank_limit(rank: int) -> int | None:

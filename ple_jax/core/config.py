@@ -16,6 +16,9 @@ PACKAGE = Path(__file__).parent.parent
 BACKENDS = {"jax": "ple_jax.train", "torch": "torch_ascend.train"}  # --backend and the module behind it
 FREE = ("algorithm_kwargs", "reward.kwargs")  # dictionaries of the user's own, overridden whole
 
+# how a run is computed and not what: a run may go on, or be exported, with others
+EXECUTION = ("model.layers", "model.attention", "model.remat", "mesh.data", "mesh.fsdp", "mesh.tensor", "checkpoint.keep")
+
 Rule = Callable[[Any], str]  # value -> what it must be instead, or "" when it is fine
 
 

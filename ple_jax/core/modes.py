@@ -4,6 +4,7 @@ import contextlib
 import functools
 import hashlib
 import importlib
+import io
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -219,6 +220,8 @@ def _defaults() -> dict[str, Any]:
 
 def export(config: Any, workdir: Path, backend: str) -> int:
     """Writes the newest checkpoint's adapter in PEFT's layout; merged weights and a push where the config asks for them."""
+    if config.export.merged:  # refused before anything is loaded or written
+        importlib.import_module("ple_jax.models.export").check_folder(workdir / "merged")
     adapter, iteration, base_model = _export_adapter(config, workdir, backend)
     print(f"adapter of iteration {iteration}: {adapter} (PEFT layout, base model {base_model})")
     name = workdir.resolve().name
@@ -298,6 +301,8 @@ def chat(config: Any, workdir: Path, backend: str) -> int:
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):  # lines can be edited where Python has it
             importlib.import_module("readline")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # a byte that is no UTF-8 should not end the conversation
     talk.run(lambda: input("> " if sys.stdin.isatty() else ""))
     return 0
 

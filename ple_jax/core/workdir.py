@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ple_jax.core.config import UserError, differing
+from ple_jax.core.config import EXECUTION, UserError, differing
 
 _FILES = ("rollouts", "evaluations", "checkpoints", "adapter", "metrics.jsonl", "summary.json", "report.html")
 
@@ -41,7 +41,10 @@ def _plain(value: Any) -> Any:
 
 def read_json(path: Path) -> dict[str, Any] | None:
     """The file's content; None if there is no such file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} is damaged, or no file of a run ({error}); give another --workdir") from error
 
 
 @contextmanager
@@ -79,7 +82,7 @@ def check(workdir: Path, wanted: Mapping[str, Any]) -> None:
         if work:
             raise UserError(f"--workdir={workdir} holds {work[0]} but no config.json; give an empty folder")
     # without any work in it a directory may change hands: a mistake that was mended should not need another one
-    elif work and (keys := differing(found, _plain(wanted))):
+    elif work and (keys := [key for key in differing(found, _plain(wanted)) if key not in EXECUTION]):
         raise UserError(
             f"--workdir={workdir} belongs to another config, differing in {', '.join(keys)};"
             " give the same config or another --workdir"

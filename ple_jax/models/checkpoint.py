@@ -137,7 +137,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; a model folder needs it (save_pretrained writes it)") from None
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise UserError(f"{path} is not valid JSON ({error})") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object; download it again")

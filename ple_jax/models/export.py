@@ -48,8 +48,7 @@ def merged(
     partial, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("partial", "old"))
     if old.exists() and not folder.exists():  # killed between the two renames below
         old.rename(folder)
-    if folder.exists() and not (folder / MARKER).is_file():
-        raise UserError(f"{folder} is not an earlier export (it has no {MARKER}); move it away, nothing was written")
+    check_folder(folder)
     tensors = _tensors(loaded, adapter, None if dtype == "keep" else DTYPES[dtype])
     first = next(tensors)
     _check_space(loaded, first[1].dtype, folder.parent)
@@ -77,6 +76,12 @@ def merged(
     return folder
 
 
+def check_folder(folder: Path) -> None:
+    """Raises a UserError where an export would replace something that is not an earlier one."""
+    if folder.exists() and not (folder / MARKER).is_file():
+        raise UserError(f"{folder} is not an earlier export (it has no {MARKER}); move it away, nothing was written")
+
+
 def _tensors(loaded: Loaded, adapter: Path, dtype: np.dtype | None) -> Iterator[tuple[str, np.ndarray]]:
     """Every weight of the merged model, in the order of `loaded.weights`."""
     tensors, config = peft.read(adapter)
@@ -96,7 +101,7 @@ def _tensors(loaded: Loaded, adapter: Path, dtype: np.dtype | None) -> Iterator[
                 f"merged tensor {name} holds values that are not finite in {kind}; set --config.export.dtype=bfloat16 or"
                 " float32, or look for NaN in the adapter"
             )
-        yield name, weight
+        yield name.replace(".language_model.", "."), weight  # of a multimodal model the text part
 
 
 def _check_space(loaded: Loaded, dtype: np.dtype, parent: Path) -> None:
@@ -163,7 +168,10 @@ def _write_description(loaded: Loaded, folder: Path, dtype: str, stored: np.dtyp
 
 
 def _raw(loaded: Loaded) -> Mapping[str, Any]:
-    """The model's config.json."""
+    """The model's config.json; of a multimodal one that of its text part, which is what was read."""
+    if "text_config" in loaded.raw:
+        text = {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}
+        return {**loaded.raw["text_config"], **text, "eos_token_id": loaded.raw.get("eos_token_id")}
     if loaded.folder is not None:
         return loaded.raw
     return {

@@ -506,11 +506,11 @@ def read(raw: Raw, where: str) -> ModelConfig:
     if (name := raw.get("model_type")) not in FAMILIES:
         raise UserError(f"{where}: model_type {name!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
     family = FAMILIES[name]
-    text = {**family.defaults, **raw.get("text_config", raw)}
-    raw = text | {ours: text[theirs] for ours, theirs in family.names.items() if theirs in text}
-    if raw["hidden_act"] not in _ACTIVATIONS:
-        raise UserError(f"{where}: activation {raw['hidden_act']!r} is not supported ({', '.join(_ACTIVATIONS)})")
     try:
+        text = {**family.defaults, **raw.get("text_config", raw)}
+        raw = text | {ours: text[theirs] for ours, theirs in family.names.items() if theirs in text}
+        if raw["hidden_act"] not in _ACTIVATIONS:
+            raise UserError(f"activation {raw['hidden_act']!r} is not supported ({', '.join(_ACTIVATIONS)})")
         heads, hidden = raw["num_attention_heads"], raw["hidden_size"]
         fields = {
             "vocab_size": raw["vocab_size"],
@@ -535,6 +535,8 @@ def read(raw: Raw, where: str) -> ModelConfig:
         raise UserError(f"{where} has no {error.args[0]}; it is not a complete {name} config") from None
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(f"{where}: a setting has a value that it cannot have ({error})") from error
 
 
 # ---------------------------------------------------------------- names, shapes and layout of the weights

@@ -211,4 +211,7 @@ def eos_ids(tokenizer: PreTrainedTokenizerFast, generation_config: Mapping[str, 
     ids = stated if stated is not None else tokenizer.eos_token_id
     if ids is None:
         return ()
-    return tuple(ids) if isinstance(ids, list | tuple) else (ids,)
+    ids = tuple(ids) if isinstance(ids, list | tuple) else (ids,)
+    if wrong := [i for i in ids if type(i) is not int]:
+        raise UserError(f"eos_token_id {wrong[0]!r} is not a token id; mend generation_config.json or config.json")
+    return ids

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -282,7 +283,8 @@ def test_chat_frees_the_directory_and_outlives_ctrl_c(run):
     code = (
         "import sys; sys.path.insert(0, 'tests')\n"
         "from pathlib import Path; from ml_collections import FrozenConfigDict\n"
-        "from configs import tiny; from ple_jax.core import modes\n"
+        "from configs import tiny; from ple_jax import train; from ple_jax.core import modes\n"
+        "load = train.load; train.load = lambda config: load(config)._replace(eos=())\n"  # an answer that does not end
         "c = tiny.get_config(); c.sinks = (); c.lora.rank, c.lora.alpha = 4, 6.0\n"
         f"sys.exit(modes.chat(FrozenConfigDict(c), Path({str(workdir)!r}), 'jax'))\n"
     )
@@ -290,6 +292,8 @@ def test_chat_frees_the_directory_and_outlives_ctrl_c(run):
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
+    watch = threading.Timer(120, process.kill)  # reads end when it does
+    watch.start()
     try:
 
         def line() -> str:
@@ -304,16 +308,18 @@ def test_chat_frees_the_directory_and_outlives_ctrl_c(run):
             assert process.poll() is None
         say("go\n")
         process.stdout.read(3)  # it speaks
+        process.send_signal(signal.SIGINT)
+        said = ""
+        while "(stopped)" not in said:
+            said += line()
+            assert process.poll() is None
         with modes._on_run(config, workdir, "jax"):
-            process.send_signal(signal.SIGINT)
-            said = ""
-            while "(stopped)" not in said:
-                said += line()
-                assert process.poll() is None
+            pass
         say("/max 3\nagain\n/quit\n")
         assert process.wait(60) == 0
         assert "at most 3 tokens" in process.stdout.read().decode(errors="replace")
     finally:
+        watch.cancel()
         process.kill()
         process.wait()
         process.stdin.close()

@@ -233,7 +233,7 @@ def test_sizes_are_the_published_ones(raw, total, active):
 @pytest.mark.parametrize("name", RAWS)
 def test_adapters_are_on_the_attention(name):
     c = families.read(RAWS[name], name)
-    modules = [f"self_attn.{p}_proj" for p in "qkvo"]
+    modules = [f"model.layers.{i}.self_attn.{p}_proj" for i in range(c.num_layers) for p in "qkvo"]
     assert lora.resolve(c, ("all-linear",)) == modules
     with pytest.raises(UserError, match="down_proj.*no linear module"):
         lora.resolve(c, ("down_proj",))

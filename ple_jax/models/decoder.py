@@ -50,7 +50,7 @@ class Kind(NamedTuple):
     mask: Bool[Array, "row time source"]
 
 
-_LONGEST_SUM = 1024
+_LONGEST_SUM, _MANY_TOKENS = 1024, 32
 
 
 def _matmul(x: Float[Array, "row time inp"], kernel: Float[Array, "inp *out"] | QArray) -> Float[Array, "row time *out"]:
@@ -59,9 +59,13 @@ def _matmul(x: Float[Array, "row time inp"], kernel: Float[Array, "inp *out"] | 
         return project(x, kernel)
     if size > _LONGEST_SUM and size % 2 == 0 and x.dtype == jnp.float32:
         # XLA's CPU kernels add up in one fp32 accumulator: SmolLM2's logits were 16e-5 off float64, halves are 6e-5 off
-        # (torch: 9e-5). One batched matmul: two matmuls of slices copied the kernel in every decode step
-        halves = x.reshape(-1, 2, size // 2).swapaxes(0, 1)
-        y = jnp.einsum("cth,cho->cto", halves, kernel.reshape(2, size // 2, -1)).sum(0)
+        # (torch: 9e-5)
+        half = size // 2
+        if x.shape[0] * x.shape[1] >= _MANY_TOKENS:
+            return jnp.tensordot(x[..., :half], kernel[:half], 1) + jnp.tensordot(x[..., half:], kernel[half:], 1)
+        # slices are copies of the kernel: for few tokens one batched matmul is faster, for many it is slower
+        halves = x.reshape(-1, 2, half).swapaxes(0, 1)
+        y = jnp.einsum("cth,cho->cto", halves, kernel.reshape(2, half, -1)).sum(0)
         return y.reshape(*x.shape[:-1], *kernel.shape[1:])
     return jnp.tensordot(x, kernel, 1)
 

@@ -269,6 +269,6 @@ def _next(
         mask=mask,
         cache=cache,
         index=index,
-        source_positions=jnp.arange(mask.shape[-1])[None],
+        source_positions=jnp.arange(size)[None],
     )
     return sample_token(model.logits(base, hidden[:, 0]), u, sampling=sampling), cache

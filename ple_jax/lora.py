@@ -44,13 +44,17 @@ class Lora:
     # of the adapter's input, while training: q, k, v (gate, up) share one draw; the base, DoRA's too, sees its whole input
     dropout: float = 0.0
 
+    @property
+    def _peft(self) -> dict[str, Any]:
+        patterns = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
+        return {"r": self.rank, "lora_alpha": self.alpha, "use_rslora": self.rslora, **patterns}
+
     def rank_of(self, path: str) -> int:
-        return peft.patterned(self.rank_pattern, path, self.rank)
+        return peft.module_rank(self._peft, path)
 
     def scale_of(self, path: str) -> float:
         """What A B is multiplied by."""
-        rank = self.rank_of(path)
-        return peft.patterned(self.alpha_pattern, path, self.alpha) / (rank**0.5 if self.rslora else rank)
+        return peft.scaling(self._peft, path)
 
 
 # ---------------------------------------------------------------- where a run starts

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from ple_jax import generate, hlo, lora, sharding, train
 from ple_jax import quantize as quantization
 from ple_jax.core import prompts
-from ple_jax.core.config import PACKAGE, UserError
+from ple_jax.core.config import PACKAGE, PUBLISHED, UserError
 from ple_jax.core.rollouts import bucket
 from ple_jax.core.types import Batch, Query, Response, Rollout, Sampling, Tokenizer
 from ple_jax.models import checkpoint, families, hub
@@ -36,7 +36,7 @@ GIB = 2**30
 # ---------------------------------------------------------------- the model and the shapes
 
 
-PUBLISHED = PACKAGE / "models" / "published"  # the config.json of well-known models, by name
+SHAPES = PACKAGE / "models" / "published"  # the config.json of well-known models, by name
 
 
 class Source(NamedTuple):
@@ -49,13 +49,13 @@ class Source(NamedTuple):
 
 def read_source(path: str, revision: str | None = None) -> Source:
     """A folder in which a config.json is enough, a published model's shapes by name, or anything that can be trained."""
-    named = PUBLISHED / f"{path}.json"
+    named = SHAPES / f"{path}.json"
     folder = hub.fetch(path, revision, weights=False) if hub.is_remote(path) else Path(path)
-    if not named.is_file() and not folder.is_dir():
+    if path not in PUBLISHED and not folder.is_dir():
         loaded = checkpoint.load(path)
         return Source(loaded.config, loaded.tokenizer, loaded.eos)
     file = folder / "config.json" if folder.is_dir() else named
-    raw = checkpoint._read_json(file)
+    raw = checkpoint.read_json(file)
     config = families.read(raw, str(file))
     if (folder / "tokenizer.json").is_file():
         tokenizer = tokenizers.from_folder(folder)

@@ -277,6 +277,14 @@ def test_mode_chat_on_a_pipe(run, monkeypatch, capsys):
     assert said.endswith(f"base: {base}\nadapter: {adapter}\n\n") and base != adapter
 
 
+def test_a_line_that_is_no_utf8(run, monkeypatch, capsys):
+    config, workdir = run
+    typed = io.TextIOWrapper(io.BytesIO(b"/template off\ncaf\xe9\n/temperature 0\n"), encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", typed)
+    assert modes.chat(config, workdir, "jax") == 0
+    assert "temperature 0," in capsys.readouterr().out
+
+
 def test_chat_frees_the_directory_and_outlives_ctrl_c(run):
     """A real signal in the middle of a long answer: the conversation goes on, and others may use the run meanwhile."""
     config, workdir = run

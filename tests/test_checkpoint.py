@@ -117,6 +117,9 @@ def test_several_end_tokens(folder):
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "RoPE scaling 'dynamic'"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "has no low_freq_factor"),
         ({"rope_parameters": ..., "rope_scaling": {"type": "linear"}}, "has no factor"),
+        ({"hidden_size": "64"}, "a setting has a value that it cannot have"),
+        ({"num_hidden_layers": None}, "a setting has a value that it cannot have"),
+        ({"hidden_act": ["silu"]}, "a setting has a value that it cannot have"),
         ({"num_key_value_heads": 3}, "4 attention heads do not divide into 3 KV heads"),
         ({"vocab_size": ...}, "has no vocab_size"),
         ({"vocab_size": 300}, r"tensor model.embed_tokens.weight has shape \(258, 32\), config.json says \(300, 32\)"),
@@ -129,6 +132,12 @@ def test_several_end_tokens(folder):
 def test_config_that_does_not_fit(folder, change, message):
     edit(folder / "config.json", **change)
     with pytest.raises(UserError, match=message):
+        checkpoint.load(str(folder))
+
+
+def test_end_tokens_that_are_none(folder):
+    edit(folder / "generation_config.json", eos_token_id="x")
+    with pytest.raises(UserError, match="eos_token_id 'x' is not a token id"):
         checkpoint.load(str(folder))
 
 

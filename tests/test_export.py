@@ -4,6 +4,7 @@ import json
 import shlex
 from pathlib import Path
 
+import families
 import huggingface_hub
 import jax
 import ml_dtypes
@@ -87,6 +88,22 @@ def test_merged_folder_is_base_plus_adapter(source, adapter, tmp_path):
         same = (folder / name).read_text() == (source / name).read_text()
         assert same or json.loads((folder / name).read_text()) == json.loads((source / name).read_text()), name
     assert len({file.stat().st_mode for file in folder.iterdir()}) == 1
+
+
+def test_of_a_multimodal_model_the_text_part(tmp_path):
+    """transformers loads it as a language model, whose logits are those of the whole model with the adapter."""
+    variant = families.VARIANTS["gemma3"]
+    families.save(families.build(variant), tmp_path / "base")
+    config = checkpoint.load(str(tmp_path / "base")).config
+    adapter = lora.to_peft(tiny.random_adapter(config))
+    paths = sorted(peft.modules(adapter))
+    peft.write(tmp_path / "adapter", adapter, rank=4, alpha=6, targets=paths, base_model="some/base")
+    folder = merged(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    expected = logits(PeftModel.from_pretrained(families.build(variant), tmp_path / "adapter"))
+    ours, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, attn_implementation="eager")
+    assert type(ours).__name__ == "Gemma3ForCausalLM"
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    np.testing.assert_allclose(logits(ours), expected, atol=1e-4)
 
 
 def test_what_is_not_adapted_is_untouched(source, tmp_path):
@@ -347,6 +364,21 @@ def test_mode_export(run, hub, capsys):
     assert tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) == expected
     generation = AutoModelForCausalLM.from_pretrained(workdir / "merged").generation_config
     assert generation.eos_token_id == [256] and generation.pad_token_id == 257
+
+
+def test_a_foreign_folder_is_refused_before_anything_is_written(run):
+    config, workdir = run
+    adapter = workdir / "adapter" / "adapter_model.safetensors"
+    before, kept = adapter.stat().st_mtime_ns, workdir / "kept"
+    (workdir / "merged").rename(kept)
+    try:
+        (workdir / "merged").mkdir()
+        with pytest.raises(UserError, match="is not an earlier export"):
+            modes.export(exporting(config, merged=True), workdir, "jax")
+        assert adapter.stat().st_mtime_ns == before
+    finally:
+        (workdir / "merged").rmdir()
+        kept.rename(workdir / "merged")
 
 
 def test_merged_model_says_what_the_run_says(run):

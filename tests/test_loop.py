@@ -232,3 +232,21 @@ def test_a_mistake_mended_does_not_need_another_directory(overrides, says, tmp_p
     with pytest.raises(UserError, match=says):
         train(tmp_path, **overrides)
     workdir_files.check(tmp_path, {"any": "other config"})
+
+
+def test_how_a_run_is_computed_may_change_and_what_may_not(tmp_path):
+    config = tiny_config.get_config().to_dict()
+    workdir_files.write_json(tmp_path / "config.json", config)
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    config["model"] |= {"remat": "full", "layers": "scan", "attention": "xla"}
+    config["mesh"]["fsdp"] = 4
+    workdir_files.check(tmp_path, config)
+    config["model"]["dtype"] = "bfloat16"
+    with pytest.raises(UserError, match="differing in model.dtype;"):
+        workdir_files.check(tmp_path, config)
+
+
+def test_a_damaged_config_in_the_directory(tmp_path):
+    (tmp_path / "config.json").write_text("hi")
+    with pytest.raises(UserError, match="config.json is damaged"):
+        workdir_files.check(tmp_path, {})

@@ -212,7 +212,7 @@ PARAMETERS = {  # as their model cards and papers count them
 
 
 def test_every_published_model_is_counted():
-    assert sorted(PARAMETERS) == sorted(file.stem for file in topology.PUBLISHED.glob("*.json"))
+    assert sorted(PARAMETERS) == sorted(file.stem for file in topology.SHAPES.glob("*.json"))
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -221,7 +221,7 @@ def test_parameters_of_published_models(name):
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    raw = json.loads((topology.PUBLISHED / f"{name}.json").read_text())
+    raw = json.loads((topology.SHAPES / f"{name}.json").read_text())
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(raw.pop("model_type"), **raw))
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
@@ -382,6 +382,23 @@ def test_the_command_on_simulated_devices(tmp_path):
     assert [row[:12].strip() for row in rows] == [*PHASES[:-1], "accumulate", "apply"]
     assert "gradients: 2 rows x [16 prompt + 2 x 8 response tokens], 2 times a step" in text
     assert re.search(r"The largest phase is [\w -]+: [\d.]+ [KM]iB a device\.", text)
+
+
+def test_a_sliding_window_is_planned(tmp_path):
+    """Every phase of a model whose layers see less than the whole cache is lowered as it would run."""
+    folder = _folder(tmp_path / "m")
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"model_type": "mistral", "sliding_window": 8}))
+    c = tiny_config.get_config()
+    c.model.path, c.task.max_prompt_tokens = str(folder), 16
+    source = topology.read_source(str(folder))
+    assert source.config.kinds[0].window == 8
+    mesh = sharding.make_mesh()
+    model = topology.train.make_model(c, source.config, mesh)
+    train_set = tasks.load(c.task.train)
+    sizes = topology.lengths(c, source.tokenizer, train_set, tasks.load(c.task.heldout), "")
+    for phase in topology.phases(c, model, mesh, sizes, ple, source.eos):
+        phase.lower()
 
 
 def test_topology_is_of_the_plan_alone():

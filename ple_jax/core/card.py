@@ -1,7 +1,6 @@
 """The model card of an export (README.md with the hub's front matter), and the command line that serves it."""
 
 import json
-import re
 import shlex
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -10,6 +9,7 @@ from typing import Any
 
 from ple_jax.core.config import flatten
 from ple_jax.core.workdir import read_json
+from ple_jax.models.hub import is_remote
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what `vllm serve --max-lora-rank` takes
 _METRICS = (  # metrics.jsonl -> words
@@ -17,11 +17,6 @@ _METRICS = (  # metrics.jsonl -> words
     ("heldout_kl", "KL to the reference (nats per token)"),
     ("heldout_entropy", "entropy (nats per token)"),
 )
-
-
-def on_hub(base_model: str) -> bool:
-    """Whether a base model's name is a hub id (user/name) and not a path on this machine."""
-    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", base_model) is not None and not Path(base_model).exists()
 
 
 def render(
@@ -56,8 +51,8 @@ def render(
     environment.filters |= {"yaml": lambda x: json.dumps(x, ensure_ascii=False), "cell": _cell, "number": "{:.4g}".format}
     return environment.from_string(_CARD).render(
         library=library,
-        base=base_model if on_hub(base_model) else Path(base_model).name,
-        on_hub=on_hub(base_model),
+        base=base_model if is_remote(base_model) else Path(base_model).name,
+        on_hub=is_remote(base_model),
         name=repo or "path/to/this/folder",
         iteration=iteration,
         config=config,
@@ -65,7 +60,7 @@ def render(
         metrics=_metrics(workdir, iteration),
         summary=summary if summary.get("iterations") == iteration else {},
         versions=_versions(workdir),
-        rank=None if any(config[f"lora.{key}"] for key in _UNSERVED) else rank_limit(config["lora.rank"]),
+        rank=rank_limit(config["lora.rank"], *(config[f"lora.{key}"] for key in ("dora", "rank_pattern", "alpha_pattern"))),
     )
 
 
@@ -99,24 +94,22 @@ def _cell(value: Any) -> str:
     return "`" + text.replace("|", "\\|").replace("`", "'").replace("\n", " ") + "`"
 
 
-# vLLM refuses DoRA, and scales what has ranks or alphas by pattern wrongly
-_UNSERVED = ("dora", "rank_pattern", "alpha_pattern")
+def rank_limit(rank: int, *options: Any) -> int | None:
+    """The smallest --max-lora-rank that vLLM takes and that holds `rank`; None where there is none.
 
-
-def rank_limit(rank: int) -> int | None:
-    """The smallest --max-lora-rank that vLLM takes and that holds `rank`; None where there is none."""
-    return next((limit for limit in RANKS if limit >= rank), None)
+    Args:
+        options: DoRA and the patterns of ranks and alphas. With any of them set there is none either: vLLM refuses the
+            first, and computes one scale from `r` and `lora_alpha` for all modules, whatever the patterns say.
+    """
+    return None if any(options) else next((limit for limit in RANKS if limit >= rank), None)
 
 
 def serve_adapter(folder: Path, adapter_config: Mapping[str, Any], *, name: str) -> str | None:
-    """The command that serves an adapter folder with vLLM; None for an adapter or a base that vLLM cannot serve so.
-
-    vLLM refuses DoRA, and computes one scale from `r` and `lora_alpha` for all modules, whatever the patterns say.
-    """
+    """The command that serves an adapter folder with vLLM; None for an adapter or a base that vLLM cannot serve so."""
     base = adapter_config["base_model_name_or_path"]
-    rank = rank_limit(adapter_config["r"])
-    special = any(adapter_config.get(option) for option in ("use_dora", "rank_pattern", "alpha_pattern"))
-    if rank is None or special or not (on_hub(base) or Path(base).is_dir()):
+    options = (adapter_config.get(option) for option in ("use_dora", "rank_pattern", "alpha_pattern"))
+    rank = rank_limit(adapter_config["r"], *options)
+    if rank is None or not (is_remote(base) or Path(base).is_dir()):
         return None
     modules = shlex.quote(f"{name}={folder}")
     return f"vllm serve {shlex.quote(base)} --enable-lora --max-lora-rank {rank} --lora-modules {modules}"

@@ -1,5 +1,6 @@
 """Weights, config and tokenizer of a base model, from wherever they lie: the installed package, GGUF, Hugging Face."""
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -20,6 +21,7 @@ from ple_jax.models.config import ModelConfig
 from ple_jax.models.families import FAMILIES, expected_shapes, read
 
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+SCORE = "score.weight"  # a sequence classifier's head, [label, hidden]
 _LFS = b"version https://git-lfs"
 _OTHER_FORMATS = ("*.bin", "*.pt", "*.pth", "*.gguf", "consolidated*.safetensors", "*.safetensors", "*.h5", "*.msgpack")
 # causal masks and rotary tables that earlier versions saved, and what gemma3 has for images
@@ -118,7 +120,7 @@ def _load_gguf(path: Path, name: str) -> Loaded:
 
 
 def _load_folder(folder: Path) -> Loaded:
-    raw = _read_json(folder / "config.json")
+    raw = read_json(folder / "config.json")
     config = read(raw, str(folder / "config.json"))
     if (quantised := raw.get("quantization_config") or raw.get("text_config", {}).get("quantization_config")) is not None:
         raise UserError(
@@ -128,11 +130,32 @@ def _load_folder(folder: Path) -> Loaded:
     tokenizer = tokenizers.from_folder(folder)
     # without a generation_config.json transformers takes EOS from config.json too
     generation = folder / "generation_config.json"
-    eos = tokenizers.eos_ids(tokenizer, _read_json(generation) if generation.is_file() else raw)
-    return Loaded(config, _Tensors(folder, config), tokenizer, eos, str(folder), raw, folder)
+    eos = tokenizers.eos_ids(tokenizer, read_json(generation) if generation.is_file() else raw)
+    weights = _Tensors(folder, config, expected_shapes(config))
+    return Loaded(config, weights, tokenizer, eos, str(folder), raw, folder)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def load_classifier(folder: Path) -> Loaded:
+    """A sequence classifier, transformers' ...ForSequenceClassification, of one of our families: no output matrix, but
+    a `SCORE` among its weights.
+
+    Raises:
+        UserError: as `load`; a folder without a head names that.
+    """
+    raw = read_json(folder / "config.json")
+    # what has no output matrix is to the decoder as if it were the embedding
+    config = dataclasses.replace(read(raw, str(folder / "config.json")), tie_embeddings=True)
+    shapes = expected_shapes(config) | {SCORE: (labels(raw), config.hidden_size)}
+    return Loaded(config, _Tensors(folder, config, shapes), tokenizers.from_folder(folder), (), str(folder), raw, folder)
+
+
+def labels(raw: Mapping[str, Any]) -> int:
+    """How many labels a classifier's config.json says it has; transformers' default is 2."""
+    return len(raw["id2label"]) if "id2label" in raw else raw.get("num_labels", 2)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file of a model's folder; a UserError if it is missing or damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -156,9 +179,8 @@ class _Place(NamedTuple):
 class _Tensors(Mapping[str, np.ndarray]):
     """The tensors of a folder of safetensors files: names, shapes and dtypes checked at once, data read on access."""
 
-    def __init__(self, folder: Path, config: ModelConfig):
+    def __init__(self, folder: Path, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]):
         where, files = _list(folder)
-        shapes = expected_shapes(config)
         names = {name: _stored_name(name, files, config) for name in shapes}
         if missing := [name for name, stored in names.items() if stored is None]:
             raise UserError(f"{where} lacks tensor {missing[0]}, which config.json asks for{_untied(missing[0], config)}")
@@ -218,7 +240,7 @@ def _list(folder: Path) -> tuple[Path, dict[str, Path]]:
     """The index or the single file of a folder, and every tensor's file."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
-        files = _read_json(index).get("weight_map")
+        files = read_json(index).get("weight_map")
         if not isinstance(files, dict) or not files:
             raise UserError(f"{index} has no weight_map; download it again")
         if outside := [file for file in files.values() if not isinstance(file, str) or Path(file).name != file]:
@@ -253,7 +275,9 @@ def _header(file: Path) -> dict[str, tuple[int, str, tuple[int, ...]]]:
 
 
 def _untied(name: str, config: ModelConfig) -> str:
-    """What may be behind a missing output matrix."""
+    """What may be behind a missing output matrix or head."""
+    if name == SCORE:
+        return "; it is no sequence classifier: train a head (configs/reward_hh.py), or take a reward model"
     if name != f"{FAMILIES[config.family].head}.weight":
         return "; download it again"
     return (

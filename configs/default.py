@@ -38,16 +38,34 @@ def get_config() -> ConfigDict:
     c.lora.dropout = 0.0  # of the adapter's input, while training
 
     c.task = ConfigDict()
-    c.task.train = "quickstart_train"  # a built-in query set (ple_jax/data) or a JSONL file with a `prompt` column
+    # where the records are: a built-in set (ple_jax/data), a file (.jsonl, .json, .csv, .parquet, also .gz), a folder of
+    # them, or the user/name of a data set on a hub
+    c.task.train = "quickstart_train"
     c.task.heldout = "quickstart_heldout"
+    c.task.train_split = "train"  # of a folder or a data set on a hub
+    c.task.heldout_split = "test"
+    c.task.subsets = ()  # likewise: its configurations or sub-folders, ("harmless-base", "helpful-base"); empty: all of it
+    # records (columns prompt, completion, chosen, rejected, messages: text or turns, as TRL reads them) | hh | imdb | tldr
+    c.task.format = "records"
+    c.task.columns = {}  # our name -> the data's, of format=records: --config.task.columns="{'prompt': 'question'}"
+    c.task.words = (2, 8)  # of format=imdb: fewest and most words of a review that are the query
+    c.task.streaming = False  # of a data set on a hub: read as many records as max_train says and download no more
+    c.task.max_train = 0  # use so many train queries (0: all), chosen by seed
+    c.task.max_heldout = 0
+    c.task.max_bad_share = 0.05  # of records that cannot be used; more stop the run (they are listed in bad_records.jsonl)
     c.task.chat = False  # render queries with the tokenizer's chat template, principles in the system turn
-    c.task.max_prompt_tokens = 1024  # a longer plain prompt is an error that names the query
+    c.task.thinking = False  # let a reasoning model think before it answers; the reward sees the answer alone
+    c.task.max_prompt_tokens = 1024  # a longer plain prompt is a bad record; one of format=tldr is cut between paragraphs
 
-    c.principles = "positive_review"  # a named set (ple_jax/core/principles) or a text file
+    # named sets (ple_jax/core/principles) or text files; several are joined: "helpful_harmless+concise"
+    c.principles = "positive_review"
+    c.principles_per_query = 0  # so many of the rules for every query, drawn by seed (0: all of them)
 
     c.reward = ConfigDict()
-    c.reward.name = "vader"  # a module of ple_jax/core/rewards or a dotted path `package.module:function`
+    # a module of ple_jax/core/rewards, or a function of your own, `package.module:function` or `file.py:function`
+    c.reward.name = "vader"
     c.reward.kwargs = {}  # its keyword arguments, overridden whole: --config.reward.kwargs="{'k': 1}"
+    c.reward.max_bad_share = 0.05  # of queries with a reward that is not finite; they are left out and kept in quarantine/
     c.reward.transform = "none"  # none | sigmoid | zscore | minmax, for selection and weights (raw rewards are logged)
 
     c.sampling = ConfigDict()
@@ -78,6 +96,12 @@ def get_config() -> ConfigDict:
     c.ple.percentile_weights = "as_intended"  # as_intended | as_released (the weights cancel)
     c.ple.samples = 8  # responses per query of selection=percentile
 
+    c.reward_model = ConfigDict()  # of algorithm=reward: a reward model from the preference pairs of config.task
+    c.reward_model.train = "lora"  # lora: adapter and head | head: the head alone, on a frozen model
+    c.reward_model.epochs = 1
+    c.reward_model.max_tokens = 1024  # of a conversation with its response; the oldest tokens of a longer one are cut off
+    c.reward_model.eval_every = 50  # optimiser steps between evaluations and checkpoints
+
     c.optimizer = ConfigDict()
     c.optimizer.lr = 1e-3
     c.optimizer.warmup_steps = 2
@@ -88,7 +112,7 @@ def get_config() -> ConfigDict:
     c.optimizer.epochs = 1  # passes over an iteration's pairs
 
     c.sft = ConfigDict()  # optional warm-up (Algorithm 1, step 0), before iteration 0
-    c.sft.data = config_dict.placeholder(str)  # a JSONL file with `prompt` and `completion`
+    c.sft.data = config_dict.placeholder(str)  # records with completions, in config.task's format and of its train_split
     c.sft.epochs = 1
     c.sft.lr = 1e-4
 

@@ -108,6 +108,14 @@ def init(config: ModelConfig, lora: Lora, *, seed: int) -> Adapter:
     return adapter
 
 
+HEAD = "score"  # a linear head [hidden, 1] beside the adapter, trained whole: {HEAD: {"w": ...}}
+
+
+def init_head(config: ModelConfig) -> Adapter:
+    """A fresh head, on the host. Zeros: every response scores the same before the first step."""
+    return {HEAD: {"w": np.zeros((config.hidden_size, 1), np.float32)}}
+
+
 def count(adapter: Adapter) -> int:
     """Number of trained parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(adapter))
@@ -334,11 +342,11 @@ def stack(adapters: Sequence[tuple[Adapter, Lora]]) -> tuple[Adapter, Lora]:
 # ---------------------------------------------------------------- PEFT's names
 
 
-_PEFT = {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector"}
+_PEFT = {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector", "w": "weight"}
 
 
 def to_peft(adapter: Adapter) -> dict[str, np.ndarray]:
-    """PEFT's names and layout: lora_A [rank, in], lora_B [out, rank], lora_magnitude_vector [out]."""
+    """PEFT's names and layout: lora_A [rank, in], lora_B [out, rank], lora_magnitude_vector [out], a head's [1, hidden]."""
     return {
         f"base_model.model.{path}.{_PEFT[kind]}": np.ascontiguousarray(np.asarray(array).T)
         for path, module in adapter.items()

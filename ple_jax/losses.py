@@ -136,6 +136,20 @@ def dpo(
     return -_log_sigmoid(beta * ((sum_chosen - ref_chosen) - (sum_rejected - ref_rejected)))
 
 
+def bradley_terry(chosen: Float[Array, "*rows"], rejected: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
+    """A reward model's loss on preference pairs: -log sigmoid(chosen - rejected) (Bradley and Terry, 1952).
+
+    Args:
+      chosen: score of the response that was preferred.
+      rejected: score of the other one.
+
+    >>> import numpy as np
+    >>> bradley_terry(np.array([0.0, 2.0]), np.array([0.0, 1.0])).round(4).tolist()
+    [0.6931, 0.3133]
+    """
+    return -_log_sigmoid(chosen - rejected)
+
+
 def blend(
     sumlp: Float[Array, "*rows k"], weights: Float[Array, "*rows k"], *, normaliser: Float[Array, "*rows"] | float
 ) -> Float[Array, "*rows"]:

@@ -1,6 +1,7 @@
 """Where every array lives: one mesh (data, fsdp, tensor) and one table of rules. One device is the trivial mesh."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -70,6 +71,15 @@ def spec(name: str, shape: tuple[int, ...], mesh: Mesh, *, kv_heads: int) -> Par
     if name in _HEADS and kv_heads % mesh.shape["tensor"]:
         axes = [None if axis == "tensor" else axis for axis in axes]
     return PartitionSpec(*(a if a and size % mesh.shape[a] == 0 else None for a, size in zip(axes, shape, strict=True)))
+
+
+def put_weight(mesh: Mesh, *, kv_heads: int) -> Callable[[str, np.ndarray], jax.Array]:
+    """`put(name, array)` of `ple_jax.models.decoder.fill`: each weight to its place on the mesh."""
+
+    def put(name: str, array: np.ndarray) -> jax.Array:
+        return jax.device_put(array, NamedSharding(mesh, spec(name, array.shape, mesh, kv_heads=kv_heads)))
+
+    return put
 
 
 def gathered(name: str, x: jax.Array, mesh: Mesh) -> jax.Array:

@@ -83,7 +83,8 @@ def lengths(
         return Lengths(0, longest, longest, new)
 
     def ids(queries: Sequence[Query], text: str | None) -> list[list[int]]:
-        return [prompts.render(q, text, tokenizer, chat=config.task.chat)[1] for q in queries]
+        form = {"chat": config.task.chat, "thinking": config.task.thinking}
+        return [prompts.render(q, text, tokenizer, **form)[1] for q in queries]
 
     plain = max(map(len, ids([*train_set, *heldout], None)))
     prefix = len(prompts.common_prefix(ids(heldout[:64], principles))) if len(heldout) > 1 else 0

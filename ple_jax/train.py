@@ -134,16 +134,28 @@ def pack(batch: Batch) -> tuple[Array, Array, Array]:
     return tokens, position, (causal & own)[None] & valid[:, None]
 
 
-def outputs(model: Model, base: Any, fused: Any, batch: Batch, *, entropy: bool = False) -> Outputs:
-    """What the model says of a batch. Logits exist for response tokens alone."""
+def outputs(
+    model: Model,
+    base: Any,
+    fused: Any,
+    batch: Batch,
+    *,
+    entropy: bool = False,
+    score: Float[Array, "hidden 1"] | None = None,
+) -> Outputs:
+    """What the model says of a batch. Logits exist for response tokens alone; the compiler leaves out what is not used.
+
+    Args:
+        score: a reward model's head.
+    """
     rows, k, r = batch.response.shape
     tokens, position, mask = pack(batch)
     hidden, _ = model.apply(base, fused, tokens, positions=position, mask=mask)
     p = batch.prompt.shape[1]
     # the last prompt token predicts the first token of every response
     first = jnp.broadcast_to(hidden[:, None, p - 1 : p], (rows, k, 1, hidden.shape[-1]))
-    rest = hidden[:, p:].reshape(rows, k, r, -1)[:, :, :-1]
-    predicting = jnp.concatenate([first, rest], 2).reshape(rows, k * r, -1)
+    responses = hidden[:, p:].reshape(rows, k, r, -1)
+    predicting = jnp.concatenate([first, responses[:, :, :-1]], 2).reshape(rows, k * r, -1)
     head, shards = model.head(base), 1
     if model.mesh is not None:
         # once: the loop over chunks would gather it in every turn
@@ -153,9 +165,20 @@ def outputs(model: Model, base: Any, fused: Any, batch: Batch, *, entropy: bool 
     def shaped(x: Array) -> Array:
         return jnp.where(batch.response_mask, x.reshape(rows, k, r), 0.0)
 
+    scores = None
+    if score is not None:
+        last = jnp.maximum(batch.response_mask.astype(jnp.int32).sum(-1) - 1, 0)
+        chosen = jnp.take_along_axis(responses, last[..., None, None], 2)[:, :, 0].astype(jnp.float32)
+        # a sum, not a matmul, whose fp32 is bfloat16 on TPUs
+        scores = (chosen * score[:, 0][None, None]).sum(-1)
     softcap = model.config.logits_softcap
     logprobs = shaped(token_logprobs(head, predicting, batch.response.reshape(rows, k * r), softcap, shards))
-    return Outputs(logprobs, shaped(token_entropy(head, predicting, softcap, shards)) if entropy else None)
+    spread = shaped(token_entropy(head, predicting, softcap, shards)) if entropy else None
+    return Outputs(logprobs, spread, scores=scores)
+
+
+def _head(adapter: lora.Adapter) -> Array | None:
+    return adapter[lora.HEAD]["w"] if lora.HEAD in adapter else None
 
 
 # ---------------------------------------------------------------- the step
@@ -180,7 +203,7 @@ def gradients(
 
     def total(adapter: Any) -> tuple[Array, dict[str, Array]]:
         fused = lora.fuse(model, adapter, settings, base=base, dropout=key)
-        value, metrics = loss(outputs(model, base, fused, batch), batch)
+        value, metrics = loss(outputs(model, base, fused, batch, score=_head(adapter)), batch)
         valid = batch.data["valid"]
         reduced = {name: (m * valid).sum() * share for name, m in {"loss": value, **metrics}.items()}
         return reduced["loss"], reduced
@@ -203,6 +226,7 @@ class Programs(NamedTuple):
 
     generate: Any  # (base, adapter, prompt, prompt_mask, prefix, uniforms, *, sampling) -> (tokens, lengths)
     outputs: Any  # (base, adapter, batch, *, entropy) -> Outputs
+    scores: Any  # (base, adapter, batch) -> scores
     gradients: Any  # (base, adapter, batch, share, key, *, loss) -> (gradients, metrics)
     accumulate: Any  # (gradients, gradients) -> gradients; donates the first
     apply: Any  # (adapter, state, gradients, lr) -> (adapter, state, norm); donates adapter and state
@@ -236,6 +260,11 @@ def programs(
         outputs=jax.jit(
             lambda base, adapter, batch, entropy: outputs(model, base, fuse(base, adapter), batch, entropy=entropy),
             static_argnames="entropy",
+        ),
+        scores=jax.jit(
+            lambda base, adapter, batch: outputs(
+                model, base, fuse(base, adapter), batch, score=_head(adapter)
+            ).scores
         ),
         gradients=jax.jit(
             lambda base, adapter, batch, share, key, loss: gradients(
@@ -279,7 +308,7 @@ class JaxBackend:
         self.freeze_reference()  # the start adapter; a fresh one is the base itself
         self._key = jax.random.key(seed)
         made = programs(model, adapter, mesh, transform=transform, settings=settings)
-        self._generate, self._outputs, self._gradients, self._accumulate, self._apply = made
+        self._generate, self._outputs, self._scores, self._gradients, self._accumulate, self._apply = made
         self._fuse = jax.jit(lambda base, adapter: lora.fuse(model, adapter, settings, base=base))
 
     # -------------------------------------------------------------- Backend
@@ -337,6 +366,11 @@ class JaxBackend:
         rows = len(batch.prompt)
         result = self._outputs(self.base, adapter, self._put(batch, _round_up(rows, self._multiple)), entropy=True)
         return jax.tree.map(lambda x: np.asarray(x)[:rows], jax.device_get(result))
+
+    def scores(self, batch: Batch) -> Float32[np.ndarray, "query k"]:
+        """What the head says of every response."""
+        part = self._put(batch, _round_up(len(batch.prompt), self._multiple))
+        return np.asarray(jax.device_get(self._scores(self.base, self._adapter, part)))[: len(batch.prompt)]
 
     def update(self, batches: Sequence[Batch], loss: Loss, *, lr: float) -> dict[str, float]:
         """One optimizer step on the mean loss over all rows of `batches`, gradients accumulated over them."""
@@ -481,22 +515,18 @@ def notes(backend: JaxBackend) -> list[str]:
     return sharding.notes(backend.mesh, kv_heads=backend.model.config.num_kv_heads)
 
 
-def build(config: ConfigDict, loaded: weights.Loaded) -> JaxBackend:
-    """The backend a config asks for, weights on the mesh."""
+def build(config: ConfigDict, loaded: weights.Loaded, *, head: bool = False) -> JaxBackend:
+    """The backend a config asks for, weights on the mesh; with `head` a reward model's head is trained too, or alone."""
     mesh = sharding.make_mesh(**config.mesh)
     model = make_model(config, loaded.config, mesh)
     settings = lora_settings(config)
     adapter = start_adapter(config, loaded.config)  # before the weights are read: it may be refused
-    kv_heads = loaded.config.num_kv_heads
-
-    def put(name: str, array: np.ndarray) -> Array:
-        return jax.device_put(
-            array, jax.sharding.NamedSharding(mesh, sharding.spec(name, array.shape, mesh, kv_heads=kv_heads))
-        )
-
+    put = sharding.put_weight(mesh, kv_heads=loaded.config.num_kv_heads)
     base = fill(model, loaded.weights, put, quantize=config.model.quantize)
     if settings.dora and config.model.adapter is None:
         adapter = lora.magnitudes(model, base, adapter, settings)
+    if head:
+        adapter = ({} if config.reward_model.train == "head" else adapter) | lora.init_head(loaded.config)
     return JaxBackend(
         model,
         base,

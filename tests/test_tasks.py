@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from ple_jax.core import tasks
 from ple_jax.core.config import UserError
+from ple_jax.core.transcripts import Conversation
 from ple_jax.core.types import Query
 
 
@@ -23,37 +24,40 @@ def numbered(n):
 
 def test_load_reads_all_columns_and_skips_blank_lines(tmp_path):
     source = write(tmp_path / "q.jsonl", {"prompt": "A film", "id": "x"}, "", {"prompt": " B", "completion": "c"}, "")
-    assert tasks.load(source) == [Query("x", "A film"), Query("q:3", " B", "c")]
+    assert tasks.load(source) == ([Query("x", "A film"), Query("q:3", " B", "c")], [])
 
 
 def test_load_cuts_lines_at_line_ends_only(tmp_path):
     source = write(tmp_path / "q.jsonl", '{"prompt": "one\u2028two\u0085three"}', {"prompt": "b"})
-    assert [q.prompt for q in tasks.load(source)] == ["one\u2028two\u0085three", "b"]
+    assert [q.prompt for q in tasks.load(source).queries] == ["one\u2028two\u0085three", "b"]
 
 
 @pytest.mark.parametrize(
-    ("lines", "says"),
+    ("lines", "kind", "says"),
     [
-        ([{"prompt": "a"}, {"text": "a", "label": 1}], r"q\.jsonl:2 has no `prompt`, only text, label"),
-        ([{"prompt": "a"}, {"prompt": " \t"}], r"q\.jsonl:2: `prompt` is empty"),
-        ([{"prompt": "a"}, '{"prompt": "b"'], r"q\.jsonl:2 is not JSON"),
-        ([r'{"prompt": "half \ud83c"}'], r"q\.jsonl:1 is not JSON .*surrogates"),
-        (["[1]"], r"q\.jsonl:1 is a list"),
-        ([{"prompt": 3}], r"q\.jsonl:1: `prompt` is a int"),
-        ([{"prompt": "a", "completion": None}], r"q\.jsonl:1: `completion` is a NoneType"),
-        ([{"prompt": "a", "id": 1}, {"prompt": "b", "id": "1"}], r"q\.jsonl:2: id '1' is already on line 1"),
-        (["", ""], r"q\.jsonl holds no record"),
+        ([{"prompt": "a"}, {"text": "a", "label": 1}], "column", r"q\.jsonl:2 has no `prompt`, only text, label"),
+        ([{"prompt": "a"}, {"prompt": " \t"}], "empty", r"q\.jsonl:2: `prompt` is empty"),
+        ([{"prompt": "a"}, '{"prompt": "b"'], "json", r"q\.jsonl:2 is not JSON"),
+        ([r'{"prompt": "half \ud83c"}'], "json", r"q\.jsonl:1 is not JSON .*surrogates"),
+        (["[1]"], "json", r"q\.jsonl:1 is a list"),
+        ([{"prompt": 3}], "type", r"q\.jsonl:1: `prompt` is a int"),
+        ([{"prompt": "a", "completion": None}], "type", r"q\.jsonl:1: `completion` is a NoneType"),
+        ([{"prompt": "a", "id": 1}, {"prompt": "b", "id": "1"}], "duplicate id", r"q\.jsonl:2: id '1' is already on line 1"),
     ],
 )
-def test_a_bad_record_names_file_and_line(tmp_path, lines, says):
-    with pytest.raises(UserError, match=says):
-        tasks.load(write(tmp_path / "q.jsonl", *lines))
+def test_a_bad_record_names_file_and_line(tmp_path, lines, kind, says):
+    source = write(tmp_path / "q.jsonl", *lines)
+    task = tasks.load(source)
+    assert [b.kind for b in task.bad] == [kind] and len(task.queries) == len(lines) - 1
+    with pytest.raises(UserError, match=f"^.*{says}"):
+        tasks.check_share(task, source, 0.05)
 
 
 def test_a_file_in_another_encoding(tmp_path):
-    (tmp_path / "q.jsonl").write_bytes('{"prompt": "café"}'.encode("latin-1"))
-    with pytest.raises(UserError, match=r"q\.jsonl is not UTF-8"):
-        tasks.load(str(tmp_path / "q.jsonl"))
+    (tmp_path / "q.jsonl").write_bytes('{"prompt": "café"}\n{"prompt": "tea"}'.encode("latin-1"))
+    queries, bad = tasks.load(str(tmp_path / "q.jsonl"))
+    assert queries == [Query("q:2", "tea")] and bad[0].kind == "utf-8"
+    assert "q.jsonl:1 is not UTF-8" in bad[0].reason and bad[0].where.endswith("q.jsonl:1")
 
 
 def test_an_unknown_set_lists_the_built_in_ones():
@@ -61,26 +65,381 @@ def test_an_unknown_set_lists_the_built_in_ones():
         tasks.load("quickstart_trian")
 
 
-def test_sft_sets_empty_completions_aside(tmp_path):
-    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": " "}, {"prompt": "d", "completion": ""}]
-    good, bad = tasks.load_sft(write(tmp_path / "s.jsonl", *rows))
-    assert [q.prompt for q in good] == ["a"] and [q.prompt for q in bad] == ["c", "d"]
+def test_a_source_without_records(tmp_path):
+    with pytest.raises(UserError, match=r"q\.jsonl holds no record"):
+        tasks.load(write(tmp_path / "q.jsonl", "", ""))
+
+
+def test_a_column_that_no_record_has_stops_at_once(tmp_path):
+    source = write(tmp_path / "q.jsonl", {"question": "a", "n": 1}, "broken", {"question": "b"})
+    with pytest.raises(UserError, match=r"q\.jsonl:1 has no `prompt`, only question, n.*--config.task.columns=\"{'prompt'"):
+        tasks.load(source)
+    queries, bad = tasks.load(source, columns={"prompt": "question"})
+    assert [q.prompt for q in queries] == ["a", "b"] and [b.kind for b in bad] == ["json"]
+
+
+def test_columns_may_change_places(tmp_path):
+    source = write(tmp_path / "q.jsonl", {"prompt": "b", "completion": "a"})
+    assert tasks.load(source, columns={"prompt": "completion", "completion": "prompt"}).queries == [Query("q:1", "a", "b")]
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content):
+    return {"role": "assistant", "content": content}
+
+
+TOOL = {"type": "function", "function": {"name": "clock"}}
+NONE = {"tool_calls": None, "name": None}  # as Arrow fills up what other rows have
 
 
 @pytest.mark.parametrize(
-    ("row", "says"),
-    [({"prompt": "a"}, r":1 has no `completion`, only prompt"), ({"prompt": "a", "completion": ""}, "holds no example")],
+    ("record", "needs", "turns", "answers"),
+    [
+        ({"prompt": [user(" a ")]}, "prompt", [user(" a ")], ("", "")),
+        ({"prompt": [user("a")], "completion": [assistant(" b ")]}, "completion", [user("a")], ("b", "")),
+        ({"prompt": [user("a")], "completion": " b"}, "completion", [user("a")], ("b", "")),
+        ({"prompt": "a", "completion": [assistant("b")]}, "completion", [user("a")], ("b", "")),
+        ({"messages": [user("a"), assistant("b"), user("c"), assistant("d")]}, "completion",
+         [user("a"), assistant("b"), user("c")], ("d", "")),
+        ({"messages": [user("a"), assistant("b"), user("c")]}, "prompt", [user("a"), assistant("b"), user("c")], ("", "")),
+        ({"prompt": "a", "messages": [user("a"), assistant("b")]}, "completion", [user("a")], ("b", "")),
+        ({"messages": [{**user("a"), **NONE}, {**assistant("b"), **NONE}]}, "completion", [user("a")], ("b", "")),
+        ({"prompt": [user([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}])]}, "prompt",
+         [user("ab")], ("", "")),
+        ({"messages": [user("a"), {**assistant(None), "tool_calls": [TOOL]}, {"role": "tool", "content": "4"}]}, "prompt",
+         [user("a"), {**assistant(""), "tool_calls": [TOOL]}, {"role": "tool", "content": "4"}], ("", "")),
+        ({"prompt": [user("a")], "chosen": [assistant("b")], "rejected": [assistant("c")]}, "pair", [user("a")], ("b", "c")),
+        ({"prompt": "a", "chosen": [assistant("b")], "rejected": [assistant("c")]}, "pair", [user("a")], ("b", "c")),
+        ({"prompt": [user("a")], "chosen": "b ", "rejected": " c"}, "pair", [user("a")], ("b", "c")),
+        ({"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]}, "pair", [user("a")], ("b", "c")),
+        # the prompt in a column, and once more in the lists
+        ({"prompt": "a", "chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]}, "pair",
+         [user("a")], ("b", "c")),
+        # the answers have turns in common, which belong to the query
+        ({"prompt": [user("a")], "chosen": [assistant("b"), user("c"), assistant("d")],
+          "rejected": [assistant("b"), user("c"), assistant("e")]}, "pair",
+         [user("a"), assistant("b"), user("c")], ("d", "e")),
+        ({"chosen": [user("a"), assistant("b")], "rejected": [user("x"), assistant("c")]}, "prompt", [user("a")], ("b", "")),
+        ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}, "pair",
+         [user("a")], ("b", "c")),
+    ],
+)  # fmt: skip
+def test_records_with_turns(tmp_path, record, needs, turns, answers):
+    queries, bad = tasks.load(write(tmp_path / "q.jsonl", record), needs=needs)
+    assert not bad and isinstance(queries[0].prompt, Conversation)
+    assert list(queries[0].prompt.messages) == turns and queries[0][2:] == answers
+
+
+@pytest.mark.parametrize(
+    ("record", "needs", "query"),
+    [
+        ({"prompt": "a ", "completion": " b "}, "completion", ("a ", " b ", "")),
+        ({"prompt": "a", "chosen": " b", "rejected": " c"}, "pair", ("a", " b", " c")),
+        ({"prompt": "a", "chosen": " b"}, "completion", ("a", " b", "")),
+        ({"chosen": "The sky is blue.", "rejected": "The sky is black."}, "pair", ("The sky is", " blue.", " black.")),
+        ({"chosen": "The sky is", "rejected": "The sky isn't"}, "pair", ("The sky", " is", " isn't")),
+        ({"prompt": "a", "completion": ""}, "prompt", ("a", "", "")),
+        ({"prompt": "a", "tools": None}, "prompt", ("a", "", "")),
+    ],
 )
-def test_sft_needs_completions(tmp_path, row, says):
-    with pytest.raises(UserError, match=says):
-        tasks.load_sft(write(tmp_path / "s.jsonl", row))
+def test_records_of_texts(tmp_path, record, needs, query):
+    assert tasks.load(write(tmp_path / "q.jsonl", record), needs=needs).queries == [Query("q:1", *query)]
 
 
-def test_overlap_is_refused():
-    train = [Query("t0", "The film "), Query("t1", "A ship")]
-    tasks.check_disjoint(train, [Query("h0", "A sheep")])
-    with pytest.raises(UserError, match="'h1'.*is also train query 't0'"):
-        tasks.check_disjoint(train, [Query("h0", "A sheep"), Query("h1", "The film")])
+@pytest.mark.parametrize(
+    ("record", "needs", "kind", "says"),
+    [
+        ({"prompt": "a", "completion": " "}, "completion", "empty", "the answer is empty"),
+        ({"prompt": "a", "chosen": "b", "rejected": " "}, "pair", "empty", "the rejected answer is empty"),
+        ({"prompt": "a", "chosen": " b", "rejected": "b"}, "pair", "pair", "are the same"),
+        ({"prompt": []}, "prompt", "turns", "`prompt` is empty, not a list of turns"),
+        ({"prompt": [user(" ")]}, "prompt", "empty", "the query is empty"),
+        ({"prompt": [user("a"), assistant("b")]}, "prompt", "turns", "the query ends with the assistant's turn"),
+        ({"prompt": [user("a")], "completion": [user("b")]}, "completion", "turns", "does not end with the assistant's"),
+        ({"prompt": ["a"]}, "prompt", "turns", "turn 0 of `prompt` is 'a'"),
+        ({"prompt": [{"role": "user"}]}, "prompt", "type", "`content` of turn 0 of `prompt` is 'None'"),
+        ({"prompt": [user([{"type": "image", "image": "x"}])]}, "prompt", "type", "`content` of turn 0"),
+        ({"messages": [user("a")]}, "completion", "turns", "`messages` does not end with the assistant's turn"),
+        ({"messages": "a"}, "prompt", "turns", "`messages` is a text, not a list of turns"),
+        ({"messages": [assistant("a")]}, "prompt", "empty", "the query is empty"),
+        ({"chosen": [user("a")], "rejected": [user("a")]}, "pair", "turns", "`chosen` does not end with the assistant's"),
+        ({"chosen": [user("a"), assistant("b")], "rejected": [user("x"), assistant("c")]}, "pair", "different queries", ""),
+        ({"chosen": "blue", "rejected": "black"}, "pair", "empty", "begin with nothing in common"),
+        ({"prompt": [user("a")], "tools": "{"}, "prompt", "tools", "`tools` is not JSON"),
+        ({"prompt": [user("a")], "tools": ["clock"]}, "prompt", "tools", "not a list of objects"),
+        ({"prompt": "a", "chosen": float("nan"), "rejected": "b"}, "pair", "type", "`chosen` is a float"),
+    ],
+)
+def test_records_that_cannot_be_used(tmp_path, record, needs, kind, says):
+    source = write(tmp_path / "q.jsonl", record)
+    task = tasks.load(source, needs=needs)
+    assert not task.queries and task.bad[0].kind == kind
+    with pytest.raises(UserError, match=rf"q\.jsonl:1: .*{says}"):
+        tasks.check_share(task, source, 1.0)  # none is left
+
+
+@pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL])])
+def test_tools_go_to_the_chat_template(tmp_path, tools):
+    source = write(tmp_path / "q.jsonl", {"prompt": [user("How late is it?")], "tools": tools})
+    assert tasks.load(source).queries[0].prompt.tools == (TOOL,)
+
+
+@pytest.mark.parametrize("needs", ["completion", "pair"])
+def test_what_is_needed_must_be_there(tmp_path, needs):
+    source = write(tmp_path / "q.jsonl", {"prompt": "a"})
+    with pytest.raises(UserError, match=r":1 has no `(completion|chosen)`, only prompt; rename the column"):
+        tasks.load(source, needs=needs)
+
+
+def hh(*turns):
+    return "".join(f"\n\n{'Human' if i % 2 == 0 else 'Assistant'}: {turn}" for i, turn in enumerate(turns))
+
+
+def test_hh_the_query_is_all_before_the_last_answer(tmp_path):
+    rows = [
+        {"chosen": hh("a", "b", "c", " d "), "rejected": hh("a", "b", "c", "e")},
+        {"chosen": hh("a", "b"), "rejected": hh("x", "c")},
+        {"chosen": "\n\nHuman: a\n\nHuman: b\n\nAssistant: c\n\nAssistant: d", "rejected": hh("a\n\nb", "c\n\nd")},
+        {"chosen": hh("a", "b", "c", "d"), "rejected": "no turns"},
+    ]
+    source = write(tmp_path / "q.jsonl", *rows)
+    queries, bad = tasks.load(source, format="hh")
+    assert not bad and [q.id for q in queries] == [f"q:{i}" for i in (1, 2, 3, 4)]
+    assert queries[0] == Query("q:1", "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:", "d", "e")
+    assert list(queries[0].prompt.messages) == [user("a"), assistant("b"), user("c")]
+    assert queries[1][2:] == ("b", "") and queries[3][2:] == ("d", "")
+    assert list(queries[2].prompt.messages) == [user("a\n\nb")] and queries[2].completion == "c\n\nd"  # speakers take turns
+    queries, bad = tasks.load(source, format="hh", needs="pair")
+    assert [q.id for q in queries] == ["q:1"] and [b.kind for b in bad] == ["different queries", "pair", "turns"]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "kind"),
+    [
+        (hh("a"), "turns"),
+        (hh("a", "b", "c"), "turns"),
+        ("text", "turns"),
+        ("", "turns"),
+        (hh("a", ""), "empty"),
+        (hh("", "b"), "empty"),
+        ("\n\nAssistant: b", "empty"),
+        (None, "type"),
+        (3, "type"),
+    ],
+)
+def test_hh_that_cannot_be_used(tmp_path, chosen, kind):
+    queries, bad = tasks.load(write(tmp_path / "q.jsonl", {"chosen": chosen, "rejected": hh("a", "c")}), format="hh")
+    assert not queries and bad[0].kind == kind
+
+
+REVIEW = "<br>A <BR/>film\t<br />that</ br >goes  on<br clear='all'>and on < br / > until it ends."
+
+
+def test_imdb_the_first_words_are_the_query(tmp_path):
+    source = write(tmp_path / "q.jsonl", *[{"text": REVIEW, "label": i % 2} for i in range(200)])
+    queries, bad = tasks.load(source, format="imdb", words=(2, 4), seed=1)
+    assert not bad and {q.prompt + q.completion for q in queries} == {"A film that goes on and on until it ends."}
+    counts = [sum(len(q.prompt.split()) == n for q in queries) for n in (2, 3, 4)]
+    assert sum(counts) == 200 and min(counts) > 40  # uniform: 67 each, with a standard deviation of 7
+    assert queries[0].completion.startswith(" ") and not queries[0].completion.startswith("  ")
+    assert tasks.load(source, format="imdb", words=(2, 4), seed=1).queries == queries
+    assert tasks.load(source, format="imdb", words=(2, 4), seed=2).queries != queries
+    assert {len(q.prompt.split()) for q in tasks.load(source, format="imdb", words=(3, 3)).queries} == {3}
+
+
+def test_imdb_the_number_of_words_depends_on_the_record_alone(tmp_path):
+    rows = [{"text": REVIEW, "label": 1}] * 20
+    whole = tasks.load(write(tmp_path / "q.jsonl", *rows), format="imdb").queries
+    (tmp_path / "other").mkdir()
+    part = tasks.load(write(tmp_path / "other" / "q.jsonl", "broken", *rows[1:]), format="imdb").queries
+    assert part == whole[1:]
+
+
+@pytest.mark.parametrize(
+    ("row", "kind"),
+    [
+        ({"text": "A film that goes on", "label": float("nan")}, "label"),
+        ({"text": "A film that goes on", "label": None}, "label"),
+        ({"text": "A film that goes on", "label": ""}, "label"),
+        ({"text": "A film that goes on"}, "label"),
+        ({"text": " <br /> ", "label": 1}, "empty"),
+        ({"text": "A film", "label": 1}, "short"),
+        ({"text": "A film<br />", "label": 1}, "short"),
+        ({"text": None, "label": 1}, "type"),
+        ({"label": 1}, "column"),
+    ],
+)
+def test_imdb_that_cannot_be_used(tmp_path, row, kind):
+    good = {"text": "A film that goes on", "label": 0}
+    queries, bad = tasks.load(write(tmp_path / "q.jsonl", good, row, good), format="imdb", words=(2, 2))
+    assert len(queries) == 2 and [b.kind for b in bad] == [kind] and bad[0].where.endswith(":2")
+
+
+def test_imdb_labels_are_not_missed_where_there_are_none(tmp_path):
+    source = write(tmp_path / "q.jsonl", {"text": "A film that goes on"}, {"text": "Another film that ends"})
+    assert len(tasks.load(source, format="imdb", words=(2, 2)).queries) == 2
+    with pytest.raises(UserError, match="config.task.words=.3, 2. must be"):
+        tasks.load(source, format="imdb", words=(3, 2))
+    assert tasks.load(source, format="imdb", words=(2, 2), needs="pair").bad[0].kind == "pair"
+
+
+POST = "SUBREDDIT: r/dogs\n\nTITLE: My dog\n\nPOST: It barks.\n\nTL;DR:"
+INFO = {"id": "t3", "subreddit": "dogs", "title": "My dog", "post": "It barks.\n", "site": None}
+
+
+@pytest.mark.parametrize(
+    ("record", "needs", "answers"),
+    [
+        ({"prompt": POST, "label": "loud dog"}, "completion", (" loud dog", "")),
+        ({"prompt": POST, "completion": " loud dog"}, "completion", (" loud dog", "")),
+        ({"prompt": POST[:-7], "chosen": "TL;DR:  loud dog", "rejected": "tldr: dog"}, "pair", (" loud dog", " dog")),
+        ({"info": INFO, "summaries": [{"text": " dog"}, {"text": " loud"}], "choice": 1}, "pair", (" loud", " dog")),
+        ({"info": INFO, "summaries": [{"text": "dog"}, {"text": "loud"}], "choice": 0}, "completion", (" dog", " loud")),
+        ({"subreddit": "r/dogs", "title": "My dog", "post": "It barks.", "summary": "dog"}, "completion", (" dog", "")),
+        ({"prompt": POST}, "prompt", ("", "")),
+    ],
+)
+def test_tldr_in_every_published_layout(tmp_path, record, needs, answers):
+    queries, bad = tasks.load(write(tmp_path / "q.jsonl", record), format="tldr", needs=needs)
+    assert not bad and queries == [Query("q:1", POST, *answers)]
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\nTL;DR: ", "\n\nTL;DR", "\ntldr:", "\nTl;Dr :", "\nTL;DR:\nTLDR:\t", " TL DR"])
+def test_tldr_ends_with_its_mark_once(tmp_path, end):
+    source = write(tmp_path / "q.jsonl", {"prompt": POST.removesuffix("\n\nTL;DR:") + end, "label": "x"})
+    assert tasks.load(source, format="tldr").queries[0].prompt == POST
+
+
+@pytest.mark.parametrize(
+    ("record", "needs", "kind"),
+    [
+        ({"info": INFO, "summaries": [{"text": "a"}], "choice": 0}, "pair", "pair"),
+        ({"info": INFO, "summaries": [{"text": "a"}, {"text": "b"}], "choice": None}, "pair", "pair"),
+        ({"info": INFO, "summaries": [{"text": "a"}, {"text": "a "}], "choice": 1}, "pair", "pair"),
+        ({"info": INFO, "summaries": None, "choice": 1}, "pair", "pair"),
+        ({"info": {**INFO, "post": None}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 1}, "pair", "type"),
+        ({"info": {**INFO, "post": " "}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 1}, "pair", "empty"),
+        ({"prompt": "TL;DR:", "label": "a"}, "prompt", "empty"),
+        ({"prompt": POST, "label": " "}, "completion", "empty"),
+        ({"prompt": POST, "chosen": "TL;DR:", "rejected": "a"}, "pair", "empty"),
+        ({"prompt": POST, "label": 3}, "completion", "type"),
+    ],
+)
+def test_tldr_that_cannot_be_used(tmp_path, record, needs, kind):
+    queries, bad = tasks.load(write(tmp_path / "q.jsonl", record), format="tldr", needs=needs)
+    assert not queries and [b.kind for b in bad] == [kind]
+
+
+LONG = "SUBREDDIT: r/dogs\n\nTITLE: My dog\n\nPOST: One two. Three four!\nFive six.\n\nSeven.\n\nTL;DR:"
+
+
+@pytest.mark.parametrize(
+    ("kept", "post"),
+    [
+        ("One two. Three four!\nFive six.\n\nSeven.", "One two. Three four!\nFive six.\n\nSeven."),
+        ("One two. Three four!\nFive six.\n\nSeve", "One two. Three four!\nFive six."),
+        ("One two. Three four!\nFive six", "One two. Three four!"),  # not within a paragraph
+        ("One two. Three four", "One two."),  # not even the first paragraph: at a sentence
+        ("One two", "One"),  # at a word
+        ("One", "One"),
+    ],
+)
+def test_a_post_is_cut_at_its_paragraphs(kept, post):
+    most = len(LONG) - len("One two. Three four!\nFive six.\n\nSeven.") + len(kept)
+    assert tasks.shorten(LONG, lambda text: len(text) <= most) == f"{LONG[: LONG.index('One')]}{post}\n\nTL;DR:"
+
+
+def test_a_post_of_which_nothing_fits():
+    shortest = len("SUBREDDIT: r/dogs\n\nTITLE: My dog\n\nPOST: One\n\nTL;DR:")
+    assert tasks.shorten(LONG, lambda text: len(text) < shortest) is None
+    assert tasks.shorten("One two three\n\nTL;DR:", lambda text: len(text) < 17) == "One two\n\nTL;DR:"
+
+
+@given(st.text(" \nab.!", max_size=60), st.integers(0, 120))
+def test_the_shortened_fits_and_is_a_beginning(post, most):
+    prompt = f"TITLE: T\n\nPOST: {post.lstrip()}\n\nTL;DR:"
+    found = tasks.shorten(prompt, lambda text: len(text) <= most)
+    if found is not None:
+        assert len(found) <= most and found.endswith("\n\nTL;DR:") and found.startswith("TITLE: T\n\nPOST: ")
+        assert prompt.startswith(found.removesuffix("\n\nTL;DR:"))
+    elif post.split():
+        assert len(f"TITLE: T\n\nPOST: {post.split()[0]}\n\nTL;DR:") > most
+
+
+def test_a_limit_is_a_seeded_choice_in_order(tmp_path):
+    source = write(tmp_path / "q.jsonl", *[{"prompt": f"{i}", "id": f"{i:03}"} for i in range(100)], "broken")
+    some = tasks.load(source, limit=30, seed=1)
+    ids = [q.id for q in some.queries]
+    assert len(set(ids)) == 30 and ids == sorted(ids) and len(some.bad) == 1
+    assert tasks.load(source, limit=30, seed=1) == some and tasks.load(source, limit=30, seed=2) != some
+    assert len(tasks.load(source, limit=100).queries) == len(tasks.load(source, limit=500).queries) == 100
+    assert ids != [f"{i:03}" for i in range(30)]
+    stream = tasks.load(source, limit=30, streaming=True)
+    assert [q.id for q in stream.queries] == [f"{i:03}" for i in range(30)] and not stream.bad
+
+
+def test_a_stream_of_which_nothing_is_of_use_is_not_read_to_its_end(tmp_path):
+    source = write(tmp_path / "q.jsonl", *[{"text": "a"}] * 1500, {"prompt": "b"})
+    with pytest.raises(UserError, match="has no `prompt`"):
+        tasks.load(source, streaming=True, limit=1)
+    assert len(tasks.load(source).bad) == 1500
+
+
+def test_the_share_of_bad_records():
+    bad = [tasks.Bad("f:1", "json", "f:1 is not JSON", ""), tasks.Bad("f:2", "empty", "f:2: empty", "")]
+    queries = numbered(8)
+    tasks.check_share(tasks.Task(queries, bad), "f", 0.2)
+    with pytest.raises(UserError) as error:
+        tasks.check_share(tasks.Task(queries, bad), "f", 0.19)
+    assert str(error.value).startswith("f:1 is not JSON; 2 of 10 records of f cannot be used (json 1, empty 1), more than")
+    assert "scripts/prepare_data.py" in str(error.value) and "--config.task.max_bad_share=0.21" in str(error.value)
+    for empty in (tasks.Task([], bad), tasks.Task([], [])):
+        with pytest.raises(UserError, match="cannot be used|no record that can be used"):
+            tasks.check_share(empty, "f", 1.0)
+
+
+def test_what_was_left_out_is_written_down(tmp_path):
+    bad = [tasks.Bad("f:1", "json", "f:1 is not JSON", "{\u2028"), tasks.Bad("f:2", "empty", "f:2: empty", "")]
+    tasks.write_bad(tmp_path / "bad.jsonl", {"train": bad, "heldout": bad[:1]})
+    rows = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
+    assert [row.pop("set") for row in rows] == ["train", "train", "heldout"]
+    assert [tasks.Bad(**row) for row in rows] == [*bad, bad[0]]
+    tasks.write_bad(tmp_path / "bad.jsonl", {"train": [], "heldout": []})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bad_record_is_cut(tmp_path):
+    bad = tasks.load(write(tmp_path / "q.jsonl", {"prompt": "a"}, {"text": "x" * 100_000}, "y" * 100_000)).bad
+    assert [len(b.record) for b in bad] == [300, 300] and bad[0].record.startswith('{"text": "xxx')
+
+
+def test_what_is_held_out_is_not_trained_on():
+    train = [Query("t0", "The film "), Query("t1", "A ship"), Query("t2", "The film", "again")]
+    assert tasks.disjoint(train, [Query("h0", "A sheep")]) == (train, [])
+    kept, both = tasks.disjoint(train, [Query("h0", "A sheep"), Query("h1", "The film")])
+    assert kept == [train[1]] and [(b.where, b.kind) for b in both] == [("t0", "held out too"), ("t2", "held out too")]
+    assert "'t0' ('The film ') is also held-out query 'h1'" in both[0].reason
+    with pytest.raises(UserError, match="'t0'.*is also held-out query 'h1'.*--config.task.heldout"):
+        tasks.disjoint(train[:1], [Query("h1", "The film")])
+
+
+def test_a_digest_sees_everything():
+    turns = [user("a"), assistant("b"), user("c")]
+    one = Query("i", Conversation(turns), "d", "e")
+    others = [
+        one._replace(id="j"),
+        one._replace(prompt=str(one.prompt)),
+        one._replace(prompt=Conversation(turns, [TOOL])),
+        one._replace(prompt=Conversation([{**user("a"), "name": "n"}, *turns[1:]])),
+        one._replace(completion="de", rejected=""),
+        one._replace(rejected=""),
+    ]
+    found = {tasks.digest([q]) for q in [one, *others]} | {tasks.digest([one, one]), tasks.digest([])}
+    assert len(found) == 9 and all(len(d) == 16 and int(d, 16) >= 0 for d in found)
+    assert tasks.digest(iter([one, others[0]])) == tasks.digest([one, others[0]]) != tasks.digest([others[0], one])
 
 
 @given(st.data(), st.integers(1, 20), st.integers(0, 2**32 - 1))

@@ -28,6 +28,7 @@ def render(
     summary: Mapping[str, Any],
     defaults: Mapping[str, Any],
     repo: str | None = None,
+    head: bool = False,
 ) -> str:
     """The text of README.md for the export of one checkpoint.
 
@@ -41,6 +42,7 @@ def render(
         summary: what summary.json says, or {}; left out where it speaks of another iteration.
         defaults: the default config, nested: the card shows what differs from it.
         repo: hub id that the export will have, if any.
+        head: whether it is a reward model.
     """
     import jinja2
 
@@ -49,7 +51,7 @@ def render(
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     # JSON strings are YAML strings, whatever is in them
     environment.filters |= {"yaml": lambda x: json.dumps(x, ensure_ascii=False), "cell": _cell, "number": "{:.4g}".format}
-    return environment.from_string(_CARD).render(
+    return environment.from_string(_REWARD_CARD if head else _CARD).render(
         library=library,
         base=base_model if is_remote(base_model) else Path(base_model).name,
         on_hub=is_remote(base_model),
@@ -58,7 +60,7 @@ def render(
         config=config,
         settings={k: v for k, v in config.items() if k in plain and plain[k] != v and not k.startswith("export.")},
         metrics=_metrics(workdir, iteration),
-        summary=summary if summary.get("iterations") == iteration else {},
+        summary=summary if summary.get("steps" if head else "iterations") == iteration else {},
         versions=_versions(workdir),
         rank=rank_limit(config["lora.rank"], *(config[f"lora.{key}"] for key in ("dora", "rank_pattern", "alpha_pattern"))),
     )
@@ -231,4 +233,81 @@ See the base model: its licence holds for what is derived from it.
   year = {2025}
 }
 ```
+"""
+
+_REWARD_CARD = """\
+---
+{% if on_hub %}
+base_model: {{ base|yaml }}
+{% endif %}
+library_name: {{ library }}
+pipeline_tag: text-classification
+tags:
+- reward-model
+- lora
+---
+
+# A reward model from {{ base }}
+
+{{ "A LoRA adapter for" if library == "peft" else "The weights, LoRA adapter merged, of" }} {{ base }} with a head that scores
+conversations, trained for {{ iteration }} steps on preference pairs with Bradley-Terry's loss: the difference of two
+responses' scores is the log-odds that the first is preferred. Scores of different prompts do not compare.
+
+## Training
+
+| | |
+|---|---|
+| base model | {{ base|cell }} |
+| trained | {{ "adapter and head" if config["reward_model.train"] == "lora" else "the head alone" }} |
+| preference pairs | {{ config["task.train"]|cell }} ({{ config["task.format"] }}) |
+| held-out pairs | {{ config["task.heldout"]|cell }} |
+
+{% if settings %}
+Settings that differ from the defaults:
+
+| setting | value |
+|---|---|
+{% for key, value in settings.items() %}
+| {{ key|cell }} | {{ value|cell }} |
+{% endfor %}
+{% else %}
+All settings are the defaults.
+{% endif %}
+
+{% if summary %}
+## Evaluation
+
+Accuracy on {{ summary["heldout_examples"] }} held-out pairs {{ summary["heldout_accuracy"]|number }} (95% bootstrap interval
+{{ summary["heldout_accuracy_ci95"][0]|number }} to {{ summary["heldout_accuracy_ci95"][1]|number }}), log loss
+{{ summary["heldout_log_loss"]|number }}, Brier score {{ summary["heldout_brier"]|number }}, expected calibration error
+{{ summary["heldout_calibration_error"]|number }}.
+
+{% endif %}
+## Use
+
+{% if library == "peft" %}
+```python
+from peft import AutoPeftModelForSequenceClassification
+
+model = AutoPeftModelForSequenceClassification.from_pretrained({{ name|yaml }}, num_labels=1)
+```
+
+{% else %}
+```python
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+model, tokenizer = (c.from_pretrained({{ name|yaml }}) for c in (AutoModelForSequenceClassification, AutoTokenizer))
+```
+
+As a reward of ple_jax: `--config.reward.name=model --config.reward.kwargs="{'path': '{{ name }}'}"`.
+
+{% endif %}
+## Versions
+
+{% for package, number in versions.items() %}{{ ", " if not loop.first }}{{ package }} {{ number }}{% endfor %}
+
+
+## Licence
+
+See the base model: its licence holds for what is derived from it.
 """

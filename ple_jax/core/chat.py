@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from ple_jax.core import prompts
 from ple_jax.core.config import UserError, suggestion
 from ple_jax.core.rollouts import uniforms
+from ple_jax.core.transcripts import Conversation
 from ple_jax.core.types import Query, Sampling, Tokenizer
 
 _NOISE = -3  # iteration number of a conversation's noise
@@ -175,12 +176,7 @@ class Chat:
         principles = self.principles if self.options.principles else None
         if not self.options.template:
             return prompts.render(Query("chat", turns[-1]["content"]), principles, self.tokenizer, chat=False)[1]
-        system = [{"role": "system", "content": principles}] if principles else []
-        try:
-            text = self.tokenizer.apply_chat_template([*system, *turns], tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # templates are code of the checkpoint's: they raise what they like
-            raise UserError(f"the tokenizer's chat template does not take this conversation: {error}") from error
-        return list(self.tokenizer.encode(text, add_special_tokens=False))
+        return prompts.render(Query("chat", Conversation(turns)), principles, self.tokenizer, chat=True)[1]
 
 
 def _number(kind: Callable[[str], Any], value: str, fits: Callable[[Any], bool]) -> Any:

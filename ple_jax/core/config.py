@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 PACKAGE = Path(__file__).parent.parent
 BACKENDS = {"jax": "ple_jax.train", "torch": "torch_ascend.train"}  # --backend and the module behind it
-FREE = ("algorithm_kwargs", "reward.kwargs")  # dictionaries of the user's own, overridden whole
+FREE = ("algorithm_kwargs", "reward.kwargs", "task.columns")  # dictionaries of the user's own, overridden whole
 
 # how a run is computed and not what: a run may go on, or be exported, with others
 EXECUTION = ("model.layers", "model.attention", "model.remat", "mesh.data", "mesh.fsdp", "mesh.tensor", "checkpoint.keep")
@@ -89,6 +89,10 @@ def _flag(value: Any) -> str:
     return "" if isinstance(value, bool) else "True or False"
 
 
+def _text(value: Any) -> str:
+    return "" if isinstance(value, str) and value else "a name"
+
+
 def _free(value: Any) -> str:
     says = "a dictionary of plain values without NaN, by argument name: \"{'k': 1}\""
     if not isinstance(value, Mapping) or not all(isinstance(k, str) for k in value):
@@ -134,9 +138,38 @@ def _named(known: list[str], *, file: str = "", folder: bool = False, code: bool
     return rule
 
 
-def _optional_file(value: Any) -> str:
-    fine = value is None or (isinstance(value, str) and Path(value).is_file())
-    return "" if fine else f"unset or an existing JSONL file (looked in {Path.cwd()})"
+def _source(value: Any) -> str:
+    """A hub is asked when the records are loaded."""
+    if isinstance(value, str) and is_hub_id(value) and not Path(value).suffix:
+        return ""
+    local = _named(names("data", ".jsonl"), file="file of records", folder=True)(value)
+    return f"{local}, or a data set on a hub, user/name" if local else ""
+
+
+def _optional_source(value: Any) -> str:
+    return "" if value is None else _source(value)
+
+
+def _words(value: Any) -> str:
+    fine = isinstance(value, tuple | list) and len(value) == 2 and all(type(v) is int for v in value)
+    return "" if fine and 1 <= value[0] <= value[1] else "(fewest, most) words, such as \"(2, 8)\""
+
+
+def _columns(value: Any) -> str:
+    fine = isinstance(value, Mapping) and all(isinstance(v, str) and v for v in (*value, *value.values()))
+    known = ("id", "prompt", "completion", "chosen", "rejected", "messages", "tools")
+    if not fine:
+        return "a dictionary, our name -> the data's: \"{'prompt': 'question'}\""
+    unknown = [key for key in value if key not in known]
+    return f"of the columns {', '.join(known)}; {unknown[0]!r} is none{suggestion(unknown[0], known)}" if unknown else ""
+
+
+def _principles(value: Any) -> str:
+    """Several are joined with +, unless that is a file's name."""
+    rule = _named(names("core/principles", ".txt"), file="text file")
+    if not isinstance(value, str) or Path(value).is_file():
+        return rule(value)
+    return next((says for part in value.split("+") if (says := rule(part.strip()))), "")
 
 
 def _optional_adapter(value: Any) -> str:
@@ -198,7 +231,7 @@ def _revision(value: Any) -> str:
 PUBLISHED = names("models/published", ".json")
 _positive = _real(lambda v: v > 0, "above 0")
 _not_negative = _real(lambda v: v >= 0, "of at least 0")
-_queries = _named(names("data", ".jsonl"), file="JSONL file")
+_share = _real(lambda v: 0 <= v <= 1, "from 0 to 1")
 
 RULES: dict[str, Rule] = {
     "seed": _whole(0, 2**32),
@@ -222,13 +255,26 @@ RULES: dict[str, Rule] = {
     "lora.rslora": _flag,
     "lora.dora": _flag,
     "lora.dropout": _real(lambda v: 0 <= v < 1, "of at least 0 and below 1"),
-    "task.train": _queries,
-    "task.heldout": _queries,
+    "task.train": _source,
+    "task.heldout": _source,
+    "task.train_split": _text,
+    "task.heldout_split": _text,
+    "task.subsets": _tuple(_text, empty=True),
+    "task.format": _choice("records", "hh", "imdb", "tldr"),
+    "task.columns": _columns,
+    "task.words": _words,
+    "task.streaming": _flag,
+    "task.max_train": _whole(0),
+    "task.max_heldout": _whole(0),
+    "task.max_bad_share": _share,
     "task.chat": _flag,
+    "task.thinking": _flag,
     "task.max_prompt_tokens": _whole(1),
-    "principles": _named(names("core/principles", ".txt"), file="text file"),
+    "principles": _principles,
+    "principles_per_query": _whole(0),
     "reward.name": _named(names("core/rewards", ".py"), code=True),
     "reward.kwargs": _free,
+    "reward.max_bad_share": _share,
     "reward.transform": _choice("none", "sigmoid", "zscore", "minmax"),
     "sampling.max_new_tokens": _whole(1),
     "sampling.temperature": _real(lambda v: v == 0 or v >= 1e-6, "of at least 1e-6, or 0 (0 is greedy)"),
@@ -255,6 +301,10 @@ RULES: dict[str, Rule] = {
     "ple.percentile_temperature": _positive,
     "ple.percentile_weights": _choice("as_intended", "as_released"),
     "ple.samples": _whole(2),
+    "reward_model.train": _choice("lora", "head"),
+    "reward_model.epochs": _whole(1),
+    "reward_model.max_tokens": _whole(2),
+    "reward_model.eval_every": _whole(1),
     "optimizer.lr": _positive,
     "optimizer.warmup_steps": _whole(0),
     "optimizer.weight_decay": _not_negative,
@@ -262,7 +312,7 @@ RULES: dict[str, Rule] = {
     "optimizer.batch_queries": _whole(1),
     "optimizer.micro_queries": _whole(1),
     "optimizer.epochs": _whole(1),
-    "sft.data": _optional_file,
+    "sft.data": _optional_source,
     "sft.epochs": _whole(1),
     "sft.lr": _positive,
     "eval.every": _whole(1),

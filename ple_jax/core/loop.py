@@ -5,88 +5,36 @@ after. What is on disk decides where a run stands: the newest checkpoint (the co
 iteration that was being sampled.
 """
 
-import json
-import resource
-import sys
+import math
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from ple_jax import losses
+from ple_jax.core import data, prompts, rewards, tasks
 from ple_jax.core import metrics as measure
-from ple_jax.core import prompts, rewards, tasks
 from ple_jax.core.batches import pack
-from ple_jax.core.config import UserError
-from ple_jax.core.interrupt import Stop
-from ple_jax.core.progress import Progress
-from ple_jax.core.rollouts import Journal, bucket, plan_chunks, read, uniforms
-from ple_jax.core.sinks import truncate_jsonl
-from ple_jax.core.types import (
-    Backend,
-    Batch,
-    Loss,
-    Outputs,
-    Query,
-    Response,
-    Reward,
-    Rollout,
-    Sampling,
-    Sink,
-    Slot,
-    Tokenizer,
+from ple_jax.core.rollouts import Journal, read
+from ple_jax.core.run import Run, check_finite, commit, logged, micro_batches, peak_memory, restore, with_reference
+from ple_jax.core.sampling import (
+    Rendered,
+    check_context,
+    quarantine,
+    raw_rewards,
+    renderer,
+    sample,
+    score,
+    transformed,
+    write_bad,
 )
+from ple_jax.core.sinks import truncate_jsonl
+from ple_jax.core.types import Batch, Outputs, Query, Response, Rollout, Slot, Tokenizer
 
 # iteration numbers of noise that is not an iteration's: every evaluation draws with the same
 HELDOUT, GENERATE = -1, -2
-_START = time.time()
-
-
-class Run(NamedTuple):
-    """Everything a run needs, made once by the entry."""
-
-    config: Any
-    workdir: Path
-    backend: Backend
-    tokenizer: Tokenizer
-    eos: tuple[int, ...]
-    base_model: str
-    context: int  # tokens that the model was trained to see at once
-    transposed: bool  # its linear weights are [in, out], which PEFT wants to know
-    algorithm: ModuleType
-    loss: Loss
-    reward: Reward
-    principles: str
-    train: list[Query]
-    heldout: list[Query]
-    sinks: list[Sink]
-    progress: Progress
-    stop: Stop
-    clock: "Clock"
-
-
-class Clock:
-    """Wall time in laps, so that a resumed run adds up what every process spent until its last commit."""
-
-    def __init__(self) -> None:
-        self._last = _START
-
-    def lap(self) -> float:
-        """Seconds since the last lap; the first one counts from the start of the process."""
-        now = time.time()
-        elapsed, self._last = now - self._last, now
-        return elapsed
-
-
-class Rendered(NamedTuple):
-    """A prompt as the backend gets it: `prefix` (shared by all principled prompts) + `tokens`."""
-
-    prefix: tuple[int, ...]
-    tokens: tuple[int, ...]
-    whole: tuple[int, ...]
+_LEAK = 0.1  # share of trigrams above which principles are said to leak
 
 
 # ---------------------------------------------------------------- the loop
@@ -96,21 +44,7 @@ def train(run: Run) -> dict[str, Any]:
     """Runs, or goes on with, the whole of Algorithm 1; returns the totals of the run."""
     config, schedule = run.config, run.algorithm.schedule(run.config)
     render = renderer(run)
-    state = run.backend.restore(run.workdir / "checkpoints")
-    if state is None:
-        state = {
-            "iteration": 0,
-            "step": 0,
-            "generated_tokens": 0,
-            "training_tokens": 0,
-            "wall_seconds": 0.0,
-            "metrics": {},
-        }
-        state["environment"] = run.backend.environment()
-        warm_up(run, state)
-        commit(run, state)
-    elif state["environment"] != run.backend.environment():
-        run.progress.log(_changed(state["environment"], run.backend.environment()))
+    state = restore(run, fresh=warm_up)
     run.progress.iteration(state["iteration"])
     truncate_jsonl(run.workdir / "metrics.jsonl", state["iteration"])
     finish(run, state, render)
@@ -118,7 +52,9 @@ def train(run: Run) -> dict[str, Any]:
         iteration = state["iteration"]
         run.progress.iteration(iteration + 1)
         rollouts, seconds = collect(run, iteration, float(schedule(iteration)), render)
-        values = summarise(rollouts, run.principles, run.tokenizer, config.sampling.max_new_tokens)
+        values = summarise(rollouts, run.principles.text, run.tokenizer, config.sampling.max_new_tokens)
+        values |= rewards.statistics(raw_rewards(rollouts), config.reward.transform)
+        warn_of_leak(run, values)
         started = time.perf_counter()
         values |= update(run, rollouts, state)
         seconds["update"] = time.perf_counter() - started
@@ -136,23 +72,15 @@ def train(run: Run) -> dict[str, Any]:
     return state
 
 
-def commit(run: Run, state: dict[str, Any]) -> None:
-    """The commit point: from here on this state is where the run stands."""
-    state["wall_seconds"] += run.clock.lap()
-    state["peak_memory_bytes"] = max(state.get("peak_memory_bytes", 0), peak_memory())
-    keep = run.config.checkpoint.keep
-    run.backend.save(run.workdir / "checkpoints", state["iteration"], state, keep=keep)
-
-
 def warm_up(run: Run, state: dict[str, Any]) -> None:
     """Step 0 of Algorithm 1: fine-tunes on the SFT set, if there is one; the policy then becomes the reference."""
     sft = run.config.sft
     if sft.data is None:
         return
-    examples, empty = tasks.load_sft(sft.data)
-    tasks.check_disjoint(examples, run.heldout)
-    if empty:
-        run.progress.log(f"{sft.data}: {len(empty)} examples without a completion are left out")
+    found = data.load_sft(run.config)
+    examples, both = tasks.disjoint(found.queries, run.heldout)
+    run.bad["sft"] = found.bad + both
+    write_bad(run)
     size, chat = run.config.optimizer.batch_queries, run.config.task.chat
     rollouts = [_as_rollout(run, query, chat) for query in examples]
     longest = max(len(r.responses[0].tokens) for r in rollouts)
@@ -181,123 +109,9 @@ def _as_rollout(run: Run, query: Query, chat: bool) -> Rollout:
     # a completion is the whole of what is wanted: it ends with EOS, which here is part of the data. Where a model stops
     # at several, the tokenizer's is the one that its own training used
     eos = [run.tokenizer.eos_token_id] if run.tokenizer.eos_token_id in run.eos else run.eos[:1]
-    tokens = (*run.tokenizer.encode(query.completion, add_special_tokens=False), *eos)
+    text = prompts.completion(query.prompt, query.completion, chat=chat)
+    tokens = (*run.tokenizer.encode(text, add_special_tokens=False), *eos)
     return Rollout(query.id, query.prompt, tuple(ids), (Response(tokens, True, kind="reference", text=query.completion),))
-
-
-# ---------------------------------------------------------------- sampling
-
-
-def renderer(run: Run) -> Callable[[Query, bool], Rendered]:
-    """(query, principled) -> its prompt. All plain prompts are checked here, before anything is sampled.
-
-    Raises:
-        UserError: a prompt longer than task.max_prompt_tokens.
-    """
-    chat, limit, config = run.config.task.chat, run.config.task.max_prompt_tokens, run.config.sampling
-
-    def ids(query: Query, principled: bool) -> tuple[int, ...]:
-        return tuple(prompts.render(query, run.principles if principled else None, run.tokenizer, chat=chat)[1])
-
-    for query in (*run.train, *run.heldout):
-        if (n := len(ids(query, False))) > limit:
-            raise UserError(
-                f"query {query.id!r} has {n} tokens, above task.max_prompt_tokens={limit}; shorten it, leave it out,"
-                f" or raise --config.task.max_prompt_tokens"
-            )
-    new = config.max_new_tokens
-    check_context(run, run.train, max(len(ids(query, True)) for query in (*run.train, *run.heldout)) + new)
-    # what the principled prompts share is computed once per call of generate instead of once per row
-    some = [ids(query, True) for query in run.heldout[:64]]
-    prefix = tuple(prompts.common_prefix(some)) if len(some) > 1 else ()
-
-    def render(query: Query, principled: bool) -> Rendered:
-        whole = ids(query, principled)
-        if principled and prefix and whole[: len(prefix)] == prefix and len(whole) > len(prefix):
-            return Rendered(prefix, whole[len(prefix) :], whole)
-        return Rendered((), whole, whole)
-
-    return render
-
-
-def check_context(run: Run, queries: Sequence[Query], tokens: int) -> None:
-    """Raises a UserError if the longest prompt and response together are more than the model was trained to see."""
-    if tokens > run.context:
-        raise UserError(
-            f"the longest of {len(queries)} prompts and its response are {tokens} tokens, and {run.base_model} takes"
-            f" {run.context}; shorten prompts, principles or --config.sampling.max_new_tokens"
-        )
-
-
-def sample(
-    run: Run,
-    queries: Sequence[Query],
-    slots: Sequence[Slot],
-    journal: Journal,
-    iteration: int,
-    render: Callable[[Query, bool], Rendered],
-) -> list[Rollout]:
-    """One response for every query and slot. Chunks that the journal already holds are not sampled again."""
-    config = run.config
-    rows = [(query, slot) for query in queries for slot in slots]
-    rendered = [render(query, slot.principled) for query, slot in rows]
-    groups = [(r.prefix, bucket(len(r.tokens), config.sampling.bucket)) for r in rendered]
-    chunks = plan_chunks(groups, config.sampling.width)
-    finished = journal.finished_chunks()
-    sampling = Sampling(
-        config.sampling.max_new_tokens,
-        run.eos,
-        temperature=config.sampling.temperature,
-        top_k=config.sampling.top_k,
-        top_p=config.sampling.top_p,
-        min_p=config.sampling.min_p,
-    )
-    responses: dict[int, Response] = {}
-    run.progress.phase("generate" if iteration >= 0 else "evaluate", len(chunks))
-    for number, chunk in enumerate(chunks):
-        run.stop.check()
-        if number not in finished:
-            noise = np.stack([_noise(config, iteration, *rows[i]) for i in chunk])
-            prefix = rendered[chunk[0]].prefix
-            sampled = run.backend.generate([rendered[i].tokens for i in chunk], noise, sampling=sampling, prefix=prefix)
-            finished[number] = [_complete(run, rows[i][1], r) for i, r in zip(chunk, sampled, strict=True)]
-            journal.append(number, finished[number])
-        responses |= dict(zip(chunk, finished[number], strict=True))
-        run.progress.advance(1, tokens=sum(len(r.tokens) for r in finished[number]))
-    return [
-        Rollout(
-            query.id,
-            query.prompt,
-            render(query, False).whole,
-            tuple(responses[i * len(slots) + j] for j in range(len(slots))),
-        )
-        for i, query in enumerate(queries)
-    ]
-
-
-def _noise(config: Any, iteration: int, query: Query, slot: Slot) -> np.ndarray:
-    return uniforms(config.seed, iteration, query.id, slot.kind, slot.sample, config.sampling.max_new_tokens)
-
-
-def _complete(run: Run, slot: Slot, response: Response) -> Response:
-    text = run.tokenizer.decode(response.tokens, skip_special_tokens=True)
-    return response._replace(kind=slot.kind, sample=slot.sample, text=text)
-
-
-def score(run: Run, rollouts: Sequence[Rollout]) -> list[Rollout]:
-    """Fills rewards, raw and transformed: on the plain query, whatever the prompt was."""
-    run.progress.phase("score", 1)
-    pairs = [(rollout.prompt, r.text) for rollout in rollouts for r in rollout.responses]
-    raw = rewards.score(run.reward, [p for p, _ in pairs], [t for _, t in pairs])
-    transformed = iter(zip(raw, rewards.transform(raw, run.config.reward.transform), strict=True))
-
-    def fill(response: Response) -> Response:
-        reward, score = next(transformed)
-        return response._replace(reward=float(reward), score=float(score))
-
-    scored = [rollout._replace(responses=tuple(fill(r) for r in rollout.responses)) for rollout in rollouts]
-    run.progress.advance(1)
-    return scored
 
 
 def collect(
@@ -313,24 +127,13 @@ def collect(
     queries = tasks.draw(run.train, config.queries_per_iteration, seed=config.seed, iteration=iteration)
     rollouts = sample(run, queries, run.algorithm.collect(config), journal, iteration, render)
     sampled = time.perf_counter()
-    rollouts = run.algorithm.label(score(run, rollouts), tau, iteration, config)
-    journal.complete(rollouts)
+    kept = transformed(quarantine(run, score(run, rollouts), f"iter_{iteration:04d}"), config.reward.transform)
+    journal.complete(run.algorithm.label(kept, tau, iteration, config))
     # training reads what is on disk, here as after a resume
     return read(journal.path), {"generate": sampled - started, "score": time.perf_counter() - sampled}
 
 
 # ---------------------------------------------------------------- training
-
-
-def micro_batches(batch: Batch, size: int) -> list[Batch]:
-    """The rows of a batch in parts of `size`; the backend accumulates gradients over them."""
-
-    def part(i: int) -> Batch:
-        rows = slice(i, i + size)
-        data = {name: value[rows] for name, value in batch.data.items()}
-        return Batch(batch.prompt[rows], batch.prompt_mask[rows], batch.response[rows], batch.response_mask[rows], data)
-
-    return [part(i) for i in range(0, len(batch.prompt), size)]
 
 
 def update(run: Run, rollouts: Sequence[Rollout], state: dict[str, Any]) -> dict[str, float]:
@@ -339,7 +142,9 @@ def update(run: Run, rollouts: Sequence[Rollout], state: dict[str, Any]) -> dict
     size = optimizer.batch_queries
     diagnosed = run.algorithm.batch(rollouts[: config.eval.diagnostic_queries], config)
     before = diagnose(run, diagnosed, with_loss=True)
-    groups = [rollouts[i : i + size] for i in range(0, len(rollouts), size)]
+    # where queries were quarantined, batches differ by one at most: none weighs much more than another
+    steps = -(-len(rollouts) // size)
+    groups = [[rollouts[i] for i in some] for some in np.array_split(np.arange(len(rollouts)), steps)]
     run.progress.phase("update", len(groups) * optimizer.epochs)
     collected: list[dict[str, float]] = []
     tokens = 0
@@ -365,24 +170,6 @@ def update(run: Run, rollouts: Sequence[Rollout], state: dict[str, Any]) -> dict
         means.pop("hinge_active")
         named |= {"hinge_active_before": before["hinge_active"], "hinge_active_after": after["hinge_active"]}
     return {**means, **named, "lr": collected[-1]["lr"], "training_tokens": tokens}
-
-
-def check_finite(values: dict[str, float], step: int, lr: float) -> dict[str, float]:
-    """Raises a UserError where a step's loss or gradient is not finite: before anything of it is committed."""
-    if not (np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])):
-        raise UserError(
-            f"optimiser step {step} at learning rate {lr:g} gave loss {values['loss']} and gradient norm"
-            f" {values['grad_norm']}; the newest checkpoint is from before it: lower --config.optimizer.lr (in a new"
-            " --workdir)"
-        )
-    return values
-
-
-def with_reference(run: Run, batch: Batch) -> Batch:
-    """Adds the reference's log-probabilities where the algorithm's loss reads them."""
-    if run.algorithm.needs_reference(run.config):
-        batch.data["reference_logprobs"] = run.backend.logprobs(batch, reference=True).logprobs
-    return batch
 
 
 def diagnose(run: Run, batch: Batch, *, with_loss: bool) -> dict[str, float]:
@@ -417,7 +204,7 @@ def diagnose(run: Run, batch: Batch, *, with_loss: bool) -> dict[str, float]:
 
 
 def summarise(rollouts: Sequence[Rollout], principles: str, tokenizer: Tokenizer, limit: int) -> dict[str, float]:
-    """The rollout metrics of one iteration (design: "Log for every iteration")."""
+    """The rollout metrics of one iteration."""
     by_kind: dict[str, list[Response]] = {}
     for rollout in rollouts:
         for response in rollout.responses:
@@ -428,6 +215,8 @@ def summarise(rollouts: Sequence[Rollout], principles: str, tokenizer: Tokenizer
         tokens = [r.tokens for r in responses]
         values[f"reward_{kind}"] = float(np.mean([r.reward for r in responses]))
         values[f"score_{kind}"] = float(np.mean([r.score for r in responses]))
+        for part in responses[0].parts:
+            values[f"reward_{part}_{kind}"] = float(np.mean([r.parts[part] for r in responses]))
         values[f"length_{kind}"] = float(np.mean([len(t) for t in tokens]))
         values[f"distinct_2_{kind}"] = measure.distinct_n(tokens, 2)
         values[f"overlap_{kind}"] = float(np.mean([measure.ngram_overlap(t, text, 3) for t in tokens]))
@@ -445,6 +234,16 @@ def summarise(rollouts: Sequence[Rollout], principles: str, tokenizer: Tokenizer
     return values
 
 
+def warn_of_leak(run: Run, values: dict[str, float]) -> None:
+    """Says where principled responses repeat the principles more than plain ones do: the text would be learned with them."""
+    if values.get("leak", 0.0) > _LEAK:
+        run.progress.log(
+            f"warning: {values['overlap_principled']:.0%} of the trigrams of principled responses stand in the principles"
+            f" ({values['overlap_plain']:.0%} of the plain ones'): the policy quotes them, and training would teach it to;"
+            " shorten or rephrase them"
+        )
+
+
 def evaluate(run: Run, iteration: int, render: Callable[[Query, bool], Rendered]) -> tuple[list[Rollout], int]:
     """Responses to the held-out queries as the policy now is, scored; and how many tokens were sampled for it.
 
@@ -457,13 +256,17 @@ def evaluate(run: Run, iteration: int, render: Callable[[Query, bool], Rendered]
         if iteration == 0:
             slots += [Slot("principled", True, s) for s in range(run.config.eval.samples)]
         rollouts = score(run, sample(run, run.heldout, slots, journal, HELDOUT, render))
+        # those without a reward stay where they are: evaluations are of the same queries
+        quarantine(run, rollouts, f"heldout_{iteration:04d}")
         journal.complete(rollouts)
     return rollouts, sum(len(r.tokens) for rollout in rollouts for r in rollout.responses)
 
 
 def mean_rewards(rollouts: Sequence[Rollout], kind: str = "plain") -> np.ndarray:
-    """Mean reward of every query over its responses of one kind."""
-    return np.array([np.mean([r.reward for r in rollout.responses if r.kind == kind]) for rollout in rollouts])
+    """Mean reward of every query over its responses of one kind that have one; nan where none has."""
+    found = [[r.reward for r in rollout.responses if r.kind == kind] for rollout in rollouts]
+    kept = [[reward for reward in rewards_ if not math.isnan(reward)] for rewards_ in found]
+    return np.array([np.mean(rewards_) if rewards_ else math.nan for rewards_ in kept])
 
 
 def finish(run: Run, state: dict[str, Any], render: Callable[[Query, bool], Rendered]) -> None:
@@ -475,9 +278,9 @@ def finish(run: Run, state: dict[str, Any], render: Callable[[Query, bool], Rend
     if iteration % config.eval.every == 0 or iteration == config.iterations:
         started = time.perf_counter()
         rollouts, _ = evaluate(run, iteration, render)
-        values["heldout_reward"] = float(mean_rewards(rollouts).mean())
+        values["heldout_reward"] = float(np.nanmean(mean_rewards(rollouts)))
         if iteration == 0:
-            values["heldout_reward_principled"] = float(mean_rewards(rollouts, "principled").mean())
+            values["heldout_reward_principled"] = float(np.nanmean(mean_rewards(rollouts, "principled")))
         picks = [range(config.eval.samples)] * config.eval.diagnostic_queries
         few = rollouts[: config.eval.diagnostic_queries]
         shape = {"prompt_multiple": config.sampling.bucket, "response_len": config.sampling.max_new_tokens}
@@ -489,18 +292,13 @@ def finish(run: Run, state: dict[str, Any], render: Callable[[Query, bool], Rend
     run.progress.metrics(values)
 
 
-def logged(path: Path) -> set[int]:
-    """Iterations that metrics.jsonl already holds."""
-    if not path.exists():
-        return set()
-    return {json.loads(line)["iteration"] for line in path.read_bytes().splitlines()}
-
-
 def summary(run: Run, backend: str, state: dict[str, Any]) -> dict[str, Any]:
     """summary.json: what a run did, in a few numbers."""
     config = run.config
     before = mean_rewards(read(Journal(run.workdir / "evaluations", 0).path))
     after = mean_rewards(read(Journal(run.workdir / "evaluations", config.iterations).path))
+    both = ~np.isnan(before + after)
+    before, after = before[both], after[both]
     evaluated = sum(
         len(r.tokens)
         for path in sorted((run.workdir / "evaluations").glob("iter_*.jsonl"))
@@ -523,15 +321,3 @@ def summary(run: Run, backend: str, state: dict[str, Any]) -> dict[str, Any]:
         "wall_seconds": state["wall_seconds"] + run.clock.lap(),
         "peak_memory_bytes": max(state["peak_memory_bytes"], peak_memory()),
     }
-
-
-def peak_memory() -> int:
-    """Largest resident size of this process so far, in bytes."""
-    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return size if sys.platform == "darwin" else size * 1024
-
-
-def _changed(old: dict[str, Any], new: dict[str, Any]) -> str:
-    keys = [k for k in {**old, **new} if old.get(k) != new.get(k)]
-    changes = ", ".join(f"{k} {old.get(k)!r} -> {new.get(k)!r}" for k in keys)
-    return f"warning: the run began in another environment ({changes}); results need not be bit-identical"

@@ -23,8 +23,8 @@ _OPTIONS = frozenset(
         "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying",
         "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
         "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_config",
-        "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision",
-        "runtime_config", "target_modules", "task_type", "use_dora", "use_rslora",
+        "megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
+        "revision", "runtime_config", "target_modules", "task_type", "use_dora", "use_rslora",
     }
 )  # fmt: skip
 # initialisations after which the base is no longer the one on the hub
@@ -53,6 +53,7 @@ def write(
     use_dora: bool = False,
     fan_in_fan_out: bool = False,
     dropout: float = 0.0,
+    head: str | None = None,
 ) -> None:
     """Writes an adapter that `peft.PeftModel.from_pretrained` loads; equal adapters give equal bytes.
 
@@ -72,6 +73,7 @@ def write(
         use_dora: the rows of base plus update are scaled to the magnitudes. arXiv:2402.09353.
         fan_in_fan_out: the base keeps these weights as [in, out] (GPT-2's Conv1D).
         dropout: what training dropped of the adapter's input; it has no say in what the adapter computes.
+        head: name of a module that was trained whole, "score": "base_model.model.score.weight" of a sequence classifier.
     """
     from safetensors.numpy import save
 
@@ -89,13 +91,13 @@ def write(
         "loftq_config": {},
         "lora_alpha": alpha,
         "lora_dropout": dropout,
-        "modules_to_save": None,
+        "modules_to_save": [head] if head else None,
         "peft_type": "LORA",
         "r": rank,
         "rank_pattern": dict(rank_pattern or {}),
         "revision": None,
         "target_modules": sorted(targets),
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if head else "CAUSAL_LM",
         "use_dora": use_dora,
         "use_rslora": use_rslora,
     }
@@ -107,8 +109,11 @@ def write(
     _replace(directory / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
 
 
-def read(directory: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def read(directory: Path, *, head: str | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Reads an adapter that `write` or PEFT saved.
+
+    Args:
+        head: the module trained whole that the adapter must have; without it, it may have none.
 
     Returns:
         The tensors under PEFT's names, as stored, and adapter_config.json. `modules` groups the former; `scaling` says
@@ -137,6 +142,11 @@ def read(directory: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         used.append("bias")
     if str(config.get("init_lora_weights")).startswith(_CHANGES_BASE):
         used.append("init_lora_weights")
+    if (whole := list(config.get("modules_to_save") or ())) != ([head] if head else []):
+        raise UserError(
+            f"the adapter in {directory} has {' and '.join(whole) or 'no module'} trained whole (modules_to_save), where"
+            f" {head or 'none'} is needed; it is {'a reward model' if whole else 'no reward model'}'s"
+        )
     if used:
         raise UserError(f"the adapter in {directory} sets {used[0]}={config[used[0]]!r}, which is not supported")
     _check(adapter, config, directory / WEIGHTS)
@@ -145,7 +155,11 @@ def read(directory: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 def _check(adapter: Mapping[str, np.ndarray], config: Mapping[str, Any], file: Path) -> None:
     """Every module has its matrices, of the rank that the config gives it, and nothing else is there."""
-    if odd := [name for name in adapter if not name.startswith(_PREFIX) or not name.endswith(tuple(_KINDS))]:
+    heads = {f"{_PREFIX}{name}.weight" for name in config.get("modules_to_save") or ()}
+    if missing := heads - adapter.keys():
+        raise UserError(f"{file} lacks tensor {missing.pop()}; write the adapter again")
+    known = (name for name in adapter if name in heads or (name.startswith(_PREFIX) and name.endswith(tuple(_KINDS))))
+    if odd := sorted(adapter.keys() - set(known)):
         raise UserError(f"{file} holds tensor {odd[0]}, which is not a LoRA matrix of a linear layer: not supported")
     wanted = [kind for kind, field in _KINDS.items() if field != "magnitude" or config.get("use_dora")]
     for path in _paths(adapter):
@@ -160,7 +174,12 @@ def _check(adapter: Mapping[str, np.ndarray], config: Mapping[str, Any], file: P
 
 
 def _paths(adapter: Mapping[str, np.ndarray]) -> list[str]:
-    return list(dict.fromkeys(name.removeprefix(_PREFIX).rsplit(".lora_", 1)[0] for name in adapter))
+    return list(dict.fromkeys(name.removeprefix(_PREFIX).rsplit(".lora_", 1)[0] for name in adapter if ".lora_" in name))
+
+
+def head_weight(adapter: Mapping[str, np.ndarray], head: str) -> np.ndarray:
+    """The weight [label, hidden] of a module that was trained whole."""
+    return adapter[f"{_PREFIX}{head}.weight"]
 
 
 def modules(adapter: Mapping[str, np.ndarray]) -> dict[str, Module]:

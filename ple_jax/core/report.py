@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ple_jax.core import transcripts
 from ple_jax.core.config import UserError
 from ple_jax.core.sinks import flatten
 
@@ -23,6 +24,8 @@ _CHARTS = (
     ("Log-probability", "nats per token, under the plain prompt", ("lp_*",), False),
     ("Active hinge", "share of the ranked pairs", ("hinge_active_before", "hinge_active_after"), True),
     ("Distinct-2", "distinct bigrams over bigrams", ("distinct_2_*",), True),
+    ("Pair accuracy", "share of pairs whose preferred response scores higher", ("heldout_accuracy", "train_accuracy"), True),
+    ("Pair loss", "nats per pair; 0.693 is chance", ("heldout_log_loss", "train_loss"), False),
 )
 _LABELS = {
     "heldout_reward": "held-out",
@@ -32,6 +35,10 @@ _LABELS = {
     "kl": "training responses",
     "hinge_active_before": "before the update",
     "hinge_active_after": "after the update",
+    "heldout_accuracy": "held-out",
+    "heldout_log_loss": "held-out",
+    "train_accuracy": "training",
+    "train_loss": "training",
 }
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 480, 230, 48, 14, 12, 30
 
@@ -67,7 +74,7 @@ def write(workdir: Path) -> Path:
         metrics=metrics,
         keys=list(dict.fromkeys(key for line in metrics for key in line if key != "iteration")),
         samples=_samples(evaluations),
-        pairs=_pairs(_lines(rollouts[-1])) if rollouts else {},
+        pairs=_pairs(_rollouts(rollouts[-1])) if rollouts else {},
         shown=PAIRS,
         responses=RESPONSES,
         frame={"width": _WIDTH, "height": _HEIGHT, "left": _LEFT, "top": _TOP, "bottom": _HEIGHT - _BOTTOM},
@@ -214,11 +221,20 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
+def _rollouts(path: Path) -> list[dict[str, Any]]:
+    """The lines of a journal, prompts as text."""
+
+    def text(prompt: str | list[dict[str, Any]]) -> str:
+        return prompt if isinstance(prompt, str) else transcripts.render(prompt).strip()
+
+    return [{**line, "prompt": text(line["prompt"])} for line in _lines(path)]
+
+
 def _samples(evaluations: list[Path]) -> dict[str, Any]:
     """The first held-out queries in file order, each with the first response before and after."""
     if not evaluations:
         return {}
-    before, after = _lines(evaluations[0]), {line["query_id"]: line for line in _lines(evaluations[-1])}
+    before, after = _rollouts(evaluations[0]), {line["query_id"]: line for line in _rollouts(evaluations[-1])}
     rows = [
         (line["prompt"], line["responses"][0], after[line["query_id"]]["responses"][0])
         for line in before
@@ -304,8 +320,15 @@ _PAGE = """\
 {%- if summary.heldout_gain_ci95 %}, 95% interval {{ "%+.3f to %+.3f"|format(*summary.heldout_gain_ci95) }}{% endif %}
 </span></div>
 {% endif %}
-{% if summary.wall_seconds is number %}<div class="card tile"><b>{{ summary.wall_seconds|duration }}</b>
-<span>wall time, {{ summary.iterations }} iteration{{ "" if summary.iterations == 1 else "s" }}</span></div>{% endif %}
+{% if summary.heldout_accuracy is number %}
+<div class="card tile lead"><b>{{ "%.1f%%"|format(100 * summary.heldout_accuracy) }}</b><span>held-out pairs in the right order
+of {{ summary.heldout_examples|number }}, 95% interval {{ "%.1f%%"|format(100 * summary.heldout_accuracy_ci95[0]) }} to
+{{ "%.1f%%"|format(100 * summary.heldout_accuracy_ci95[1]) }}</span></div>
+{% endif %}
+{% if summary.wall_seconds is number %}{% set count = summary.iterations|default(summary.steps) %}
+<div class="card tile"><b>{{ summary.wall_seconds|duration }}</b>
+<span>wall time, {{ count }} {{ "iteration" if summary.iterations is defined else "step" }}{{ "" if count == 1 else "s" }}</span>
+</div>{% endif %}
 {% if summary.generated_tokens is number %}<div class="card tile"><b>{{ summary.generated_tokens|number }}</b>
 <span>tokens generated</span></div>{% endif %}
 {% if summary.training_tokens is number %}<div class="card tile"><b>{{ summary.training_tokens|number }}</b>
@@ -344,6 +367,15 @@ the policy that sampled them, before that iteration's update.</p>
 </svg></figure>
 {% endfor %}
 </div>
+{% if summary.heldout_calibration %}
+<h2>Calibration</h2><p class="note">Held-out pairs by the probability that the scores give to the likelier response, and how
+often it was the preferred one. Expected calibration error {{ summary.heldout_calibration_error|number(3) }}, Brier score
+{{ summary.heldout_brier|number(3) }}.</p>
+<div class="card scroll"><table id="calibration"><thead><tr><th scope="col">pairs</th><th scope="col">probability</th>
+<th scope="col">share</th></tr></thead><tbody>{% for bin in summary.heldout_calibration %}
+<tr><td>{{ bin.pairs }}</td><td>{{ show(bin.confidence, true) }}</td><td>{{ show(bin.accuracy, true) }}</td></tr>
+{% endfor %}</tbody></table></div>
+{% endif %}
 {% if samples %}
 <h2>Held-out samples, before and after</h2><p class="note">The first {{ samples.rows|length }} of {{ samples.total }}
 held-out queries in file order, the first response to each: not selected. After is iteration

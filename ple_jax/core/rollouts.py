@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from ple_jax.core.config import UserError
+from ple_jax.core.transcripts import Conversation
 from ple_jax.core.types import Response, Rollout
 
 
@@ -91,17 +92,22 @@ class Journal:
 
     def complete(self, rollouts: Sequence[Rollout]) -> None:
         """The whole iteration, in one step; the chunks are removed."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(_dumps(_line(r)) + "\n" for r in rollouts)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.path)
-        directory = os.open(self.path.parent, os.O_RDONLY)
-        os.fsync(directory)
-        os.close(directory)
+        write(self.path, rollouts)
         self.partial.unlink(missing_ok=True)
+
+
+def write(path: Path, rollouts: Sequence[Rollout]) -> None:
+    """A file of rollouts; on return it is on disk, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.writelines(_dumps(_line(r)) + "\n" for r in rollouts)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    os.fsync(directory)
+    os.close(directory)
 
 
 def read(path: Path) -> list[Rollout]:
@@ -119,7 +125,7 @@ def read(path: Path) -> list[Rollout]:
             rollouts.append(
                 Rollout(
                     raw["query_id"],
-                    raw["prompt"],
+                    raw["prompt"] if isinstance(raw["prompt"], str) else Conversation(raw["prompt"], raw.get("tools", ())),
                     tuple(raw["prompt_tokens"]),
                     responses,
                     _number(raw["tau"]),
@@ -135,9 +141,11 @@ def read(path: Path) -> list[Rollout]:
 
 
 def _line(rollout: Rollout) -> dict[str, Any]:
+    turns = rollout.prompt if isinstance(rollout.prompt, Conversation) else None
     return {
         "query_id": rollout.query_id,
-        "prompt": rollout.prompt,
+        "prompt": rollout.prompt if turns is None else list(turns.messages),
+        **({"tools": list(turns.tools)} if turns is not None and turns.tools else {}),
         "prompt_tokens": list(rollout.prompt_tokens),
         "tau": _json(rollout.tau),
         "responses": [_plain(r) for r in rollout.responses],
@@ -156,12 +164,14 @@ def _plain(response: Response) -> dict[str, Any]:
         "reward": _json(response.reward),
         "score": _json(response.score),
         "weight": _json(response.weight),
+        **({"parts": {name: _json(value) for name, value in response.parts.items()}} if response.parts else {}),
     }
 
 
 def _response(raw: dict[str, Any]) -> Response:
     numbers = {name: _number(raw[name]) for name in ("reward", "score", "weight")}
-    return Response(tuple(raw["tokens"]), raw["finished"], raw["kind"], raw["sample"], raw["text"], **numbers)
+    parts = {name: _number(value) for name, value in raw.get("parts", {}).items()}
+    return Response(tuple(raw["tokens"]), raw["finished"], raw["kind"], raw["sample"], raw["text"], **numbers, parts=parts)
 
 
 def _json(value: float) -> float | str | None:

@@ -1,60 +1,223 @@
-"""Tasks: records on disk -> queries, and which of them an iteration draws."""
+"""Tasks: records -> queries, what is left out and why, and which of them an iteration draws."""
 
+import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import os
+import re
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ple_jax.core.config import PACKAGE, UserError, names, suggestion
+from ple_jax.core import formats, records
+from ple_jax.core.config import UserError
+from ple_jax.core.transcripts import Conversation
 from ple_jax.core.types import Query
 
+_CUT = 300  # characters of a bad record that are kept
+_ENOUGH = 1000  # records of a stream, none of them of use: the others are not waited for
 
-def load(source: str) -> list[Query]:
-    """The queries of a built-in set (ple_jax/data) or of a JSONL file with `prompt`, optionally `id` and `completion`.
+
+class Bad(NamedTuple):
+    """A record that is left out."""
+
+    where: str  # "file:line"
+    kind: str  # what is counted: json, utf-8, csv, column, type, empty, turns, pair, label, short, duplicate id ...
+    reason: str  # a sentence that names the place
+    record: str  # the beginning of it
+
+
+class Task(NamedTuple):
+    """What is of use, in the order of the source, and what is not."""
+
+    queries: list[Query]
+    bad: list[Bad]
+
+
+def load(
+    source: str,
+    *,
+    split: str = "train",
+    subsets: Sequence[str] = (),
+    format: str = "records",
+    columns: Mapping[str, str] = {},  # noqa: B006
+    words: tuple[int, int] = (2, 8),
+    streaming: bool = False,
+    limit: int = 0,
+    seed: int = 0,
+    needs: str = "prompt",
+) -> Task:
+    """The queries of a source, and the records that cannot be one.
+
+    Args:
+        source, split, subsets, streaming: as `records.read` takes them.
+        format: records, hh, imdb or tldr: the functions of `formats`.
+        columns: our names -> the data's.
+        words: of imdb: fewest and most words of a review that are the query.
+        limit: use so many of them (0: all), drawn by `seed`, in the order of the source; of a stream the first.
+        seed: of that, and of imdb's number of words.
+        needs: what a record must have to be of use: prompt, completion or pair (of a chosen and a rejected answer).
 
     Raises:
-        UserError: no such file, a line that is not such a record, an empty prompt, an id twice; names file and line.
+        UserError: as `records.read`; no record at all; a column that is needed and that no record has.
     """
-    path = _path(source)
+    if format == "imdb" and not 1 <= words[0] <= words[1]:
+        raise UserError(f"config.task.words={words!r} must be (fewest, most), at least 1: --config.task.words='(2, 8)'")
     queries: list[Query] = []
-    seen: dict[str, int] = {}
-    for number, record in _records(path):
-        query = _query(path, number, record)
-        if query.id in seen:
-            raise UserError(f"{path}:{number}: id {query.id!r} is already on line {seen[query.id]}; ids must differ")
-        seen[query.id] = number
+    bad: list[Bad] = []
+    places: dict[str, str] = {}
+    found: Iterable[records.Record] = records.read(source, split=split, subsets=subsets, streaming=streaming)
+    if format == "imdb" and not streaming:
+        found = list(found)
+    labelled = isinstance(found, list) and any("label" in _renamed(record.value, columns) for record in found)
+    for record in found:
+        try:
+            query = _query(record, format, columns, words, seed, needs, labelled)
+            if query.id in places:
+                file, _, line = places[query.id].rpartition(":")
+                reason = f": id {query.id!r} is already on line {line} of {file}; ids must differ"
+                raise formats.Unusable("duplicate id", reason)
+        except formats.Unusable as error:
+            reason = error.reason if record.kind else record.where + error.reason
+            text = record.text or json.dumps(record.value, ensure_ascii=False, default=str)
+            bad.append(Bad(record.where, error.kind, reason, text[:_CUT]))
+            if streaming and not queries and len(bad) == _ENOUGH:
+                break
+            continue
+        places[query.id] = record.where
         queries.append(query)
-    if not queries:
-        raise UserError(f"{path} holds no record; give a JSONL file with a `prompt` on each line")
-    return queries
+        if streaming and len(queries) == limit:
+            break
+    if not queries and not bad:
+        raise UserError(f"{source} holds no record; give a JSONL file with a `prompt` on each line")
+    nameless = [b for b in bad if b.kind == "column"]
+    if nameless and {b.kind for b in bad} <= {"column", "json", "utf-8", "csv"} and not queries:
+        raise UserError(f"{nameless[0].reason}, or say its name: --config.task.columns=\"{{'prompt': 'question'}}\"")
+    if 0 < limit < len(queries):
+        rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, len(queries)])))
+        queries = [queries[i] for i in sorted(rng.permutation(len(queries))[:limit].tolist())]
+    return Task(queries, bad)
 
 
-def load_sft(source: str) -> tuple[list[Query], list[Query]]:
-    """(examples, those set aside because their completion is empty) of a JSONL file with `prompt` and `completion`."""
-    path = _path(source)
-    good: list[Query] = []
-    empty: list[Query] = []
-    for number, record in _records(path):
-        if "completion" not in record:
-            raise UserError(f"{path}:{number} has no `completion`, only {', '.join(record)}; SFT needs one")
-        query = _query(path, number, record)
-        (good if query.completion.strip() else empty).append(query)
-    if not good:
-        raise UserError(f"{path} holds no example with a completion")
-    return good, empty
+def _query(
+    record: records.Record,
+    format: str,
+    columns: Mapping[str, str],
+    words: tuple[int, int],
+    seed: int,
+    needs: str,
+    labelled: bool,
+) -> Query:
+    if record.kind:
+        raise formats.Unusable(record.kind, record.reason)
+    values = _renamed(record.value, columns)
+    if format == "imdb":
+        query = formats.imdb(values, needs=needs, words=words, seed=seed, name=record.name, labelled=labelled)
+    else:
+        query = {"records": formats.records, "hh": formats.hh, "tldr": formats.tldr}[format](values, needs=needs)
+    return query._replace(id=record.name if values.get("id") is None else str(values["id"]))
 
 
-def check_disjoint(train: Sequence[Query], heldout: Sequence[Query]) -> None:
-    """Raises a UserError if a held-out prompt is also trained on."""
-    known = {query.prompt.strip(): query.id for query in train}
-    for query in heldout:
-        if query.prompt.strip() in known:
-            raise UserError(
-                f"held-out query {query.id!r} ({query.prompt[:60]!r}) is also train query {known[query.prompt.strip()]!r};"
-                " remove it from one of config.task.train and config.task.heldout"
-            )
+def _renamed(values: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str, Any]:
+    """Under our names; what is not renamed keeps its own."""
+    if not columns:
+        return values
+    theirs = {name: ours for ours, name in columns.items()}
+    return {k: v for k, v in values.items() if k not in theirs and k not in columns} | {
+        ours: values[name] for name, ours in theirs.items() if name in values
+    }
+
+
+def check_share(task: Task, source: str, limit: float) -> None:
+    """Raises a UserError if more than `limit` of the records are bad, or all; it has the first and how many of each kind."""
+    queries, bad = task
+    share = len(bad) / max(len(queries) + len(bad), 1)
+    if queries and share <= limit:
+        return
+    if not bad:
+        raise UserError(f"{source} holds no record that can be used")
+    kinds = ", ".join(f"{kind} {n}" for kind, n in Counter(b.kind for b in bad).most_common())
+    allowing = f"--config.task.max_bad_share={min(share + 0.01, 1):.2f}"
+    remedy = (
+        f"mend them, let scripts/prepare_data.py leave them out, or set {allowing}"
+        if queries
+        else "mend them, or see whether --config.task.format and --config.task.columns are those of the data"
+    )
+    raise UserError(
+        f"{bad[0].reason}; {len(bad)} of {len(queries) + len(bad)} records of {source} cannot be used ({kinds}), more than"
+        f" config.task.max_bad_share={limit:g} allows: {remedy}"
+    )
+
+
+def write_bad(path: Path, bad: Mapping[str, Sequence[Bad]]) -> None:
+    """What was left out, of every set, one JSON line each, written atomically; no file where there is nothing."""
+    if not any(bad.values()):
+        path.unlink(missing_ok=True)
+        return
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        for name, some in bad.items():
+            file.writelines(json.dumps({"set": name, **b._asdict()}, ensure_ascii=False) + "\n" for b in some)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def disjoint(train: Sequence[Query], heldout: Sequence[Query]) -> tuple[list[Query], list[Bad]]:
+    """The train queries that are not held out too, and those that are.
+
+    Raises:
+        UserError: none is left.
+    """
+    known = {query.prompt.strip(): query.id for query in heldout}
+    kept: list[Query] = []
+    both: list[Bad] = []
+    for query in train:
+        if (other := known.get(query.prompt.strip())) is None:
+            kept.append(query)
+        else:
+            reason = f"train query {query.id!r} ({query.prompt[:60]!r}) is also held-out query {other!r}"
+            both.append(Bad(query.id, "held out too", reason, query.prompt[:_CUT]))
+    if train and not kept:
+        raise UserError(f"{both[0].reason}, and so are all; give --config.task.train or --config.task.heldout other data")
+    return kept, both
+
+
+def digest(queries: Iterable[Query]) -> str:
+    """What tells one set of queries from another."""
+    found = hashlib.sha256()
+    for query in queries:
+        turns = [query.prompt.messages, query.prompt.tools] if isinstance(query.prompt, Conversation) else None
+        found.update(json.dumps([*query, turns], sort_keys=True, default=str).encode() + b"\n")
+    return found.hexdigest()[:16]
+
+
+def shorten(prompt: str, fits: Callable[[str], bool]) -> str | None:
+    """A query of format=tldr with as much of its post as fits; None if not one word does.
+
+    As Stiennon et al. (2020, arXiv:2009.01325): cut at the last line's end that fits; if not even the first line does, at a
+    sentence's, and then at a word's. Subreddit, title and "TL;DR:" stay.
+
+    Args:
+        fits: whether a text is short enough; if it is, so are shorter ones.
+    """
+    if fits(prompt):
+        return prompt
+    body = formats.without_tldr(prompt)
+    begins = found.end() if (found := re.search(r"^POST:\s*", body, re.MULTILINE)) else 0
+
+    def cut(end: int) -> str:
+        return f"{body[:end].rstrip()}\n\nTL;DR:"
+
+    for pattern in (r"\n", r"(?<=[.!?])\s", r"\s"):  # from the coarsest
+        ends = [m.start() for m in re.finditer(pattern, body) if m.start() > begins] + [len(body)]
+        n = bisect_left(ends, True, key=lambda end: not fits(cut(end)))
+        if n and ends[n - 1] > begins:
+            return cut(ends[n - 1])
+    return None
 
 
 def draw(queries: Sequence[Query], n: int, *, seed: int, iteration: int) -> list[Query]:
@@ -81,41 +244,3 @@ def draw(queries: Sequence[Query], n: int, *, seed: int, iteration: int) -> list
         before, order = order, [i for i in fresh if i not in taken] + [i for i in fresh if i in taken]
     begin = iteration * n - max(last - 1, 0) * size
     return [queries[i] for i in (before + order)[begin : begin + n]]
-
-
-def _path(source: str) -> Path:
-    built_in = PACKAGE / "data" / f"{source}.jsonl"
-    path = built_in if built_in.is_file() else Path(source)
-    if not path.is_file():
-        known = names("data", ".jsonl")
-        raise UserError(f"{source!r} is neither a file nor one of {', '.join(known)}{suggestion(source, known)}")
-    return path
-
-
-def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); convert it") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair is JSON, but nothing can encode it
-        except ValueError as error:
-            raise UserError(f"{path}:{number} is not JSON ({error}); each line is one record") from None
-        if not isinstance(record, dict):
-            raise UserError(f"{path}:{number} is a {type(record).__name__}, not an object with a `prompt`")
-        yield number, record
-
-
-def _query(path: Path, number: int, record: dict[str, Any]) -> Query:
-    if "prompt" not in record:
-        raise UserError(f"{path}:{number} has no `prompt`, only {', '.join(record) or 'nothing'}; rename the column")
-    for key in ("prompt", "completion"):
-        if not isinstance(record.get(key, ""), str):
-            raise UserError(f"{path}:{number}: `{key}` is a {type(record[key]).__name__}, not a text")
-    if not record["prompt"].strip():
-        raise UserError(f"{path}:{number}: `prompt` is empty; remove the line")
-    return Query(str(record.get("id", f"{path.stem}:{number}")), record["prompt"], record.get("completion", ""))

@@ -1,6 +1,8 @@
-"""The words the whole project speaks: queries, responses, rollouts, batches, and the two contracts (Loss, Backend)."""
+"""The words the whole project speaks: queries, responses, rollouts, batches, and the contracts (Loss, Reward, Backend)."""
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -8,14 +10,20 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int32
 
 Array = Any  # a jax, torch or numpy array: the losses are written once for all three
+Message = Mapping[str, Any]  # {"role": ..., "content": ...}; what else it holds (tool_calls ...) is the template's business
 
 
 class Query(NamedTuple):
-    """One line of a task. `prompt` is what the policy sees; `completion` is a reference answer, where there is one."""
+    """One record of a task.
+
+    `prompt` is what the policy sees: plain text, or a `transcripts.Conversation` where it has turns. `completion` is a
+    reference answer where there is one, of a preference pair the chosen one, and `rejected` the other.
+    """
 
     id: str
     prompt: str
     completion: str = ""
+    rejected: str = ""
 
 
 class Slot(NamedTuple):
@@ -33,10 +41,11 @@ class Response(NamedTuple):
     finished: bool
     kind: str = "plain"
     sample: int = 0
-    text: str = ""  # decoded without special tokens: what the reward sees
-    reward: float = float("nan")  # as the reward gave it
+    text: str = ""  # decoded without special tokens, of a reasoning model the answer alone: what the reward sees
+    reward: float = float("nan")  # as the reward gave it; nan until it did, or where it gave nothing finite
     score: float = float("nan")  # transformed reward: what selection and weights use
     weight: float = float("nan")  # weight in the blended loss
+    parts: Mapping[str, float] = {}  # a combined reward's components, as they were given
 
 
 class Rollout(NamedTuple):
@@ -78,11 +87,28 @@ class Outputs(NamedTuple):
     logprobs: Array  # "query k response_len", of the response tokens alone, at temperature 1; 0 where masked
     entropy: Array | None = None  # the same shape
     values: Array | None = None  # the same shape, where an algorithm asks for a value head
+    scores: Array | None = None  # "query k": a reward model's head at the last token of every response
 
 
 Loss = Callable[[Outputs, Batch], tuple[Array, dict[str, Array]]]  # value per query, metrics per query
-Reward = Callable[[Sequence[str], Sequence[str]], Sequence[float]]  # (prompts, responses) -> one float each
 Sink = Callable[[dict[str, float], int], None]  # (metrics, step)
+
+
+@dataclass(frozen=True)
+class Reward:
+    """What the method optimises: (prompts, responses) -> one float each, with a name and a scale.
+
+    A prompt is the plain one, whatever the response was sampled from; where it has turns it is a
+    `transcripts.Conversation`, which reads as their transcript.
+    """
+
+    name: str
+    score: Callable[[Sequence[str], Sequence[str]], Sequence[float]] | None = None  # None: the combination of `parts`
+    version: str = "1"  # another one wherever equal texts may get other values: stored values go by name and version
+    scale: tuple[float, float] = (-math.inf, math.inf)  # lowest and highest value
+    batch: int = 64  # responses of one call; what finished calls gave is kept when a later one fails
+    parts: Mapping[str, "Reward"] = field(default_factory=dict)
+    combine: Callable[[Mapping[str, np.ndarray]], np.ndarray] | None = None  # float64 [n] of every part -> float64 [n]
 
 
 class Tokenizer(Protocol):
@@ -90,11 +116,14 @@ class Tokenizer(Protocol):
 
     eos_token_id: int | None
     bos_token_id: int | None
+    pad_token_id: int | None
     chat_template: str | None
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str: ...
-    def apply_chat_template(self, conversation: Any, *, tokenize: bool, add_generation_prompt: bool) -> Any: ...
+    def apply_chat_template(
+        self, conversation: Any, *, tokenize: bool, add_generation_prompt: bool, **variables: Any
+    ) -> Any: ...
 
 
 class Backend(Protocol):
@@ -126,6 +155,10 @@ class Backend(Protocol):
         """Log-probabilities and entropy of a batch, as numpy; of the policy or of the frozen reference."""
         ...
 
+    def scores(self, batch: Batch) -> Float32[np.ndarray, "query k"]:
+        """What the head says of every response, as numpy; for algorithms that train one."""
+        ...
+
     def update(self, batches: Sequence[Batch], loss: Loss, *, lr: float) -> dict[str, float]:
         """One optimizer step on the mean over all rows of `batches`; their metrics' means, and `grad_norm`."""
         ...
@@ -135,7 +168,7 @@ class Backend(Protocol):
         ...
 
     def adapter(self) -> dict[str, np.ndarray]:
-        """The adapter under PEFT's names and in its layout."""
+        """The adapter, and the head where there is one, under PEFT's names and in its layout."""
         ...
 
     def save(self, path: Path, step: int, meta: dict[str, Any], *, keep: int) -> None:

@@ -1,6 +1,7 @@
 """The work directory: who may write to it, which config it belongs to, and how its files are written.
 
-config.json  environment.json  metrics.jsonl  rollouts/  evaluations/  checkpoints/  adapter/  tensorboard/
+config.json  environment.json  metrics.jsonl  bad_records.jsonl  rollouts/  evaluations/  quarantine/  rewards.sqlite
+checkpoints/  adapter/  reward_model/  judgement.json  tensorboard/
 report.html  summary.json (written last: it marks a finished run)
 """
 
@@ -15,7 +16,9 @@ from typing import Any
 
 from ple_jax.core.config import EXECUTION, UserError, differing
 
-_FILES = ("rollouts", "evaluations", "checkpoints", "adapter", "metrics.jsonl", "summary.json", "report.html")
+_FILES = (
+    "rollouts", "evaluations", "checkpoints", "adapter", "reward_model", "metrics.jsonl", "summary.json", "report.html",
+)  # fmt: skip
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

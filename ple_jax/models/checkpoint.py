@@ -151,7 +151,12 @@ def load_classifier(folder: Path) -> Loaded:
 
 def labels(raw: Mapping[str, Any]) -> int:
     """How many labels a classifier's config.json says it has; transformers' default is 2."""
-    return len(raw["id2label"]) if "id2label" in raw else raw.get("num_labels", 2)
+    return len(raw["id2label"]) if raw.get("id2label") else raw.get("num_labels", 2)
+
+
+def pad_token(raw: Mapping[str, Any]) -> int | None:
+    """The padding token of a classifier's config.json, before which its score is read; a family may have a default."""
+    return {**FAMILIES[raw["model_type"]].defaults, **raw.get("text_config", raw)}.get("pad_token_id")
 
 
 def read_json(path: Path) -> dict[str, Any]:

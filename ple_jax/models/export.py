@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -14,7 +15,8 @@ import numpy as np
 from ple_jax.core import peft
 from ple_jax.core.config import UserError
 from ple_jax.core.workdir import write_json
-from ple_jax.models.checkpoint import Loaded, expected_shapes
+from ple_jax.models.checkpoint import Loaded
+from ple_jax.models.families import FAMILIES, expected_shapes
 
 MARKER = "ple_jax.json"  # by it an earlier export is told from a folder of the user's own
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
@@ -26,9 +28,19 @@ _COPIED = (
 
 
 def merged(
-    loaded: Loaded, adapter: Path, folder: Path, *, dtype: str, shard_gb: float, readme: str, about: Mapping[str, Any]
+    loaded: Loaded,
+    adapter: Path,
+    folder: Path,
+    *,
+    dtype: str,
+    shard_gb: float,
+    readme: str,
+    about: Mapping[str, Any],
+    head: str | None = None,
 ) -> Path:
     """Writes base plus adapter as a folder that `transformers.AutoModelForCausalLM.from_pretrained` loads.
+
+    With a head it is for AutoModelForSequenceClassification: the head with one label takes the output matrix's place.
 
     Tensor by tensor, merged in float32: the host holds one shard and one tensor. The folder appears whole or not at all.
 
@@ -40,6 +52,7 @@ def merged(
         shard_gb: most that one file holds, in 10^9 bytes; a larger tensor has a file of its own.
         readme: text of README.md.
         about: what the export's own marker file says of it.
+        head: the adapter's module that was trained whole, "score".
 
     Raises:
         UserError: `folder` holds something else, the adapter is not this model's, a merged tensor has values that
@@ -49,14 +62,14 @@ def merged(
     if old.exists() and not folder.exists():  # killed between the two renames below
         old.rename(folder)
     check_folder(folder)
-    tensors = _tensors(loaded, adapter, None if dtype == "keep" else DTYPES[dtype])
+    tensors = _tensors(loaded, adapter, None if dtype == "keep" else DTYPES[dtype], head)
     first = next(tensors)
     _check_space(loaded, first[1].dtype, folder.parent)
     for left in (partial, old):  # by a process that was killed
         shutil.rmtree(left, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        _write_description(loaded, partial, dtype, first[1].dtype)
+        _write_description(loaded, partial, dtype, first[1].dtype, head)
         _write_shards(itertools.chain([first], tensors), partial, int(shard_gb * 1e9))
         (partial / "README.md").write_text(readme, encoding="utf-8")
         write_json(partial / MARKER, about)
@@ -82,13 +95,18 @@ def check_folder(folder: Path) -> None:
         raise UserError(f"{folder} is not an earlier export (it has no {MARKER}); move it away, nothing was written")
 
 
-def _tensors(loaded: Loaded, adapter: Path, dtype: np.dtype | None) -> Iterator[tuple[str, np.ndarray]]:
-    """Every weight of the merged model, in the order of `loaded.weights`."""
-    tensors, config = peft.read(adapter)
+def _tensors(
+    loaded: Loaded, adapter: Path, dtype: np.dtype | None, head: str | None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Every weight of the merged model, in the order of `loaded.weights`; a head takes the output matrix's place."""
+    tensors, config = peft.read(adapter, head=head)
     modules = peft.modules(tensors)
     if unknown := [path for path in modules if f"{path}.weight" not in loaded.weights]:
         raise UserError(f"the adapter in {adapter} adapts {unknown[0]}, which {loaded.name} does not have")
+    output = f"{FAMILIES[loaded.config.family].head}.weight"
     for name in loaded.weights:
+        if head and name == output:
+            continue
         stored = loaded.weights[name]
         weight, kind = stored, dtype or stored.dtype
         if (module := modules.get(name.removesuffix(".weight"))) is not None:
@@ -102,6 +120,8 @@ def _tensors(loaded: Loaded, adapter: Path, dtype: np.dtype | None) -> Iterator[
                 " float32, or look for NaN in the adapter"
             )
         yield name.replace(".language_model.", "."), weight  # of a multimodal model the text part
+    if head:
+        yield f"{head}.weight", np.ascontiguousarray(peft.head_weight(tensors, head), dtype or np.float32)
 
 
 def _check_space(loaded: Loaded, dtype: np.dtype, parent: Path) -> None:
@@ -146,9 +166,15 @@ def _write_shards(tensors: Iterable[tuple[str, np.ndarray]], folder: Path, limit
     write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
 
 
-def _write_description(loaded: Loaded, folder: Path, dtype: str, stored: np.dtype) -> None:
+def _write_description(loaded: Loaded, folder: Path, dtype: str, stored: np.dtype, head: str | None) -> None:
     """config.json, generation_config.json and the tokenizer: the source's own where it is a folder."""
     config, source = dict(_raw(loaded)), loaded.folder
+    if head:
+        # every class of a family is called alike
+        family = re.sub(r"(ForCausalLM|LMHeadModel)$", "", config["architectures"][0])
+        family = {"Gemma3": "Gemma3Text"}.get(family, family)
+        config |= {"architectures": [f"{family}ForSequenceClassification"], "pad_token_id": loaded.tokenizer.pad_token_id}
+        config |= {"id2label": {"0": "reward"}, "label2id": {"reward": 0}}
     if dtype != "keep" or not {"dtype", "torch_dtype"} & config.keys():
         config.pop("torch_dtype", None)  # its name before transformers 5
         config["dtype"] = str(stored)
@@ -161,7 +187,9 @@ def _write_description(loaded: Loaded, folder: Path, dtype: str, stored: np.dtyp
     else:
         for file in sorted({file for pattern in _COPIED for file in source.glob(pattern) if file.is_file()}):
             shutil.copyfile(file, folder / file.name)
-    if not (folder / "generation_config.json").exists():
+    if head:
+        (folder / "generation_config.json").unlink(missing_ok=True)
+    elif not (folder / "generation_config.json").exists():
         ids = {name: getattr(loaded.tokenizer, name) for name in ("bos_token_id", "pad_token_id")}
         ids = {name: token for name, token in ids.items() if token is not None}
         write_json(folder / "generation_config.json", {**ids, "eos_token_id": list(loaded.eos)} if loaded.eos else ids)

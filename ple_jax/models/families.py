@@ -335,6 +335,7 @@ _GEMMA = _SMALL | {
     "sliding_window": 4096,
     "tie_word_embeddings": True,
     "max_position_embeddings": 8192,
+    "pad_token_id": 0,
 }
 _GEMMA2 = Family(
     _gemma2,
@@ -405,7 +406,13 @@ FAMILIES: dict[str, Family] = {  # by config.json's model_type
             Module("mlp.down_proj", "down", ("down",)),
         ),
         _PRE,
-        defaults=_SMALL | {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "original_max_position_embeddings": 4096},
+        defaults=_SMALL
+        | {
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 4096,
+            "pad_token_id": 32000,
+        },
     ),
     "smollm3": Family(
         _smollm3,
@@ -418,9 +425,10 @@ FAMILIES: dict[str, Family] = {  # by config.json's model_type
             "num_key_value_heads": 4,
             "rope_theta": 2_000_000.0,
             "max_position_embeddings": 32768,
+            "pad_token_id": 128004,
         },
     ),
-    "olmo2": Family(_olmo2, _SPLIT, _POST, _QK, defaults=_SMALL | {"rms_norm_eps": 1e-5}),
+    "olmo2": Family(_olmo2, _SPLIT, _POST, _QK, defaults=_SMALL | {"rms_norm_eps": 1e-5, "pad_token_id": 1}),
     "gpt2": Family(
         _gpt2,
         (

@@ -26,7 +26,7 @@ def is_remote(path: str) -> bool:
     return is_hub_id(path) and not Path(path).exists()
 
 
-def fetch(repo: str, revision: str | None = None, *, weights: bool = True) -> Path:
+def fetch(repo: str, revision: str | None = None, *, weights: bool = True, setting: str = "--config.model.path") -> Path:
     """The folder of a model, downloaded unless the cache has it; its name is the commit.
 
     A cached branch stays at the commit it had when it was downloaded (`hf download` moves it): without that a run that is
@@ -36,6 +36,7 @@ def fetch(repo: str, revision: str | None = None, *, weights: bool = True) -> Pa
         repo: user/name.
         revision: branch, tag or commit; the main branch if it is not given.
         weights: without them, only config and tokenizer are downloaded.
+        setting: what to set to a folder instead, for messages.
 
     Raises:
         UserError: no such model or revision, one that needs a login or a licence, no network, or no model in the repository.
@@ -44,7 +45,7 @@ def fetch(repo: str, revision: str | None = None, *, weights: bool = True) -> Pa
 
     if (cached := _cached(repo, revision, weights)) is not None:
         return cached
-    with _explained(repo, revision):
+    with _explained(repo, revision, setting):
         folder = Path(snapshot_download(repo, revision=revision, **_patterns(weights)))
     if (missing := _missing(folder, weights)) is not None:
         raise UserError(
@@ -67,7 +68,7 @@ def commit(repo: str, revision: str | None = None) -> str:
         return revision
     if (cached := _cached(repo, revision, True)) is not None:
         return cached.name
-    with _explained(repo, revision):
+    with _explained(repo, revision, "--config.model.path"):
         return str(HfApi().model_info(repo, revision=revision).sha)
 
 
@@ -128,7 +129,7 @@ def _missing(folder: Path, weights: bool) -> str | None:
 
 
 @contextlib.contextmanager
-def _explained(repo: str, revision: str | None) -> Iterator[None]:
+def _explained(repo: str, revision: str | None, setting: str) -> Iterator[None]:
     """What a hub refuses, as one line that says what to do."""
     from huggingface_hub import constants, errors
 
@@ -137,7 +138,7 @@ def _explained(repo: str, revision: str | None) -> Iterator[None]:
         yield
     except errors.RevisionNotFoundError as error:
         raise UserError(
-            f"hub model {repo!r} has no revision {revision!r}; set --config.model.revision to a branch, tag or commit of"
+            f"hub model {repo!r} has no revision {revision!r}; set {setting.replace('path', 'revision')} to a branch, tag or commit of"
             f" {where}, or leave it unset"
         ) from error
     except errors.GatedRepoError as error:
@@ -154,12 +155,12 @@ def _explained(repo: str, revision: str | None) -> Iterator[None]:
         raise UserError(
             f"model {repo!r} is no folder in {Path.cwd()}, not (or not wholly) in the cache {constants.HF_HUB_CACHE}, and"
             f" {constants.ENDPOINT} cannot be reached ({reason}); where there is a network run"
-            f" `hf download {repo}{at} --local-dir DIR`, copy DIR here and set --config.model.path=DIR"
+            f" `hf download {repo}{at} --local-dir DIR`, copy DIR here and set {setting}=DIR"
         ) from error
     except Exception as error:  # of the HTTP library below it, which changes between versions, or of the disk
         raise UserError(
             f"hub model {repo!r} could not be downloaded ({_short(error)}); run again, what came is kept, or run"
-            f" `hf download {repo}{at} --local-dir DIR` and set --config.model.path=DIR"
+            f" `hf download {repo}{at} --local-dir DIR` and set {setting}=DIR"
         ) from error
 
 

@@ -1,75 +1,191 @@
-"""Rewards: (prompts, responses) -> one float per response. A module here has `make(**kwargs)`, which returns one."""
+"""Rewards: (prompts, responses) -> one float per response.
+
+A reward is a module here, whose `make(**kwargs)` checks its options and returns a `Reward` (core/types.py), or a function
+of the user's own. `load` makes one by its name; `score` calls it on what the cache does not hold yet, checks what it gives
+and stores it; `transform` turns values into the scores that selection and weights use.
+"""
 
 import functools
 import importlib
 import inspect
-from collections.abc import Mapping, Sequence
-from typing import Any
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float64
 
 from ple_jax.core.config import UserError, names, suggestion
 from ple_jax.core.plugins import load_module
+from ple_jax.core.rewards._cache import Cache, digest, key
 from ple_jax.core.types import Reward
 
+_AGAIN = "mend it and give the same command again: what was sampled is kept"
 
-def load(name: str, kwargs: Mapping[str, Any]) -> Reward:
+
+class Scored(NamedTuple):
+    """Values as the reward gave them: NaN or infinite where it gave none."""
+
+    values: Float64[np.ndarray, " n"]
+    parts: dict[str, Float64[np.ndarray, " n"]]  # of a combined reward; empty of any other
+
+
+class Incomplete(UserError):
+    """Raised by a reward that stops before the end: `values` is one float per response, NaN where none was scored.
+
+    What it holds goes into the cache, so that the same command goes on from there.
+    """
+
+    def __init__(self, message: str, values: Float64[np.ndarray, " n"]):
+        super().__init__(message)
+        self.values = values
+
+
+# ---------------------------------------------------------------- loading
+
+
+def load(name: str, kwargs: Mapping[str, Any], **offered: Any) -> Reward:
     """A reward by the name of a module here, or a function of your own as `package.module:function` or
-    `file.py:function`.
+    `file.py:function`, which is called as (prompts, responses, **kwargs).
+
+    Args:
+        name: as in config.reward.name.
+        kwargs: as in config.reward.kwargs.
+        offered: what the run has for a module's `make` that asks for it by name (backend, mesh), unless kwargs has it.
 
     Raises:
         UserError: no such reward, a package it needs is missing, or keyword arguments that it does not take.
     """
     known = names("core/rewards", ".py")
     if name in known:
-        make = importlib.import_module(f"{__name__}.{name}").make
+        module = importlib.import_module(f"{__name__}.{name}")
+        asked = inspect.signature(module.make).parameters
+        extra = {word: value for word, value in offered.items() if word in asked and word not in kwargs}
         try:
-            return make(**kwargs)
+            reward = module.make(**kwargs, **extra)
         except TypeError as error:
             raise UserError(f"config.reward.kwargs {dict(kwargs)!r}: {error}") from error
-    module, _, function = name.partition(":")
+        # without a version of its own, a reward is what its code and its kwargs are
+        own = reward.version != Reward.version
+        return reward if own else replace(reward, version=digest(_source(module, module.make), kwargs))
+    file, _, function = name.partition(":")
     if not function:
         raise UserError(
             f"config.reward.name {name!r} is not one of {', '.join(known)}{suggestion(name, known)};"
             " a function of your own is package.module:function or file.py:function"
         )
-    found = getattr(load_module(module, "reward.name"), function, None)
+    module = load_module(file, "reward.name")
+    found = getattr(module, function, None)
     if not callable(found):
-        raise UserError(f"config.reward.name {name!r}: {module} has no function {function!r}")
+        raise UserError(f"config.reward.name {name!r}: {file} has no function {function!r}")
     try:
         inspect.signature(found).bind([], [], **kwargs)
     except TypeError as error:
         raise UserError(f"config.reward.name {name!r} is not called as (prompts, responses, **kwargs): {error}") from error
-    return functools.partial(found, **kwargs) if kwargs else found
+    return Reward(name, functools.partial(found, **kwargs), version=digest(_source(module, found), kwargs))
 
 
-def score(reward: Reward, prompts: Sequence[str], responses: Sequence[str]) -> Float64[np.ndarray, " n"]:
-    """Calls the reward on plain prompts and responses.
+def _source(module: ModuleType, function: Callable[..., Any]) -> list[str]:
+    """What stands in the file that a function is taken from, and in the one that defines it."""
+    try:
+        defined = inspect.getsourcefile(inspect.unwrap(function))
+    except TypeError:  # an object that can be called
+        defined = None
+    files = {file for file in (getattr(module, "__file__", None), defined) if file is not None}
+    return sorted(Path(file).read_bytes().hex() for file in files)
+
+
+# ---------------------------------------------------------------- scoring
+
+
+def score(reward: Reward, prompts: Sequence[str], responses: Sequence[str], *, cache: Cache | None = None) -> Scored:
+    """The reward of every response: from the cache, or else from the reward, in calls of `reward.batch` responses.
+
+    Equal pairs of prompt and response are scored once. What a call gave is in the cache before the next one begins;
+    values that are not finite never are.
 
     Raises:
-        UserError: it gave another number of values, or one that is not finite (quotes prompt and response).
+        UserError: the reward failed, or gave another number of values, something that is no number, or a value outside
+            its scale.
+        Incomplete: it stopped in between.
     """
+    if reward.combine is not None:
+        values: dict[str, np.ndarray] = {}
+        inner: dict[str, np.ndarray] = {}
+        for name, part in reward.parts.items():
+            values[name], nested = score(part, prompts, responses, cache=cache)
+            inner |= {f"{name}.{deeper}": of_part for deeper, of_part in nested.items()}
+        combined = _checked(reward, reward.combine(values), prompts, responses)
+        return Scored(combined, values | inner)
+    assert reward.score is not None
+    keys = [key(reward.name, reward.version, p, r) for p, r in zip(prompts, responses, strict=True)]
+    pairs = dict(zip(keys, zip(prompts, responses, strict=True), strict=True))
+    known = cache.get(pairs) if cache is not None else {}
+    missing = [k for k in pairs if k not in known]
+    for start in range(0, len(missing), reward.batch):
+        some = missing[start : start + reward.batch]
+        asked, answers = [pairs[k][0] for k in some], [pairs[k][1] for k in some]
+        stopped: Incomplete | None = None
+        given: Any
+        try:
+            given = reward.score(asked, answers)
+        except Incomplete as error:
+            stopped, given = error, error.values
+        except UserError:
+            raise
+        except Exception as error:  # the reward may be the user's code: anything may come out of it
+            raise UserError(
+                f"reward {reward.name!r} failed on {len(some)} responses: {type(error).__name__}: {error}; {_AGAIN}"
+            ) from error
+        found = dict(zip(some, _checked(reward, given, asked, answers).tolist(), strict=True))
+        if cache is not None:
+            cache.put({k: value for k, value in found.items() if math.isfinite(value)})
+        if stopped is not None:
+            raise stopped
+        known |= found
+    return Scored(np.array([known[k] for k in keys], np.float64), {})
+
+
+def _checked(
+    reward: Reward, given: Any, prompts: Sequence[str], responses: Sequence[str]
+) -> Float64[np.ndarray, " n"]:
+    """What a reward gave as float64: one for each response, and within its scale where it is finite."""
     try:
-        values = np.asarray(reward(prompts, responses), np.float64)
-    except UserError:
-        raise
-    except Exception as error:  # the reward is the user's code: anything may come out of it
+        raw = np.asarray(given, object)  # as it is: float64 would make NaN of None, and a number of "1"
+    except Exception as error:  # lists of different lengths, a tensor with a gradient
+        raise UserError(f"reward {reward.name!r} gave {_brief(given)}, no row of numbers ({error}); {_AGAIN}") from error
+    if raw.shape != (len(responses),):
         raise UserError(
-            f"the reward failed on {len(responses)} responses: {type(error).__name__}: {error}; mend it and give the same"
-            " command again: what was sampled is kept"
-        ) from error
-    if values.shape != (len(responses),):
-        raise UserError(f"the reward gave values of shape {values.shape} for {len(responses)} responses; one each is needed")
-    bad = np.flatnonzero(~np.isfinite(values))
-    if bad.size:
-        i = bad[0]
-        raise UserError(
-            f"the reward of {bad.size} of {len(values)} responses is not finite: {values[i]} for prompt"
-            f" {prompts[i][:80]!r}, response {responses[i][:80]!r}; mend the reward and give the same command again:"
-            " what was sampled is kept"
+            f"reward {reward.name!r} gave {_brief(given)} of shape {raw.shape} for {len(responses)} responses, which need"
+            f" one value each; {_AGAIN}"
         )
-    return values
+    values = np.empty(len(raw))
+    low, high = reward.scale
+    slack = 1e-6 * max([1.0, *(abs(end) for end in reward.scale if math.isfinite(end))])  # what float32 rounds
+    for i, value in enumerate(raw):
+        where = f"for prompt {prompts[i][:80]!r}, response {responses[i][:80]!r}"
+        try:
+            if isinstance(value, str | bytes):  # which float() would read
+                raise TypeError
+            values[i] = float(value)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise UserError(f"reward {reward.name!r} gave {_brief(value)} {where}, which is no number; {_AGAIN}") from error
+        if math.isfinite(values[i]) and not low - slack <= values[i] <= high + slack:
+            raise UserError(
+                f"reward {reward.name!r} gave {values[i]:g} {where}, outside its scale of {low:g} to {high:g}; {_AGAIN}"
+            )
+    return values + 0.0  # SQLite has no -0.0, and a stored value must not differ from a new one
+
+
+def _brief(value: Any) -> str:
+    """A value that was not expected, on a short line."""
+    return f"{type(value).__name__} {' '.join(repr(value).split())[:80]}"
+
+
+# ---------------------------------------------------------------- transforms
 
 
 def transform(raw: Float64[np.ndarray, " n"], name: str) -> Float64[np.ndarray, " n"]:
@@ -90,6 +206,18 @@ def transform(raw: Float64[np.ndarray, " n"], name: str) -> Float64[np.ndarray, 
         case "minmax":
             return _unit(raw)
     raise UserError(f"config.reward.transform {name!r}: choose none, sigmoid, zscore or minmax")
+
+
+def statistics(raw: Float64[np.ndarray, " n"], name: str) -> dict[str, float]:
+    """The pooled statistics that `transform` took of the same numbers: none, mean and std, or low and high."""
+    raw = np.asarray(raw, np.float64)
+    low, spread, unit = raw.min(), np.ptp(raw), _unit(raw)
+    match name:
+        case "zscore":
+            return {"mean": float(low + spread * unit.mean()), "std": float(spread * unit.std())}
+        case "minmax":
+            return {"low": float(low), "high": float(raw.max())}
+    return {}
 
 
 def _unit(raw: np.ndarray) -> np.ndarray:

@@ -11,4 +11,4 @@ def make(*, letters: str = "aeiou") -> Reward:
     def reward(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         return [sum(c in letters for c in response) / max(len(response), 1) for response in responses]
 
-    return reward
+    return Reward("letters", reward, scale=(0.0, 1.0))

@@ -1,7 +1,9 @@
 """Sentiment: VADER's compound score, from -1 (negative) to 1 (positive). Hutto and Gilbert, ICWSM 2014."""
 
 from collections.abc import Sequence
+from importlib.metadata import version
 
+from ple_jax.core import prompts
 from ple_jax.core.config import UserError
 from ple_jax.core.types import Reward
 
@@ -18,8 +20,10 @@ def make(*, with_prompt: bool = False) -> Reward:
         raise UserError("reward 'vader' needs a package: run `pip install vaderSentiment`") from error
     analyzer = SentimentIntensityAnalyzer()
 
-    def reward(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-        texts = [p + r if with_prompt else r for p, r in zip(prompts, responses, strict=True)]
+    def reward(queries: Sequence[str], responses: Sequence[str]) -> list[float]:
+        texts = responses
+        if with_prompt:
+            texts = [q + prompts.completion(q, r, chat=False) for q, r in zip(queries, responses, strict=True)]
         return [analyzer.polarity_scores(text)["compound"] for text in texts]
 
-    return reward
+    return Reward("vader", reward, version=f"{version('vaderSentiment')} {with_prompt=}", scale=(-1.0, 1.0))

@@ -1,0 +1,25 @@
+"""A reward model from Anthropic's HH preference pairs: a scalar head and a LoRA adapter, Bradley-Terry's loss.
+
+Paper: Training a Helpful and Harmless Assistant with RLHF, arXiv:2204.05862 (the data); PLE, arXiv:2408.02599 (where such
+a model is the reward).
+
+Command: python -m ple_jax.main --config configs/reward_hh.py --workdir runs/reward_hh
+The result, runs/reward_hh/reward_model, is a reward: configs/hh.py uses it.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import default
+
+
+def get_config() -> ConfigDict:
+    c = default.get_config()
+    c.algorithm = "reward"
+    c.task.format = "hh"
+    c.task.train = "Anthropic/hh-rlhf"  # or the folder that it was downloaded to, or files of it
+    c.task.heldout = "Anthropic/hh-rlhf"
+    c.task.subsets = ("harmless-base",)
+    c.reward_model.max_tokens = 512
+    c.optimizer.lr = 5e-4
+    c.optimizer.warmup_steps = 10
+    return c

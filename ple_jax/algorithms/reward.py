@@ -1,0 +1,175 @@
+"""A reward model from preference pairs: a scalar head on the model, trained with Bradley-Terry's loss.
+
+It samples nothing: its loop is `core.offline`, epochs over the pairs of config.task.train with evaluations on those of
+config.task.heldout. The score is read at a response's last token, as transformers' ...ForSequenceClassification does, and
+both responses of a pair share one row with what they have in common.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from ple_jax import losses
+from ple_jax.core import metrics as measure
+from ple_jax.core import prompts
+from ple_jax.core.batches import pack
+from ple_jax.core.rollouts import bucket
+from ple_jax.core.types import Array, Backend, Batch, Loss, Outputs, Query, Response, Rollout, Tokenizer
+
+NEEDS, HEAD = "pair", True  # of config.task's records; whether a head is trained, and exported
+_PROMPT, _RESPONSE = 64, 64  # smallest buckets, in tokens
+_BINS = 10
+
+
+# ---------------------------------------------------------------- pairs
+
+
+class Pair(NamedTuple):
+    """The tokens of two conversations that differ in their ends; `shared` is what both begin with."""
+
+    id: str
+    shared: tuple[int, ...]
+    chosen: tuple[int, ...]
+    rejected: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Buckets of the shared part and of the longer end: what decides the shape of a batch."""
+        return bucket(len(self.shared), _PROMPT), bucket(max(len(self.chosen), len(self.rejected)), _RESPONSE)
+
+
+def encode(query: Query, tokenizer: Tokenizer, config: Any) -> Pair | str:
+    """A preference pair in tokens, each side as `rewards.model` will see it; or why it cannot be used.
+
+    Of a conversation longer than reward_model.max_tokens the oldest tokens are cut off, but not a BOS. Where conversations
+    end with the padding token the score is read before it, so it is left out.
+    """
+    max_tokens, pad = config.reward_model.max_tokens, tokenizer.pad_token_id
+    chosen, rejected = (
+        _without_end(prompts.dialogue(query.prompt, text, tokenizer), pad) for text in (query.completion, query.rejected)
+    )
+    if chosen == rejected:
+        return "both responses are the same"
+    common = prompts.common_prefix([chosen, rejected])
+    if not common:
+        return "the responses have no token in common before they differ; a prompt is needed"
+    ends = chosen[len(common) :], rejected[len(common) :]
+    room = max_tokens - max(map(len, ends))
+    if room < 1:
+        return f"a response has more than the {max_tokens} tokens of config.reward_model.max_tokens"
+    kept = 1 if common[0] == tokenizer.bos_token_id and len(common) > room > 1 else 0
+    shared = [*common[:kept], *common[-(room - kept) :]] if len(common) > room else common
+    return Pair(query.id, tuple(shared), tuple(ends[0]), tuple(ends[1]))
+
+
+def _without_end(tokens: list[int], pad: int | None) -> list[int]:
+    end = len(tokens)
+    while end > 1 and tokens[end - 1] == pad:
+        end -= 1
+    return tokens[:end]
+
+
+def batch(pairs: Sequence[Pair]) -> Batch:
+    """One row a pair, [shared | chosen | rejected], padded to the largest of their buckets."""
+    rollouts = [
+        Rollout(pair.id, "", pair.shared, (Response(pair.chosen, True), Response(pair.rejected, True))) for pair in pairs
+    ]
+    longest = max(pair.shape[1] for pair in pairs)
+    return pack(rollouts, [(0, 1)] * len(pairs), prompt_multiple=_PROMPT, response_len=longest)
+
+
+def batches(pairs: Sequence[Pair], size: int, *, seed: int, epoch: int) -> list[list[int]]:
+    """Which pairs are trained on together in one epoch: each once, in an order drawn from (seed, epoch).
+
+    Pairs of one shape go together, so that little is padding and few programs are compiled; what is left of every shape
+    at the end is put together, and the last batch may be smaller.
+    """
+    order = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch]))).permutation(len(pairs))
+    waiting: dict[tuple[int, int], list[int]] = {}
+    drawn = []
+    for i in order.tolist():
+        same = waiting.setdefault(pairs[i].shape, [])
+        same.append(i)
+        if len(same) == size:
+            drawn.append(waiting.pop(pairs[i].shape))
+    rest = [i for shape in sorted(waiting) for i in waiting[shape]]
+    return drawn + [rest[i : i + size] for i in range(0, len(rest), size)]
+
+
+# ---------------------------------------------------------------- loss and measures
+
+
+def needs_reference(config: Any) -> bool:
+    return False
+
+
+def make_loss(config: Any) -> Loss:
+    """(outputs, batch) -> Bradley-Terry's loss of every pair; metrics `accuracy` (ties count half) and `margin`."""
+
+    def loss(outputs: Outputs, batch: Batch) -> tuple[Array, dict[str, Array]]:
+        chosen, rejected = outputs.scores[:, 0], outputs.scores[:, 1]  # type: ignore[index]
+        margin = chosen - rejected
+        right = 0.5 + 0.5 * ((margin > 0) * 1.0 - (margin < 0) * 1.0)
+        return losses.bradley_terry(chosen, rejected), {"accuracy": right, "margin": margin}
+
+    return loss
+
+
+class Bin(NamedTuple):
+    """Pairs whose probability of the likelier response lies in one tenth of 0.5 to 1."""
+
+    pairs: int
+    confidence: float  # mean of that probability
+    accuracy: float  # share of them in which it was the preferred one
+
+
+def calibration(margins: Float[np.ndarray, " pairs"]) -> list[Bin]:
+    """Reliability of sigmoid(|margin|) as a probability of being right, by bins of equal width; empty ones left out."""
+    confidence = 1 / (1 + np.exp(-np.abs(margins)))
+    place = np.minimum(((confidence - 0.5) * 2 * _BINS).astype(int), _BINS - 1)
+    right = _right(margins)
+    return [
+        Bin(int(inside.sum()), float(confidence[inside].mean()), float(right[inside].mean()))
+        for inside in (place == i for i in range(_BINS))
+        if inside.any()
+    ]
+
+
+def measures(margins: Float[np.ndarray, " pairs"], *, seed: int) -> dict[str, Any]:
+    """How well scores order pairs, and how far the probabilities that they stand for can be trusted.
+
+    Args:
+        margins: score of the preferred response minus that of the other.
+
+    Returns:
+        accuracy (ties count half) with its 95% bootstrap interval, log_loss and brier of sigmoid(margin), the expected
+        calibration error (arXiv:1706.04599, eq. 3), and its bins.
+    """
+    margins = np.asarray(margins, np.float64)
+    right = _right(margins)
+    bins = calibration(margins)
+    wrong = np.exp(-np.logaddexp(0.0, margins))  # 1 - sigmoid(margin)
+    return {
+        "accuracy": float(right.mean()),
+        "accuracy_ci95": list(measure.bootstrap_ci(right, seed=seed)),
+        "log_loss": float(np.logaddexp(0.0, -margins).mean()),
+        "brier": float((wrong**2).mean()),
+        "calibration_error": sum(b.pairs * abs(b.confidence - b.accuracy) for b in bins) / len(margins),
+        "margin": float(margins.mean()),
+        "calibration": [b._asdict() for b in bins],
+    }
+
+
+def judge(backend: Backend, pairs: Sequence[Pair], config: Any) -> dict[str, Any]:
+    """`measures` of held-out pairs."""
+    margins = np.empty(len(pairs))
+    for some in batches(pairs, config.optimizer.micro_queries, seed=0, epoch=0):
+        scores = backend.scores(batch([pairs[i] for i in some])).astype(np.float64)
+        margins[some] = scores[:, 0] - scores[:, 1]
+    return measures(margins, seed=config.seed)
+
+
+def _right(margins: np.ndarray) -> np.ndarray:
+    return 0.5 + 0.5 * np.sign(margins)

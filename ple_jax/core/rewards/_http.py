@@ -1,0 +1,196 @@
+"""Rewards behind an address: requests that are tried again, a few at a time, and what came before a failure is kept."""
+
+import json
+import math
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
+from email.utils import parsedate_to_datetime
+from types import MappingProxyType
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from ple_jax.core.config import UserError
+from ple_jax.core.rewards import Incomplete
+
+_WHERE = "config.reward.kwargs"
+_LONGEST_PAUSE, _LONGEST_ASKED = 60.0, 600.0  # seconds: of our own, and of what a server may ask for
+
+
+class Failed(Exception):
+    """A request without a usable answer; says why the last try had none."""
+
+
+class Refused(Failed):
+    """A request that no repetition mends."""
+
+
+def scorer(
+    url: str,
+    *,
+    body: Callable[[Sequence[str], Sequence[str]], Mapping[str, Any]],
+    read: Callable[[Any, int], Sequence[float]],
+    size: int,
+    concurrency: int,
+    timeout: float = 60.0,
+    retries: int = 5,
+    backoff: float = 1.0,
+    max_failures: int = 4,
+    api_key_env: str | None = None,
+    headers: Mapping[str, str] = MappingProxyType({}),
+) -> Callable[[Sequence[str], Sequence[str]], list[float]]:
+    """A reward's `score` that asks a server. A request that fails for good leaves NaN for its responses.
+
+    Args:
+        url: where requests are posted.
+        body: the JSON of a request, from some prompts and responses.
+        read: the values in the JSON of an answer, given how many are expected; ValueError where they are not there.
+        size: responses of one request.
+        concurrency: requests under way at once.
+        timeout: seconds that a server may be silent.
+        retries: tries after the first: if no connection comes about or it breaks, on status 408, 429 and 5xx, and on
+            answers that cannot be read.
+        backoff: seconds before the first retry, doubled for every other; a longer Retry-After is honoured.
+        max_failures: so many requests that failed one after the other stop the scoring.
+        api_key_env: environment variable whose value is sent as `Authorization: Bearer ...`.
+        headers: environment variables by the header that their value is sent in.
+
+    Raises:
+        UserError: an option that cannot be, or an environment variable that is not set.
+    """
+    parts = urlsplit(url)
+    if parts.username is not None:  # it would be written down with the config
+        raise UserError(f"{_WHERE} url has a user name in it: name an environment variable with the key as api_key_env")
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise UserError(f"{_WHERE} url = {url!r}: give an address such as http://localhost:5000/get_reward")
+    for key, number, least in (("batch", size, 1), ("retries", retries, 0), ("concurrency", concurrency, 1)):
+        if number < least:
+            raise UserError(f"{_WHERE} {key} = {number}: give at least {least}")
+    if max_failures < 1 or not 0 < timeout < math.inf or not 0 <= backoff < math.inf:
+        raise UserError(
+            f"{_WHERE} max_failures = {max_failures}, timeout = {timeout}, backoff = {backoff}: give at least 1 failure,"
+            " a timeout above 0 and a backoff of at least 0 seconds"
+        )
+    secrets = {header: _variable(name, "headers") for header, name in headers.items()}
+    sent = dict(secrets)
+    if api_key_env is not None:
+        secrets["Authorization"] = _variable(api_key_env, "api_key_env")
+        sent["Authorization"] = f"Bearer {secrets['Authorization']}"
+    in_a_row = 0
+
+    def score(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        nonlocal in_a_row
+        stop = threading.Event()
+
+        def ask(some: slice) -> Sequence[float]:
+            n = len(responses[some])
+            return _post(
+                url,
+                body(prompts[some], responses[some]),
+                lambda answer: read(answer, n),
+                headers=sent,
+                timeout=timeout,
+                retries=retries,
+                backoff=backoff,
+                stop=stop,
+            )
+
+        values, why = np.full(len(responses), np.nan), ""
+        pool = ThreadPoolExecutor(concurrency)
+        try:
+            slices = [slice(start, start + size) for start in range(0, len(responses), size)]
+            under_way = {pool.submit(ask, some): some for some in slices}
+            for request in as_completed(under_way):
+                try:
+                    values[under_way[request]] = request.result()
+                    in_a_row = 0
+                except CancelledError:
+                    continue
+                except Failed as error:
+                    in_a_row += 1
+                    if not why and (isinstance(error, Refused) or in_a_row >= max_failures):
+                        why = str(error)
+                        stop.set()  # what is under way has this one try; its values still count
+                        for other in under_way:
+                            other.cancel()
+        finally:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+        if why:
+            in_a_row = 0
+            for secret in secrets.values():  # a server may repeat what it was sent
+                why = why.replace(secret, "***")
+            raise Incomplete(f"{url}: {why}; mend that and give the same command again: what was scored is kept", values)
+        return values.tolist()
+
+    return score
+
+
+def _variable(name: str, key: str) -> str:
+    if not (value := os.environ.get(name, "").strip()):
+        raise UserError(f"{_WHERE} {key}: the environment variable {name!r} is not set; export it with the key")
+    return value
+
+
+def _post(
+    url: str,
+    body: Mapping[str, Any],
+    read: Callable[[Any], Sequence[float]],
+    *,
+    headers: Mapping[str, str],
+    timeout: float,
+    retries: int,
+    backoff: float,
+    stop: threading.Event,
+) -> Sequence[float]:
+    """The values in a server's answer.
+
+    Raises:
+        Failed: no try gave any, or `stop` was set before the next.
+        Refused: the server says that the request is wrong.
+    """
+    import requests
+
+    for attempt in range(retries + 1):
+        asked = None
+        try:
+            answer = requests.post(
+                url,
+                json=body,
+                headers=headers,
+                timeout=timeout,
+                allow_redirects=False,  # a key is for the server that was named
+                auth=lambda request: request,  # or a .netrc would replace the key
+            )
+            if answer.status_code < 300:
+                return read(json.loads(answer.content))
+            why = f"it answered with status {answer.status_code}: {_brief(answer.headers.get('Location') or answer.text)}"
+            if answer.status_code < 500 and answer.status_code not in (408, 429):
+                raise Refused(why)
+            asked = answer.headers.get("Retry-After")
+        except (requests.RequestException, ValueError) as error:
+            why = f"{type(error).__name__}: {_brief(str(error))}"
+        if attempt == retries or stop.wait(pause(attempt, backoff=backoff, asked=asked)):
+            break
+    raise Failed(why)
+
+
+def pause(attempt: int, *, backoff: float, asked: str | None) -> float:
+    """Seconds before the next try, at random from half to all of the back-off; not less than the server asked for."""
+    own = min(backoff * 2.0**attempt, _LONGEST_PAUSE) * random.uniform(0.5, 1.0)
+    if asked is None:
+        return own
+    try:
+        seconds = float(asked) if asked.strip().isdecimal() else parsedate_to_datetime(asked).timestamp() - time.time()
+    except ValueError:
+        return own
+    return max(own, min(seconds, _LONGEST_ASKED))
+
+
+def _brief(text: str) -> str:
+    return " ".join(text.split())[:300]

@@ -1,0 +1,140 @@
+"""From a config to a run: what it names is read and checked, cheap things first, and the backend is built."""
+
+import contextlib
+import hashlib
+import importlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from ple_jax.core import data, peft, principles, rewards, sampling, sinks, tasks
+from ple_jax.core import workdir as files
+from ple_jax.core.config import BACKENDS, UserError
+from ple_jax.core.interrupt import Stop
+from ple_jax.core.plugins import load_module
+from ple_jax.core.progress import Progress
+from ple_jax.core.rewards._cache import Cache
+from ple_jax.core.run import Clock, Run
+from ple_jax.core.types import Reward
+from ple_jax.models import hub
+
+_NEEDED = {  # functions of an algorithm that samples, and of one that trains on what the records hold
+    False: ("collect", "schedule", "label", "batch", "make_loss", "needs_reference"),
+    True: ("NEEDS", "HEAD", "encode", "batches", "batch", "make_loss", "needs_reference", "judge"),
+}
+
+
+def load_algorithm(name: str) -> ModuleType:
+    """The module of an algorithm: a name in ple_jax/algorithms, a Python file, or a dotted path.
+
+    Raises:
+        UserError: it does not import, or lacks one of the functions that the loop calls.
+    """
+    own = name.endswith(".py") or "." in name
+    module = load_module(name if own else f"ple_jax.algorithms.{name}", "algorithm")
+    if missing := [function for function in _NEEDED[is_offline(module)] if not hasattr(module, function)]:
+        raise UserError(
+            f"config.algorithm {name!r} lacks {', '.join(missing)}; start it with `from ple_jax.algorithms.ple import *`"
+        )
+    return module
+
+
+def is_offline(algorithm: ModuleType) -> bool:
+    """Whether it samples nothing and trains on examples that it encodes (`ple_jax.core.offline`)."""
+    return hasattr(algorithm, "encode")
+
+
+def has_head(algorithm: ModuleType) -> bool:
+    """Whether it trains a head beside the adapter: the result is a reward model."""
+    return is_offline(algorithm) and algorithm.HEAD
+
+
+class Inputs(NamedTuple):
+    """What a config names, read and checked; cheap, and before any weights."""
+
+    algorithm: ModuleType
+    data: data.Data
+    principles: principles.Principles
+    digests: dict[str, str]  # the same path with other content is another run
+
+
+def read_inputs(config: Any) -> Inputs:
+    """The algorithm, the records and the principles of a config."""
+    algorithm = load_algorithm(config.algorithm)
+    samples = not is_offline(algorithm)
+    found = data.load(config, needs="prompt" if samples else algorithm.NEEDS)
+    digests = {"train": tasks.digest(found.train), "heldout": tasks.digest(found.heldout)}
+    texts = {name: Path(file).read_text() for name, file in _code(config).items() if Path(file).is_file()}
+    text = principles.load(config.principles)
+    if samples:
+        tasks.draw(found.train, config.queries_per_iteration, seed=config.seed, iteration=0)  # refuses more than there are
+        principles.choose(text, config.principles_per_query, seed=config.seed, query_id="")  # refuses more than there are
+        texts["principles"] = text.text
+        if config.sft.data is not None:
+            digests["sft"] = tasks.digest(data.load_sft(config).queries)
+    digests |= {name: hashlib.sha256(content.encode()).hexdigest()[:16] for name, content in texts.items()}
+    if config.model.adapter is not None:
+        files = [Path(config.model.adapter) / name for name in (peft.CONFIG, peft.WEIGHTS)]
+        digests["adapter"] = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+    digests["model"] = hub.identity(config.model.path, config.model.revision)
+    return Inputs(algorithm, found, text, digests)
+
+
+def _code(config: Any) -> dict[str, str]:
+    return {"algorithm": config.algorithm, "reward": config.reward.name.split(":")[0]}
+
+
+def resolved(config: Any, backend: str, digests: Mapping[str, str]) -> dict[str, Any]:
+    """What config.json holds: the backend, every key with a part in what a run computes, and the digests of the inputs."""
+    keys = config.to_dict()
+    del keys["export"]
+    del keys["model"]["revision"]  # the commit that it stands for is among the inputs
+    return {"backend": backend, **keys, "inputs": dict(digests)}
+
+
+def load_reward(config: Any, backend: str) -> Reward:
+    """The reward of a config, which may use the run's own devices."""
+    return rewards.load(
+        config.reward.name, config.reward.kwargs.to_dict(), backend=backend, mesh=config.mesh.to_dict()
+    )
+
+
+@contextlib.contextmanager
+def open_run(config: Any, workdir: Path, backend: str, inputs: Inputs) -> Iterator[Run]:
+    """Everything a run needs, cheap checks first; from here on the directory belongs to this config."""
+    algorithm, found = inputs.algorithm, inputs.data
+    samples = not is_offline(algorithm)
+    with Stop() as stop, Progress(_iterations(config, inputs)) as progress, contextlib.ExitStack() as stack:
+        reward = load_reward(config, backend) if samples else Reward("none")
+        loss = algorithm.make_loss(config)
+        names = ("jsonl", *(name for name in config.sinks if name != "jsonl"))  # metrics.jsonl is part of the contract
+        sinks.check(names)
+        progress.phase("load", 1)
+        module = importlib.import_module(BACKENDS[backend])
+        loaded = module.load(config)
+        built = module.build(config, loaded, head=has_head(algorithm))
+        loaded = loaded._replace(weights={})  # the backend has its own: the host's copy may go
+        progress.advance(1)
+        for note in module.notes(built):
+            progress.log(note)
+        stop.check()
+        # not before everything above was found in order: a mistake mended should not need another directory
+        files.write_json(workdir / "config.json", resolved(config, backend, inputs.digests))
+        cache = stack.enter_context(Cache(workdir / "rewards.sqlite"))
+        outputs = sinks.make(names, workdir, config.to_dict())
+        run = Run(
+            config, workdir, built, loaded.tokenizer, loaded.eos, loaded.name, loaded.config.max_positions,
+            module.transposed(loaded), algorithm, loss, reward, cache, inputs.principles, found.train, found.heldout,
+            found.bad, outputs, progress, stop, Clock(),
+        )  # fmt: skip
+        yield sampling.fitted(run) if samples else run
+
+
+def _iterations(config: Any, inputs: Inputs) -> int:
+    """What the display counts: iterations, or the evaluations of an algorithm that samples nothing."""
+    if not is_offline(inputs.algorithm):
+        return config.iterations
+    settings = config.reward_model
+    steps = -(-len(inputs.data.train) // config.optimizer.batch_queries) * settings.epochs
+    return -(-steps // settings.eval_every)

@@ -1,0 +1,107 @@
+"""Sequence classifiers (reward models, sentiment classifiers) of transformers, behind `ple_jax.core.rewards.model`.
+
+Its twin is `ple_jax/reward_model.py`.
+"""
+
+import contextlib
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float32
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from ple_jax.core.config import UserError
+
+# what some of them were saved with, and no classifier without it in its class uses
+_HARMLESS = re.compile(r"(^|\.)(pooler|lm_head)\.")
+# they mix all positions, padding too; and a batch of an encoder-decoder must have as many EOS in every row
+_ALONE = ("canine", "convbert", "fnet", "funnel", "mobilebert", "nystromformer", "xlnet")
+
+
+def classifier(
+    folder: Path, *, dtype: str, rows: int, device: str = "auto"
+) -> Callable[[Sequence[Sequence[int]]], Float32[np.ndarray, "n labels"]]:
+    """A sequence classifier from a Hugging Face folder, its weights on one device.
+
+    Args:
+        folder: config.json and safetensors of a ...ForSequenceClassification that transformers has.
+        dtype: float32 or bfloat16, of weights and activations.
+        rows: most rows of one call.
+        device: auto, cpu, cuda or npu.
+
+    Returns:
+        A function from rows of token ids to the logits of every label: what transformers gives for every row by itself,
+        without padding.
+
+    Raises:
+        UserError: no such device, a damaged checkpoint, or one whose weights are not the classifier's.
+    """
+    place = _device(device)
+    model = _load(folder, dtype).to(place)
+    alone = model.config.is_encoder_decoder or model.config.model_type in _ALONE
+    settings = model.config.get_text_config()
+    stated = settings.pad_token_id
+
+    @torch.inference_mode()
+    def logits(ids: Sequence[Sequence[int]]) -> Float32[np.ndarray, "n labels"]:
+        pad = stated
+        if pad is None or pad < 0:
+            # decoders read the last token that is not the padding token: without one, it must be none that ends a row
+            last = {row[-1] for row in ids}
+            settings.pad_token_id = pad = next(token for token in range(len(last) + 1) if token not in last)
+        width = max(map(len, ids))
+        tokens = torch.tensor([[*row, *[pad] * (width - len(row))] for row in ids], device=place)
+        lengths = torch.tensor([[len(row)] for row in ids], device=place)
+        mask = (torch.arange(width, device=place) < lengths).long()
+        return model(input_ids=tokens, attention_mask=mask).logits.float().cpu().numpy()
+
+    def classify(ids: Sequence[Sequence[int]]) -> Float32[np.ndarray, "n labels"]:
+        return np.concatenate([logits([row]) for row in ids]) if alone else logits(ids)
+
+    return classify
+
+
+def _load(folder: Path, dtype: str) -> PreTrainedModel:
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            folder,
+            dtype=getattr(torch, dtype),
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # they are named below
+            output_loading_info=True,
+        )
+    except Exception as error:  # configs and weights are read by many libraries, which raise what they like
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"reward model {folder} cannot be loaded ({reason}); copy or download the folder again") from error
+    for names, what in (
+        (info["missing_keys"], "lack"),
+        ([name for name, *_ in info["mismatched_keys"]], "have another shape of"),
+        ([name for name in info["unexpected_keys"] if not _HARMLESS.search(name)], "have, beside those of the model,"),
+    ):
+        if names:  # transformers draws what it does not find at random
+            raise UserError(
+                f"the weights in {folder} {what} {', '.join(sorted(names)[:5])}: they are not those of a"
+                f" {type(model).__name__}; take a checkpoint that was saved as one, with its head"
+            )
+    model.config.use_cache = False  # nothing is generated
+    return model.eval()
+
+
+def _device(name: str) -> torch.device:
+    """The device that `name` means; auto is an Ascend NPU where there is one, else a CUDA device, else the CPU.
+
+    Raises:
+        UserError: there is none of that kind.
+    """
+    with contextlib.suppress(ImportError):
+        import torch_npu  # noqa: F401  (it adds torch.npu)
+    there = {"npu": hasattr(torch, "npu") and torch.npu.is_available(), "cuda": torch.cuda.is_available(), "cpu": True}
+    kinds = [kind for kind in there if there[kind]]
+    if name not in ("auto", *kinds):
+        raise UserError(f"device {name!r} is not one of those here ({', '.join(kinds)}); take one of them, or 'auto'")
+    return torch.device(kinds[0] if name == "auto" else name)

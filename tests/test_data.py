@@ -19,7 +19,7 @@ def grams(prompt, n):
 
 @pytest.fixture(scope="module")
 def quickstart():
-    return [q.prompt for q in tasks.load("quickstart_train")], [q.prompt for q in tasks.load("quickstart_heldout")]
+    return tuple([q.prompt for q in tasks.load(f"quickstart_{part}").queries] for part in ("train", "heldout"))
 
 
 @pytest.mark.parametrize(
@@ -64,6 +64,6 @@ def test_openings_are_near_neutral(quickstart):
 
 
 def test_tiny_prompts_fit_twelve_bytes_and_do_not_overlap():
-    train, heldout = ({q.prompt for q in tasks.load(f"tiny_{part}")} for part in ("train", "heldout"))
+    train, heldout = ({q.prompt for q in tasks.load(f"tiny_{part}").queries} for part in ("train", "heldout"))
     assert len(train) == 16 and len(heldout) == 8 and not train & heldout
     assert max(len(p.encode()) for p in train | heldout) <= 12

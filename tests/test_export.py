@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from configs import default
 from configs import tiny as tiny_config
 from ple_jax import lora
-from ple_jax.core import card, modes, peft
+from ple_jax.core import card, modes, peft, setup
 from ple_jax.core.config import UserError
 from ple_jax.core.types import Sampling
 from ple_jax.models import checkpoint, export
@@ -316,7 +316,7 @@ def a_run(workdir: Path, **overrides):
         config.update_from_flattened_dict({key.replace("__", "."): value})
     frozen = FrozenConfigDict(config)
     workdir.mkdir()
-    with modes.open_run(frozen, workdir, "jax") as run:
+    with setup.open_run(frozen, workdir, "jax", setup.read_inputs(frozen, "jax")) as run:
         run.backend._adapter = jax.tree.map(
             lambda new, old: jax.device_put(new, old.sharding),
             tiny.random_adapter(run.backend.model.config),

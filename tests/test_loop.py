@@ -3,13 +3,14 @@
 import json
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from configs import tiny as tiny_config
-from ple_jax.core import modes, peft
+from ple_jax.core import loop, modes, peft, setup
 from ple_jax.core import workdir as workdir_files
 from ple_jax.core.config import UserError, validate
 
@@ -134,7 +135,12 @@ def test_warm_up_makes_another_reference(tmp_path):
     data = tmp_path / "sft.jsonl"
     rows = [{"prompt": f"query {i}", "completion": "abc" * (i % 3)} for i in range(9)]  # a third are empty
     data.write_text("\n".join(map(json.dumps, rows)))
-    lines = train(tmp_path / "run", **{"sft.data": str(data), "sft.epochs": 2, "sft.lr": 0.02})
+    sft = {"sft.data": str(data), "sft.epochs": 2, "sft.lr": 0.02}
+    with pytest.raises(UserError, match="completion.*3 of 9 records .* max_bad_share"):
+        train(tmp_path / "run", **sft)
+    lines = train(tmp_path / "run", **sft, **{"task.max_bad_share": 0.4})
+    listed = [json.loads(line) for line in (tmp_path / "run" / "bad_records.jsonl").read_text().splitlines()]
+    assert [line["set"] for line in listed] == ["sft"] * 3 and listed[0]["where"].endswith("sft.jsonl:1")
     assert lines[0]["heldout_kl"] == 0  # the reference is the policy as it stood after the warm-up
     assert lines[0]["heldout_reward"] != train(tmp_path / "cold")[0]["heldout_reward"]
 
@@ -145,20 +151,150 @@ def nan_reward(prompts, responses):
 
 def test_a_reward_that_is_not_finite_loses_nothing(tmp_path):
     """One line names the response; what was sampled stays, and is used once the reward is mended."""
-    with pytest.raises(UserError, match="finite"):
+    with pytest.raises(UserError, match="nan_reward is not finite for 8 of 8 queries .*heldout_0000.*such as prompt"):
         train(tmp_path, **{"reward.name": "test_loop:nan_reward", "reward.kwargs": {}})
     assert (tmp_path / "evaluations" / "iter_0000.partial.jsonl").stat().st_size > 0
     assert not (tmp_path / "summary.json").exists()
 
 
-def test_overlapping_sets_are_refused(tmp_path):
-    with pytest.raises(UserError, match="train"):
-        train(tmp_path, **{"task.heldout": "tiny_train"})
+def nan_for_one(prompts, responses):
+    """No value for one train query and for one held-out query, a share of letters for the others."""
+    bad = ("At first", "Later on")
+    return [float("nan") if p in bad else sum(c.islower() for c in r) / 8 for p, r in zip(prompts, responses, strict=True)]
 
 
-def test_a_prompt_that_is_too_long_is_named(tmp_path):
-    with pytest.raises(UserError, match="max_prompt_tokens"):
+def test_quarantined_queries_are_left_out_and_kept(tmp_path):
+    settings = {"reward.name": "test_loop:nan_for_one", "reward.kwargs": {}, "queries_per_iteration": 16}
+    data = [json.dumps({"id": str(i), "prompt": p}) for i, p in enumerate(["At first", *(f"query {i}" for i in range(15))])]
+    (tmp_path / "train.jsonl").write_text("\n".join(data))
+    (tmp_path / "heldout.jsonl").write_text("\n".join(json.dumps({"prompt": p}) for p in ["Later on", *"abcdefg"]))
+    settings |= {f"task.{which}": str(tmp_path / f"{which}.jsonl") for which in ("train", "heldout")}
+    with pytest.raises(UserError, match="is not finite for 1 of 8 queries.*reward.max_bad_share=0.05"):
+        train(tmp_path / "strict", **settings)
+    lines = train(tmp_path / "run", **settings, **{"reward.max_bad_share": 0.2})
+    kept = rollouts(tmp_path / "run")
+    assert len(kept) == 15 and "At first" not in [line["prompt"] for line in kept]
+    trained = sum(len(line["prompt_tokens"]) + sum(len(r["tokens"]) for r in line["responses"]) for line in kept)
+    assert lines[1]["training_tokens"] == trained  # 4 batches: none is lost, none is trained on twice
+    (quarantined,) = (tmp_path / "run" / "quarantine" / "iter_0000.jsonl").read_text().splitlines()
+    assert json.loads(quarantined)["prompt"] == "At first"
+    assert all(r["text"] is not None and r["reward"] is None for r in json.loads(quarantined)["responses"])
+    done = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert done["heldout_queries"] == 7 and np.isfinite(done["heldout_gain_ci95"]).all()
+    assert np.isfinite([lines[0]["heldout_reward"], lines[1]["heldout_reward"]]).all()
+
+
+def test_the_parts_of_a_reward_are_logged_and_scored_once(tmp_path):
+    parts = {"vowels": {"name": "letters", "weight": 2.0}, "short": {"name": "length", "kwargs": {"target": 1}}}
+    settings = {"reward.name": "combine", "reward.kwargs": {"parts": parts}, "reward.transform": "zscore"}
+    lines = train(tmp_path, **settings)
+    responses = [r for line in rollouts(tmp_path) for r in line["responses"]]
+    for r in responses:
+        vowels = sum(c in "aeiou" for c in r["text"]) / max(len(r["text"]), 1)
+        assert r["parts"] == pytest.approx({"vowels": vowels, "short": -abs(len(r["text"].split()) - 1)})
+        assert r["reward"] == pytest.approx(2 * r["parts"]["vowels"] + r["parts"]["short"])
+    plain = [r["parts"]["vowels"] for r in responses if r["kind"] == "plain"]
+    assert lines[1]["reward_vowels_plain"] == pytest.approx(np.mean(plain))
+    raw = [r["reward"] for r in responses]
+    assert lines[1]["mean"] == pytest.approx(np.mean(raw)) and lines[1]["std"] == pytest.approx(np.std(raw))
+    assert (tmp_path / "rewards.sqlite").exists()
+
+
+def counting(prompts, responses, *, log):
+    with Path(log).open("a") as file:
+        file.writelines(json.dumps([p, r]) + "\n" for p, r in zip(prompts, responses, strict=True))
+    return [0.5 + len(r) % 3 for r in responses]
+
+
+def test_nothing_is_scored_twice(tmp_path):
+    settings = {"reward.name": "test_loop:counting", "reward.kwargs": {"log": str(tmp_path / "log")}}
+    train(tmp_path / "run", **settings)
+    scored = (tmp_path / "log").read_text().splitlines()
+    assert len(scored) == len(set(scored))
+    for name in ("evaluations", "rollouts"):
+        shutil.rmtree(tmp_path / "run" / name)
+    (tmp_path / "run" / "summary.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    train(tmp_path / "run", **settings)  # sampled again, to the same texts
+    assert (tmp_path / "log").read_text().splitlines() == scored
+
+
+def test_how_a_reward_is_computed_may_change(tmp_path):
+    config = tiny_config.get_config()
+    config.reward.kwargs = {"letters": "abc", "timeout": 3, "parts": {"a": {"kwargs": {"retries": 2, "k": 1}}}}
+    found = setup.resolved(config, "jax", {})["reward"]["kwargs"]
+    assert found == {"letters": "abc", "parts": {"a": {"kwargs": {"k": 1}}}}
+
+
+def test_queries_that_are_held_out_are_not_trained_on(tmp_path):
+    names = (ROOT / "ple_jax" / "data" / "tiny_train.jsonl").read_text().splitlines()
+    (tmp_path / "heldout.jsonl").write_text("\n".join(names[:2]))
+    train(tmp_path / "run", **{"task.heldout": str(tmp_path / "heldout.jsonl"), "queries_per_iteration": 12})
+    listed = [json.loads(line) for line in (tmp_path / "run" / "bad_records.jsonl").read_text().splitlines()]
+    assert [(line["set"], line["kind"]) for line in listed] == [("train", "held out too")] * 2
+    drawn = {line["query_id"] for line in rollouts(tmp_path / "run")}
+    assert not drawn & {json.loads(name)["id"] for name in names[:2]}
+    with pytest.raises(UserError, match="also held-out query .*, and so are all"):
+        train(tmp_path / "none", **{"task.heldout": "tiny_train"})
+
+
+def test_prompts_that_are_too_long_are_counted(tmp_path):
+    with pytest.raises(UserError, match=r"'train-\d+' has \d+ tokens, above task.max_prompt_tokens=4; .*16 of 16"):
         train(tmp_path, **{"task.max_prompt_tokens": 4})
+    train(tmp_path, **{"task.max_prompt_tokens": 11, "task.max_bad_share": 0.9, "queries_per_iteration": 4})
+    listed = [json.loads(line) for line in (tmp_path / "bad_records.jsonl").read_text().splitlines()]
+    assert {line["kind"] for line in listed} == {"over-long"}
+    assert all(len(line["prompt_tokens"]) <= 11 for line in rollouts(tmp_path))
+
+
+def test_long_posts_are_cut_between_paragraphs(tmp_path):
+    post = "One line.\nAnother line.\n" + "A last line that is long. " * 4
+    row = {"prompt": f"SUBREDDIT: r/a\n\nTITLE: t\n\nPOST: {post}\n\nTL;DR:", "completion": "Short."}
+    rows = [row | {"prompt": row["prompt"].replace("r/a", f"r/{i}")} for i in "abcdefgh"]
+    for which, some in {"train": rows[:4], "heldout": rows[4:]}.items():
+        (tmp_path / f"{which}.jsonl").write_text("\n".join(map(json.dumps, some)))
+    files = {f"task.{which}": str(tmp_path / f"{which}.jsonl") for which in ("train", "heldout")}
+    train(tmp_path / "run", **files, **{"task.format": "tldr", "task.max_prompt_tokens": 80, "queries_per_iteration": 4})
+    (prompt,) = {line["prompt"].replace(line["prompt"][12], "?", 1) for line in rollouts(tmp_path / "run")}
+    assert prompt.endswith("\n\nPOST: One line.\nAnother line.\n\nTL;DR:")
+    assert not (tmp_path / "run" / "bad_records.jsonl").exists()
+
+
+def test_conversations_reach_the_policy_the_reward_and_the_journal(tmp_path):
+    """HH's transcripts in the chat template, with principles, a system turn of its own, and the warm-up on the answers."""
+    turns = [{"role": "system", "content": "Be a pirate."}, {"role": "user", "content": "Hi"}]
+    rows = [{"prompt": [*turns, {"role": "assistant", "content": f"Arr {i}"}, {"role": "user", "content": "And?"}],
+             "completion": [{"role": "assistant", "content": "Aye."}]} for i in range(12)]  # fmt: skip
+    for which, some in {"train": rows[:8], "heldout": rows[8:]}.items():
+        (tmp_path / f"{which}.jsonl").write_text("\n".join(map(json.dumps, some)))
+    files = {f"task.{which}": str(tmp_path / f"{which}.jsonl") for which in ("train", "heldout")}
+    settings = {"task.chat": True, "principles": "honest+concise", "principles_per_query": 2}
+    seen = {"reward.name": "test_loop:counting", "reward.kwargs": {"log": str(tmp_path / "log")}}
+    train(tmp_path / "run", **files, **settings, **seen, **{"sft.data": files["task.train"]})
+    line = rollouts(tmp_path / "run")[0]
+    assert line["prompt"][0] == turns[0] and len(line["prompt"]) == 4
+    shown = bytes(line["prompt_tokens"]).decode()
+    assert shown.startswith("system: Be a pirate.\nuser: Hi\nassistant: Arr ") and shown.endswith("user: And?\nassistant: ")
+    assert "honest" not in shown.lower() and "concise" not in shown.lower()
+    prompt, _ = json.loads((tmp_path / "log").read_text().splitlines()[0])
+    assert prompt.startswith("Be a pirate.\n\nHuman: Hi\n\nAssistant: Arr ")
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Human: Hi" in page and "&#39;role&#39;" not in page
+
+
+def test_principles_that_are_quoted_are_warned_of(capsys):
+    class Progress:
+        def log(self, text):
+            print(text)
+
+    class Run(NamedTuple):
+        progress: Progress
+
+    loop.warn_of_leak(Run(Progress()), {"leak": 0.3, "overlap_principled": 0.35, "overlap_plain": 0.05})
+    assert "warning: 35% of the trigrams" in capsys.readouterr().out
+    loop.warn_of_leak(Run(Progress()), {"leak": 0.02, "overlap_principled": 0.05, "overlap_plain": 0.03})
+    assert capsys.readouterr().out == ""
 
 
 def test_files_of_someone_else_are_not_touched(tmp_path):

@@ -11,9 +11,10 @@ from ml_collections import FrozenConfigDict
 import ple_jax
 from configs import default, tiny
 from ple_jax import main
-from ple_jax.core import plan
+from ple_jax.algorithms import ple
+from ple_jax.core import data, plan, principles, rewards, tasks
 from ple_jax.core.config import UserError, validate
-from ple_jax.core.types import Query, Slot
+from ple_jax.core.types import Query
 
 ROOT = Path(__file__).parent.parent
 DEFAULT = f"--config={ROOT / 'configs' / 'default.py'}"
@@ -244,6 +245,7 @@ class Utf8:
     """A tokenizer whose tokens are the bytes of the text, so that counts can be worked out by hand."""
 
     bos_token_id = eos_token_id = None
+    chat_template = None
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         return list(text.encode())
@@ -257,15 +259,21 @@ def test_plan_says_what_would_run():
         tokenizer=Utf8(),
         parameters=20_000,
         adapter_parameters=1_500,
-        train=[Query("a", "The film [red]was[/red] "), *(Query(str(i), "x" * i) for i in range(1, 12))],
-        heldout=[Query("h", "One day"), Query("i", "Another")],
-        principles="1. Be kind.\n2. Be brief.",
-        slots=[Slot("plain", False), Slot("principled", True)],
-        schedule=lambda iteration: 0.2 * 0.9**iteration,
+        found=data.Data(
+            train=[Query("a", "The film [red]was[/red] "), *(Query(str(i), "x" * i) for i in range(1, 12))],
+            heldout=[Query("h", "One day"), Query("i", "Another")],
+            bad={"train": [tasks.Bad("t:3", "empty", "t:3: empty", "{}")] * 2, "heldout": []},
+        ),
+        rules=principles.Principles("mine", "mine 1", "", ("Be kind.", "Be brief."), ""),
+        reward=rewards.load("letters", {}),
+        algorithm=ple,
     )
     lines = [" ".join(line.split()) for line in text.splitlines()]
     assert "LoRA parameters 1,500 (7.50% of the base), rank 8, alpha 16, on " + ", ".join(config.lora.targets) in lines
     assert "queries 8 of the 12 of tiny_train" in lines
+    assert "train 12 of tiny_train, left out: 2 empty (train)" in lines and "held out 2 of tiny_heldout" in lines
+    assert "reward letters (0 to 1), transform none" in lines
+    assert "Principles (mine 1)" in lines
     # prompts have 1 to 11 tokens, and one 24: buckets of 16 and 32
     assert "generate plain 8 rows, 8 at once, each [16 or 32 prompt tokens + 8 new]" in lines
     assert any(line.startswith("generate principled 8 rows, 8 at once, each [") for line in lines)

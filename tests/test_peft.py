@@ -138,7 +138,7 @@ def test_an_interrupted_write_leaves_the_old_adapter(tmp_path, monkeypatch):
     "change, message",
     [
         ({"peft_type": "IA3"}, "peft_type 'IA3'; only 'LORA'"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save="),
+        ({"modules_to_save": ["lm_head"]}, r"has lm_head trained whole \(modules_to_save\), where none is needed"),
         ({"bias": "all"}, "bias='all', which is not supported"),
         ({"lora_bias": True}, "lora_bias=True, which is not supported"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4', which is not supported"),

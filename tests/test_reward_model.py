@@ -112,13 +112,18 @@ def test_a_damaged_head(folder, tmp_path, wrong):
     for file in folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match=rf"score\.weight (has shape \(2, 64\)|holds values that are not finite)"):
+    with pytest.raises(UserError, match=r"score\.weight (has shape \(2, 64\)|holds values that are not finite)"):
         reward_model.classifier(tmp_path, dtype="float32", rows=1, mesh=ONE)
 
 
 @pytest.mark.parametrize(
     ("raw", "count"),
-    [({}, 2), ({"id2label": {"0": "reward"}}, 1), ({"num_labels": 5, "id2label": None}, 5), ({"id2label": {"0": "a", "1": "b", "2": "c"}}, 3)],
+    [
+        ({}, 2),
+        ({"id2label": {"0": "reward"}}, 1),
+        ({"num_labels": 5, "id2label": None}, 5),
+        ({"id2label": {"0": "a", "1": "b", "2": "c"}}, 3),
+    ],
 )
 def test_labels(raw, count):
     assert checkpoint.labels(raw) == count

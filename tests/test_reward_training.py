@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from configs import tiny as tiny_config
-from ple_jax import losses, lora, train
+from ple_jax import lora, losses, train
 from ple_jax.algorithms import reward
 from ple_jax.core import modes, peft, prompts, rewards
 from ple_jax.core.config import UserError, validate

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from ple_jax.core import rollouts
 from ple_jax.core.config import UserError
 from ple_jax.core.rollouts import Journal, bucket, plan_chunks, uniforms
+from ple_jax.core.transcripts import Conversation
 from ple_jax.core.types import Response, Rollout
 
 # every line end that str.splitlines knows, and what JSON must escape
@@ -24,8 +25,12 @@ RESPONSES = [Response((5, 6, 2), True, "plain", 0, NASTY), Response((7,), False,
 number = st.floats(allow_nan=False)
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 ids = st.lists(st.integers(0, 10**6), max_size=6).map(tuple)
-response = st.builds(Response, ids, st.booleans(), text, st.integers(0, 9), text, number, number, number)
-rollout = st.builds(Rollout, text, text, ids, st.lists(response, max_size=3).map(tuple), number, number, text)
+parts = st.dictionaries(text, number, max_size=2)
+response = st.builds(Response, ids, st.booleans(), text, st.integers(0, 9), text, number, number, number, parts)
+turn = st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "tool"]), "content": text})
+conversation = st.builds(Conversation, st.lists(turn, min_size=1, max_size=3), st.lists(st.just({"name": "f"}), max_size=1))
+prompt = text | conversation
+rollout = st.builds(Rollout, text, prompt, ids, st.lists(response, max_size=3).map(tuple), number, number, text)
 
 
 def sampled(chunk):
@@ -39,7 +44,13 @@ def test_what_is_written_is_read(written):
     with tempfile.TemporaryDirectory() as folder:
         journal = Journal(Path(folder), 3)
         journal.complete(written)
-        assert journal.read() == written
+        assert (found := journal.read()) == written
+
+        def turns(rollouts):
+            conversations = (r.prompt for r in rollouts if isinstance(r.prompt, Conversation))
+            return [(c.messages, c.tools) for c in conversations]
+
+        assert turns(found) == turns(written)
 
 
 def test_the_line_of_a_rollout(tmp_path):

@@ -395,8 +395,8 @@ def test_a_sliding_window_is_planned(tmp_path):
     assert source.config.kinds[0].window == 8
     mesh = sharding.make_mesh()
     model = topology.train.make_model(c, source.config, mesh)
-    train_set = tasks.load(c.task.train)
-    sizes = topology.lengths(c, source.tokenizer, train_set, tasks.load(c.task.heldout), "")
+    train_set = tasks.load(c.task.train).queries
+    sizes = topology.lengths(c, source.tokenizer, train_set, tasks.load(c.task.heldout).queries, "")
     for phase in topology.phases(c, model, mesh, sizes, ple, source.eos):
         phase.lower()
 

@@ -249,8 +249,8 @@ tags:
 
 # A reward model from {{ base }}
 
-{{ "A LoRA adapter for" if library == "peft" else "The weights, LoRA adapter merged, of" }} {{ base }} with a head that scores
-conversations, trained for {{ iteration }} steps on preference pairs with Bradley-Terry's loss: the difference of two
+{{ "A LoRA adapter for" if library == "peft" else "The weights, LoRA adapter merged, of" }} {{ base }} with a head that
+scores conversations, trained for {{ iteration }} steps on preference pairs with Bradley-Terry's loss: the difference of two
 responses' scores is the log-odds that the first is preferred. Scores of different prompts do not compare.
 
 ## Training

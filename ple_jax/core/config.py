@@ -140,7 +140,7 @@ def _named(known: list[str], *, file: str = "", folder: bool = False, code: bool
 
 def _source(value: Any) -> str:
     """A hub is asked when the records are loaded."""
-    if isinstance(value, str) and is_hub_id(value) and not Path(value).suffix:
+    if isinstance(value, str) and is_hub_id(value) and not value.endswith((".jsonl", ".json", ".csv", ".parquet", ".gz")):
         return ""
     local = _named(names("data", ".jsonl"), file="file of records", folder=True)(value)
     return f"{local}, or a data set on a hub, user/name" if local else ""

@@ -19,14 +19,14 @@ from ple_jax.core import workdir as files
 from ple_jax.core.config import BACKENDS, UserError
 from ple_jax.core.rollouts import Journal
 from ple_jax.core.run import Run
-from ple_jax.core.setup import has_head, is_offline, load_algorithm, load_reward, open_run, read_inputs, resolved
+from ple_jax.core.setup import has_head, is_offline, load_algorithm, open_run, read_inputs, resolved
 from ple_jax.core.types import Response, Sampling
 
 
 def train(config: Any, workdir: Path, backend: str) -> int:
     """Runs Algorithm 1 (or an offline algorithm's epochs) to its end, or goes on where it stood."""
     with files.lock(workdir):
-        inputs = read_inputs(config)
+        inputs = read_inputs(config, backend)
         files.check(workdir, resolved(config, backend, inputs.digests))
         if (done := files.read_json(workdir / "summary.json")) is not None:
             if not (workdir / "report.html").exists():  # ended between the summary and the report
@@ -77,7 +77,7 @@ def _on_run(config: Any, workdir: Path, backend: str) -> Iterator[tuple[Run, dic
     if not (workdir / "config.json").exists():
         raise UserError(f"--workdir={workdir} holds no run; train one first: --mode=train")
     with files.lock(workdir):
-        inputs = read_inputs(config)
+        inputs = read_inputs(config, backend)
         files.check(workdir, resolved(config, backend, inputs.digests))
         with open_run(config, workdir, backend, inputs) as run:
             yield run, _restore(run)
@@ -209,14 +209,13 @@ def plan(config: Any, workdir: Path, backend: str, topology: str | None = None) 
 
     With a topology: what every phase needs of its devices, which need not be there.
     """
-    inputs = read_inputs(config)
+    inputs = read_inputs(config, backend)
     algorithm, found = inputs.algorithm, inputs.data
     algorithm.make_loss(config)
     samples = not is_offline(algorithm)
     if topology:
         if not samples:
             raise UserError(f"--topology goes with an algorithm that samples, and config.algorithm is {config.algorithm!r}")
-        load_reward(config, backend)
         importlib.import_module("ple_jax.topology").report(
             config, topology, algorithm=algorithm, train_set=found.train,
             heldout=found.heldout,
@@ -230,10 +229,9 @@ def plan(config: Any, workdir: Path, backend: str, topology: str | None = None) 
     if not samples:
         print(planning.describe_offline(config, **sizes, found=found, algorithm=algorithm))
         return 0
-    reward = load_reward(config, backend)
     print(
         planning.describe(
-            config, **sizes, found=found, rules=inputs.principles, reward=reward, algorithm=algorithm
+            config, **sizes, found=found, rules=inputs.principles, reward=inputs.reward, algorithm=algorithm
         )
     )
     return 0

@@ -156,8 +156,8 @@ def read(directory: Path, *, head: str | None = None) -> tuple[dict[str, np.ndar
 def _check(adapter: Mapping[str, np.ndarray], config: Mapping[str, Any], file: Path) -> None:
     """Every module has its matrices, of the rank that the config gives it, and nothing else is there."""
     heads = {f"{_PREFIX}{name}.weight" for name in config.get("modules_to_save") or ()}
-    if missing := heads - adapter.keys():
-        raise UserError(f"{file} lacks tensor {missing.pop()}; write the adapter again")
+    if absent := sorted(heads - adapter.keys()):
+        raise UserError(f"{file} lacks tensor {absent[0]}; write the adapter again")
     known = (name for name in adapter if name in heads or (name.startswith(_PREFIX) and name.endswith(tuple(_KINDS))))
     if odd := sorted(adapter.keys() - set(known)):
         raise UserError(f"{file} holds tensor {odd[0]}, which is not a LoRA matrix of a linear layer: not supported")

@@ -321,14 +321,14 @@ _PAGE = """\
 </span></div>
 {% endif %}
 {% if summary.heldout_accuracy is number %}
-<div class="card tile lead"><b>{{ "%.1f%%"|format(100 * summary.heldout_accuracy) }}</b><span>held-out pairs in the right order
-of {{ summary.heldout_examples|number }}, 95% interval {{ "%.1f%%"|format(100 * summary.heldout_accuracy_ci95[0]) }} to
-{{ "%.1f%%"|format(100 * summary.heldout_accuracy_ci95[1]) }}</span></div>
+<div class="card tile lead"><b>{{ show(summary.heldout_accuracy, true) }}</b><span>of {{ summary.heldout_examples|number }}
+held-out pairs in the right order, 95% interval {{ show(summary.heldout_accuracy_ci95[0], true) }} to
+{{ show(summary.heldout_accuracy_ci95[1], true) }}</span></div>
 {% endif %}
 {% if summary.wall_seconds is number %}{% set count = summary.iterations|default(summary.steps) %}
 <div class="card tile"><b>{{ summary.wall_seconds|duration }}</b>
-<span>wall time, {{ count }} {{ "iteration" if summary.iterations is defined else "step" }}{{ "" if count == 1 else "s" }}</span>
-</div>{% endif %}
+<span>wall time, {{ count }} {{ "step" if summary.steps else "iteration" }}{{ "" if count == 1 else "s" }}</span></div>
+{%- endif %}
 {% if summary.generated_tokens is number %}<div class="card tile"><b>{{ summary.generated_tokens|number }}</b>
 <span>tokens generated</span></div>{% endif %}
 {% if summary.training_tokens is number %}<div class="card tile"><b>{{ summary.training_tokens|number }}</b>

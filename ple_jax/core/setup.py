@@ -3,7 +3,8 @@
 import contextlib
 import hashlib
 import importlib
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -56,18 +57,23 @@ class Inputs(NamedTuple):
     algorithm: ModuleType
     data: data.Data
     principles: principles.Principles
+    reward: Reward
     digests: dict[str, str]  # the same path with other content is another run
 
 
-def read_inputs(config: Any) -> Inputs:
-    """The algorithm, the records and the principles of a config."""
+def read_inputs(config: Any, backend: str) -> Inputs:
+    """The algorithm, the records, the principles and the reward of a config, which may use the run's own devices."""
     algorithm = load_algorithm(config.algorithm)
     samples = not is_offline(algorithm)
     found = data.load(config, needs="prompt" if samples else algorithm.NEEDS)
     digests = {"train": tasks.digest(found.train), "heldout": tasks.digest(found.heldout)}
-    texts = {name: Path(file).read_text() for name, file in _code(config).items() if Path(file).is_file()}
-    text = principles.load(config.principles)
+    texts = {"algorithm": Path(config.algorithm).read_text()} if Path(config.algorithm).is_file() else {}
+    text, reward = principles.load(config.principles), Reward("none")
     if samples:
+        reward = rewards.load(
+            config.reward.name, config.reward.kwargs.to_dict(), backend=backend, mesh=config.mesh.to_dict()
+        )
+        texts["reward"] = json.dumps(_versions(reward))
         tasks.draw(found.train, config.queries_per_iteration, seed=config.seed, iteration=0)  # refuses more than there are
         principles.choose(text, config.principles_per_query, seed=config.seed, query_id="")  # refuses more than there are
         texts["principles"] = text.text
@@ -78,11 +84,11 @@ def read_inputs(config: Any) -> Inputs:
         files = [Path(config.model.adapter) / name for name in (peft.CONFIG, peft.WEIGHTS)]
         digests["adapter"] = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
     digests["model"] = hub.identity(config.model.path, config.model.revision)
-    return Inputs(algorithm, found, text, digests)
+    return Inputs(algorithm, found, text, reward, digests)
 
 
-def _code(config: Any) -> dict[str, str]:
-    return {"algorithm": config.algorithm, "reward": config.reward.name.split(":")[0]}
+def _versions(reward: Reward) -> list[str]:
+    return [version for part in reward.parts.values() for version in _versions(part)] or [reward.version]
 
 
 def resolved(config: Any, backend: str, digests: Mapping[str, str]) -> dict[str, Any]:
@@ -90,23 +96,23 @@ def resolved(config: Any, backend: str, digests: Mapping[str, str]) -> dict[str,
     keys = config.to_dict()
     del keys["export"]
     del keys["model"]["revision"]  # the commit that it stands for is among the inputs
+    keys["reward"]["kwargs"] = _without(keys["reward"]["kwargs"], _HOW)
     return {"backend": backend, **keys, "inputs": dict(digests)}
 
 
-def load_reward(config: Any, backend: str) -> Reward:
-    """The reward of a config, which may use the run's own devices."""
-    return rewards.load(
-        config.reward.name, config.reward.kwargs.to_dict(), backend=backend, mesh=config.mesh.to_dict()
-    )
+# of a reward's kwargs: how it is computed and not what, so that a run may go on after a server was too slow
+_HOW = ("timeout", "retries", "backoff", "max_failures", "concurrency", "batch", "api_key_env", "headers", "rows", "device")
+
+
+def _without(tree: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    return {k: _without(v, keys) if isinstance(v, Mapping) else v for k, v in tree.items() if k not in keys}
 
 
 @contextlib.contextmanager
 def open_run(config: Any, workdir: Path, backend: str, inputs: Inputs) -> Iterator[Run]:
     """Everything a run needs, cheap checks first; from here on the directory belongs to this config."""
     algorithm, found = inputs.algorithm, inputs.data
-    samples = not is_offline(algorithm)
     with Stop() as stop, Progress(_iterations(config, inputs)) as progress, contextlib.ExitStack() as stack:
-        reward = load_reward(config, backend) if samples else Reward("none")
         loss = algorithm.make_loss(config)
         names = ("jsonl", *(name for name in config.sinks if name != "jsonl"))  # metrics.jsonl is part of the contract
         sinks.check(names)
@@ -125,10 +131,10 @@ def open_run(config: Any, workdir: Path, backend: str, inputs: Inputs) -> Iterat
         outputs = sinks.make(names, workdir, config.to_dict())
         run = Run(
             config, workdir, built, loaded.tokenizer, loaded.eos, loaded.name, loaded.config.max_positions,
-            module.transposed(loaded), algorithm, loss, reward, cache, inputs.principles, found.train, found.heldout,
-            found.bad, outputs, progress, stop, Clock(),
+            module.transposed(loaded), algorithm, loss, inputs.reward, cache, inputs.principles, found.train,
+            found.heldout, found.bad, outputs, progress, stop, Clock(),
         )  # fmt: skip
-        yield sampling.fitted(run) if samples else run
+        yield run if is_offline(algorithm) else sampling.fitted(run)
 
 
 def _iterations(config: Any, inputs: Inputs) -> int:

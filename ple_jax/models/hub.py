@@ -138,8 +138,8 @@ def _explained(repo: str, revision: str | None, setting: str) -> Iterator[None]:
         yield
     except errors.RevisionNotFoundError as error:
         raise UserError(
-            f"hub model {repo!r} has no revision {revision!r}; set {setting.replace('path', 'revision')} to a branch, tag or commit of"
-            f" {where}, or leave it unset"
+            f"hub model {repo!r} has no revision {revision!r}; set {setting.replace('path', 'revision')} to a branch, tag or"
+            f" commit of {where}, or leave it unset"
         ) from error
     except errors.GatedRepoError as error:
         raise UserError(

@@ -196,7 +196,8 @@ def test_the_parts_of_a_reward_are_logged_and_scored_once(tmp_path):
     plain = [r["parts"]["vowels"] for r in responses if r["kind"] == "plain"]
     assert lines[1]["reward_vowels_plain"] == pytest.approx(np.mean(plain))
     raw = [r["reward"] for r in responses]
-    assert lines[1]["mean"] == pytest.approx(np.mean(raw)) and lines[1]["std"] == pytest.approx(np.std(raw))
+    assert lines[1]["transform_mean"] == pytest.approx(np.mean(raw))
+    assert lines[1]["transform_std"] == pytest.approx(np.std(raw))
     assert (tmp_path / "rewards.sqlite").exists()
 
 

@@ -53,7 +53,8 @@ def train(run: Run) -> dict[str, Any]:
         run.progress.iteration(iteration + 1)
         rollouts, seconds = collect(run, iteration, float(schedule(iteration)), render)
         values = summarise(rollouts, run.principles.text, run.tokenizer, config.sampling.max_new_tokens)
-        values |= rewards.statistics(raw_rewards(rollouts), config.reward.transform)
+        statistics = rewards.statistics(raw_rewards(rollouts), config.reward.transform)
+        values |= {f"transform_{name}": value for name, value in statistics.items()}
         warn_of_leak(run, values)
         started = time.perf_counter()
         values |= update(run, rollouts, state)

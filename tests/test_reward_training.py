@@ -386,11 +386,13 @@ def test_an_interrupted_run_goes_on_from_its_last_evaluation(trained, files, tmp
 
 def test_pairs_that_are_none_stop_the_run(tmp_path, files):
     bad = tmp_path / "bad.jsonl"
-    same = transcript("Well?", "Yes.")
-    bad.write_text(Path(files["task__train"]).read_text() + json.dumps({"chosen": same, "rejected": same}) * 1 + "\n")
-    few = run(tmp_path / "few", **files | {"task__train": str(bad)}, reward_model__eval_every=100)
-    assert few is not None
+    long = json.dumps({"chosen": transcript("Well?", "y" * 200), "rejected": transcript("Well?", "No.")})
+    bad.write_text(Path(files["task__train"]).read_text() + long + "\n")
+    changed = files | {"task__train": str(bad)}
+    run(tmp_path / "few", **changed, reward_model__eval_every=100)
     listed = [json.loads(line) for line in (tmp_path / "few" / "bad_records.jsonl").read_text().splitlines()]
-    assert [(line["set"], line["kind"]) for line in listed] == [("train", "unfit")] and "the same" in listed[0]["reason"]
-    with pytest.raises(UserError, match="both responses are the same.*config.task.max_bad_share=0.01"):
-        run(tmp_path / "none", **files | {"task__train": str(bad)}, task__max_bad_share=0.01)
+    assert [(line["set"], line["kind"]) for line in listed] == [("train", "unfit")]
+    assert "more than the 128 tokens of config.reward_model.max_tokens" in listed[0]["reason"]
+    assert summary(tmp_path / "few")["train_examples"] == 40
+    with pytest.raises(UserError, match="128 tokens of .*1 of 41 records.*config.task.max_bad_share=0.01"):
+        run(tmp_path / "none", **changed, task__max_bad_share=0.01)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from array_api_compat import array_namespace
 from jaxtyping import Float
 
 from ple_jax import losses
@@ -111,7 +112,7 @@ def make_loss(config: Any) -> Loss:
     def loss(outputs: Outputs, batch: Batch) -> tuple[Array, dict[str, Array]]:
         chosen, rejected = outputs.scores[:, 0], outputs.scores[:, 1]  # type: ignore[index]
         margin = chosen - rejected
-        right = 0.5 + 0.5 * ((margin > 0) * 1.0 - (margin < 0) * 1.0)
+        right = 0.5 + 0.5 * array_namespace(margin).sign(margin)
         return losses.bradley_terry(chosen, rejected), {"accuracy": right, "margin": margin}
 
     return loss

@@ -136,7 +136,7 @@ def test_warm_up_makes_another_reference(tmp_path):
     rows = [{"prompt": f"query {i}", "completion": "abc" * (i % 3)} for i in range(9)]  # a third are empty
     data.write_text("\n".join(map(json.dumps, rows)))
     sft = {"sft.data": str(data), "sft.epochs": 2, "sft.lr": 0.02}
-    with pytest.raises(UserError, match="completion.*3 of 9 records .* max_bad_share"):
+    with pytest.raises(UserError, match="sft.jsonl:1: the answer is empty.*3 of 9 records .*max_bad_share"):
         train(tmp_path / "run", **sft)
     lines = train(tmp_path / "run", **sft, **{"task.max_bad_share": 0.4})
     listed = [json.loads(line) for line in (tmp_path / "run" / "bad_records.jsonl").read_text().splitlines()]
@@ -243,10 +243,10 @@ def test_queries_that_are_held_out_are_not_trained_on(tmp_path):
 def test_prompts_that_are_too_long_are_counted(tmp_path):
     with pytest.raises(UserError, match=r"'train-\d+' has \d+ tokens, above task.max_prompt_tokens=4; .*16 of 16"):
         train(tmp_path, **{"task.max_prompt_tokens": 4})
-    train(tmp_path, **{"task.max_prompt_tokens": 11, "task.max_bad_share": 0.9, "queries_per_iteration": 4})
+    train(tmp_path, **{"task.max_prompt_tokens": 8, "task.max_bad_share": 0.9, "queries_per_iteration": 4})
     listed = [json.loads(line) for line in (tmp_path / "bad_records.jsonl").read_text().splitlines()]
-    assert {line["kind"] for line in listed} == {"over-long"}
-    assert all(len(line["prompt_tokens"]) <= 11 for line in rollouts(tmp_path))
+    assert [(line["set"], line["kind"]) for line in listed] == [("train", "over-long")] * 3 + [("heldout", "over-long")]
+    assert all(len(line["prompt_tokens"]) <= 8 for line in rollouts(tmp_path))
 
 
 def test_long_posts_are_cut_between_paragraphs(tmp_path):
@@ -257,8 +257,9 @@ def test_long_posts_are_cut_between_paragraphs(tmp_path):
         (tmp_path / f"{which}.jsonl").write_text("\n".join(map(json.dumps, some)))
     files = {f"task.{which}": str(tmp_path / f"{which}.jsonl") for which in ("train", "heldout")}
     train(tmp_path / "run", **files, **{"task.format": "tldr", "task.max_prompt_tokens": 80, "queries_per_iteration": 4})
-    (prompt,) = {line["prompt"].replace(line["prompt"][12], "?", 1) for line in rollouts(tmp_path / "run")}
-    assert prompt.endswith("\n\nPOST: One line.\nAnother line.\n\nTL;DR:")
+    for line in rollouts(tmp_path / "run"):
+        assert line["prompt"].endswith("\n\nTITLE: t\n\nPOST: One line.\nAnother line.\n\nTL;DR:")
+        assert len(line["prompt_tokens"]) <= 80
     assert not (tmp_path / "run" / "bad_records.jsonl").exists()
 
 

@@ -5,6 +5,8 @@ a model is the reward).
 
 Command: python -m ple_jax.main --config configs/reward_hh.py --workdir runs/reward_hh
 The result, runs/reward_hh/reward_model, is a reward: configs/hh.py uses it.
+Expected metric: held-out accuracy 0.58 after 320 pairs, 0.61 after 1,286 (SmolLM2-135M, reward_model.max_tokens=256)
+Run time: an hour for those on 2 CPU cores, evaluations not counted
 """
 
 from ml_collections import ConfigDict
@@ -21,5 +23,6 @@ def get_config() -> ConfigDict:
     c.task.subsets = ("harmless-base",)
     c.reward_model.max_tokens = 512
     c.optimizer.lr = 5e-4
+    c.optimizer.micro_queries = 2  # attention over [prompt | chosen | rejected] of 1,536 tokens takes memory
     c.optimizer.warmup_steps = 10
     return c

@@ -355,7 +355,7 @@ def test_the_version_says_whatever_changes_the_values(bert, tmp_path):
 
 def test_a_model_on_a_hub(bert, monkeypatch):
     asked = []
-    monkeypatch.setattr(hub, "fetch", lambda path, revision: asked.append((path, revision)) or bert[0])
+    monkeypatch.setattr(hub, "fetch", lambda path, revision, setting: asked.append((path, revision)) or bert[0])
     monkeypatch.setattr(hub, "commit", lambda path, revision: f"commit of {revision}")
     old, new = (make("me/sentiment", revision=revision, label=0) for revision in (None, "v2"))
     assert asked == [("me/sentiment", None), ("me/sentiment", "v2")]

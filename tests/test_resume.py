@@ -123,7 +123,7 @@ def test_one_writer(tmp_path):
 def test_the_work_directory_is_as_documented(uninterrupted):
     expected = {
         "adapter", "checkpoints", "config.json", "environment.json", "evaluations", "metrics.jsonl", "report.html",
-        "rollouts", "summary.json", "tensorboard", ".lock",
+        "rewards.sqlite", "rollouts", "summary.json", "tensorboard", ".lock",
     }  # fmt: skip
     assert {p.name for p in uninterrupted.iterdir()} == expected
     summary = json.loads((uninterrupted / "summary.json").read_text())

@@ -537,7 +537,7 @@ def read(raw: Raw, where: str) -> ModelConfig:
             "max_positions": raw["max_position_embeddings"],
         }
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
-        if wrong := [size for size in (*sizes, "max_positions") if type(fields[size]) is not int or fields[size] < 1]:
+        if wrong := [size for size in (*sizes, "max_positions") if type(fields[size]) is not int]:
             raise TypeError(f"{wrong[0]} is {fields[wrong[0]]!r}")
         if heads % fields["num_kv_heads"]:
             raise UserError(f"{heads} attention heads do not divide into {fields['num_kv_heads']} KV heads")

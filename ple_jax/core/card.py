@@ -122,6 +122,21 @@ def serve_merged(folder: Path, *, name: str) -> str:
     return f"vllm serve {shlex.quote(str(folder))} --served-model-name {shlex.quote(name)}"
 
 
+_SETTINGS = """\
+{% if settings %}
+Settings that differ from the defaults:
+
+| setting | value |
+|---|---|
+{% for key, value in settings.items() %}
+| {{ key|cell }} | {{ value|cell }} |
+{% endfor %}
+{% else %}
+All settings are the defaults.
+{% endif %}
+
+"""
+
 _CARD = """\
 ---
 {% if on_hub %}
@@ -154,18 +169,7 @@ both, weighted by their rewards.
 | reward | {{ config["reward.name"]|cell }} with {{ config["reward.kwargs"]|cell }} |
 | prompts | {{ "chat template" if config["task.chat"] else "plain text" }} |
 
-{% if settings %}
-Settings that differ from the defaults:
-
-| setting | value |
-|---|---|
-{% for key, value in settings.items() %}
-| {{ key|cell }} | {{ value|cell }} |
-{% endfor %}
-{% else %}
-All settings are the defaults.
-{% endif %}
-
+""" + _SETTINGS + """\
 {% if metrics %}
 ## Evaluation
 
@@ -262,18 +266,7 @@ responses' scores is the log-odds that the first is preferred. Scores of differe
 | preference pairs | {{ config["task.train"]|cell }} ({{ config["task.format"] }}) |
 | held-out pairs | {{ config["task.heldout"]|cell }} |
 
-{% if settings %}
-Settings that differ from the defaults:
-
-| setting | value |
-|---|---|
-{% for key, value in settings.items() %}
-| {{ key|cell }} | {{ value|cell }} |
-{% endfor %}
-{% else %}
-All settings are the defaults.
-{% endif %}
-
+""" + _SETTINGS + """\
 {% if summary %}
 ## Evaluation
 

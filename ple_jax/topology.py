@@ -24,7 +24,7 @@ from ple_jax.core import prompts
 from ple_jax.core.config import PACKAGE, PUBLISHED, UserError
 from ple_jax.core.rollouts import bucket
 from ple_jax.core.types import Batch, Query, Response, Rollout, Sampling, Tokenizer
-from ple_jax.models import checkpoint, families, hub
+from ple_jax.models import adapters, checkpoint, families, hub
 from ple_jax.models import tokenizer as tokenizers
 from ple_jax.models.config import ModelConfig
 from ple_jax.models.decoder import Model, quantized_axis
@@ -202,9 +202,9 @@ def phases(
 ) -> Iterator[Phase]:
     """Everything a run compiles, in the order in which it happens."""
     c, opt = model.config, config.optimizer
-    settings = train.lora_settings(config)
+    settings = adapters.settings(config)
     transform = train.optimizer(clip_norm=opt.clip_norm, weight_decay=opt.weight_decay)
-    fresh = lora.init(c, settings, seed=config.seed)
+    fresh = adapters.init(c, settings, seed=config.seed)
     places = train.placement(fresh, transform, mesh)
     made = train.programs(model, fresh, mesh, transform=transform, settings=settings)
     base = abstract_base(model, mesh, config.model.quantize)
@@ -219,7 +219,7 @@ def phases(
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.rows(mesh, len(shape)))
 
     def forward(rows: int, tokens: int, source: int, predicted: int) -> dict[str, float]:
-        return forward_flops(c, rows=rows, tokens=tokens, source=source, predicted=predicted, adapter=lora.count(fresh))
+        return forward_flops(c, rows=rows, tokens=tokens, source=source, predicted=predicted, adapter=adapters.count(fresh))
 
     s, width = config.sampling, config.sampling.width
     sampling = Sampling(sizes.new, eos, s.temperature, s.top_k, s.top_p, s.min_p)
@@ -307,7 +307,7 @@ def phases(
         gradient_flops(flops, config.model.remat),
         lambda: made.gradients.lower(base, adapter, micro, whole((), jnp.float32), key, loss=loss),
     )
-    numbers = lora.count(fresh)
+    numbers = adapters.count(fresh)
     if passes > 1:
         yield Phase(
             "accumulate", f"{numbers:,} gradients", 2 * trained, policy + resident, numbers,

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from ple_jax import checkpoint, generate, lora, sharding
 from ple_jax.core.rollouts import bucket
 from ple_jax.core.types import Batch, Loss, Outputs, Response, Sampling
-from ple_jax.models import attention
+from ple_jax.models import adapters, attention
 from ple_jax.models import checkpoint as weights
 from ple_jax.models.config import ModelConfig
 from ple_jax.models.decoder import Model, fill, head_logits
@@ -177,8 +177,8 @@ def outputs(
     return Outputs(logprobs, spread, scores=scores)
 
 
-def _head(adapter: lora.Adapter) -> Array | None:
-    return adapter[lora.HEAD]["w"] if lora.HEAD in adapter else None
+def _head(adapter: adapters.Adapter) -> Array | None:
+    return adapter[adapters.HEAD]["w"] if adapters.HEAD in adapter else None
 
 
 # ---------------------------------------------------------------- the step
@@ -194,7 +194,7 @@ def optimizer(*, clip_norm: float, weight_decay: float) -> optax.GradientTransfo
 
 
 def gradients(
-    model: Model, settings: lora.Lora, loss: Loss, base: Any, adapter: Any, batch: Batch, share: Array, key: Array
+    model: Model, settings: adapters.Lora, loss: Loss, base: Any, adapter: Any, batch: Batch, share: Array, key: Array
 ) -> tuple[Any, dict[str, Array]]:
     """Gradients of the mean loss over the optimiser batch, this micro-batch's part; `share` is 1 / its real rows.
 
@@ -232,13 +232,13 @@ class Programs(NamedTuple):
     apply: Any  # (adapter, state, gradients, lr) -> (adapter, state, norm); donates adapter and state
 
 
-def placement(adapter: lora.Adapter, transform: optax.GradientTransformation, mesh: Mesh) -> tuple[Any, Any]:
+def placement(adapter: adapters.Adapter, transform: optax.GradientTransformation, mesh: Mesh) -> tuple[Any, Any]:
     """NamedShardings of an adapter and of its optimizer state; shapes are all that is read."""
     return sharding.adapter(adapter, mesh), sharding.adapter(jax.eval_shape(transform.init, adapter), mesh)
 
 
 def programs(
-    model: Model, adapter: lora.Adapter, mesh: Mesh, *, transform: optax.GradientTransformation, settings: lora.Lora
+    model: Model, adapter: adapters.Adapter, mesh: Mesh, *, transform: optax.GradientTransformation, settings: adapters.Lora
 ) -> Programs:
     """The programs of one model on one mesh; nothing is compiled before it is called or lowered.
 
@@ -289,10 +289,10 @@ class JaxBackend:
         self,
         model: Model,
         base: Any,
-        adapter: lora.Adapter,
+        adapter: adapters.Adapter,
         mesh: Mesh,
         *,
-        settings: lora.Lora,
+        settings: adapters.Lora,
         width: int,
         bucket: int,
         clip_norm: float,
@@ -396,7 +396,7 @@ class JaxBackend:
         self._reference = jax.tree.map(jnp.copy, self._adapter)
 
     def adapter(self) -> dict[str, np.ndarray]:
-        return lora.to_peft(jax.device_get(self._adapter))
+        return adapters.to_peft(jax.device_get(self._adapter))
 
     def save(self, path: Path, step: int, meta: dict[str, Any], *, keep: int) -> None:
         checkpoint.save(path, step, self._trees(), meta, keep=keep)
@@ -469,26 +469,12 @@ def load(config: ConfigDict) -> weights.Loaded:
 def count(config: ConfigDict, loaded: weights.Loaded) -> tuple[int, int]:
     """Parameters of the base and of the adapter."""
     base = sum(math.prod(shape) for shape in expected_shapes(loaded.config).values())
-    return base, lora.count(start_adapter(config, loaded.config))
+    return base, adapters.count(adapters.start(config, loaded.config))
 
 
 def transposed(loaded: weights.Loaded) -> bool:
     """Whether the base keeps its linear weights as [in, out]."""
     return FAMILIES[loaded.config.family].transposed
-
-
-def lora_settings(config: ConfigDict) -> lora.Lora:
-    """`config.lora` as `ple_jax.lora` takes it."""
-    values = config.lora.to_dict()
-    return lora.Lora(**values | {name: dict(values[name]) for name in ("rank_pattern", "alpha_pattern")})
-
-
-def start_adapter(config: ConfigDict, model_config: ModelConfig) -> lora.Adapter:
-    """The adapter in the folder `config.model.adapter`, or a fresh one (DoRA's magnitudes need the base)."""
-    settings = lora_settings(config)
-    if config.model.adapter is None:
-        return lora.init(model_config, settings, seed=config.seed)
-    return lora.read(Path(config.model.adapter), model_config, settings)
 
 
 def make_model(config: ConfigDict, model_config: ModelConfig, mesh: Mesh, *, platform: str | None = None) -> Model:
@@ -519,14 +505,14 @@ def build(config: ConfigDict, loaded: weights.Loaded, *, head: bool = False) -> 
     """The backend a config asks for, weights on the mesh; with `head` a reward model's head is trained too, or alone."""
     mesh = sharding.make_mesh(**config.mesh)
     model = make_model(config, loaded.config, mesh)
-    settings = lora_settings(config)
-    adapter = start_adapter(config, loaded.config)  # before the weights are read: it may be refused
+    settings = adapters.settings(config)
+    adapter = adapters.start(config, loaded.config)  # before the weights are read: it may be refused
     put = sharding.put_weight(mesh, kv_heads=loaded.config.num_kv_heads)
     base = fill(model, loaded.weights, put, quantize=config.model.quantize)
     if settings.dora and config.model.adapter is None:
         adapter = lora.magnitudes(model, base, adapter, settings)
     if head:
-        adapter = ({} if config.reward_model.train == "head" else adapter) | lora.init_head(loaded.config)
+        adapter = ({} if config.reward_model.train == "head" else adapter) | adapters.init_head(loaded.config)
     return JaxBackend(
         model,
         base,

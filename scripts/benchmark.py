@@ -29,10 +29,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ple_jax import lora, sharding, train
 from ple_jax.core.types import Batch, Sampling
-from ple_jax.models import checkpoint
+from ple_jax.models import adapters, checkpoint
 from ple_jax.models.decoder import Model, fill
 
-LORA = lora.Lora(rank=8, alpha=16.0)
+LORA = adapters.Lora(rank=8, alpha=16.0)
 
 
 def median_pair(ours: Callable[[], None], theirs: Callable[[], None], tokens: int, repeats: int) -> dict[str, float]:
@@ -65,7 +65,7 @@ def backend(loaded: checkpoint.Loaded, width: int) -> train.JaxBackend:
     mesh = sharding.make_mesh()
     model = Model.create(loaded.config, scan=train.use_scan("auto"))
     base = fill(model, loaded.weights, lambda _, array: jax.device_put(array, sharding.replicated(mesh)))
-    adapter = lora.init(loaded.config, LORA, seed=0)
+    adapter = adapters.init(loaded.config, LORA, seed=0)
     return train.JaxBackend(
         model, base, adapter, mesh, settings=LORA, width=width, bucket=16, clip_norm=1.0, weight_decay=0.0
     )
@@ -137,7 +137,7 @@ def measure_memory(loaded: checkpoint.Loaded) -> None:
     """Temporary memory of the compiled training step, as the compiler reports it; nothing is run."""
     c = loaded.config
     model = Model.create(c, scan=train.use_scan("auto"))
-    adapter = lora.init(c, LORA, seed=0)
+    adapter = adapters.init(c, LORA, seed=0)
     queries, prompt_len, k, response_len = 8, 64, 2, 128
 
     def all_logits(base, adapter, batch):

@@ -8,8 +8,8 @@ import tiny
 
 from ple_jax import generate, lora
 from ple_jax.core.types import Sampling
-from ple_jax.lora import Lora
 from ple_jax.models import checkpoint
+from ple_jax.models.adapters import Lora
 from ple_jax.models.decoder import Model, fill
 from ple_jax.models.families import read
 

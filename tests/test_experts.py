@@ -15,7 +15,7 @@ from test_quantize import normal_float_levels
 
 from ple_jax import lora, sharding
 from ple_jax.core.config import UserError
-from ple_jax.models import families
+from ple_jax.models import adapters, families
 from ple_jax.models.config import ModelConfig
 from ple_jax.models.decoder import Model, fill, quantized_axis
 from ple_jax.models.experts import mix
@@ -29,7 +29,7 @@ RAWS = {
     "mixtral": _SIZES | {"model_type": "mixtral", "intermediate_size": 64, "num_local_experts": 5},
     "qwen3_moe": _SIZES | {"model_type": "qwen3_moe", "moe_intermediate_size": 64, "num_experts": 5},
 }
-LORA = lora.Lora(rank=4)
+LORA = adapters.Lora(rank=4)
 MESHES = [{"data": 4, "fsdp": 2}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 4, "tensor": 2}]
 
 
@@ -73,14 +73,14 @@ def loss(model: Model, base: Any, adapter: Any, tokens: jax.Array) -> jax.Array:
 
 
 def random_adapter(model: Model) -> Any:
-    rng, fresh = np.random.default_rng(2), lora.init(model.config, LORA, seed=0)
+    rng, fresh = np.random.default_rng(2), adapters.init(model.config, LORA, seed=0)
     return {p: {k: (0.1 * rng.normal(size=x.shape)).astype(np.float32) for k, x in m.items()} for p, m in fresh.items()}
 
 
 def gradients(model: Model, base: Any, tokens: np.ndarray) -> tuple[float, dict[str, np.ndarray]]:
     step = jit(jax.value_and_grad(functools.partial(loss, model), argnums=1))
     value, grads = step(base, random_adapter(model), tokens)
-    return float(value), lora.to_peft(jax.device_get(grads))
+    return float(value), adapters.to_peft(jax.device_get(grads))
 
 
 @functools.cache
@@ -234,9 +234,9 @@ def test_sizes_are_the_published_ones(raw, total, active):
 def test_adapters_are_on_the_attention(name):
     c = families.read(RAWS[name], name)
     modules = [f"model.layers.{i}.self_attn.{p}_proj" for i in range(c.num_layers) for p in "qkvo"]
-    assert lora.resolve(c, ("all-linear",)) == modules
+    assert adapters.resolve(c, ("all-linear",)) == modules
     with pytest.raises(UserError, match="down_proj.*no linear module"):
-        lora.resolve(c, ("down_proj",))
+        adapters.resolve(c, ("down_proj",))
 
 
 @pytest.mark.parametrize(

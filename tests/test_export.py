@@ -21,14 +21,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from configs import default
 from configs import tiny as tiny_config
-from ple_jax import lora
 from ple_jax.core import card, modes, peft, setup
 from ple_jax.core.config import UserError
 from ple_jax.core.types import Sampling
-from ple_jax.models import checkpoint, export
+from ple_jax.models import adapters, checkpoint, export
 from ple_jax.models.tokenizer import byte_tokenizer
 
-ADAPTER = lora.to_peft(tiny.random_adapter(tiny.CONFIG))
+ADAPTER = adapters.to_peft(tiny.random_adapter(tiny.CONFIG))
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PROMPT = torch.arange(24).reshape(2, 12)
 
@@ -95,7 +94,7 @@ def test_of_a_multimodal_model_the_text_part(tmp_path):
     variant = families.VARIANTS["gemma3"]
     families.save(families.build(variant), tmp_path / "base")
     config = checkpoint.load(str(tmp_path / "base")).config
-    adapter = lora.to_peft(tiny.random_adapter(config))
+    adapter = adapters.to_peft(tiny.random_adapter(config))
     paths = sorted(peft.modules(adapter))
     peft.write(tmp_path / "adapter", adapter, rank=4, alpha=6, targets=paths, base_model="some/base")
     folder = merged(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
@@ -397,7 +396,7 @@ def test_merged_model_says_what_the_run_says(run):
 def test_exported_adapter_is_the_checkpoints_bit_for_bit(run):
     config, workdir = run
     modes.export(config, workdir, "jax")
-    read = lora.from_peft(peft.read(workdir / "adapter")[0])
+    read = adapters.from_peft(peft.read(workdir / "adapter")[0])
     expected = tiny.random_adapter(checkpoint.load("tiny").config)
     assert read.keys() == expected.keys()
     for path, module in expected.items():

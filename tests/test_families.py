@@ -20,14 +20,14 @@ from ple_jax import generate, lora, train
 from ple_jax.core import peft
 from ple_jax.core.config import UserError
 from ple_jax.core.types import Batch, Sampling
-from ple_jax.models import checkpoint
+from ple_jax.models import adapters, checkpoint
 from ple_jax.models import families as table
 from ple_jax.models.decoder import Model, fill
 from ple_jax.models.tokenizer import byte_tokenizer
 
 LENGTHS = (5, 14, 9)  # two of them longer than a window
 WIDTH = max(LENGTHS)
-LORA = lora.Lora(rank=4, alpha=8.0)
+LORA = adapters.Lora(rank=4, alpha=8.0)
 # where we adapt less than PEFT: the part that reads and writes text of a model that also sees, and no experts
 TARGETS = {"gemma3": r".*language_model.*_proj", **dict.fromkeys(("mixtral", "qwen3_moe"), r".*self_attn.*_proj")}
 
@@ -245,7 +245,7 @@ def test_packed_rows_and_their_gradients_equal_peft(family, tmp_path):
     model, base, batch = family.models[family.scan], family.bases[family.scan], random_batch()
     theirs = adapted(family)
     theirs.save_pretrained(tmp_path)
-    adapter = lora.from_peft(peft.read(tmp_path)[0])
+    adapter = adapters.from_peft(peft.read(tmp_path)[0])
     weights = np.random.default_rng(2).normal(size=batch.response.shape).astype(np.float32)
 
     @jit
@@ -261,7 +261,7 @@ def test_packed_rows_and_their_gradients_equal_peft(family, tmp_path):
     np.testing.assert_allclose(logprobs, expected.detach().numpy(), atol=1e-4, rtol=0)
     (torch.from_numpy(weights) * expected).sum().backward()
     named = {n.replace(".default", ""): p.grad.numpy() for n, p in theirs.named_parameters() if p.grad is not None}
-    gradient = lora.to_peft(gradient)
+    gradient = adapters.to_peft(gradient)
     assert sorted(gradient) == sorted(named)
     for name, theirs_ in named.items():
         np.testing.assert_allclose(gradient[name], theirs_, atol=1e-4 * np.abs(theirs_).max(), rtol=0, err_msg=name)
@@ -272,7 +272,7 @@ def test_names_of_adapted_modules_are_those_of_peft(family):
     from peft import get_peft_model_state_dict
 
     theirs = {name: tuple(x.shape) for name, x in get_peft_model_state_dict(adapted(family)).items()}
-    ours = lora.to_peft(lora.init(family.loaded.config, LORA, seed=0))
+    ours = adapters.to_peft(adapters.init(family.loaded.config, LORA, seed=0))
     assert {name: x.shape for name, x in ours.items()} == theirs
 
 

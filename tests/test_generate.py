@@ -9,6 +9,7 @@ from test_decoder import build, full_logits, left_padded
 
 from ple_jax import generate, lora
 from ple_jax.core.types import Sampling
+from ple_jax.models import adapters
 
 
 def probabilities(logits):
@@ -106,7 +107,7 @@ def test_sampler_and_trainer_agree():
     """Every sampled token is the one that the full forward pass's distribution gives for its uniform."""
     new, rng = 12, np.random.default_rng(5)
     model, base = build()
-    fused = lora.fuse(model, tiny.random_adapter(tiny.CONFIG), lora.Lora(rank=4, alpha=4.0))
+    fused = lora.fuse(model, tiny.random_adapter(tiny.CONFIG), adapters.Lora(rank=4, alpha=4.0))
     tokens, mask = left_padded(rng, tiny.CONFIG.vocab_size, width=16)
     noise = rng.random((3, new), dtype=np.float32)
     out, _ = generate.generate(

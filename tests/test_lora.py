@@ -30,8 +30,8 @@ from ple_jax import lora, main, sharding, train
 from ple_jax.core import modes, peft
 from ple_jax.core.config import UserError, validate
 from ple_jax.core.types import Sampling
-from ple_jax.lora import Lora
-from ple_jax.models import checkpoint
+from ple_jax.models import adapters, checkpoint
+from ple_jax.models.adapters import Lora
 from ple_jax.models.config import ModelConfig
 from ple_jax.models.decoder import Linear, LowRank, Model, fill
 from ple_jax.models.families import FAMILIES as TABLE
@@ -79,7 +79,7 @@ def logits(model: Model, base: Any, fused: Any) -> jax.Array:
     return model.logits(base, model.apply(base, fused, jnp.asarray(TOKENS), positions=positions, mask=mask)[0])
 
 
-def randomised(adapter: lora.Adapter, seed: int = 1) -> lora.Adapter:
+def randomised(adapter: adapters.Adapter, seed: int = 1) -> adapters.Adapter:
     """Matrices that do something, and magnitudes that are no longer the base's norms."""
     rng = np.random.default_rng(seed)
 
@@ -163,8 +163,8 @@ def test_logits_and_gradients_equal_peft(name, scan):
     named = {n.replace(".default", ""): p for n, p in theirs.named_parameters() if p.requires_grad}
     # in memory a magnitude is a module's weight, in a file it has the module's name
     named = {n.removesuffix(".weight") if "magnitude" in n else n: p for n, p in named.items()}
-    adapter = lora.from_peft({n: p.detach().numpy() for n, p in named.items()})
-    assert adapter.keys() == set(lora.resolve(CONFIGS[family], options.targets))
+    adapter = adapters.from_peft({n: p.detach().numpy() for n, p in named.items()})
+    assert adapter.keys() == set(adapters.resolve(CONFIGS[family], options.targets))
     model, base = held(family, scan)
     mix = np.random.default_rng(1).normal(size=(*TOKENS.shape, families.VOCAB)).astype(np.float32)
 
@@ -180,7 +180,7 @@ def test_logits_and_gradients_equal_peft(name, scan):
     expected = theirs(input_ids=torch.tensor(TOKENS).long()).logits
     np.testing.assert_allclose(said, expected.detach().numpy(), atol=1e-4, rtol=0)
     (torch.from_numpy(mix) * expected).sum().backward()
-    gradients = lora.to_peft(gradients)
+    gradients = adapters.to_peft(gradients)
     assert gradients.keys() == named.keys()
     for n, parameter in named.items():
         largest = parameter.grad.abs().max().item()
@@ -202,7 +202,7 @@ def test_targets_mean_what_they_mean_in_peft(family):
         names = targets[0] if "all-linear" in targets else list(targets)
         config = LoraConfig(target_modules=names, fan_in_fan_out=family == "gpt2", task_type="CAUSAL_LM")
         theirs = get_peft_model(bare(family), config).targeted_module_names
-        ours = lora.resolve(CONFIGS[family], targets)
+        ours = adapters.resolve(CONFIGS[family], targets)
         assert set(ours) == set(theirs) and len(ours) == len(theirs)
 
 
@@ -210,7 +210,7 @@ def test_targets_mean_what_they_mean_in_peft(family):
 def test_targets_that_are_not_there(targets):
     says = re.escape(f"names {targets[-1]!r}, which is no linear module of this llama model")
     with pytest.raises(UserError, match=says) as error:
-        lora.resolve(tiny.CONFIG, targets)
+        adapters.resolve(tiny.CONFIG, targets)
     assert "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj" in str(error.value)
     assert targets != ("q_porj",) or "did you mean 'q_proj'" in str(error.value)
 
@@ -218,7 +218,7 @@ def test_targets_that_are_not_there(targets):
 @pytest.mark.parametrize("name", ["rank_pattern", "alpha_pattern"])
 def test_a_pattern_that_matches_nothing(name):
     with pytest.raises(UserError, match="'up_porj', which is the end of no adapted module's path, such as model.layers.0"):
-        lora.init(tiny.CONFIG, Lora(**{name: {"q_proj": 4, "up_porj": 2}}), seed=0)
+        adapters.init(tiny.CONFIG, Lora(**{name: {"q_proj": 4, "up_porj": 2}}), seed=0)
 
 
 # ---------------------------------------------------------------- a fresh adapter
@@ -226,7 +226,7 @@ def test_a_pattern_that_matches_nothing(name):
 
 def test_init():
     options = Lora(rank=4, targets=("q_proj", "down_proj"), rank_pattern={"1.mlp.down_proj": 6})
-    adapter = lora.init(tiny.CONFIG, options, seed=0)
+    adapter = adapters.init(tiny.CONFIG, options, seed=0)
     assert list(adapter) == [p for p, *_ in module_shapes(tiny.CONFIG) if p.endswith(("q_proj", "down_proj"))]
     ranks = {path: 6 if path == "model.layers.1.mlp.down_proj" else 4 for path in adapter}
     for path, _, inp, out in module_shapes(tiny.CONFIG):
@@ -235,11 +235,11 @@ def test_init():
             # Kaiming's uniform bound with a = sqrt(5) is 1 / sqrt(fan_in), as in PEFT
             assert 0.8 * inp**-0.5 < np.abs(adapter[path]["a"]).max() <= inp**-0.5
             assert not adapter[path]["b"].any()
-    again = lora.init(tiny.CONFIG, Lora(rank=4, targets=("2.mlp.down_proj",)), seed=0)
+    again = adapters.init(tiny.CONFIG, Lora(rank=4, targets=("2.mlp.down_proj",)), seed=0)
     for path, module in again.items():  # a module's noise does not depend on which others there are
         np.testing.assert_array_equal(module["a"], adapter[path]["a"])
     assert len({module["a"].tobytes() for module in adapter.values()}) == len(adapter)
-    assert lora.count(adapter) == sum(ranks[p] * (i + o) for p, _, i, o in module_shapes(tiny.CONFIG) if p in adapter)
+    assert adapters.count(adapter) == sum(ranks[p] * (i + o) for p, _, i, o in module_shapes(tiny.CONFIG) if p in adapter)
 
 
 @pytest.mark.parametrize("scan", [False, True])
@@ -247,7 +247,7 @@ def test_init():
 def test_a_fresh_adapter_is_the_base_bit_for_bit(family, scan):
     model, base = held(family, scan)
     options = Lora(rank_pattern={next(module_shapes(CONFIGS[family]))[0]: 3})  # another rank in one layer
-    adapter = lora.init(CONFIGS[family], options, seed=0)
+    adapter = adapters.init(CONFIGS[family], options, seed=0)
     said = jit(lambda base, adapter: logits(model, base, lora.fuse(model, adapter, options)))
     np.testing.assert_array_equal(said(base, adapter), said(base, {}))
 
@@ -260,7 +260,7 @@ def test_a_fresh_dora_is_the_base_as_it_is_held(dtype, quantize, scan):
     """Rounded or quantised: the norms of the stored weights would change what the model says from the first step on."""
     options = Lora(dora=True, targets=("q_proj", "o_proj", "up_proj"))
     model, base = build(tiny.CONFIG, tiny.weights(), scan=scan, dtype=jnp.dtype(dtype), quantize=quantize)
-    adapter = lora.magnitudes(model, base, lora.init(tiny.CONFIG, options, seed=0), options)
+    adapter = lora.magnitudes(model, base, adapters.init(tiny.CONFIG, options, seed=0), options)
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(adapter))
     fused = jit(lambda base, adapter: lora.fuse(model, adapter, options, base=base))(base, adapter)
     assert len(low_ranks(fused)) == 3 * (1 if scan else tiny.CONFIG.num_layers)
@@ -279,7 +279,7 @@ def test_an_output_without_weights_has_a_gradient_under_dora():
     tensors[name] = tensors[name] * (np.arange(48) != 5)[:, None]
     options = Lora(4, dora=True, targets=("up_proj",))
     model, base = build(tiny.CONFIG, tensors, scan=False)
-    adapter = lora.magnitudes(model, base, lora.init(tiny.CONFIG, options, seed=0), options)
+    adapter = lora.magnitudes(model, base, adapters.init(tiny.CONFIG, options, seed=0), options)
     gradients = jit(jax.grad(lambda a: (logits(model, base, lora.fuse(model, a, options, base=base)) ** 2).sum()))(adapter)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
 
@@ -293,7 +293,7 @@ def options_of(draw, family: str, *, dora: bool = False) -> Lora:
     names = {module.name for _, module, *_ in module_shapes(CONFIGS[family])}
     some = st.lists(st.sampled_from(paths + sorted(names)), min_size=1, max_size=4)
     targets = draw(st.just(["all-linear"]) | some)
-    patterns = st.dictionaries(st.sampled_from(lora.resolve(CONFIGS[family], targets)), st.integers(1, 6), max_size=3)
+    patterns = st.dictionaries(st.sampled_from(adapters.resolve(CONFIGS[family], targets)), st.integers(1, 6), max_size=3)
     rank, alpha = draw(st.integers(1, 5)), draw(st.floats(0.5, 8))
     return Lora(rank, alpha, targets, draw(patterns), draw(patterns), rslora=draw(st.booleans()), dora=dora)
 
@@ -318,13 +318,13 @@ def kernels(model: Model, base: Any, fused: Any) -> list[dict[str, jax.Array]]:
 @given(data=st.data(), dora=st.booleans(), seed=st.integers(0, 99))
 def test_merging_is_applying(family, data, dora, seed):
     options = data.draw(options_of(family, dora=dora))
-    adapter = lora.init(CONFIGS[family], options, seed=0)
+    adapter = adapters.init(CONFIGS[family], options, seed=0)
     if dora:
         norms = {f"{path}.weight": weights(family)[f"{path}.weight"] for path in adapter}
         axis = 0 if family == "gpt2" else 1
         adapter = {p: module | {"m": np.linalg.norm(norms[f"{p}.weight"], axis=axis)} for p, module in adapter.items()}
     adapter = randomised(adapter, seed)
-    merged = lora.merge(CONFIGS[family], weights(family), adapter, options)
+    merged = adapters.merge(CONFIGS[family], weights(family), adapter, options)
     expected = kernels(*build(CONFIGS[family], merged, scan=False), {})
 
     @jit
@@ -342,9 +342,9 @@ def test_merging_is_applying(family, data, dora, seed):
 @given(data=st.data(), seed=st.integers(0, 99))
 def test_unmerging_gives_the_base_back(family, data, seed):
     options = data.draw(options_of(family))
-    adapter = randomised(lora.init(CONFIGS[family], options, seed=0), seed)
-    merged = lora.merge(CONFIGS[family], weights(family), adapter, options)
-    again = lora.unmerge(CONFIGS[family], merged, adapter, options)
+    adapter = randomised(adapters.init(CONFIGS[family], options, seed=0), seed)
+    merged = adapters.merge(CONFIGS[family], weights(family), adapter, options)
+    again = adapters.unmerge(CONFIGS[family], merged, adapter, options)
     assert again.keys() == weights(family).keys()
     for name, weight in weights(family).items():
         assert np.array_equal(merged[name], weight) == (name.removesuffix(".weight") not in adapter)
@@ -359,37 +359,37 @@ def test_stacking_adds_up_and_commutes(family, data, seed):
     pairs = []
     for i in range(data.draw(st.integers(2, 3))):
         options = data.draw(options_of(family))
-        pairs.append((randomised(lora.init(config, options, seed=0), seed + i), options))
+        pairs.append((randomised(adapters.init(config, options, seed=0), seed + i), options))
     one_after_the_other = tensors
     for pair in pairs:
-        one_after_the_other = lora.merge(config, one_after_the_other, *pair)
+        one_after_the_other = adapters.merge(config, one_after_the_other, *pair)
     for order in (pairs, pairs[::-1]):
-        together, options = lora.stack(order)
-        assert together.keys() == set(lora.resolve(config, options.targets))
+        together, options = adapters.stack(order)
+        assert together.keys() == set(adapters.resolve(config, options.targets))
         for path, module in together.items():
             assert options.scale_of(path) == 1 and options.rank_of(path) == len(module["b"])
             delta = sum(o.scale_of(path) * np.float64(a[path]["a"]) @ a[path]["b"] for a, o in pairs if path in a)
             np.testing.assert_allclose(np.float64(module["a"]) @ module["b"], delta, atol=1e-5, rtol=0)
-        assert_near(lora.merge(config, tensors, together, options), one_after_the_other, 1e-5)
+        assert_near(adapters.merge(config, tensors, together, options), one_after_the_other, 1e-5)
 
 
 def test_dora_neither_stacks_nor_unmerges():
     options = Lora(4, dora=True)
-    adapter = lora.init(tiny.CONFIG, options, seed=0)
+    adapter = adapters.init(tiny.CONFIG, options, seed=0)
     with pytest.raises(ValueError, match="do not add up"):
-        lora.stack([(adapter, options), (adapter, options)])
+        adapters.stack([(adapter, options), (adapter, options)])
     with pytest.raises(ValueError, match="keep the base weights"):
-        lora.unmerge(tiny.CONFIG, tiny.weights(), adapter, options)
+        adapters.unmerge(tiny.CONFIG, tiny.weights(), adapter, options)
 
 
 @pytest.mark.parametrize("dora", [False, True])
 def test_names_go_there_and_back(dora):
-    adapter = randomised(lora.init(tiny.CONFIG, Lora(3, dora=dora), seed=0))
-    named = lora.to_peft(adapter)
+    adapter = randomised(adapters.init(tiny.CONFIG, Lora(3, dora=dora), seed=0))
+    named = adapters.to_peft(adapter)
     prefix = "base_model.model.model.layers.2.mlp.down_proj"
     assert named[f"{prefix}.lora_A.weight"].shape == (3, 48) and named[f"{prefix}.lora_B.weight"].shape == (32, 3)
     assert (f"{prefix}.lora_magnitude_vector" in named) == dora
-    np.testing.assert_equal(lora.from_peft(named), adapter)
+    np.testing.assert_equal(adapters.from_peft(named), adapter)
 
 
 # ---------------------------------------------------------------- precision and dropout
@@ -478,10 +478,10 @@ STORED = Lora(
 )
 
 
-def write(folder: Path, adapter: lora.Adapter, options: Lora) -> None:
+def write(folder: Path, adapter: adapters.Adapter, options: Lora) -> None:
     peft.write(
         folder,
-        lora.to_peft(adapter),
+        adapters.to_peft(adapter),
         rank=options.rank,
         alpha=options.alpha,
         targets=options.targets,
@@ -495,10 +495,10 @@ def write(folder: Path, adapter: lora.Adapter, options: Lora) -> None:
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
 def test_a_written_adapter_is_read_in_fp32(tmp_path, dtype):
-    adapter = randomised(lora.init(tiny.CONFIG, STORED, seed=0))
+    adapter = randomised(adapters.init(tiny.CONFIG, STORED, seed=0))
     stored = jax.tree.map(lambda x: x.astype(dtype), adapter)
     write(tmp_path, stored, STORED)
-    found = lora.read(tmp_path, tiny.CONFIG, replace(STORED, dropout=0.3))  # which is no part of an adapter
+    found = adapters.read(tmp_path, tiny.CONFIG, replace(STORED, dropout=0.3))  # which is no part of an adapter
     np.testing.assert_equal(found, jax.tree.map(lambda x: x.astype(np.float32), stored))
     assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {np.dtype(np.float32)}
 
@@ -507,15 +507,15 @@ def test_an_adapter_that_peft_saved_is_read(tmp_path):
     family, options = CASES["everything"]
     theirs = in_peft(family, options)
     theirs.save_pretrained(tmp_path)
-    adapter = lora.read(tmp_path, CONFIGS[family], options)
+    adapter = adapters.read(tmp_path, CONFIGS[family], options)
     named = {n.replace(".default", ""): p.detach().numpy() for n, p in theirs.named_parameters() if p.requires_grad}
     expected = {n.removesuffix(".weight") if "magnitude" in n else n: p for n, p in named.items()}
-    np.testing.assert_equal(lora.to_peft(adapter), expected)
+    np.testing.assert_equal(adapters.to_peft(adapter), expected)
 
 
-def damaged(change: str) -> lora.Adapter:
+def damaged(change: str) -> adapters.Adapter:
     path = "model.layers.1.mlp.down_proj"
-    adapter = randomised(lora.init(tiny.CONFIG, STORED, seed=0))
+    adapter = randomised(adapters.init(tiny.CONFIG, STORED, seed=0))
     module = adapter[path]
     match change:
         case "nan":
@@ -550,7 +550,7 @@ def damaged(change: str) -> lora.Adapter:
 def test_another_models_adapter_is_refused(tmp_path, change, says):
     write(tmp_path, damaged(change), STORED)
     with pytest.raises(UserError, match=says) as error:
-        lora.read(tmp_path, tiny.CONFIG, STORED)
+        adapters.read(tmp_path, tiny.CONFIG, STORED)
     assert str(tmp_path) in str(error.value)
 
 
@@ -575,20 +575,20 @@ MADE_WITH = {
 def test_other_settings_are_named_with_what_to_give(tmp_path, options, overrides):
     """The overrides in the message, given to a shell as they stand, make the adapter fit."""
     model = checkpoint.load("tiny").config
-    adapter = randomised(lora.init(model, options, seed=0))
+    adapter = randomised(adapters.init(model, options, seed=0))
     write(tmp_path, adapter, options)
     config = Path(tiny_config.__file__)
     command = ["ple_jax.main", f"--config={config}", "--mode=plan", f"--config.model.adapter={tmp_path}"]
     with pytest.raises(UserError, match="was made with other settings than config.lora; give ") as error:
-        train.start_adapter(main.parse(command).config, model)
+        adapters.start(main.parse(command).config, model)
     assert str(error.value).split("; give ")[1] == overrides
-    np.testing.assert_equal(train.start_adapter(main.parse([*command, *shlex.split(overrides)]).config, model), adapter)
+    np.testing.assert_equal(adapters.start(main.parse([*command, *shlex.split(overrides)]).config, model), adapter)
 
 
 def test_other_words_for_the_same_targets(tmp_path):
-    adapter = lora.init(tiny.CONFIG, Lora(), seed=0)
+    adapter = adapters.init(tiny.CONFIG, Lora(), seed=0)
     write(tmp_path, adapter, Lora(targets=tuple(adapter)))
-    assert lora.read(tmp_path, tiny.CONFIG, Lora()).keys() == adapter.keys()
+    assert adapters.read(tmp_path, tiny.CONFIG, Lora()).keys() == adapter.keys()
 
 
 # ---------------------------------------------------------------- in the backend
@@ -609,7 +609,7 @@ def backend(options: Lora, *, seed: int = 1, scan: bool = False, mesh: Any = Non
         return jax.device_put(array, jax.sharding.NamedSharding(mesh, place))
 
     base = fill(model, tiny.weights(), put)
-    adapter = lora.magnitudes(model, base, lora.init(tiny.CONFIG, options, seed=0), options)
+    adapter = lora.magnitudes(model, base, adapters.init(tiny.CONFIG, options, seed=0), options)
     return train.JaxBackend(
         model, base, randomised(adapter, seed), mesh, settings=options, width=4, bucket=16, clip_norm=1.0, weight_decay=0.01,
         seed=5,
@@ -681,7 +681,7 @@ def test_a_run_with_every_option_and_a_run_from_its_adapter(tmp_path):
     assert np.abs(after - before).max() > 1e-2
     made = train.build(first, loaded)
     made.restore(tmp_path / "first" / "checkpoints")
-    fused = lora.fuse(made.model, made._adapter, train.lora_settings(first), base=made.base)
+    fused = lora.fuse(made.model, made._adapter, adapters.settings(first), base=made.base)
     np.testing.assert_allclose(logits(made.model, made.base, fused), after, atol=1e-4, rtol=0)
 
     (tmp_path / "start").mkdir()
@@ -694,10 +694,10 @@ def test_a_run_with_every_option_and_a_run_from_its_adapter(tmp_path):
     made = train.build(second, loaded)
     np.testing.assert_equal(made.adapter(), stored)
     made.restore(tmp_path / "second" / "checkpoints")
-    np.testing.assert_equal(lora.to_peft(jax.device_get(made._reference)), stored)
+    np.testing.assert_equal(adapters.to_peft(jax.device_get(made._reference)), stored)
     assert all(np.abs(value - stored[name]).max() > 0 for name, value in made.adapter().items())
     # another adapter in the same folder is another run
-    other = lora.from_peft({name: value + 1 for name, value in stored.items()})
-    write(tmp_path / "start", other, train.lora_settings(second))
+    other = adapters.from_peft({name: value + 1 for name, value in stored.items()})
+    write(tmp_path / "start", other, adapters.settings(second))
     with pytest.raises(UserError, match="inputs.adapter"):
         modes.train(second, tmp_path / "second", "jax")

@@ -24,7 +24,7 @@ from ple_jax.core import modes, peft, prompts, rewards
 from ple_jax.core.config import UserError, validate
 from ple_jax.core.transcripts import Conversation
 from ple_jax.core.types import Outputs, Query
-from ple_jax.models import checkpoint
+from ple_jax.models import adapters, checkpoint
 from ple_jax.models.tokenizer import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
@@ -180,10 +180,10 @@ def test_scores_of_packed_rows_are_those_of_single_ones():
     backend = train.build(c, loaded, head=True)
     adapter = tiny.random_adapter(loaded.config, rank=8)
     weight = np.random.default_rng(5).normal(size=(32, 1)).astype(np.float32)
-    backend._adapter = jax.tree.map(jnp.asarray, adapter | {lora.HEAD: {"w": weight}})
+    backend._adapter = jax.tree.map(jnp.asarray, adapter | {adapters.HEAD: {"w": weight}})
     pairs = [pair(), pair("A longer answer.", "Another one!"), pair("a", "b", prompt="Long prompt " * 5)]
     found = backend.scores(reward.batch(pairs))
-    settings = train.lora_settings(c)
+    settings = adapters.settings(c)
     for i, one in enumerate(pairs):
         for j, end in enumerate((one.chosen, one.rejected)):
             ids = jnp.array([[*one.shared, *end]])

@@ -13,6 +13,7 @@ from test_decoder import build
 from ple_jax import lora, sharding, train
 from ple_jax.core.config import UserError
 from ple_jax.core.types import Batch
+from ple_jax.models import adapters
 
 _ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -78,7 +79,7 @@ def peft_model(rank=4):
         tiny.transformers_model(tiny.RAW, tiny.weights()),
         LoraConfig(r=rank, lora_alpha=tiny.LORA.alpha, target_modules=targets),
     )
-    named = {k.replace(".weight", ".default.weight"): torch.tensor(v) for k, v in lora.to_peft(adapter).items()}
+    named = {k.replace(".weight", ".default.weight"): torch.tensor(v) for k, v in adapters.to_peft(adapter).items()}
     model.load_state_dict(named, strict=False)
     return model, adapter
 
@@ -102,7 +103,7 @@ def test_packed_rows_equal_separate_rows_in_peft(scan):
         )
     )(adapter)
     named = {name.replace(".default", ""): p.grad.numpy() for name, p in theirs.named_parameters() if p.grad is not None}
-    ours_named = lora.to_peft(grads)
+    ours_named = adapters.to_peft(grads)
     assert sorted(named) == sorted(ours_named)
     for name, gradient in named.items():
         np.testing.assert_allclose(ours_named[name], gradient, atol=1e-4 * max(1, np.abs(gradient).max()))
@@ -226,7 +227,7 @@ def test_checkpoint_brings_back_everything(tmp_path):
     ours.freeze_reference()
     ours.update([batches[0]], negative_likelihood, lr=0.01)
     ours.save(tmp_path, 1, {"iteration": 1}, keep=2)
-    again = backend(adapter=lora.init(tiny.CONFIG, lora.Lora(rank=4), seed=9))
+    again = backend(adapter=adapters.init(tiny.CONFIG, adapters.Lora(rank=4), seed=9))
     assert again.restore(tmp_path) == {"iteration": 1}
     for one in (ours, again):
         for batch in batches[1:]:
@@ -243,11 +244,11 @@ def test_checkpoint_brings_back_everything(tmp_path):
     [(8, ("q_proj", "o_proj"), r"o_proj.*is \(3, .*this config needs"), (4, _ALL, "is nothing, this config needs")],
 )
 def test_checkpoint_of_another_shape_is_refused(tmp_path, rank, targets, says):
-    backend(adapter=lora.init(tiny.CONFIG, lora.Lora(rank=4, targets=("q_proj", "o_proj")), seed=0)).save(
+    backend(adapter=adapters.init(tiny.CONFIG, adapters.Lora(rank=4, targets=("q_proj", "o_proj")), seed=0)).save(
         tmp_path, 0, {}, keep=1
     )
     with pytest.raises(UserError, match=says):
-        backend(adapter=lora.init(tiny.CONFIG, lora.Lora(rank=rank, targets=targets), seed=0)).restore(tmp_path)
+        backend(adapter=adapters.init(tiny.CONFIG, adapters.Lora(rank=rank, targets=targets), seed=0)).restore(tmp_path)
 
 
 def test_restore_without_a_checkpoint(tmp_path):

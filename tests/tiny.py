@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ple_jax.lora import Lora
+from ple_jax.models.adapters import Lora
 from ple_jax.models.config import ModelConfig
 from ple_jax.models.families import expected_shapes, read
 
@@ -35,8 +35,8 @@ def transformers_model(raw: dict, tensors: dict[str, np.ndarray]):
 
 def random_adapter(config: ModelConfig, rank: int = 4, seed: int = 1) -> dict[str, dict[str, np.ndarray]]:
     """An adapter whose b is not zero, so that it does something."""
-    from ple_jax import lora
+    from ple_jax.models import adapters
 
     rng = np.random.default_rng(seed)
-    fresh = lora.init(config, Lora(rank=rank), seed=seed)
+    fresh = adapters.init(config, Lora(rank=rank), seed=seed)
     return {p: {k: (0.1 * rng.normal(size=x.shape)).astype(np.float32) for k, x in m.items()} for p, m in fresh.items()}

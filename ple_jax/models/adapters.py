@@ -1,0 +1,266 @@
+"""LoRA adapters on the host, in numpy: their settings, a fresh one, a stored one, merging and stacking. arXiv:2106.09685.
+
+An adapter is a dict `{module path: {"a": [in, rank], "b": [rank, out]}}` under Hugging Face's module paths, fp32; DoRA
+adds a magnitude "m": [out]. That is what both backends train, save and export.
+"""
+
+import json
+import re
+import shlex
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from ple_jax.core import peft
+from ple_jax.core.config import UserError, suggestion
+from ple_jax.models import families
+from ple_jax.models.config import ModelConfig
+
+Adapter = dict[str, dict[str, Any]]  # leaves are numpy arrays on the host, a backend's own on its devices
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Which modules are adapted, and how strongly; the terms and the meaning are PEFT's LoraConfig's."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: Sequence[str] = ("all-linear",)  # or ends of module paths: "q_proj", "attn.c_proj", "layers.0.mlp.up_proj"
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)  # regular expression at a path's end -> its own rank
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    rslora: bool = False  # scale by alpha / sqrt(rank), arXiv:2312.03732
+    dora: bool = False  # train a magnitude and a direction, arXiv:2402.09353
+    # of the adapter's input, while training: q, k, v (gate, up) share one draw; the base, DoRA's too, sees its whole input
+    dropout: float = 0.0
+
+    @property
+    def _peft(self) -> dict[str, Any]:
+        patterns = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
+        return {"r": self.rank, "lora_alpha": self.alpha, "use_rslora": self.rslora, **patterns}
+
+    def rank_of(self, path: str) -> int:
+        return peft.module_rank(self._peft, path)
+
+    def scale_of(self, path: str) -> float:
+        """What A B is multiplied by."""
+        return peft.scaling(self._peft, path)
+
+
+# ---------------------------------------------------------------- where a run starts
+
+
+def settings(config: ConfigDict) -> Lora:
+    """`config.lora` as settings."""
+    values = config.lora.to_dict()
+    return Lora(**values | {name: dict(values[name]) for name in ("rank_pattern", "alpha_pattern")})
+
+
+def start(config: ConfigDict, model_config: ModelConfig) -> Adapter:
+    """The adapter in the folder `config.model.adapter`, or a fresh one (DoRA's magnitudes need the base)."""
+    if config.model.adapter is None:
+        return init(model_config, settings(config), seed=config.seed)
+    return read(Path(config.model.adapter), model_config, settings(config))
+
+
+def resolve(config: ModelConfig, targets: Sequence[str]) -> list[str]:
+    """Paths of the adapted modules, in the model's order. As with PEFT, a target is a path or its end.
+
+    Raises:
+        UserError: a target that is no linear module of this model.
+    """
+    paths = [path for path, *_ in families.module_shapes(config)]
+    if "all-linear" in targets:
+        return paths
+    matches = {target: {path for path in paths if f".{path}".endswith(f".{target}")} for target in targets}
+    if unknown := [target for target, found in matches.items() if not found]:
+        short = sorted({path.rsplit(".", 1)[1] for path in paths})
+        raise UserError(
+            f"lora.targets names {unknown[0]!r}, which is no linear module of this {config.family} model:"
+            f" {', '.join(short)}{suggestion(unknown[0], short)}, or all-linear"
+        )
+    wanted = set().union(*matches.values())
+    return [path for path in paths if path in wanted]
+
+
+def init(config: ModelConfig, lora: Lora, *, seed: int) -> Adapter:
+    """A fresh adapter, on the host: `a` as PEFT initialises it (uniform with Kaiming's bound for a=sqrt(5)), `b` zero.
+
+    Every module's noise depends on (seed, its path) alone, not on how layers are arranged. DoRA's magnitudes are ones
+    until `magnitudes` has seen the base.
+
+    Raises:
+        UserError: a target or a pattern that matches no linear module of this model.
+    """
+    targets = resolve(config, lora.targets)
+    for pattern in (*lora.rank_pattern, *lora.alpha_pattern):
+        if not any(peft.patterned({pattern: True}, path, False) for path in targets):
+            raise UserError(
+                f"lora.rank_pattern or lora.alpha_pattern has {pattern!r}, which is the end of no adapted module's path,"
+                f" such as {targets[0]}"
+            )
+    adapter: Adapter = {}
+    for path, _, inp, out in families.module_shapes(config):
+        if path in targets:
+            noise = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, zlib.crc32(path.encode())])))
+            bound, rank = inp**-0.5, lora.rank_of(path)
+            a = noise.uniform(-bound, bound, (inp, rank)).astype(np.float32)
+            adapter[path] = {"a": a, "b": np.zeros((rank, out), np.float32)}
+            if lora.dora:
+                adapter[path]["m"] = np.ones(out, np.float32)
+    return adapter
+
+
+HEAD = "score"  # a linear head [hidden, 1] beside the adapter, trained whole: {HEAD: {"w": ...}}
+
+
+def init_head(config: ModelConfig) -> Adapter:
+    """A fresh head, on the host. Zeros: every response scores the same before the first step."""
+    return {HEAD: {"w": np.zeros((config.hidden_size, 1), np.float32)}}
+
+
+def count(adapter: Adapter) -> int:
+    """Number of trained parameters."""
+    return sum(leaf.size for module in adapter.values() for leaf in module.values())
+
+
+def read(folder: Path, config: ModelConfig, lora: Lora) -> Adapter:
+    """A stored adapter to go on from, ours or PEFT's, on the host and in fp32.
+
+    Raises:
+        UserError: it is damaged, holds NaN, belongs to another model, or was made with other settings than `lora`; then
+            the message has the overrides to give.
+    """
+    tensors, stored = peft.read(folder)
+    tensors = {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
+    if damaged := [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]:
+        raise UserError(f"the adapter in {folder} holds values that are not finite, in tensor {damaged[0]}")
+    adapter = from_peft(tensors)
+    shapes = {path: (inp, out) for path, _, inp, out in families.module_shapes(config)}
+    for path, module in adapter.items():
+        if path not in shapes:
+            raise UserError(f"the adapter in {folder} adapts {path}, which this {config.family} model does not have")
+        (inp, out), rank = shapes[path], module["a"].shape[1]
+        for kind, wanted in {"a": (inp, rank), "b": (rank, out), "m": (out,)}.items():
+            if kind in module and module[kind].shape != wanted:
+                raise UserError(
+                    f"the adapter in {folder} is another model's: {_PEFT[kind]} of {path} has shape"
+                    f" {module[kind].shape[::-1]}, this model's has {wanted[::-1]}"
+                )
+    used = Lora(
+        rank=stored["r"],
+        alpha=stored["lora_alpha"],
+        targets=lora.targets if set(resolve(config, lora.targets)) == set(adapter) else _targets(config, adapter),
+        rank_pattern=stored.get("rank_pattern") or {},
+        alpha_pattern=stored.get("alpha_pattern") or {},
+        rslora=bool(stored.get("use_rslora")),
+        dora=bool(stored.get("use_dora")),
+    )
+    if needed := [override for override in _overrides(used) if override not in _overrides(lora)]:
+        raise UserError(f"the adapter in {folder} was made with other settings than config.lora; give {' '.join(needed)}")
+    return adapter
+
+
+def _targets(config: ModelConfig, paths: Mapping[str, Any]) -> tuple[str, ...]:
+    """The shortest targets that are these modules and no others."""
+    names = {path: module.name for path, module, *_ in families.module_shapes(config) if path in paths}
+    short = tuple(dict.fromkeys(name.rsplit(".", 1)[1] for name in names.values()))
+    for targets in (("all-linear",), short, tuple(dict.fromkeys(names.values()))):
+        if resolve(config, targets) == list(names):
+            return targets
+    return tuple(names)
+
+
+def _overrides(lora: Lora) -> list[str]:
+    """The command line's way to say these settings."""
+    values = {
+        "rank": lora.rank,
+        "alpha": float(lora.alpha),
+        "targets": tuple(lora.targets),
+        "rank_pattern": tuple(lora.rank_pattern.items()),
+        "alpha_pattern": tuple((key, float(alpha)) for key, alpha in lora.alpha_pattern.items()),
+        "rslora": lora.rslora,
+        "dora": lora.dora,
+    }
+    # JSON, as its quotes are double: the shell's can be single ones
+    return [f"--config.lora.{key}={shlex.quote(json.dumps(value))}" for key, value in values.items()]
+
+
+# ---------------------------------------------------------------- on the host: weights under Hugging Face's names
+
+
+def merge(config: ModelConfig, weights: Mapping[str, np.ndarray], adapter: Adapter, lora: Lora) -> dict[str, np.ndarray]:
+    """Weights with the adapter added, computed in fp32, each in its own dtype."""
+    return _add(config, weights, adapter, lora, sign=1)
+
+
+def unmerge(config: ModelConfig, weights: Mapping[str, np.ndarray], adapter: Adapter, lora: Lora) -> dict[str, np.ndarray]:
+    """The inverse of `merge`, to rounding.
+
+    Raises:
+        ValueError: a DoRA adapter, whose merge forgets the norms it started from.
+    """
+    if any("m" in module for module in adapter.values()):
+        raise ValueError("a merged DoRA adapter cannot be taken out again: keep the base weights")
+    return _add(config, weights, adapter, lora, sign=-1)
+
+
+def _add(
+    config: ModelConfig, weights: Mapping[str, np.ndarray], adapter: Adapter, lora: Lora, *, sign: int
+) -> dict[str, np.ndarray]:
+    transposed = families.FAMILIES[config.family].transposed
+    modules, result = peft.modules(to_peft(adapter)), dict(weights)
+    for path, module in modules.items():
+        weight = weights[f"{path}.weight"]
+        merged = peft.merge(weight, module, scale=sign * lora.scale_of(path), fan_in_fan_out=transposed)
+        result[f"{path}.weight"] = merged.astype(weight.dtype)
+    return result
+
+
+def stack(adapters: Sequence[tuple[Adapter, Lora]]) -> tuple[Adapter, Lora]:
+    """Several adapters as one whose update is the sum of theirs; the order does not matter. Ranks add up.
+
+    Returns:
+        The adapter, and settings under which every module has its rank and a scale of one.
+
+    Raises:
+        ValueError: a DoRA adapter among them: its update is not a sum.
+    """
+    if any(lora.dora for _, lora in adapters):
+        raise ValueError("DoRA adapters do not add up; merge them into the weights one after the other")
+    stacked: Adapter = {}
+    for path in dict.fromkeys(path for adapter, _ in adapters for path in adapter):
+        own = [(adapter[path], np.float32(lora.scale_of(path))) for adapter, lora in adapters if path in adapter]
+        stacked[path] = {
+            "a": np.concatenate([np.asarray(module["a"]) for module, _ in own], 1),
+            "b": np.concatenate([np.asarray(module["b"]) * scale for module, scale in own], 0),
+        }
+    ranks = {re.escape(path): module["b"].shape[0] for path, module in stacked.items()}
+    return stacked, Lora(targets=tuple(stacked), rank_pattern=ranks, alpha_pattern=ranks)
+
+
+# ---------------------------------------------------------------- PEFT's names
+
+
+_PEFT = {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector", "w": "weight"}
+
+
+def to_peft(adapter: Adapter) -> dict[str, np.ndarray]:
+    """PEFT's names and layout: lora_A [rank, in], lora_B [out, rank], lora_magnitude_vector [out], a head's [1, hidden]."""
+    return {
+        f"base_model.model.{path}.{_PEFT[kind]}": np.ascontiguousarray(np.asarray(array).T)
+        for path, module in adapter.items()
+        for kind, array in module.items()
+    }
+
+
+def from_peft(tensors: Mapping[str, np.ndarray]) -> Adapter:
+    """The inverse of `to_peft`."""
+    return {
+        path: {kind: np.ascontiguousarray(array.T) for kind, array in zip("abm", module, strict=True) if array is not None}
+        for path, module in peft.modules(tensors).items()
+    }

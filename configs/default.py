@@ -24,6 +24,8 @@ def get_config() -> ConfigDict:
     c.model.layers = "auto"  # scan | unroll | auto (unroll on CPU, where scanning copies the weights)
     c.model.attention = "auto"  # xla (einsums) | cudnn (GPU, bfloat16) | splash (TPU) | auto: the fastest that fits
     c.model.remat = "none"  # none | dots | full: what the backward pass recomputes to save memory
+    c.model.device = "auto"  # of --backend=torch: npu | cuda | cpu | auto, the first that is there (for JAX: JAX_PLATFORMS)
+    c.model.ops = "auto"  # of --backend=torch: npu (fused operators) | reference (plain torch) | auto: the fastest there is
     c.model.adapter = config_dict.placeholder(str)  # a folder with an adapter (PEFT layout) to start from and to refer to
 
     c.lora = ConfigDict()
@@ -76,6 +78,9 @@ def get_config() -> ConfigDict:
     c.sampling.min_p = 0.0
     c.sampling.width = 64  # rows decoded at once; part of the result (see README, determinism)
     c.sampling.bucket = 16  # prompts are padded to this many tokens or its next doubling: 16, 32, 64 ...
+    c.sampling.server = config_dict.placeholder(str)  # a vLLM that samples (README), http://host:port; unset: this process
+    c.sampling.server_key_env = config_dict.placeholder(str)  # the environment variable with its API key
+    c.sampling.server_sleep = False  # put it to sleep while this process trains, where they share devices
 
     c.ple = ConfigDict()
     c.ple.schedule = "exponential"  # exponential (paper) | constant | linear | cosine

@@ -44,7 +44,8 @@ Flags
   --config.KEY=VALUE     overrides one key; every key, with its default and its meaning, is in configs/default.py
   --workdir DIR          where everything goes: config.json, metrics.jsonl, rollouts/, checkpoints/, adapter/,
                          report.html, summary.json (not needed for --mode=plan)
-  --backend jax|torch    what computes (default: jax)
+  --backend jax|torch    what computes (default: jax); torch runs on Ascend NPUs, CUDA and CPUs, and under torchrun on
+                         several of them
   --mode MODE            what to do (default: train)
   --topology KIND:CHIPS  with --mode=plan: compile the run for these devices, v5e:2x4, v5p:2x2x2 ..., which need not be
                          there, and say what each phase needs of them (libtpu does it for TPUs); cpu:8 simulates
@@ -70,6 +71,8 @@ Examples
 
 Exit codes: 0 done, 2 something to mend (one line on stderr says what).
 """
+
+_INSTALL = {"jax": "pip install ple_jax", "torch": "pip install 'ple_jax[torch]', on Ascend 'ple_jax[ascend]'"}
 
 ENVIRONMENT = {
     # this project sends nothing anywhere, and switches off what the libraries it may load would send
@@ -108,8 +111,9 @@ def one_line_errors() -> Iterator[None]:
         print(MESSAGE, file=sys.stderr)
         sys.exit(128 + (stopped.number if isinstance(stopped, Interrupted) else signal.SIGINT))
     except Exception as error:
-        # XLA's name for it, on every platform
-        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+        # XLA's name for it on every platform, and torch's
+        names = isinstance(error, MemoryError), "RESOURCE_EXHAUSTED" in str(error), "out of memory" in str(error).lower()
+        if not any(names):
             raise
         print(
             f"error: not enough memory ({str(error).strip().splitlines()[0][:200] or 'MemoryError'}); lower"
@@ -197,8 +201,8 @@ def parse(argv: Sequence[str]) -> Run:
     workdir = Path(values.workdir or ".")
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir} is a file; give a folder, which is created if need be")
-    if importlib.util.find_spec(BACKENDS[values.backend]) is None:
-        raise UserError(f"--backend={values.backend} is not in this version, which has the jax backend only; use jax")
+    if importlib.util.find_spec(values.backend) is None:
+        raise UserError(f"--backend={values.backend}: {values.backend} is not installed: {_INSTALL[values.backend]}")
     if values.topology and (values.mode, values.backend) != ("plan", "jax"):
         raise UserError(f"--topology={values.topology} goes with --mode=plan and --backend=jax, where nothing is run")
     validate(config)
@@ -209,7 +213,15 @@ def main(run: Run) -> int:
     """Does what the command line asks for; returns the exit code."""
     modes = importlib.import_module("ple_jax.core.modes")
     options = {"topology": run.topology} if run.topology else {}
-    return getattr(modes, run.mode)(run.config, run.workdir, run.backend, **options)
+    with _processes(run) as leads:
+        return getattr(modes, run.mode)(run.config, run.workdir, run.backend, **options) if leads else 0
+
+
+def _processes(run: Run) -> contextlib.AbstractContextManager[bool]:
+    """Where torchrun started several processes, the first of them leads, and the others wait for what it has them do."""
+    if run.backend == "jax" or run.mode == "plan":
+        return contextlib.nullcontext(True)
+    return importlib.import_module("torch_ascend.sharding").processes(run.config)
 
 
 def cli() -> None:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -17,7 +18,10 @@ BACKENDS = {"jax": "ple_jax.train", "torch": "torch_ascend.train"}  # --backend 
 FREE = ("algorithm_kwargs", "reward.kwargs", "task.columns")  # dictionaries of the user's own, overridden whole
 
 # how a run is computed and not what: a run may go on, or be exported, with others
-EXECUTION = ("model.layers", "model.attention", "model.remat", "mesh.data", "mesh.fsdp", "mesh.tensor", "checkpoint.keep")
+EXECUTION = (
+    "model.layers", "model.attention", "model.remat", "sampling.server_key_env", "sampling.server_sleep", "mesh.data",
+    "mesh.fsdp", "mesh.tensor", "checkpoint.keep",
+)  # fmt: skip
 
 Rule = Callable[[Any], str]  # value -> what it must be instead, or "" when it is fine
 
@@ -214,6 +218,25 @@ def _optional_repository(value: Any) -> str:
     return "" if fine else "unset or a hub repository, user/name"
 
 
+def _optional_server(value: Any) -> str:
+    says = "unset or the address of a server, http://host:port"
+    if value is None:
+        return ""
+    try:
+        parts = urlsplit(value)
+        fine = parts.scheme in ("http", "https") and bool(parts.hostname) and not parts.query and parts.port != 0
+    except (ValueError, TypeError, AttributeError):  # no text, or a port that is no number
+        return says
+    if parts.username is not None:  # it would be shown and written down
+        return f"{says}, without a user name: name an environment variable with the key as sampling.server_key_env"
+    return "" if fine else says
+
+
+def _optional_variable(value: Any) -> str:
+    fine = value is None or (isinstance(value, str) and value.isidentifier())
+    return "" if fine else "unset or the name of an environment variable"
+
+
 def _model(value: Any) -> str:
     """A hub is asked when the model is loaded."""
     if isinstance(value, str) and is_hub_id(value):
@@ -246,6 +269,8 @@ RULES: dict[str, Rule] = {
     "model.layers": _choice("auto", "scan", "unroll"),
     "model.attention": _choice("auto", "xla", "cudnn", "splash"),
     "model.remat": _choice("none", "dots", "full"),
+    "model.device": _choice("auto", "cpu", "cuda", "npu"),
+    "model.ops": _choice("auto", "reference", "npu"),
     "model.adapter": _optional_adapter,
     "lora.rank": _whole(1),
     "lora.alpha": _positive,
@@ -283,6 +308,9 @@ RULES: dict[str, Rule] = {
     "sampling.min_p": _real(lambda v: 0 <= v < 1, "of at least 0 and below 1 (0 is off)"),
     "sampling.width": _whole(1),
     "sampling.bucket": _whole(1),
+    "sampling.server": _optional_server,
+    "sampling.server_key_env": _optional_variable,
+    "sampling.server_sleep": _flag,
     "ple.schedule": _choice("exponential", "constant", "linear", "cosine"),
     # below 0 a worse response would be ranked above a better one
     "ple.tau_0": _real(lambda v: v >= 0, "of at least 0 (inf blends every pair)", infinite=True),
@@ -367,3 +395,9 @@ def validate(config: "ConfigDict") -> None:
             fits = f"{low} or {low + divisor}" if low else f"{divisor}"
             product = " * ".join(f"config.{d}" for d in divisors) + f" = {divisor}"
             raise UserError(f"config.{key} is {value} but must be a multiple of {product}: {why}; use {fits}")
+    unserved = ("lora.dora", "lora.rank_pattern", "lora.alpha_pattern")
+    if flat["sampling.server"] is not None and (wrong := [key for key in unserved if flat[key]]):
+        raise UserError(
+            f"config.{wrong[0]} is {flat[wrong[0]]!r}, and vLLM serves no DoRA adapter, and in many versions one rank and"
+            " alpha for all modules: unset it or config.sampling.server"
+        )

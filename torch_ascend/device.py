@@ -1,0 +1,112 @@
+"""Devices: which there are, what they can do, how full they are. The only file that may import torch_npu."""
+
+import importlib
+import importlib.util
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ple_jax.core.config import UserError
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a kind of device can do."""
+
+    collectives: str  # backend of torch.distributed
+    # tokens decoded between two questions whether all responses have ended: each waits for the device
+    steps_per_sync: int
+    mixed_matmul: bool = False  # torch.mm takes bfloat16 and gives float32
+
+
+CAPABILITIES = {
+    "cpu": Capabilities("gloo", steps_per_sync=1),
+    "cuda": Capabilities("nccl", steps_per_sync=16, mixed_matmul=True),
+    "npu": Capabilities("hccl", steps_per_sync=16),
+}
+_INSTALL = "pip install 'ple_jax[ascend]' (torch-npu has torch's version number)"
+
+
+def resolve(name: str = "auto") -> torch.device:
+    """The device that `name` means, this process's own where torchrun started several; it becomes the current one.
+
+    Args:
+        name: cpu, cuda or npu; auto is an Ascend NPU where there is one, else a CUDA device, else the CPU.
+
+    Raises:
+        UserError: there is none of that kind; of an NPU it says what is missing: wheel, CANN or driver.
+    """
+    checks = {"npu": _missing_npu, "cuda": _missing_cuda, "cpu": str}  # str() is "": nothing is missing
+    if name not in ("auto", *checks):
+        raise UserError(f"device {name!r} is none of auto, {', '.join(checks)}")
+    if name != "auto" and (missing := checks[name]()):
+        raise UserError(f"device {name!r} {missing}; or take another device, such as cpu, or auto")
+    kind = next(kind for kind in checks if not checks[kind]()) if name == "auto" else name
+    if kind == "cpu":
+        return torch.device("cpu")
+    index, there = int(os.environ.get("LOCAL_RANK", "0")), module(kind).device_count()
+    if index >= there:
+        raise UserError(
+            f"process {index} of this machine has no {kind} device of its own: there are {there}; start"
+            f" --nproc-per-node={there}, or look at ASCEND_RT_VISIBLE_DEVICES and CUDA_VISIBLE_DEVICES"
+        )
+    module(kind).set_device(index)
+    return torch.device(kind, index)
+
+
+def _missing_cuda() -> str:
+    if torch.cuda.is_available():
+        return ""
+    return "is not here: torch sees no CUDA device (a CPU wheel of torch, or no driver; see nvidia-smi)"
+
+
+def _missing_npu() -> str:
+    """Why there is no NPU; empty if there is one."""
+    if not hasattr(torch, "npu"):
+        if importlib.util.find_spec("torch_npu") is None:
+            return f"needs the package torch-npu, which is not installed: {_INSTALL}"
+        try:
+            importlib.import_module("torch_npu")
+        except Exception as error:  # it raises what its libraries raise
+            reason = " ".join(str(error).split())[:200]
+            if ".so" in reason:
+                return f"needs CANN, whose libraries are not found ({reason}): source .../ascend-toolkit/set_env.sh first"
+            return (
+                f"needs a torch-npu that fits torch {torch.__version__}, and the installed one does not import ({reason}):"
+                f" {_INSTALL}"
+            )
+    if not torch.npu.is_available():
+        return "is not here: torch-npu and CANN are, but no device; see npu-smi info (driver, firmware, container options)"
+    return ""
+
+
+def module(kind: str) -> Any:
+    """`torch.npu` or `torch.cuda`."""
+    return getattr(torch, kind)
+
+
+def capabilities(device: torch.device) -> Capabilities:
+    return CAPABILITIES[device.type]
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has done what it was given."""
+    if device.type != "cpu":
+        module(device.type).synchronize(device)
+
+
+def total_memory(device: torch.device) -> int | None:
+    """Bytes of memory of an accelerator; None for the CPU, whose limit is not ours to know."""
+    return None if device.type == "cpu" else int(module(device.type).get_device_properties(device).total_memory)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that tensors have held on an accelerator so far; 0 for the CPU."""
+    return 0 if device.type == "cpu" else int(module(device.type).max_memory_allocated(device))
+
+
+def description(device: torch.device) -> str:
+    """Its model: "Ascend910B3", "NVIDIA H100 80GB HBM3", "cpu"."""
+    return "cpu" if device.type == "cpu" else str(module(device.type).get_device_name(device))

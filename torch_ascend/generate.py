@@ -1,0 +1,179 @@
+"""Sampling: prefill, then decode with a KV cache of one size, the noise given as data. The twin of `ple_jax.generate`.
+
+Tokens are drawn by inverting the CDF in the same order of additions as there, so that both backends draw the same ones.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from jaxtyping import Bool, Float32, Int64
+from torch import Tensor
+
+from ple_jax.core.types import Sampling
+from ple_jax.models.adapters import Adapter
+from torch_ascend.model import Cache, Model
+
+_BLOCK = 128
+
+
+def filter_probabilities(
+    p: Float32[Tensor, "row vocab"], *, top_k: int, top_p: float, min_p: float
+) -> Float32[Tensor, "row vocab"]:
+    """Zeroes what top-k, then top-p (nucleus, arXiv:1904.09751), then min-p (arXiv:2407.01082) leave out.
+
+    `p` need not sum to 1. Ties with the last token kept are kept. No sort: non-negative floats are ordered as their bits
+    are, so the cut is found exactly by 31 bisections over the bits.
+    """
+    if top_k:
+        p = _cut(p, lambda kept: kept.to(torch.int32).sum(-1) >= min(top_k, p.shape[-1]))
+    if top_p < 1:
+        total = p.sum(-1)
+        p = _cut(p, lambda kept: torch.where(kept, p, 0.0).sum(-1) >= top_p * total)
+    if min_p:
+        p = torch.where(p >= min_p * p.amax(-1, keepdim=True), p, 0.0)
+    return p
+
+
+def _cut(p: Float32[Tensor, "row vocab"], enough: Callable[[Tensor], Tensor]) -> Float32[Tensor, "row vocab"]:
+    """Keeps p >= t for the largest t at which what is kept is still `enough`."""
+    bits = p.view(torch.int32)
+    low = torch.zeros_like(bits[:, 0])  # keeping everything is enough
+    high = torch.full_like(low, 0x7F800000)  # the bits of infinity
+    for _ in range(31):
+        middle = low + torch.div(high - low, 2, rounding_mode="floor")
+        ok = enough(bits >= middle[:, None])
+        low, high = torch.where(ok, middle, low), torch.where(ok, high, middle)
+    return torch.where(bits >= low[:, None], p, 0.0)
+
+
+def invert_cdf(p: Float32[Tensor, "row vocab"], u: Float32[Tensor, " row"]) -> Int64[Tensor, " row"]:
+    """The token at quantile `u` in [0, 1) of the unnormalised distribution `p`, in vocabulary order.
+
+    Two levels, the sums of blocks of 128 and then inside one block, as in JAX: another order of additions would put the
+    edges between tokens elsewhere.
+    """
+    rows, vocab = p.shape
+    blocks = torch.nn.functional.pad(p, (0, -vocab % _BLOCK)).view(rows, -1, _BLOCK)
+    block, rest = _pick(blocks.sum(-1), u)
+    token, _ = _pick(blocks.gather(1, block[:, None, None].expand(-1, 1, _BLOCK))[:, 0], rest)
+    return block * _BLOCK + token
+
+
+def _pick(p: Float32[Tensor, "row n"], u: Float32[Tensor, " row"]) -> tuple[Int64[Tensor, " row"], Float32[Tensor, " row"]]:
+    """The entry at quantile u, and the quantile inside that entry."""
+    upper = p.cumsum(-1)
+    target = u * upper[:, -1]
+    # rounding may put the target at or above the last sum: the last entry with any mass is meant
+    last = p.shape[-1] - 1 - (p > 0).flip(-1).to(torch.int32).argmax(-1)
+    index = torch.minimum((upper <= target[:, None]).to(torch.int64).sum(-1), last)
+    mass = p.gather(-1, index[:, None])[:, 0]
+    below = upper.gather(-1, index[:, None])[:, 0] - mass
+    inside = ((target - below) / mass.clamp(min=1e-38)).clamp(0.0, 1 - 2**-24)
+    return index, inside
+
+
+def sample_token(
+    logits: Float32[Tensor, "row vocab"], u: Float32[Tensor, " row"], *, sampling: Sampling
+) -> Int64[Tensor, " row"]:
+    """One token per row: argmax at temperature 0, else the filtered distribution at quantile `u`."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    p = ((logits - logits.amax(-1, keepdim=True)) / sampling.temperature).exp()
+    return invert_cdf(filter_probabilities(p, top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p), u)
+
+
+@torch.inference_mode()
+def generate(
+    model: Model,
+    adapter: Adapter,
+    prompt: Int64[Tensor, "row prompt_len"],
+    prompt_mask: Bool[Tensor, "row prompt_len"],
+    prefix: Int64[Tensor, " prefix_len"],
+    uniforms: Float32[Tensor, "row max_new"],
+    *,
+    sampling: Sampling,
+    all_done: Callable[[Bool[Tensor, " row"]], bool],
+    steps_per_sync: int = 1,
+) -> tuple[Int64[Tensor, "row max_new"], Int64[Tensor, " row"]]:
+    """Responses and their lengths (EOS counted, where it was sampled).
+
+    Args:
+        prompt: left-padded; every row has at least one token.
+        prefix: tokens that stand before every prompt (the principles); computed once and shared by all rows.
+        all_done: whether decoding may stop; it waits for the device.
+        steps_per_sync: tokens decoded between two calls of `all_done`.
+    """
+    rows, length = prompt.shape
+    shared, new = prefix.shape[0], uniforms.shape[1]
+    total, place = shared + length + new, {"device": prompt.device}
+    cache = Cache.empty(model.config, rows, total, dtype=model.dtype, **place)
+    if shared:
+        _prefill_prefix(model, adapter, prefix, cache)
+
+    # source positions: [prefix | padded prompt | generated]
+    ones = torch.ones((rows, shared), dtype=torch.bool, **place)
+    source = torch.cat([ones, prompt_mask, torch.zeros((rows, new), dtype=torch.bool, **place)], 1)
+    causal = torch.arange(total, **place)[None] <= shared + torch.arange(length, **place)[:, None]
+    position = (shared + prompt_mask.to(torch.int32).cumsum(1) - 1).clamp(min=0)
+    coming = position[:, -1:] + 1 + torch.arange(new, **place)[None]
+    places = torch.cat([torch.arange(shared, **place)[None].expand(rows, -1), position, coming], 1)
+    hidden = model.apply(
+        adapter, prompt, positions=position, mask=source[:, None] & causal[None], source_positions=places, cache=cache,
+        index=shared,
+    )  # fmt: skip
+    eos = torch.tensor(sampling.eos, **place)
+    out = torch.zeros((rows, new), dtype=torch.int64, **place)
+    lengths = torch.zeros(rows, dtype=torch.int64, **place)
+    done = torch.zeros(rows, dtype=torch.bool, **place)
+    for i in range(new):
+        token = sample_token(model.logits(hidden[:, -1]), uniforms[:, i], sampling=sampling)
+        out[:, i] = torch.where(done, 0, token)
+        lengths += (~done).to(torch.int64)
+        done = done | (token[:, None] == eos[None]).any(-1)
+        if i == new - 1 or ((i + 1) % steps_per_sync == 0 and all_done(done)):
+            break
+        index = shared + length + i
+        source[:, index] = True
+        hidden = model.apply(
+            adapter, token[:, None], positions=places[:, index : index + 1], mask=source[:, None], source_positions=places,
+            cache=cache, index=index,
+        )  # fmt: skip
+    return out, lengths
+
+
+def _prefill_prefix(model: Model, adapter: Adapter, prefix: Int64[Tensor, " prefix_len"], cache: Cache) -> None:
+    shared, place = prefix.shape[0], {"device": prefix.device}
+    small = Cache.empty(model.config, 1, shared, dtype=model.dtype, **place)
+    causal = torch.ones((shared, shared), dtype=torch.bool, **place).tril()[None]
+    model.apply(adapter, prefix[None], positions=torch.arange(shared, **place)[None], mask=causal, cache=small)
+    for whole, part in zip((*cache.keys, *cache.values), (*small.keys, *small.values), strict=True):
+        whole[:, :, :shared] = part
+
+
+# ---------------------------------------------------------------- one token at a time, for a person who waits
+
+
+@torch.inference_mode()
+def stream(
+    model: Model, adapter: Adapter, prompt: Sequence[int], uniforms: Float32[Tensor, " max_new"], *, sampling: Sampling
+) -> Iterator[int]:
+    """One response, token by token as it is sampled, until EOS (yielded too) or `max_new` tokens.
+
+    Args:
+        adapter: {} for the base alone.
+        uniforms: the noise of every token.
+    """
+    length, new, place = len(prompt), len(uniforms), {"device": model.device}
+    total = length + new
+    cache = Cache.empty(model.config, 1, total, dtype=model.dtype, **place)
+    places = torch.arange(total, **place)[None]
+    tokens, start = torch.tensor([list(prompt)], **place), 0
+    for i in range(new):
+        at = places[:, start : start + tokens.shape[1]]
+        mask = places[:, None] <= at[:, :, None]
+        hidden = model.apply(adapter, tokens, positions=at, mask=mask, source_positions=places, cache=cache, index=start)
+        token = sample_token(model.logits(hidden[:, -1]), uniforms[i : i + 1], sampling=sampling)
+        yield (chosen := int(token))
+        if chosen in sampling.eos:
+            return
+        start, tokens = length + i, token[:, None]

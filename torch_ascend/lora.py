@@ -1,0 +1,80 @@
+"""LoRA in torch: linear modules that add the adapter in hand to what the frozen one computes. arXiv:2106.09685.
+
+An adapter is `ple_jax.models.adapters`' dict `{module path: {"a": [in, rank], "b": [rank, out]}}` of fp32 tensors. It is no
+part of the module tree: `Model.apply` is given one, so that policy, reference and base are one set of weights.
+"""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ple_jax.models.adapters import HEAD, Adapter, Lora
+
+
+class Linear(nn.Module):
+    """A frozen linear module and the adapter's share: y = W x + scale * B A x, of which B A x is in fp32."""
+
+    def __init__(self, base: nn.Module, path: str, settings: Lora, current: Callable[[], Adapter], *, transposed: bool):
+        """
+        Args:
+            base: nn.Linear, or a module whose weight is [in, out] (`transposed`).
+            path: its name in adapters.
+            current: gives the adapter in hand.
+        """
+        super().__init__()
+        self.base, self.path, self.current, self.transposed = base, path, current, transposed
+        self.scale, self.rate = settings.scale_of(path), settings.dropout
+
+    def forward(self, x: Float[Tensor, "*batch inp"]) -> Float[Tensor, "*batch out"]:
+        y = self.base(x)
+        module = self.current().get(self.path)
+        if module is None:
+            return y
+        h = x.to(module["a"].dtype)
+        # only gradients are dropped for: sampling and log-probabilities see the whole input
+        h = nn.functional.dropout(h, self.rate, training=torch.is_grad_enabled())
+        low = (h @ module["a"]) @ (module["b"] * self.scale)
+        if "m" not in module:
+            return (y + low).to(y.dtype)
+        bias = 0.0 if self.base.bias is None else self.base.bias.to(low.dtype)
+        # zero where a module is not adapted, or where its weights are zero: W x + A B x as they are
+        m = module["m"]
+        gain = torch.where(m == 0, 1.0, m) / torch.where(m == 0, 1.0, self.norm(module))
+        return (gain * (y - bias + low) + bias).to(y.dtype)
+
+    @torch.no_grad()
+    def norm(self, module: dict[str, Tensor]) -> Float[Tensor, " out"]:
+        """||W + scale * A B|| of every output, without A B itself; a constant to the gradient (arXiv:2402.09353, 4.3)."""
+        w = self.base.weight
+        w = (w.full_tensor() if isinstance(w, DTensor) else w).to(torch.float32)
+        w = w if self.transposed else w.T
+        a, b = module["a"], module["b"] * self.scale
+        cross = ((a.T @ w) * b).sum(0)
+        square = (((a.T @ a) @ b) * b).sum(0)
+        return ((w * w).sum(0) + 2 * cross + square).sqrt()
+
+
+def trainable(adapter: Adapter, device: torch.device) -> Adapter:
+    """An adapter of the host (numpy) as leaves on a device that gather gradients."""
+    return {
+        path: {kind: torch.tensor(x, dtype=torch.float32, device=device, requires_grad=True) for kind, x in module.items()}
+        for path, module in adapter.items()
+    }
+
+
+def frozen(adapter: Adapter) -> Adapter:
+    """A copy that stays as it is."""
+    return {path: {kind: x.detach().clone() for kind, x in module.items()} for path, module in adapter.items()}
+
+
+def leaves(adapter: Adapter) -> dict[str, Tensor]:
+    """Every tensor by "path/kind", in the adapter's order."""
+    return {f"{path}/{kind}": x for path, module in adapter.items() for kind, x in module.items()}
+
+
+def head(adapter: Adapter) -> Tensor | None:
+    """A reward model's head [hidden, 1], where there is one."""
+    return adapter[HEAD]["w"] if HEAD in adapter else None

@@ -1,0 +1,302 @@
+"""The decoder: transformers' module, filled with weights tensor by tensor, called with everything it depends on.
+
+What is ours: which tokens see which (a mask, given), the KV cache, the adapter, and the operators of `torch_ascend.ops`.
+Its own cache, whose interface changes from version to version, is not used.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ple_jax.core.config import UserError
+from ple_jax.models.adapters import Adapter, Lora
+from ple_jax.models.config import ModelConfig
+from ple_jax.models.families import FAMILIES
+from torch_ascend import device as devices
+from torch_ascend import lora
+from torch_ascend.ops import Ops
+
+_ATTENTION = "ple_ops"  # our function's name among transformers' attention implementations
+
+
+class Cache(NamedTuple):
+    """Keys and values of all source positions, [row, kv_head, source, dim] a layer; written in place."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+
+    @classmethod
+    def empty(cls, config: ModelConfig, rows: int, source: int, *, dtype: torch.dtype, device: torch.device) -> "Cache":
+        shape = (rows, config.num_kv_heads, source, config.head_dim)
+        keys, values = ([torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)] for _ in range(2))
+        return cls(keys, values)
+
+
+class Model:
+    """A frozen decoder on one device (or sharded over several), and how it is called."""
+
+    def __init__(self, module: PreTrainedModel, config: ModelConfig, ops: Ops, device: torch.device):
+        self.module, self.config, self.ops, self.device = module, config, ops, device
+        self.decoder = getattr(module, module.base_model_prefix)
+        self.dtype = module.dtype
+        self.windowed = any(kind.window is not None for kind in config.kinds)
+        self._adapter: Adapter = {}
+        self._cache: Cache | None = None
+        self._index = 0
+
+    @functools.cached_property
+    def head(self) -> Float[Tensor, "vocab hidden"]:
+        """The output matrix; in fp32 where a matmul of bfloat16 cannot give fp32 logits."""
+        weight = self.module.get_output_embeddings().weight
+        return weight if devices.capabilities(self.device).mixed_matmul else weight.float()
+
+    def logits(self, hidden: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch vocab"]:
+        """fp32, whatever the weights are: rounded to bfloat16, a logit of 20 would be off by 0.06."""
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        if self.head.dtype == torch.float32:
+            out = flat.float() @ self.head.T
+        else:
+            out = torch.mm(flat, self.head.T, out_dtype=torch.float32)
+        if (cap := self.config.logits_softcap) is not None:
+            out = cap * torch.tanh(out / cap)
+        return out.reshape(*hidden.shape[:-1], -1)
+
+    def apply(
+        self,
+        adapter: Adapter,
+        tokens: Int[Tensor, "row time"],
+        *,
+        positions: Int[Tensor, "row time"],
+        mask: Bool[Tensor, "row time source"],
+        source_positions: Int[Tensor, "row source"] | None = None,
+        cache: Cache | None = None,
+        index: int = 0,
+    ) -> Float[Tensor, "row time hidden"]:
+        """Hidden states after the last norm.
+
+        Args:
+            adapter: of tensors; {} for the base alone.
+            mask: whether a token may see a source position.
+            source_positions: of what is in the cache (`positions` without one); read where a layer has a window.
+            cache: keys and values are written to it at `index`, and read from it.
+        """
+        visible = mask[:, None]
+        if self.windowed:  # how far back every source lies: each layer cuts at its own window
+            source = positions if source_positions is None else source_positions
+            distance = positions[:, None, :, None] - source[:, None, None, :]
+            visible = torch.where(visible, distance, -1).to(torch.int32)
+        self._adapter, self._cache, self._index = adapter, cache, index
+        try:
+            out = self.decoder(input_ids=tokens, attention_mask=visible, position_ids=positions, use_cache=False)
+        finally:
+            self._cache = None  # the adapter stays: recomputation in the backward pass reads it
+        return out.last_hidden_state
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scale: float, softcap: float | None
+    ) -> Float[Tensor, "row head time dim"]:
+        if self._cache is not None:
+            keys, values, end = self._cache.keys[layer], self._cache.values[layer], self._index + key.shape[2]
+            keys[:, :, self._index : end] = key
+            values[:, :, self._index : end] = value
+            key, value = keys, values
+        if visible.dtype != torch.bool:
+            window = self.config.kinds[self.config.pattern[layer]].window
+            visible = visible >= 0 if window is None else (visible >= 0) & (visible < window)
+        return self.ops.attention(query, key, value, visible, scale=scale, softcap=softcap)
+
+    def layers(self) -> nn.ModuleList:
+        return self.module.get_submodule(_our_names(FAMILIES[self.config.family].layers))
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """What transformers' attention modules call."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return module.owner.attend(module.layer_idx, query, key, value, attention_mask, scale, softcap).transpose(1, 2), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, _attention)
+
+
+# ---------------------------------------------------------------- from a checkpoint to a module
+
+
+def create(
+    config: ModelConfig,
+    raw: Mapping[str, Any],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    ops: Ops,
+    remat: str = "none",
+) -> Model:
+    """The decoder of a config.json with its parameters on the meta device: `fill` gives them weights.
+
+    Args:
+        raw: the config.json.
+        remat: what the backward pass recomputes: none | dots (all but matmuls) | full.
+    """
+    read = AutoConfig.for_model(**raw.get("text_config", raw))  # of a model with images, the language model
+    read.tie_word_embeddings = config.tie_embeddings
+    with _parameters_on_meta(dtype):
+        module = AutoModelForCausalLM.from_config(read, attn_implementation=_ATTENTION, dtype=dtype)
+    module.eval()  # no dropout of the base's own
+    model = Model(module.requires_grad_(False), config, ops, device)
+    for part in module.modules():
+        if hasattr(part, "layer_idx"):
+            part.owner = model
+    if remat != "none":
+        for layer in model.layers():
+            layer.forward = _checkpointed(layer.forward, remat)
+    return model
+
+
+@contextlib.contextmanager
+def _parameters_on_meta(dtype: torch.dtype) -> Iterator[None]:
+    """Modules made in here have parameters without memory, and buffers (rotary frequencies) as they should be."""
+    register = nn.Module.register_parameter
+
+    def on_meta(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        register(self, name, parameter)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _checkpointed(forward: Callable[..., Tensor], remat: str) -> Callable[..., Tensor]:
+    matmuls = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
+
+    def policy(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if op in matmuls else CheckpointPolicy.PREFER_RECOMPUTE
+
+    options = {}
+    if remat == "dots":
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, policy)
+
+    @functools.wraps(forward)
+    def recomputed(*args: Any, **kwargs: Any) -> Tensor:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, **options, **kwargs)
+
+    return recomputed
+
+
+def adapt(model: Model, settings: Lora, paths: Mapping[str, Any]) -> None:
+    """Puts `lora.Linear` in the place of the modules with these paths."""
+    transposed = FAMILIES[model.config.family].transposed
+    for path in paths:
+        name = _our_names(path)
+        parent, _, last = name.rpartition(".")
+        base = model.module.get_submodule(name)
+        made = lora.Linear(base, path, settings, lambda: model._adapter, transposed=transposed)
+        setattr(model.module.get_submodule(parent), last, made)
+
+
+def magnitudes(model: Model, adapter: Adapter) -> Adapter:
+    """A DoRA adapter with the norms of W + scale A B as its magnitudes, on the host: what it does is LoRA's, for now."""
+    found = {}
+    for part in model.module.modules():
+        if isinstance(part, lora.Linear):
+            own = {kind: torch.tensor(x, device=model.device) for kind, x in adapter[part.path].items()}
+            found[part.path] = {**adapter[part.path], "m": part.norm(own).cpu().numpy()}
+    return {path: found[path] for path in adapter}
+
+
+def fill(model: Model, weights: Mapping[str, np.ndarray], *, layer_done: Callable[[nn.Module], None] | None = None) -> None:
+    """Gives every parameter its weights, in the model's dtype and on its device; the host holds few at a time.
+
+    Args:
+        weights: Hugging Face's names, as `ple_jax.models.checkpoint.load` gives them.
+        layer_done: called with every layer as soon as it is whole, and before the next one is read. It may shard it.
+    """
+    own, family = {_our_names(name): name for name in weights}, FAMILIES[model.config.family]
+    head = next(n for n, part in model.module.named_modules() if part is model.module.get_output_embeddings())
+
+    def place(module: nn.Module, prefix: str, device: torch.device) -> None:
+        for name, parameter in list(module.named_parameters()):
+            if parameter.device.type != "meta" or name == f"{head}.weight":
+                continue
+            parent, _, last = name.rpartition(".")
+            values = _read(model.config, weights, own, f"{prefix}{name}", parameter)
+            filled = nn.Parameter(values.to(device, model.dtype), requires_grad=False)
+            module.get_submodule(parent).register_parameter(last, filled)
+
+    for i, layer in enumerate(model.layers()):
+        # a layer that will be sharded never is whole on the device
+        place(layer, f"{_our_names(family.layers)}.{i}.", model.device if layer_done is None else torch.device("cpu"))
+        if layer_done is not None:
+            layer_done(layer)
+    place(model.module, "", model.device)
+    output = model.decoder.get_input_embeddings().weight
+    if not model.config.tie_embeddings:
+        array = weights[f"{family.head}.weight"]
+        output = nn.Parameter(_tensor(array, head, output).to(model.device, model.dtype), requires_grad=False)
+    model.module.get_output_embeddings().weight = output
+    for part in model.module.modules():  # rotary frequencies
+        for name, buffer in list(part.named_buffers(recurse=False)):
+            setattr(part, name, buffer.to(model.device))
+
+
+def _our_names(name: str) -> str:
+    """A path of the checkpoint in the module tree: the language model of one with images stands alone here."""
+    return name.replace(".language_model", "")
+
+
+def _read(
+    config: ModelConfig, weights: Mapping[str, np.ndarray], own: Mapping[str, str], name: str, like: nn.Parameter
+) -> Tensor:
+    """A parameter's values, in the checkpoint's dtype."""
+    stored = name.replace(".base.", ".")  # a `lora.Linear` holds the module it stands for
+    if stored in own:
+        return _tensor(weights[own[stored]], stored, like)
+    if ".experts." in stored or stored.endswith(".gate.weight"):
+        return _tensor(_experts(config, weights, stored), stored, like)
+    raise UserError(f"{type(like).__name__} {stored} of transformers' {config.family} model is not among the weights")
+
+
+def _tensor(array: np.ndarray, name: str, like: nn.Parameter) -> Tensor:
+    if array.shape != tuple(like.shape):
+        raise UserError(f"tensor {name} has shape {array.shape}, transformers' model wants {tuple(like.shape)}")
+    if array.dtype.name == "bfloat16":  # ml_dtypes' is unknown to torch; its bits are the same
+        return torch.from_numpy(np.ascontiguousarray(array).view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(np.ascontiguousarray(array))
+
+
+def _experts(config: ModelConfig, weights: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    """Router or experts of one layer, as transformers has them: [expert, 2 * inner, hidden], [expert, hidden, inner]."""
+    family = FAMILIES[config.family]
+    layer = name.removeprefix(f"{family.layers}.").split(".")[0]
+    prefix, names = f"{family.layers}.{layer}.", family.experts
+
+    def of(kind: str, expert: int) -> np.ndarray:
+        return weights[f"{prefix}{names[kind].format(expert)}.weight"]
+
+    if name.endswith(".gate.weight"):
+        return weights[f"{prefix}{names['router']}.weight"]
+    if name.endswith("gate_up_proj"):
+        return np.stack([np.concatenate([of("gate", i), of("up", i)]) for i in range(config.experts)])
+    return np.stack([of("down", i) for i in range(config.experts)])

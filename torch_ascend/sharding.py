@@ -1,0 +1,222 @@
+"""Several processes, one a device, as torchrun starts them: who leads, what the others do, rows to processes and back.
+
+Process 0 runs the loop, alone, as if there were no other: it reads, scores, decides, writes. A call that all must make
+(`together`: build, generate, update ...) it first tells the others, who wait for such calls and make the same ones in the
+same order. So nothing outside this package knows of processes, and a process that waits for a slow reward server holds no
+device in a collective.
+
+Rows (prompts to complete, queries of a pass) are spread over all processes in order. The base is on every device
+(mesh.data), or its layers are spread over mesh.fsdp of them (FSDP2); adapters are on every device.
+"""
+
+import contextlib
+import datetime
+import functools
+import os
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import cloudpickle
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from ple_jax.core.config import UserError
+from torch_ascend import device as devices
+
+T = TypeVar("T")
+_FITS = 0.8  # share of a device's memory that a base may take before it is sharded
+_WAIT = datetime.timedelta(days=30)  # for process 0, which may score for hours
+
+
+class World(NamedTuple):
+    """This process among the others."""
+
+    rank: int = 0
+    size: int = 1
+    control: Any = None  # the group in which process 0 says what to do: gloo, of bytes
+
+
+_world = World()
+_objects: list[Any] = []  # whose methods are called together; every process makes the same ones in the same order
+
+
+# ---------------------------------------------------------------- one leads
+
+
+@contextlib.contextmanager
+def processes(config: Any) -> Iterator[bool]:
+    """A context in which process 0 leads: it gets True; in the others the context lasts until it ends there, with False.
+
+    Raises:
+        UserError: the mesh is not of as many devices as there are processes.
+    """
+    global _world
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    mesh_size(config.mesh, size)
+    if size == 1:
+        yield True
+        return
+    device = devices.resolve(config.model.device)
+    own = devices.capabilities(device).collectives
+    backends = own if own == "gloo" else f"cpu:gloo,{device.type}:{own}"
+    dist.init_process_group(backends, timeout=datetime.timedelta(hours=2))
+    _world = World(dist.get_rank(), size, dist.new_group(backend="gloo", timeout=_WAIT))
+    try:
+        if _world.rank:
+            # a stop is process 0's business: it finishes what it has in hand, and then tells
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_IGN)
+            _serve()
+            yield False
+        else:
+            try:
+                yield True
+            finally:
+                _tell(None)
+    finally:
+        dist.destroy_process_group()
+        _world = World()
+        _objects.clear()
+
+
+def _serve() -> None:
+    while (call := _told()) is not None:
+        target, name, args, kwargs = call
+        function = getattr(_objects[target], name).__wrapped__ if isinstance(target, int) else target.__wrapped__
+        function(*((_objects[target],) if isinstance(target, int) else ()), *args, **kwargs)
+
+
+def _tell(call: Any) -> None:
+    # cloudpickle: the losses of an algorithm may be closures
+    dist.broadcast_object_list([cloudpickle.dumps(call)], 0, group=_world.control)
+
+
+def _told() -> Any:
+    box: list[Any] = [None]
+    dist.broadcast_object_list(box, 0, group=_world.control)
+    return cloudpickle.loads(box[0])
+
+
+def together(function: Callable[..., T]) -> Callable[..., T]:
+    """Decorates a function of a module, or a method of a `shared` object: where process 0 calls it, all do."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> T:
+        if _world.size > 1:
+            handle = next((i for i, made in enumerate(_objects) if args and made is args[0]), None)
+            told = (call, "", args, kwargs) if handle is None else (handle, function.__name__, args[1:], kwargs)
+            _tell(told)
+        return function(*args, **kwargs)
+
+    return call
+
+
+def shared(made: T) -> T:
+    """Makes the methods of an object callable `together`; every process has one of its own."""
+    _objects.append(made)
+    return made
+
+
+# ---------------------------------------------------------------- rows
+
+
+def row_multiple() -> int:
+    """What the number of rows of a batch must be a multiple of."""
+    return _world.size
+
+
+def own_rows(count: int) -> slice:
+    """The rows of a batch that are this process's."""
+    part = count // _world.size
+    return slice(_world.rank * part, (_world.rank + 1) * part)
+
+
+def gather(values: Tensor) -> Tensor:
+    """All processes' rows, in order, on the CPU of each."""
+    values = values.cpu()
+    if _world.size == 1:
+        return values
+    parts = [torch.empty_like(values) for _ in range(_world.size)]
+    dist.all_gather(parts, values.contiguous(), group=_world.control)
+    return torch.cat(parts)
+
+
+def add_up(tensors: Sequence[Tensor]) -> None:
+    """Sums tensors of one device over all processes, in place and in one message."""
+    if _world.size == 1 or not tensors:
+        return
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    dist.all_reduce(flat)
+    for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+def all_done(done: Tensor, *, whole: bool) -> bool:
+    """Whether every row has ended; of all processes if `whole`, as it must be where a forward pass is a collective."""
+    open_rows = (~done).sum()
+    if whole and _world.size > 1:
+        dist.all_reduce(open_rows)
+    return int(open_rows) == 0
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What process 0 makes, for all."""
+    if _world.size == 1:
+        return make()
+    box = [cloudpickle.dumps(make()) if _world.rank == 0 else None]
+    dist.broadcast_object_list(box, 0, group=_world.control)
+    return cloudpickle.loads(box[0])
+
+
+def rank() -> int:
+    """This process's number; 0 leads."""
+    return _world.rank
+
+
+# ---------------------------------------------------------------- the base
+
+
+def mesh_size(mesh: Any, size: int) -> None:
+    """Raises a UserError unless the mesh is of as many devices as there are processes."""
+    if mesh.tensor != 1:
+        raise UserError(
+            f"config.mesh.tensor is {mesh.tensor}: the torch backend has no tensor parallelism; spread the base with"
+            f" --config.mesh.fsdp={mesh.tensor * mesh.fsdp} --config.mesh.tensor=1"
+        )
+    if mesh.data * mesh.fsdp != size:
+        raise UserError(
+            f"config.mesh is data {mesh.data} x fsdp {mesh.fsdp}, and {size} processes were started; set"
+            f" --config.mesh.data={size} (a whole base on every device) or --config.mesh.fsdp={size} (one spread over all),"
+            f" or start with torchrun --nproc-per-node={mesh.data * mesh.fsdp}"
+        )
+
+
+def choose(mesh: Mapping[str, int], base_bytes: int, device: torch.device) -> tuple[int, int, str]:
+    """Copies of the base, devices that share one, and a note if that is not what the mesh says: a base that does not fit."""
+    data, fsdp, memory = mesh["data"], mesh["fsdp"], devices.total_memory(device)
+    if memory is None or base_bytes <= _FITS * memory * fsdp or data == 1:
+        return data, fsdp, ""
+    size = f"{base_bytes / 2**30:.1f} GiB of base weights do not fit {fsdp} x {memory / 2**30:.1f} GiB"
+    return 1, data * fsdp, f"{size}: they are spread over all {data * fsdp} devices (FSDP2), as with mesh.fsdp={data * fsdp}"
+
+
+def device_mesh(data: int, fsdp: int, device: torch.device) -> DeviceMesh:
+    """The devices over which layers are spread: one dimension, or two where there are several copies."""
+    if data == 1:
+        return init_device_mesh(device.type, (fsdp,), mesh_dim_names=("fsdp",))
+    return init_device_mesh(device.type, (data, fsdp), mesh_dim_names=("data", "fsdp"))
+
+
+def shard_layer(layer: nn.Module, mesh: DeviceMesh) -> None:
+    """Spreads a frozen layer (FSDP2): every device holds a part, and gathers the whole while the layer is computed."""
+    fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+
+
+def shard_root(decoder: nn.Module, mesh: DeviceMesh) -> None:
+    """Makes the layers one unit, so that the next is gathered while one computes; what is outside them stays whole."""
+    outside = {parameter for parameter in decoder.parameters() if not hasattr(parameter, "placements")}
+    fully_shard(decoder, mesh=mesh, ignored_params=outside)

@@ -1,0 +1,451 @@
+"""The training step, and `TorchBackend`, the only holder of state. The twin of `ple_jax.train`."""
+
+import functools
+import math
+import os
+import platform
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, Int64
+from ml_collections import ConfigDict
+from torch import Tensor
+
+from ple_jax.core.config import UserError
+from ple_jax.core.rollouts import bucket
+from ple_jax.core.setup import load_algorithm
+from ple_jax.core.types import Batch, Loss, Outputs, Response, Sampling
+from ple_jax.models import adapters
+from ple_jax.models import checkpoint as weights
+from ple_jax.models.families import FAMILIES, expected_shapes
+from torch_ascend import checkpoint, generate, lora, ops, sharding
+from torch_ascend import device as devices
+from torch_ascend import model as models
+from torch_ascend.model import Model
+from torch_ascend.ops import Ops
+
+_CHUNK = 512  # tokens whose logits exist at one time: 100 MB in fp32 at a vocabulary of 49152
+
+
+# ---------------------------------------------------------------- log-probabilities of response tokens
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """log softmax(logits)[target], chunked over tokens: [token, vocab] never exists, forward or backward.
+
+    The gradient is with respect to `hidden` alone (the head is frozen) and is computed beside the value, so that the
+    backward pass needs neither the logits nor a second pass over the vocabulary.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, model: Model) -> Tensor:
+        value, gradient = [], []
+        for h, y in zip(hidden.split(_CHUNK), targets.split(_CHUNK), strict=True):
+            logits = model.logits(h)
+            logprob, normaliser = model.ops.token_logprob(logits, y)
+            value.append(logprob)
+            if ctx.needs_input_grad[0]:
+                # subtracted in fp32, then rounded to the head's dtype: where p is nearly one, the rest is smaller than p's
+                # rounding
+                error = (logits - normaliser[:, None]).exp_().neg_()
+                error.scatter_add_(1, y[:, None], torch.ones_like(error[:, :1]))
+                if (cap := model.config.logits_softcap) is not None:  # d tanh
+                    error = error * (1 - (logits / cap) ** 2)
+                gradient.append((error.to(model.head.dtype) @ model.head).to(hidden.dtype))
+        ctx.gradient = torch.cat(gradient) if gradient else None
+        return torch.cat(value)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        return (g[:, None] * ctx.gradient).to(ctx.gradient.dtype), None, None
+
+
+def token_logprobs(
+    model: Model, hidden: Float[Tensor, "*batch hidden"], targets: Int64[Tensor, "*batch"]
+) -> Float32[Tensor, "*batch"]:
+    """log softmax(logits)[target] in nats, of hidden states; see `_TokenLogprobs`."""
+    flat = _TokenLogprobs.apply(hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), model)
+    return flat.view(targets.shape)
+
+
+@torch.no_grad()
+def token_entropy(model: Model, hidden: Float[Tensor, "*batch hidden"]) -> Float32[Tensor, "*batch"]:
+    """Entropy in nats of the next-token distribution, chunked like `token_logprobs`; not differentiated."""
+    parts = []
+    for h in hidden.reshape(-1, hidden.shape[-1]).split(_CHUNK):
+        logp = model.logits(h).log_softmax(-1)
+        parts.append(-(logp.exp() * logp).sum(-1))
+    return torch.cat(parts).view(hidden.shape[:-1])
+
+
+# ---------------------------------------------------------------- the packed row [prompt | response 1 | ... | response K]
+
+
+def pack(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, positions [row, time] and the block mask [row, time, time] of packed rows, time = P + K * R.
+
+    Every response sees the prompt and itself, never another response; its positions start after the prompt's. A pair
+    costs P + 2R tokens instead of 2(P + R).
+    """
+    rows, k, r = batch.response.shape
+    place = {"device": batch.prompt.device}
+    tokens = torch.cat([batch.prompt, batch.response.reshape(rows, k * r)], 1)
+    valid = torch.cat([batch.prompt_mask, batch.response_mask.reshape(rows, k * r)], 1)
+    prompt_len = batch.prompt_mask.to(torch.int32).sum(1)
+    prompt_position = (batch.prompt_mask.to(torch.int32).cumsum(1) - 1).clamp(min=0)
+    segment = torch.cat(
+        [torch.full((batch.prompt.shape[1],), -1, **place), torch.arange(k, **place).repeat_interleave(r, output_size=k * r)]
+    )
+    response_position = prompt_len[:, None] + torch.arange(r, **place).repeat(k)[None]
+    position = torch.cat([prompt_position, response_position], 1)
+    time = tokens.shape[1]
+    causal = torch.ones((time, time), dtype=torch.bool, **place).tril()
+    own = (segment[None] == -1) | (segment[None] == segment[:, None])
+    return tokens, position, (causal & own)[None] & valid[:, None]
+
+
+def outputs(
+    model: Model, adapter: adapters.Adapter, batch: Batch, *, entropy: bool = False, logprobs: bool = True
+) -> Outputs:
+    """What the model says of a batch of tensors; a reward model's score where the adapter has a head.
+
+    Args:
+        logprobs: whether they are wanted; a reward model's loss does not read them.
+    """
+    rows, k, r = batch.response.shape
+    tokens, position, mask = pack(batch)
+    hidden = model.apply(adapter, tokens, positions=position, mask=mask)
+    p = batch.prompt.shape[1]
+    responses = hidden[:, p:].reshape(rows, k, r, -1)
+    scores = None
+    if (score := lora.head(adapter)) is not None:
+        last = (batch.response_mask.to(torch.int64).sum(-1) - 1).clamp(min=0)
+        chosen = responses.gather(2, last[..., None, None].expand(-1, -1, 1, responses.shape[-1]))[:, :, 0]
+        scores = (chosen.float() * score[:, 0]).sum(-1)
+    if not logprobs:
+        return Outputs(None, scores=scores)
+    # the last prompt token predicts the first token of every response
+    first = hidden[:, None, p - 1 : p].expand(-1, k, -1, -1)
+    predicting = torch.cat([first, responses[:, :, :-1]], 2)
+    values = torch.where(batch.response_mask, token_logprobs(model, predicting, batch.response), 0.0)
+    spread = torch.where(batch.response_mask, token_entropy(model, predicting), 0.0) if entropy else None
+    return Outputs(values, spread, scores=scores)
+
+
+# ---------------------------------------------------------------- the backend
+
+
+class TorchBackend:
+    """The `Backend` of PyTorch: base weights, adapter, optimizer state and reference adapter, on this process's device."""
+
+    def __init__(
+        self,
+        model: Model,
+        adapter: adapters.Adapter,
+        *,
+        width: int,
+        bucket: int,
+        clip_norm: float,
+        weight_decay: float,
+        seed: int = 0,
+        sharded: bool = False,
+        notes: Sequence[str] = (),
+    ):
+        self.model, self.width, self.bucket, self.clip_norm, self.seed = model, width, bucket, clip_norm, seed
+        self.sharded, self.notes, self.steps = sharded, list(notes), 0
+        self._adapter = lora.trainable(adapter, model.device)
+        self._leaves = lora.leaves(self._adapter)
+        self._optimizer = torch.optim.AdamW(
+            self._leaves.values(), lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay, foreach=True
+        )
+        for leaf in self._leaves.values():  # as it will be after the first step: a checkpoint always holds the same tensors
+            self._optimizer.state[leaf] = {
+                "step": torch.tensor(0.0), "exp_avg": torch.zeros_like(leaf), "exp_avg_sq": torch.zeros_like(leaf),
+            }  # fmt: skip
+        self._reference = lora.frozen(self._adapter)  # the start adapter; a fresh one is the base itself
+
+    # -------------------------------------------------------------- Backend
+
+    @sharding.together
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        uniforms: Float32[np.ndarray, "row max_new"],
+        *,
+        sampling: Sampling,
+        prefix: Sequence[int] = (),
+    ) -> list[Response]:
+        """One response per prompt, decoded `width` rows at a time, which are spread over the processes.
+
+        Short chunks are filled with copies of their first row, which end when it does: rows of noise would not end, and
+        decoding goes on until all have.
+        """
+        responses: list[Response] = []
+        done = functools.partial(sharding.all_done, whole=self.sharded)
+        own = sharding.own_rows(self.width)
+        for start in range(0, len(prompts), self.width):
+            part = prompts[start : start + self.width]
+            length = bucket(max(len(p) for p in part), self.bucket)
+            tokens, mask = np.zeros((self.width, length), np.int64), np.zeros((self.width, length), bool)
+            noise = np.zeros((self.width, sampling.max_new_tokens), np.float32)
+            for row in range(self.width):
+                source = row if row < len(part) else 0
+                prompt = part[source]
+                tokens[row, length - len(prompt) :] = prompt
+                mask[row, length - len(prompt) :] = True
+                noise[row] = uniforms[start + source]
+            out, lengths = generate.generate(
+                self.model,
+                self._adapter,
+                *(self._to_device(x[own]) for x in (tokens, mask)),
+                self._to_device(np.asarray(prefix, np.int64)),
+                self._to_device(noise[own]),
+                sampling=sampling,
+                all_done=done,
+                steps_per_sync=devices.capabilities(self.model.device).steps_per_sync,
+            )
+            out, lengths = sharding.gather(out), sharding.gather(lengths)
+            for ids, n in zip(out[: len(part)].tolist(), lengths[: len(part)].tolist(), strict=True):
+                responses.append(Response(tuple(ids[:n]), finished=ids[n - 1] in sampling.eos))
+        return responses
+
+    def stream(
+        self,
+        prompt: Sequence[int],
+        uniforms: Float32[np.ndarray, " max_new"],
+        *,
+        sampling: Sampling,
+        base: bool = False,
+    ) -> Iterator[int]:
+        """The tokens of one response as they are sampled; of the base without the adapter, if `base`."""
+        if self.sharded:
+            raise UserError("a chat needs the whole base on one device; start it without torchrun, --config.mesh.fsdp=1")
+        noise = self._to_device(np.asarray(uniforms, np.float32))
+        return generate.stream(self.model, {} if base else self._adapter, prompt, noise, sampling=sampling)
+
+    @sharding.together
+    @torch.inference_mode()
+    def logprobs(self, batch: Batch, *, reference: bool = False) -> Outputs:
+        """Log-probabilities and entropy of a batch's response tokens under the policy or the frozen reference."""
+        adapter, rows = self._reference if reference else self._adapter, len(batch.prompt)
+        found = outputs(self.model, adapter, self._put(batch, rows), entropy=True)
+        whole = [None if x is None else sharding.gather(x)[:rows].numpy() for x in found]
+        return Outputs(*whole)
+
+    @sharding.together
+    @torch.inference_mode()
+    def scores(self, batch: Batch) -> Float32[np.ndarray, "query k"]:
+        """What the head says of every response."""
+        rows = len(batch.prompt)
+        found = outputs(self.model, self._adapter, self._put(batch, rows), logprobs=False).scores
+        return sharding.gather(found)[:rows].numpy()
+
+    @sharding.together
+    def update(self, batches: Sequence[Batch], loss: Loss, *, lr: float) -> dict[str, float]:
+        """One optimizer step on the mean loss over all rows of `batches`, gradients accumulated over them."""
+        rows = max(len(b.prompt) for b in batches)
+        share = 1 / sum(float(b.data["valid"].sum()) for b in batches)
+        metrics: dict[str, Tensor] = {}
+        for i, batch in enumerate(batches):
+            part = self._put(batch, rows)
+            # dropout depends on the number of steps taken, which a checkpoint holds: a resumed run draws the same
+            torch.manual_seed(np.random.SeedSequence([self.seed, self.steps, i, sharding.rank()]).generate_state(1)[0])
+            found = outputs(self.model, self._adapter, part, logprobs=lora.head(self._adapter) is None)
+            value, named = loss(found, part)
+            reduced = {name: (m * part.data["valid"]).sum() * share for name, m in {"loss": value, **named}.items()}
+            reduced["loss"].backward()
+            for name, m in reduced.items():
+                metrics[name] = metrics.get(name, 0.0) + m.detach().to(torch.float32)
+        return self._apply(metrics, lr)
+
+    @sharding.together
+    def freeze_reference(self) -> None:
+        """The policy as it is now becomes the reference: the same base with a frozen copy of the adapter."""
+        self._reference = lora.frozen(self._adapter)
+
+    def adapter(self) -> dict[str, np.ndarray]:
+        """The adapter, and the head where there is one, under PEFT's names and in its layout."""
+        host = {path: {k: x.detach().cpu().numpy() for k, x in module.items()} for path, module in self._adapter.items()}
+        return adapters.to_peft(host)
+
+    def save(self, path: Path, step: int, meta: dict[str, Any], *, keep: int) -> None:
+        """Commits a checkpoint; process 0 has all that is in it."""
+        checkpoint.save(path, step, self._tensors(), {**meta, "optimizer_steps": self.steps}, keep=keep)
+
+    @sharding.together
+    def restore(self, path: Path) -> dict[str, Any] | None:
+        """Loads the newest checkpoint under `path`; its meta, or None if there is none."""
+        found = sharding.from_first(lambda: checkpoint.restore(path))
+        if found is None:
+            return None
+        tensors, meta = found
+        own = self._tensors()
+        checkpoint.check(tensors, own, path)
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(tensors[name])
+        self.steps = meta.pop("optimizer_steps")
+        for state in self._optimizer.state.values():
+            state["step"].fill_(self.steps)
+        return meta
+
+    def environment(self) -> dict[str, Any]:
+        """Versions, devices and flags: what bit-identical results depend on."""
+        return {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "transformers")},
+            "device": devices.description(self.model.device),
+            "platform": self.model.device.type,
+            "ops": self.model.ops.name,
+            "processes": sharding.row_multiple(),
+            "threads": torch.get_num_threads(),
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        }
+
+    # -------------------------------------------------------------- inside
+
+    def _apply(self, metrics: dict[str, Tensor], lr: float) -> dict[str, float]:
+        """Clips the accumulated gradients by their global norm, and takes an AdamW step."""
+        for leaf in self._leaves.values():
+            leaf.grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+        grads = [leaf.grad for leaf in self._leaves.values()]
+        values = torch.stack(list(metrics.values()))
+        sharding.add_up(grads)
+        sharding.add_up([values])
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+        # as optax clips, without an epsilon in the denominator
+        torch._foreach_mul_(grads, torch.where(norm < self.clip_norm, 1.0, self.clip_norm / norm))
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self.steps += 1
+        *numbers, norm = torch.cat([values, norm[None]]).tolist()
+        return {**dict(zip(metrics, numbers, strict=True)), "grad_norm": norm}
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Everything that training needs to go on."""
+        tensors = {f"adapter/{name}": leaf for name, leaf in self._leaves.items()}
+        tensors |= {f"reference/{name}": leaf for name, leaf in lora.leaves(self._reference).items()}
+        for name, leaf in self._leaves.items():
+            state = self._optimizer.state[leaf]
+            tensors |= {f"{moment}/{name}": state[moment] for moment in ("exp_avg", "exp_avg_sq")}
+        return tensors
+
+    def _to_device(self, x: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(x)).to(self.model.device)
+
+    def _put(self, batch: Batch, rows: int) -> Batch:
+        """This process's rows of the batch on its device, after filling up with copies of the first row that are not valid.
+
+        Copies and not zeros: a loss that divides by its data would make NaN of zeros, and 0 * NaN is NaN.
+        """
+        rows = _round_up(rows, sharding.row_multiple())
+        own = sharding.own_rows(rows)
+
+        def placed(x: np.ndarray) -> Tensor:
+            # as JAX has them: no float64, which NPUs lack; token ids index, so they are int64
+            x = x.astype({"f": np.float32, "i": np.int64, "u": np.int64}.get(x.dtype.kind, x.dtype))
+            return self._to_device(np.concatenate([x, np.repeat(x[:1], rows - len(x), 0)])[own])
+
+        data = dict(batch.data)
+        data["valid"] = np.concatenate([data["valid"], np.zeros(rows - len(batch.prompt), np.float32)])
+        return Batch(*map(placed, batch[:4]), {name: placed(np.asarray(x)) for name, x in data.items()})
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+# ---------------------------------------------------------------- from a config
+
+
+def load(config: ConfigDict) -> weights.Loaded:
+    """Weights, model config and tokenizer of the base model; a device that is not there is refused before."""
+    devices.resolve(config.model.device)
+    return _load(config.model.path, config.model.revision)
+
+
+@functools.lru_cache(maxsize=1)  # `build`, which every process makes by itself, loads too
+def _load(path: str, revision: str | None) -> weights.Loaded:
+    return weights.load(path, revision)
+
+
+def count(config: ConfigDict, loaded: weights.Loaded) -> tuple[int, int]:
+    """Parameters of the base and of the adapter."""
+    base = sum(math.prod(shape) for shape in expected_shapes(loaded.config).values())
+    return base, adapters.count(adapters.start(config, loaded.config))
+
+
+def transposed(loaded: weights.Loaded) -> bool:
+    """Whether the base keeps its linear weights as [in, out]."""
+    return FAMILIES[loaded.config.family].transposed
+
+
+def notes(backend: TorchBackend) -> list[str]:
+    """What a user should know before the run starts."""
+    return backend.notes
+
+
+def make_model(config: ConfigDict, loaded: weights.Loaded, device: torch.device, table: Ops) -> Model:
+    """The decoder a config asks for, without weights, its linear modules ready for an adapter."""
+    made = models.create(
+        loaded.config,
+        loaded.raw,
+        dtype=getattr(torch, config.model.dtype),
+        device=device,
+        ops=table,
+        remat=config.model.remat,
+    )
+    models.adapt(made, adapters.settings(config), adapters.resolve(loaded.config, config.lora.targets))
+    return made
+
+
+def build(config: ConfigDict, loaded: weights.Loaded, *, head: bool = False) -> TorchBackend:
+    """The backend a config asks for, weights on the devices; with `head` a reward model's head is trained too, or alone."""
+    return _build(config, head)
+
+
+@sharding.together
+def _build(config: ConfigDict, head: bool) -> TorchBackend:
+    if config.model.quantize != "none":
+        raise UserError(
+            f"config.model.quantize is {config.model.quantize!r}: the torch backend keeps the base in model.dtype; spread it"
+            " over more devices with --config.mesh.fsdp, or take --backend=jax"
+        )
+    load_algorithm(config.algorithm)  # the losses that process 0 sends may be of a module that only a config names
+    device, settings = devices.resolve(config.model.device), adapters.settings(config)
+    loaded = load(config)
+    adapter = adapters.start(config, loaded.config)  # before the weights are read: it may be refused
+    table = ops.choose(config.model.ops, device)
+    model = make_model(config, loaded, device, table)
+    said = [f"operators: {table.name}"] if device.type == "npu" else []
+    weigh = count(config, loaded)[0] * getattr(torch, config.model.dtype).itemsize
+    data, fsdp, note = sharding.choose(config.mesh, weigh, device)
+    mesh = sharding.device_mesh(data, fsdp, device) if fsdp > 1 else None
+    models.fill(model, loaded.weights, layer_done=mesh and functools.partial(sharding.shard_layer, mesh=mesh))
+    if mesh is not None:
+        sharding.shard_root(model.decoder, mesh)
+    replaced = ops.install(model.module, table)
+    _load.cache_clear()
+    if settings.dora and config.model.adapter is None:
+        adapter = models.magnitudes(model, adapter)
+    if head:
+        adapter = ({} if config.reward_model.train == "head" else adapter) | adapters.init_head(loaded.config)
+    return sharding.shared(
+        TorchBackend(
+            model,
+            adapter,
+            width=config.sampling.width,
+            bucket=config.sampling.bucket,
+            clip_norm=config.optimizer.clip_norm,
+            weight_decay=config.optimizer.weight_decay,
+            seed=config.seed,
+            sharded=fsdp > 1,
+            notes=[*said, *([f"fused: {', '.join(replaced)}"] if replaced else []), *([note] if note else [])],
+        )
+    )

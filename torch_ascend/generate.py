@@ -82,7 +82,7 @@ def sample_token(
     return invert_cdf(filter_probabilities(p, top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p), u)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: what FSDP2 gathers in it could not be used in training
 def generate(
     model: Model,
     adapter: Adapter,
@@ -153,7 +153,7 @@ def _prefill_prefix(model: Model, adapter: Adapter, prefix: Int64[Tensor, " pref
 # ---------------------------------------------------------------- one token at a time, for a person who waits
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def stream(
     model: Model, adapter: Adapter, prompt: Sequence[int], uniforms: Float32[Tensor, " max_new"], *, sampling: Sampling
 ) -> Iterator[int]:

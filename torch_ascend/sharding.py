@@ -76,7 +76,8 @@ def processes(config: Any) -> Iterator[bool]:
             try:
                 yield True
             finally:
-                _tell(None)
+                with contextlib.suppress(RuntimeError):  # of a process that is gone: what ended this one matters more
+                    _tell(None)
     finally:
         dist.destroy_process_group()
         _world = World()

@@ -228,7 +228,7 @@ class TorchBackend:
         return generate.stream(self.model, {} if base else self._adapter, prompt, noise, sampling=sampling)
 
     @sharding.together
-    @torch.inference_mode()
+    @torch.no_grad()
     def logprobs(self, batch: Batch, *, reference: bool = False) -> Outputs:
         """Log-probabilities and entropy of a batch's response tokens under the policy or the frozen reference."""
         adapter, rows = self._reference if reference else self._adapter, len(batch.prompt)
@@ -237,7 +237,7 @@ class TorchBackend:
         return Outputs(*whole)
 
     @sharding.together
-    @torch.inference_mode()
+    @torch.no_grad()
     def scores(self, batch: Batch) -> Float32[np.ndarray, "query k"]:
         """What the head says of every response."""
         rows = len(batch.prompt)

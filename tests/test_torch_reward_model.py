@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import sys
-import types
 
 import families
 import numpy as np
@@ -156,28 +154,6 @@ def test_code_of_a_checkpoint_is_not_run(folder, tmp_path):
     (tmp_path / "mine.py").write_text("raise SystemExit('code of a checkpoint was run')")
     with pytest.raises(UserError, match="cannot be loaded"):
         reward_model.classifier(tmp_path, dtype="float32", rows=1)
-
-
-def test_devices(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setitem(sys.modules, "torch_npu", None)
-    assert reward_model._device("auto") == reward_model._device("cpu") == torch.device("cpu")
-    with pytest.raises(UserError, match=r"device 'cuda' is not one of those here \(cpu\)"):
-        reward_model._device("cuda")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert reward_model._device("auto").type == reward_model._device("cuda").type == "cuda"
-    assert reward_model._device("cpu").type == "cpu"
-    with pytest.raises(UserError, match=r"device 'npu' is not one of those here \(cuda, cpu\)"):
-        reward_model._device("npu")
-
-
-def test_an_npu_comes_first(monkeypatch):
-    # what torch_npu does on import: torch.npu, and a device of that name
-    monkeypatch.setitem(sys.modules, "torch_npu", types.ModuleType("torch_npu"))
-    monkeypatch.setattr(torch, "npu", types.SimpleNamespace(is_available=lambda: True), raising=False)
-    monkeypatch.setattr(torch, "device", str)
-    assert reward_model._device("auto") == reward_model._device("npu") == "npu"
-    assert reward_model._device("cpu") == "cpu"
 
 
 def test_every_family_that_goes_alone_is_one_of_transformers():

@@ -3,7 +3,6 @@
 Its twin is `ple_jax/reward_model.py`.
 """
 
-import contextlib
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +13,8 @@ from jaxtyping import Float32
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from ple_jax.core.config import UserError
+from torch_ascend import device as devices
+from torch_ascend import sharding
 
 # what some of them were saved with, and no classifier without it in its class uses
 _HARMLESS = re.compile(r"(^|\.)(pooler|lm_head)\.")
@@ -24,7 +25,7 @@ _ALONE = ("canine", "convbert", "fnet", "funnel", "mobilebert", "nystromformer",
 def classifier(
     folder: Path, *, dtype: str, rows: int, device: str = "auto"
 ) -> Callable[[Sequence[Sequence[int]]], Float32[np.ndarray, "n labels"]]:
-    """A sequence classifier from a Hugging Face folder, its weights on one device.
+    """A sequence classifier from a Hugging Face folder, its weights on one device, or on that of each of several processes.
 
     Args:
         folder: config.json and safetensors of a ...ForSequenceClassification that transformers has.
@@ -39,29 +40,42 @@ def classifier(
     Raises:
         UserError: no such device, a damaged checkpoint, or one whose weights are not the classifier's.
     """
-    place = _device(device)
-    model = _load(folder, dtype).to(place)
-    alone = model.config.is_encoder_decoder or model.config.model_type in _ALONE
-    settings = model.config.get_text_config()
-    stated = settings.pad_token_id
+    return _make(folder, dtype, device).classify
 
-    @torch.inference_mode()
-    def logits(ids: Sequence[Sequence[int]]) -> Float32[np.ndarray, "n labels"]:
-        pad = stated
+
+@sharding.together
+def _make(folder: Path, dtype: str, device: str) -> "_Classifier":
+    return sharding.shared(_Classifier(_load(folder, dtype), devices.resolve(device)))
+
+
+class _Classifier:
+    """The model of one process; all of them classify the rows of a call together."""
+
+    def __init__(self, model: PreTrainedModel, device: torch.device):
+        self.model, self.device = model.to(device), device
+        self.alone = model.config.is_encoder_decoder or model.config.model_type in _ALONE
+        self.settings = model.config.get_text_config()
+        self.stated_pad = self.settings.pad_token_id
+
+    @sharding.together
+    def classify(self, ids: Sequence[Sequence[int]]) -> Float32[np.ndarray, "n labels"]:
+        count = -(-len(ids) // sharding.row_multiple()) * sharding.row_multiple()
+        rows = [*ids, *[ids[0]] * (count - len(ids))][sharding.own_rows(count)]
+        own = torch.cat([self._logits([row]) for row in rows]) if self.alone else self._logits(rows)
+        return sharding.gather(own)[: len(ids)].numpy()
+
+    @torch.no_grad()
+    def _logits(self, ids: Sequence[Sequence[int]]) -> Float32[torch.Tensor, "n labels"]:
+        pad = self.stated_pad
         if pad is None or pad < 0:
             # decoders read the last token that is not the padding token: without one, it must be none that ends a row
             last = {row[-1] for row in ids}
-            settings.pad_token_id = pad = next(token for token in range(len(last) + 1) if token not in last)
+            self.settings.pad_token_id = pad = next(token for token in range(len(last) + 1) if token not in last)
         width = max(map(len, ids))
-        tokens = torch.tensor([[*row, *[pad] * (width - len(row))] for row in ids], device=place)
-        lengths = torch.tensor([[len(row)] for row in ids], device=place)
-        mask = (torch.arange(width, device=place) < lengths).long()
-        return model(input_ids=tokens, attention_mask=mask).logits.float().cpu().numpy()
-
-    def classify(ids: Sequence[Sequence[int]]) -> Float32[np.ndarray, "n labels"]:
-        return np.concatenate([logits([row]) for row in ids]) if alone else logits(ids)
-
-    return classify
+        tokens = torch.tensor([[*row, *[pad] * (width - len(row))] for row in ids], device=self.device)
+        lengths = torch.tensor([[len(row)] for row in ids], device=self.device)
+        mask = (torch.arange(width, device=self.device) < lengths).long()
+        return self.model(input_ids=tokens, attention_mask=mask).logits.float()
 
 
 def _load(folder: Path, dtype: str) -> PreTrainedModel:
@@ -90,18 +104,3 @@ def _load(folder: Path, dtype: str) -> PreTrainedModel:
             )
     model.config.use_cache = False  # nothing is generated
     return model.eval()
-
-
-def _device(name: str) -> torch.device:
-    """The device that `name` means; auto is an Ascend NPU where there is one, else a CUDA device, else the CPU.
-
-    Raises:
-        UserError: there is none of that kind.
-    """
-    with contextlib.suppress(ImportError):
-        import torch_npu  # noqa: F401  (it adds torch.npu)
-    there = {"npu": hasattr(torch, "npu") and torch.npu.is_available(), "cuda": torch.cuda.is_available(), "cpu": True}
-    kinds = [kind for kind in there if there[kind]]
-    if name not in ("auto", *kinds):
-        raise UserError(f"device {name!r} is not one of those here ({', '.join(kinds)}); take one of them, or 'auto'")
-    return torch.device(kinds[0] if name == "auto" else name)

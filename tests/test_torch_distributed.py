@@ -1,0 +1,135 @@
+"""Several processes: the result does not depend on their number, nor on how the base is spread over them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from configs import default
+from ple_jax.core.config import UserError
+from torch_ascend import sharding
+
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+TINY = (
+    f"--config {ROOT / 'configs' / 'tiny.py'} --backend=torch --config.model.device=cpu --config.optimizer.micro_queries=4"
+)
+MESHES = {
+    "one": (1, ""),
+    "two": (2, "--config.mesh.data=2"),
+    "four": (4, "--config.mesh.data=4"),
+    "spread": (2, "--config.mesh.fsdp=2 --config.model.remat=full"),
+    "both": (4, "--config.mesh.data=2 --config.mesh.fsdp=2"),
+}
+
+
+def forked(**runs: tuple[int, str]) -> tuple[dict[str, list[int]], str]:
+    """Exit codes of every run's processes, and what they wrote to stderr."""
+    arguments = [f"{name}={ranks}:{line}" for name, (ranks, line) in runs.items()]
+    driver = [sys.executable, str(ROOT / "tests" / "ranks.py"), *arguments]
+    result = subprocess.run(driver, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout), result.stderr
+
+
+def curve(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    wanted = {name: (ranks, f"{TINY} --workdir {folder / name} {mesh}") for name, (ranks, mesh) in MESHES.items()}
+    codes, says = forked(**wanted)
+    assert codes == {name: [0] * ranks for name, (ranks, _) in MESHES.items()}, says
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in MESHES if name != "one"])
+def test_the_number_of_processes_changes_nothing(name, runs):
+    for kind in ("rollouts", "evaluations"):
+        alone = {file.name: file.read_bytes() for file in (runs / "one" / kind).iterdir()}
+        assert {file.name: file.read_bytes() for file in (runs / name / kind).iterdir()} == alone
+    one, several = curve(runs / "one"), curve(runs / name)
+    for a, b in zip(one[1:], several[1:], strict=True):
+        keys = [k for k in a if "second" not in k]
+        np.testing.assert_allclose([a[k] for k in keys], [b[k] for k in keys], rtol=1e-5, atol=1e-5)
+    a, b = (load_file(runs / n / "adapter" / "adapter_model.safetensors") for n in ("one", name))
+    assert max(abs(a[k] - b[k]).max() for k in a) < 1e-4
+    assert max(abs(a[k]).max() for k in a) > 1e-3  # it was trained
+
+
+@pytest.mark.slow
+def test_a_stopped_run_goes_on_with_another_number_of_processes(tmp_path, runs):
+    """Under torchrun itself: SIGTERM in the middle is one line and a resumable directory."""
+    workdir = tmp_path / "run"
+    line = [*TINY.split(), "--workdir", str(workdir), "--config.mesh.data=2", "--config.iterations=3"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "ple_jax.main",
+        *line,
+    ]
+    with subprocess.Popen(launch, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        deadline = time.monotonic() + 240
+        while not (workdir / "rollouts" / "iter_0000.jsonl").exists():
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        says, _ = process.communicate(timeout=120)
+    assert "stopped; nothing finished is lost" in says or (workdir / "summary.json").exists(), says
+    codes, says = forked(again=(1, f"{TINY} --workdir {workdir}"))
+    assert codes == {"again": [0]}, says
+    for i in range(3):
+        name = f"rollouts/iter_{i:04d}.jsonl"
+        assert (workdir / name).read_bytes() == (runs / "one" / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_what_a_user_can_mend_is_one_line_of_the_first_process(tmp_path):
+    line = f"{TINY} --workdir {tmp_path / 'w'}"
+    codes, says = forked(
+        mesh=(2, line),
+        # found after the others have begun to wait
+        model=(2, f"{line} --config.mesh.data=2 --config.model.path={tmp_path}"),
+    )
+    assert codes == {"mesh": [2, 2], "model": [2, 0]}, says
+    assert "config.mesh is data 1 x fsdp 1, and 2 processes were started" in says
+    assert f"{tmp_path / 'config.json'} does not exist" in says
+    assert "Traceback" not in says
+
+
+def test_a_mesh_must_be_of_as_many_devices_as_there_are_processes():
+    mesh = default.get_config().mesh
+    sharding.mesh_size(mesh, 1)
+    with pytest.raises(UserError, match=r"set --config.mesh.data=8 .* or --config.mesh.fsdp=8"):
+        sharding.mesh_size(mesh, 8)
+    mesh.tensor = 2
+    with pytest.raises(UserError, match="no tensor parallelism"):
+        sharding.mesh_size(mesh, 2)
+
+
+@pytest.mark.parametrize(
+    ("size", "data", "fsdp", "chosen"),
+    [(40, 8, 1, (8, 1)), (60, 8, 1, (1, 8)), (100, 4, 2, (4, 2)), (110, 4, 2, (1, 8)), (1000, 1, 8, (1, 8))],
+)
+def test_a_base_that_does_not_fit_is_spread(monkeypatch, size, data, fsdp, chosen):
+    monkeypatch.setattr(sharding.devices, "total_memory", lambda device: 64 * 2**30)
+    *got, note = sharding.choose({"data": data, "fsdp": fsdp}, size * 2**30, torch.device("cpu"))
+    assert tuple(got) == chosen
+    assert bool(note) == (chosen != (data, fsdp)) and (not note or f"mesh.fsdp={data * fsdp}" in note)
+    monkeypatch.setattr(sharding.devices, "total_memory", lambda device: None)
+    assert sharding.choose({"data": data, "fsdp": fsdp}, size * 2**30, torch.device("cpu")) == (data, fsdp, "")

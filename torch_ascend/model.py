@@ -6,7 +6,7 @@ Its own cache, whose interface changes from version to version, is not used.
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,10 +20,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ple_jax.core.config import UserError
 from ple_jax.models.adapters import Adapter, Lora
 from ple_jax.models.config import ModelConfig
-from ple_jax.models.families import FAMILIES
+from ple_jax.models.families import FAMILIES, module_shapes
 from torch_ascend import device as devices
 from torch_ascend import lora
 from torch_ascend.ops import Ops
+from torch_ascend.quantize import Quantized
 
 _ATTENTION = "ple_ops"  # our function's name among transformers' attention implementations
 
@@ -205,15 +206,31 @@ def _checkpointed(forward: Callable[..., Tensor], remat: str) -> Callable[..., T
     return recomputed
 
 
-def adapt(model: Model, settings: Lora, paths: Mapping[str, Any]) -> None:
+def adapt(model: Model, settings: Lora, paths: Iterable[str]) -> None:
     """Puts `lora.Linear` in the place of the modules with these paths."""
     transposed = FAMILIES[model.config.family].transposed
     for path in paths:
-        name = _our_names(path)
-        parent, _, last = name.rpartition(".")
-        base = model.module.get_submodule(name)
-        made = lora.Linear(base, path, settings, lambda: model._adapter, transposed=transposed)
-        setattr(model.module.get_submodule(parent), last, made)
+        _replace(model, path, lambda base, path=path: lora.Linear(
+            base, path, settings, lambda: model._adapter, transposed=transposed
+        ))  # fmt: skip
+
+
+def quantize(model: Model, kind: str) -> None:
+    """Puts `quantize.Quantized` in the place of every linear module of the layers.
+
+    Raises:
+        UserError: the layers are mixtures of experts, which are not linear modules.
+    """
+    if model.config.experts:
+        raise UserError("the torch backend does not quantise experts; take --config.model.quantize=none, or --backend=jax")
+    for path, *_ in module_shapes(model.config):
+        _replace(model, path, lambda base: Quantized(base, kind, transposed=FAMILIES[model.config.family].transposed))
+
+
+def _replace(model: Model, path: str, make: Callable[[nn.Module], nn.Module]) -> None:
+    name = _our_names(path)
+    parent, _, last = name.rpartition(".")
+    setattr(model.module.get_submodule(parent), last, make(model.module.get_submodule(name)))
 
 
 def magnitudes(model: Model, adapter: Adapter) -> Adapter:
@@ -237,6 +254,10 @@ def fill(model: Model, weights: Mapping[str, np.ndarray], *, layer_done: Callabl
     head = next(n for n, part in model.module.named_modules() if part is model.module.get_output_embeddings())
 
     def place(module: nn.Module, prefix: str, device: torch.device) -> None:
+        for name, part in module.named_modules():
+            if isinstance(part, Quantized):
+                stored = own[f"{prefix}{name}.weight".replace(".base.", ".")]
+                part.fill(_tensor(weights[stored], stored).to(device))
         for name, parameter in list(module.named_parameters()):
             if parameter.device.type != "meta" or name == f"{head}.weight":
                 continue
@@ -278,8 +299,8 @@ def _read(
     raise UserError(f"{type(like).__name__} {stored} of transformers' {config.family} model is not among the weights")
 
 
-def _tensor(array: np.ndarray, name: str, like: nn.Parameter) -> Tensor:
-    if array.shape != tuple(like.shape):
+def _tensor(array: np.ndarray, name: str, like: nn.Parameter | None = None) -> Tensor:
+    if like is not None and array.shape != tuple(like.shape):
         raise UserError(f"tensor {name} has shape {array.shape}, transformers' model wants {tuple(like.shape)}")
     if array.dtype.name == "bfloat16":  # ml_dtypes' is unknown to torch; its bits are the same
         return torch.from_numpy(np.ascontiguousarray(array).view(np.int16)).view(torch.bfloat16)

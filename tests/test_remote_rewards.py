@@ -11,9 +11,8 @@ import time
 import numpy as np
 import pytest
 
-from ple_jax.core import rewards
+from ple_jax.core import http, rewards
 from ple_jax.core.config import UserError
-from ple_jax.core.rewards import _http
 from ple_jax.core.rewards._cache import Cache
 from ple_jax.core.transcripts import Conversation
 
@@ -355,19 +354,19 @@ def test_no_pause_follows_the_last_try(serve):
 
 def test_pauses_double_and_vary():
     for attempt in range(10):
-        some = {_http.pause(attempt, backoff=0.5, asked=None) for _ in range(200)}
+        some = {http.pause(attempt, backoff=0.5, asked=None) for _ in range(200)}
         longest = min(0.5 * 2**attempt, 60)
         assert longest / 2 <= min(some) < longest * 0.6 and longest * 0.9 < max(some) <= longest
 
 
 def test_a_server_may_ask_for_a_longer_pause():
-    assert _http.pause(0, backoff=0.1, asked="7") == 7
-    assert _http.pause(0, backoff=0.1, asked="0") <= 0.1
-    assert 0.05 <= _http.pause(0, backoff=0.1, asked="soon") <= 0.1
-    assert _http.pause(0, backoff=0.1, asked="86400") == 600
+    assert http.pause(0, backoff=0.1, asked="7") == 7
+    assert http.pause(0, backoff=0.1, asked="0") <= 0.1
+    assert 0.05 <= http.pause(0, backoff=0.1, asked="soon") <= 0.1
+    assert http.pause(0, backoff=0.1, asked="86400") == 600
     in_30 = email.utils.formatdate(time.time() + 30, usegmt=True)
-    assert 28 < _http.pause(0, backoff=0.1, asked=in_30) <= 30
-    assert 0.05 <= _http.pause(0, backoff=0.1, asked="Wed, 21 Oct 2015 07:28:00 GMT") <= 0.1
+    assert 28 < http.pause(0, backoff=0.1, asked=in_30) <= 30
+    assert 0.05 <= http.pause(0, backoff=0.1, asked="Wed, 21 Oct 2015 07:28:00 GMT") <= 0.1
 
 
 def test_retry_after_is_waited_for(serve):

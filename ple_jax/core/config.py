@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 PACKAGE = Path(__file__).parent.parent
 BACKENDS = {"jax": "ple_jax.train", "torch": "torch_ascend.train"}  # --backend and the module behind it
+TOPOLOGIES = {"jax": "ple_jax.topology", "torch": "torch_ascend.topology"}  # and the one behind --topology
 FREE = ("algorithm_kwargs", "reward.kwargs", "task.columns")  # dictionaries of the user's own, overridden whole
 
 # how a run is computed and not what: a run may go on, or be exported, with others

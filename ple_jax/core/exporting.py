@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ple_jax.core import card, peft
 from ple_jax.core import workdir as files
 from ple_jax.core.config import BACKENDS
@@ -20,26 +22,47 @@ def write_adapter(run: Run, iteration: int, summary: Mapping[str, Any]) -> Path:
     A head that was trained alone is written the same way, without a LoRA matrix: PEFT has no such thing, `write_merged`
     reads it.
     """
-    lora, folder, tensors = run.config.lora, run.workdir / "adapter", run.backend.adapter()
+    folder = run.workdir / "adapter"
+    head = HEAD if has_head(run.algorithm) else None
+    write_peft(
+        folder,
+        run.backend.adapter(),
+        lora=run.config.lora,
+        base_model=run.base_model,
+        transposed=run.transposed,
+        head=head,
+    )
+    push = run.config.export.push
+    readme = _card(run.workdir, "peft", run.base_model, iteration, summary, push, head=has_head(run.algorithm))
+    (folder / "README.md").write_text(readme, encoding="utf-8")
+    return folder
+
+
+def write_peft(
+    folder: Path,
+    tensors: Mapping[str, np.ndarray],
+    *,
+    lora: Any,
+    base_model: str,
+    transposed: bool,
+    head: str | None = None,
+) -> None:
+    """An adapter in PEFT's layout, with the settings of `config.lora`."""
     peft.write(
         folder,
         tensors,
         rank=lora.rank,
         alpha=lora.alpha,
         targets=_target_names(lora.targets, tensors),
-        base_model=run.base_model,
+        base_model=base_model,
         rank_pattern=dict(lora.rank_pattern),
         alpha_pattern=dict(lora.alpha_pattern),
         use_rslora=lora.rslora,
         use_dora=lora.dora,
-        fan_in_fan_out=run.transposed,
+        fan_in_fan_out=transposed,
         dropout=lora.dropout,
-        head=HEAD if has_head(run.algorithm) else None,
+        head=head,
     )
-    push = run.config.export.push
-    readme = _card(run.workdir, "peft", run.base_model, iteration, summary, push, head=has_head(run.algorithm))
-    (folder / "README.md").write_text(readme, encoding="utf-8")
-    return folder
 
 
 def _target_names(targets: Sequence[str], adapter: Mapping[str, Any]) -> list[str]:

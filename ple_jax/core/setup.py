@@ -65,6 +65,11 @@ def read_inputs(config: Any, backend: str) -> Inputs:
     """The algorithm, the records, the principles and the reward of a config, which may use the run's own devices."""
     algorithm = load_algorithm(config.algorithm)
     samples = not is_offline(algorithm)
+    if config.sampling.server is not None and not samples:
+        raise UserError(
+            f"config.sampling.server is {config.sampling.server!r}, and algorithm {config.algorithm!r} samples nothing (nor"
+            " does vLLM serve a head that is being trained): unset it"
+        )
     found = data.load(config, needs="prompt" if samples else algorithm.NEEDS)
     digests = {"train": tasks.digest(found.train), "heldout": tasks.digest(found.heldout)}
     texts = {"algorithm": Path(config.algorithm).read_text()} if Path(config.algorithm).is_file() else {}
@@ -96,6 +101,8 @@ def resolved(config: Any, backend: str, digests: Mapping[str, str]) -> dict[str,
     keys = config.to_dict()
     del keys["export"]
     del keys["model"]["revision"]  # the commit that it stands for is among the inputs
+    # whether a server samples is a part of it, for its noise is another; where it is, is none
+    keys["sampling"]["server"] = None if config.sampling.server is None else "vllm"
     keys["reward"]["kwargs"] = _without(keys["reward"]["kwargs"], _HOW)
     return {"backend": backend, **keys, "inputs": dict(digests)}
 
@@ -124,6 +131,14 @@ def open_run(config: Any, workdir: Path, backend: str, inputs: Inputs) -> Iterat
         progress.advance(1)
         for note in module.notes(built):
             progress.log(note)
+        if config.sampling.server is not None:
+            from ple_jax.core import served  # not above: it writes adapters, and what does so needs this module
+
+            built = served.connect(
+                config, built, folder=workdir / "serving", base_model=loaded.name, vocab=loaded.config.vocab_size,
+                transposed=module.transposed(loaded), log=progress.log,
+            )  # fmt: skip
+            stack.callback(built.close)
         stop.check()
         # not before everything above was found in order: a mistake mended should not need another directory
         files.write_json(workdir / "config.json", resolved(config, backend, inputs.digests))

@@ -3,31 +3,20 @@
 import json
 import math
 import os
-import random
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
-from email.utils import parsedate_to_datetime
 from types import MappingProxyType
 from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
 
+from ple_jax.core import http
 from ple_jax.core.config import UserError
 from ple_jax.core.rewards import Incomplete
 
 _WHERE = "config.reward.kwargs"
-_LONGEST_PAUSE, _LONGEST_ASKED = 60.0, 600.0  # seconds: of our own, and of what a server may ask for
-
-
-class Failed(Exception):
-    """A request without a usable answer; says why the last try had none."""
-
-
-class Refused(Failed):
-    """A request that no repetition mends."""
 
 
 def scorer(
@@ -89,10 +78,11 @@ def scorer(
 
         def ask(some: slice) -> Sequence[float]:
             n = len(responses[some])
-            return _post(
+            return http.request(
+                "POST",
                 url,
                 body(prompts[some], responses[some]),
-                lambda answer: read(answer, n),
+                read=lambda content: read(json.loads(content), n),
                 headers=sent,
                 timeout=timeout,
                 retries=retries,
@@ -111,9 +101,9 @@ def scorer(
                     in_a_row = 0
                 except CancelledError:
                     continue
-                except Failed as error:
+                except http.Failed as error:
                     in_a_row += 1
-                    if not why and (isinstance(error, Refused) or in_a_row >= max_failures):
+                    if not why and (isinstance(error, http.Refused) or in_a_row >= max_failures):
                         why = str(error)
                         stop.set()  # what is under way has this one try; its values still count
                         for other in under_way:
@@ -135,62 +125,3 @@ def _variable(name: str, key: str) -> str:
     if not (value := os.environ.get(name, "").strip()):
         raise UserError(f"{_WHERE} {key}: the environment variable {name!r} is not set; export it with the key")
     return value
-
-
-def _post(
-    url: str,
-    body: Mapping[str, Any],
-    read: Callable[[Any], Sequence[float]],
-    *,
-    headers: Mapping[str, str],
-    timeout: float,
-    retries: int,
-    backoff: float,
-    stop: threading.Event,
-) -> Sequence[float]:
-    """The values in a server's answer.
-
-    Raises:
-        Failed: no try gave any, or `stop` was set before the next.
-        Refused: the server says that the request is wrong.
-    """
-    import requests
-
-    for attempt in range(retries + 1):
-        asked = None
-        try:
-            answer = requests.post(
-                url,
-                json=body,
-                headers=headers,
-                timeout=timeout,
-                allow_redirects=False,  # a key is for the server that was named
-                auth=lambda request: request,  # or a .netrc would replace the key
-            )
-            if answer.status_code < 300:
-                return read(json.loads(answer.content))
-            why = f"it answered with status {answer.status_code}: {_brief(answer.headers.get('Location') or answer.text)}"
-            if answer.status_code < 500 and answer.status_code not in (408, 429):
-                raise Refused(why)
-            asked = answer.headers.get("Retry-After")
-        except (requests.RequestException, ValueError) as error:
-            why = f"{type(error).__name__}: {_brief(str(error))}"
-        if attempt == retries or stop.wait(pause(attempt, backoff=backoff, asked=asked)):
-            break
-    raise Failed(why)
-
-
-def pause(attempt: int, *, backoff: float, asked: str | None) -> float:
-    """Seconds before the next try, at random from half to all of the back-off; not less than the server asked for."""
-    own = min(backoff * 2.0**attempt, _LONGEST_PAUSE) * random.uniform(0.5, 1.0)
-    if asked is None:
-        return own
-    try:
-        seconds = float(asked) if asked.strip().isdecimal() else parsedate_to_datetime(asked).timestamp() - time.time()
-    except ValueError:
-        return own
-    return max(own, min(seconds, _LONGEST_ASKED))
-
-
-def _brief(text: str) -> str:
-    return " ".join(text.split())[:300]

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +20,12 @@ class Capabilities:
     # tokens decoded between two questions whether all responses have ended: each waits for the device
     steps_per_sync: int
     mixed_matmul: bool = False  # torch.mm takes bfloat16 and gives float32
+    records: bool = False  # operators can be recorded once and repeated (tried on CUDA; NPUs may, but nobody has tried here)
 
 
 CAPABILITIES = {
     "cpu": Capabilities("gloo", steps_per_sync=1),
-    "cuda": Capabilities("nccl", steps_per_sync=16, mixed_matmul=True),
+    "cuda": Capabilities("nccl", steps_per_sync=16, mixed_matmul=True, records=True),
     "npu": Capabilities("hccl", steps_per_sync=16),
 }
 _INSTALL = "pip install 'ple_jax[ascend]' (torch-npu has torch's version number)"
@@ -95,6 +97,17 @@ def synchronize(device: torch.device) -> None:
     """Waits until the device has done what it was given."""
     if device.type != "cpu":
         module(device.type).synchronize(device)
+
+
+def record(call: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """A function that repeats what `call` does on the device, launched as one; `call` must have run once before.
+
+    Its tensors stay where they are in memory, and nothing in it may wait for the device.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # recorded, not run
+        call()
+    return graph.replay
 
 
 def total_memory(device: torch.device) -> int | None:

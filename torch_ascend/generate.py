@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ple_jax.core.types import Sampling
 from ple_jax.models.adapters import Adapter
+from torch_ascend import device as devices
 from torch_ascend.model import Cache, Model
 
 _BLOCK = 128
@@ -94,6 +95,7 @@ def generate(
     sampling: Sampling,
     all_done: Callable[[Bool[Tensor, " row"]], bool],
     steps_per_sync: int = 1,
+    recorded: bool = False,
 ) -> tuple[Int64[Tensor, "row max_new"], Int64[Tensor, " row"]]:
     """Responses and their lengths (EOS counted, where it was sampled).
 
@@ -102,6 +104,7 @@ def generate(
         prefix: tokens that stand before every prompt (the principles); computed once and shared by all rows.
         all_done: whether decoding may stop; it waits for the device.
         steps_per_sync: tokens decoded between two calls of `all_done`.
+        recorded: whether the device records a step and repeats it (a CUDA graph), so that it waits for no launch.
     """
     rows, length = prompt.shape
     shared, new = prefix.shape[0], uniforms.shape[1]
@@ -125,19 +128,36 @@ def generate(
     out = torch.zeros((rows, new), dtype=torch.int64, **place)
     lengths = torch.zeros(rows, dtype=torch.int64, **place)
     done = torch.zeros(rows, dtype=torch.bool, **place)
-    for i in range(new):
-        token = sample_token(model.logits(hidden[:, -1]), uniforms[:, i], sampling=sampling)
-        out[:, i] = torch.where(done, 0, token)
-        lengths += (~done).to(torch.int64)
-        done = done | (token[:, None] == eos[None]).any(-1)
-        if i == new - 1 or ((i + 1) % steps_per_sync == 0 and all_done(done)):
-            break
-        index = shared + length + i
-        source[:, index] = True
+    step = torch.zeros(1, dtype=torch.int64, **place)
+
+    def take(hidden: Tensor) -> Tensor:
+        """Draws the tokens of this step and writes them down."""
+        token = sample_token(model.logits(hidden[:, -1]), uniforms.index_select(1, step)[:, 0], sampling=sampling)
+        out.index_copy_(1, step, torch.where(done, 0, token)[:, None])
+        lengths.add_((~done).to(torch.int64))
+        done.logical_or_((token[:, None] == eos[None]).any(-1))
+        return token
+
+    token = take(hidden)
+
+    def decode() -> None:
+        """One step, of tensors alone and in place: what a device records it can repeat."""
+        index = step + (shared + length)
+        source.index_fill_(1, index, True)
+        at = places.index_select(1, index)
         hidden = model.apply(
-            adapter, token[:, None], positions=places[:, index : index + 1], mask=source[:, None], source_positions=places,
-            cache=cache, index=index,
-        )  # fmt: skip
+            adapter, token[:, None], positions=at, mask=source[:, None], source_positions=places, cache=cache, index=index
+        )
+        step.add_(1)
+        token.copy_(take(hidden))
+
+    repeat = decode
+    for i in range(1, new):
+        if i % steps_per_sync == 0 and all_done(done):
+            break
+        if i == 2 and recorded:
+            repeat = devices.record(decode, model.device)
+        repeat()
     return out, lengths
 
 

@@ -35,15 +35,16 @@ class Linear(nn.Module):
             return y
         h = x.to(module["a"].dtype)
         # only gradients are dropped for: sampling and log-probabilities see the whole input
-        h = nn.functional.dropout(h, self.rate, training=torch.is_grad_enabled())
-        low = (h @ module["a"]) @ (module["b"] * self.scale)
+        h = nn.functional.dropout(h, self.rate, training=torch.is_grad_enabled()) if self.rate else h
+        low = (h @ module["a"]) @ module["b"]
         if "m" not in module:
-            return (y + low).to(y.dtype)
+            # in place: added in fp32 and rounded to y's dtype, in one operator where a device waits for every launch
+            return y.add_(low, alpha=self.scale)
         bias = 0.0 if self.base.bias is None else self.base.bias.to(low.dtype)
         # zero where a module is not adapted, or where its weights are zero: W x + A B x as they are
         m = module["m"]
         gain = torch.where(m == 0, 1.0, m) / torch.where(m == 0, 1.0, self.norm(module))
-        return (gain * (y - bias + low) + bias).to(y.dtype)
+        return (gain * (y - bias + self.scale * low) + bias).to(y.dtype)
 
     @torch.no_grad()
     def norm(self, module: dict[str, Tensor]) -> Float[Tensor, " out"]:

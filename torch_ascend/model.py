@@ -52,7 +52,7 @@ class Model:
         self.windowed = any(kind.window is not None for kind in config.kinds)
         self._adapter: Adapter = {}
         self._cache: Cache | None = None
-        self._index = 0
+        self._index: int | Tensor = 0
 
     @functools.cached_property
     def head(self) -> Float[Tensor, "vocab hidden"]:
@@ -80,7 +80,7 @@ class Model:
         mask: Bool[Tensor, "row time source"],
         source_positions: Int[Tensor, "row source"] | None = None,
         cache: Cache | None = None,
-        index: int = 0,
+        index: int | Int[Tensor, "time"] = 0,
     ) -> Float[Tensor, "row time hidden"]:
         """Hidden states after the last norm.
 
@@ -88,7 +88,8 @@ class Model:
             adapter: of tensors; {} for the base alone.
             mask: whether a token may see a source position.
             source_positions: of what is in the cache (`positions` without one); read where a layer has a window.
-            cache: keys and values are written to it at `index`, and read from it.
+            cache: keys and values are written to it, and read from it.
+            index: where they are written: the first place of several in a row, or a tensor of places.
         """
         visible = mask[:, None]
         if self.windowed:  # how far back every source lies: each layer cuts at its own window
@@ -106,9 +107,13 @@ class Model:
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scale: float, softcap: float | None
     ) -> Float[Tensor, "row head time dim"]:
         if self._cache is not None:
-            keys, values, end = self._cache.keys[layer], self._cache.values[layer], self._index + key.shape[2]
-            keys[:, :, self._index : end] = key
-            values[:, :, self._index : end] = value
+            keys, values, index = self._cache.keys[layer], self._cache.values[layer], self._index
+            if isinstance(index, int):
+                keys[:, :, index : index + key.shape[2]] = key
+                values[:, :, index : index + key.shape[2]] = value
+            else:
+                keys.index_copy_(2, index, key)
+                values.index_copy_(2, index, value)
             key, value = keys, values
         if visible.dtype != torch.bool:
             window = self.config.kinds[self.config.pattern[layer]].window

@@ -186,7 +186,7 @@ class TorchBackend:
         """
         responses: list[Response] = []
         done = functools.partial(sharding.all_done, whole=self.sharded)
-        own = sharding.own_rows(self.width)
+        own, able = sharding.own_rows(self.width), devices.capabilities(self.model.device)
         for start in range(0, len(prompts), self.width):
             part = prompts[start : start + self.width]
             length = bucket(max(len(p) for p in part), self.bucket)
@@ -206,7 +206,8 @@ class TorchBackend:
                 self._to_device(noise[own]),
                 sampling=sampling,
                 all_done=done,
-                steps_per_sync=devices.capabilities(self.model.device).steps_per_sync,
+                steps_per_sync=able.steps_per_sync,
+                recorded=able.records and not self.sharded,
             )
             out, lengths = sharding.gather(out), sharding.gather(lengths)
             for ids, n in zip(out[: len(part)].tolist(), lengths[: len(part)].tolist(), strict=True):
@@ -364,8 +365,18 @@ def _round_up(n: int, multiple: int) -> int:
 # ---------------------------------------------------------------- from a config
 
 
+def check(config: ConfigDict, fsdp: int) -> None:
+    """Refuses what a config may ask for and this backend has not, where the base is spread over `fsdp` devices."""
+    if config.model.quantize != "none" and fsdp > 1:
+        raise UserError(
+            f"config.model.quantize is {config.model.quantize!r} and the base is to be spread over {fsdp} devices: the torch"
+            " backend keeps a quantised base whole; set --config.mesh.fsdp=1, or --config.model.quantize=none"
+        )
+
+
 def load(config: ConfigDict) -> weights.Loaded:
     """Weights, model config and tokenizer of the base model; a device that is not there is refused before."""
+    check(config, config.mesh.fsdp)
     devices.resolve(config.model.device)
     return _load(config.model.path, config.model.revision)
 
@@ -401,6 +412,8 @@ def make_model(config: ConfigDict, loaded: weights.Loaded, device: torch.device,
         ops=table,
         remat=config.model.remat,
     )
+    if config.model.quantize != "none":
+        models.quantize(made, config.model.quantize)
     models.adapt(made, adapters.settings(config), adapters.resolve(loaded.config, config.lora.targets))
     return made
 
@@ -412,40 +425,40 @@ def build(config: ConfigDict, loaded: weights.Loaded, *, head: bool = False) -> 
 
 @sharding.together
 def _build(config: ConfigDict, head: bool) -> TorchBackend:
-    if config.model.quantize != "none":
-        raise UserError(
-            f"config.model.quantize is {config.model.quantize!r}: the torch backend keeps the base in model.dtype; spread it"
-            " over more devices with --config.mesh.fsdp, or take --backend=jax"
-        )
     load_algorithm(config.algorithm)  # the losses that process 0 sends may be of a module that only a config names
-    device, settings = devices.resolve(config.model.device), adapters.settings(config)
-    loaded = load(config)
+    device, loaded = devices.resolve(config.model.device), load(config)
+    made = assemble(config, loaded, device, ops.choose(config.model.ops, device), head=head)
+    _load.cache_clear()
+    return sharding.shared(made)
+
+
+def assemble(config: ConfigDict, loaded: weights.Loaded, device: torch.device, table: Ops, *, head: bool) -> TorchBackend:
+    """The backend on a device, with the operators of `table`; as `build`."""
+    settings = adapters.settings(config)
     adapter = adapters.start(config, loaded.config)  # before the weights are read: it may be refused
-    table = ops.choose(config.model.ops, device)
     model = make_model(config, loaded, device, table)
     said = [f"operators: {table.name}"] if device.type == "npu" else []
-    weigh = count(config, loaded)[0] * getattr(torch, config.model.dtype).itemsize
+    bits = {"none": 8 * getattr(torch, config.model.dtype).itemsize, "int8": 8, "nf4": 4.25}[config.model.quantize]
+    weigh = int(count(config, loaded)[0] * bits / 8)
     data, fsdp, note = sharding.choose(config.mesh, weigh, device)
+    check(config, fsdp)
     mesh = sharding.device_mesh(data, fsdp, device) if fsdp > 1 else None
     models.fill(model, loaded.weights, layer_done=mesh and functools.partial(sharding.shard_layer, mesh=mesh))
     if mesh is not None:
         sharding.shard_root(model.decoder, mesh)
     replaced = ops.install(model.module, table)
-    _load.cache_clear()
     if settings.dora and config.model.adapter is None:
         adapter = models.magnitudes(model, adapter)
     if head:
         adapter = ({} if config.reward_model.train == "head" else adapter) | adapters.init_head(loaded.config)
-    return sharding.shared(
-        TorchBackend(
-            model,
-            adapter,
-            width=config.sampling.width,
-            bucket=config.sampling.bucket,
-            clip_norm=config.optimizer.clip_norm,
-            weight_decay=config.optimizer.weight_decay,
-            seed=config.seed,
-            sharded=fsdp > 1,
-            notes=[*said, *([f"fused: {', '.join(replaced)}"] if replaced else []), *([note] if note else [])],
-        )
+    return TorchBackend(
+        model,
+        adapter,
+        width=config.sampling.width,
+        bucket=config.sampling.bucket,
+        clip_norm=config.optimizer.clip_norm,
+        weight_decay=config.optimizer.weight_decay,
+        seed=config.seed,
+        sharded=fsdp > 1,
+        notes=[*said, *([f"fused: {', '.join(replaced)}"] if replaced else []), *([note] if note else [])],
     )

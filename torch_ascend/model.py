@@ -307,9 +307,10 @@ def _read(
 def _tensor(array: np.ndarray, name: str, like: nn.Parameter | None = None) -> Tensor:
     if like is not None and array.shape != tuple(like.shape):
         raise UserError(f"tensor {name} has shape {array.shape}, transformers' model wants {tuple(like.shape)}")
+    array = np.require(array, requirements="CW")  # contiguous, and not a file's pages, which may not be written to
     if array.dtype.name == "bfloat16":  # ml_dtypes' is unknown to torch; its bits are the same
-        return torch.from_numpy(np.ascontiguousarray(array).view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(np.ascontiguousarray(array))
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
 
 
 def _experts(config: ModelConfig, weights: Mapping[str, np.ndarray], name: str) -> np.ndarray:

@@ -38,6 +38,8 @@ class Linear(nn.Module):
         h = nn.functional.dropout(h, self.rate, training=torch.is_grad_enabled()) if self.rate else h
         low = (h @ module["a"]) @ module["b"]
         if "m" not in module:
+            if torch.is_grad_enabled():  # not in place: what recomputation keeps of the forward pass (remat=dots) is this y
+                return torch.add(y, low, alpha=self.scale).to(y.dtype)
             # in place: added in fp32 and rounded to y's dtype, in one operator where a device waits for every launch
             return y.add_(low, alpha=self.scale)
         bias = 0.0 if self.base.bias is None else self.base.bias.to(low.dtype)

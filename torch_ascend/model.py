@@ -258,25 +258,24 @@ def fill(model: Model, weights: Mapping[str, np.ndarray], *, layer_done: Callabl
     own, family = {_our_names(name): name for name in weights}, FAMILIES[model.config.family]
     head = next(n for n, part in model.module.named_modules() if part is model.module.get_output_embeddings())
 
-    def place(module: nn.Module, prefix: str, device: torch.device) -> None:
+    def place(module: nn.Module, prefix: str) -> None:
         for name, part in module.named_modules():
-            if isinstance(part, Quantized):
+            if isinstance(part, Quantized) and part.values is None:
                 stored = own[f"{prefix}{name}.weight".replace(".base.", ".")]
-                part.fill(_tensor(weights[stored], stored).to(device))
+                part.fill(_tensor(weights[stored], stored).to(model.device))
         for name, parameter in list(module.named_parameters()):
             if parameter.device.type != "meta" or name == f"{head}.weight":
                 continue
             parent, _, last = name.rpartition(".")
             values = _read(model.config, weights, own, f"{prefix}{name}", parameter)
-            filled = nn.Parameter(values.to(device, model.dtype), requires_grad=False)
+            filled = nn.Parameter(values.to(model.device, model.dtype), requires_grad=False)
             module.get_submodule(parent).register_parameter(last, filled)
 
     for i, layer in enumerate(model.layers()):
-        # a layer that will be sharded never is whole on the device
-        place(layer, f"{_our_names(family.layers)}.{i}.", model.device if layer_done is None else torch.device("cpu"))
+        place(layer, f"{_our_names(family.layers)}.{i}.")
         if layer_done is not None:
             layer_done(layer)
-    place(model.module, "", model.device)
+    place(model.module, "")
     output = model.decoder.get_input_embeddings().weight
     if not model.config.tie_embeddings:
         array = weights[f"{family.head}.weight"]

@@ -1,6 +1,6 @@
 """Speed and memory beside transformers and PEFT: the same weights, the same shapes, the same run, in turns.
 
-    python scripts/benchmark.py [--model smollm2-135m] [--repeats 5] [--only memory|train|generate]
+    python scripts/benchmark.py [--model smollm2-135m] [--repeats 5] [--only memory|train|generate] [--backend jax|torch]
 
 Prints one JSON line per measurement: the median tokens/s of both sides over the repeats and the median of their
 pairwise ratios (the two sides take turns, so that a machine that slows down slows both). Needs the extra `dev`.
@@ -11,7 +11,7 @@ train:    one LoRA step (rank 8, all linear modules), forward, backward and Adam
           "pairs" 8 queries of 16 tokens with two responses of 24, as PLE trains; ours packs a pair into one row, PEFT
                   has a row for each response; tokens are counted as PEFT sees them.
 memory:   temporary memory of the compiled training step with log-probabilities chunked over time, as we train, and with
-          the fp32 logits of all tokens. Nothing is run.
+          the fp32 logits of all tokens. Nothing is run. (JAX alone.)
 """
 
 import argparse
@@ -28,7 +28,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ple_jax import lora, sharding, train
-from ple_jax.core.types import Batch, Sampling
+from ple_jax.core.types import Backend, Batch, Sampling
 from ple_jax.models import adapters, checkpoint
 from ple_jax.models.decoder import Model, fill
 
@@ -61,7 +61,9 @@ def transformers_model(loaded: checkpoint.Loaded) -> LlamaForCausalLM:
     return model.eval()
 
 
-def backend(loaded: checkpoint.Loaded, width: int) -> train.JaxBackend:
+def backend(loaded: checkpoint.Loaded, width: int, which: str) -> Backend:
+    if which == "torch":
+        return torch_backend(loaded, width)
     mesh = sharding.make_mesh()
     model = Model.create(loaded.config, scan=train.use_scan("auto"))
     base = fill(model, loaded.weights, lambda _, array: jax.device_put(array, sharding.replicated(mesh)))
@@ -71,11 +73,23 @@ def backend(loaded: checkpoint.Loaded, width: int) -> train.JaxBackend:
     )
 
 
-def measure_generate(loaded: checkpoint.Loaded, repeats: int, new: int = 64, prompt_len: int = 16) -> None:
+def torch_backend(loaded: checkpoint.Loaded, width: int) -> Backend:
+    from torch_ascend import model, ops
+    from torch_ascend.train import TorchBackend
+
+    device = torch.device("cpu")
+    made = model.create(loaded.config, loaded.raw, dtype=torch.float32, device=device, ops=ops.REFERENCE)
+    model.adapt(made, LORA, adapters.resolve(loaded.config, LORA.targets))
+    model.fill(made, loaded.weights)
+    adapter = adapters.init(loaded.config, LORA, seed=0)
+    return TorchBackend(made, adapter, width=width, bucket=16, clip_norm=1.0, weight_decay=0.0)
+
+
+def measure_generate(loaded: checkpoint.Loaded, repeats: int, which: str, new: int = 64, prompt_len: int = 16) -> None:
     rng = np.random.default_rng(0)
     theirs = transformers_model(loaded)
     for width in (16, 64):
-        ours = backend(loaded, width)
+        ours = backend(loaded, width, which)
         prompts = rng.integers(1000, loaded.config.vocab_size, (width, prompt_len))
         noise = rng.random((width, new), dtype=np.float32)
         ids = torch.tensor(prompts)
@@ -95,16 +109,24 @@ def measure_generate(loaded: checkpoint.Loaded, repeats: int, new: int = 64, pro
                     eos_token_id=None,
                 )
 
-        report("generate", {"batch": width, "new_tokens": new, **median_pair(call_ours, call_theirs, width * new, repeats)})
+        report(
+            "generate",
+            {
+                "backend": which,
+                "batch": width,
+                "new_tokens": new,
+                **median_pair(call_ours, call_theirs, width * new, repeats),
+            },
+        )
 
 
 def negative_likelihood(outputs, batch):
     return -outputs.logprobs.sum((1, 2)), {}
 
 
-def measure_train(loaded: checkpoint.Loaded, repeats: int) -> None:
+def measure_train(loaded: checkpoint.Loaded, repeats: int, which: str) -> None:
     rng = np.random.default_rng(0)
-    ours = backend(loaded, 16)
+    ours = backend(loaded, 16, which)
     theirs = get_peft_model(
         transformers_model(loaded), LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", lora_dropout=0.0)
     ).train()
@@ -130,7 +152,8 @@ def measure_train(loaded: checkpoint.Loaded, repeats: int) -> None:
             optimizer.step()
 
         shape = f"{queries} queries x ({prompt_len} + {k} x {response_len})"
-        report("train", {"case": name, "shape": shape, **median_pair(call_ours, call_theirs, ids.numel(), repeats)})
+        speeds = median_pair(call_ours, call_theirs, ids.numel(), repeats)
+        report("train", {"backend": which, "case": name, "shape": shape, **speeds})
 
 
 def measure_memory(loaded: checkpoint.Loaded) -> None:
@@ -175,14 +198,15 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", choices=("generate", "train", "memory"))
+    parser.add_argument("--backend", default="jax", choices=("jax", "torch"))
     options = parser.parse_args()
     loaded = checkpoint.load(options.model)
-    if options.only in (None, "memory"):
+    if options.only in (None, "memory") and options.backend == "jax":
         measure_memory(loaded)
     if options.only in (None, "train"):
-        measure_train(loaded, options.repeats)
+        measure_train(loaded, options.repeats, options.backend)
     if options.only in (None, "generate"):
-        measure_generate(loaded, options.repeats)
+        measure_generate(loaded, options.repeats, options.backend)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The work directory: who may write to it, which config it belongs to, and how its files are written.
 
 config.json  environment.json  metrics.jsonl  bad_records.jsonl  rollouts/  evaluations/  quarantine/  rewards.sqlite
-checkpoints/  adapter/  reward_model/  judgement.json  tensorboard/
+checkpoints/  adapter/  reward_model/  judgement.json  tensorboard/  serving/
 report.html  summary.json (written last: it marks a finished run)
 """
 

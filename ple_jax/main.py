@@ -47,8 +47,9 @@ Flags
   --backend jax|torch    what computes (default: jax); torch runs on Ascend NPUs, CUDA and CPUs, and under torchrun on
                          several of them
   --mode MODE            what to do (default: train)
-  --topology KIND:CHIPS  with --mode=plan: compile the run for these devices, v5e:2x4, v5p:2x2x2 ..., which need not be
-                         there, and say what each phase needs of them (libtpu does it for TPUs); cpu:8 simulates
+  --topology KIND:CHIPS  with --mode=plan: what each phase of the run needs of these devices, which need not be there:
+                         v5e:2x4, v5p:2x2x2 ... (compiled; libtpu does it for TPUs), with --backend=torch 910b:8, h100:8
+                         (run on tensors without memory); cpu:8 is of this machine's kind
 
 Modes
   train      run all iterations; a killed run continues where it stood when the same command is given again
@@ -72,6 +73,7 @@ Examples
 Exit codes: 0 done, 2 something to mend (one line on stderr says what).
 """
 
+_NEEDS = {"jax": ("jax", "flax"), "torch": ("torch", "cloudpickle")}
 _INSTALL = {"jax": "pip install ple_jax", "torch": "pip install 'ple_jax[torch]', on Ascend 'ple_jax[ascend]'"}
 
 ENVIRONMENT = {
@@ -96,7 +98,7 @@ class Run(NamedTuple):
     workdir: Path
     backend: str
     mode: str
-    topology: str | None = None  # of --mode=plan: devices to compile for
+    topology: str | None = None  # of --mode=plan: devices to plan for
 
 
 @contextlib.contextmanager
@@ -201,10 +203,10 @@ def parse(argv: Sequence[str]) -> Run:
     workdir = Path(values.workdir or ".")
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir} is a file; give a folder, which is created if need be")
-    if importlib.util.find_spec(values.backend) is None:
-        raise UserError(f"--backend={values.backend}: {values.backend} is not installed: {_INSTALL[values.backend]}")
-    if values.topology and (values.mode, values.backend) != ("plan", "jax"):
-        raise UserError(f"--topology={values.topology} goes with --mode=plan and --backend=jax, where nothing is run")
+    if missing := [name for name in _NEEDS[values.backend] if importlib.util.find_spec(name) is None]:
+        raise UserError(f"--backend={values.backend}: {missing[0]} is not installed; {_INSTALL[values.backend]}")
+    if values.topology and values.mode != "plan":
+        raise UserError(f"--topology={values.topology} goes with --mode=plan, where nothing is trained")
     validate(config)
     return Run(FrozenConfigDict(config), workdir, values.backend, values.mode, values.topology)
 

@@ -8,7 +8,6 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -20,93 +19,17 @@ from ml_collections import ConfigDict
 
 from ple_jax import generate, hlo, lora, sharding, train
 from ple_jax import quantize as quantization
-from ple_jax.core import prompts
-from ple_jax.core.config import PACKAGE, PUBLISHED, UserError
-from ple_jax.core.rollouts import bucket
-from ple_jax.core.types import Batch, Query, Response, Rollout, Sampling, Tokenizer
-from ple_jax.models import adapters, checkpoint, families, hub
-from ple_jax.models import tokenizer as tokenizers
+from ple_jax.core.types import Batch, Query, Sampling
+from ple_jax.models import adapters, families
 from ple_jax.models.config import ModelConfig
 from ple_jax.models.decoder import Model, quantized_axis
+from ple_jax.outline import Lengths, check_positions, example_batch, lengths, read_source, readable
 from ple_jax.targets import Target, make_mesh, open_target
 
 GIB = 2**30
 
 
-# ---------------------------------------------------------------- the model and the shapes
-
-
-SHAPES = PACKAGE / "models" / "published"  # the config.json of well-known models, by name
-
-
-class Source(NamedTuple):
-    """What planning reads of a model: never a weight."""
-
-    config: ModelConfig
-    tokenizer: Tokenizer | None
-    eos: tuple[int, ...]
-
-
-def read_source(path: str, revision: str | None = None) -> Source:
-    """A folder in which a config.json is enough, a published model's shapes by name, or anything that can be trained."""
-    named = SHAPES / f"{path}.json"
-    folder = hub.fetch(path, revision, weights=False) if hub.is_remote(path) else Path(path)
-    if path not in PUBLISHED and not folder.is_dir():
-        loaded = checkpoint.load(path)
-        return Source(loaded.config, loaded.tokenizer, loaded.eos)
-    file = folder / "config.json" if folder.is_dir() else named
-    raw = checkpoint.read_json(file)
-    config = families.read(raw, str(file))
-    if (folder / "tokenizer.json").is_file():
-        tokenizer = tokenizers.from_folder(folder)
-        return Source(config, tokenizer, tokenizers.eos_ids(tokenizer, raw))
-    eos = raw.get("eos_token_id") or 0
-    return Source(config, None, tuple(eos) if isinstance(eos, list) else (eos,))
-
-
-class Lengths(NamedTuple):
-    """Tokens of the arrays that a run is made of."""
-
-    prefix: int  # shared by all principled prompts
-    sampled: int  # of a prompt to sample from, without the prefix
-    trained: int  # of a prompt to train on
-    new: int
-
-
-def lengths(
-    config: ConfigDict, tokenizer: Tokenizer | None, train_set: Sequence[Query], heldout: Sequence[Query], principles: str
-) -> Lengths:
-    """The longest of the data; without a tokenizer the longest that the config allows, and no shared prefix."""
-    smallest, new = config.sampling.bucket, config.sampling.max_new_tokens
-    if tokenizer is None:
-        longest = bucket(config.task.max_prompt_tokens, smallest)
-        return Lengths(0, longest, longest, new)
-
-    def ids(queries: Sequence[Query], text: str | None) -> list[list[int]]:
-        form = {"chat": config.task.chat, "thinking": config.task.thinking}
-        return [prompts.render(q, text, tokenizer, **form)[1] for q in queries]
-
-    plain = max(map(len, ids([*train_set, *heldout], None)))
-    prefix = len(prompts.common_prefix(ids(heldout[:64], principles))) if len(heldout) > 1 else 0
-    rest = max(map(len, ids([*train_set, *heldout], principles))) - prefix
-    return Lengths(prefix, bucket(max(plain, rest), smallest), bucket(plain, smallest), new)
-
-
-def example_batch(config: ConfigDict, algorithm: ModuleType, rows: int, sizes: Lengths, vocab: int) -> Batch:
-    """A batch of the algorithm's own making, of `rows` queries with the longest prompts."""
-    slots = algorithm.collect(config)
-
-    def response(place: int, slot: Any) -> Response:
-        return Response((1,), False, slot.kind, slot.sample, reward=float(place), score=float(place))
-
-    made = [
-        Rollout(str(i), "", (vocab - 1,) * sizes.trained, tuple(response(j, slot) for j, slot in enumerate(slots)))
-        for i in range(rows)
-    ]
-    batch = algorithm.batch(algorithm.label(made, algorithm.schedule(config)(0), 0, config), config)
-    if algorithm.needs_reference(config):
-        batch.data["reference_logprobs"] = np.zeros(batch.response.shape, np.float32)
-    return batch
+# ---------------------------------------------------------------- shapes on devices
 
 
 def abstract_base(model: Model, mesh: Mesh, quantize: str = "none") -> Any:
@@ -392,11 +315,7 @@ def report(
     source = read_source(config.model.path, config.model.revision)
     c = source.config
     sizes = lengths(config, source.tokenizer, train_set, heldout, principles)
-    if (longest := sizes.prefix + sizes.sampled + sizes.new) > c.max_positions:
-        raise UserError(
-            f"{longest} positions are needed and {config.model.path} has {c.max_positions};"
-            " lower --config.task.max_prompt_tokens or --config.sampling.max_new_tokens"
-        )
+    check_positions(config, sizes, c)
     model = train.make_model(config, c, mesh, platform=target.platform)
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(model.shapes))
     limit = target.chip.hbm * GIB if target.chip else math.inf
@@ -427,20 +346,11 @@ def report(
     return {name: m for name, (_, m) in results.items()}
 
 
-def _size(count: float) -> str:
-    """Bytes for reading: 512 B, 1.50 MiB."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            break
-        count /= 1024
-    return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.3g} {unit}"
-
-
 def _row(phase: Phase, m: Measured, limit: float) -> str:
-    parts = [_size(n) for n in (m.arguments, m.outputs, m.temporaries)]
+    parts = [readable(n) for n in (m.arguments, m.outputs, m.temporaries)]
     total = m.peak + phase.held
     share = f"{total / limit:.0%}" if limit < math.inf else ""
-    cells = "".join(f"{cell:>10}" for cell in (*parts, _size(phase.held), _size(total)))
+    cells = "".join(f"{cell:>10}" for cell in (*parts, readable(phase.held), readable(total)))
     return f"{phase.name:<12}{cells}{share:>8}{phase.flops:>10.2e}{m.seconds:>7.1f} s" + (
         "  the compiler refuses" if m.refused else ""
     )
@@ -453,7 +363,7 @@ def _collectives(found: Sequence[hlo.Collective]) -> list[str]:
         terms = [f"{sum(not x.looped for x in mine)}"] if any(not x.looped for x in mine) else []
         for times in sorted({x.times for x in mine if x.looped}):
             terms.append(f"{sum(x.looped and x.times == times for x in mine)} in a loop of {times}")
-        moved = _size(sum(x.bytes * x.times for x in mine))
+        moved = readable(sum(x.bytes * x.times for x in mine))
         lines.append(f"{kind}: {sum(x.times for x in mine)} ({' + '.join(terms)}), {moved}")
     return lines or ["no collectives"]
 
@@ -462,9 +372,9 @@ def verdict(config: ConfigDict, target: Target, results: Sequence[tuple[Phase, M
     """Which phase is the largest, and for each that does not fit what to change."""
     name, total = max(((phase.name, m.peak + phase.held) for phase, m in results), key=lambda pair: pair[1])
     if target.chip is None:
-        return [f"The largest phase is {name}: {_size(total)} a device."]
+        return [f"The largest phase is {name}: {readable(total)} a device."]
     limit = target.chip.hbm * GIB
-    lines = [f"The largest phase is {name}: {_size(total)} of {target.chip.hbm:g} GiB ({total / limit:.0%})."]
+    lines = [f"The largest phase is {name}: {readable(total)} of {target.chip.hbm:g} GiB ({total / limit:.0%})."]
     over: dict[str, list[str]] = {}
     for phase, m in results:
         if m.refused or m.peak + phase.held > limit:
@@ -488,7 +398,7 @@ def advice(config: ConfigDict, phase: Phase, m: Measured, limit: float) -> str:
         if mesh.data > 1:
             steps.append(f"--config.mesh.data=1 --config.mesh.fsdp={multiple}, which spreads the weights too")
         steps.append(slice_)
-        return f"weights and state dominate ({_size(m.arguments + phase.held)}); try {' or '.join(steps)}"
+        return f"weights and state dominate ({readable(m.arguments + phase.held)}); try {' or '.join(steps)}"
     steps = []
     if phase.name in ("gradients", "log-probs"):
         if phase.name == "gradients" and config.model.remat != "full":

@@ -1,4 +1,4 @@
-"""What only an Ascend NPU can tell: run it on one with `pytest -m npu tests/test_npu_hardware.py`. Elsewhere it is skipped."""
+"""What only an Ascend NPU can tell: `pytest -m npu tests/test_npu_hardware.py` on one. Elsewhere it is skipped."""
 
 import json
 import subprocess
@@ -75,5 +75,5 @@ def test_all_devices_together(option, tmp_path):
         "ple_jax.main",
     ]
     mesh = f"--config.mesh.{option}={count}"
-    subprocess.run([*launch, *line.split(), *width.split(), mesh], check=True, cwd=ROOT)
+    subprocess.run([*torchrun, "-m", "ple_jax.main", *line.split(), *width.split(), mesh], check=True, cwd=ROOT)
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["iterations"] == 3

@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from configs import tiny as tiny_config
-from ple_jax import hlo, sharding, targets, topology
+from ple_jax import hlo, outline, sharding, targets, topology
 from ple_jax.algorithms import ple
 from ple_jax.core import tasks
 from ple_jax.core.config import UserError, validate
@@ -138,12 +138,12 @@ def test_flops_against_xla(remat):
     mesh = sharding.make_mesh()
     base = topology.abstract_base(model, mesh)
     transform = topology.train.optimizer(clip_norm=1.0, weight_decay=0.0)
-    settings = topology.lora.Lora(rank=rank, alpha=8.0)
-    adapter = topology.lora.init(SMALL, settings, seed=0)
+    settings = topology.adapters.Lora(rank=rank, alpha=8.0)
+    adapter = topology.adapters.init(SMALL, settings, seed=0)
     made = topology.train.programs(model, adapter, mesh, transform=transform, settings=settings)
     batch = test_train.random_batch(rows=rows, k=k, prompt_len=prompt, response_len=new, vocab=512)
     forward = topology.forward_flops(
-        SMALL, rows=rows, tokens=time, source=time, predicted=k * new, adapter=topology.lora.count(adapter)
+        SMALL, rows=rows, tokens=time, source=time, predicted=k * new, adapter=topology.adapters.count(adapter)
     )
 
     def counted(lowered):
@@ -180,13 +180,13 @@ def _placed(x, place):
 def test_lengths_by_hand():
     config = tiny_config.get_config()
     config.task.max_prompt_tokens = 100
-    assert topology.lengths(config, None, [], [], "") == (0, 128, 128, 8)  # buckets are 16, 32, 64, 128
+    assert outline.lengths(config, None, [], [], "") == (0, 128, 128, 8)  # buckets are 16, 32, 64, 128
 
-    source = topology.read_source("tiny")  # one token a byte
+    source = outline.read_source("tiny")  # one token a byte
     train_set = [tasks.Query("a", "x" * 20), tasks.Query("b", "y" * 40)]
     heldout = [tasks.Query("c", "z" * 5), tasks.Query("d", "w" * 7)]
     extra = len(source.tokenizer.encode("", add_special_tokens=True))
-    sizes = topology.lengths(config, source.tokenizer, train_set, heldout, "be kind")
+    sizes = outline.lengths(config, source.tokenizer, train_set, heldout, "be kind")
     assert sizes == (len("be kind\n\n") + extra, 64, 64, 8)
 
 
@@ -212,7 +212,7 @@ PARAMETERS = {  # as their model cards and papers count them
 
 
 def test_every_published_model_is_counted():
-    assert sorted(PARAMETERS) == sorted(file.stem for file in topology.SHAPES.glob("*.json"))
+    assert sorted(PARAMETERS) == sorted(file.stem for file in outline.SHAPES.glob("*.json"))
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -221,7 +221,7 @@ def test_parameters_of_published_models(name):
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    raw = json.loads((topology.SHAPES / f"{name}.json").read_text())
+    raw = json.loads((outline.SHAPES / f"{name}.json").read_text())
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(raw.pop("model_type"), **raw))
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
@@ -231,7 +231,7 @@ def test_parameters_of_published_models(name):
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_published_models_are_read(name):
-    source = topology.read_source(name)
+    source = outline.read_source(name)
     assert source.tokenizer is None
     shapes = jax.tree.leaves(Model.create(source.config, scan=True).shapes)
     assert sum(math.prod(x.shape) for x in shapes) == PARAMETERS[name]
@@ -391,12 +391,12 @@ def test_a_sliding_window_is_planned(tmp_path):
     (folder / "config.json").write_text(json.dumps(raw | {"model_type": "mistral", "sliding_window": 8}))
     c = tiny_config.get_config()
     c.model.path, c.task.max_prompt_tokens = str(folder), 16
-    source = topology.read_source(str(folder))
+    source = outline.read_source(str(folder))
     assert source.config.kinds[0].window == 8
     mesh = sharding.make_mesh()
     model = topology.train.make_model(c, source.config, mesh)
     train_set = tasks.load(c.task.train).queries
-    sizes = topology.lengths(c, source.tokenizer, train_set, tasks.load(c.task.heldout).queries, "")
+    sizes = outline.lengths(c, source.tokenizer, train_set, tasks.load(c.task.heldout).queries, "")
     for phase in topology.phases(c, model, mesh, sizes, ple, source.eos):
         phase.lower()
 

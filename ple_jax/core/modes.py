@@ -16,7 +16,7 @@ from ple_jax.core import card, exporting, loop, offline, peft, report, sampling
 from ple_jax.core import chat as chatting
 from ple_jax.core import plan as planning
 from ple_jax.core import workdir as files
-from ple_jax.core.config import BACKENDS, UserError
+from ple_jax.core.config import BACKENDS, TOPOLOGIES, UserError
 from ple_jax.core.rollouts import Journal
 from ple_jax.core.run import Run
 from ple_jax.core.setup import has_head, is_offline, load_algorithm, open_run, read_inputs, resolved
@@ -216,11 +216,10 @@ def plan(config: Any, workdir: Path, backend: str, topology: str | None = None) 
     if topology:
         if not samples:
             raise UserError(f"--topology goes with an algorithm that samples, and config.algorithm is {config.algorithm!r}")
-        importlib.import_module("ple_jax.topology").report(
-            config, topology, algorithm=algorithm, train_set=found.train,
-            heldout=found.heldout,
+        importlib.import_module(TOPOLOGIES[backend]).report(
+            config, topology, algorithm=algorithm, train_set=found.train, heldout=found.heldout,
             principles=inputs.principles.text,
-        )
+        )  # fmt: skip
         return 0
     module = importlib.import_module(BACKENDS[backend])
     loaded = module.load(config)

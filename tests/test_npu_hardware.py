@@ -65,15 +65,7 @@ def test_all_devices_together(option, tmp_path):
     count = devices.module("npu").device_count()
     width = f"--config.sampling.width={8 * count} --config.optimizer.batch_queries=8 --config.optimizer.micro_queries=8"
     line = f"--config {ROOT / 'configs' / 'tiny.py'} --workdir {tmp_path / 'run'} --backend=torch --config.model.device=npu"
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={count}",
-        "-m",
-        "ple_jax.main",
-    ]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
     mesh = f"--config.mesh.{option}={count}"
     subprocess.run([*torchrun, "-m", "ple_jax.main", *line.split(), *width.split(), mesh], check=True, cwd=ROOT)
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["iterations"] == 3

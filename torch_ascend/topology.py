@@ -1,0 +1,564 @@
+"""`--mode=plan --backend=torch --topology=910b:8`: what every phase of a run holds on a device, without the devices.
+
+The code that trains is run, as one of so many processes, on tensors without memory (FakeTensorMode), and the bytes of the
+tensors that are alive are counted. Collectives do nothing. What kernels and libraries take for themselves is not counted.
+"""
+
+import contextlib
+import functools
+import math
+import re
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+import torch
+import torch.distributed as dist
+from ml_collections import ConfigDict
+from torch import Tensor
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from ple_jax.core.config import UserError, suggestion
+from ple_jax.core.types import Batch, Query, Sampling
+from ple_jax.models import hub
+from ple_jax.models.checkpoint import Loaded
+from ple_jax.models.config import ModelConfig
+from ple_jax.models.families import expected_shapes
+from ple_jax.outline import Lengths, Source, check_positions, example_batch, lengths, read_source, readable
+from torch_ascend import device as devices
+from torch_ascend import generate, lora, ops, sharding, train
+from torch_ascend.model import Cache
+from torch_ascend.train import TorchBackend
+
+GIB = 2**30
+_FULL = 0.9  # of a device's memory; the rest is left to what is not counted
+_STEPS = 3  # tokens decoded: the cache has its whole size from the start, so that more of them need no more
+
+
+# ---------------------------------------------------------------- devices
+
+
+class Chip(NamedTuple):
+    """A device that need not be there."""
+
+    kind: str  # npu | cuda | cpu: whose operators, and what it can do
+    memory: float | None  # GiB that torch has of it; None: not ours to know
+
+
+# the memory is what torch_npu and torch.cuda call the total, in their messages and properties: less than the name says
+CHIPS = {
+    "910b": Chip("npu", 60.97),
+    "a100": Chip("cuda", 79.1),
+    "h100": Chip("cuda", 79.18),
+    "cpu": Chip("cpu", None),
+}
+
+
+class Target(NamedTuple):
+    """Devices that need not be there."""
+
+    name: str
+    chip: Chip
+    count: int
+
+
+def open_target(topology: str) -> Target:
+    """The devices of `910b:8`, `h100:8`, `cpu:2` ...
+
+    Raises:
+        UserError: not a topology.
+    """
+    match = re.fullmatch(r"([a-z0-9]+):([1-9]\d*)", topology)
+    if match is None or match[1] not in CHIPS:
+        raise UserError(
+            f"--topology={topology} is not known; with --backend=torch give KIND:DEVICES, KIND one of {', '.join(CHIPS)}:"
+            f" 910b:8, cpu:2{suggestion(topology.split(':', 1)[0], list(CHIPS))}"
+        )
+    return Target(topology, CHIPS[match[1]], int(match[2]))
+
+
+def check_mesh(mesh: Any, target: Target) -> None:
+    """Raises a UserError unless the mesh takes exactly the target's devices."""
+    count = target.count
+    if mesh.tensor != 1 or mesh.data * mesh.fsdp != count:
+        raise UserError(
+            f"mesh data={mesh.data} x fsdp={mesh.fsdp} x tensor={mesh.tensor} is {mesh.data * mesh.fsdp * mesh.tensor}"
+            f" devices, --topology={target.name} has {count}, and the torch backend has no tensor parallelism; set"
+            f" --config.mesh.tensor=1 and --config.mesh.data={count} --config.mesh.fsdp=1 (a whole base on every device) or"
+            f" --config.mesh.data=1 --config.mesh.fsdp={count} (one spread over all)"
+        )
+
+
+@contextlib.contextmanager
+def as_process_of(target: Target) -> Iterator[None]:
+    """In here this is process 0 of the target's: its tensors are on the "CPU", which is what the chip is.
+
+    A tensor without memory may be on any device, but only one that this build of torch has can be differentiated on.
+    """
+    chip, memory = target.chip, target.chip.memory
+    with contextlib.ExitStack() as stack:
+        # the chip's properties, asked of the stand-in
+        capabilities = devices.CAPABILITIES | {"cpu": devices.CAPABILITIES[chip.kind]}
+        stack.enter_context(_replaced(devices, "CAPABILITIES", capabilities))
+        total = None if memory is None else int(memory * GIB)
+        stack.enter_context(_replaced(devices, "total_memory", lambda device: total))
+        for name, operator in FUSED.items() if chip.kind == "npu" else ():
+            stack.enter_context(_replaced(torch.ops.npu, name, operator))
+        if target.count > 1:
+            dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=target.count)
+            stack.callback(dist.destroy_process_group)
+        stack.enter_context(_replaced(sharding, "_world", sharding.World(0, target.count)))
+        stack.enter_context(_replaced(sharding, "device_mesh", _with_values(sharding.device_mesh)))
+        yield
+
+
+def _with_values(function: Callable) -> Callable:
+    """A function whose own tensors have values: of a mesh, who is where."""
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        with _disable_current_modes():
+            return function(*args)
+
+    return call
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = vars(owner).get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if before is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)
+
+
+# ---------------------------------------------------------------- torch_npu's operators, their shapes alone
+
+
+class _Operator(torch.autograd.Function):
+    """Results and gradients without values. What it keeps for the backward pass is what torch_npu's operator keeps."""
+
+    @staticmethod
+    def forward(ctx: Any, results: Callable[..., tuple[Tensor, ...]], kept: slice, *inputs: Tensor) -> tuple[Tensor, ...]:
+        made = results(*inputs)
+        ctx.inputs = len(inputs)
+        ctx.save_for_backward(*inputs, *made[kept])
+        ctx.mark_non_differentiable(*made[1:])
+        return made
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = ctx.saved_tensors[: ctx.inputs]
+        wanted = zip(inputs, ctx.needs_input_grad[2:], strict=True)
+        return None, None, *(torch.empty_like(x) if want else None for x, want in wanted)
+
+
+def _rms_norm(input: Tensor, gamma: Tensor, epsilon: float) -> tuple[Tensor, ...]:
+    def results(x: Tensor, _: Tensor) -> tuple[Tensor, ...]:
+        return torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+
+    return _Operator.apply(results, slice(1, None), input, gamma)
+
+
+def _rotary_mul(input: Tensor, r1: Tensor, r2: Tensor, rotary_mode: str) -> Tensor:
+    return _Operator.apply(lambda x, *_: (torch.empty_like(x),), slice(0), input, r1, r2)[0]
+
+
+def _swiglu(input: Tensor, dim: int) -> Tensor:
+    def results(x: Tensor) -> tuple[Tensor, ...]:
+        return (torch.empty_like(x.chunk(2, dim)[0], memory_format=torch.contiguous_format),)
+
+    return _Operator.apply(results, slice(0), input)[0]
+
+
+def _fusion_attention(
+    query: Tensor, key: Tensor, value: Tensor, head_num: int, input_layout: str, *, atten_mask: Tensor, **_: Any
+) -> tuple[Tensor, ...]:
+    def results(q: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
+        # the largest score of every query and the sum of the exponentials, 8 times each
+        largest, total = (q.new_empty((*q.shape[:-1], 8), dtype=torch.float32) for _ in range(2))
+        return torch.empty_like(q, memory_format=torch.contiguous_format), largest, total
+
+    return _Operator.apply(results, slice(None), query, key, value, atten_mask)
+
+
+def _cross_entropy_loss(input: Tensor, target: Tensor, reduction: str) -> tuple[Tensor, ...]:
+    row = functools.partial(torch.empty_like, input[:, 0])
+    return row(), torch.empty_like(input), row(), row()
+
+
+FUSED = {
+    "npu_rms_norm": _rms_norm,
+    "npu_rotary_mul": _rotary_mul,
+    "npu_swiglu": _swiglu,
+    "npu_fusion_attention": _fusion_attention,
+    "npu_cross_entropy_loss": _cross_entropy_loss,
+}
+
+
+def choose(config: ConfigDict, chip: Chip) -> ops.Ops:
+    """The table of operators that the config gets on a chip."""
+    if chip.kind == "npu" and config.model.ops != "reference":
+        return ops.NPU
+    return ops.choose("reference" if chip.kind == "npu" else config.model.ops, torch.device("cpu"))
+
+
+def attention(table: ops.Ops, model: ModelConfig) -> str:
+    """What is assumed of it; which is called says ops.py."""
+    if model.attention_softcap is not None:
+        return "plain torch makes all scores, as there is a softcap"
+    name, size = ("npu_fusion_attention", 64) if table is ops.NPU else ("scaled_dot_product_attention", 4)
+    return f"{name} keeps its output and {size} bytes for every query of a head, and makes no scores"
+
+
+# ---------------------------------------------------------------- counting
+
+
+class Counter(TorchDispatchMode):
+    """Bytes of the storages that are alive, of all that were made in this mode; with real tensors or without memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now, self.peak = 0, 0
+        self._bytes: dict[int, int] = {}
+
+    def reset(self) -> None:
+        """From here on `peak` is counted anew."""
+        self.peak = self.now
+
+    def add(self, tensors: Iterable[Tensor]) -> None:
+        """Counts tensors that were made elsewhere, as long as they live."""
+        for tensor in tensors:
+            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            storage = local.untyped_storage()
+            if storage._cdata not in self._bytes:
+                self._bytes[storage._cdata] = 0
+                weakref.finalize(storage, self._free, storage._cdata).atexit = False
+            self._set(storage)
+
+    def _set(self, storage: torch.UntypedStorage) -> None:
+        size = storage.nbytes()
+        self.now += size - self._bytes[storage._cdata]
+        self._bytes[storage._cdata] = size
+        self.peak = max(self.peak, self.now)
+
+    def _free(self, key: int) -> None:
+        self.now -= self._bytes.pop(key)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            return 1.0 if args[0].is_floating_point() else 1  # a number that nobody knows, read by the host
+        made = function(*args, **(kwargs or {}))
+        # a DTensor has its memory in a tensor of its own, which came by here too
+        found = [x for x in (made if isinstance(made, (list, tuple)) else [made]) if isinstance(x, Tensor)]
+        self.add(x for x in found if not isinstance(x, DTensor))
+        return made
+
+    def __enter__(self) -> "Counter":
+        resize = torch.UntypedStorage.resize_
+
+        def resized(storage: torch.UntypedStorage, size: int) -> Any:
+            # FSDP2 empties the storages of what it has gathered, and keeps the tensors
+            made = resize(storage, size)
+            if storage._cdata in self._bytes:
+                self._set(storage)
+            return made
+
+        self._undo = _replaced(torch.UntypedStorage, "resize_", resized)
+        self._undo.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._undo.__exit__(None, None, None)
+
+
+# ---------------------------------------------------------------- the phases
+
+
+class Phase(NamedTuple):
+    """What a run does over and over, on one device."""
+
+    name: str
+    about: str
+    work: Callable[[], Any]
+
+
+class Measured(NamedTuple):
+    """Bytes on one device."""
+
+    held: int  # what is there before, during and after it
+    besides: int  # the most there was at one time on top of that
+    seconds: float  # that counting took
+
+    @property
+    def total(self) -> int:
+        return self.held + self.besides
+
+
+class _Weights(Mapping[str, np.ndarray]):
+    """Weights of a model by name, in memory that is never touched, so that none is taken."""
+
+    def __init__(self, config: ModelConfig, dtype: str):
+        self.shapes, self.dtype = expected_shapes(config), np.dtype(getattr(ml_dtypes, dtype, dtype))
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return np.zeros(self.shapes[name], f"i{self.dtype.itemsize}").view(self.dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def build(config: ConfigDict, source: Source, table: ops.Ops, device: torch.device) -> TorchBackend:
+    """The backend of one process, made as for training, of weights that are all zero."""
+    given = _Weights(source.config, config.model.dtype)
+    loaded = Loaded(source.config, given, None, source.eos, config.model.path, dict(source.raw), None)
+    return train.assemble(config, loaded, device, table, head=False)
+
+
+def parts(backend: TorchBackend) -> dict[str, int]:
+    """Bytes that stay on this process's device, by what they are."""
+    sizes, before = {}, 0
+    seen: list[Tensor] = []
+    for name, own in _parts(backend).items():
+        seen += own
+        sizes[name] = count_bytes(seen) - before
+        before += sizes[name]
+    return sizes
+
+
+def _parts(backend: TorchBackend) -> dict[str, list[Tensor]]:
+    module = backend.model.module
+    quantized = [x for part in module.modules() for x in vars(part).values() if isinstance(x, Tensor)]
+    return {
+        "base": [*module.parameters(), *module.buffers(), *quantized],
+        "head in fp32": [backend.model.head],  # made when it is first asked for; on some devices the base's own
+        "adapter": [*backend._leaves.values()],
+        "reference": [*lora.leaves(backend._reference).values()],
+        "optimizer": [x for moments in backend._optimizer.state.values() for x in moments.values()],
+    }
+
+
+def reward_bytes(config: ConfigDict) -> int:
+    """Of the weights of a reward that is a model here: like the policy, every process has it on its device."""
+    kwargs = config.reward.kwargs
+    if config.reward.name != "model" or kwargs.get("framework") == "jax":
+        return 0
+    folder = hub.fetch(kwargs.path, kwargs.get("revision"), weights=False) if hub.is_remote(kwargs.path) else kwargs.path
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(folder))
+    return sum(x.numel() for x in model.parameters()) * getattr(torch, kwargs.get("dtype", "float32")).itemsize
+
+
+def count_bytes(tensors: Iterable[Tensor]) -> int:
+    """Of the storages of tensors, each once; of a DTensor this process's part."""
+    local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors)
+    return sum({storage._cdata: storage.nbytes() for storage in (x.untyped_storage() for x in local)}.values())
+
+
+def phases(
+    backend: TorchBackend, config: ConfigDict, source: Source, sizes: Lengths, algorithm: ModuleType
+) -> Iterator[Phase]:
+    """An iteration of a process, in the order in which things happen."""
+    model, processes, place = backend.model, sharding.row_multiple(), {"device": backend.model.device}
+    s, opt, rows = config.sampling, config.optimizer, config.sampling.width // sharding.row_multiple()
+    total = sizes.prefix + sizes.sampled + sizes.new
+
+    def sample() -> None:
+        steps = iter(range(_STEPS))
+        generate.generate(
+            model,
+            backend._adapter,
+            torch.ones((rows, sizes.sampled), dtype=torch.int64, **place),
+            torch.ones((rows, sizes.sampled), dtype=torch.bool, **place),
+            torch.ones(sizes.prefix, dtype=torch.int64, **place),
+            torch.zeros((rows, sizes.new), **place),
+            sampling=Sampling(sizes.new, source.eos, s.temperature, s.top_k, s.top_p, s.min_p),
+            all_done=lambda _: next(steps) == _STEPS - 1,
+        )
+
+    cache = Cache.empty(source.config, rows, total, dtype=model.dtype, **place)
+    size = readable(count_bytes([*cache.keys, *cache.values]))
+    del cache
+    shared = f"{sizes.prefix} shared + " if sizes.prefix else ""
+    about = f"{rows} rows x [{shared}{sizes.sampled} prompt + {sizes.new} new tokens], KV cache {size}"
+    if config.sampling.server is None:
+        yield Phase("generate", about, sample)
+
+    def batch(queries: int) -> tuple[Batch, str]:
+        made = example_batch(config, algorithm, queries, sizes, source.config.vocab_size)
+        k, new = made.response.shape[1:]
+        return made, f"{-(-queries // processes)} rows x [{sizes.trained} prompt + {k} x {new} response tokens]"
+
+    # of a whole optimiser batch where the loss needs the reference's
+    judged, about = batch(max(config.eval.diagnostic_queries, opt.batch_queries * algorithm.needs_reference(config)))
+
+    @torch.no_grad()
+    def judge() -> None:
+        train.outputs(model, backend._adapter, backend._put(judged, len(judged.prompt)), entropy=True)
+
+    yield Phase("log-probs", about, judge)
+    micro, about = batch(opt.micro_queries)
+    passes, loss, found = opt.batch_queries // opt.micro_queries, algorithm.make_loss(config), {}
+
+    def gradients() -> None:
+        backend._apply = lambda metrics, lr: found.update(metrics)  # type: ignore[method-assign]
+        # the second pass has the gradients of the first beside it
+        TorchBackend.update.__wrapped__(backend, [micro] * min(passes, 2), loss, lr=0.0)
+        del backend._apply
+
+    yield Phase("gradients", about + (f", {passes} times a step" if passes > 1 else ""), gradients)
+    trained = sum(x.numel() for x in backend._leaves.values())
+    yield Phase("step", f"AdamW on {trained:,} parameters", lambda: backend._apply(found, 0.0))
+
+
+class Found(NamedTuple):
+    """What was counted."""
+
+    parts: dict[str, int]
+    phases: list[tuple[Phase, Measured]]
+    notes: list[str]  # what the backend says when a run starts
+
+
+def count(config: ConfigDict, source: Source, target: Target, sizes: Lengths, algorithm: ModuleType) -> Found:
+    """What one process of the target's would hold, without memory."""
+    reward, table = reward_bytes(config), choose(config, target.chip)
+    # tables of a module, made when it was imported, have their values
+    with as_process_of(target), FakeTensorMode(allow_non_fake_inputs=True):
+        found = measure(config, source, table, sizes, algorithm)
+    if not reward:
+        return found
+    stays = [(phase, m._replace(held=m.held + reward)) for phase, m in found.phases]
+    return found._replace(parts={**found.parts, "reward model": reward}, phases=stays)
+
+
+def measure(config: ConfigDict, source: Source, table: ops.Ops, sizes: Lengths, algorithm: ModuleType) -> Found:
+    """Builds the backend of this process, takes it through an iteration, and counts; also with tensors that have memory."""
+    with Counter() as counter:
+        backend = build(config, source, table, torch.device("cpu"))
+        own, found = parts(backend), []
+        counter.add(x for tensors in _parts(backend).values() for x in tensors)
+        for phase in phases(backend, config, source, sizes, algorithm):
+            held, start = counter.now, time.perf_counter()
+            counter.reset()
+            phase.work()
+            found.append((phase, Measured(held, counter.peak - held, time.perf_counter() - start)))
+    return Found(own, found, backend.notes)
+
+
+# ---------------------------------------------------------------- the report
+
+
+def report(
+    config: ConfigDict,
+    topology: str,
+    *,
+    algorithm: ModuleType,
+    train_set: Sequence[Query],
+    heldout: Sequence[Query],
+    principles: str,
+    write: Callable[[str], None] = lambda line: print(line, flush=True),
+) -> Found:
+    """Counts what every phase holds on a device of the topology, and writes whether it fits.
+
+    Args:
+        topology: `910b:8`, `cpu:2` ...
+        algorithm: a module like ple_jax/algorithms/ple.py.
+        write: takes one line at a time.
+
+    Raises:
+        UserError: an unknown topology, a mesh that does not take its devices, a model that is not supported.
+    """
+    target = open_target(topology)
+    train.check(config, config.mesh.fsdp)
+    check_mesh(config.mesh, target)
+    source = read_source(config.model.path, config.model.revision)
+    sizes = lengths(config, source.tokenizer, train_set, heldout, principles)
+    check_positions(config, sizes, source.config)
+    chip, mesh = target.chip, config.mesh
+    parameters = sum(math.prod(shape) for shape in expected_shapes(source.config).values())
+    write(f"{config.model.path}: {parameters:,} parameters, {config.model.dtype}, remat {config.model.remat}")
+    memory = f", {chip.memory:g} GiB each" if chip.memory else ""
+    write(f"{target.name}: {target.count} devices, data {mesh.data} x fsdp {mesh.fsdp}{memory}")
+    write("the code that trains, run on tensors without memory; what kernels, collectives and libraries take is not counted")
+    table = choose(config, chip)
+    write(f"operators: {table.name}; attention: {attention(table, source.config)}")
+    if source.tokenizer is None:
+        write(f"no tokenizer: every prompt counts as {sizes.sampled} tokens (task.max_prompt_tokens), principles included")
+    found = count(config, source, target, sizes, algorithm)
+    for note in found.notes:
+        write(note)
+    write("\nWhat stays on a device")
+    for name, size in (*found.parts.items(), ("together", sum(found.parts.values()))):
+        write(f"{name:<14}{readable(size):>10}")
+    write("\nAnd the most that a phase holds besides, for a while")
+    write(f"{'':<14}{'besides':>10}{'total':>10}{'of memory':>11}{'counted in':>12}")
+    limit = chip.memory * GIB if chip.memory else math.inf
+    for phase, m in found.phases:
+        share = f"{m.total / limit:.0%}" if chip.memory else ""
+        write(f"{phase.name:<14}{readable(m.besides):>10}{readable(m.total):>10}{share:>11}{m.seconds:>10.1f} s")
+    write("")
+    for phase, _ in found.phases:
+        write(f"{phase.name}: {phase.about}")
+    write("")
+    for line in verdict(config, target, found.phases):
+        write(line)
+    return found
+
+
+def verdict(config: ConfigDict, target: Target, results: Sequence[tuple[Phase, Measured]]) -> list[str]:
+    """Which phase is the largest, and for each that does not fit what to change."""
+    name, total = max(((phase.name, m.total) for phase, m in results), key=lambda pair: pair[1])
+    if target.chip.memory is None:
+        return [f"The largest phase is {name}: {readable(total)} a device."]
+    limit = target.chip.memory * GIB
+    lines = [f"The largest phase is {name}: {readable(total)} of {target.chip.memory:g} GiB ({total / limit:.0%})."]
+    over: dict[str, list[str]] = {}
+    for phase, m in results:
+        if m.total > _FULL * limit:
+            over.setdefault(advice(config, phase, m), []).append(phase.name)
+    lines += [f"Too large ({_FULL:.0%} may be filled): {', '.join(names)}: {what}." for what, names in over.items()]
+    return lines if over else [*lines, f"Everything fits on {target.name}."]
+
+
+def advice(config: ConfigDict, phase: Phase, m: Measured) -> str:
+    """What to change, from what takes most of the memory."""
+    mesh, opt = config.mesh, config.optimizer
+    devices = mesh.data * mesh.fsdp
+    if m.held >= m.besides:
+        steps = ["--config.model.dtype=bfloat16"] if config.model.dtype == "float32" else []
+        if config.model.quantize == "none" and mesh.fsdp == 1:  # a quantised base cannot be spread
+            steps.append("--config.model.quantize=nf4")
+        if mesh.data > 1:
+            steps.append(f"--config.mesh.data=1 --config.mesh.fsdp={devices}, which spreads the layers over all devices")
+        else:
+            steps.append(f"more devices, --config.mesh.fsdp={2 * devices}")
+        return f"weights and state dominate ({readable(m.held)}); try {' or '.join(steps)}"
+    steps = []
+    if phase.name == "gradients":
+        if config.model.remat != "full":
+            steps.append("--config.model.remat=full")
+        if opt.micro_queries > devices:
+            smaller = [n for n in range(devices, opt.micro_queries, devices) if opt.batch_queries % n == 0]
+            steps.append(f"--config.optimizer.micro_queries={smaller[-1]}")
+    elif phase.name == "log-probs":
+        steps.append("a smaller --config.eval.diagnostic_queries (or optimizer.batch_queries with a reference)")
+    elif config.sampling.width > devices:
+        steps.append(f"--config.sampling.width={max(devices, config.sampling.width // 2 // devices * devices)}")
+    steps.append("shorter --config.task.max_prompt_tokens and --config.sampling.max_new_tokens")
+    return f"what the phase makes dominates ({readable(m.besides)}); try {', then '.join(steps)}"

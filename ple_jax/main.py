@@ -19,7 +19,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, FrozenConfigDict
 from ml_collections.config_flags import config_flags
 
-from ple_jax.core.config import BACKENDS, UserError, flatten, suggestion, validate
+from ple_jax.core.config import BACKENDS, OWN, UserError, flatten, suggestion, validate
 from ple_jax.core.interrupt import MESSAGE, Interrupted
 
 MODES = ("train", "evaluate", "generate", "plan", "export", "chat")  # functions of ple_jax.core.modes
@@ -208,6 +208,13 @@ def parse(argv: Sequence[str]) -> Run:
     if values.topology and values.mode != "plan":
         raise UserError(f"--topology={values.topology} goes with --mode=plan, where nothing is trained")
     validate(config)
+    flat = flatten(config.to_dict())
+    for key, backend in OWN.items():
+        if flat[key] != "auto" and backend != values.backend:
+            raise UserError(
+                f"config.{key} is {flat[key]!r}, which --backend={values.backend} does not read: take --backend={backend} or"
+                " leave it at auto"
+            )
     return Run(FrozenConfigDict(config), workdir, values.backend, values.mode, values.topology)
 
 

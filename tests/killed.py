@@ -2,7 +2,8 @@
 
     python tests/killed.py MODULE:QUALIFIED.NAME N before|after MAIN-ARGUMENTS...
 
-N = 0 never kills. Every call of Backend.generate is counted into the file named by $GENERATED, a line of rows each.
+N = 0 never kills. Every call of Backend.generate is counted into the file named by $GENERATED, a line of rows each. A run
+of one backend does not import what the other one is made of: torch's run has no JAX to import.
 """
 
 import functools
@@ -55,7 +56,12 @@ def counting(function):
 if __name__ == "__main__":
     where, n, when, *arguments = sys.argv[1:]
     sys.path.insert(0, str(Path(__file__).parent.parent))
-    patch("ple_jax.train:JaxBackend.generate", counting)
+    if "--backend=torch" in arguments:
+        own, other = "torch_ascend.train:TorchBackend", ("jax", "jaxlib", "flax", "optax", "orbax", "qwix")
+        sys.modules.update(dict.fromkeys(other))  # as if they were not installed
+    else:
+        own, other = "ple_jax.train:JaxBackend", ("torch",)
+    patch(f"{own}.generate", counting)
     patch(where, killing(int(n), when))
     sys.argv = ["ple_jax.main", *arguments]
     from ple_jax import main
@@ -63,6 +69,6 @@ if __name__ == "__main__":
     try:
         main.cli()
     finally:
-        if "torch" in sys.modules:
-            print("torch was imported", file=sys.stderr, flush=True)
+        if imported := [name for name in other if sys.modules.get(name) is not None]:
+            print(f"{', '.join(imported)} was imported", file=sys.stderr, flush=True)
             os._exit(97)

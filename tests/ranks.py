@@ -3,7 +3,7 @@ imported once.
 
     python tests/ranks.py NAME=RANKS:ARGUMENTS ...    ARGUMENTS of the entry, split as a shell would
 
-Prints a JSON object, NAME -> exit codes of its processes in order.
+Prints a JSON object, NAME -> exit codes of its processes in order. $FAIL=RANK: that process runs out of memory in a step.
 """
 
 import json
@@ -19,6 +19,21 @@ from ple_jax.core import modes  # noqa: F401
 from torch_ascend import train  # noqa: F401
 
 
+def failing(rank: int) -> None:
+    if os.environ.get("FAIL") != str(rank):
+        return
+    whole, calls = train.hidden_states, 0
+
+    def hidden_states(*arguments):
+        nonlocal calls
+        calls += 1
+        if calls == 6:
+            raise RuntimeError("DefaultCPUAllocator: out of memory")
+        return whole(*arguments)
+
+    train.hidden_states = hidden_states
+
+
 def one(rank: int, ranks: int, port: int, arguments: list[str]) -> int:
     """One process of a run; its exit code."""
     os.environ |= {
@@ -26,6 +41,7 @@ def one(rank: int, ranks: int, port: int, arguments: list[str]) -> int:
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
     sys.argv = ["ple_jax.main", *arguments]
+    failing(rank)
     try:
         main.cli()
     except SystemExit as ended:

@@ -113,10 +113,20 @@ class TestParse:
             parse("--mode=train", *arguments)
         assert says in str(error.value) and "\n" not in str(error.value)
 
-    def test_a_backend_that_this_version_does_not_have(self, monkeypatch):
-        monkeypatch.setitem(main.BACKENDS, "torch", "torch_ascend.not_written")
-        with pytest.raises(UserError, match="--backend=torch is not in this version, which has the jax backend only"):
-            parse(DEFAULT, "--mode=plan", "--backend=torch")
+    @pytest.mark.parametrize(
+        "backend, missing, says",
+        [
+            ("torch", "torch", r"--backend=torch: torch is not installed; pip install 'ple_jax\[torch\]', on Ascend"),
+            ("torch", "cloudpickle", "--backend=torch: cloudpickle is not installed; pip install"),
+            ("jax", "jax", "--backend=jax: jax is not installed; pip install ple_jax"),
+        ],
+    )
+    def test_a_backend_that_is_not_installed(self, backend, missing, says, monkeypatch):
+        monkeypatch.setitem(sys.modules, missing, None)
+        with pytest.raises(UserError, match=says):
+            parse(DEFAULT, "--mode=plan", f"--backend={backend}")
+        other = {"jax": "torch", "torch": "jax"}[backend]  # which needs none of it
+        assert parse(DEFAULT, "--mode=plan", f"--backend={other}").backend == other
 
     @pytest.mark.parametrize(
         "source, says",

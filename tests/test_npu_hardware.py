@@ -63,7 +63,8 @@ def test_responses_end_and_repeat():
 @pytest.mark.parametrize("option", ["data", "fsdp"])
 def test_all_devices_together(option, tmp_path):
     count = devices.module("npu").device_count()
-    width = f"--config.sampling.width={8 * count} --config.optimizer.batch_queries=8 --config.optimizer.micro_queries=8"
+    width = f"--config.sampling.width={8 * count} --config.queries_per_iteration={count}"
+    width += f" --config.optimizer.batch_queries={count} --config.optimizer.micro_queries={count}"
     line = f"--config {ROOT / 'configs' / 'tiny.py'} --workdir {tmp_path / 'run'} --backend=torch --config.model.device=npu"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
     mesh = f"--config.mesh.{option}={count}"

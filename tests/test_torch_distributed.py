@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,11 +32,11 @@ MESHES = {
 }
 
 
-def forked(**runs: tuple[int, str]) -> tuple[dict[str, list[int]], str]:
+def forked(fail: str = "", **runs: tuple[int, str]) -> tuple[dict[str, list[int]], str]:
     """Exit codes of every run's processes, and what they wrote to stderr."""
     arguments = [f"{name}={ranks}:{line}" for name, (ranks, line) in runs.items()]
     driver = [sys.executable, str(ROOT / "tests" / "ranks.py"), *arguments]
-    result = subprocess.run(driver, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
+    result = subprocess.run(driver, env=ENVIRONMENT | {"FAIL": fail}, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout), result.stderr
 
@@ -44,12 +45,17 @@ def curve(workdir: Path) -> list[dict]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+DROPOUT = "--config.lora.dropout=0.3 --config.iterations=1"
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     wanted = {name: (ranks, f"{TINY} --workdir {folder / name} {mesh}") for name, (ranks, mesh) in MESHES.items()}
+    wanted["dropped"] = (1, f"{TINY} --workdir {folder / 'dropped'} {DROPOUT}")
+    wanted["dropped_two"] = (2, f"{TINY} --workdir {folder / 'dropped_two'} {DROPOUT} --config.mesh.data=2")
     codes, says = forked(**wanted)
-    assert codes == {name: [0] * ranks for name, (ranks, _) in MESHES.items()}, says
+    assert codes == {name: [0] * ranks for name, (ranks, _) in wanted.items()}, says
     return folder
 
 
@@ -69,10 +75,27 @@ def test_the_number_of_processes_changes_nothing(name, runs):
 
 
 @pytest.mark.slow
+def test_dropout_does_not_depend_on_their_number(runs):
+    one, two = curve(runs / "dropped")[1], curve(runs / "dropped_two")[1]
+    np.testing.assert_allclose(two["loss"], one["loss"], atol=1e-5)
+    assert abs(one["loss"] - curve(runs / "one")[1]["loss"]) > 1e-4  # something was dropped
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_fails_in_a_step_ends_them_all(rank, tmp_path):
+    codes, says = forked(fail=str(rank), run=(2, f"{TINY} --workdir {tmp_path / 'w'} --config.mesh.data=2"))
+    assert codes["run"][rank] == 2 and 0 not in codes["run"], says
+    assert "not enough memory (DefaultCPUAllocator: out of memory)" in says
+    if rank == 0:
+        assert "process 1: another process is gone" in says and "Traceback" not in says
+
+
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_with_another_number_of_processes(tmp_path, runs):
     """Under torchrun itself: SIGTERM in the middle is one line and a resumable directory."""
     workdir = tmp_path / "run"
-    line = [*TINY.split(), "--workdir", str(workdir), "--config.mesh.data=2", "--config.iterations=3"]
+    line = [*TINY.split(), "--workdir", str(workdir), "--config.mesh.data=2", "--config.iterations=40"]
     launch = [
         sys.executable,
         "-m",
@@ -90,9 +113,11 @@ def test_a_stopped_run_goes_on_with_another_number_of_processes(tmp_path, runs):
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
         says, _ = process.communicate(timeout=120)
-    assert "stopped; nothing finished is lost" in says or (workdir / "summary.json").exists(), says
-    codes, says = forked(again=(1, f"{TINY} --workdir {workdir}"))
+    assert "stopped; nothing finished is lost" in says and not (workdir / "summary.json").exists(), says
+    done = len(curve(workdir))
+    codes, says = forked(again=(1, f"{TINY} --workdir {workdir} --config.iterations=40"))
     assert codes == {"again": [0]}, says
+    assert done < len(curve(workdir)) == 41
     for i in range(3):
         name = f"rollouts/iter_{i:04d}.jsonl"
         assert (workdir / name).read_bytes() == (runs / "one" / name).read_bytes()
@@ -105,11 +130,25 @@ def test_what_a_user_can_mend_is_one_line_of_the_first_process(tmp_path):
         mesh=(2, line),
         # found after the others have begun to wait
         model=(2, f"{line} --config.mesh.data=2 --config.model.path={tmp_path}"),
+        # found by all of them
+        targets=(2, f"{line} --config.mesh.data=2 --config.lora.targets=\"('nope',)\""),
     )
-    assert codes == {"mesh": [2, 2], "model": [2, 0]}, says
+    assert codes == {"mesh": [2, 2], "model": [2, 0], "targets": [2, 2]}, says
+    assert says.count("lora.targets names 'nope'") == 1
     assert "config.mesh is data 1 x fsdp 1, and 2 processes were started" in says
     assert f"{tmp_path / 'config.json'} does not exist" in says
     assert "Traceback" not in says
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_one_line(tmp_path, runs):
+    shutil.copytree(runs / "one", tmp_path / "w")
+    (tmp_path / "w" / "summary.json").unlink()
+    for file in (tmp_path / "w" / "checkpoints").glob("*/state.safetensors"):
+        file.write_bytes(file.read_bytes()[:100])
+    codes, says = forked(damaged=(2, f"{TINY} --workdir {tmp_path / 'w'} --config.mesh.data=2"))
+    assert codes == {"damaged": [2, 2]}, says
+    assert says.count("is damaged") == 1 and "Traceback" not in says
 
 
 def test_a_mesh_must_be_of_as_many_devices_as_there_are_processes():

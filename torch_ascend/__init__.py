@@ -26,3 +26,5 @@ for _name, _value in ENVIRONMENT.items():
 if "PYTORCH_ALLOC_CONF" not in os.environ:
     for _name in ("PYTORCH_NPU_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         os.environ.setdefault(_name, "expandable_segments:True")
+
+from torch_ascend import device  # noqa: E402, F401  before transformers, which would fail with a torch_npu that is broken

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -64,21 +65,32 @@ def _missing_cuda() -> str:
     return "is not here: torch sees no CUDA device (a CPU wheel of torch, or no driver; see nvidia-smi)"
 
 
+def _import_torch_npu() -> str:
+    """Imports torch_npu; what keeps it from that, if anything does."""
+    if importlib.util.find_spec("torch_npu") is None:
+        return f"needs the package torch-npu, which is not installed: {_INSTALL}"
+    try:
+        importlib.import_module("torch_npu")
+    except Exception as error:  # it raises what its libraries raise
+        # transformers imports what it finds, and would fail with it, whatever the device is
+        sys.modules["torch_npu"] = None  # type: ignore[assignment]
+        reason = " ".join(str(error).split())[:200]
+        if "cannot open shared object" in reason:  # of a wheel for another torch the linker misses a symbol instead
+            return f"needs CANN, whose libraries are not found ({reason}): source .../ascend-toolkit/set_env.sh first"
+        return (
+            f"needs a torch-npu that fits torch {torch.__version__}, and the installed one does not import ({reason}):"
+            f" {_INSTALL}"
+        )
+    return ""
+
+
+_TORCH_NPU = _import_torch_npu()
+
+
 def _missing_npu() -> str:
     """Why there is no NPU; empty if there is one."""
     if not hasattr(torch, "npu"):
-        if importlib.util.find_spec("torch_npu") is None:
-            return f"needs the package torch-npu, which is not installed: {_INSTALL}"
-        try:
-            importlib.import_module("torch_npu")
-        except Exception as error:  # it raises what its libraries raise
-            reason = " ".join(str(error).split())[:200]
-            if ".so" in reason:
-                return f"needs CANN, whose libraries are not found ({reason}): source .../ascend-toolkit/set_env.sh first"
-            return (
-                f"needs a torch-npu that fits torch {torch.__version__}, and the installed one does not import ({reason}):"
-                f" {_INSTALL}"
-            )
+        return _TORCH_NPU
     if not torch.npu.is_available():
         return "is not here: torch-npu and CANN are, but no device; see npu-smi info (driver, firmware, container options)"
     return ""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ple_jax.models.adapters import HEAD, Adapter, Lora
+from torch_ascend import sharding
 
 
 class Linear(nn.Module):
@@ -35,7 +36,7 @@ class Linear(nn.Module):
             return y
         h = x.to(module["a"].dtype)
         # only gradients are dropped for: sampling and log-probabilities see the whole input
-        h = nn.functional.dropout(h, self.rate, training=torch.is_grad_enabled()) if self.rate else h
+        h = _dropped(h, self.rate) if self.rate and torch.is_grad_enabled() else h
         low = (h @ module["a"]) @ module["b"]
         if "m" not in module:
             if torch.is_grad_enabled():  # not in place: what recomputation keeps of the forward pass (remat=dots) is this y
@@ -58,6 +59,13 @@ class Linear(nn.Module):
         cross = ((a.T @ w) * b).sum(0)
         square = (((a.T @ a) @ b) * b).sum(0)
         return ((w * w).sum(0) + 2 * cross + square).sqrt()
+
+
+def _dropped(h: Float[Tensor, "row time inp"], rate: float) -> Float[Tensor, "row time inp"]:
+    # drawn for the rows of all processes, so that how many there are changes nothing
+    noise = torch.rand((len(h) * sharding.row_multiple(), *h.shape[1:]), device=h.device)
+    kept = noise[sharding.own_rows(len(noise))] >= rate
+    return torch.where(kept, h / (1 - rate), 0.0)
 
 
 def trainable(adapter: Adapter, device: torch.device) -> Adapter:

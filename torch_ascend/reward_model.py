@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from jaxtyping import Float32
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from ple_jax.core.config import UserError
 from torch_ascend import device as devices
@@ -61,21 +62,24 @@ class _Classifier:
     def classify(self, ids: Sequence[Sequence[int]]) -> Float32[np.ndarray, "n labels"]:
         count = -(-len(ids) // sharding.row_multiple()) * sharding.row_multiple()
         rows = [*ids, *[ids[0]] * (count - len(ids))][sharding.own_rows(count)]
-        own = torch.cat([self._logits([row]) for row in rows]) if self.alone else self._logits(rows)
+        width = max(map(len, ids))  # of all processes' rows: how many they are should not change a digit
+        own = torch.cat([self._logits([row], len(row)) for row in rows]) if self.alone else self._logits(rows, width)
         return sharding.gather(own)[: len(ids)].numpy()
 
     @torch.no_grad()
-    def _logits(self, ids: Sequence[Sequence[int]]) -> Float32[torch.Tensor, "n labels"]:
+    def _logits(self, ids: Sequence[Sequence[int]], width: int) -> Float32[torch.Tensor, "n labels"]:
         pad = self.stated_pad
         if pad is None or pad < 0:
             # decoders read the last token that is not the padding token: without one, it must be none that ends a row
             last = {row[-1] for row in ids}
             self.settings.pad_token_id = pad = next(token for token in range(len(last) + 1) if token not in last)
-        width = max(map(len, ids))
         tokens = torch.tensor([[*row, *[pad] * (width - len(row))] for row in ids], device=self.device)
         lengths = torch.tensor([[len(row)] for row in ids], device=self.device)
         mask = (torch.arange(width, device=self.device) < lengths).long()
         return self.model(input_ids=tokens, attention_mask=mask).logits.float()
+
+
+transformers_logging.disable_progress_bar()  # one of every process, in the middle of ours
 
 
 def _load(folder: Path, dtype: str) -> PreTrainedModel:

@@ -13,7 +13,9 @@ import contextlib
 import datetime
 import functools
 import os
+import re
 import signal
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -41,6 +43,7 @@ class World(NamedTuple):
 
 
 _world = World()
+_busy = False  # whether process 0 is in a call that all make
 _objects: list[Any] = []  # whose methods are called together; every process makes the same ones in the same order
 
 
@@ -56,6 +59,8 @@ def processes(config: Any) -> Iterator[bool]:
     """
     global _world
     size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size > 1 and "LOCAL_RANK" not in os.environ:
+        raise UserError("WORLD_SIZE is set and LOCAL_RANK is not: start the processes with torchrun, which sets both")
     mesh_size(config.mesh, size)
     if size == 1:
         yield True
@@ -65,30 +70,40 @@ def processes(config: Any) -> Iterator[bool]:
     backends = own if own == "gloo" else f"cpu:gloo,{device.type}:{own}"
     dist.init_process_group(backends, timeout=datetime.timedelta(hours=2))
     _world = World(dist.get_rank(), size, dist.new_group(backend="gloo", timeout=_WAIT))
-    try:
-        if _world.rank:
-            # a stop is process 0's business: it finishes what it has in hand, and then tells
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, signal.SIG_IGN)
-            _serve()
-            yield False
-        else:
-            try:
-                yield True
-            finally:
-                with contextlib.suppress(RuntimeError):  # of a process that is gone: what ended this one matters more
-                    _tell(None)
-    finally:
-        dist.destroy_process_group()
-        _world = World()
-        _objects.clear()
+    if _world.rank:
+        # a stop is process 0's business: it finishes what it has in hand, and then tells
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+        _serve()
+        yield False
+    else:
+        try:
+            yield True
+        except BaseException:
+            # where the others are in the same call they are not waiting to be told: they end as this process goes
+            if not _busy:
+                _tell(None)
+            raise
+        _tell(None)
+    dist.destroy_process_group()
+    _world = World()
+    _objects.clear()
 
 
 def _serve() -> None:
-    while (call := _told()) is not None:
-        target, name, args, kwargs = call
-        function = getattr(_objects[target], name).__wrapped__ if isinstance(target, int) else target.__wrapped__
-        function(*((_objects[target],) if isinstance(target, int) else ()), *args, **kwargs)
+    """Does what process 0 says, until it says that it is done. What process 0 finds amiss too, it alone reports."""
+    try:
+        while (call := _told()) is not None:
+            target, name, args, kwargs = call
+            function = getattr(_objects[target], name).__wrapped__ if isinstance(target, int) else target.__wrapped__
+            function(*((_objects[target],) if isinstance(target, int) else ()), *args, **kwargs)
+    except UserError:
+        sys.exit(2)
+    except RuntimeError as error:
+        if not re.search("connection (closed|reset)|socket|broken pipe", str(error), re.IGNORECASE):
+            raise
+        print(f"process {_world.rank}: another process is gone", file=sys.stderr)
+        sys.exit(1)
 
 
 def _tell(call: Any) -> None:
@@ -107,18 +122,24 @@ def together(function: Callable[..., T]) -> Callable[..., T]:
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> T:
-        if _world.size > 1:
-            handle = next((i for i, made in enumerate(_objects) if args and made is args[0]), None)
-            told = (call, "", args, kwargs) if handle is None else (handle, function.__name__, args[1:], kwargs)
-            _tell(told)
-        return function(*args, **kwargs)
+        global _busy
+        if _world.size == 1:
+            return function(*args, **kwargs)
+        assert not _busy, f"{function.__qualname__} is called inside a call that all processes make already"
+        handle = next((i for i, made in enumerate(_objects) if args and made is args[0]), None)
+        _tell((call, "", args, kwargs) if handle is None else (handle, function.__name__, args[1:], kwargs))
+        _busy = True  # and so it stays if the call fails
+        result = function(*args, **kwargs)
+        _busy = False
+        return result
 
     return call
 
 
 def shared(made: T) -> T:
     """Makes the methods of an object callable `together`; every process has one of its own."""
-    _objects.append(made)
+    if _world.size > 1:
+        _objects.append(made)
     return made
 
 
@@ -165,12 +186,20 @@ def all_done(done: Tensor, *, whole: bool) -> bool:
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """What process 0 makes, for all."""
+    """What process 0 makes, for all; what a user can mend is an error of all."""
     if _world.size == 1:
         return make()
-    box = [cloudpickle.dumps(make()) if _world.rank == 0 else None]
+    made: Any = None
+    if _world.rank == 0:
+        try:
+            made = make()
+        except UserError as error:
+            made = error
+    box = [cloudpickle.dumps(made)]
     dist.broadcast_object_list(box, 0, group=_world.control)
-    return cloudpickle.loads(box[0])
+    if isinstance(made := cloudpickle.loads(box[0]), UserError):
+        raise made
+    return made
 
 
 def rank() -> int:
@@ -181,13 +210,18 @@ def rank() -> int:
 # ---------------------------------------------------------------- the base
 
 
-def mesh_size(mesh: Any, size: int) -> None:
-    """Raises a UserError unless the mesh is of as many devices as there are processes."""
+def check_tensor(mesh: Any) -> None:
+    """Raises a UserError if the mesh has an axis that this backend has not."""
     if mesh.tensor != 1:
         raise UserError(
             f"config.mesh.tensor is {mesh.tensor}: the torch backend has no tensor parallelism; spread the base with"
             f" --config.mesh.fsdp={mesh.tensor * mesh.fsdp} --config.mesh.tensor=1"
         )
+
+
+def mesh_size(mesh: Any, size: int) -> None:
+    """Raises a UserError unless the mesh is of as many devices as there are processes."""
+    check_tensor(mesh)
     if mesh.data * mesh.fsdp != size:
         raise UserError(
             f"config.mesh is data {mesh.data} x fsdp {mesh.fsdp}, and {size} processes were started; set"

@@ -21,7 +21,7 @@ from ple_jax.core.setup import load_algorithm
 from ple_jax.core.types import Batch, Loss, Outputs, Response, Sampling
 from ple_jax.models import adapters
 from ple_jax.models import checkpoint as weights
-from ple_jax.models.families import FAMILIES, expected_shapes
+from ple_jax.models.families import FAMILIES, expected_shapes, module_shapes
 from torch_ascend import checkpoint, generate, lora, ops, sharding
 from torch_ascend import device as devices
 from torch_ascend import model as models
@@ -108,14 +108,10 @@ def pack(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     return tokens, position, (causal & own)[None] & valid[:, None]
 
 
-def outputs(
-    model: Model, adapter: adapters.Adapter, batch: Batch, *, entropy: bool = False, logprobs: bool = True
-) -> Outputs:
-    """What the model says of a batch of tensors; a reward model's score where the adapter has a head.
-
-    Args:
-        logprobs: whether they are wanted; a reward model's loss does not read them.
-    """
+def hidden_states(
+    model: Model, adapter: adapters.Adapter, batch: Batch
+) -> tuple[Float[Tensor, "row k response_len hidden"], Float32[Tensor, "row k"] | None, Float[Tensor, "row 1 hidden"]]:
+    """Of every response token; a reward model's scores, where the adapter has a head; of the last prompt token."""
     rows, k, r = batch.response.shape
     tokens, position, mask = pack(batch)
     hidden = model.apply(adapter, tokens, positions=position, mask=mask)
@@ -126,14 +122,38 @@ def outputs(
         last = (batch.response_mask.to(torch.int64).sum(-1) - 1).clamp(min=0)
         chosen = responses.gather(2, last[..., None, None].expand(-1, -1, 1, responses.shape[-1]))[:, :, 0]
         scores = (chosen.float() * score[:, 0]).sum(-1)
-    if not logprobs:
-        return Outputs(None, scores=scores)
+    return responses, scores, hidden[:, p - 1 : p]
+
+
+def response_logprobs(
+    model: Model, batch: Batch, responses: Tensor, first: Tensor, *, entropy: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probabilities of the response tokens and, if asked for, entropy, of `hidden_states`; 0 where masked."""
     # the last prompt token predicts the first token of every response
-    first = hidden[:, None, p - 1 : p].expand(-1, k, -1, -1)
+    first = first[:, None].expand(-1, responses.shape[1], -1, -1)
     predicting = torch.cat([first, responses[:, :, :-1]], 2)
     values = torch.where(batch.response_mask, token_logprobs(model, predicting, batch.response), 0.0)
-    spread = torch.where(batch.response_mask, token_entropy(model, predicting), 0.0) if entropy else None
-    return Outputs(values, spread, scores=scores)
+    return values, torch.where(batch.response_mask, token_entropy(model, predicting), 0.0) if entropy else None
+
+
+def outputs(model: Model, adapter: adapters.Adapter, batch: Batch, *, entropy: bool = False) -> Outputs:
+    """What the model says of a batch of tensors."""
+    responses, scores, first = hidden_states(model, adapter, batch)
+    return Outputs(*response_logprobs(model, batch, responses, first, entropy=entropy), scores=scores)
+
+
+class _Lazy:
+    """`Outputs` for a loss: log-probabilities cost as much as several layers, and a reward model's loss reads none."""
+
+    entropy = values = None
+
+    def __init__(self, model: Model, adapter: adapters.Adapter, batch: Batch):
+        self._model, self._batch = model, batch
+        self._responses, self.scores, self._first = hidden_states(model, adapter, batch)
+
+    @functools.cached_property
+    def logprobs(self) -> Float32[Tensor, "query k response_len"]:
+        return response_logprobs(self._model, self._batch, self._responses, self._first)[0]
 
 
 # ---------------------------------------------------------------- the backend
@@ -207,7 +227,8 @@ class TorchBackend:
                 sampling=sampling,
                 all_done=done,
                 steps_per_sync=able.steps_per_sync,
-                recorded=able.records and not self.sharded,
+                # collectives are not recorded, nor experts, whose kernels ask the host
+                recorded=able.records and not self.sharded and not self.model.config.experts,
             )
             out, lengths = sharding.gather(out), sharding.gather(lengths)
             for ids, n in zip(out[: len(part)].tolist(), lengths[: len(part)].tolist(), strict=True):
@@ -242,7 +263,7 @@ class TorchBackend:
     def scores(self, batch: Batch) -> Float32[np.ndarray, "query k"]:
         """What the head says of every response."""
         rows = len(batch.prompt)
-        found = outputs(self.model, self._adapter, self._put(batch, rows), logprobs=False).scores
+        _, found, _ = hidden_states(self.model, self._adapter, self._put(batch, rows))
         return sharding.gather(found)[:rows].numpy()
 
     @sharding.together
@@ -254,9 +275,8 @@ class TorchBackend:
         for i, batch in enumerate(batches):
             part = self._put(batch, rows)
             # dropout depends on the number of steps taken, which a checkpoint holds: a resumed run draws the same
-            torch.manual_seed(np.random.SeedSequence([self.seed, self.steps, i, sharding.rank()]).generate_state(1)[0])
-            found = outputs(self.model, self._adapter, part, logprobs=lora.head(self._adapter) is None)
-            value, named = loss(found, part)
+            torch.manual_seed(np.random.SeedSequence([self.seed, self.steps, i]).generate_state(1)[0])
+            value, named = loss(_Lazy(self.model, self._adapter, part), part)
             reduced = {name: (m * part.data["valid"]).sum() * share for name, m in {"loss": value, **named}.items()}
             reduced["loss"].backward()
             for name, m in reduced.items():
@@ -367,6 +387,7 @@ def _round_up(n: int, multiple: int) -> int:
 
 def check(config: ConfigDict, fsdp: int) -> None:
     """Refuses what a config may ask for and this backend has not, where the base is spread over `fsdp` devices."""
+    sharding.check_tensor(config.mesh)
     if config.model.quantize != "none" and fsdp > 1:
         raise UserError(
             f"config.model.quantize is {config.model.quantize!r} and the base is to be spread over {fsdp} devices: the torch"
@@ -390,6 +411,14 @@ def count(config: ConfigDict, loaded: weights.Loaded) -> tuple[int, int]:
     """Parameters of the base and of the adapter."""
     base = sum(math.prod(shape) for shape in expected_shapes(loaded.config).values())
     return base, adapters.count(adapters.start(config, loaded.config))
+
+
+def base_bytes(config: ConfigDict, loaded: weights.Loaded) -> int:
+    """What the base takes on a device; of a quantised one the layers' linear modules are smaller."""
+    whole = getattr(torch, config.model.dtype).itemsize
+    linear = sum(inp * out for *_, inp, out in module_shapes(loaded.config))
+    others = sum(math.prod(shape) for shape in expected_shapes(loaded.config).values()) - linear
+    return int(others * whole + linear * {"none": whole, "int8": 1, "nf4": 4.25 / 8}[config.model.quantize])
 
 
 def transposed(loaded: weights.Loaded) -> bool:
@@ -438,8 +467,7 @@ def assemble(config: ConfigDict, loaded: weights.Loaded, device: torch.device, t
     adapter = adapters.start(config, loaded.config)  # before the weights are read: it may be refused
     model = make_model(config, loaded, device, table)
     said = [f"operators: {table.name}"] if device.type == "npu" else []
-    bits = {"none": 8 * getattr(torch, config.model.dtype).itemsize, "int8": 8, "nf4": 4.25}[config.model.quantize]
-    weigh = int(count(config, loaded)[0] * bits / 8)
+    weigh = base_bytes(config, loaded)
     data, fsdp, note = sharding.choose(config.mesh, weigh, device)
     check(config, fsdp)
     mesh = sharding.device_mesh(data, fsdp, device) if fsdp > 1 else None

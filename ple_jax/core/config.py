@@ -20,9 +20,12 @@ FREE = ("algorithm_kwargs", "reward.kwargs", "task.columns")  # dictionaries of 
 
 # how a run is computed and not what: a run may go on, or be exported, with others
 EXECUTION = (
-    "model.layers", "model.attention", "model.remat", "sampling.server_key_env", "sampling.server_sleep", "mesh.data",
-    "mesh.fsdp", "mesh.tensor", "checkpoint.keep",
+    "model.layers", "model.attention", "model.remat", "model.device", "model.ops", "sampling.server_key_env",
+    "sampling.server_sleep", "mesh.data", "mesh.fsdp", "mesh.tensor", "checkpoint.keep",
 )  # fmt: skip
+
+# keys that one backend alone reads, all of them "auto" by default
+OWN = {"model.layers": "jax", "model.attention": "jax", "model.device": "torch", "model.ops": "torch"}
 
 Rule = Callable[[Any], str]  # value -> what it must be instead, or "" when it is fine
 
@@ -157,7 +160,7 @@ def _optional_source(value: Any) -> str:
 
 def _words(value: Any) -> str:
     fine = isinstance(value, tuple | list) and len(value) == 2 and all(type(v) is int for v in value)
-    return "" if fine and 1 <= value[0] <= value[1] else "(fewest, most) words, such as \"(2, 8)\""
+    return "" if fine and 1 <= value[0] <= value[1] else '(fewest, most) words, such as "(2, 8)"'
 
 
 def _columns(value: Any) -> str:

@@ -8,9 +8,11 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from types import TracebackType
 
+_ONE = 1.0  # seconds within which two signals are one
 MESSAGE = "stopped; nothing finished is lost: give the same command again to continue"
 
 
@@ -58,9 +60,12 @@ class Stop:
         for number in self._bytes():
             if number not in (signal.SIGTERM, signal.SIGINT):
                 continue
-            if self._number:  # asked twice: at once
-                self._leave()
-            self._number = number
+            if self._number:
+                # asked twice: at once. But of Ctrl-C a launcher's processes hear twice, from the terminal and from it
+                if time.monotonic() - self._asked > _ONE:
+                    self._leave()
+                continue
+            self._number, self._asked = number, time.monotonic()
             print(f"\n{signal.Signals(number).name}: stopping at the next safe point", file=sys.stderr, flush=True)
             timer = threading.Timer(self._grace, self._leave)
             timer.daemon = True

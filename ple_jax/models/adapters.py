@@ -35,7 +35,8 @@ class Lora:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     rslora: bool = False  # scale by alpha / sqrt(rank), arXiv:2312.03732
     dora: bool = False  # train a magnitude and a direction, arXiv:2402.09353
-    # of the adapter's input, while training: q, k, v (gate, up) share one draw; the base, DoRA's too, sees its whole input
+    # of the adapter's input, while training; the base, DoRA's too, sees its whole input. In JAX q, k, v (gate, up) share one
+    # draw, in torch every module has its own
     dropout: float = 0.0
 
     @property

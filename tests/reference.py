@@ -94,6 +94,51 @@ def batch_loss(
     return total / len(pairs)
 
 
+def preference_loss(pair: Pair, reference: Pair, *, beta: float, label_smoothing: float = 0.0) -> float:
+    """DPO's expected loss where the label of the pair (rejected, chosen) is wrong with a known probability."""
+    z = beta * ((sumlp(pair[1]) - sumlp(reference[1])) - (sumlp(pair[0]) - sumlp(reference[0])))
+    return (1 - label_smoothing) * minus_log_sigmoid(z) + label_smoothing * minus_log_sigmoid(-z)
+
+
+def identity_loss(pair: Pair, reference: Pair, *, beta: float) -> float:
+    lead = (meanlp(pair[1]) - meanlp(reference[1])) - (meanlp(pair[0]) - meanlp(reference[0]))
+    return (lead - 0.5 / beta) ** 2
+
+
+def kl(p: float, q: float, kind: str) -> float:
+    """Schulman's estimates at one sampled token, from its log-probabilities under the policy and the reference."""
+    ratio = math.exp(q) / math.exp(p)
+    return {"k1": -math.log(ratio), "k2": math.log(ratio) ** 2 / 2, "k3": ratio - 1 - math.log(ratio)}[kind]
+
+
+def clipped_loss(ratio: float, advantage: float, low: float, high: float) -> float:
+    return -min(ratio * advantage, min(max(ratio, 1 - low), 1 + high) * advantage)
+
+
+def policy_loss(
+    new: Sequence[float], old: Sequence[float], advantages: Sequence[float], *, low: float, high: float
+) -> float:
+    """PPO's, summed over the tokens of a response."""
+    total = 0.0
+    for p, q, advantage in zip(new, old, advantages, strict=True):
+        total += clipped_loss(math.exp(p - q), advantage, low, high)
+    return total
+
+
+def value_loss(new: Sequence[float], old: Sequence[float], returns: Sequence[float], *, clip: float) -> float:
+    total = 0.0
+    for v, w, r in zip(new, old, returns, strict=True):
+        total += max((v - r) ** 2, (min(max(v, w - clip), w + clip) - r) ** 2) / 2
+    return total
+
+
+def advantages(values: Sequence[float], rewards: Sequence[float], *, gamma: float, lam: float) -> list[float]:
+    """GAE as the sum that defines it; the value after the last token is 0."""
+    values = [*values, 0.0]
+    deltas = [r + gamma * values[t + 1] - values[t] for t, r in enumerate(rewards)]
+    return [sum((gamma * lam) ** i * d for i, d in enumerate(deltas[t:])) for t in range(len(deltas))]
+
+
 def gradient(f: Callable[[np.ndarray], float], x: np.ndarray, step: float = 1e-5) -> np.ndarray:
     """Central finite differences of a scalar function."""
     result = np.zeros(x.shape)

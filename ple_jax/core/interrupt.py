@@ -34,6 +34,7 @@ class Stop:
     def __init__(self, *, grace: float = 20.0):
         self._grace = grace
         self._number = 0
+        self._asked = 0.0  # when, in seconds of the monotonic clock
 
     def __enter__(self) -> "Stop":
         self._read, self._write = os.pipe()

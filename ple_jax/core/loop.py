@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ple_jax import losses
-from ple_jax.core import data, prompts, rewards, tasks
+from ple_jax.core import data, rewards, tasks
 from ple_jax.core import metrics as measure
 from ple_jax.core.batches import pack
 from ple_jax.core.rollouts import Journal, read
@@ -21,6 +21,8 @@ from ple_jax.core.run import Run, check_finite, commit, logged, micro_batches, p
 from ple_jax.core.sampling import (
     Rendered,
     check_context,
+    given,
+    prompt_of,
     quarantine,
     raw_rewards,
     renderer,
@@ -82,8 +84,11 @@ def warm_up(run: Run, state: dict[str, Any]) -> None:
     examples, both = tasks.disjoint(found.queries, run.heldout)
     run.bad["sft"] = found.bad + both
     write_bad(run)
-    size, chat = run.config.optimizer.batch_queries, run.config.task.chat
-    rollouts = [_as_rollout(run, query, chat) for query in examples]
+    size, wanted = run.config.optimizer.batch_queries, Slot("reference", source="completion")
+    rollouts = [
+        Rollout(query.id, query.prompt, tuple(prompt_of(run, query, False)[1]), (given(run, query, wanted),))
+        for query in examples
+    ]
     longest = max(len(r.responses[0].tokens) for r in rollouts)
     check_context(run, examples, max(len(r.prompt_tokens) + len(r.responses[0].tokens) for r in rollouts))
     run.progress.phase("warm-up", -(-len(rollouts) // size) * sft.epochs)
@@ -103,16 +108,6 @@ def warm_up(run: Run, state: dict[str, Any]) -> None:
 def sft_loss(outputs: Outputs, batch: Batch) -> tuple[Any, dict[str, Any]]:
     """Cross-entropy per response token of the optimiser batch."""
     return losses.nll(outputs.logprobs[:, 0], batch.response_mask[:, 0], normaliser=batch.data["normaliser"]), {}
-
-
-def _as_rollout(run: Run, query: Query, chat: bool) -> Rollout:
-    _, ids = prompts.render(query, None, run.tokenizer, chat=chat)
-    # a completion is the whole of what is wanted: it ends with EOS, which here is part of the data. Where a model stops
-    # at several, the tokenizer's is the one that its own training used
-    eos = [run.tokenizer.eos_token_id] if run.tokenizer.eos_token_id in run.eos else run.eos[:1]
-    text = prompts.completion(query.prompt, query.completion, chat=chat)
-    tokens = (*run.tokenizer.encode(text, add_special_tokens=False), *eos)
-    return Rollout(query.id, query.prompt, tuple(ids), (Response(tokens, True, kind="reference", text=query.completion),))
 
 
 def collect(

@@ -30,8 +30,9 @@ class Slot(NamedTuple):
     """One response an algorithm asks for: the kind's name, whether the principles are in the prompt, its number."""
 
     kind: str
-    principled: bool
+    principled: bool = False
     sample: int = 0
+    source: str = "policy"  # or of the record: completion, rejected; those are not sampled
 
 
 class Response(NamedTuple):

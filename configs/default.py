@@ -101,6 +101,27 @@ def get_config() -> ConfigDict:
     c.ple.percentile_weights = "as_intended"  # as_intended | as_released (the weights cancel)
     c.ple.samples = 8  # responses per query of selection=percentile
 
+    c.raft = ConfigDict()  # of algorithm=raft
+    c.raft.samples = 4  # responses per query, of which the best is imitated
+
+    c.dpo = ConfigDict()  # of algorithm=dpo
+    c.dpo.samples = 0  # responses per query, best against worst (iterative); 0: the records' chosen and rejected answers
+    c.dpo.loss = "sigmoid"  # sigmoid | ipo
+    c.dpo.beta = 0.1
+    c.dpo.label_smoothing = 0.0  # of sigmoid: the probability that a pair is the wrong way round
+
+    c.grpo = ConfigDict()  # of algorithm=grpo
+    c.grpo.samples = 4  # responses per query, compared with one another
+    c.grpo.loss = "dapo"  # a response's tokens are divided by: grpo (its length) | dr_grpo (a constant) | dapo (the mean)
+    c.grpo.beta = 0.0  # of the KL divergence to the reference, per nat
+    c.grpo.clip_low = 0.2  # by how much a token's ratio to the sampling policy may fall ...
+    c.grpo.clip_high = 0.2  # ... and rise before it stops counting
+
+    c.rloo = ConfigDict()  # of algorithm=rloo
+    c.rloo.samples = 4  # responses per query, each the others' baseline
+    c.rloo.beta = 0.05  # nats of the log-ratio to the reference are taken off the reward, times this
+    c.rloo.clip = 0.2  # of a response's ratio to the sampling policy
+
     c.reward_model = ConfigDict()  # of algorithm=reward: a reward model from the preference pairs of config.task
     c.reward_model.train = "lora"  # lora: adapter and head | head: the head alone, on a frozen model
     c.reward_model.epochs = 1

@@ -30,9 +30,7 @@ def collect(config: Any) -> tuple[Slot, ...]:
 
 def schedule(config: Any) -> Callable[[int], float]:
     """iteration -> tau."""
-    return threshold.make(
-        config.ple.schedule, tau_0=config.ple.tau_0, alpha=config.ple.alpha, iterations=config.iterations
-    )
+    return threshold.make(config.ple.schedule, tau_0=config.ple.tau_0, alpha=config.ple.alpha, iterations=config.iterations)
 
 
 def label(rollouts: Sequence[Rollout], tau: float, iteration: int, config: Any) -> list[Rollout]:

@@ -137,7 +137,8 @@ All settings are the defaults.
 
 """
 
-_CARD = """\
+_CARD = (
+    """\
 ---
 {% if on_hub %}
 base_model: {{ base|yaml }}
@@ -169,7 +170,9 @@ both, weighted by their rewards.
 | reward | {{ config["reward.name"]|cell }} with {{ config["reward.kwargs"]|cell }} |
 | prompts | {{ "chat template" if config["task.chat"] else "plain text" }} |
 
-""" + _SETTINGS + """\
+"""
+    + _SETTINGS
+    + """\
 {% if metrics %}
 ## Evaluation
 
@@ -238,8 +241,10 @@ See the base model: its licence holds for what is derived from it.
 }
 ```
 """
+)
 
-_REWARD_CARD = """\
+_REWARD_CARD = (
+    """\
 ---
 {% if on_hub %}
 base_model: {{ base|yaml }}
@@ -266,7 +271,9 @@ responses' scores is the log-odds that the first is preferred. Scores of differe
 | preference pairs | {{ config["task.train"]|cell }} ({{ config["task.format"] }}) |
 | held-out pairs | {{ config["task.heldout"]|cell }} |
 
-""" + _SETTINGS + """\
+"""
+    + _SETTINGS
+    + """\
 {% if summary %}
 ## Evaluation
 
@@ -304,3 +311,4 @@ As a reward of ple_jax: `--config.reward.name=model --config.reward.kwargs="{'pa
 
 See the base model: its licence holds for what is derived from it.
 """
+)

@@ -17,7 +17,7 @@ from ple_jax.core import data, rewards, tasks
 from ple_jax.core import metrics as measure
 from ple_jax.core.batches import pack
 from ple_jax.core.rollouts import Journal, read
-from ple_jax.core.run import Run, check_finite, commit, logged, micro_batches, peak_memory, restore, with_reference
+from ple_jax.core.run import Run, check_finite, commit, logged, micro_batches, peak_memory, prepared, restore
 from ple_jax.core.sampling import (
     Rendered,
     check_context,
@@ -61,7 +61,8 @@ def train(run: Run) -> dict[str, Any]:
         started = time.perf_counter()
         values |= update(run, rollouts, state)
         seconds["update"] = time.perf_counter() - started
-        generated = sum(len(r.tokens) for rollout in rollouts for r in rollout.responses)
+        given = {slot.kind for slot in run.algorithm.collect(config) if slot.source != "policy"}
+        generated = sum(len(r.tokens) for rollout in rollouts for r in rollout.responses if r.kind not in given)
         values |= {f"seconds_{name}": s for name, s in seconds.items()}
         if seconds["generate"]:  # and not read from the journal
             values["generate_tokens_per_second"] = generated / seconds["generate"]
@@ -136,20 +137,26 @@ def update(run: Run, rollouts: Sequence[Rollout], state: dict[str, Any]) -> dict
     """Algorithm 1, line 6: the iteration's optimiser steps, and diagnostics from before and after them."""
     config, optimizer = run.config, run.config.optimizer
     size = optimizer.batch_queries
-    diagnosed = run.algorithm.batch(rollouts[: config.eval.diagnostic_queries], config)
+    diagnosed = prepared(run, run.algorithm.batch(rollouts[: config.eval.diagnostic_queries], config))
     before = diagnose(run, diagnosed, with_loss=True)
     # where queries were quarantined, batches differ by one at most: none weighs much more than another
     steps = -(-len(rollouts) // size)
     groups = [[rollouts[i] for i in some] for some in np.array_split(np.arange(len(rollouts)), steps)]
+    run.progress.phase("prepare", len(groups))
+    batches = []
+    for group in groups:  # before the first step: what a loss compares with is of the policy that sampled
+        run.stop.check()
+        batches.append(prepared(run, run.algorithm.batch(group, config)))
+        run.progress.advance(1)
     run.progress.phase("update", len(groups) * optimizer.epochs)
     collected: list[dict[str, float]] = []
     tokens = 0
     for epoch in range(optimizer.epochs):
         # the first pass takes the queries as drawn, which is already a random order
         order = np.random.default_rng([config.seed, state["iteration"], epoch]).permutation(len(groups))
-        for group in order if epoch else range(len(groups)):
+        for index in order if epoch else range(len(groups)):
             run.stop.check()
-            batch = with_reference(run, run.algorithm.batch(groups[group], config))
+            batch = batches[index]
             lr = optimizer.lr * min(1.0, (state["step"] + 1) / max(1, optimizer.warmup_steps))
             values = run.backend.update(micro_batches(batch, optimizer.micro_queries), run.loss, lr=lr)
             collected.append({**check_finite(values, state["step"], lr), "lr": lr})
@@ -160,7 +167,7 @@ def update(run: Run, rollouts: Sequence[Rollout], state: dict[str, Any]) -> dict
     after = diagnose(run, diagnosed, with_loss=True)
     means = {name: float(np.mean([m[name] for m in collected])) for name in collected[0]}
     # the policy that sampled these responses is the one before the update; log-probabilities are compared over iterations
-    named = {name: before[name] for name in ("kl", "entropy")}
+    named: dict[str, float] = {name: before[name] for name in ("kl", "entropy") if name in before}
     named |= {name: after[name] for name in ("lp_plain", "lp_principled") if name in after}
     if "hinge_active" in before:
         means.pop("hinge_active")
@@ -172,23 +179,21 @@ def diagnose(run: Run, batch: Batch, *, with_loss: bool) -> dict[str, float]:
     """What the policy says of a few queries: KL to the reference and entropy per token, and the loss's own metrics.
 
     KL is the mean over response tokens of r - 1 - log r with r = reference / policy: unbiased where the tokens are the
-    policy's own, never negative, of low variance (Schulman, "Approximating KL divergence", 2020). The principled
-    responses were sampled under another prompt, so they are left out of it.
+    policy's own, never negative, of low variance (Schulman, "Approximating KL divergence", 2020). Principled responses were
+    sampled under another prompt, and a record's by nobody: they are left out of it, and where there are no others it is.
     """
     run.progress.phase("diagnose", 1)
     policy, reference = run.backend.logprobs(batch), run.backend.logprobs(batch, reference=True)
     run.progress.advance(1)
-    mask = batch.response_mask
-    if "swapped" in batch.data:
-        mask = mask & (np.arange(mask.shape[1]) == batch.data["swapped"][:, None])[..., None]
+    mask = batch.response_mask & (batch.data["own"] > 0)[..., None]
     log_ratio = np.asarray(reference.logprobs - policy.logprobs, np.float64)[mask]
-    values = {
-        "kl": float((np.expm1(log_ratio) - log_ratio).mean()),
-        "entropy": float(np.asarray(policy.entropy)[mask].mean()),
-    }
+    values: dict[str, float] = {}
+    if mask.any():
+        values = {
+            "kl": float((np.expm1(log_ratio) - log_ratio).mean()),
+            "entropy": float(np.asarray(policy.entropy)[mask].mean()),
+        }
     if with_loss:
-        if run.algorithm.needs_reference(run.config):
-            batch.data["reference_logprobs"] = reference.logprobs
         _, own = run.loss(policy, batch)
         values |= {name: float(np.mean(value)) for name, value in own.items()}
         if "hinge_active" in own and "ranked" in own:  # a share of the ranked pairs
@@ -219,8 +224,8 @@ def summarise(rollouts: Sequence[Rollout], principles: str, tokenizer: Tokenizer
     everything = [r for responses in by_kind.values() for r in responses]
     margins = np.array([rollout.margin for rollout in rollouts])
     values |= {
-        "tau": rollouts[0].tau,
-        "margin": float(margins.mean()),
+        **({"tau": rollouts[0].tau} if not math.isnan(rollouts[0].tau) else {}),
+        **({"margin": float(margins.mean())} if not np.isnan(margins).any() else {}),
         "negative_margin_share": float((margins < 0).mean()),
         "ranked_share": float(np.mean([rollout.decision == "ranked" for rollout in rollouts])),
         "truncated_share": float(np.mean([not r.finished and len(r.tokens) == limit for r in everything])),

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ple_jax.core import data, tasks
-from ple_jax.core.run import Run, check_finite, commit, logged, micro_batches, peak_memory, restore, with_reference
+from ple_jax.core.run import Run, check_finite, commit, logged, micro_batches, peak_memory, prepared, restore
 from ple_jax.core.sampling import write_bad
 from ple_jax.core.sinks import truncate_jsonl
 from ple_jax.core.workdir import write_json
@@ -61,7 +61,7 @@ def train(run: Run) -> dict[str, Any]:
         collected = []
         for step in range(begin, end):
             run.stop.check()
-            batch = with_reference(run, run.algorithm.batch(steps[step]))
+            batch = prepared(run, run.algorithm.batch(steps[step]))
             lr = optimizer.lr * min(1.0, (step + 1) / max(1, optimizer.warmup_steps))
             values = run.backend.update(micro_batches(batch, optimizer.micro_queries), run.loss, lr=lr)
             collected.append({**check_finite(values, step, lr), "lr": lr})

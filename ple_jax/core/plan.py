@@ -89,7 +89,9 @@ def describe(
     """
     sampling, optimizer = config.sampling, config.optimizer
     new, train, heldout = sampling.max_new_tokens, found.train, found.heldout
-    slots, schedule = algorithm.collect(config), algorithm.schedule(config)
+    collected, schedule = algorithm.collect(config), algorithm.schedule(config)
+    slots = [slot for slot in collected if slot.source == "policy"]
+    taus = [schedule(i) for i in range(config.iterations)]
 
     def prompt(query: Query, principled: bool) -> tuple[str, list[int]]:
         k, text = config.principles_per_query, None
@@ -132,7 +134,7 @@ def describe(
                     "update",
                     f"{steps} optimiser steps of {optimizer.batch_queries} queries, each "
                     f"{passes} x [{optimizer.micro_queries} queries x "
-                    f"({buckets(map(len, tokens(train, False)))} prompt tokens + up to {len(slots)} x {new})]",
+                    f"({buckets(map(len, tokens(train, False)))} prompt tokens + up to {len(collected)} x {new})]",
                 ),
             ]
         ),
@@ -147,7 +149,7 @@ def describe(
                     f" ({training_rows * new:,} to train on, {evaluation_rows * new:,} to evaluate)",
                 ),
                 ("reward calls", f"{training_rows + evaluation_rows:,}"),
-                ("tau", f"{', '.join(f'{schedule(i):.4g}' for i in range(config.iterations))}"),
+                *([("tau", ", ".join(f"{tau:.4g}" for tau in taus))] if not any(map(math.isnan, taus)) else []),
             ]
         ),
         f"Principles ({rules.version}{chosen})\n{_visible(rules.text)}",

@@ -113,11 +113,18 @@ def micro_batches(batch: Batch, size: int) -> list[Batch]:
     return [part(i) for i in range(0, len(batch.prompt), size)]
 
 
-def with_reference(run: Run, batch: Batch) -> Batch:
-    """Adds the reference's log-probabilities where the algorithm's loss reads them."""
-    if run.algorithm.needs_reference(run.config):
+def prepared(run: Run, batch: Batch) -> Batch:
+    """The batch with what the algorithm's loss compares with, of the policy as it is now.
+
+    `reference_logprobs` where it `needs_reference`, `old_logprobs` where it `needs_old_logprobs` (optional), and what its
+    `prepare` (optional) makes of them: a batch and the config give a batch.
+    """
+    algorithm, config = run.algorithm, run.config
+    if algorithm.needs_reference(config):
         batch.data["reference_logprobs"] = run.backend.logprobs(batch, reference=True).logprobs
-    return batch
+    if hasattr(algorithm, "needs_old_logprobs") and algorithm.needs_old_logprobs(config):
+        batch.data["old_logprobs"] = run.backend.logprobs(batch).logprobs
+    return algorithm.prepare(batch, config) if hasattr(algorithm, "prepare") else batch
 
 
 def check_finite(values: dict[str, float], step: int, lr: float) -> dict[str, float]:

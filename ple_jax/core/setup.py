@@ -17,7 +17,7 @@ from ple_jax.core.plugins import load_module
 from ple_jax.core.progress import Progress
 from ple_jax.core.rewards._cache import Cache
 from ple_jax.core.run import Clock, Run
-from ple_jax.core.types import Reward
+from ple_jax.core.types import Reward, Slot
 from ple_jax.models import hub
 
 _NEEDED = {  # functions of an algorithm that samples, and of one that trains on what the records hold
@@ -70,7 +70,7 @@ def read_inputs(config: Any, backend: str) -> Inputs:
             f"config.sampling.server is {config.sampling.server!r}, and algorithm {config.algorithm!r} samples nothing (nor"
             " does vLLM serve a head that is being trained): unset it"
         )
-    found = data.load(config, needs="prompt" if samples else algorithm.NEEDS)
+    found = data.load(config, needs=_needs(algorithm.collect(config)) if samples else algorithm.NEEDS)
     digests = {"train": tasks.digest(found.train), "heldout": tasks.digest(found.heldout)}
     texts = {"algorithm": Path(config.algorithm).read_text()} if Path(config.algorithm).is_file() else {}
     text, reward = principles.load(config.principles), Reward("none")
@@ -90,6 +90,12 @@ def read_inputs(config: Any, backend: str) -> Inputs:
         digests["adapter"] = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
     digests["model"] = hub.identity(config.model.path, config.model.revision)
     return Inputs(algorithm, found, text, reward, digests)
+
+
+def _needs(slots: Sequence[Slot]) -> str:
+    """What a record must have for an algorithm that samples: its own answers, where they are among the responses."""
+    sources = {slot.source for slot in slots}
+    return "pair" if "rejected" in sources else "completion" if "completion" in sources else "prompt"
 
 
 def _versions(reward: Reward) -> list[str]:

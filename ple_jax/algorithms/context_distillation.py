@@ -1,0 +1,22 @@
+"""Context distillation (arXiv:2112.00861, section 2): fine-tuning on the principled response, without the principles.
+
+PLE without any reward: what is left when neither ranks nor weights are taken from it.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from ple_jax.algorithms._imitation import batch, make_loss, marked, needs_reference
+from ple_jax.algorithms._imitation import no_threshold as schedule
+from ple_jax.core.types import Rollout, Slot
+
+__all__ = ["batch", "collect", "label", "make_loss", "needs_reference", "schedule"]
+
+
+def collect(config: Any) -> tuple[Slot, ...]:
+    """One response, from the prompt with the principles in it; training sees the plain one."""
+    return (Slot("principled", True),)
+
+
+def label(rollouts: Sequence[Rollout], tau: float, iteration: int, config: Any) -> list[Rollout]:
+    return marked(rollouts, [0] * len(rollouts), "imitated")

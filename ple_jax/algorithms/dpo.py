@@ -1,0 +1,96 @@
+"""Direct preference optimisation (arXiv:2305.18290) and IPO (arXiv:2310.12036), offline or iterative.
+
+Offline (`dpo.samples` = 0) on the records' chosen and rejected answers. Iterative, with n samples: best and worst of n plain
+responses by reward, drawn anew in every iteration; the reference stays where the run began.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from array_api_compat import array_namespace
+
+from ple_jax import losses
+from ple_jax.algorithms._imitation import no_threshold as schedule
+from ple_jax.core.batches import pack
+from ple_jax.core.config import UserError
+from ple_jax.core.types import Array, Batch, Loss, Outputs, Rollout, Slot
+
+__all__ = ["batch", "collect", "label", "make_loss", "needs_reference", "schedule"]
+
+
+def collect(config: Any) -> tuple[Slot, ...]:
+    """The record's rejected and chosen answers, or `dpo.samples` plain responses."""
+    if config.dpo.samples == 1:
+        raise UserError("config.dpo.samples is 1: a pair needs two responses; 0 takes the records' own pairs")
+    if config.dpo.samples:
+        return tuple(Slot("plain", sample=sample) for sample in range(config.dpo.samples))
+    return Slot("rejected", source="rejected"), Slot("chosen", source="completion")
+
+
+def label(rollouts: Sequence[Rollout], tau: float, iteration: int, config: Any) -> list[Rollout]:
+    """Decides "ranked", or "dropped" where no response is better than another; the winner has weight 1.
+
+    `margin` is the winner's score minus the loser's; of the records' own pairs it decides nothing.
+    """
+    labelled = []
+    for rollout in rollouts:
+        scores = np.array([r.score for r in rollout.responses], np.float64)
+        worst, best = (int(scores.argmin()), int(scores.argmax())) if config.dpo.samples else (0, 1)
+        margin = float(scores[best] - scores[worst])
+        ranked = not config.dpo.samples or margin > 0
+        responses = [r._replace(weight=float(ranked and i == best)) for i, r in enumerate(rollout.responses)]
+        decision = "ranked" if ranked else "dropped"
+        labelled.append(rollout._replace(responses=tuple(responses), margin=margin, decision=decision))
+    return labelled
+
+
+def batch(rollouts: Sequence[Rollout], config: Any) -> Batch:
+    """One optimiser batch of pairs (loser, winner), k = 2.
+
+    Its data, float32 per query: `kept`, 0 for dropped pairs, and for the others what makes the mean over the batch that of
+    the kept ones; `valid`, 1.
+    """
+
+    def pick(rollout: Rollout) -> tuple[int, int]:
+        if not config.dpo.samples:
+            return 0, 1
+        scores = [r.score for r in rollout.responses]
+        return int(np.argmin(scores)), int(np.argmax(scores))
+
+    shape = {"prompt_multiple": config.sampling.bucket, "response_len": config.sampling.max_new_tokens}
+    packed = pack(rollouts, [pick(rollout) for rollout in rollouts], **shape)
+    kept = np.array([rollout.decision == "ranked" for rollout in rollouts], np.float32)
+    return packed._replace(data=packed.data | {"kept": kept * len(kept) / max(kept.sum(), 1)})
+
+
+def needs_reference(config: Any) -> bool:
+    return True
+
+
+def make_loss(config: Any) -> Loss:
+    """The loss of `dpo.loss`; metrics `ranked`, and of the implicit reward `reward_accuracy` and `reward_margin` (nats)."""
+    options = config.dpo
+    beta, smoothing, kind = options.beta, options.label_smoothing, options.loss
+    # IPO's target is per token, as TRL has it
+    likelihood = losses.mean_logprob if kind == "ipo" else losses.sum_logprob
+
+    def loss(outputs: Outputs, batch: Batch) -> tuple[Array, dict[str, Array]]:
+        xp = array_namespace(outputs.logprobs)
+        policy = likelihood(outputs.logprobs, batch.response_mask)
+        reference = likelihood(batch.data["reference_logprobs"], batch.response_mask)
+        pair = policy[:, 0], policy[:, 1], reference[:, 0], reference[:, 1]
+        if kind == "ipo":
+            value = losses.ipo(*pair, beta=beta)
+        else:
+            value = losses.dpo(*pair, beta=beta, label_smoothing=smoothing)
+        margin = beta * ((policy[:, 1] - reference[:, 1]) - (policy[:, 0] - reference[:, 0]))
+        kept = batch.data["kept"]
+        ranked = xp.astype(kept > 0, value.dtype)
+        return value * kept, {
+            "ranked": ranked,
+            "reward_accuracy": kept * xp.astype(margin > 0, value.dtype),
+            "reward_margin": kept * margin,
+        }
+
+    return loss

@@ -1,0 +1,80 @@
+"""GRPO (arXiv:2402.03300) and its relatives Dr. GRPO and DAPO: rewards compared within the samples of a query.
+
+`grpo.samples` plain responses of every query; the advantage of one is its reward against the others', the same for all of
+its tokens; a clipped surrogate, so that an iteration's responses serve `optimizer.epochs` passes.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ple_jax import losses
+from ple_jax.algorithms._imitation import no_threshold as schedule
+from ple_jax.core.advantages import group_advantages
+from ple_jax.core.batches import pack
+from ple_jax.core.types import Array, Batch, Loss, Outputs, Rollout, Slot
+
+__all__ = ["batch", "collect", "label", "make_loss", "needs_old_logprobs", "needs_reference", "schedule"]
+
+
+def collect(config: Any) -> tuple[Slot, ...]:
+    """`grpo.samples` plain responses."""
+    return tuple(Slot("plain", sample=sample) for sample in range(config.grpo.samples))
+
+
+def label(rollouts: Sequence[Rollout], tau: float, iteration: int, config: Any) -> list[Rollout]:
+    """Weights are the advantages, margin is best minus mean score. "dropped": all scores are equal, nothing is learned."""
+    scores = np.array([[r.score for r in rollout.responses] for rollout in rollouts], np.float64)
+    weights = group_advantages(scores, kind="dr_grpo" if config.grpo.loss == "dr_grpo" else "grpo")
+    return [
+        rollout._replace(
+            margin=float(own.max() - own.mean()),
+            decision="compared" if own.max() > own.min() else "dropped",
+            responses=tuple(r._replace(weight=float(w)) for r, w in zip(rollout.responses, row, strict=True)),
+        )
+        for rollout, own, row in zip(rollouts, scores, weights, strict=True)
+    ]
+
+
+def batch(rollouts: Sequence[Rollout], config: Any) -> Batch:
+    """One optimiser batch of all responses, k = grpo.samples.
+
+    Its data, float32: `advantages` and `normaliser` [query, k], tokens that a response's loss is divided by (`losses.grpo`);
+    `valid`, 1 per query.
+    """
+    picks = [tuple(range(len(rollout.responses))) for rollout in rollouts]
+    limit = config.sampling.max_new_tokens
+    packed = pack(rollouts, picks, prompt_multiple=config.sampling.bucket, response_len=limit)
+    lengths = packed.response_mask.sum(-1)
+    normaliser = {"grpo": lengths, "dr_grpo": np.full_like(lengths, limit), "dapo": np.full(lengths.shape, lengths.mean())}
+    data = {
+        "advantages": np.array([[r.weight for r in rollout.responses] for rollout in rollouts], np.float32),
+        "normaliser": np.maximum(normaliser[config.grpo.loss], 1).astype(np.float32),
+    }
+    return packed._replace(data=packed.data | data)
+
+
+def needs_reference(config: Any) -> bool:
+    return config.grpo.beta > 0
+
+
+def needs_old_logprobs(config: Any) -> bool:
+    """True: data["old_logprobs"], those of the policy before the iteration's first step."""
+    return True
+
+
+def make_loss(config: Any) -> Loss:
+    """`losses.grpo`, the mean over a query's responses; metric `clipped`, a share of tokens."""
+    options = config.grpo
+    beta, clip = options.beta, {"clip_low": options.clip_low, "clip_high": options.clip_high}
+
+    def loss(outputs: Outputs, batch: Batch) -> tuple[Array, dict[str, Array]]:
+        data = batch.data
+        value, clipped = losses.grpo(
+            outputs.logprobs, data["old_logprobs"], data.get("reference_logprobs"), data["advantages"], batch.response_mask,
+            beta=beta, normaliser=data["normaliser"], **clip,
+        )  # fmt: skip
+        return value.mean(-1), {"clipped": clipped.mean(-1)}
+
+    return loss

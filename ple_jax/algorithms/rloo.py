@@ -1,0 +1,71 @@
+"""RLOO, REINFORCE with a leave-one-out baseline (arXiv:2402.14740): a response is one action.
+
+`rloo.samples` plain responses of every query; the reward less `rloo.beta` times the log-ratio to the reference, against the
+mean of the other samples'.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ple_jax import losses
+from ple_jax.algorithms._imitation import no_threshold as schedule
+from ple_jax.core.advantages import group_advantages
+from ple_jax.core.batches import pack
+from ple_jax.core.types import Array, Batch, Loss, Outputs, Rollout, Slot
+
+__all__ = ["batch", "collect", "label", "make_loss", "needs_old_logprobs", "needs_reference", "prepare", "schedule"]
+
+
+def collect(config: Any) -> tuple[Slot, ...]:
+    """`rloo.samples` plain responses."""
+    return tuple(Slot("plain", sample=sample) for sample in range(config.rloo.samples))
+
+
+def label(rollouts: Sequence[Rollout], tau: float, iteration: int, config: Any) -> list[Rollout]:
+    """Margin is best minus mean score. The advantages also depend on the reference: `prepare` makes them."""
+    scores = [np.array([r.score for r in rollout.responses], np.float64) for rollout in rollouts]
+    return [
+        rollout._replace(margin=float(own.max() - own.mean()), decision="compared")
+        for rollout, own in zip(rollouts, scores, strict=True)
+    ]
+
+
+def batch(rollouts: Sequence[Rollout], config: Any) -> Batch:
+    """One optimiser batch of all responses, k = rloo.samples; its data: `scores` [query, k], `valid` [query], float32."""
+    picks = [tuple(range(len(rollout.responses))) for rollout in rollouts]
+    shape = {"prompt_multiple": config.sampling.bucket, "response_len": config.sampling.max_new_tokens}
+    packed = pack(rollouts, picks, **shape)
+    scores = np.array([[r.score for r in rollout.responses] for rollout in rollouts], np.float32)
+    return packed._replace(data=packed.data | {"scores": scores})
+
+
+def needs_reference(config: Any) -> bool:
+    return True
+
+
+def needs_old_logprobs(config: Any) -> bool:
+    """True: data["old_logprobs"], those of the policy before the iteration's first step."""
+    return True
+
+
+def prepare(batch: Batch, config: Any) -> Batch:
+    """Adds `advantages` [query, k], once old and reference log-probabilities are there."""
+    data = batch.data
+    ratio = losses.sum_logprob(np.float64(data["old_logprobs"]) - data["reference_logprobs"], batch.response_mask)
+    advantages = group_advantages(data["scores"] - config.rloo.beta * ratio, kind="rloo")
+    return batch._replace(data=data | {"advantages": advantages.astype(np.float32)})
+
+
+def make_loss(config: Any) -> Loss:
+    """`losses.rloo`, the mean over a query's responses; metric `clipped`, a share of responses."""
+    clip = {"clip_low": config.rloo.clip, "clip_high": config.rloo.clip}
+
+    def loss(outputs: Outputs, batch: Batch) -> tuple[Array, dict[str, Array]]:
+        sums = losses.sum_logprob(outputs.logprobs, batch.response_mask)
+        old = losses.sum_logprob(batch.data["old_logprobs"], batch.response_mask)
+        value, clipped = losses.rloo(sums, old, batch.data["advantages"], **clip)
+        return value.mean(-1), {"clipped": clipped.mean(-1)}
+
+    return loss

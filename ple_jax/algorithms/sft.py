@@ -1,0 +1,22 @@
+"""Supervised fine-tuning on the records' own answers, through the same loop: an iteration trains on the queries it draws.
+
+A longer answer is cut to sampling.max_new_tokens, without EOS then, so that all algorithms see responses of one size.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from ple_jax.algorithms._imitation import batch, make_loss, marked, needs_reference
+from ple_jax.algorithms._imitation import no_threshold as schedule
+from ple_jax.core.types import Rollout, Slot
+
+__all__ = ["batch", "collect", "label", "make_loss", "needs_reference", "schedule"]
+
+
+def collect(config: Any) -> tuple[Slot, ...]:
+    """Nothing is sampled: the record's completion is the response."""
+    return (Slot("reference", source="completion"),)
+
+
+def label(rollouts: Sequence[Rollout], tau: float, iteration: int, config: Any) -> list[Rollout]:
+    return marked(rollouts, [0] * len(rollouts), "imitated")

@@ -1,0 +1,199 @@
+"""The methods that PLE is compared with: what each collects, decides and trains on; each runs through the same loop."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ml_collections import FrozenConfigDict
+
+from configs import tiny as tiny_config
+from ple_jax.core import modes, run, setup
+from ple_jax.core.config import UserError, validate
+from ple_jax.core.types import Outputs, Response, Rollout
+
+ONLINE = ("context_distillation", "raft", "grpo", "rloo")
+ALL = ("sft", *ONLINE, "dpo")
+LENGTHS = ((3, 8, 5, 1), (2, 2, 2, 2), (1, 7, 4, 6))
+SCORES = ((0.1, 0.9, 0.4, 0.2), (0.5, 0.5, 0.5, 0.5), (1.0, -1.0, 0.0, 2.0))
+
+
+def config(algorithm: str, **options):
+    c = tiny_config.get_config()
+    c.algorithm, c.sinks = algorithm, ()
+    for key, value in options.items():
+        *section, name = key.split("__")
+        (c[section[0]] if section else c)[name] = value
+    return c
+
+
+def rollouts(count: int = 4, kind: str = "plain") -> list[Rollout]:
+    def response(i: int, j: int) -> Response:
+        return Response(tuple(range(10 + j, 10 + j + LENGTHS[i][j])), True, kind, j, "", SCORES[i][j], SCORES[i][j])
+
+    return [Rollout(str(i), "", (1, 2, 3)[: i + 1], tuple(response(i, j) for j in range(count))) for i in range(3)]
+
+
+def labelled(algorithm: str, c, given):
+    module = setup.load_algorithm(algorithm)
+    return module, module.label(given, module.schedule(c)(0), 0, c)
+
+
+def outputs(batch, seed: int = 0) -> Outputs:
+    noise = np.random.default_rng(seed).normal(size=batch.response.shape)
+    return Outputs(np.where(batch.response_mask, -1 - np.abs(noise), 0.0))
+
+
+def test_what_is_sampled_and_what_is_the_records():
+    collected = {name: setup.load_algorithm(name).collect(config(name)) for name in ALL}
+    sources = {name: [slot.source for slot in slots] for name, slots in collected.items()}
+    assert sources["sft"] == ["completion"] and sources["dpo"] == ["rejected", "completion"]
+    assert all(set(sources[name]) == {"policy"} for name in ONLINE)
+    assert [len(collected[name]) for name in ONLINE] == [1, 4, 4, 4]
+    assert [slot.principled for slot in collected["context_distillation"]] == [True]
+    assert not any(slot.principled for name in ("raft", "grpo", "rloo") for slot in collected[name])
+    assert len(setup.load_algorithm("dpo").collect(config("dpo", dpo__samples=3))) == 3
+    with pytest.raises(UserError, match="a pair needs two responses"):
+        setup.load_algorithm("dpo").collect(config("dpo", dpo__samples=1))
+
+
+def test_raft_imitates_the_best():
+    c = config("raft")
+    module, rows = labelled("raft", c, rollouts())
+    assert [[r.weight for r in row.responses] for row in rows] == [[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1]]
+    np.testing.assert_allclose([row.margin for row in rows], [0.5, 0.0, 1.5])
+    batch = module.batch(rows, c)
+    assert batch.response.shape == (3, 1, 8) and batch.response_mask.sum(-1)[:, 0].tolist() == [8, 2, 6]
+    found = outputs(batch)
+    value, metrics = module.make_loss(c)(found, batch)
+    # the mean over queries is the cross-entropy per token of the batch
+    assert value.mean() == pytest.approx(-found.logprobs.sum() / 16)
+    np.testing.assert_allclose(metrics["lp"], found.logprobs[:, 0].sum(-1) / [8, 2, 6])
+
+
+def test_dpo_ranks_best_over_worst_and_drops_ties():
+    c = config("dpo", dpo__samples=4)
+    module, rows = labelled("dpo", c, rollouts())
+    assert [row.decision for row in rows] == ["ranked", "dropped", "ranked"]
+    assert [row.margin for row in rows] == [0.8, 0.0, 3.0]
+    batch = module.batch(rows, c)
+    assert batch.response_mask.sum(-1).tolist() == [[3, 8], [2, 2], [7, 6]]  # loser, winner
+    batch.data["reference_logprobs"] = outputs(batch, 1).logprobs
+    found = outputs(batch)
+    value, metrics = module.make_loss(c)(found, batch)
+    gain = (found.logprobs - batch.data["reference_logprobs"]).sum(-1)
+    margin = 0.1 * (gain[:, 1] - gain[:, 0])
+    expected = np.log1p(np.exp(-margin))[[0, 2]].mean()
+    assert value.mean() == pytest.approx(expected)  # of the kept ones
+    assert metrics["reward_margin"].mean() == pytest.approx(margin[[0, 2]].mean())
+    assert metrics["ranked"].tolist() == [1, 0, 1]
+
+
+def test_offline_dpo_takes_the_records_word():
+    c = config("dpo")
+    module, rows = labelled("dpo", c, rollouts(2))  # the third one's chosen answer has the lower reward
+    assert {row.decision for row in rows} == {"ranked"} and rows[2].margin == -2.0
+    assert module.batch(rows, c).response_mask.sum(-1).tolist() == [[3, 8], [2, 2], [1, 7]]
+
+
+def test_ipo_regresses_the_margin_per_token():
+    c = config("dpo", dpo__loss="ipo", dpo__beta=0.2)
+    module, rows = labelled("dpo", c, rollouts(2))
+    batch = module.batch(rows, c)
+    batch.data["reference_logprobs"] = outputs(batch, 1).logprobs
+    found = outputs(batch)
+    gain = (found.logprobs - batch.data["reference_logprobs"]).sum(-1) / batch.response_mask.sum(-1)
+    value, _ = module.make_loss(c)(found, batch)
+    np.testing.assert_allclose(value, (gain[:, 1] - gain[:, 0] - 1 / 0.4) ** 2)
+
+
+@pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "dapo"])
+def test_grpo_at_the_first_step_is_reinforce_with_the_groups_advantages(kind):
+    c = config("grpo", grpo__loss=kind)
+    module, rows = labelled("grpo", c, rollouts())
+    assert [row.decision for row in rows] == ["compared", "dropped", "compared"]
+    scores = np.array(SCORES)
+    centred = scores - scores.mean(1, keepdims=True)
+    deviation = 1 if kind == "dr_grpo" else scores.std(1, ddof=1, keepdims=True) + 1e-4
+    batch = module.batch(rows, c)
+    np.testing.assert_allclose(batch.data["advantages"], centred / deviation, rtol=1e-5, atol=1e-6)
+    assert batch.response.shape == (3, 4, 8)
+    lengths = np.array(LENGTHS)
+    divisor = {"grpo": lengths, "dr_grpo": np.full((3, 4), 8), "dapo": np.full((3, 4), lengths.mean())}[kind]
+    np.testing.assert_allclose(batch.data["normaliser"], divisor, rtol=1e-6)
+    found = outputs(batch)
+    batch.data["old_logprobs"] = found.logprobs
+    value, metrics = module.make_loss(c)(found, batch)
+    np.testing.assert_allclose(value, (-(centred / deviation) * lengths / divisor).mean(1), rtol=1e-5, atol=1e-6)
+    assert metrics["clipped"].tolist() == [0, 0, 0]
+    moved = found._replace(logprobs=found.logprobs + np.where(batch.response_mask, 1.0, 0.0))
+    assert module.make_loss(c)(moved, batch)[1]["clipped"][0] > 0
+
+
+def test_rloo_pays_for_leaving_the_reference():
+    c = config("rloo", rloo__beta=0.5)
+    module, rows = labelled("rloo", c, rollouts())
+    batch = module.batch(rows, c)
+    batch.data["old_logprobs"], batch.data["reference_logprobs"] = outputs(batch).logprobs, outputs(batch, 1).logprobs
+    ready = module.prepare(batch, c)
+    ratio = (batch.data["old_logprobs"] - batch.data["reference_logprobs"]).sum(-1)
+    net = np.array(SCORES) - 0.5 * ratio
+    expected = net - (net.sum(1, keepdims=True) - net) / 3
+    np.testing.assert_allclose(ready.data["advantages"], expected, rtol=1e-5, atol=1e-5)
+    value, _ = module.make_loss(c)(outputs(batch), ready)
+    np.testing.assert_allclose(value, -expected.mean(1), rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_needed_is_there_before_the_first_step():
+    class Backend:
+        def logprobs(self, batch, *, reference=False):
+            return outputs(batch, seed=1 if reference else 0)
+
+    for name, needed in (("rloo", {"old_logprobs", "reference_logprobs", "advantages"}), ("grpo", {"old_logprobs"})):
+        c = config(name)
+        module, rows = labelled(name, c, rollouts())
+        stand = type("Stand", (), {"algorithm": module, "config": c, "backend": Backend()})()
+        batch = run.prepared(stand, module.batch(rows, c))
+        assert needed <= set(batch.data)
+        np.testing.assert_array_equal(batch.data["old_logprobs"], outputs(batch).logprobs)
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory) -> dict[str, str]:
+    folder, source = tmp_path_factory.mktemp("pairs"), Path(modes.__file__).parent.parent / "data"
+    found = {}
+    for which, count in (("train", 24), ("heldout", 8)):
+        lines = [json.loads(line) for line in (source / f"tiny_{which}.jsonl").read_text().splitlines()[:count]]
+        pairs = [line | {"chosen": " a long answer, cut", "rejected": " 12"} for line in lines]
+        file = folder / f"{which}.jsonl"
+        file.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+        found[which] = str(file)
+    return found
+
+
+@pytest.mark.parametrize("algorithm", ALL)
+def test_each_runs_through_the_loop(algorithm, records, tmp_path):
+    c = config(algorithm, iterations=1, task__train=records["train"], task__heldout=records["heldout"])
+    c.optimizer.epochs = 2
+    validate(c)
+    assert modes.train(FrozenConfigDict(c), tmp_path / "run", "torch") == 0
+    before, after = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert after["grad_norm"] > 0 and np.isfinite(after["loss"])
+    assert "tau" not in after
+    lines = [json.loads(line) for line in (tmp_path / "run" / "rollouts" / "iter_0000.jsonl").read_text().splitlines()]
+    sampled = [r for line in lines for r in line["responses"] if r["kind"] in ("plain", "principled")]
+    assert after["generated_tokens"] == sum(len(r["tokens"]) for r in sampled)
+    assert (after["generated_tokens"] == 0) == (algorithm in ("sft", "dpo"))
+    assert ("kl" in after) == (algorithm in ("raft", "grpo", "rloo"))  # of the policy's own answers to the plain prompt
+    assert before["heldout_kl"] == 0 and after["heldout_kl"] > 0
+    if algorithm == "dpo":
+        kinds = [[(r["kind"], r["finished"], len(r["tokens"])) for r in line["responses"]] for line in lines]
+        # " 12" and EOS; the other one is cut to 8 tokens, and has no EOS
+        assert all(pair == [("rejected", True, 4), ("chosen", False, 8)] for pair in kinds)
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_a_record_without_an_answer_is_named(tmp_path):
+    c = config("sft")
+    with pytest.raises(UserError, match="completion"):
+        modes.train(FrozenConfigDict(c), tmp_path / "run", "torch")

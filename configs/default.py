@@ -122,6 +122,9 @@ def get_config() -> ConfigDict:
     c.rloo.beta = 0.05  # nats of the log-ratio to the reference are taken off the reward, times this
     c.rloo.clip = 0.2  # of a response's ratio to the sampling policy
 
+    c.self_distillation = ConfigDict()  # of algorithm=self_distillation
+    c.self_distillation.clip = 0.2  # of a token's ratio to the sampling policy
+
     c.reward_model = ConfigDict()  # of algorithm=reward: a reward model from the preference pairs of config.task
     c.reward_model.train = "lora"  # lora: adapter and head | head: the head alone, on a frozen model
     c.reward_model.epochs = 1

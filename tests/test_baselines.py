@@ -8,11 +8,11 @@ import pytest
 from ml_collections import FrozenConfigDict
 
 from configs import tiny as tiny_config
-from ple_jax.core import modes, run, setup
+from ple_jax.core import loop, modes, run, sampling, setup
 from ple_jax.core.config import UserError, validate
 from ple_jax.core.types import Outputs, Response, Rollout
 
-ONLINE = ("context_distillation", "raft", "grpo", "rloo")
+ONLINE = ("context_distillation", "self_distillation", "raft", "grpo", "rloo")
 ALL = ("sft", *ONLINE, "dpo")
 LENGTHS = ((3, 8, 5, 1), (2, 2, 2, 2), (1, 7, 4, 6))
 SCORES = ((0.1, 0.9, 0.4, 0.2), (0.5, 0.5, 0.5, 0.5), (1.0, -1.0, 0.0, 2.0))
@@ -49,9 +49,9 @@ def test_what_is_sampled_and_what_is_the_records():
     sources = {name: [slot.source for slot in slots] for name, slots in collected.items()}
     assert sources["sft"] == ["completion"] and sources["dpo"] == ["rejected", "completion"]
     assert all(set(sources[name]) == {"policy"} for name in ONLINE)
-    assert [len(collected[name]) for name in ONLINE] == [1, 4, 4, 4]
+    assert [len(collected[name]) for name in ONLINE] == [1, 1, 4, 4, 4]
     assert [slot.principled for slot in collected["context_distillation"]] == [True]
-    assert not any(slot.principled for name in ("raft", "grpo", "rloo") for slot in collected[name])
+    assert not any(slot.principled for name in ("self_distillation", "raft", "grpo", "rloo") for slot in collected[name])
     assert len(setup.load_algorithm("dpo").collect(config("dpo", dpo__samples=3))) == 3
     with pytest.raises(UserError, match="a pair needs two responses"):
         setup.load_algorithm("dpo").collect(config("dpo", dpo__samples=1))
@@ -144,6 +144,40 @@ def test_rloo_pays_for_leaving_the_reference():
     np.testing.assert_allclose(value, -expected.mean(1), rtol=1e-4, atol=1e-5)
 
 
+def test_self_distillation_pulls_to_the_policy_with_the_principles():
+    c = config("self_distillation")
+    module, rows = labelled("self_distillation", c, rollouts(1))
+    batch = module.batch(rows, c)
+    policy, teacher = outputs(batch).logprobs, outputs(batch, 1).logprobs
+    batch.data.update(old_logprobs=policy, teacher_logprobs=teacher)
+    value, metrics = module.make_loss(c)(outputs(batch), batch)
+    lengths = batch.response_mask.sum((1, 2))
+    np.testing.assert_allclose(value, -(teacher - policy).sum((1, 2)) / lengths.mean(), rtol=1e-6)
+    np.testing.assert_allclose(metrics["teacher_gap"], (teacher - policy).sum((1, 2)) / lengths, rtol=1e-6)
+    # the gradient of the loss raises tokens that the teacher likes better
+    up = outputs(batch)._replace(logprobs=policy + 1e-4 * np.where(batch.response_mask, np.sign(teacher - policy), 0.0))
+    assert (module.make_loss(c)(up, batch)[0] < value).all()
+
+
+def test_the_teacher_reads_the_principles_and_the_same_tokens(tmp_path, monkeypatch):
+    seen = []
+    whole = sampling.after_principles
+
+    def watched(run, batch, ids):
+        seen.append((run, batch, whole(run, batch, ids), ids))
+        return seen[-1][2]
+
+    monkeypatch.setattr(loop, "after_principles", watched)
+    c = config("self_distillation", iterations=1)
+    assert modes.train(FrozenConfigDict(c), tmp_path / "run", "torch") == 0
+    run_, plain, principled, ids = seen[-1]
+    np.testing.assert_array_equal(plain.response, principled.response)
+    text = run_.tokenizer.decode(principled.prompt[0][principled.prompt_mask[0]].tolist(), skip_special_tokens=False)
+    query = next(query for query in run_.train if query.id == ids[0])
+    assert text.endswith(query.prompt) and "love, joy and praise" in text
+    assert run_.tokenizer.decode(plain.prompt[0][plain.prompt_mask[0]].tolist(), skip_special_tokens=False) == query.prompt
+
+
 def test_what_is_needed_is_there_before_the_first_step():
     class Backend:
         def logprobs(self, batch, *, reference=False):
@@ -184,7 +218,9 @@ def test_each_runs_through_the_loop(algorithm, records, tmp_path):
     sampled = [r for line in lines for r in line["responses"] if r["kind"] in ("plain", "principled")]
     assert after["generated_tokens"] == sum(len(r["tokens"]) for r in sampled)
     assert (after["generated_tokens"] == 0) == (algorithm in ("sft", "dpo"))
-    assert ("kl" in after) == (algorithm in ("raft", "grpo", "rloo"))  # of the policy's own answers to the plain prompt
+    assert ("kl" in after) == (
+        algorithm in ("self_distillation", "raft", "grpo", "rloo")
+    )  # of the policy's own answers to the plain prompt
     assert before["heldout_kl"] == 0 and after["heldout_kl"] > 0
     if algorithm == "dpo":
         kinds = [[(r["kind"], r["finished"], len(r["tokens"])) for r in line["responses"]] for line in lines]

@@ -346,6 +346,7 @@ RULES: dict[str, Rule] = {
     "rloo.samples": _whole(2),
     "rloo.beta": _not_negative,
     "rloo.clip": _positive,
+    "self_distillation.clip": _positive,
     "reward_model.train": _choice("lora", "head"),
     "reward_model.epochs": _whole(1),
     "reward_model.max_tokens": _whole(2),

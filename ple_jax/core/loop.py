@@ -20,6 +20,7 @@ from ple_jax.core.rollouts import Journal, read
 from ple_jax.core.run import Run, check_finite, commit, logged, micro_batches, peak_memory, prepared, restore
 from ple_jax.core.sampling import (
     Rendered,
+    after_principles,
     check_context,
     given,
     prompt_of,
@@ -137,7 +138,7 @@ def update(run: Run, rollouts: Sequence[Rollout], state: dict[str, Any]) -> dict
     """Algorithm 1, line 6: the iteration's optimiser steps, and diagnostics from before and after them."""
     config, optimizer = run.config, run.config.optimizer
     size = optimizer.batch_queries
-    diagnosed = prepared(run, run.algorithm.batch(rollouts[: config.eval.diagnostic_queries], config))
+    diagnosed = optimiser_batch(run, rollouts[: config.eval.diagnostic_queries])
     before = diagnose(run, diagnosed, with_loss=True)
     # where queries were quarantined, batches differ by one at most: none weighs much more than another
     steps = -(-len(rollouts) // size)
@@ -146,7 +147,7 @@ def update(run: Run, rollouts: Sequence[Rollout], state: dict[str, Any]) -> dict
     batches = []
     for group in groups:  # before the first step: what a loss compares with is of the policy that sampled
         run.stop.check()
-        batches.append(prepared(run, run.algorithm.batch(group, config)))
+        batches.append(optimiser_batch(run, group))
         run.progress.advance(1)
     run.progress.phase("update", len(groups) * optimizer.epochs)
     collected: list[dict[str, float]] = []
@@ -173,6 +174,15 @@ def update(run: Run, rollouts: Sequence[Rollout], state: dict[str, Any]) -> dict
         means.pop("hinge_active")
         named |= {"hinge_active_before": before["hinge_active"], "hinge_active_after": after["hinge_active"]}
     return {**means, **named, "lr": collected[-1]["lr"], "training_tokens": tokens}
+
+
+def optimiser_batch(run: Run, rollouts: Sequence[Rollout]) -> Batch:
+    """The algorithm's batch of these rollouts, with what its loss compares with, of the policy as it is now."""
+    batch, algorithm = run.algorithm.batch(rollouts, run.config), run.algorithm
+    if hasattr(algorithm, "needs_teacher") and algorithm.needs_teacher(run.config):
+        teacher = run.backend.logprobs(after_principles(run, batch, [rollout.query_id for rollout in rollouts]))
+        batch.data["teacher_logprobs"] = teacher.logprobs
+    return prepared(run, batch)
 
 
 def diagnose(run: Run, batch: Batch, *, with_loss: bool) -> dict[str, float]:

@@ -10,7 +10,7 @@ from ple_jax.core import data, principles, prompts, rewards, tasks
 from ple_jax.core.config import UserError
 from ple_jax.core.rollouts import Journal, bucket, plan_chunks, uniforms, write
 from ple_jax.core.run import Run
-from ple_jax.core.types import Query, Response, Rollout, Sampling, Slot
+from ple_jax.core.types import Batch, Query, Response, Rollout, Sampling, Slot
 
 
 class Rendered(NamedTuple):
@@ -92,6 +92,18 @@ def renderer(run: Run) -> Callable[[Query, bool], Rendered]:
         return Rendered((), whole, whole, text)
 
     return render
+
+
+def after_principles(run: Run, batch: Batch, ids: Sequence[str]) -> Batch:
+    """The same responses after the principled prompts of their queries, which are train ones."""
+    queries = {query.id: query for query in run.train}
+    prompt = [prompt_of(run, queries[name], True)[1] for name in ids]
+    length = bucket(max(map(len, prompt)), run.config.sampling.bucket)
+    tokens, mask = np.zeros((len(prompt), length), np.int32), np.zeros((len(prompt), length), bool)
+    for row, tokens_of_row in enumerate(prompt):
+        tokens[row, length - len(tokens_of_row) :] = tokens_of_row
+        mask[row, length - len(tokens_of_row) :] = True
+    return batch._replace(prompt=tokens, prompt_mask=mask)
 
 
 def check_context(run: Run, queries: Sequence[Query], tokens: int) -> None:

@@ -1,0 +1,49 @@
+"""On-policy self-distillation: the principles are the teacher's privileged context. (TRL's experimental SDFT; also OPSD.)
+
+The nearest rival to PLE in idea: the policy answers plainly and is pulled, token by token of its own answer, to what it
+would say with the principles in its prompt. No reward is used; `losses.distillation` says where TRL's differs.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from ple_jax import losses
+from ple_jax.algorithms._imitation import batch, marked, needs_reference
+from ple_jax.algorithms._imitation import no_threshold as schedule
+from ple_jax.core.types import Array, Batch, Loss, Outputs, Rollout, Slot
+
+__all__ = [
+    "batch", "collect", "label", "make_loss", "needs_old_logprobs", "needs_reference", "needs_teacher", "schedule",
+]  # fmt: skip
+
+
+def collect(config: Any) -> tuple[Slot, ...]:
+    """One plain response."""
+    return (Slot("plain"),)
+
+
+def label(rollouts: Sequence[Rollout], tau: float, iteration: int, config: Any) -> list[Rollout]:
+    return marked(rollouts, [0] * len(rollouts), "distilled")
+
+
+def needs_old_logprobs(config: Any) -> bool:
+    """True: data["old_logprobs"], those of the policy before the iteration's first step."""
+    return True
+
+
+def needs_teacher(config: Any) -> bool:
+    """True: data["teacher_logprobs"], of the same tokens after the principled prompt, before the iteration's first step."""
+    return True
+
+
+def make_loss(config: Any) -> Loss:
+    """`losses.distillation`; metrics `teacher_gap` (teacher minus policy, nats per token), `clipped` (share of tokens)."""
+    clip = {"clip_low": config.self_distillation.clip, "clip_high": config.self_distillation.clip}
+
+    def loss(outputs: Outputs, batch: Batch) -> tuple[Array, dict[str, Array]]:
+        data, mask, logprobs = batch.data, batch.response_mask[:, 0], outputs.logprobs[:, 0]
+        teacher, old = data["teacher_logprobs"][:, 0], data["old_logprobs"][:, 0]
+        value, clipped = losses.distillation(logprobs, teacher, old, mask, normaliser=data["normaliser"], **clip)
+        return value, {"teacher_gap": losses.mean_logprob(teacher - logprobs, mask), "clipped": clipped}
+
+    return loss

@@ -209,10 +209,14 @@ FUSED = {
 
 
 def choose(config: ConfigDict, chip: Chip) -> ops.Ops:
-    """The table of operators that the config gets on a chip."""
-    if chip.kind == "npu" and config.model.ops != "reference":
-        return ops.NPU
-    return ops.choose("reference" if chip.kind == "npu" else config.model.ops, torch.device("cpu"))
+    """The table of operators that the config gets on a chip.
+
+    Raises:
+        UserError: the fused operators are asked for, and the chip is no NPU.
+    """
+    if config.model.ops == "npu" and chip.kind != "npu":
+        raise UserError(f"config.model.ops is 'npu', whose operators do not run on {chip.kind}: take 'auto' or 'reference'")
+    return ops.NPU if chip.kind == "npu" and config.model.ops != "reference" else ops.REFERENCE
 
 
 def attention(table: ops.Ops, model: ModelConfig) -> str:

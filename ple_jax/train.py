@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Float32, Int
 from ml_collections import ConfigDict
 
 from ple_jax import checkpoint, generate, lora, sharding
-from ple_jax.core.rollouts import bucket
+from ple_jax.core.batches import decoding
 from ple_jax.core.types import Batch, Loss, Outputs, Response, Sampling
 from ple_jax.models import adapters, attention
 from ple_jax.models import checkpoint as weights
@@ -321,29 +321,15 @@ class JaxBackend:
         sampling: Sampling,
         prefix: Sequence[int] = (),
     ) -> list[Response]:
-        """One response per prompt, decoded `width` rows at a time.
-
-        Short chunks are filled with copies of their first row, which end when it does: rows of noise would not end, and
-        decoding goes on until all have.
-        """
+        """One response per prompt, decoded `width` rows at a time."""
         responses: list[Response] = []
-        for start in range(0, len(prompts), self.width):
-            part = prompts[start : start + self.width]
-            length = bucket(max(len(p) for p in part), self.bucket)
-            tokens, mask = np.zeros((self.width, length), np.int32), np.zeros((self.width, length), bool)
-            noise = np.zeros((self.width, sampling.max_new_tokens), np.float32)
-            for row in range(self.width):
-                source = row if row < len(part) else 0
-                prompt = part[source]
-                tokens[row, length - len(prompt) :] = prompt
-                mask[row, length - len(prompt) :] = True
-                noise[row] = uniforms[start + source]
-            tokens, mask, noise = sharding.put_rows(self.mesh, (tokens, mask, noise))
+        for count, *chunk in decoding(prompts, uniforms, width=self.width, smallest=self.bucket):
+            tokens, mask, noise = sharding.put_rows(self.mesh, chunk)
             shared = jax.device_put(np.asarray(prefix, np.int32), sharding.replicated(self.mesh))
             out, lengths = jax.device_get(
                 self._generate(self.base, self._adapter, tokens, mask, shared, noise, sampling=sampling)
             )
-            for ids, n in zip(out[: len(part)], lengths[: len(part)], strict=True):
+            for ids, n in zip(out[:count], lengths[:count], strict=True):
                 chosen = tuple(int(t) for t in ids[:n])
                 responses.append(Response(chosen, finished=chosen[-1] in sampling.eos))
         return responses

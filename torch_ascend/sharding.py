@@ -202,11 +202,6 @@ def from_first(make: Callable[[], T]) -> T:
     return made
 
 
-def rank() -> int:
-    """This process's number; 0 leads."""
-    return _world.rank
-
-
 # ---------------------------------------------------------------- the base
 
 

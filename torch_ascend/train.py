@@ -15,8 +15,8 @@ from jaxtyping import Float, Float32, Int64
 from ml_collections import ConfigDict
 from torch import Tensor
 
+from ple_jax.core.batches import decoding
 from ple_jax.core.config import UserError
-from ple_jax.core.rollouts import bucket
 from ple_jax.core.setup import load_algorithm
 from ple_jax.core.types import Batch, Loss, Outputs, Response, Sampling
 from ple_jax.models import adapters
@@ -199,29 +199,16 @@ class TorchBackend:
         sampling: Sampling,
         prefix: Sequence[int] = (),
     ) -> list[Response]:
-        """One response per prompt, decoded `width` rows at a time, which are spread over the processes.
-
-        Short chunks are filled with copies of their first row, which end when it does: rows of noise would not end, and
-        decoding goes on until all have.
-        """
+        """One response per prompt, decoded `width` rows at a time, which are spread over the processes."""
         responses: list[Response] = []
         done = functools.partial(sharding.all_done, whole=self.sharded)
         own, able = sharding.own_rows(self.width), devices.capabilities(self.model.device)
-        for start in range(0, len(prompts), self.width):
-            part = prompts[start : start + self.width]
-            length = bucket(max(len(p) for p in part), self.bucket)
-            tokens, mask = np.zeros((self.width, length), np.int64), np.zeros((self.width, length), bool)
-            noise = np.zeros((self.width, sampling.max_new_tokens), np.float32)
-            for row in range(self.width):
-                source = row if row < len(part) else 0
-                prompt = part[source]
-                tokens[row, length - len(prompt) :] = prompt
-                mask[row, length - len(prompt) :] = True
-                noise[row] = uniforms[start + source]
+        for count, tokens, mask, noise in decoding(prompts, uniforms, width=self.width, smallest=self.bucket):
             out, lengths = generate.generate(
                 self.model,
                 self._adapter,
-                *(self._to_device(x[own]) for x in (tokens, mask)),
+                self._to_device(tokens[own].astype(np.int64)),
+                self._to_device(mask[own]),
                 self._to_device(np.asarray(prefix, np.int64)),
                 self._to_device(noise[own]),
                 sampling=sampling,
@@ -231,7 +218,7 @@ class TorchBackend:
                 recorded=able.records and not self.sharded and not self.model.config.experts,
             )
             out, lengths = sharding.gather(out), sharding.gather(lengths)
-            for ids, n in zip(out[: len(part)].tolist(), lengths[: len(part)].tolist(), strict=True):
+            for ids, n in zip(out[:count].tolist(), lengths[:count].tolist(), strict=True):
                 responses.append(Response(tuple(ids[:n]), finished=ids[n - 1] in sampling.eos))
         return responses
 

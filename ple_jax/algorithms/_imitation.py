@@ -1,18 +1,13 @@
 """What supervised fine-tuning, context distillation and RAFT share: likelihood of one response of every query."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from ple_jax import losses
-from ple_jax.core.batches import pack
+from ple_jax.algorithms._parts import pack_picks
 from ple_jax.core.types import Array, Batch, Loss, Outputs, Rollout
-
-
-def no_threshold(config: Any) -> Callable[[int], float]:
-    """A schedule for algorithms without a threshold: nan, which is not logged."""
-    return lambda iteration: float("nan")
 
 
 def marked(rollouts: Sequence[Rollout], picks: Sequence[int], decision: str) -> list[Rollout]:
@@ -32,7 +27,7 @@ def batch(rollouts: Sequence[Rollout], config: Any) -> Batch:
     Its data, float32 per query: `normaliser`, the mean response length of the whole batch in tokens; `valid`, 1.
     """
     picks = [(int(np.argmax([r.weight for r in rollout.responses])),) for rollout in rollouts]
-    packed = pack(rollouts, picks, prompt_multiple=config.sampling.bucket, response_len=config.sampling.max_new_tokens)
+    packed = pack_picks(rollouts, picks, config)
     length = packed.response_mask.sum() / len(rollouts)
     return packed._replace(data=packed.data | {"normaliser": np.full(len(rollouts), length, np.float32)})
 

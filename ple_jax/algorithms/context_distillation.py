@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ple_jax.algorithms._imitation import batch, make_loss, marked, needs_reference
-from ple_jax.algorithms._imitation import no_threshold as schedule
+from ple_jax.algorithms._parts import no_threshold as schedule
 from ple_jax.core.types import Rollout, Slot
 
 __all__ = ["batch", "collect", "label", "make_loss", "needs_reference", "schedule"]

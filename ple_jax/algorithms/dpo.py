@@ -11,8 +11,8 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from ple_jax import losses
-from ple_jax.algorithms._imitation import no_threshold as schedule
-from ple_jax.core.batches import pack
+from ple_jax.algorithms._parts import no_threshold as schedule
+from ple_jax.algorithms._parts import pack_picks, plain_samples
 from ple_jax.core.config import UserError
 from ple_jax.core.types import Array, Batch, Loss, Outputs, Rollout, Slot
 
@@ -24,7 +24,7 @@ def collect(config: Any) -> tuple[Slot, ...]:
     if config.dpo.samples == 1:
         raise UserError("config.dpo.samples is 1: a pair needs two responses; 0 takes the records' own pairs")
     if config.dpo.samples:
-        return tuple(Slot("plain", sample=sample) for sample in range(config.dpo.samples))
+        return plain_samples(config.dpo.samples)
     return Slot("rejected", source="rejected"), Slot("chosen", source="completion")
 
 
@@ -35,14 +35,21 @@ def label(rollouts: Sequence[Rollout], tau: float, iteration: int, config: Any) 
     """
     labelled = []
     for rollout in rollouts:
-        scores = np.array([r.score for r in rollout.responses], np.float64)
-        worst, best = (int(scores.argmin()), int(scores.argmax())) if config.dpo.samples else (0, 1)
-        margin = float(scores[best] - scores[worst])
+        loser, winner = _pair(rollout, config)
+        margin = rollout.responses[winner].score - rollout.responses[loser].score
         ranked = not config.dpo.samples or margin > 0
-        responses = [r._replace(weight=float(ranked and i == best)) for i, r in enumerate(rollout.responses)]
+        responses = [r._replace(weight=float(ranked and i == winner)) for i, r in enumerate(rollout.responses)]
         decision = "ranked" if ranked else "dropped"
         labelled.append(rollout._replace(responses=tuple(responses), margin=margin, decision=decision))
     return labelled
+
+
+def _pair(rollout: Rollout, config: Any) -> tuple[int, int]:
+    """Which responses are loser and winner."""
+    if not config.dpo.samples:
+        return 0, 1
+    scores = [r.score for r in rollout.responses]
+    return int(np.argmin(scores)), int(np.argmax(scores))
 
 
 def batch(rollouts: Sequence[Rollout], config: Any) -> Batch:
@@ -52,14 +59,7 @@ def batch(rollouts: Sequence[Rollout], config: Any) -> Batch:
     the kept ones; `valid`, 1.
     """
 
-    def pick(rollout: Rollout) -> tuple[int, int]:
-        if not config.dpo.samples:
-            return 0, 1
-        scores = [r.score for r in rollout.responses]
-        return int(np.argmin(scores)), int(np.argmax(scores))
-
-    shape = {"prompt_multiple": config.sampling.bucket, "response_len": config.sampling.max_new_tokens}
-    packed = pack(rollouts, [pick(rollout) for rollout in rollouts], **shape)
+    packed = pack_picks(rollouts, [_pair(rollout, config) for rollout in rollouts], config)
     kept = np.array([rollout.decision == "ranked" for rollout in rollouts], np.float32)
     return packed._replace(data=packed.data | {"kept": kept * len(kept) / max(kept.sum(), 1)})
 

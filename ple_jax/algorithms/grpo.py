@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from ple_jax import losses
-from ple_jax.algorithms._imitation import no_threshold as schedule
+from ple_jax.algorithms._parts import no_threshold as schedule
+from ple_jax.algorithms._parts import pack_all, plain_samples
 from ple_jax.core.advantages import group_advantages
-from ple_jax.core.batches import pack
 from ple_jax.core.types import Array, Batch, Loss, Outputs, Rollout, Slot
 
 __all__ = ["batch", "collect", "label", "make_loss", "needs_old_logprobs", "needs_reference", "schedule"]
@@ -20,7 +20,7 @@ __all__ = ["batch", "collect", "label", "make_loss", "needs_old_logprobs", "need
 
 def collect(config: Any) -> tuple[Slot, ...]:
     """`grpo.samples` plain responses."""
-    return tuple(Slot("plain", sample=sample) for sample in range(config.grpo.samples))
+    return plain_samples(config.grpo.samples)
 
 
 def label(rollouts: Sequence[Rollout], tau: float, iteration: int, config: Any) -> list[Rollout]:
@@ -43,9 +43,7 @@ def batch(rollouts: Sequence[Rollout], config: Any) -> Batch:
     Its data, float32: `advantages` and `normaliser` [query, k], tokens that a response's loss is divided by (`losses.grpo`);
     `valid`, 1 per query.
     """
-    picks = [tuple(range(len(rollout.responses))) for rollout in rollouts]
-    limit = config.sampling.max_new_tokens
-    packed = pack(rollouts, picks, prompt_multiple=config.sampling.bucket, response_len=limit)
+    packed, limit = pack_all(rollouts, config), config.sampling.max_new_tokens
     lengths = packed.response_mask.sum(-1)
     normaliser = {"grpo": lengths, "dr_grpo": np.full_like(lengths, limit), "dapo": np.full(lengths.shape, lengths.mean())}
     data = {

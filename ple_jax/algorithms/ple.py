@@ -13,8 +13,8 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from ple_jax import losses
+from ple_jax.algorithms._parts import pack_picks, plain_samples
 from ple_jax.core import pairing, threshold
-from ple_jax.core.batches import pack
 from ple_jax.core.config import UserError
 from ple_jax.core.types import Array, Batch, Loss, Outputs, Rollout, Slot
 
@@ -24,13 +24,15 @@ __all__ = ["batch", "collect", "label", "make_loss", "needs_reference", "schedul
 def collect(config: Any) -> tuple[Slot, ...]:
     """The responses to sample for a query: a plain and a principled one, or `ple.samples` plain ones (percentile)."""
     if config.ple.selection == "percentile":
-        return tuple(Slot("plain", False, sample) for sample in range(config.ple.samples))
+        return plain_samples(config.ple.samples)
     return Slot("plain", False), Slot("principled", True)
 
 
 def schedule(config: Any) -> Callable[[int], float]:
     """iteration -> tau."""
-    return threshold.make(config.ple.schedule, tau_0=config.ple.tau_0, alpha=config.ple.alpha, iterations=config.iterations)
+    return threshold.make(
+        config.ple.schedule, tau_0=config.ple.tau_0, alpha=config.ple.alpha, iterations=config.iterations
+    )
 
 
 def label(rollouts: Sequence[Rollout], tau: float, iteration: int, config: Any) -> list[Rollout]:
@@ -110,7 +112,7 @@ def batch(rollouts: Sequence[Rollout], config: Any) -> Batch:
     """
     ple = config.ple
     picks = [_order(rollout, ple.selection) for rollout in rollouts]
-    packed = pack(rollouts, picks, prompt_multiple=config.sampling.bucket, response_len=config.sampling.max_new_tokens)
+    packed = pack_picks(rollouts, picks, config)
     ranked = np.array([rollout.decision == "ranked" for rollout in rollouts])
     weights = np.array([[r.responses[i].weight for i in pick] for r, pick in zip(rollouts, picks, strict=True)])
     pair_weights = np.ones(len(rollouts))

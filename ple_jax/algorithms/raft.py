@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from ple_jax.algorithms._imitation import batch, make_loss, marked, needs_reference
-from ple_jax.algorithms._imitation import no_threshold as schedule
+from ple_jax.algorithms._parts import no_threshold as schedule
+from ple_jax.algorithms._parts import plain_samples
 from ple_jax.core.types import Rollout, Slot
 
 __all__ = ["batch", "collect", "label", "make_loss", "needs_reference", "schedule"]
@@ -14,7 +15,7 @@ __all__ = ["batch", "collect", "label", "make_loss", "needs_reference", "schedul
 
 def collect(config: Any) -> tuple[Slot, ...]:
     """`raft.samples` plain responses."""
-    return tuple(Slot("plain", sample=sample) for sample in range(config.raft.samples))
+    return plain_samples(config.raft.samples)
 
 
 def label(rollouts: Sequence[Rollout], tau: float, iteration: int, config: Any) -> list[Rollout]:

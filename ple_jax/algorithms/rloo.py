@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from ple_jax import losses
-from ple_jax.algorithms._imitation import no_threshold as schedule
+from ple_jax.algorithms._parts import no_threshold as schedule
+from ple_jax.algorithms._parts import pack_all, plain_samples
 from ple_jax.core.advantages import group_advantages
-from ple_jax.core.batches import pack
 from ple_jax.core.types import Array, Batch, Loss, Outputs, Rollout, Slot
 
 __all__ = ["batch", "collect", "label", "make_loss", "needs_old_logprobs", "needs_reference", "prepare", "schedule"]
@@ -20,7 +20,7 @@ __all__ = ["batch", "collect", "label", "make_loss", "needs_old_logprobs", "need
 
 def collect(config: Any) -> tuple[Slot, ...]:
     """`rloo.samples` plain responses."""
-    return tuple(Slot("plain", sample=sample) for sample in range(config.rloo.samples))
+    return plain_samples(config.rloo.samples)
 
 
 def label(rollouts: Sequence[Rollout], tau: float, iteration: int, config: Any) -> list[Rollout]:
@@ -34,9 +34,7 @@ def label(rollouts: Sequence[Rollout], tau: float, iteration: int, config: Any) 
 
 def batch(rollouts: Sequence[Rollout], config: Any) -> Batch:
     """One optimiser batch of all responses, k = rloo.samples; its data: `scores` [query, k], `valid` [query], float32."""
-    picks = [tuple(range(len(rollout.responses))) for rollout in rollouts]
-    shape = {"prompt_multiple": config.sampling.bucket, "response_len": config.sampling.max_new_tokens}
-    packed = pack(rollouts, picks, **shape)
+    packed = pack_all(rollouts, config)
     scores = np.array([[r.score for r in rollout.responses] for rollout in rollouts], np.float32)
     return packed._replace(data=packed.data | {"scores": scores})
 

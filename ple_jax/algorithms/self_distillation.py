@@ -9,7 +9,7 @@ from typing import Any
 
 from ple_jax import losses
 from ple_jax.algorithms._imitation import batch, marked, needs_reference
-from ple_jax.algorithms._imitation import no_threshold as schedule
+from ple_jax.algorithms._parts import no_threshold as schedule
 from ple_jax.core.types import Array, Batch, Loss, Outputs, Rollout, Slot
 
 __all__ = [

@@ -1,12 +1,39 @@
 """From rollouts to the padded arrays of a Batch."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
+from jaxtyping import Bool, Float32, Int32
 
 from ple_jax.core.config import UserError
 from ple_jax.core.rollouts import bucket
 from ple_jax.core.types import Batch, Rollout
+
+
+def left_padded(
+    prompts: Sequence[Sequence[int]], smallest: int
+) -> tuple[Int32[np.ndarray, "row prompt_len"], Bool[np.ndarray, "row prompt_len"]]:
+    """Prompts of one batch and their mask; the longest decides which bucket, of which `smallest` is the first, in tokens."""
+    length = bucket(max(map(len, prompts)), smallest)
+    tokens, mask = np.zeros((len(prompts), length), np.int32), np.zeros((len(prompts), length), bool)
+    for row, prompt in enumerate(prompts):
+        tokens[row, length - len(prompt) :] = prompt
+        mask[row, length - len(prompt) :] = True
+    return tokens, mask
+
+
+def decoding(
+    prompts: Sequence[Sequence[int]], uniforms: Float32[np.ndarray, "row max_new"], *, width: int, smallest: int
+) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
+    """What is decoded at once, `width` rows at a time: how many of them count, prompts, their mask, noise.
+
+    Short chunks are filled with copies of their first row, which end when it does: rows of noise would not end, and
+    decoding goes on until all have.
+    """
+    for start in range(0, len(prompts), width):
+        count = min(width, len(prompts) - start)
+        rows = [start + (row if row < count else 0) for row in range(width)]
+        yield count, *left_padded([prompts[i] for i in rows], smallest), np.asarray(uniforms[rows], np.float32)
 
 
 def pack(rollouts: Sequence[Rollout], picks: Sequence[Sequence[int]], *, prompt_multiple: int, response_len: int) -> Batch:
@@ -28,15 +55,10 @@ def pack(rollouts: Sequence[Rollout], picks: Sequence[Sequence[int]], *, prompt_
       UserError: a chosen response has no token, or more than response_len.
     """
     queries, k = len(rollouts), len(picks[0])
-    prompt_len = bucket(max(len(r.prompt_tokens) for r in rollouts), prompt_multiple)
-    prompt = np.zeros((queries, prompt_len), np.int32)
-    prompt_mask = np.zeros(prompt.shape, bool)
+    prompt, prompt_mask = left_padded([rollout.prompt_tokens for rollout in rollouts], prompt_multiple)
     response = np.zeros((queries, k, response_len), np.int32)
     response_mask = np.zeros(response.shape, bool)
     for i, (rollout, chosen) in enumerate(zip(rollouts, picks, strict=True)):
-        start = prompt_len - len(rollout.prompt_tokens)
-        prompt[i, start:] = rollout.prompt_tokens
-        prompt_mask[i, start:] = True
         for j, pick in enumerate(chosen):
             tokens = rollout.responses[pick].tokens
             if not 0 < len(tokens) <= response_len:

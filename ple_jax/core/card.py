@@ -137,8 +137,7 @@ All settings are the defaults.
 
 """
 
-_CARD = (
-    """\
+_CARD = """\
 ---
 {% if on_hub %}
 base_model: {{ base|yaml }}
@@ -170,9 +169,7 @@ both, weighted by their rewards.
 | reward | {{ config["reward.name"]|cell }} with {{ config["reward.kwargs"]|cell }} |
 | prompts | {{ "chat template" if config["task.chat"] else "plain text" }} |
 
-"""
-    + _SETTINGS
-    + """\
+""" + _SETTINGS + """\
 {% if metrics %}
 ## Evaluation
 
@@ -241,10 +238,8 @@ See the base model: its licence holds for what is derived from it.
 }
 ```
 """
-)
 
-_REWARD_CARD = (
-    """\
+_REWARD_CARD = """\
 ---
 {% if on_hub %}
 base_model: {{ base|yaml }}
@@ -271,9 +266,7 @@ responses' scores is the log-odds that the first is preferred. Scores of differe
 | preference pairs | {{ config["task.train"]|cell }} ({{ config["task.format"] }}) |
 | held-out pairs | {{ config["task.heldout"]|cell }} |
 
-"""
-    + _SETTINGS
-    + """\
+""" + _SETTINGS + """\
 {% if summary %}
 ## Evaluation
 
@@ -311,4 +304,3 @@ As a reward of ple_jax: `--config.reward.name=model --config.reward.kwargs="{'pa
 
 See the base model: its licence holds for what is derived from it.
 """
-)

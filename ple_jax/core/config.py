@@ -160,7 +160,7 @@ def _optional_source(value: Any) -> str:
 
 def _words(value: Any) -> str:
     fine = isinstance(value, tuple | list) and len(value) == 2 and all(type(v) is int for v in value)
-    return "" if fine and 1 <= value[0] <= value[1] else '(fewest, most) words, such as "(2, 8)"'
+    return "" if fine and 1 <= value[0] <= value[1] else "(fewest, most) words, such as \"(2, 8)\""
 
 
 def _columns(value: Any) -> str:

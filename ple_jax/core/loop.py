@@ -62,8 +62,8 @@ def train(run: Run) -> dict[str, Any]:
         started = time.perf_counter()
         values |= update(run, rollouts, state)
         seconds["update"] = time.perf_counter() - started
-        given = {slot.kind for slot in run.algorithm.collect(config) if slot.source != "policy"}
-        generated = sum(len(r.tokens) for rollout in rollouts for r in rollout.responses if r.kind not in given)
+        sampled = {slot.kind for slot in run.algorithm.collect(config) if slot.source == "policy"}
+        generated = sum(len(r.tokens) for rollout in rollouts for r in rollout.responses if r.kind in sampled)
         values |= {f"seconds_{name}": s for name, s in seconds.items()}
         if seconds["generate"]:  # and not read from the journal
             values["generate_tokens_per_second"] = generated / seconds["generate"]
@@ -193,10 +193,12 @@ def diagnose(run: Run, batch: Batch, *, with_loss: bool) -> dict[str, float]:
     sampled under another prompt, and a record's by nobody: they are left out of it, and where there are no others it is.
     """
     run.progress.phase("diagnose", 1)
-    policy, reference = run.backend.logprobs(batch), run.backend.logprobs(batch, reference=True)
+    policy, reference = run.backend.logprobs(batch), batch.data.get("reference_logprobs")
+    if reference is None:  # a batch that is trained on may hold them already
+        reference = run.backend.logprobs(batch, reference=True).logprobs
     run.progress.advance(1)
     mask = batch.response_mask & (batch.data["own"] > 0)[..., None]
-    log_ratio = np.asarray(reference.logprobs - policy.logprobs, np.float64)[mask]
+    log_ratio = np.asarray(reference - policy.logprobs, np.float64)[mask]
     values: dict[str, float] = {}
     if mask.any():
         values = {

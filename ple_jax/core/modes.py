@@ -229,6 +229,8 @@ def plan(config: Any, workdir: Path, backend: str, topology: str | None = None) 
         print(planning.describe_offline(config, **sizes, found=found, algorithm=algorithm))
         return 0
     print(
-        planning.describe(config, **sizes, found=found, rules=inputs.principles, reward=inputs.reward, algorithm=algorithm)
+        planning.describe(
+            config, **sizes, found=found, rules=inputs.principles, reward=inputs.reward, algorithm=algorithm
+        )
     )
     return 0

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ple_jax.core import data, principles, prompts, rewards, tasks
+from ple_jax.core.batches import left_padded
 from ple_jax.core.config import UserError
 from ple_jax.core.rollouts import Journal, bucket, plan_chunks, uniforms, write
 from ple_jax.core.run import Run
@@ -97,12 +98,7 @@ def renderer(run: Run) -> Callable[[Query, bool], Rendered]:
 def after_principles(run: Run, batch: Batch, ids: Sequence[str]) -> Batch:
     """The same responses after the principled prompts of their queries, which are train ones."""
     queries = {query.id: query for query in run.train}
-    prompt = [prompt_of(run, queries[name], True)[1] for name in ids]
-    length = bucket(max(map(len, prompt)), run.config.sampling.bucket)
-    tokens, mask = np.zeros((len(prompt), length), np.int32), np.zeros((len(prompt), length), bool)
-    for row, tokens_of_row in enumerate(prompt):
-        tokens[row, length - len(tokens_of_row) :] = tokens_of_row
-        mask[row, length - len(tokens_of_row) :] = True
+    tokens, mask = left_padded([prompt_of(run, queries[name], True)[1] for name in ids], run.config.sampling.bucket)
     return batch._replace(prompt=tokens, prompt_mask=mask)
 
 

@@ -149,7 +149,9 @@ def score(reward: Reward, prompts: Sequence[str], responses: Sequence[str], *, c
     return Scored(np.array([known[k] for k in keys], np.float64), {})
 
 
-def _checked(reward: Reward, given: Any, prompts: Sequence[str], responses: Sequence[str]) -> Float64[np.ndarray, " n"]:
+def _checked(
+    reward: Reward, given: Any, prompts: Sequence[str], responses: Sequence[str]
+) -> Float64[np.ndarray, " n"]:
     """What a reward gave as float64: one for each response, and within its scale where it is finite."""
     try:
         raw = np.asarray(given, object)  # as it is: float64 would make NaN of None, and a number of "1"

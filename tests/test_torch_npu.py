@@ -28,9 +28,13 @@ TINY = f"--config {ROOT / 'configs' / 'tiny.py'} --backend=torch --config.optimi
 
 # every tensor of a backend is looked at when a run ends; and what hccl was asked for is counted
 WATCHED = """
-import sys, torch, torch.distributed as dist
+import os, sys, torch, torch.distributed as dist
 from ple_jax import main
 from torch_ascend import sharding, train
+
+def say(line):
+    sys.stdout.flush()
+    os.write(1, f"\\n{{line}}\\n".encode())  # whole, and on a line of its own: both processes write to one pipe
 
 made = []
 of = train.TorchBackend.__init__
@@ -41,7 +45,7 @@ train.TorchBackend.__init__ = remember
 destroy = dist.destroy_process_group
 def last_words():
     backend = dist.group.WORLD._get_backend(torch.device("npu"))
-    print("hccl", dist.get_rank(), dict(backend.calls), flush=True)
+    say(f"hccl {{dist.get_rank()}} {{dict(backend.calls)}}")
     destroy()
 dist.destroy_process_group = last_words
 sys.argv = ["ple_jax.main", *{arguments!r}.split()]
@@ -55,7 +59,7 @@ finally:
         local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
         assert local.device.type == "npu", (tensor.shape, tensor.device)
     split = sum(hasattr(tensor, "placements") for tensor in tensors)
-    print("tensors", len(tensors), "split", split, "memory", torch.npu.max_memory_allocated(), flush=True)
+    say(f"tensors {{len(tensors)}} split {{split}} memory {{torch.npu.max_memory_allocated()}}")
 """
 
 

@@ -11,6 +11,7 @@ def get_config() -> ConfigDict:
     c.seed = 0
     c.algorithm = "ple"  # a module of ple_jax/algorithms, a dotted path, or a file: my_variant.py
     c.algorithm_kwargs = {}  # free keyword arguments for a variant of your own
+    c.trainer = "own"  # own | trl: with --backend=torch, TRL's own trainer of algorithm sft, dpo, grpo or rloo
     c.iterations = 5  # I of Algorithm 1
     c.queries_per_iteration = 48  # drawn without replacement within an iteration
 
@@ -122,6 +123,22 @@ def get_config() -> ConfigDict:
     c.rloo.beta = 0.05  # nats of the log-ratio to the reference are taken off the reward, times this
     c.rloo.clip = 0.2  # of a response's ratio to the sampling policy
 
+    c.ppo = ConfigDict()  # of algorithm=ppo
+    c.ppo.samples = 1  # responses per query
+    c.ppo.clip = 0.2  # of a token's ratio to the sampling policy
+    c.ppo.value_clip = 0.2  # by how much a value may move from that of the sampling policy before it stops counting
+    c.ppo.value_weight = 0.1  # of the value head's loss beside the policy's
+    c.ppo.gamma = 1.0  # discount per token
+    c.ppo.lam = 0.95  # GAE: 0 trusts the values, 1 the rewards alone
+    c.ppo.kl = "fixed"  # fixed | adaptive: how the coefficient goes on
+    c.ppo.kl_coefficient = 0.05  # reward per nat of the log-ratio to the reference; of adaptive the first one (0.2 is usual)
+    c.ppo.kl_estimator = "k1"  # k1 | k2 | k3, as losses.kl_estimate has them
+    c.ppo.kl_target = 6.0  # of adaptive: nats per response
+    c.ppo.kl_horizon = 10_000  # of adaptive: responses in which the coefficient can change by a fifth
+    c.ppo.whiten_rewards = False  # per optimiser batch, to deviation 1
+    c.ppo.whiten_advantages = True  # per optimiser batch, to mean 0 and deviation 1
+    c.ppo.missing_eos_penalty = 0.0  # taken off the reward of a response that was cut off
+
     c.self_distillation = ConfigDict()  # of algorithm=self_distillation
     c.self_distillation.clip = 0.2  # of a token's ratio to the sampling policy
 
@@ -149,6 +166,25 @@ def get_config() -> ConfigDict:
     c.eval.every = 1  # iterations between evaluations; the first and the last are always evaluated
     c.eval.samples = 1  # responses per held-out query
     c.eval.diagnostic_queries = 8  # queries of an iteration on which KL, entropy and hinge_active are measured
+
+    c.generate = ConfigDict()  # of --mode=generate: what is answered, by whom
+    c.generate.policy = "trained"  # trained (the newest checkpoint of WORKDIR) | start (the model before any training)
+    c.generate.principled = False  # with the principles in the prompt
+    c.generate.data = config_dict.placeholder(str)  # records in config.task's format; unset: config.task.heldout
+    c.generate.split = "test"  # of a folder or a data set on a hub
+    c.generate.max_queries = 0  # so many of them (0: all), chosen by seed
+    c.generate.samples = 4  # responses per query
+    # a second reward that training never sees (over-optimisation shows there), named as config.reward.name is
+    c.generate.second_reward = config_dict.placeholder(str)
+    c.generate.second_kwargs = {}
+
+    c.compare = ConfigDict()  # of --mode=compare
+    c.compare.baseline = config_dict.placeholder(str)  # the method that others are tested against; unset: the first of --runs
+    c.compare.judge = "reward"  # reward | endpoint | model (a local one), or a function of your own; see README
+    c.compare.judge_kwargs = {}
+    c.compare.judge_queries = 0  # queries that are judged (0: all)
+    c.compare.judge_samples = 1  # responses of each that are judged
+    c.compare.examples = 8  # queries shown side by side
 
     c.mesh = ConfigDict()  # devices along each axis; their product must be the number of devices used
     c.mesh.data = 1

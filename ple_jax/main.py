@@ -22,13 +22,13 @@ from ml_collections.config_flags import config_flags
 from ple_jax.core.config import BACKENDS, OWN, UserError, flatten, suggestion, validate
 from ple_jax.core.interrupt import MESSAGE, Interrupted
 
-MODES = ("train", "evaluate", "generate", "plan", "export", "chat")  # functions of ple_jax.core.modes
-FLAG_NAMES = ("config", "workdir", "backend", "mode", "topology", "help")
+MODES = ("train", "evaluate", "generate", "compare", "plan", "export", "chat")  # functions of ple_jax.core.modes
+FLAG_NAMES = ("config", "workdir", "backend", "mode", "topology", "runs", "help")
 ROOT = Path(__file__).parent.parent
 
 USAGE = """\
 usage: python -m ple_jax.main --config FILE --workdir DIR [--config.KEY=VALUE ...] [--backend=jax|torch] [--mode=MODE]
-       MODE is train (default), evaluate, generate, plan, export or chat; --help explains them
+       MODE is train (default), evaluate, generate, compare, plan, export or chat; --help explains them
 """
 
 HELP = f"""\
@@ -50,11 +50,16 @@ Flags
   --topology KIND:CHIPS  with --mode=plan: what each phase of the run needs of these devices, which need not be there:
                          v5e:2x4, v5p:2x2x2 ... (compiled; libtpu does it for TPUs), with --backend=torch 910b:8, h100:8
                          (run on tensors without memory); cpu:8 is of this machine's kind
+  --runs A,B,...         with --mode=compare: work directories, LABEL=DIR, or patterns ('runs/ple_*'); runs of one label
+                         are seeds of one method
 
 Modes
   train      run all iterations; a killed run continues where it stood when the same command is given again
   evaluate   score the held-out queries with the newest checkpoint of DIR
-  generate   print responses to the held-out queries, from the newest checkpoint of DIR
+  generate   keep several responses to a fixed set of queries (--config.generate.*), with rewards, log-probabilities and
+             measures: of the newest checkpoint of DIR, or of what it starts from
+  compare    compare the responses of --runs: tables, tests, win rates, one page in DIR (or runs/comparison); needs no
+             --config
   plan       print what train would do (parameters, shapes, steps, prompts as the model sees them), and train nothing
   export     write the newest adapter of DIR in PEFT's layout with a model card; --config.export.merged=True: the merged
              model too; --config.export.push=USER/NAME: to a hub
@@ -66,6 +71,8 @@ Examples
   python -m ple_jax.main --config configs/quickstart.py --mode=plan --topology=v5e:2x4 --config.mesh.fsdp=8 \\
       --config.model.path=llama-3-8b --config.model.dtype=bfloat16 --config.model.remat=full
   python -m ple_jax.main --config configs/quickstart.py --workdir runs/low --config.ple.tau_0=0.1 --config.seed=1
+  python -m ple_jax.main --config configs/quickstart.py --workdir runs/mine --mode=generate
+  python -m ple_jax.main --mode=compare --runs "runs/mine,PPO=runs/ppo_0,PPO=runs/ppo_1" --workdir runs/comparison
   python -m ple_jax.main --config configs/quickstart.py --workdir runs/mine --config.algorithm=my_variant.py \\
       --config.algorithm_kwargs="{{'strength': 2.0}}"
   python -m ple_jax.main --config configs/quickstart.py --workdir runs/two --config.lora.targets="('q_proj','v_proj')"
@@ -99,6 +106,7 @@ class Run(NamedTuple):
     backend: str
     mode: str
     topology: str | None = None  # of --mode=plan: devices to plan for
+    runs: tuple[str, ...] = ()  # of --mode=compare
 
 
 @contextlib.contextmanager
@@ -191,19 +199,23 @@ def parse(argv: Sequence[str]) -> Run:
     flags.DEFINE_enum("backend", "jax", list(BACKENDS), "", flag_values=values)
     flags.DEFINE_enum("mode", "train", MODES, "", flag_values=values)
     flags.DEFINE_string("topology", None, "", flag_values=values)
+    flags.DEFINE_list("runs", None, "", flag_values=values)
     try:
         rest = values(argv, known_only=True)
     except flags.Error as error:
         raise UserError(f"{error} (see --help)") from error
-    if not values.config:
+    compares = values.mode == "compare"
+    if bool(values.runs) != compares:
+        raise UserError("--runs=A,B and --mode=compare go together: the work directories that are compared")
+    if not values.config and not compares:
         raise UserError("--config=FILE is missing, e.g. --config configs/quickstart.py (see --help)")
-    config = _override(_load(values.config), rest)
-    if not values.workdir and values.mode != "plan":
+    config = _override(_load(values.config or str(ROOT / "configs" / "default.py")), rest)
+    if not values.workdir and values.mode not in ("plan", "compare"):
         raise UserError(f"--workdir=DIR is missing; --mode={values.mode} keeps its files there (--workdir runs/mine)")
-    workdir = Path(values.workdir or ".")
+    workdir = Path(values.workdir or ("runs/comparison" if compares else "."))
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir} is a file; give a folder, which is created if need be")
-    if missing := [name for name in _NEEDS[values.backend] if importlib.util.find_spec(name) is None]:
+    if not compares and (missing := [name for name in _NEEDS[values.backend] if importlib.util.find_spec(name) is None]):
         raise UserError(f"--backend={values.backend}: {missing[0]} is not installed; {_INSTALL[values.backend]}")
     if values.topology and values.mode != "plan":
         raise UserError(f"--topology={values.topology} goes with --mode=plan, where nothing is trained")
@@ -215,20 +227,22 @@ def parse(argv: Sequence[str]) -> Run:
                 f"config.{key} is {flat[key]!r}, which --backend={values.backend} does not read: take --backend={backend} or"
                 " leave it at auto"
             )
-    return Run(FrozenConfigDict(config), workdir, values.backend, values.mode, values.topology)
+    if config.trainer == "trl" and values.backend != "torch":
+        raise UserError("config.trainer is 'trl', which trains in PyTorch: give --backend=torch, or leave it at own")
+    return Run(FrozenConfigDict(config), workdir, values.backend, values.mode, values.topology, tuple(values.runs or ()))
 
 
 def main(run: Run) -> int:
     """Does what the command line asks for; returns the exit code."""
     modes = importlib.import_module("ple_jax.core.modes")
-    options = {"topology": run.topology} if run.topology else {}
+    options = {name: value for name in ("topology", "runs") if (value := getattr(run, name))}
     with _processes(run) as leads:
         return getattr(modes, run.mode)(run.config, run.workdir, run.backend, **options) if leads else 0
 
 
 def _processes(run: Run) -> contextlib.AbstractContextManager[bool]:
     """Where torchrun started several processes, the first of them leads, and the others wait for what it has them do."""
-    if run.backend == "jax" or run.mode == "plan":
+    if run.backend == "jax" or run.mode in ("plan", "compare"):
         return contextlib.nullcontext(True)
     return importlib.import_module("torch_ascend.sharding").processes(run.config)
 

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from ple_jax.core import prompts
 from ple_jax.core.config import PACKAGE, PUBLISHED, UserError
 from ple_jax.core.rollouts import bucket
+from ple_jax.core.setup import head_of
 from ple_jax.core.types import Batch, Query, Response, Rollout, Tokenizer
 from ple_jax.models import checkpoint, families, hub
 from ple_jax.models import tokenizer as tokenizers
@@ -97,9 +98,15 @@ def example_batch(config: ConfigDict, algorithm: ModuleType, rows: int, sizes: L
         for i in range(rows)
     ]
     batch = algorithm.batch(algorithm.label(made, algorithm.schedule(config)(0), 0, config), config)
-    if algorithm.needs_reference(config):
-        batch.data["reference_logprobs"] = np.zeros(batch.response.shape, np.float32)
-    return batch
+    compared = {
+        "reference_logprobs": algorithm.needs_reference(config),
+        "teacher_logprobs": hasattr(algorithm, "needs_teacher") and algorithm.needs_teacher(config),
+        "old_logprobs": hasattr(algorithm, "needs_old_logprobs") and algorithm.needs_old_logprobs(config),
+        "old_values": head_of(algorithm) == "value",
+    }
+    zeros = np.zeros(batch.response.shape, np.float32)
+    batch.data.update({name: zeros for name, needed in compared.items() if needed})
+    return algorithm.prepare(batch, config, {}) if hasattr(algorithm, "prepare") else batch
 
 
 def readable(count: float) -> str:

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from ple_jax import generate, hlo, lora, sharding, train
 from ple_jax import quantize as quantization
+from ple_jax.core.setup import head_of
 from ple_jax.core.types import Batch, Query, Sampling
 from ple_jax.models import adapters, families
 from ple_jax.models.config import ModelConfig
@@ -128,6 +129,8 @@ def phases(
     settings = adapters.settings(config)
     transform = train.optimizer(clip_norm=opt.clip_norm, weight_decay=opt.weight_decay)
     fresh = adapters.init(c, settings, seed=config.seed)
+    if head := head_of(algorithm):
+        fresh = adapters.with_head(config, fresh, c, head)
     places = train.placement(fresh, transform, mesh)
     made = train.programs(model, fresh, mesh, transform=transform, settings=settings)
     base = abstract_base(model, mesh, config.model.quantize)

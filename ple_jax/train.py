@@ -142,11 +142,13 @@ def outputs(
     *,
     entropy: bool = False,
     score: Float[Array, "hidden 1"] | None = None,
+    value: Float[Array, "hidden 1"] | None = None,
 ) -> Outputs:
     """What the model says of a batch. Logits exist for response tokens alone; the compiler leaves out what is not used.
 
     Args:
-        score: a reward model's head.
+        score: a reward model's head, read at a response's last token.
+        value: PPO's head, read where each token is predicted.
     """
     rows, k, r = batch.response.shape
     tokens, position, mask = pack(batch)
@@ -168,17 +170,22 @@ def outputs(
     scores = None
     if score is not None:
         last = jnp.maximum(batch.response_mask.astype(jnp.int32).sum(-1) - 1, 0)
-        chosen = jnp.take_along_axis(responses, last[..., None, None], 2)[:, :, 0].astype(jnp.float32)
-        # a sum, not a matmul, whose fp32 is bfloat16 on TPUs
-        scores = (chosen * score[:, 0][None, None]).sum(-1)
+        scores = _read(score, jnp.take_along_axis(responses, last[..., None, None], 2)[:, :, 0])
     softcap = model.config.logits_softcap
     logprobs = shaped(token_logprobs(head, predicting, batch.response.reshape(rows, k * r), softcap, shards))
     spread = shaped(token_entropy(head, predicting, softcap, shards)) if entropy else None
-    return Outputs(logprobs, spread, scores=scores)
+    values = None if value is None else shaped(_read(value, predicting))
+    return Outputs(logprobs, spread, values, scores)
 
 
-def _head(adapter: adapters.Adapter) -> Array | None:
-    return adapter[adapters.HEAD]["w"] if adapters.HEAD in adapter else None
+def _read(head: Float[Array, "hidden 1"], hidden: Float[Array, "*batch hidden"]) -> Float32[Array, "*batch"]:
+    # a sum, not a matmul, whose fp32 is bfloat16 on TPUs
+    return (hidden.astype(jnp.float32) * head.reshape((1,) * (hidden.ndim - 1) + (-1,))).sum(-1)
+
+
+def _heads(adapter: adapters.Adapter) -> dict[str, Array]:
+    """The heads beside an adapter, as arguments of `outputs`."""
+    return {name: adapter[name]["w"] for name in (adapters.SCORE, adapters.VALUE) if name in adapter}
 
 
 # ---------------------------------------------------------------- the step
@@ -203,7 +210,7 @@ def gradients(
 
     def total(adapter: Any) -> tuple[Array, dict[str, Array]]:
         fused = lora.fuse(model, adapter, settings, base=base, dropout=key)
-        value, metrics = loss(outputs(model, base, fused, batch, score=_head(adapter)), batch)
+        value, metrics = loss(outputs(model, base, fused, batch, **_heads(adapter)), batch)
         valid = batch.data["valid"]
         reduced = {name: (m * valid).sum() * share for name, m in {"loss": value, **metrics}.items()}
         return reduced["loss"], reduced
@@ -258,13 +265,13 @@ def programs(
             static_argnames="sampling",
         ),
         outputs=jax.jit(
-            lambda base, adapter, batch, entropy: outputs(model, base, fuse(base, adapter), batch, entropy=entropy),
+            lambda base, adapter, batch, entropy: outputs(
+                model, base, fuse(base, adapter), batch, entropy=entropy, **_heads(adapter)
+            ),
             static_argnames="entropy",
         ),
         scores=jax.jit(
-            lambda base, adapter, batch: outputs(
-                model, base, fuse(base, adapter), batch, score=_head(adapter)
-            ).scores
+            lambda base, adapter, batch: outputs(model, base, fuse(base, adapter), batch, **_heads(adapter)).scores
         ),
         gradients=jax.jit(
             lambda base, adapter, batch, share, key, loss: gradients(
@@ -346,9 +353,9 @@ class JaxBackend:
         fused = {} if base else self._fuse(self.base, self._adapter)
         return generate.stream(self.model, self.base, fused, np.asarray(prompt, np.int32), uniforms, sampling=sampling)
 
-    def logprobs(self, batch: Batch, *, reference: bool = False) -> Outputs:
-        """Log-probabilities and entropy of a batch's response tokens under the policy or the frozen reference."""
-        adapter = self._reference if reference else self._adapter
+    def logprobs(self, batch: Batch, *, reference: bool = False, base: bool = False) -> Outputs:
+        """Log-probabilities and entropy of a batch's response tokens under the policy, the frozen reference or the base."""
+        adapter = {} if base else self._reference if reference else self._adapter
         rows = len(batch.prompt)
         result = self._outputs(self.base, adapter, self._put(batch, _round_up(rows, self._multiple)), entropy=True)
         return jax.tree.map(lambda x: np.asarray(x)[:rows], jax.device_get(result))
@@ -487,8 +494,8 @@ def notes(backend: JaxBackend) -> list[str]:
     return sharding.notes(backend.mesh, kv_heads=backend.model.config.num_kv_heads)
 
 
-def build(config: ConfigDict, loaded: weights.Loaded, *, head: bool = False) -> JaxBackend:
-    """The backend a config asks for, weights on the mesh; with `head` a reward model's head is trained too, or alone."""
+def build(config: ConfigDict, loaded: weights.Loaded, *, head: str | None = None) -> JaxBackend:
+    """The backend a config asks for, weights on the mesh; a `head` of that name is trained too, or a score head alone."""
     mesh = sharding.make_mesh(**config.mesh)
     model = make_model(config, loaded.config, mesh)
     settings = adapters.settings(config)
@@ -498,7 +505,7 @@ def build(config: ConfigDict, loaded: weights.Loaded, *, head: bool = False) -> 
     if settings.dora and config.model.adapter is None:
         adapter = lora.magnitudes(model, base, adapter, settings)
     if head:
-        adapter = ({} if config.reward_model.train == "head" else adapter) | adapters.init_head(loaded.config)
+        adapter = adapters.with_head(config, adapter, loaded.config, head)
     return JaxBackend(
         model,
         base,

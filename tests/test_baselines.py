@@ -135,7 +135,7 @@ def test_rloo_pays_for_leaving_the_reference():
     module, rows = labelled("rloo", c, rollouts())
     batch = module.batch(rows, c)
     batch.data["old_logprobs"], batch.data["reference_logprobs"] = outputs(batch).logprobs, outputs(batch, 1).logprobs
-    ready = module.prepare(batch, c)
+    ready = module.prepare(batch, c, {})
     ratio = (batch.data["old_logprobs"] - batch.data["reference_logprobs"]).sum(-1)
     net = np.array(SCORES) - 0.5 * ratio
     expected = net - (net.sum(1, keepdims=True) - net) / 3
@@ -180,14 +180,14 @@ def test_the_teacher_reads_the_principles_and_the_same_tokens(tmp_path, monkeypa
 
 def test_what_is_needed_is_there_before_the_first_step():
     class Backend:
-        def logprobs(self, batch, *, reference=False):
+        def logprobs(self, batch, *, reference=False, base=False):
             return outputs(batch, seed=1 if reference else 0)
 
     for name, needed in (("rloo", {"old_logprobs", "reference_logprobs", "advantages"}), ("grpo", {"old_logprobs"})):
         c = config(name)
         module, rows = labelled(name, c, rollouts())
         stand = type("Stand", (), {"algorithm": module, "config": c, "backend": Backend()})()
-        batch = run.prepared(stand, module.batch(rows, c))
+        batch = run.prepared(stand, module.batch(rows, c), {})
         assert needed <= set(batch.data)
         np.testing.assert_array_equal(batch.data["old_logprobs"], outputs(batch).logprobs)
 

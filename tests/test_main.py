@@ -66,7 +66,7 @@ class TestParse:
         )
         expected.reward.kwargs = {"k": 1, "words": ("a",)}
         assert run.config.to_dict() == expected.to_dict()
-        assert run[1:-1] == (tmp_path, "jax", "evaluate")
+        assert run[1:] == (tmp_path, "jax", "evaluate", None, ())
         with pytest.raises(AttributeError):
             run.config.seed = 1
 
@@ -74,7 +74,23 @@ class TestParse:
         assert parse(DEFAULT, "--mode=plan", "--config.task.chat").config.task.chat is True
 
     def test_plan_needs_no_workdir(self):
-        assert parse(DEFAULT, "--mode=plan")[1:] == (Path("."), "jax", "plan", None)
+        assert parse(DEFAULT, "--mode=plan")[1:] == (Path("."), "jax", "plan", None, ())
+
+    def test_compare_needs_runs_and_nothing_else(self, tmp_path):
+        run = parse("--mode=compare", "--runs=a,PPO=b,PPO=c")
+        assert run[1:] == (Path("runs/comparison"), "jax", "compare", None, ("a", "PPO=b", "PPO=c"))
+        assert run.config.to_dict() == default.get_config().to_dict()
+        other = parse("--mode=compare", "--runs=a", f"--workdir={tmp_path}", "--config.compare.examples=3")
+        assert other.workdir == tmp_path and other.config.compare.examples == 3
+        for wrong in (["--mode=compare"], [DEFAULT, "--mode=train", "--runs=a", f"--workdir={tmp_path}"]):
+            with pytest.raises(UserError, match="--runs=A,B and --mode=compare go together"):
+                parse(*wrong)
+
+    def test_trl_is_torchs(self, tmp_path):
+        options = [DEFAULT, f"--workdir={tmp_path}", "--config.trainer=trl", "--config.algorithm=dpo"]
+        with pytest.raises(UserError, match="config.trainer is 'trl', which trains in PyTorch: give --backend=torch"):
+            parse(*options)
+        assert parse(*options, "--backend=torch").config.trainer == "trl"
 
     @pytest.mark.parametrize(
         "arguments, says",
@@ -100,7 +116,7 @@ class TestParse:
             ([DEFAULT, "--wrokdir=x"], "unknown flag --wrokdir; did you mean 'workdir'?"),
             ([DEFAULT, "train"], "leftover argument 'train'"),
             ([DEFAULT, "--config.seed", "1", "2"], "leftover argument '2'"),
-            ([DEFAULT, "--mode=trian"], "--mode=trian: value should be one of <train|evaluate|generate|plan|export|chat>"),
+            ([DEFAULT, "--mode=trian"], "--mode=trian: value should be one of <train|evaluate|generate|compare|plan|export|chat>"),
             ([DEFAULT, "--backend=tf"], "--backend=tf: value should be one of <jax|torch>"),
             ([DEFAULT], "--workdir=DIR is missing"),
             ([DEFAULT, f"--workdir={__file__}"], "is a file"),
@@ -165,6 +181,14 @@ def test_values_are_validated():
 
 def test_frozen_config_is_still_valid():
     validate(FrozenConfigDict(default.get_config()))
+
+
+def test_the_runs_are_passed_on(monkeypatch, tmp_path):
+    calls = []
+    modes = type("Modes", (), {"compare": staticmethod(lambda *given, **more: calls.append((given, more)) or 0)})
+    monkeypatch.setitem(sys.modules, "ple_jax.core.modes", modes)
+    assert main.main(main.Run("config", tmp_path, "torch", "compare", runs=("a", "b"))) == 0
+    assert calls == [(("config", tmp_path, "torch"), {"runs": ("a", "b")})]
 
 
 @pytest.mark.parametrize("mode", main.MODES)

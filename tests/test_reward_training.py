@@ -177,10 +177,10 @@ def test_scores_of_packed_rows_are_those_of_single_ones():
     """A batch of pairs on the backend against the hidden state of each conversation by itself."""
     c = config(model__path="tiny")
     loaded = train.load(c)
-    backend = train.build(c, loaded, head=True)
+    backend = train.build(c, loaded, head="score")
     adapter = tiny.random_adapter(loaded.config, rank=8)
     weight = np.random.default_rng(5).normal(size=(32, 1)).astype(np.float32)
-    backend._adapter = jax.tree.map(jnp.asarray, adapter | {adapters.HEAD: {"w": weight}})
+    backend._adapter = jax.tree.map(jnp.asarray, adapter | {adapters.SCORE: {"w": weight}})
     pairs = [pair(), pair("A longer answer.", "Another one!"), pair("a", "b", prompt="Long prompt " * 5)]
     found = backend.scores(reward.batch(pairs))
     settings = adapters.settings(c)
@@ -195,7 +195,7 @@ def test_scores_of_packed_rows_are_those_of_single_ones():
 
 def test_the_gradient_reaches_head_and_adapter():
     c = config(optimizer__lr=1e-2)
-    backend = train.build(c, train.load(c), head=True)
+    backend = train.build(c, train.load(c), head="score")
     batch = reward.batch([pair(), pair("Good.", "Bad.")])
     loss, before = reward.make_loss(c), backend.adapter()
     first = backend.update([batch], loss, lr=1e-2)

@@ -72,7 +72,7 @@ class Policy:
         self.tensors = {name: np.full_like(tensor, float(path.name)) for name, tensor in self.tensors.items()}
         return {}
 
-    def logprobs(self, batch, *, reference=False):
+    def logprobs(self, batch, *, reference=False, base=False):
         return ("logprobs", batch, reference)
 
     def environment(self):

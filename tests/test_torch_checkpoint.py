@@ -54,7 +54,7 @@ def test_it_brings_back_everything(tmp_path):
 def test_a_head_is_brought_back(tmp_path):
     ours = backend(tiny.random_adapter(tiny.CONFIG) | head())
     ours.save(tmp_path, 0, {}, keep=1)
-    again = backend(adapters.init(tiny.CONFIG, tiny.LORA, seed=9) | adapters.init_head(tiny.CONFIG))
+    again = backend(adapters.init(tiny.CONFIG, tiny.LORA, seed=9) | adapters.init_head(tiny.CONFIG, "score"))
     assert again.restore(tmp_path) == {}
     np.testing.assert_array_equal(again.scores(BATCHES[0]), ours.scores(BATCHES[0]))
 

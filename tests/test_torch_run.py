@@ -171,8 +171,9 @@ def test_evaluate_and_generate(ours, capsys):
     assert f"iteration 3: held-out reward {summary(ours)['heldout_reward_after']:.4f}" in capsys.readouterr().out
     assert modes.generate(config(), ours, "torch") == 0
     said = capsys.readouterr().out
-    lines = [json.loads(line) for line in (ours / "responses" / "iter_0003.jsonl").read_text().splitlines()]
-    assert lines and all(repr(response["text"]) in said for line in lines for response in line["responses"])
+    file = ours / "responses" / "trained" / "iter_0003.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(lines) == 8 and all(repr(response["text"]) in said for line in lines for response in line["responses"])
     assert modes.train(config(), ours, "torch") == 0
     assert "is finished: held-out reward" in capsys.readouterr().out
 

@@ -78,7 +78,7 @@ class Jax:
 
         def outputs(adapter, batch):
             fused = jax_lora.fuse(model, adapter, tiny.LORA)
-            found = jax_train.outputs(model, base, fused, batch, score=adapter[adapters.HEAD]["w"])
+            found = jax_train.outputs(model, base, fused, batch, score=adapter[adapters.SCORE]["w"])
             return found.logprobs, found.scores
 
         self.outputs = jit(outputs)
@@ -102,7 +102,7 @@ def on_jax() -> Jax:
 
 
 def head() -> dict[str, Any]:
-    return {adapters.HEAD: {"w": np.random.default_rng(5).normal(size=(32, 1)).astype(np.float32)}}
+    return {adapters.SCORE: {"w": np.random.default_rng(5).normal(size=(32, 1)).astype(np.float32)}}
 
 
 def ple_batch(config) -> Batch:

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ple_jax.models.adapters import HEAD, Adapter, Lora
+from ple_jax.models.adapters import Adapter, Lora
 from torch_ascend import sharding
 
 
@@ -86,6 +86,6 @@ def leaves(adapter: Adapter) -> dict[str, Tensor]:
     return {f"{path}/{kind}": x for path, module in adapter.items() for kind, x in module.items()}
 
 
-def head(adapter: Adapter) -> Tensor | None:
-    """A reward model's head [hidden, 1], where there is one."""
-    return adapter[HEAD]["w"] if HEAD in adapter else None
+def head(adapter: Adapter, name: str) -> Tensor | None:
+    """The head [hidden, 1] of that name beside an adapter, where there is one."""
+    return adapter[name]["w"] if name in adapter else None

@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from ple_jax.core.config import UserError, suggestion
+from ple_jax.core.setup import head_of, load_algorithm
 from ple_jax.core.types import Batch, Query, Sampling
 from ple_jax.models import hub
 from ple_jax.models.checkpoint import Loaded
@@ -332,7 +333,7 @@ def build(config: ConfigDict, source: Source, table: ops.Ops, device: torch.devi
     """The backend of one process, made as for training, of weights that are all zero."""
     given = _Weights(source.config, config.model.dtype)
     loaded = Loaded(source.config, given, None, source.eos, config.model.path, dict(source.raw), None)
-    return train.assemble(config, loaded, device, table, head=False)
+    return train.assemble(config, loaded, device, table, head=head_of(load_algorithm(config.algorithm)))
 
 
 def parts(backend: TorchBackend) -> dict[str, int]:

@@ -118,42 +118,51 @@ def hidden_states(
     p = batch.prompt.shape[1]
     responses = hidden[:, p:].reshape(rows, k, r, -1)
     scores = None
-    if (score := lora.head(adapter)) is not None:
+    if (score := lora.head(adapter, adapters.SCORE)) is not None:
         last = (batch.response_mask.to(torch.int64).sum(-1) - 1).clamp(min=0)
         chosen = responses.gather(2, last[..., None, None].expand(-1, -1, 1, responses.shape[-1]))[:, :, 0]
         scores = (chosen.float() * score[:, 0]).sum(-1)
     return responses, scores, hidden[:, p - 1 : p]
 
 
-def response_logprobs(
-    model: Model, batch: Batch, responses: Tensor, first: Tensor, *, entropy: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """Log-probabilities of the response tokens and, if asked for, entropy, of `hidden_states`; 0 where masked."""
-    # the last prompt token predicts the first token of every response
-    first = first[:, None].expand(-1, responses.shape[1], -1, -1)
-    predicting = torch.cat([first, responses[:, :, :-1]], 2)
-    values = torch.where(batch.response_mask, token_logprobs(model, predicting, batch.response), 0.0)
-    return values, torch.where(batch.response_mask, token_entropy(model, predicting), 0.0) if entropy else None
+def predicting(
+    responses: Float[Tensor, "row k response_len hidden"], first: Float[Tensor, "row 1 hidden"]
+) -> Float[Tensor, "row k response_len hidden"]:
+    """The hidden states that predict each response token: the last prompt token's is that of every first one."""
+    return torch.cat([first[:, None].expand(-1, responses.shape[1], -1, -1), responses[:, :, :-1]], 2)
+
+
+def response_values(adapter: adapters.Adapter, batch: Batch, hidden: Tensor) -> Float32[Tensor, "row k response_len"] | None:
+    """What a head of values says where each response token is predicted; 0 where masked."""
+    if (head := lora.head(adapter, adapters.VALUE)) is None:
+        return None
+    return torch.where(batch.response_mask, (hidden.float() * head[:, 0]).sum(-1), 0.0)
 
 
 def outputs(model: Model, adapter: adapters.Adapter, batch: Batch, *, entropy: bool = False) -> Outputs:
     """What the model says of a batch of tensors."""
     responses, scores, first = hidden_states(model, adapter, batch)
-    return Outputs(*response_logprobs(model, batch, responses, first, entropy=entropy), scores=scores)
+    hidden = predicting(responses, first)
+    logprobs = torch.where(batch.response_mask, token_logprobs(model, hidden, batch.response), 0.0)
+    spread = torch.where(batch.response_mask, token_entropy(model, hidden), 0.0) if entropy else None
+    return Outputs(logprobs, spread, response_values(adapter, batch, hidden), scores)
 
 
 class _Lazy:
     """`Outputs` for a loss: log-probabilities cost as much as several layers, and a reward model's loss reads none."""
 
-    entropy = values = None
+    entropy = None
 
     def __init__(self, model: Model, adapter: adapters.Adapter, batch: Batch):
         self._model, self._batch = model, batch
-        self._responses, self.scores, self._first = hidden_states(model, adapter, batch)
+        responses, self.scores, first = hidden_states(model, adapter, batch)
+        self._hidden = predicting(responses, first)
+        self.values = response_values(adapter, batch, self._hidden)
 
     @functools.cached_property
     def logprobs(self) -> Float32[Tensor, "query k response_len"]:
-        return response_logprobs(self._model, self._batch, self._responses, self._first)[0]
+        logprobs = token_logprobs(self._model, self._hidden, self._batch.response)
+        return torch.where(self._batch.response_mask, logprobs, 0.0)
 
 
 # ---------------------------------------------------------------- the backend
@@ -238,9 +247,9 @@ class TorchBackend:
 
     @sharding.together
     @torch.no_grad()
-    def logprobs(self, batch: Batch, *, reference: bool = False) -> Outputs:
-        """Log-probabilities and entropy of a batch's response tokens under the policy or the frozen reference."""
-        adapter, rows = self._reference if reference else self._adapter, len(batch.prompt)
+    def logprobs(self, batch: Batch, *, reference: bool = False, base: bool = False) -> Outputs:
+        """Log-probabilities and entropy of a batch's response tokens under the policy, the frozen reference or the base."""
+        adapter, rows = {} if base else self._reference if reference else self._adapter, len(batch.prompt)
         found = outputs(self.model, adapter, self._put(batch, rows), entropy=True)
         whole = [None if x is None else sharding.gather(x)[:rows].numpy() for x in found]
         return Outputs(*whole)
@@ -434,13 +443,13 @@ def make_model(config: ConfigDict, loaded: weights.Loaded, device: torch.device,
     return made
 
 
-def build(config: ConfigDict, loaded: weights.Loaded, *, head: bool = False) -> TorchBackend:
-    """The backend a config asks for, weights on the devices; with `head` a reward model's head is trained too, or alone."""
+def build(config: ConfigDict, loaded: weights.Loaded, *, head: str | None = None) -> TorchBackend:
+    """The backend a config asks for, weights on the devices; a `head` of that name is trained too, or a score head alone."""
     return _build(config, head)
 
 
 @sharding.together
-def _build(config: ConfigDict, head: bool) -> TorchBackend:
+def _build(config: ConfigDict, head: str | None) -> TorchBackend:
     load_algorithm(config.algorithm)  # the losses that process 0 sends may be of a module that only a config names
     device, loaded = devices.resolve(config.model.device), load(config)
     made = assemble(config, loaded, device, ops.choose(config.model.ops, device), head=head)
@@ -448,7 +457,9 @@ def _build(config: ConfigDict, head: bool) -> TorchBackend:
     return sharding.shared(made)
 
 
-def assemble(config: ConfigDict, loaded: weights.Loaded, device: torch.device, table: Ops, *, head: bool) -> TorchBackend:
+def assemble(
+    config: ConfigDict, loaded: weights.Loaded, device: torch.device, table: Ops, *, head: str | None
+) -> TorchBackend:
     """The backend on a device, with the operators of `table`; as `build`."""
     settings = adapters.settings(config)
     adapter = adapters.start(config, loaded.config)  # before the weights are read: it may be refused
@@ -465,7 +476,7 @@ def assemble(config: ConfigDict, loaded: weights.Loaded, device: torch.device, t
     if settings.dora and config.model.adapter is None:
         adapter = models.magnitudes(model, adapter)
     if head:
-        adapter = ({} if config.reward_model.train == "head" else adapter) | adapters.init_head(loaded.config)
+        adapter = adapters.with_head(config, adapter, loaded.config, head)
     return TorchBackend(
         model,
         adapter,

@@ -19,7 +19,7 @@ from ple_jax.core.batches import pack
 from ple_jax.core.rollouts import bucket
 from ple_jax.core.types import Array, Backend, Batch, Loss, Outputs, Query, Response, Rollout, Tokenizer
 
-NEEDS, HEAD = "pair", True  # of config.task's records; whether a head is trained, and exported
+NEEDS, HEAD = "pair", "score"  # of config.task's records; the head that is trained
 _PROMPT, _RESPONSE = 64, 64  # smallest buckets, in tokens
 _BINS = 10
 

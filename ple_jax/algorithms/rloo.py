@@ -4,7 +4,7 @@
 mean of the other samples'.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,7 +48,7 @@ def needs_old_logprobs(config: Any) -> bool:
     return True
 
 
-def prepare(batch: Batch, config: Any) -> Batch:
+def prepare(batch: Batch, config: Any, last: Mapping[str, float]) -> Batch:
     """Adds `advantages` [query, k], once old and reference log-probabilities are there."""
     data = batch.data
     ratio = losses.sum_logprob(np.float64(data["old_logprobs"]) - data["reference_logprobs"], batch.response_mask)

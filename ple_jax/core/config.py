@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 PACKAGE = Path(__file__).parent.parent
 BACKENDS = {"jax": "ple_jax.train", "torch": "torch_ascend.train"}  # --backend and the module behind it
 TOPOLOGIES = {"jax": "ple_jax.topology", "torch": "torch_ascend.topology"}  # and the one behind --topology
-FREE = ("algorithm_kwargs", "reward.kwargs", "task.columns")  # dictionaries of the user's own, overridden whole
+FREE = ("algorithm_kwargs", "reward.kwargs", "task.columns", "generate.second_kwargs", "compare.judge_kwargs")  # dictionaries of the user's own, overridden whole
 
 # how a run is computed and not what: a run may go on, or be exported, with others
 EXECUTION = (
@@ -254,6 +254,15 @@ def _revision(value: Any) -> str:
     return "" if fine else "unset or a branch, tag or commit of a model on a hub"
 
 
+def _optional_text(value: Any) -> str:
+    return "" if value is None else _text(value)
+
+
+def _optional_reward(value: Any) -> str:
+    return "" if value is None else _reward(value)
+
+
+_reward = _named(names("core/rewards", ".py"), code=True)
 # well-known models of which only the config.json is here: for planning
 PUBLISHED = names("models/published", ".json")
 _positive = _real(lambda v: v > 0, "above 0")
@@ -264,6 +273,7 @@ RULES: dict[str, Rule] = {
     "seed": _whole(0, 2**32),
     "algorithm": _named(names("algorithms", ".py"), code=True),
     "algorithm_kwargs": _free,
+    "trainer": _choice("own", "trl"),
     "iterations": _whole(1),
     "queries_per_iteration": _whole(1),
     "model.path": _model,
@@ -301,7 +311,7 @@ RULES: dict[str, Rule] = {
     "task.max_prompt_tokens": _whole(1),
     "principles": _principles,
     "principles_per_query": _whole(0),
-    "reward.name": _named(names("core/rewards", ".py"), code=True),
+    "reward.name": _reward,
     "reward.kwargs": _free,
     "reward.max_bad_share": _share,
     "reward.transform": _choice("none", "sigmoid", "zscore", "minmax"),
@@ -346,6 +356,20 @@ RULES: dict[str, Rule] = {
     "rloo.samples": _whole(2),
     "rloo.beta": _not_negative,
     "rloo.clip": _positive,
+    "ppo.samples": _whole(1),
+    "ppo.clip": _positive,
+    "ppo.value_clip": _positive,
+    "ppo.value_weight": _not_negative,
+    "ppo.gamma": _share,
+    "ppo.lam": _share,
+    "ppo.kl": _choice("fixed", "adaptive"),
+    "ppo.kl_coefficient": _not_negative,
+    "ppo.kl_estimator": _choice("k1", "k2", "k3"),
+    "ppo.kl_target": _positive,
+    "ppo.kl_horizon": _whole(1),
+    "ppo.whiten_rewards": _flag,
+    "ppo.whiten_advantages": _flag,
+    "ppo.missing_eos_penalty": _not_negative,
     "self_distillation.clip": _positive,
     "reward_model.train": _choice("lora", "head"),
     "reward_model.epochs": _whole(1),
@@ -364,6 +388,20 @@ RULES: dict[str, Rule] = {
     "eval.every": _whole(1),
     "eval.samples": _whole(1),
     "eval.diagnostic_queries": _whole(1),
+    "generate.policy": _choice("trained", "start"),
+    "generate.principled": _flag,
+    "generate.data": _optional_source,
+    "generate.split": _text,
+    "generate.max_queries": _whole(0),
+    "generate.samples": _whole(1),
+    "generate.second_reward": _optional_reward,
+    "generate.second_kwargs": _free,
+    "compare.baseline": _optional_text,
+    "compare.judge": _named(["reward", "endpoint", "model"], code=True),
+    "compare.judge_kwargs": _free,
+    "compare.judge_queries": _whole(0),
+    "compare.judge_samples": _whole(1),
+    "compare.examples": _whole(0),
     "mesh.data": _whole(1),
     "mesh.fsdp": _whole(1),
     "mesh.tensor": _whole(1),

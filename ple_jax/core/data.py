@@ -35,6 +35,11 @@ def load(config: Any, *, needs: str = "prompt") -> Data:
     return Data(queries, heldout.queries, {"train": train.bad + both, "heldout": heldout.bad})
 
 
+def load_heldout(config: Any) -> tasks.Task:
+    """The held-out records of a config alone."""
+    return _read(config, config.task.heldout, config.task.heldout_split, config.task.max_heldout, "prompt")
+
+
 def load_sft(config: Any) -> tasks.Task:
     """The records of the warm-up, config.sft.data, in the format of config.task."""
     return _read(config, config.sft.data, config.task.train_split, 0, "completion")

@@ -7,13 +7,13 @@ iteration that was being sampled.
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ple_jax import losses
-from ple_jax.core import data, rewards, tasks
+from ple_jax.core import costs, data, rewards, tasks
 from ple_jax.core import metrics as measure
 from ple_jax.core.batches import pack
 from ple_jax.core.rollouts import Journal, read
@@ -35,8 +35,8 @@ from ple_jax.core.sampling import (
 from ple_jax.core.sinks import truncate_jsonl
 from ple_jax.core.types import Batch, Outputs, Query, Response, Rollout, Slot, Tokenizer
 
-# iteration numbers of noise that is not an iteration's: every evaluation draws with the same
-HELDOUT, GENERATE = -1, -2
+# the number of noise that is no iteration's: every evaluation draws with the same (`generations.NOISE` is another)
+HELDOUT = -1
 _LEAK = 0.1  # share of trigrams above which principles are said to leak
 
 
@@ -54,24 +54,20 @@ def train(run: Run) -> dict[str, Any]:
     while state["iteration"] < config.iterations:
         iteration = state["iteration"]
         run.progress.iteration(iteration + 1)
-        rollouts, seconds = collect(run, iteration, float(schedule(iteration)), render)
+        before = {**state, "seconds": dict(state["seconds"])}
+        rollouts = collect(run, iteration, float(schedule(iteration)), render, state)
         values = summarise(rollouts, run.principles.text, run.tokenizer, config.sampling.max_new_tokens)
         statistics = rewards.statistics(raw_rewards(rollouts), config.reward.transform)
         values |= {f"transform_{name}": value for name, value in statistics.items()}
         warn_of_leak(run, values)
-        started = time.perf_counter()
         values |= update(run, rollouts, state)
-        seconds["update"] = time.perf_counter() - started
-        sampled = {slot.kind for slot in run.algorithm.collect(config) if slot.source == "policy"}
-        generated = sum(len(r.tokens) for rollout in rollouts for r in rollout.responses if r.kind in sampled)
-        values |= {f"seconds_{name}": s for name, s in seconds.items()}
-        if seconds["generate"]:  # and not read from the journal
-            values["generate_tokens_per_second"] = generated / seconds["generate"]
-        values["train_tokens_per_second"] = values["training_tokens"] / max(seconds["update"], 1e-9)
+        spent = {name: state["seconds"][name] - before["seconds"][name] for name in ("generate", "score", "prepare", "update")}
+        new = {name: state[name] - before[name] for name in ("generated_tokens", "training_tokens")}
+        if spent["generate"]:  # and not read from the journal
+            values["generate_tokens_per_second"] = new["generated_tokens"] / spent["generate"]
+        values["train_tokens_per_second"] = new["training_tokens"] / max(spent["update"], 1e-9)
         state["iteration"] += 1
-        state["generated_tokens"] += generated
-        state["training_tokens"] += values["training_tokens"]
-        state["metrics"] = {**values, "generated_tokens": generated}
+        state["metrics"] = {**values, **new, **{f"seconds_{name}": s for name, s in spent.items()}}
         commit(run, state)
         finish(run, state, render)
     return state
@@ -102,7 +98,8 @@ def warm_up(run: Run, state: dict[str, Any]) -> None:
             batch = pack(chosen, [(0,)] * len(chosen), prompt_multiple=run.config.sampling.bucket, response_len=longest)
             batch.data["normaliser"] = np.full(len(chosen), batch.response_mask.sum() / len(chosen), np.float32)
             run.backend.update(micro_batches(batch, run.config.optimizer.micro_queries), sft_loss, lr=sft.lr)
-            state["training_tokens"] += int(batch.response_mask.sum() + batch.prompt_mask.sum())
+            state["training_tokens"] += costs.tokens(batch)
+            state["flops"] += costs.update_flops(run.parameters, costs.tokens(batch))
             run.progress.advance(1)
     run.backend.freeze_reference()
 
@@ -113,22 +110,47 @@ def sft_loss(outputs: Outputs, batch: Batch) -> tuple[Any, dict[str, Any]]:
 
 
 def collect(
-    run: Run, iteration: int, tau: float, render: Callable[[Query, bool], Rendered]
-) -> tuple[list[Rollout], dict[str, float]]:
+    run: Run, iteration: int, tau: float, render: Callable[[Query, bool], Rendered], state: dict[str, Any]
+) -> list[Rollout]:
     """Algorithm 1, lines 1 to 5: the iteration's labelled rollouts, from the journal where it is complete."""
-    journal = Journal(run.workdir / "rollouts", iteration)
-    started = time.perf_counter()
-    rollouts = journal.read()
-    if rollouts is not None:
-        return rollouts, {"generate": 0.0}
-    config = run.config
+    config, journal = run.config, Journal(run.workdir / "rollouts", iteration)
+    slots = run.algorithm.collect(config)
     queries = tasks.draw(run.train, config.queries_per_iteration, seed=config.seed, iteration=iteration)
-    rollouts = sample(run, queries, run.algorithm.collect(config), journal, iteration, render)
-    sampled = time.perf_counter()
-    kept = transformed(quarantine(run, score(run, rollouts), f"iter_{iteration:04d}"), config.reward.transform)
-    journal.complete(run.algorithm.label(kept, tau, iteration, config))
-    # training reads what is on disk, here as after a resume
-    return read(journal.path), {"generate": sampled - started, "score": time.perf_counter() - sampled}
+    if (rollouts := journal.read()) is None:
+        with costs.timed(state, "generate"):
+            sampled = sample(run, queries, slots, journal, iteration, render)
+        with costs.timed(state, "score"):
+            kept = transformed(quarantine(run, score(run, sampled), f"iter_{iteration:04d}"), config.reward.transform)
+        journal.complete(run.algorithm.label(kept, tau, iteration, config))
+        # training reads what is on disk, here as after a resume
+        rollouts = read(journal.path)
+    count(run, rollouts, [slot for slot in slots if slot.source == "policy"], render, state)
+    return rollouts
+
+
+def count(
+    run: Run,
+    rollouts: Sequence[Rollout],
+    slots: Sequence[Slot],
+    render: Callable[[Query, bool], Rendered],
+    state: dict[str, Any],
+) -> None:
+    """Adds what an iteration's sampling and scoring cost to the state; what the principles add to prompts is counted apart.
+
+    Of quarantined queries only the reward calls are missing.
+    """
+    kinds, queries = {slot.kind for slot in slots}, {query.id: query for query in run.train}
+    state["queries"] += len(rollouts)
+    for rollout in rollouts:
+        sampled = [len(r.tokens) for r in rollout.responses if r.kind in kinds]
+        plain = len(rollout.prompt_tokens) * len(slots)
+        guided = [render(queries[rollout.query_id], True).whole for slot in slots if slot.principled]
+        added = sum(map(len, guided)) - len(rollout.prompt_tokens) * len(guided)
+        state["generated_tokens"] += sum(sampled)
+        state["prompt_tokens"] += plain
+        state["principle_tokens"] += added
+        state["reward_calls"] += len(rollout.responses)
+        state["flops"] += costs.forward_flops(run.parameters, sum(sampled) + plain + added)
 
 
 # ---------------------------------------------------------------- training
@@ -138,33 +160,38 @@ def update(run: Run, rollouts: Sequence[Rollout], state: dict[str, Any]) -> dict
     """Algorithm 1, line 6: the iteration's optimiser steps, and diagnostics from before and after them."""
     config, optimizer = run.config, run.config.optimizer
     size = optimizer.batch_queries
-    diagnosed = optimiser_batch(run, rollouts[: config.eval.diagnostic_queries])
+    last = state["metrics"]
+    diagnosed = optimiser_batch(run, rollouts[: config.eval.diagnostic_queries], last)
     before = diagnose(run, diagnosed, with_loss=True)
     # where queries were quarantined, batches differ by one at most: none weighs much more than another
     steps = -(-len(rollouts) // size)
     groups = [[rollouts[i] for i in some] for some in np.array_split(np.arange(len(rollouts)), steps)]
     run.progress.phase("prepare", len(groups))
     batches = []
-    for group in groups:  # before the first step: what a loss compares with is of the policy that sampled
-        run.stop.check()
-        batches.append(optimiser_batch(run, group))
-        run.progress.advance(1)
+    with costs.timed(state, "prepare"):
+        for group in groups:  # before the first step: what a loss compares with is of the policy that sampled
+            run.stop.check()
+            batches.append(optimiser_batch(run, group, last))
+            compared = sum(name.endswith("_logprobs") for name in batches[-1].data)
+            state["flops"] += costs.forward_flops(run.parameters, compared * costs.tokens(batches[-1]))
+            run.progress.advance(1)
     run.progress.phase("update", len(groups) * optimizer.epochs)
     collected: list[dict[str, float]] = []
-    tokens = 0
-    for epoch in range(optimizer.epochs):
-        # the first pass takes the queries as drawn, which is already a random order
-        order = np.random.default_rng([config.seed, state["iteration"], epoch]).permutation(len(groups))
-        for index in order if epoch else range(len(groups)):
-            run.stop.check()
-            batch = batches[index]
-            lr = optimizer.lr * min(1.0, (state["step"] + 1) / max(1, optimizer.warmup_steps))
-            values = run.backend.update(micro_batches(batch, optimizer.micro_queries), run.loss, lr=lr)
-            collected.append({**check_finite(values, state["step"], lr), "lr": lr})
-            state["step"] += 1
-            trained = int(batch.prompt_mask.sum() + batch.response_mask.sum())
-            tokens += trained
-            run.progress.advance(1, tokens=trained)
+    with costs.timed(state, "update"):
+        for epoch in range(optimizer.epochs):
+            # the first pass takes the queries as drawn, which is already a random order
+            order = np.random.default_rng([config.seed, state["iteration"], epoch]).permutation(len(groups))
+            for index in order if epoch else range(len(groups)):
+                run.stop.check()
+                batch = batches[index]
+                lr = optimizer.lr * min(1.0, (state["step"] + 1) / max(1, optimizer.warmup_steps))
+                values = run.backend.update(micro_batches(batch, optimizer.micro_queries), run.loss, lr=lr)
+                collected.append({**check_finite(values, state["step"], lr), "lr": lr})
+                state["step"] += 1
+                trained = costs.tokens(batch)
+                state["training_tokens"] += trained
+                state["flops"] += costs.update_flops(run.parameters, trained)
+                run.progress.advance(1, tokens=trained)
     after = diagnose(run, diagnosed, with_loss=True)
     means = {name: float(np.mean([m[name] for m in collected])) for name in collected[0]}
     # the policy that sampled these responses is the one before the update; log-probabilities are compared over iterations
@@ -173,16 +200,16 @@ def update(run: Run, rollouts: Sequence[Rollout], state: dict[str, Any]) -> dict
     if "hinge_active" in before:
         means.pop("hinge_active")
         named |= {"hinge_active_before": before["hinge_active"], "hinge_active_after": after["hinge_active"]}
-    return {**means, **named, "lr": collected[-1]["lr"], "training_tokens": tokens}
+    return {**means, **named, "lr": collected[-1]["lr"]}
 
 
-def optimiser_batch(run: Run, rollouts: Sequence[Rollout]) -> Batch:
+def optimiser_batch(run: Run, rollouts: Sequence[Rollout], last: Mapping[str, float]) -> Batch:
     """The algorithm's batch of these rollouts, with what its loss compares with, of the policy as it is now."""
     batch, algorithm = run.algorithm.batch(rollouts, run.config), run.algorithm
     if hasattr(algorithm, "needs_teacher") and algorithm.needs_teacher(run.config):
         teacher = run.backend.logprobs(after_principles(run, batch, [rollout.query_id for rollout in rollouts]))
         batch.data["teacher_logprobs"] = teacher.logprobs
-    return prepared(run, batch)
+    return prepared(run, batch, last)
 
 
 def diagnose(run: Run, batch: Batch, *, with_loss: bool) -> dict[str, float]:
@@ -287,7 +314,7 @@ def finish(run: Run, state: dict[str, Any], render: Callable[[Query, bool], Rend
     iteration, config = state["iteration"], run.config
     if iteration in logged(run.workdir / "metrics.jsonl"):
         return
-    values = dict(state["metrics"])
+    values = {**state["metrics"], **costs.totals(state)}
     if iteration % config.eval.every == 0 or iteration == config.iterations:
         started = time.perf_counter()
         rollouts, _ = evaluate(run, iteration, render)
@@ -300,6 +327,7 @@ def finish(run: Run, state: dict[str, Any], render: Callable[[Query, bool], Rend
         policy = diagnose(run, pack(few, picks[: len(few)], **shape), with_loss=False)
         values |= {f"heldout_{name}": value for name, value in policy.items()}
         values["seconds_evaluate"] = time.perf_counter() - started
+        state["seconds"]["evaluate"] += values["seconds_evaluate"]
     for sink in run.sinks:
         sink(values, iteration)
     run.progress.metrics(values)
@@ -321,6 +349,7 @@ def summary(run: Run, backend: str, state: dict[str, Any]) -> dict[str, Any]:
     )
     return {
         "algorithm": config.algorithm,
+        "trainer": config.trainer,
         "backend": backend,
         "seed": config.seed,
         "heldout_reward_before": float(before.mean()),
@@ -328,9 +357,9 @@ def summary(run: Run, backend: str, state: dict[str, Any]) -> dict[str, Any]:
         "heldout_gain_ci95": list(measure.bootstrap_ci(after - before, seed=config.seed)),
         "heldout_queries": len(before),
         "iterations": config.iterations,
-        "generated_tokens": state["generated_tokens"],
+        **{name: state[name] for name in costs.COUNTERS},
         "evaluation_tokens": evaluated,
-        "training_tokens": state["training_tokens"],
+        "seconds": state["seconds"],
         "wall_seconds": state["wall_seconds"] + run.clock.lap(),
         "peak_memory_bytes": max(state["peak_memory_bytes"], peak_memory()),
     }

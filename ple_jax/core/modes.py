@@ -5,26 +5,31 @@ import functools
 import importlib
 import io
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ple_jax.core import card, exporting, loop, offline, peft, report, sampling
+from ple_jax.core import card, exporting, generations, loop, offline, peft, report, sampling
+from ple_jax.core import metrics as measure
 from ple_jax.core import chat as chatting
 from ple_jax.core import plan as planning
 from ple_jax.core import workdir as files
 from ple_jax.core.config import BACKENDS, TOPOLOGIES, UserError
-from ple_jax.core.rollouts import Journal
 from ple_jax.core.run import Run
 from ple_jax.core.setup import has_head, is_offline, load_algorithm, open_run, read_inputs, resolved
-from ple_jax.core.types import Response, Sampling
+from ple_jax.core.types import Sampling
+
+_SHOWN = 8  # queries of which --mode=generate prints the responses
 
 
 def train(config: Any, workdir: Path, backend: str) -> int:
     """Runs Algorithm 1 (or an offline algorithm's epochs) to its end, or goes on where it stood."""
+    own = config.trainer == "own"
+    if not own:
+        importlib.import_module("torch_ascend.baselines").check(config)
     with files.lock(workdir):
         inputs = read_inputs(config, backend)
         files.check(workdir, resolved(config, backend, inputs.digests))
@@ -36,7 +41,7 @@ def train(config: Any, workdir: Path, backend: str) -> int:
         kind = offline if is_offline(inputs.algorithm) else loop
         with open_run(config, workdir, backend, inputs) as run:
             files.write_json(workdir / "environment.json", run.backend.environment())
-            state = kind.train(run)
+            state = kind.train(run) if own else importlib.import_module("torch_ascend.baselines").train(run)
             summary = kind.summary(run, backend, state)
             exporting.write_adapter(run, state["iteration"], summary)
         head = has_head(inputs.algorithm)
@@ -73,14 +78,15 @@ def _restore(run: Run) -> dict[str, Any]:
 
 
 @contextmanager
-def _on_run(config: Any, workdir: Path, backend: str) -> Iterator[tuple[Run, dict[str, Any]]]:
-    if not (workdir / "config.json").exists():
+def _on_run(config: Any, workdir: Path, backend: str, *, trained: bool = True) -> Iterator[tuple[Run, dict[str, Any]]]:
+    """A run at its newest checkpoint; or, not `trained`, at its start, which needs none."""
+    if trained and not (workdir / "config.json").exists():
         raise UserError(f"--workdir={workdir} holds no run; train one first: --mode=train")
     with files.lock(workdir):
         inputs = read_inputs(config, backend)
         files.check(workdir, resolved(config, backend, inputs.digests))
         with open_run(config, workdir, backend, inputs) as run:
-            yield run, _restore(run)
+            yield run, _restore(run) if trained else {}
 
 
 def _check_samples(config: Any, mode: str) -> None:
@@ -108,27 +114,33 @@ def evaluate(config: Any, workdir: Path, backend: str) -> int:
 
 
 def generate(config: Any, workdir: Path, backend: str) -> int:
-    """Prints responses of the newest checkpoint to the held-out queries, plain and principled, and keeps them."""
+    """Keeps several responses of a model to a fixed set of queries, for --mode=compare, and prints the first of them.
+
+    The model is the newest checkpoint of the run, or what it starts from; see config.generate.
+    """
     _check_samples(config, "generate")
-    with _on_run(config, workdir, backend) as (run, state):
-        path = workdir / "responses" / f"iter_{state['iteration']:04d}.jsonl"
-        journal = Journal(path.parent, state["iteration"])
-        if (rollouts := journal.read()) is None:
-            slots = run.algorithm.collect(config)
-            rollouts = sampling.score(
-                run, sampling.sample(run, run.heldout, slots, journal, loop.GENERATE, sampling.renderer(run))
-            )
-            journal.complete(rollouts)
-    for rollout in rollouts:
+    trained = config.generate.policy == "trained"
+    queries, second = generations.evaluation_set(config), generations.second_reward(config, backend)
+    with _on_run(config, workdir, backend, trained=trained) as (run, state):
+        path = generations.write(run, queries, second, backend=backend, iteration=state["iteration"] if trained else 0)
+    found = generations.read(path.parent, int(path.stem[5:]))
+    for rollout in found.rollouts[:_SHOWN]:
         print(f"\n{rollout.query_id}  {rollout.prompt}")
         for r in rollout.responses:
-            print(f"  {_label(r)}  {r.text!r}")
-    print(f"\nkept in {path}")
+            print(f"  {r.reward:+.3f}  {r.text!r}")
+    print()
+    for name, value in measure.describe(found).items():
+        print(f"{name:<22} {value:.4g}")
+    print(f"\n{len(found.rollouts)} queries x {config.generate.samples} responses, kept in {path}")
     return 0
 
 
-def _label(response: Response) -> str:
-    return f"{response.kind:<11}{response.reward:+.3f}"
+def compare(config: Any, workdir: Path, backend: str, runs: Sequence[str]) -> int:
+    """Compares the responses of several runs: tables, tests, win rates, and one page."""
+    with files.lock(workdir):
+        page = importlib.import_module("ple_jax.core.compare").run(runs, workdir, config=config, backend=backend)
+    print(f"page: {page}")
+    return 0
 
 
 def export(config: Any, workdir: Path, backend: str) -> int:

@@ -61,7 +61,7 @@ def train(run: Run) -> dict[str, Any]:
         collected = []
         for step in range(begin, end):
             run.stop.check()
-            batch = prepared(run, run.algorithm.batch(steps[step]))
+            batch = prepared(run, run.algorithm.batch(steps[step]), state["metrics"])
             lr = optimizer.lr * min(1.0, (step + 1) / max(1, optimizer.warmup_steps))
             values = run.backend.update(micro_batches(batch, optimizer.micro_queries), run.loss, lr=lr)
             collected.append({**check_finite(values, step, lr), "lr": lr})

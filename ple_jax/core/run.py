@@ -4,14 +4,14 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ple_jax.core import tasks
+from ple_jax.core import costs, tasks
 from ple_jax.core.config import UserError
 from ple_jax.core.interrupt import Stop
 from ple_jax.core.principles import Principles
@@ -33,6 +33,7 @@ class Run(NamedTuple):
     base_model: str
     context: int  # tokens that the model was trained to see at once
     transposed: bool  # its linear weights are [in, out], which PEFT wants to know
+    parameters: int  # of the base
     algorithm: ModuleType
     loss: Loss
     reward: Reward
@@ -70,8 +71,7 @@ def restore(run: Run, *, fresh: Callable[[Run, dict[str, Any]], None] | None = N
         state = {
             "iteration": 0,
             "step": 0,
-            "generated_tokens": 0,
-            "training_tokens": 0,
+            **costs.fresh(),
             "wall_seconds": 0.0,
             "metrics": {},
         }
@@ -113,18 +113,22 @@ def micro_batches(batch: Batch, size: int) -> list[Batch]:
     return [part(i) for i in range(0, len(batch.prompt), size)]
 
 
-def prepared(run: Run, batch: Batch) -> Batch:
+def prepared(run: Run, batch: Batch, last: Mapping[str, float]) -> Batch:
     """The batch with what the algorithm's loss compares with, of the policy as it is now.
 
-    `reference_logprobs` where it `needs_reference`, `old_logprobs` where it `needs_old_logprobs` (optional), and what its
-    `prepare` (optional) makes of them: a batch and the config give a batch.
+    `reference_logprobs` where it `needs_reference`, `old_logprobs` where it `needs_old_logprobs` (optional), beside them
+    `old_values` where it trains a head of values, and what its `prepare` (optional) makes of them: a batch, the config and the
+    metrics of the iteration before (`last`, {} in the first) give a batch.
     """
     algorithm, config = run.algorithm, run.config
     if algorithm.needs_reference(config):
         batch.data["reference_logprobs"] = run.backend.logprobs(batch, reference=True).logprobs
     if hasattr(algorithm, "needs_old_logprobs") and algorithm.needs_old_logprobs(config):
-        batch.data["old_logprobs"] = run.backend.logprobs(batch).logprobs
-    return algorithm.prepare(batch, config) if hasattr(algorithm, "prepare") else batch
+        old = run.backend.logprobs(batch)
+        batch.data["old_logprobs"] = old.logprobs
+        if old.values is not None:
+            batch.data["old_values"] = old.values
+    return algorithm.prepare(batch, config, last) if hasattr(algorithm, "prepare") else batch
 
 
 def check_finite(values: dict[str, float], step: int, lr: float) -> dict[str, float]:

@@ -125,9 +125,9 @@ class Served:
         """Of `inner`: for a person who talks to a finished run, where no server need be there."""
         return self.inner.stream(prompt, uniforms, sampling=sampling, base=base)
 
-    def logprobs(self, batch: Batch, *, reference: bool = False) -> Outputs:
+    def logprobs(self, batch: Batch, *, reference: bool = False, base: bool = False) -> Outputs:
         self._rest()
-        return self.inner.logprobs(batch, reference=reference)
+        return self.inner.logprobs(batch, reference=reference, base=base)
 
     def scores(self, batch: Batch) -> Float32[np.ndarray, "query k"]:
         self._rest()

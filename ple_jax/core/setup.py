@@ -47,8 +47,13 @@ def is_offline(algorithm: ModuleType) -> bool:
 
 
 def has_head(algorithm: ModuleType) -> bool:
-    """Whether it trains a head beside the adapter: the result is a reward model."""
-    return is_offline(algorithm) and algorithm.HEAD
+    """Whether it trains a score head: the result is a reward model."""
+    return head_of(algorithm) == "score"
+
+
+def head_of(algorithm: ModuleType) -> str | None:
+    """The head that is trained beside the adapter, where it has a `HEAD`: "score", or PPO's "value"."""
+    return algorithm.HEAD if hasattr(algorithm, "HEAD") else None
 
 
 class Inputs(NamedTuple):
@@ -105,7 +110,8 @@ def _versions(reward: Reward) -> list[str]:
 def resolved(config: Any, backend: str, digests: Mapping[str, str]) -> dict[str, Any]:
     """What config.json holds: the backend, every key with a part in what a run computes, and the digests of the inputs."""
     keys = config.to_dict()
-    del keys["export"]
+    for mode in ("export", "generate", "compare"):
+        del keys[mode]
     del keys["model"]["revision"]  # the commit that it stands for is among the inputs
     # whether a server samples is a part of it, for its noise is another; where it is, is none
     keys["sampling"]["server"] = None if config.sampling.server is None else "vllm"
@@ -132,7 +138,7 @@ def open_run(config: Any, workdir: Path, backend: str, inputs: Inputs) -> Iterat
         progress.phase("load", 1)
         module = importlib.import_module(BACKENDS[backend])
         loaded = module.load(config)
-        built = module.build(config, loaded, head=has_head(algorithm))
+        built = module.build(config, loaded, head=head_of(algorithm))
         loaded = loaded._replace(weights={})  # the backend has its own: the host's copy may go
         progress.advance(1)
         for note in module.notes(built):
@@ -152,7 +158,7 @@ def open_run(config: Any, workdir: Path, backend: str, inputs: Inputs) -> Iterat
         outputs = sinks.make(names, workdir, config.to_dict())
         run = Run(
             config, workdir, built, loaded.tokenizer, loaded.eos, loaded.name, loaded.config.max_positions,
-            module.transposed(loaded), algorithm, loss, inputs.reward, cache, inputs.principles, found.train,
+            module.transposed(loaded), module.count(config, loaded)[0], algorithm, loss, inputs.reward, cache, inputs.principles, found.train,
             found.heldout, found.bad, outputs, progress, stop, Clock(),
         )  # fmt: skip
         yield run if is_offline(algorithm) else sampling.fitted(run)

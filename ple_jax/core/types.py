@@ -152,8 +152,11 @@ class Backend(Protocol):
         """The tokens of one response as they are sampled, EOS included; of the base without the adapter, if `base`."""
         ...
 
-    def logprobs(self, batch: Batch, *, reference: bool = False) -> Outputs:
-        """Log-probabilities and entropy of a batch, as numpy; of the policy or of the frozen reference."""
+    def logprobs(self, batch: Batch, *, reference: bool = False, base: bool = False) -> Outputs:
+        """Log-probabilities and entropy of a batch, as numpy; of the policy, the frozen reference, or the bare base.
+
+        With the values of the policy's head, where there is one.
+        """
         ...
 
     def scores(self, batch: Batch) -> Float32[np.ndarray, "query k"]:

@@ -116,12 +116,19 @@ def init(config: ModelConfig, lora: Lora, *, seed: int) -> Adapter:
     return adapter
 
 
-HEAD = "score"  # a linear head [hidden, 1] beside the adapter, trained whole: {HEAD: {"w": ...}}
+# linear heads [hidden, 1] beside the adapter, trained whole, {name: {"w": ...}}: a reward model's, and PPO's of values
+SCORE, VALUE = "score", "value"
 
 
-def init_head(config: ModelConfig) -> Adapter:
+def init_head(config: ModelConfig, name: str) -> Adapter:
     """A fresh head, on the host. Zeros: every response scores the same before the first step."""
-    return {HEAD: {"w": np.zeros((config.hidden_size, 1), np.float32)}}
+    return {name: {"w": np.zeros((config.hidden_size, 1), np.float32)}}
+
+
+def with_head(config: Any, adapter: Adapter, model: ModelConfig, name: str) -> Adapter:
+    """What is trained with a fresh head of that name: the adapter and the head, or, where the config says so, a score alone."""
+    alone = name == SCORE and config.reward_model.train == "head"
+    return ({} if alone else adapter) | init_head(model, name)
 
 
 def count(adapter: Adapter) -> int:
@@ -251,10 +258,14 @@ _PEFT = {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector
 
 
 def to_peft(adapter: Adapter) -> dict[str, np.ndarray]:
-    """PEFT's names and layout: lora_A [rank, in], lora_B [out, rank], lora_magnitude_vector [out], a head's [1, hidden]."""
+    """PEFT's names and layout: lora_A [rank, in], lora_B [out, rank], lora_magnitude_vector [out], a score head's [1, hidden].
+
+    A head of values is no part of the policy: it stays here.
+    """
     return {
         f"base_model.model.{path}.{_PEFT[kind]}": np.ascontiguousarray(np.asarray(array).T)
         for path, module in adapter.items()
+        if path != VALUE
         for kind, array in module.items()
     }
 

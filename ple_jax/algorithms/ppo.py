@@ -1,0 +1,134 @@
+"""PPO (arXiv:1707.06347) for language models (arXiv:1909.08593, arXiv:2203.02155): a token is an action, values are learned.
+
+`ppo.samples` plain responses of every query. A token's reward is -coefficient * (log-ratio to the reference), and the
+response's own reward comes at its last token; advantages by GAE from a head of values, which is trained beside the adapter, on
+the same hidden states; clipped objectives of both, so that an iteration's responses serve `optimizer.epochs` passes.
+Whitening is over an optimiser batch. The head starts at zero and is never exported.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from array_api_compat import array_namespace
+
+from ple_jax import losses
+from ple_jax.algorithms._parts import no_threshold as schedule
+from ple_jax.algorithms._parts import pack_all, plain_samples
+from ple_jax.core.advantages import adaptive_kl, gae, kl_penalised, missing_eos_penalty, whiten
+from ple_jax.core.types import Array, Batch, Loss, Outputs, Rollout, Slot
+
+__all__ = [
+    "HEAD", "batch", "collect", "label", "make_loss", "needs_old_logprobs", "needs_reference", "prepare", "schedule",
+]  # fmt: skip
+
+HEAD = "value"
+
+
+def collect(config: Any) -> tuple[Slot, ...]:
+    """`ppo.samples` plain responses."""
+    return plain_samples(config.ppo.samples)
+
+
+def label(rollouts: Sequence[Rollout], tau: float, iteration: int, config: Any) -> list[Rollout]:
+    """Nothing is decided: every response is learned from. Margin is best minus mean score."""
+    scores = [np.array([r.score for r in rollout.responses], np.float64) for rollout in rollouts]
+    return [
+        rollout._replace(margin=float(own.max() - own.mean()), decision="sampled")
+        for rollout, own in zip(rollouts, scores, strict=True)
+    ]
+
+
+def batch(rollouts: Sequence[Rollout], config: Any) -> Batch:
+    """One optimiser batch of all responses, k = ppo.samples.
+
+    Its data, float32: `scores` and `finished` [query, k], `valid` [query], and `normaliser` [query, k], the mean response
+    length of the batch in tokens.
+    """
+    packed = pack_all(rollouts, config)
+    lengths = packed.response_mask.sum(-1)
+    data = {
+        "scores": np.array([[r.score for r in rollout.responses] for rollout in rollouts], np.float32),
+        "finished": np.array([[r.finished for r in rollout.responses] for rollout in rollouts], np.float32),
+        "normaliser": np.full(lengths.shape, lengths.mean(), np.float32),
+    }
+    return packed._replace(data=packed.data | data)
+
+
+def needs_reference(config: Any) -> bool:
+    return True
+
+
+def needs_old_logprobs(config: Any) -> bool:
+    """True: data["old_logprobs"] and data["old_values"], of the policy before the iteration's first step."""
+    return True
+
+
+def prepare(batch: Batch, config: Any, last: Mapping[str, float]) -> Batch:
+    """Adds `advantages` and `returns` [query, k, response_len], and what the KL coefficient is and was measured at.
+
+    Args:
+      last: the metrics of the iteration before, from which an adaptive coefficient goes on; {} in the first one.
+    """
+    options, data, mask = config.ppo, batch.data, batch.response_mask
+    coefficient = _coefficient(config, last)
+    old, reference = data["old_logprobs"], data["reference_logprobs"]
+    score = missing_eos_penalty(data["scores"], data["finished"] > 0, penalty=options.missing_eos_penalty)
+    rewards = kl_penalised(score, old, reference, mask, coefficient=coefficient, estimator=options.kl_estimator)
+    if options.whiten_rewards:
+        rewards = whiten(rewards, mask, shift_mean=False)
+    advantages, returns = gae(data["old_values"], rewards, mask, gamma=options.gamma, lam=options.lam)
+    if options.whiten_advantages:
+        advantages = whiten(advantages, mask)
+    kl = losses.masked_sum(losses.kl_estimate(np.float64(old), np.float64(reference), kind="k1"), mask)
+    added = {
+        "advantages": advantages,
+        "returns": returns,
+        "kl_response": kl.astype(np.float32),
+        "kl_coefficient": np.full(len(kl), coefficient, np.float32),
+    }
+    return batch._replace(data=data | added)
+
+
+def _coefficient(config: Any, last: Mapping[str, float]) -> float:
+    options = config.ppo
+    if options.kl == "fixed" or not last:
+        return options.kl_coefficient
+    return adaptive_kl(
+        last["kl_coefficient"],
+        last["kl_response"],
+        config.queries_per_iteration * options.samples,
+        target=options.kl_target,
+        horizon=options.kl_horizon,
+    )
+
+
+def make_loss(config: Any) -> Loss:
+    """`losses.ppo` + ppo.value_weight * `losses.clipped_value`, each the mean over a query's responses.
+
+    Metrics, of tokens: `clipped`, the share whose ratio was; `value_loss`, `value_clipped`; of responses: `kl_response`, nats
+    to the reference when they were sampled (k1), and `kl_coefficient`.
+    """
+    options = config.ppo
+    clip, value_clip, weight = options.clip, options.value_clip, options.value_weight
+
+    def loss(outputs: Outputs, batch: Batch) -> tuple[Array, dict[str, Array]]:
+        data, mask = batch.data, batch.response_mask
+        policy, clipped = losses.ppo(
+            outputs.logprobs, data["old_logprobs"], data["advantages"], mask,
+            clip_low=clip, clip_high=clip, normaliser=data["normaliser"],
+        )  # fmt: skip
+        error, value_clipped = losses.clipped_value(
+            outputs.values, data["old_values"], data["returns"], mask, clip=value_clip
+        )
+        value = losses.masked_sum(error, mask) / data["normaliser"]
+        return (policy + weight * value).mean(-1), {
+            "policy_loss": policy.mean(-1),
+            "value_loss": value.mean(-1),
+            "clipped": clipped.mean(-1),
+            "value_clipped": losses.masked_mean(array_namespace(value).astype(value_clipped, value.dtype), mask).mean(-1),
+            "kl_response": data["kl_response"].mean(-1),
+            "kl_coefficient": data["kl_coefficient"],
+        }
+
+    return loss

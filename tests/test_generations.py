@@ -1,0 +1,187 @@
+"""--mode=generate: what is kept beside responses, and that it is the same for every backend."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ml_collections import FrozenConfigDict
+from test_baselines import config
+from test_torch_model import one_thread  # noqa: F401  (a fixture of the whole module)
+
+from ple_jax.core import generations, modes, setup
+from ple_jax.core.config import UserError
+from ple_jax.core.rollouts import read
+from torch_ascend import train
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    """Queries of which the second has no reference."""
+    file = tmp_path_factory.mktemp("data") / "test.jsonl"
+    rows = [("a", "say: ", " yes"), ("b", "one, two, ", ""), ("c", "hm ", " a longer answer than any that is sampled")]
+    file.write_text("".join(json.dumps({"id": i, "prompt": p, "completion": c}) + "\n" for i, p, c in rows))
+    return str(file)
+
+
+def settings(data: str, **options):
+    wanted = {"generate__samples": 3, "generate__second_reward": "length"} | options
+    return FrozenConfigDict(config("ple", iterations=1, generate__data=data, **wanted))
+
+
+SECOND = {"generate__second_kwargs": {"target": 1}}
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("runs") / "run"
+    assert modes.train(settings(data, **SECOND), path, "torch") == 0
+    return path
+
+
+def test_what_is_kept(data, trained, capsys):
+    c = settings(data, **SECOND)
+    assert modes.generate(c, trained, "torch") == 0
+    said = capsys.readouterr().out
+    found = generations.read(trained / "responses" / "trained")
+    assert [rollout.query_id for rollout in found.rollouts] == ["a", "b", "c"]
+    assert [[(r.kind, r.sample) for r in rollout.responses] for rollout in found.rollouts] == [
+        [("plain", 0), ("plain", 1), ("plain", 2)]
+    ] * 3
+    assert found.settings["algorithm"] == "ple" and found.settings["iteration"] == 1 and found.settings["samples"] == 3
+    assert found.settings["second_reward"] == "length" and found.settings["queries"] == 3
+    assert [line["reference"] for line in found.scores] == [" yes", "", " a longer answer than any that is sampled"]
+    # the reference with its EOS, whole, whatever sampling.max_new_tokens is: the tiny model's tokens are bytes
+    assert [line["reference_tokens"] for line in found.scores] == [5, 0, 42]
+    assert found.scores[1]["reference_logprob"] is None and found.scores[0]["reference_logprob"] < 0
+    assert "3 queries x 3 responses, kept in" in said and repr(found.rollouts[0].responses[0].text) in said
+    for rollout, line in zip(found.rollouts, found.scores, strict=True):
+        for r, second, logprob, base, kl in zip(
+            rollout.responses, line["second"], line["logprob"], line["base_logprob"], line["kl"], strict=True
+        ):
+            assert second == -abs(len(r.text.split()) - 1) and kl > 0
+            assert logprob < 0 and base < 0 and logprob != base
+    # finished work is neither done again nor changed
+    files = {path: path.read_bytes() for path in (trained / "responses" / "trained").iterdir()}
+    assert modes.generate(c, trained, "torch") == 0
+    assert files == {path: path.read_bytes() for path in (trained / "responses" / "trained").iterdir()}
+    # the config of a run does not say what is generated with it: other settings are refused by name
+    with pytest.raises(UserError, match=r"other settings \(samples\); delete that folder"):
+        modes.generate(settings(data, **SECOND | {"generate__samples": 2}), trained, "torch")
+
+
+def test_log_probabilities_and_kl_by_hand(data, trained):
+    """Each response alone, policy and base, and the sums written out."""
+    c = settings(data, **SECOND)
+    modes.generate(c, trained, "torch")
+    found = generations.read(trained / "responses" / "trained", 1)
+    inputs = setup.read_inputs(c, "torch")
+    with setup.open_run(c, trained, "torch", inputs) as run:
+        assert run.backend.restore(trained / "checkpoints") is not None
+        for rollout, line in zip(found.rollouts, found.scores, strict=True):
+            for k in range(3):
+                batch = generations._packed(run, [rollout], [(k,)], 8)
+                n = len(rollout.responses[k].tokens)
+                policy = run.backend.logprobs(batch).logprobs[0, 0, :n].astype(float)
+                base = run.backend.logprobs(batch, base=True).logprobs[0, 0, :n].astype(float)
+                assert line["logprob"][k] == pytest.approx(policy.sum(), rel=1e-5)
+                assert line["base_logprob"][k] == pytest.approx(base.sum(), rel=1e-5)
+                ratio = np.exp(base - policy)
+                assert line["kl"][k] == pytest.approx((ratio - 1 - np.log(ratio)).sum(), rel=1e-3)
+
+
+def test_the_start_needs_no_run(data, tmp_path):
+    found = {}
+    for principled in (False, True):
+        c = settings(data, **SECOND, generate__policy="start", generate__principled=principled)
+        assert modes.generate(c, tmp_path / "start", "torch") == 0
+        found[principled] = generations.read(generations.folder(tmp_path / "start", c))
+    plain, principled = found[False], found[True]
+    assert {path.name for path in (tmp_path / "start" / "responses").iterdir()} == {"start", "start_principled"}
+    assert plain.settings["policy"] == "start" and plain.settings["iteration"] == 0
+    # the policy is the base: no divergence, until the principles stand in its prompt
+    assert all(kl == pytest.approx(0, abs=1e-6) for line in plain.scores for kl in line["kl"])
+    assert all(
+        a == pytest.approx(b) for line in plain.scores for a, b in zip(line["logprob"], line["base_logprob"], strict=True)
+    )
+    assert all(kl > 1e-4 for line in principled.scores for kl in line["kl"])
+    assert {r.kind for rollout in principled.rollouts for r in rollout.responses} == {"principled"}
+    # what is scored, and kept as the prompt, is the plain one
+    assert [rollout.prompt_tokens for rollout in principled.rollouts] == [
+        rollout.prompt_tokens for rollout in plain.rollouts
+    ]
+
+
+def test_both_backends_keep_the_same(data, trained, tmp_path):
+    c = settings(data, **SECOND, generate__policy="start")
+    kept = []
+    for backend in ("jax", "torch"):
+        assert modes.generate(c, tmp_path / backend, backend) == 0
+        kept.append(generations.read(tmp_path / backend / "responses" / "start"))
+    assert kept[0].rollouts == kept[1].rollouts
+    for one, other in zip(kept[0].scores, kept[1].scores, strict=True):
+        for key in ("logprob", "base_logprob"):
+            assert one[key] == pytest.approx(other[key], rel=1e-4)
+        assert one["reference_logprob"] == (other["reference_logprob"] and pytest.approx(other["reference_logprob"], rel=1e-4))
+
+
+def test_the_same_queries_whatever_the_seed(data):
+    chosen = {
+        seed: [q.id for q in generations.evaluation_set(settings(data, seed=seed, generate__max_queries=2)).queries]
+        for seed in (0, 1, 2, 3)
+    }
+    assert len(chosen[0]) == 2 and all(ids == chosen[0] for ids in chosen.values())
+
+
+def test_a_stopped_one_goes_on(data, tmp_path, monkeypatch):
+    """What was sampled before a stop is there: nothing is sampled twice, and the result is the uninterrupted one."""
+    c = settings(data, **SECOND, generate__policy="start", sampling__width=2)
+    assert modes.generate(c, tmp_path / "whole", "torch") == 0
+    calls, whole = [], train.TorchBackend.generate
+
+    def dies(self, *arguments, **more):
+        calls.append(len(arguments[0]))
+        if len(calls) == 3:
+            raise UserError("the power is gone")
+        return whole(self, *arguments, **more)
+
+    monkeypatch.setattr(train.TorchBackend, "generate", dies)
+    with pytest.raises(UserError, match="the power is gone"):
+        modes.generate(c, tmp_path / "twice", "torch")
+    assert modes.generate(c, tmp_path / "twice", "torch") == 0
+    assert sum(calls) == 9 + calls[2]  # nine responses, and the chunk that failed
+    names = ("iter_0000.jsonl", "iter_0000.scores.jsonl", "iter_0000.json")
+    for name in names:
+        one, other = ((tmp_path / which / "responses" / "start" / name).read_text() for which in ("whole", "twice"))
+        assert one == other
+
+
+def test_queries_that_were_trained_on_are_told(trained, tmp_path, capsys):
+    shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("responses"))
+    c = settings("tiny_train", generate__max_queries=4, generate__second_reward=None)
+    assert modes.generate(c, tmp_path / "run", "torch") == 0
+    assert "warning: 4 of 4 queries are among those that were trained on" in capsys.readouterr().out
+    assert "second" not in generations.read(tmp_path / "run" / "responses" / "trained").scores[0]
+
+
+def test_mistakes(data, trained, tmp_path):
+    with pytest.raises(UserError, match="holds no run; train one first"):
+        modes.generate(settings(data), tmp_path / "nothing", "torch")
+    with pytest.raises(UserError, match=r"config.generate.second_kwargs \{'aim': 1\}"):
+        modes.generate(settings(data, generate__second_kwargs={"aim": 1}), trained, "torch")
+    with pytest.raises(UserError, match="holds no responses; --mode=generate"):
+        generations.read(tmp_path)
+    folder = tmp_path / "responses"
+    shutil.copytree(trained / "responses" / "trained", folder)
+    with pytest.raises(UserError, match="holds no responses of iteration 7"):
+        generations.read(folder, 7)
+    scores = folder / "iter_0001.scores.jsonl"
+    lines = scores.read_text().splitlines(keepends=True)
+    scores.write_text("".join(reversed(lines)))
+    with pytest.raises(UserError, match="are of other queries; delete both"):
+        generations.read(folder)
+    scores.write_text(lines[0][:-20])
+    with pytest.raises(UserError, match="is damaged"):
+        generations.read(folder)
+    assert read(folder / "iter_0001.jsonl")

@@ -16,6 +16,7 @@ _MODULES = {
     "prompts": "ple_jax.core.prompts",
     "rewards": "ple_jax.core.rewards",
     "rollouts": "ple_jax.core.rollouts",
+    "statistics": "ple_jax.core.statistics",
     "threshold": "ple_jax.core.threshold",
     "types": "ple_jax.core.types",
     # JAX

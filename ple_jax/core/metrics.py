@@ -1,32 +1,296 @@
-"""Measures of responses, and intervals. numpy, for every backend."""
+"""Measures of responses. numpy, for every backend; BLEU and ROUGE by their own libraries, imported when they are asked for.
 
-from collections.abc import Sequence
+All of them read what is written in a work directory, never weights. Words are those of `words`, for every measure but
+BLEU, which has its own.
+"""
+
+import functools
+import math
+import re
+import unicodedata
+from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ple_jax.core.config import UserError
+from ple_jax.core.statistics import bootstrap_ci as bootstrap_ci
 
-def ngrams(tokens: Sequence[int], n: int) -> list[tuple[int, ...]]:
+if TYPE_CHECKING:
+    from ple_jax.core.generations import Generated
+
+# letters of scripts without spaces between words: Han with its numerals and marks of repetition, hiragana and katakana
+_UNSPACED = re.compile(
+    "[\u3005-\u3007\u3041-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]"
+)
+
+_BEGINNING = 200  # characters in which a refusal is looked for
+_CANNOT = r"(?:i can't|i cannot|i can not|i won't|i will not|(?:i am|i'm) (?:unable|not able|not allowed) to)(?: \w+ly)?"
+_REFUSALS = (
+    rf"(?:sorry|apologi[sz]e|afraid)(?: but| that)* {_CANNOT}",
+    rf"{_CANNOT} (?:help (?:you|with)|assist|answer|comply|fulfill?|provide|support|create|generate|produce|do that)",
+    rf"{_CANNOT} (?:engage in|participate in|continue with)",
+    r"i (?:must|have to) (?:respectfully )?(?:decline|refuse)",
+    r"as an? (?:ai|artificial intelligence|(?:ai |large )?language model)(?: language model| assistant| model)?",
+    r"i(?:'m| am) (?:just |only )?an? (?:ai|(?:ai |large )?language model)",
+    r"against my (?:programming|guidelines)",
+)
+_REFUSAL = re.compile(rf"\b(?:{'|'.join(_REFUSALS)})\b")
+
+
+# ---------------------------------------------------------------- words
+
+
+def words(text: str) -> list[str]:
+    """The words of a text, lower-cased: letters and digits of any script with the marks on them, and apostrophes inside.
+
+    Everything else parts words: spaces, punctuation, underscores, hyphens, emoji. Of scripts without spaces every character
+    of Chinese and Japanese is a word; Thai, Lao and Khmer are left as they are written. Equivalent spellings of a letter
+    (composed or not, NFC) and of the apostrophe are one.
+
+    >>> words("Don’t stop: 2 cafe\\u0301s, 東京!")
+    ["don't", 'stop', '2', 'cafés', '東', '京']
+    """
+    text = unicodedata.normalize("NFC", text.lower()).replace("’", "'")
+    return _word().findall(_UNSPACED.sub(r" \g<0> ", text))
+
+
+@functools.cache
+def _word() -> re.Pattern[str]:
+    marks = "".join(c for c in map(chr, range(0x110000)) if unicodedata.category(c).startswith("M"))  # \w has none of them
+    run = rf"(?:[^\W_]++[{marks}]*+)++"
+    return re.compile(f"{run}(?:'{run})*+")
+
+
+# ---------------------------------------------------------------- diversity
+
+
+def ngrams(tokens: Sequence[Hashable], n: int) -> list[tuple[Hashable, ...]]:
     return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
 
 
-def distinct_n(responses: Sequence[Sequence[int]], n: int) -> float:
-    """Distinct n-grams of all responses over their number (Li et al., arXiv:1510.03055); 0 where there is none."""
+def distinct_n(responses: Sequence[Sequence[Hashable]], n: int) -> float:
+    """Distinct n-grams of all responses over their number (Li et al., arXiv:1510.03055); 0 where there is none.
+
+    It falls with the amount of text: compare equal numbers of responses of about equal length.
+    """
     everything = [gram for tokens in responses for gram in ngrams(tokens, n)]
     return len(set(everything)) / max(len(everything), 1)
 
 
-def ngram_overlap(tokens: Sequence[int], reference: Sequence[int], n: int) -> float:
+def msttr(texts: Sequence[str], *, segment: int = 50) -> float:
+    """Mean segmental type-token ratio (Johnson 1944): distinct words over words, mean over segments of `segment` words.
+
+    The words of all texts, one after the other, are cut into segments, and the incomplete rest is dropped. So it does not
+    fall with the amount of text, as Distinct-1 does, but it depends on the order of the texts, and texts that begin
+    alike count as more diverse the longer they are.
+
+    Returns:
+      Where there is no whole segment the ratio of what there is, which is higher the less there is; nan without a word.
+    """
+    everything = [word for text in texts for word in words(text)]
+    if not everything:
+        return math.nan
+    ends = range(segment, len(everything) + 1, segment)
+    segments = [everything[end - segment : end] for end in ends] or [everything]
+    return float(np.mean([len(set(some)) / len(some) for some in segments]))
+
+
+def repetition(texts: Sequence[str], n: int = 4) -> float:
+    """Share of a text's n-grams of words that are repeats of others in it, mean over texts (seq-rep-n, arXiv:1908.04319).
+
+    Texts of fewer than n words have 0. nan without a text.
+    """
+    grams = [ngrams(words(text), n) for text in texts]
+    return _mean([1 - len(set(some)) / len(some) if some else 0.0 for some in grams])
+
+
+# ---------------------------------------------------------------- beside a reference
+
+
+def ngram_overlap(tokens: Sequence[Hashable], reference: Sequence[Hashable], n: int) -> float:
     """The share of a response's n-grams that occur in `reference`; 0 where it has none."""
     known, grams = set(ngrams(reference, n)), ngrams(tokens, n)
     return sum(gram in known for gram in grams) / max(len(grams), 1)
 
 
-def bootstrap_ci(
-    values: Sequence[float] | np.ndarray, *, seed: int, resamples: int = 10_000, level: float = 0.95
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean (Efron 1979). For paired data give the differences."""
-    values = np.asarray(values, np.float64)
-    rng = np.random.default_rng(seed)
-    means = values[rng.integers(0, len(values), (resamples, len(values)))].mean(1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+def bleu(responses: Sequence[str], references: Sequence[str], *, tokenize: str = "13a") -> float:
+    """sacrebleu's corpus BLEU, 0 to 100, of the responses that have a reference; nan where none has.
+
+    With its defaults (case counts, tokenizer 13a, exponential smoothing), as papers report it. Where all responses together
+    have no four words in a row it is 0, even of texts that equal their references, and 13a takes a Chinese or Japanese
+    clause for one word: there use tokenize="zh" or "char".
+
+    Args:
+      responses, references: pairs; a blank reference is none.
+      tokenize: sacrebleu's name of a tokenizer.
+
+    Raises:
+      UserError: sacrebleu is not installed.
+
+    References: Post (2018), arXiv:1804.08771.
+    """
+    pairs = _with_reference(responses, references)
+    if not pairs:
+        return math.nan
+    try:
+        from sacrebleu.metrics import BLEU
+    except ImportError as error:
+        raise UserError("BLEU needs the package sacrebleu: run `pip install 'ple_jax[eval]'`") from error
+    # force: no warning where many responses end in " .", which does not change the value
+    score = BLEU(tokenize=tokenize, force=True).corpus_score([r for r, _ in pairs], [[reference for _, reference in pairs]])
+    return float(score.score)
+
+
+def rouge(responses: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """rouge_score's rouge1, rouge2 and rougeL, F1 from 0 to 1 with Porter's stemmer, mean over responses with a reference.
+
+    Of ASCII text these are the library's own values. Its tokenizer drops every other letter ("café" is "caf", a Russian
+    text is empty), so it is given `words` instead, parted at apostrophes as it does, of which it stems the ASCII ones.
+
+    Args:
+      responses, references: pairs; a blank reference is none. A response without a word has 0.
+
+    Returns:
+      nan of each where there is no reference.
+
+    Raises:
+      UserError: rouge_score is not installed.
+
+    References: Lin (2004), ROUGE: a package for automatic evaluation of summaries.
+    """
+    kinds = ("rouge1", "rouge2", "rougeL")
+    pairs = _with_reference(responses, references)
+    if not pairs:
+        return dict.fromkeys(kinds, math.nan)
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise UserError("ROUGE needs the package rouge_score: run `pip install 'ple_jax[eval]'`") from error
+    scorer = RougeScorer(kinds, tokenizer=_RougeWords())
+    scores = [scorer.score(reference, response) for response, reference in pairs]
+    return {kind: _mean([score[kind].fmeasure for score in scores]) for kind in kinds}
+
+
+class _RougeWords:
+    def __init__(self) -> None:
+        from rouge_score.tokenizers import DefaultTokenizer
+
+        self.ascii = functools.cache(DefaultTokenizer(use_stemmer=True).tokenize)  # stemming is slow, and words come again
+
+    def tokenize(self, text: str) -> list[str]:
+        parts = [part for word in words(text) for part in word.split("'")]
+        return [stem for part in parts for stem in (self.ascii(part) if part.isascii() else [part])]
+
+
+def _with_reference(responses: Sequence[str], references: Sequence[str]) -> list[tuple[str, str]]:
+    return [pair for pair in zip(responses, references, strict=True) if pair[1].strip()]
+
+
+# ---------------------------------------------------------------- refusals, perplexity
+
+
+def is_refusal(text: str) -> bool:
+    """Whether an answer begins as English refusals do: one of the phrases of `_REFUSALS` in its first 200 characters.
+
+    A count of phrases, as is usual: it misses refusals in other words or languages, and takes an answer that says "as
+    an AI" before it helps for one. "I'm sorry to hear that" and "I can't wait" are none.
+    """
+    return _REFUSAL.search(" ".join(words(text[:_BEGINNING]))) is not None
+
+
+def refusal_rate(texts: Sequence[str]) -> float:
+    """The share of `is_refusal`; nan without a text."""
+    return _mean([is_refusal(text) for text in texts])
+
+
+def perplexity(logprob_sums: Sequence[float | None] | np.ndarray, token_counts: Sequence[int] | np.ndarray) -> float:
+    """exp(-sum of log-probabilities / number of tokens), over all texts together.
+
+    Args:
+      logprob_sums: of each text's tokens, nats; where it is None or nan the text is left out.
+      token_counts: of each text.
+
+    Returns:
+      nan where there is no token.
+    """
+    sums, counts = _floats(logprob_sums), _floats(token_counts)
+    known = ~np.isnan(sums)
+    if not counts[known].sum():
+        return math.nan
+    with np.errstate(over="ignore"):  # inf is the answer
+        return float(np.exp(-sums[known].sum() / counts[known].sum()))
+
+
+# ---------------------------------------------------------------- all of them
+
+
+def describe(generated: "Generated") -> dict[str, float]:
+    """Every measure of one set of responses: what --mode=compare tabulates for one seed of one method.
+
+    | key | of |
+    |---|---|
+    | reward, reward_second | mean of the finite rewards: the one trained on, and the one held out |
+    | bad_reward | share of responses without a finite reward |
+    | perplexity, perplexity_references | of responses and of references under the base model and the plain prompt |
+    | kl, kl_token | KL(policy, base), nats, mean per response and per token |
+    | length, length_words | mean tokens (with an EOS that was sampled) and words of a response |
+    | distinct_1, distinct_2, distinct_3, msttr | diversity in words, of all responses together |
+    | bleu, rouge1, rouge2, rougeL | beside the references; every response of a query has the same one |
+    | repetition, refusal, empty, truncated | shares; truncated: not finished, and as long as max_new_tokens |
+
+    Distinct-n falls with the number of words, and MSTTR is of so few where there is no whole segment that it says little:
+    compare them at equal numbers of responses and about equal lengths. A key whose inputs are absent (no second reward, no
+    reference ...) is left out.
+
+    Raises:
+      UserError: there are references, and sacrebleu or rouge_score is not installed.
+    """
+    rollouts, scores = generated.rollouts, generated.scores
+    responses = [response for rollout in rollouts for response in rollout.responses]
+    texts, said = [r.text for r in responses], [words(r.text) for r in responses]
+    tokens = np.array([len(r.tokens) for r in responses])
+    reward = np.array([r.reward for r in responses])
+    limit = generated.settings["max_new_tokens"]
+
+    def per_response(key: str) -> np.ndarray:
+        absent = [[None] * len(rollout.responses) for rollout in rollouts]
+        return _floats([x for line, none in zip(scores, absent, strict=True) for x in line.get(key, none)])
+
+    def per_query(key: str) -> np.ndarray:
+        return _floats([line.get(key) for line in scores])
+
+    references = [line.get("reference", "") for line, r in zip(scores, rollouts, strict=True) for _ in r.responses]
+    kl = per_response("kl")
+    measured = np.isfinite(kl)
+    found = {
+        "reward": _mean(reward),
+        "reward_second": _mean(per_response("second")),
+        "perplexity": perplexity(per_response("base_logprob"), tokens),
+        "perplexity_references": perplexity(per_query("reference_logprob"), per_query("reference_tokens")),
+        "kl": _mean(kl),
+        "kl_token": float(kl[measured].sum() / tokens[measured].sum()) if tokens[measured].any() else math.nan,
+        "length": _mean(tokens),
+        "length_words": _mean([len(some) for some in said]),
+        **{f"distinct_{n}": distinct_n(said, n) for n in (1, 2, 3)},
+        "msttr": msttr(texts),
+        "bleu": bleu(texts, references),
+        **rouge(texts, references),
+        "repetition": repetition(texts),
+        "refusal": refusal_rate(texts),
+        "empty": _mean([not text.strip() for text in texts]),
+        "truncated": _mean([not r.finished and len(r.tokens) >= limit for r in responses]),
+        "bad_reward": _mean(~np.isfinite(reward)),
+    }
+    return {key: value for key, value in found.items() if not math.isnan(value)}
+
+
+def _floats(values: Sequence[Any] | np.ndarray) -> np.ndarray:
+    return np.asarray(values, np.float64)  # None becomes nan
+
+
+def _mean(values: Sequence[float] | np.ndarray) -> float:
+    """Of the finite ones; nan without one."""
+    known = _floats(values)
+    known = known[np.isfinite(known)]
+    return float(known.mean()) if len(known) else math.nan

@@ -1,0 +1,76 @@
+"""What a run says that it cost, against its own files."""
+
+import json
+from pathlib import Path
+
+import pytest
+from ml_collections import FrozenConfigDict
+from test_baselines import config
+from test_torch_model import one_thread  # noqa: F401  (a fixture of the whole module)
+
+from ple_jax.core import costs, modes, principles
+from ple_jax.core.rollouts import read
+from ple_jax.models.checkpoint import load
+
+PARAMETERS = 26_848  # of the tiny model; its tokens are the bytes of a text
+
+
+@pytest.fixture(scope="module", params=["ple", "grpo"])
+def finished(request, tmp_path_factory) -> tuple[str, Path]:
+    path = tmp_path_factory.mktemp(request.param)
+    c = config(request.param, iterations=2, grpo__samples=3, grpo__beta=0.1)
+    c.optimizer.epochs = 2
+    assert modes.train(FrozenConfigDict(c), path, "torch") == 0
+    return request.param, path
+
+
+def test_counters_are_those_of_the_files(finished):
+    algorithm, path = finished
+    said = json.loads((path / "summary.json").read_text())
+    rollouts = [rollout for i in range(2) for rollout in read(path / "rollouts" / f"iter_{i:04d}.jsonl")]
+    responses = [r for rollout in rollouts for r in rollout.responses]
+    kinds = {"ple": 2, "grpo": 3}[algorithm]
+    assert len(rollouts) == 16 and len(responses) == 16 * kinds
+    generated = sum(len(r.tokens) for r in responses)
+    prompts = kinds * sum(len(rollout.prompt.encode()) for rollout in rollouts)
+    # the principles and what joins them to a query stand before it, of one response in two
+    loaded = load("tiny")
+    text = principles.load("positive_review").text
+    guided = len(loaded.tokenizer.encode(text, add_special_tokens=False))
+    assert said["queries"] == 16 and said["reward_calls"] == 16 * kinds
+    assert said["generated_tokens"] == generated and said["prompt_tokens"] == prompts
+    if algorithm == "ple":
+        assert 16 * guided <= said["principle_tokens"] <= 16 * (guided + 4)
+    else:
+        assert said["principle_tokens"] == 0
+    # two passes over every prompt once and all its responses
+    trained = 2 * (sum(len(rollout.prompt.encode()) for rollout in rollouts) + generated)
+    assert said["training_tokens"] == trained
+    compared = {"ple": 0, "grpo": 2}[algorithm] * trained / 2  # of the reference and of the policy before
+    forward = generated + prompts + said["principle_tokens"] + compared + 2 * trained
+    assert said["flops"] == 2 * PARAMETERS * forward
+
+
+def test_curves_have_what_they_are_drawn_against(finished):
+    _, path = finished
+    said = json.loads((path / "summary.json").read_text())
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    for name in ("queries", "generated_tokens", "training_tokens", "reward_calls"):
+        totals = [line[f"total_{name}"] for line in lines]
+        assert totals[0] == 0 < totals[1] < totals[2] == said[name]
+    seconds = [line["total_seconds"] for line in lines]
+    assert seconds[0] == 0 < seconds[1] < seconds[2]
+    spent = said["seconds"]
+    assert set(spent) == {"generate", "score", "prepare", "update", "evaluate"} and all(s > 0 for s in spent.values())
+    assert seconds[2] == pytest.approx(sum(spent.values()) - spent["evaluate"])
+    assert sum(spent.values()) < said["wall_seconds"]
+
+
+def test_seconds_of_what_failed_are_not_kept():
+    state = costs.fresh()
+    with pytest.raises(KeyError), costs.timed(state, "update"):
+        raise KeyError
+    assert state["seconds"]["update"] == 0
+    with costs.timed(state, "update"):
+        pass
+    assert state["seconds"]["update"] > 0

@@ -229,6 +229,13 @@ def test_each_runs_through_the_loop(algorithm, records, tmp_path):
     assert (tmp_path / "run" / "report.html").exists()
 
 
+@pytest.mark.parametrize("algorithm", ["sft", "dpo"])
+def test_held_out_queries_need_no_answer(algorithm, records, tmp_path):
+    """They are answered by the policy, whatever it is trained on."""
+    c = config(algorithm, iterations=1, task__train=records["train"])  # held out: prompts alone
+    assert modes.train(FrozenConfigDict(c), tmp_path / "run", "torch") == 0
+
+
 def test_a_record_without_an_answer_is_named(tmp_path):
     c = config("sft")
     with pytest.raises(UserError, match="completion"):

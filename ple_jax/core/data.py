@@ -19,18 +19,19 @@ class Data(NamedTuple):
     bad: dict[str, list[tasks.Bad]]  # by "train", "heldout" and "sft"
 
 
-def load(config: Any, *, needs: str = "prompt") -> Data:
+def load(config: Any, *, needs: str = "prompt", heldout_needs: str | None = None) -> Data:
     """The train and held-out records of a config.
 
     Args:
         needs: what a record must have to be of use: prompt, completion or pair.
+        heldout_needs: what a held-out one must have; the same if it is not given.
 
     Raises:
         UserError: as `tasks.load`; more bad records than config.task.max_bad_share; no train record is left.
     """
     task = config.task
     train = _read(config, task.train, task.train_split, task.max_train, needs)
-    heldout = _read(config, task.heldout, task.heldout_split, task.max_heldout, needs)
+    heldout = _read(config, task.heldout, task.heldout_split, task.max_heldout, heldout_needs or needs)
     queries, both = tasks.disjoint(train.queries, heldout.queries)
     return Data(queries, heldout.queries, {"train": train.bad + both, "heldout": heldout.bad})
 

@@ -75,7 +75,10 @@ def read_inputs(config: Any, backend: str) -> Inputs:
             f"config.sampling.server is {config.sampling.server!r}, and algorithm {config.algorithm!r} samples nothing (nor"
             " does vLLM serve a head that is being trained): unset it"
         )
-    found = data.load(config, needs=_needs(algorithm.collect(config)) if samples else algorithm.NEEDS)
+    if samples:  # held-out queries are answered, whatever is trained on
+        found = data.load(config, needs=_needs(algorithm.collect(config)), heldout_needs="prompt")
+    else:
+        found = data.load(config, needs=algorithm.NEEDS)
     digests = {"train": tasks.digest(found.train), "heldout": tasks.digest(found.heldout)}
     texts = {"algorithm": Path(config.algorithm).read_text()} if Path(config.algorithm).is_file() else {}
     text, reward = principles.load(config.principles), Reward("none")

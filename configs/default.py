@@ -179,7 +179,7 @@ def get_config() -> ConfigDict:
     c.generate.second_kwargs = {}
 
     c.compare = ConfigDict()  # of --mode=compare
-    c.compare.baseline = config_dict.placeholder(str)  # the method that others are tested against; unset: the first of --runs
+    c.compare.baseline = config_dict.placeholder(str)  # the method that others are tested against; unset: the first
     c.compare.judge = "reward"  # reward | endpoint | model (a local one), or a function of your own; see README
     c.compare.judge_kwargs = {}
     c.compare.judge_queries = 0  # queries that are judged (0: all)

@@ -123,7 +123,8 @@ def test_both_backends_keep_the_same(data, trained, tmp_path):
     for one, other in zip(kept[0].scores, kept[1].scores, strict=True):
         for key in ("logprob", "base_logprob"):
             assert one[key] == pytest.approx(other[key], rel=1e-4)
-        assert one["reference_logprob"] == (other["reference_logprob"] and pytest.approx(other["reference_logprob"], rel=1e-4))
+        theirs = other["reference_logprob"]
+        assert one["reference_logprob"] == (theirs and pytest.approx(theirs, rel=1e-4))
 
 
 def test_the_same_queries_whatever_the_seed(data):

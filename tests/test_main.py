@@ -116,7 +116,7 @@ class TestParse:
             ([DEFAULT, "--wrokdir=x"], "unknown flag --wrokdir; did you mean 'workdir'?"),
             ([DEFAULT, "train"], "leftover argument 'train'"),
             ([DEFAULT, "--config.seed", "1", "2"], "leftover argument '2'"),
-            ([DEFAULT, "--mode=trian"], "--mode=trian: value should be one of <train|evaluate|generate|compare|plan|export|chat>"),
+            ([DEFAULT, "--mode=trian"], "--mode=trian: value should be one of <train|evaluate|generate|compare|plan"),
             ([DEFAULT, "--backend=tf"], "--backend=tf: value should be one of <jax|torch>"),
             ([DEFAULT], "--workdir=DIR is missing"),
             ([DEFAULT, f"--workdir={__file__}"], "is a file"),

@@ -20,7 +20,6 @@ from test_torch_train import assert_gradients, backend, first_gradients
 from ple_jax import lora as jax_lora
 from ple_jax import train as jax_train
 from ple_jax.core import modes
-from ple_jax.core.types import Outputs
 from ple_jax.models import adapters
 from torch_ascend import lora
 

@@ -1,8 +1,8 @@
 """PPO (arXiv:1707.06347) for language models (arXiv:1909.08593, arXiv:2203.02155): a token is an action, values are learned.
 
 `ppo.samples` plain responses of every query. A token's reward is -coefficient * (log-ratio to the reference), and the
-response's own reward comes at its last token; advantages by GAE from a head of values, which is trained beside the adapter, on
-the same hidden states; clipped objectives of both, so that an iteration's responses serve `optimizer.epochs` passes.
+response's own reward comes at its last token; advantages by GAE from a head of values, which is trained beside the adapter,
+on the same hidden states; clipped objectives of both, so that an iteration's responses serve `optimizer.epochs` passes.
 Whitening is over an optimiser batch. The head starts at zero and is never exported.
 """
 
@@ -106,8 +106,8 @@ def _coefficient(config: Any, last: Mapping[str, float]) -> float:
 def make_loss(config: Any) -> Loss:
     """`losses.ppo` + ppo.value_weight * `losses.clipped_value`, each the mean over a query's responses.
 
-    Metrics, of tokens: `clipped`, the share whose ratio was; `value_loss`, `value_clipped`; of responses: `kl_response`, nats
-    to the reference when they were sampled (k1), and `kl_coefficient`.
+    Metrics, of tokens: `clipped`, the share whose ratio was; `value_loss`, `value_clipped`; of responses: `kl_response`,
+    nats to the reference when they were sampled (k1), and `kl_coefficient`.
     """
     options = config.ppo
     clip, value_clip, weight = options.clip, options.value_clip, options.value_weight

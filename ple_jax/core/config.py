@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 PACKAGE = Path(__file__).parent.parent
 BACKENDS = {"jax": "ple_jax.train", "torch": "torch_ascend.train"}  # --backend and the module behind it
 TOPOLOGIES = {"jax": "ple_jax.topology", "torch": "torch_ascend.topology"}  # and the one behind --topology
-FREE = ("algorithm_kwargs", "reward.kwargs", "task.columns", "generate.second_kwargs", "compare.judge_kwargs")  # dictionaries of the user's own, overridden whole
+# dictionaries of the user's own, overridden whole
+FREE = ("algorithm_kwargs", "reward.kwargs", "task.columns", "generate.second_kwargs", "compare.judge_kwargs")
 
 # how a run is computed and not what: a run may go on, or be exported, with others
 EXECUTION = (

@@ -33,9 +33,9 @@ def tokens(batch: Batch) -> int:
 
 
 def forward_flops(parameters: int, tokens: int) -> int:
-    """2 * parameters * tokens: a multiplication and an addition a weight (arXiv:2001.08361, section 2.1), attention left out.
+    """2 * parameters * tokens: a multiplication and an addition a weight (arXiv:2001.08361, section 2.1).
 
-    The embedding counts where it is the head too: then it is multiplied with.
+    Attention's own operations are left out; the embedding counts, which is right where it is the head too.
     """
     return 2 * parameters * tokens
 

@@ -8,13 +8,12 @@ query, in the journal's order, with
     second                   [n] a second reward's values, where one was asked for; null where it gave nothing finite
     logprob                  [n] sum over a response's tokens of log pi, nats, under the prompt that it was sampled from
     base_logprob             [n] the same under the base without any adapter, and the plain prompt
-    kl                       [n] sum over its tokens of r - 1 - log r, r = base / policy: nats, an estimate of KL(policy, base)
+    kl                       [n] sum over its tokens of r - 1 - log r, r = base / policy: nats, estimates KL(policy, base)
     reference_logprob        of the reference and its EOS under the base, nats; null without a reference
     reference_tokens         how many tokens that is of
 
-The sum of the tokens' estimates is unbiased for the KL divergence of whole responses, since each is, given what came before it
-(Schulman, "Approximating KL divergence", 2020); where sampling is not at temperature 1 without truncation, it is one of the
-policy as it was sampled from against pi's probabilities.
+The sum of the tokens' estimates is unbiased for the KL divergence of whole responses, since each is, given what came before
+it (Schulman, "Approximating KL divergence", 2020); that is where responses are sampled at temperature 1, without truncation.
 """
 
 import json
@@ -113,7 +112,7 @@ def write(run: Run, queries: tasks.Task, second: Reward | None, *, backend: str,
     Raises:
         UserError: responses with other settings are there.
     """
-    config, options, path = run.config, run.config.generate, folder(run.workdir, run.config)
+    options, path = run.config.generate, folder(run.workdir, run.config)
     path.mkdir(parents=True, exist_ok=True)
     seen = {query.prompt for query in run.train}
     if options.policy == "trained" and (both := sum(query.prompt in seen for query in queries.queries)):

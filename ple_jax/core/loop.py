@@ -61,7 +61,8 @@ def train(run: Run) -> dict[str, Any]:
         values |= {f"transform_{name}": value for name, value in statistics.items()}
         warn_of_leak(run, values)
         values |= update(run, rollouts, state)
-        spent = {name: state["seconds"][name] - before["seconds"][name] for name in ("generate", "score", "prepare", "update")}
+        phases = [phase for phase in costs.PHASES if phase != "evaluate"]
+        spent = {phase: state["seconds"][phase] - before["seconds"][phase] for phase in phases}
         new = {name: state[name] - before[name] for name in ("generated_tokens", "training_tokens")}
         if spent["generate"]:  # and not read from the journal
             values["generate_tokens_per_second"] = new["generated_tokens"] / spent["generate"]

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from ple_jax.core import card, exporting, generations, loop, offline, peft, report, sampling
-from ple_jax.core import metrics as measure
 from ple_jax.core import chat as chatting
+from ple_jax.core import metrics as measure
 from ple_jax.core import plan as planning
 from ple_jax.core import workdir as files
 from ple_jax.core.config import BACKENDS, TOPOLOGIES, UserError
@@ -138,7 +138,7 @@ def generate(config: Any, workdir: Path, backend: str) -> int:
 def compare(config: Any, workdir: Path, backend: str, runs: Sequence[str]) -> int:
     """Compares the responses of several runs: tables, tests, win rates, and one page."""
     with files.lock(workdir):
-        page = importlib.import_module("ple_jax.core.compare").run(runs, workdir, config=config, backend=backend)
+        page = importlib.import_module("ple_jax.core.comparison.compare").run(runs, workdir, config=config, backend=backend)
     print(f"page: {page}")
     return 0
 

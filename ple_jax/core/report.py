@@ -65,7 +65,7 @@ def write(workdir: Path) -> Path:
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"number": number, "duration": duration, "bytes": _bytes}
     html = environment.from_string(_PAGE).render(
-        style=_STYLE,
+        style=STYLE,
         name=workdir.resolve().name,
         summary=_object(workdir / "summary.json"),
         config=flatten(_object(workdir / "config.json")),
@@ -145,7 +145,7 @@ def charts(metrics: list[dict[str, Any]]) -> Iterator[Chart]:
         if not found:
             continue
         values = [value for points in found.values() for _, value in points]
-        ticks = [0.0, 0.25, 0.5, 0.75, 1.0] if share else _ticks(min(values), max(values))
+        ticks = [0.0, 0.25, 0.5, 0.75, 1.0] if share else round_ticks(min(values), max(values))
         low, high = ticks[0], ticks[-1]
 
         def y(value: float, low: float = low, high: float = high) -> float:
@@ -202,7 +202,7 @@ def _bytes(count: float) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 
-def _ticks(low: float, high: float) -> list[float]:
+def round_ticks(low: float, high: float) -> list[float]:
     """Four to seven round values that enclose [low, high]."""
     span = (high - low) or abs(high) or 1.0
     unit = 10.0 ** math.floor(math.log10(span / 4))
@@ -251,7 +251,7 @@ def _pairs(rollouts: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     return dict(sorted(groups.items(), reverse=True))  # ranked before blended
 
 
-_STYLE = """
+STYLE = """
 :root{color-scheme:light dark;--bg:#f7f7f5;--card:#fff;--ink:#1d2126;--soft:#626b76;--rule:#e4e5e3;--wash:#f3f4f2;
 --c0:#0f7b6c;--c1:#3667c7;--c2:#c2601a;--c3:#8a4fbd;--c4:#a83a5d;--c5:#6a7f13}
 @media(prefers-color-scheme:dark){:root{--bg:#14171a;--card:#1c2024;--ink:#e6e8ea;--soft:#98a2ad;--rule:#2e343a;

@@ -117,8 +117,8 @@ def prepared(run: Run, batch: Batch, last: Mapping[str, float]) -> Batch:
     """The batch with what the algorithm's loss compares with, of the policy as it is now.
 
     `reference_logprobs` where it `needs_reference`, `old_logprobs` where it `needs_old_logprobs` (optional), beside them
-    `old_values` where it trains a head of values, and what its `prepare` (optional) makes of them: a batch, the config and the
-    metrics of the iteration before (`last`, {} in the first) give a batch.
+    `old_values` where it trains a head of values, and what its `prepare` (optional) makes of them: a batch, the config and
+    the metrics of the iteration before (`last`, {} in the first) give a batch.
     """
     algorithm, config = run.algorithm, run.config
     if algorithm.needs_reference(config):

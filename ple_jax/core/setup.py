@@ -161,8 +161,8 @@ def open_run(config: Any, workdir: Path, backend: str, inputs: Inputs) -> Iterat
         outputs = sinks.make(names, workdir, config.to_dict())
         run = Run(
             config, workdir, built, loaded.tokenizer, loaded.eos, loaded.name, loaded.config.max_positions,
-            module.transposed(loaded), module.count(config, loaded)[0], algorithm, loss, inputs.reward, cache, inputs.principles, found.train,
-            found.heldout, found.bad, outputs, progress, stop, Clock(),
+            module.transposed(loaded), module.count(config, loaded)[0], algorithm, loss, inputs.reward, cache,
+            inputs.principles, found.train, found.heldout, found.bad, outputs, progress, stop, Clock(),
         )  # fmt: skip
         yield run if is_offline(algorithm) else sampling.fitted(run)
 

@@ -126,7 +126,7 @@ def init_head(config: ModelConfig, name: str) -> Adapter:
 
 
 def with_head(config: Any, adapter: Adapter, model: ModelConfig, name: str) -> Adapter:
-    """What is trained with a fresh head of that name: the adapter and the head, or, where the config says so, a score alone."""
+    """What is trained where a head is: the adapter and a fresh head of that name, or, as the config says, a score alone."""
     alone = name == SCORE and config.reward_model.train == "head"
     return ({} if alone else adapter) | init_head(model, name)
 
@@ -258,7 +258,7 @@ _PEFT = {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector
 
 
 def to_peft(adapter: Adapter) -> dict[str, np.ndarray]:
-    """PEFT's names and layout: lora_A [rank, in], lora_B [out, rank], lora_magnitude_vector [out], a score head's [1, hidden].
+    """PEFT's names and layout: lora_A [rank, in], lora_B [out, rank], lora_magnitude_vector [out], a score's [1, hidden].
 
     A head of values is no part of the policy: it stays here.
     """

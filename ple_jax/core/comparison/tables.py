@@ -1,0 +1,226 @@
+"""A comparison's tables, as Markdown and as LaTeX, from what comparison.json holds."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+REWARDS = {"reward": "training reward", "reward_second": "second reward"}
+
+
+class Table(NamedTuple):
+    """Cells as text; a row begins with a method's name."""
+
+    name: str
+    title: str
+    note: str
+    head: list[str]
+    rows: list[list[str]]
+
+
+# heading, measure
+_QUALITY = (
+    ("KL", "kl"), ("perplexity", "perplexity"), ("length", "length"), ("Distinct-1", "distinct_1"),
+    ("Distinct-2", "distinct_2"), ("Distinct-3", "distinct_3"), ("MSTTR", "msttr"), ("BLEU", "bleu"),
+    ("ROUGE-L", "rougeL"), ("repetition", "repetition"), ("refusal", "refusal"), ("empty", "empty"),
+    ("cut off", "truncated"), ("no reward", "bad_reward"),
+)  # fmt: skip
+_COSTS = (
+    ("generated", "generated_tokens"), ("principles", "principle_tokens"), ("trained on", "training_tokens"),
+    ("reward calls", "reward_calls"), ("FLOPs", "flops"), ("sampling s", "generate_seconds"),
+    ("scoring s", "score_seconds"), ("update s", "update_seconds"), ("wall s", "wall_seconds"),
+    ("peak GiB", "peak_memory_bytes"), ("reward over budget", "heldout_area"),
+)  # fmt: skip
+
+
+def tables(result: Mapping[str, Any]) -> list[Table]:
+    """The tables of a comparison: each reward with its tests against the baseline, the texts, the costs.
+
+    A measure that no method has is left out, "–" stands for one that some lack.
+    """
+    found = [_rewards(result, measure, name) for measure, name in REWARDS.items() if known(result, measure)]
+    found.append(
+        _means(
+            result,
+            "texts",
+            "Texts",
+            _QUALITY,
+            "Means over seeds. KL to the base model in nats per response; perplexity of the responses under the base model;"
+            " length in tokens; Distinct-n, MSTTR and ROUGE-L from 0 to 1, BLEU from 0 to 100; repetition is the share of a"
+            " text's 4-grams that are repeats; refusals, empty, cut-off and unrewarded responses are shares.",
+        )
+    )
+    found.append(
+        _means(
+            result,
+            "costs",
+            "Costs of training",
+            _COSTS,
+            "Means over seeds, evaluation apart (wall time has it). principles: tokens that they added to prompts, counted"
+            " apart from those generated. FLOPs are an estimate. reward over budget: mean reward on the dev split over the"
+            " generated tokens that all sampling methods have got to.",
+        )
+    )
+    return [table for table in found if len(table.head) > 1]
+
+
+def _rewards(result: Mapping[str, Any], measure: str, name: str) -> Table:
+    methods, baseline = result["methods"], result["baseline"]
+    digits = decimals(method["measures"].get(measure) for method in methods)
+    tested = {row["method"]: row for row in result["tests"] if row["measure"] == measure and row["against"] == baseline}
+    won = {row["method"]: row for row in result["wins"] if row["against"] == baseline}
+    wins = measure == "reward" and any(row["win_rate"] is not None for row in won.values())
+    rows = []
+    for method in methods:
+        label = method["label"]
+        row = [
+            label,
+            str(len(method["seeds"])),
+            interval(method["measures"].get(measure), method["intervals"].get(measure), digits),
+        ]
+        test, win = tested.get(label), won.get(label)
+        if test is None or test["difference"] is None:
+            row += ["baseline" if label == baseline else "–", "–", "–"]
+        else:
+            difference = interval(test["difference"], (test["low"], test["high"]), digits, "+")
+            row += [difference, p_value(test["p_holm"]), p_value(test["p_seeds"])]
+        if wins:
+            row += [interval(win["win_rate"], (win["low"], win["high"]), 3) if win else "–"]
+        rows.append(row)
+    everything = [row for row in result["tests"] if row["measure"] == measure and row["p"] is not None]
+    least = max((2 * len(everything) / (row["resamples"] + 1) for row in everything), default=0.0)
+    note = "Mean over seeds with its 95% interval, seeds and queries resampled"
+    if everything:
+        note += (
+            f"; difference to {baseline} on the same seeds and queries; p adjusted for all {len(everything)} pairs of"
+            f" methods (Holm; {least:.2g} is as small as it gets); p of seeds: t-test of the seeds' means alone, unadjusted"
+        )
+    if wins:
+        note += f". Win rate against {baseline}, a tie is half a win; judge: {judge(result)}"
+    head = ["method", "seeds", name, "difference", "p", "p of seeds", *(["win rate"] if wins else [])]
+    return Table(measure, name.capitalize(), f"{note}.", head, rows)
+
+
+def _means(result: Mapping[str, Any], name: str, title: str, columns: Sequence[tuple[str, str]], note: str) -> Table:
+    methods = result["methods"]
+    kept = [(heading, key) for heading, key in columns if known(result, key)]
+    written = {}
+    for _, key in kept:
+        digits = decimals(method["measures"].get(key) for method in methods)
+        written[key] = [_plain(key, method["measures"].get(key), digits) for method in methods]
+    rows = [[method["label"], *(written[key][i] for _, key in kept)] for i, method in enumerate(methods)]
+    return Table(name, title, note, ["method", *(heading for heading, _ in kept)], rows)
+
+
+def every_seed(result: Mapping[str, Any]) -> Table:
+    """A row a run."""
+    columns = [*((name, key) for key, name in REWARDS.items()), *_QUALITY, *_COSTS]
+    kept = [(heading, key) for heading, key in columns if known(result, key)]
+    digits = {key: decimals(method["measures"].get(key) for method in result["methods"]) for _, key in kept}
+    rows = [
+        [
+            method["label"],
+            str(run["seed"]),
+            str(run["iteration"]),
+            *(_plain(key, run["measures"].get(key), digits[key]) for _, key in kept),
+            run["folder"],
+        ]
+        for method in result["methods"]
+        for run in method["runs"]
+    ]
+    return Table("seeds", "Runs", "", ["method", "seed", "iteration", *(heading for heading, _ in kept), "responses"], rows)
+
+
+def known(result: Mapping[str, Any], measure: str) -> bool:
+    return any(is_number(method["measures"].get(measure)) for method in result["methods"])
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def decimals(values: Iterable[Any]) -> int:
+    """So many that the largest has three digits, from 0 to 4: one column's numbers are written alike."""
+    largest = max((abs(value) for value in values if is_number(value)), default=0.0)
+    return min(max(2 - math.floor(math.log10(largest)), 0), 4) if largest else 3
+
+
+def _plain(key: str, value: Any, digits: int) -> str:
+    if not is_number(value):
+        return "–" if value is None else str(value)
+    if key in ("generated_tokens", "principle_tokens", "training_tokens", "reward_calls"):
+        return f"{value:,.0f}"
+    if key == "flops":
+        return f"{value:.2e}" if value else "0"
+    return f"{value / 2**30:.2f}" if key == "peak_memory_bytes" else f"{value:,.{digits}f}"
+
+
+def interval(value: float | None, interval: Sequence[float | None] | None, digits: int, sign: str = "") -> str:
+    if value is None:
+        return "–"
+    low, high = interval or (None, None)
+    around = "" if low is None or high is None else f" [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
+    return f"{value:{sign}.{digits}f}{around}"
+
+
+def p_value(p: float | None) -> str:
+    return "–" if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def judge(result: Mapping[str, Any]) -> str:
+    """What judged, in words."""
+    name, kwargs = result["judge"]["name"], result["judge"]["kwargs"]
+    if name != "reward":
+        return str(kwargs.get("model") or kwargs.get("path") or name)
+    if "name" in kwargs:
+        return f"reward {kwargs['name']}"
+    measure, own = ("reward_second", "second_reward") if kwargs.get("which") == "second" else ("reward", "reward")
+    return f"the stored {REWARDS[measure]}, {result['settings'][own]}"
+
+
+def markdown(result: Mapping[str, Any], found: Sequence[Table]) -> str:
+    """The tables, columns padded so that they read well as they are."""
+    parts = [f"{described(result)}\n"]
+    for table in found:
+        cells = [[_md(cell) for cell in row] for row in (table.head, *table.rows)]
+        widths = [max(2, *map(len, column)) for column in zip(*cells, strict=True)]  # a rule needs a dash beside its colon
+        rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+        lines = [
+            [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))] for row in cells
+        ]
+        lines.insert(1, rule)
+        body = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        parts.append(f"**{table.title}.** {_md(table.note)}\n\n{body}")
+    return "\n".join(parts)
+
+
+def described(result: Mapping[str, Any]) -> str:
+    own = result["settings"]
+    return f"{own['queries']} queries of {own['data']}, {own['samples']} responses each; model {', '.join(own['models'])}."
+
+
+def _md(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;") if set(text) & set("\\|<") else text
+
+
+_TEX = {
+    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": "$<$", ">": "$>$", "|": "$|$", "–": "--",
+}  # fmt: skip
+
+
+def _tex(text: str) -> str:
+    return "".join(_TEX.get(c, c) for c in text)
+
+
+def latex(result: Mapping[str, Any], found: Sequence[Table]) -> str:
+    r"""The tables for a paper; they need \usepackage{booktabs}."""
+    parts = ["% \\usepackage{booktabs}\n"]
+    for table in found:
+        lines = ["".join(f"{' & '.join(map(_tex, row))} \\\\\n" for row in rows) for rows in ([table.head], table.rows)]
+        parts.append(
+            "\\begin{table}\n\\centering\\small\n"
+            f"\\caption{{{_tex(f'{table.title}. {described(result)} {table.note}')}}}\n"
+            f"\\begin{{tabular}}{{l{'r' * (len(table.head) - 1)}}}\n"
+            f"\\toprule\n{lines[0]}\\midrule\n{lines[1]}\\bottomrule\n\\end{{tabular}}\n\\end{{table}}\n"
+        )
+    return "\n".join(parts)

@@ -5,6 +5,7 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -231,6 +232,14 @@ def test_every_point_lies_within_the_frame_between_round_ticks(values):
     assert all(48 <= x <= 480 and 12 <= y <= 200 for x, y in chart.series[0].dots)
     assert 2 <= len(chart.yticks) <= 7
     assert len(chart.xticks) <= 11
+
+
+@pytest.mark.parametrize("value", [0.22708333333333333, -3.3, 1e6, 0.0])
+def test_values_that_differ_by_rounding_alone_are_one(value):
+    """The mean of the same rewards in another order."""
+    (chart,) = report.charts([{"iteration": i, "kl": v} for i, v in enumerate((value, np.nextafter(value, 10), value))])
+    first, second, third = (y for _, y in chart.series[0].dots)
+    assert first == second == third and 2 <= len(chart.yticks) <= 7
 
 
 @pytest.mark.parametrize(

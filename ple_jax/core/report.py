@@ -204,7 +204,9 @@ def _bytes(count: float) -> str:
 
 def round_ticks(low: float, high: float) -> list[float]:
     """Four to seven round values that enclose [low, high]."""
-    span = (high - low) or abs(high) or 1.0
+    span, size = high - low, max(abs(low), abs(high))
+    if span <= max(1e-9 * size, 1e-300):  # equal but for rounding
+        span = size if size > 1e-300 else 1.0
     unit = 10.0 ** math.floor(math.log10(span / 4))
     step = next(m * unit for m in (1, 2, 2.5, 5, 10) if span / (m * unit) <= 5)
     first, last = math.floor(low / step), math.ceil(high / step)

@@ -183,7 +183,7 @@ def get_config() -> ConfigDict:
     c.compare.judge = "reward"  # reward | endpoint | model (a local one), or a function of your own; see README
     c.compare.judge_kwargs = {}
     c.compare.judge_queries = 0  # queries that are judged (0: all)
-    c.compare.judge_samples = 1  # responses of each that are judged
+    c.compare.judge_samples = 0  # responses to each that are judged (0: all)
     c.compare.examples = 8  # queries shown side by side
 
     c.mesh = ConfigDict()  # devices along each axis; their product must be the number of devices used

@@ -101,7 +101,7 @@ def curve_lines(held, generated=1000, seconds=100.0):
 
 def options(**compare):
     config = default.get_config()
-    config.compare.update(ConfigDict(compare))
+    config.compare.update(ConfigDict({"judge_samples": 1} | compare))
     return FrozenConfigDict(config)
 
 
@@ -311,8 +311,11 @@ def test_win_rates_by_the_stored_rewards(tmp_path):
 
     tied = by(compare(tmp_path, entries, judge_kwargs={"tie": 0.5})["wins"], method="y", against="x")
     assert (tied["win"], tied["tie"], tied["loss"]) == (0.5, 0.5, 0.0)
-    more = by(compare(tmp_path, entries, judge_samples=2)["wins"], method="y", against="x")
-    assert (more["judged"], more["loss"]) == (9, 6 / 9)
+    assert default.get_config().compare.judge_samples == 0  # all of them
+    for samples in (2, 0):
+        more = by(compare(tmp_path, entries, judge_samples=samples)["wins"], method="y", against="x")
+        assert (more["judged"], more["loss"]) == (9, 6 / 9)
+    assert "on 2 responses to each of 5 queries" in (tmp_path / "out" / "table.md").read_text()
     second = by(compare(tmp_path, entries, judge_kwargs={"which": "second"})["wins"], method="y", against="x")
     assert (second["win"], second["judged"]) == (1.0, 5)
 
@@ -611,6 +614,36 @@ def test_what_weakens_a_comparison_is_said(tmp_path, capsys, change, says):
     assert [line for line in printed.splitlines() if line.startswith("warning")] == [f"warning: {text}" for text in says]
     shown = Page((tmp_path / "out" / "comparison.html").read_text()).inside("li")
     assert shown[: len(says)] == says
+
+
+def test_what_a_start_with_an_adapter_cost_is_unknown(tmp_path):
+    write_run(tmp_path / "a", const(1.0), policy="start")
+    write_run(tmp_path / "b", const(1.0), policy="start", settings={"adapter": "somewhere"})
+    compare(tmp_path, [f"base={tmp_path / 'a'}", f"tuned={tmp_path / 'b'}"])
+    assert [row["generated_tokens"] for row in table(tmp_path / "out" / "table.csv")] == ["0.0", ""]
+
+
+def test_the_principles_of_a_start_are_those_that_stood_in_the_prompt(tmp_path):
+    """Whatever the directory's config says by now."""
+    for name, principles in (("a", "concise"), ("b", "honest")):
+        write_run(tmp_path / name, const(1.0), policy="start", principled=True, settings={"principles": principles})
+    compare(tmp_path, [tmp_path / "a", tmp_path / "b"])
+    labels = [row["method"] for row in table(tmp_path / "out" / "table.csv")]
+    assert labels == ["start + principles", "start + principles principles=honest"]
+
+
+def test_a_line_that_is_still_being_written_is_no_line(tmp_path):
+    write_run(tmp_path / "a", const(1.0))
+    with (tmp_path / "a" / "metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 3, "heldo')
+    compare(tmp_path, [tmp_path / "a"])
+
+
+def test_a_second_reward_that_gave_nothing_was_asked_for_nevertheless(tmp_path):
+    for name, algorithm in (("a", "ple"), ("b", "raft")):
+        write_run(tmp_path / name, const(1.0), second=const(None), algorithm=algorithm)
+    found = compare(tmp_path, [tmp_path / "a", tmp_path / "b"])["warnings"]
+    assert "no second reward of ple, raft" in found and not any("generate.second_reward" in text for text in found)
 
 
 def test_a_second_reward_that_the_first_run_lacks_is_named(tmp_path):

@@ -12,7 +12,8 @@ from ple_jax.core import costs, modes, principles
 from ple_jax.core.rollouts import read
 from ple_jax.models.checkpoint import load
 
-PARAMETERS = 26_848  # of the tiny model; its tokens are the bytes of a text
+# of the tiny model, whose tokens are the bytes of a text: two layers' matmuls, and the head
+PARAMETERS = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64) + 258 * 32
 
 
 @pytest.fixture(scope="module", params=["ple", "grpo"])
@@ -74,3 +75,30 @@ def test_seconds_of_what_failed_are_not_kept():
     with costs.timed(state, "update"):
         pass
     assert state["seconds"]["update"] > 0
+
+
+def test_what_was_quarantined_was_paid_for_too(tmp_path):
+    """Its tokens and reward calls count, though nothing is learned from it."""
+    file = tmp_path / "mine.py"
+    file.write_text("def some(prompts, responses):\n    return [float('nan') if 'a' in p else 1.0 for p in prompts]\n")
+    c = config("raft", iterations=1, reward__name=f"{file}:some", reward__max_bad_share=1.0)
+    c.reward.kwargs = {}
+    assert modes.train(FrozenConfigDict(c), tmp_path / "run", "torch") == 0
+    said = json.loads((tmp_path / "run" / "summary.json").read_text())
+    kept = read(tmp_path / "run" / "rollouts" / "iter_0000.jsonl")
+    left = read(tmp_path / "run" / "quarantine" / "iter_0000.jsonl")
+    assert kept and left and len(kept) + len(left) == 8
+    responses = [r for rollout in (*kept, *left) for r in rollout.responses]
+    assert (said["queries"], said["reward_calls"]) == (8, 8 * 4)
+    assert said["generated_tokens"] == sum(len(r.tokens) for r in responses)
+
+
+def test_a_warm_up_takes_time(tmp_path):
+    file = tmp_path / "sft.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"{i}: ", "completion": " yes"}) + "\n" for i in range(4)))
+    c = config("ple", iterations=1)
+    c.sft.data = str(file)
+    assert modes.train(FrozenConfigDict(c), tmp_path / "run", "torch") == 0
+    first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["total_training_tokens"] == sum(len(f"{i}: ") + len(" yes") + 1 for i in range(4))
+    assert first["total_seconds"] > 0 and first["total_flops"] == 4 * PARAMETERS * first["total_training_tokens"]

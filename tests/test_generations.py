@@ -67,8 +67,39 @@ def test_what_is_kept(data, trained, capsys):
     assert modes.generate(c, trained, "torch") == 0
     assert files == {path: path.read_bytes() for path in (trained / "responses" / "trained").iterdir()}
     # the config of a run does not say what is generated with it: other settings are refused by name
-    with pytest.raises(UserError, match=r"other settings \(samples\); delete that folder"):
+    with pytest.raises(UserError, match=r"other settings \(samples\); move or delete that folder"):
         modes.generate(settings(data, **SECOND | {"generate__samples": 2}), trained, "torch")
+
+
+def test_another_training_is_another_policy(data, trained, tmp_path):
+    """The same directory and iteration, but other weights: what is there is not taken for theirs."""
+    c = settings(data, **SECOND)
+    shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("responses"))
+    assert modes.generate(c, tmp_path / "run", "torch") == 0
+    for name in ("checkpoints", "rollouts", "evaluations", "adapter", "metrics.jsonl", "summary.json", "report.html"):
+        path = tmp_path / "run" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    other = settings(data, **SECOND, optimizer__lr=0.05)
+    with pytest.raises(UserError, match="belongs to another config, differing in optimizer.lr"):
+        modes.train(other, tmp_path / "run", "torch")
+    (tmp_path / "run" / "config.json").unlink()
+    shutil.move(tmp_path / "run" / "responses", tmp_path / "kept")
+    assert modes.train(other, tmp_path / "run", "torch") == 0
+    shutil.move(tmp_path / "kept", tmp_path / "run" / "responses")
+    with pytest.raises(UserError, match=r"other settings \(weights_digest\)"):
+        modes.generate(other, tmp_path / "run", "torch")
+
+
+def test_a_reference_longer_than_the_model_takes_is_left_out(tmp_path):
+    file = tmp_path / "test.jsonl"
+    rows = [("a", " yes"), ("b", " no" * 700)]  # 2,101 tokens with the EOS, of a model that takes 2,048
+    file.write_text("".join(json.dumps({"id": i, "prompt": "say: ", "completion": c}) + "\n" for i, c in rows))
+    for backend in ("torch", "jax"):
+        c = settings(str(file), generate__policy="start", generate__second_reward=None)
+        assert modes.generate(c, tmp_path / backend, backend) == 0
+        found = generations.read(tmp_path / backend / "responses" / "start")
+        assert [line["reference_tokens"] for line in found.scores] == [5, 0]
+        assert found.scores[0]["reference_logprob"] < 0 and found.scores[1]["reference_logprob"] is None
 
 
 def test_log_probabilities_and_kl_by_hand(data, trained):
@@ -186,3 +217,7 @@ def test_mistakes(data, trained, tmp_path):
     with pytest.raises(UserError, match="is damaged"):
         generations.read(folder)
     assert read(folder / "iter_0001.jsonl")
+    scores.write_text("".join(lines))
+    (folder / "iter_0001.json").unlink()
+    with pytest.raises(UserError, match="the settings of these responses, is gone"):
+        generations.read(folder)

@@ -401,7 +401,7 @@ RULES: dict[str, Rule] = {
     "compare.judge": _named(["reward", "endpoint", "model"], code=True),
     "compare.judge_kwargs": _free,
     "compare.judge_queries": _whole(0),
-    "compare.judge_samples": _whole(1),
+    "compare.judge_samples": _whole(0),
     "compare.examples": _whole(0),
     "mesh.data": _whole(1),
     "mesh.fsdp": _whole(1),

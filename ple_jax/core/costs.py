@@ -1,4 +1,8 @@
-"""What a run costs: tokens, reward calls, operations, seconds. Counted where it is spent, kept in every checkpoint."""
+"""What a run costs: tokens, reward calls, operations, seconds. Counted where it is spent, kept in every checkpoint.
+
+Seconds are those of the process that committed an iteration: what a killed one spent since its last checkpoint, and sampling
+that was read from the journal afterwards, are in none of them.
+"""
 
 import time
 from collections.abc import Iterator
@@ -35,7 +39,9 @@ def tokens(batch: Batch) -> int:
 def forward_flops(parameters: int, tokens: int) -> int:
     """2 * parameters * tokens: a multiplication and an addition a weight (arXiv:2001.08361, section 2.1).
 
-    Attention's own operations are left out; the embedding counts, which is right where it is the head too.
+    Args:
+        parameters: that a token is multiplied with, in the layers (of a mixture its own experts') and in the head.
+            Attention between tokens is left out.
     """
     return 2 * parameters * tokens
 
@@ -49,7 +55,6 @@ def update_flops(parameters: int, tokens: int) -> int:
 
 
 def totals(state: dict[str, Any]) -> dict[str, float]:
-    """The counters that curves are drawn against, for a line of metrics.jsonl."""
-    shown = ("queries", "generated_tokens", "training_tokens", "reward_calls")
+    """The counters and the seconds without evaluation, for a line of metrics.jsonl: what curves are drawn against."""
     seconds = sum(spent for phase, spent in state["seconds"].items() if phase != "evaluate")
-    return {**{f"total_{name}": state[name] for name in shown}, "total_seconds": seconds}
+    return {**{f"total_{name}": state[name] for name in COUNTERS}, "total_seconds": seconds}

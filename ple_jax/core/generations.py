@@ -9,13 +9,15 @@ query, in the journal's order, with
     logprob                  [n] sum over a response's tokens of log pi, nats, under the prompt that it was sampled from
     base_logprob             [n] the same under the base without any adapter, and the plain prompt
     kl                       [n] sum over its tokens of r - 1 - log r, r = base / policy: nats, estimates KL(policy, base)
-    reference_logprob        of the reference and its EOS under the base, nats; null without a reference
+    reference_logprob        of the reference and its EOS under the base, nats; null without a reference, or where the model
+                             takes no text of that length
     reference_tokens         how many tokens that is of
 
 The sum of the tokens' estimates is unbiased for the KL divergence of whole responses, since each is, given what came before
 it (Schulman, "Approximating KL divergence", 2020); that is where responses are sampled at temperature 1, without truncation.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -65,9 +67,11 @@ def read(path: Path, iteration: int | None = None) -> Generated:
     try:
         lines = name.with_suffix(".scores.jsonl").read_bytes().splitlines()
         scores = [json.loads(line) for line in lines]
-        settings = files.read_json(name.with_suffix(".json")) or {}
+        settings = files.read_json(name.with_suffix(".json"))
     except ValueError as error:
         raise UserError(f"{name}.scores.jsonl is damaged ({error}); delete it and give --mode=generate again") from error
+    if settings is None:
+        raise UserError(f"{name}.json, the settings of these responses, is gone; delete that folder and generate again")
     found = Generated(settings, read_journal(name.with_suffix(".jsonl")), scores)
     if [rollout.query_id for rollout in found.rollouts] != [line["query_id"] for line in scores]:
         raise UserError(f"{name}.jsonl and {name.name}.scores.jsonl are of other queries; delete both and generate again")
@@ -123,7 +127,9 @@ def write(run: Run, queries: tasks.Task, second: Reward | None, *, backend: str,
     kept = files.read_json(journal.path.with_suffix(".json"))
     if kept is not None and kept != settings:
         keys = ", ".join(differing(flatten(kept), flatten(settings)))
-        raise UserError(f"{path} holds responses of iteration {iteration} with other settings ({keys}); delete that folder")
+        raise UserError(
+            f"{path} holds responses of iteration {iteration} with other settings ({keys}); move or delete that folder"
+        )
     files.write_json(journal.path.with_suffix(".json"), settings)
     render = renderer(run)
     if (rollouts := journal.read()) is None:
@@ -152,6 +158,7 @@ def _settings(run: Run, second: Reward | None, *, backend: str, iteration: int) 
         "principles": config.principles if options.principled else None,
         "model": run.base_model,
         "adapter": config.model.adapter,
+        "weights_digest": _digest(run),
         "data": options.data or config.task.heldout,
         "data_digest": tasks.digest(run.heldout),
         "queries": len(run.heldout),
@@ -163,6 +170,14 @@ def _settings(run: Run, second: Reward | None, *, backend: str, iteration: int) 
         "second_reward": None if second is None else second.name,
     }
     return json.loads(json.dumps(settings))
+
+
+def _digest(run: Run) -> str:
+    """Of the policy's adapter: the same iteration of another training is another policy."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(run.backend.adapter().items()):
+        found.update(name.encode() + tensor.tobytes())
+    return found.hexdigest()[:16]
 
 
 def _scores(
@@ -208,6 +223,8 @@ def _values(run: Run, rollouts: Sequence[Rollout], second: Reward | None) -> lis
 def _references(run: Run, queries: Sequence[Query], rollouts: Sequence[Rollout]) -> list[tuple[float | None, int]]:
     """Log-probability and tokens of the records' own answers under the base."""
     own = [given(run, query, Slot("reference", source="completion")) if query.completion else None for query in queries]
+    room = [run.context - len(rollout.prompt_tokens) for rollout in rollouts]
+    own = [answer if answer and len(answer.tokens) <= most else None for answer, most in zip(own, room, strict=True)]
     if not any(own):
         return [(None, 0)] * len(own)
     # one token where there is none, which is not read

@@ -77,7 +77,7 @@ def load(name: str, kwargs: Mapping[str, Any], *, backend: str) -> Judge:
     try:
         inspect.signature(make).bind(**offered, **kwargs)
         return make(**offered, **kwargs)
-    except TypeError as error:
+    except (TypeError, AttributeError) as error:  # a number where there should be a text
         raise UserError(f"{WHERE} {dict(kwargs)!r} of judge {name!r}: {error}") from error
     except UserError as error:  # rewards, and what requests are made with, name their own keys
         inner = f"{WHERE} kwargs" if name == "reward" else WHERE

@@ -98,7 +98,8 @@ def warm_up(run: Run, state: dict[str, Any]) -> None:
             chosen = [rollouts[i] for i in order[start : start + size]]
             batch = pack(chosen, [(0,)] * len(chosen), prompt_multiple=run.config.sampling.bucket, response_len=longest)
             batch.data["normaliser"] = np.full(len(chosen), batch.response_mask.sum() / len(chosen), np.float32)
-            run.backend.update(micro_batches(batch, run.config.optimizer.micro_queries), sft_loss, lr=sft.lr)
+            with costs.timed(state, "update"):
+                run.backend.update(micro_batches(batch, run.config.optimizer.micro_queries), sft_loss, lr=sft.lr)
             state["training_tokens"] += costs.tokens(batch)
             state["flops"] += costs.update_flops(run.parameters, costs.tokens(batch))
             run.progress.advance(1)
@@ -125,7 +126,9 @@ def collect(
         journal.complete(run.algorithm.label(kept, tau, iteration, config))
         # training reads what is on disk, here as after a resume
         rollouts = read(journal.path)
-    count(run, rollouts, [slot for slot in slots if slot.source == "policy"], render, state)
+    quarantined = run.workdir / "quarantine" / journal.path.name
+    bad = read(quarantined) if quarantined.exists() else []  # was sampled and scored too
+    count(run, [*rollouts, *bad], [slot for slot in slots if slot.source == "policy"], render, state)
     return rollouts
 
 
@@ -136,10 +139,7 @@ def count(
     render: Callable[[Query, bool], Rendered],
     state: dict[str, Any],
 ) -> None:
-    """Adds what an iteration's sampling and scoring cost to the state; what the principles add to prompts is counted apart.
-
-    Of quarantined queries only the reward calls are missing.
-    """
+    """Adds what an iteration's sampling and scoring cost to the state; what principles add to prompts is counted apart."""
     kinds, queries = {slot.kind for slot in slots}, {query.id: query for query in run.train}
     state["queries"] += len(rollouts)
     for rollout in rollouts:

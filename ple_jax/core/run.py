@@ -33,7 +33,7 @@ class Run(NamedTuple):
     base_model: str
     context: int  # tokens that the model was trained to see at once
     transposed: bool  # its linear weights are [in, out], which PEFT wants to know
-    parameters: int  # of the base
+    parameters: int  # of the base, that a token is multiplied with
     algorithm: ModuleType
     loss: Loss
     reward: Reward

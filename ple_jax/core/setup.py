@@ -18,7 +18,7 @@ from ple_jax.core.progress import Progress
 from ple_jax.core.rewards._cache import Cache
 from ple_jax.core.run import Clock, Run
 from ple_jax.core.types import Reward, Slot
-from ple_jax.models import hub
+from ple_jax.models import families, hub
 
 _NEEDED = {  # functions of an algorithm that samples, and of one that trains on what the records hold
     False: ("collect", "schedule", "label", "batch", "make_loss", "needs_reference"),
@@ -159,9 +159,10 @@ def open_run(config: Any, workdir: Path, backend: str, inputs: Inputs) -> Iterat
         files.write_json(workdir / "config.json", resolved(config, backend, inputs.digests))
         cache = stack.enter_context(Cache(workdir / "rewards.sqlite"))
         outputs = sinks.make(names, workdir, config.to_dict())
+        multiplied = families.active_weights(loaded.config) + loaded.config.vocab_size * loaded.config.hidden_size
         run = Run(
             config, workdir, built, loaded.tokenizer, loaded.eos, loaded.name, loaded.config.max_positions,
-            module.transposed(loaded), module.count(config, loaded)[0], algorithm, loss, inputs.reward, cache,
+            module.transposed(loaded), multiplied, algorithm, loss, inputs.reward, cache,
             inputs.principles, found.train, found.heldout, found.bad, outputs, progress, stop, Clock(),
         )  # fmt: skip
         yield run if is_offline(algorithm) else sampling.fitted(run)

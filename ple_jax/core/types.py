@@ -73,7 +73,7 @@ class Sampling(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """One row a query, K responses each (PLE 2, DPO 2, SFT 1). It says what to train on; the backend decides how."""
+    """One row a query, K responses each (PLE 2, DPO 2, SFT 1, GRPO n). It says what to train on; the backend decides how."""
 
     prompt: Int32[np.ndarray, "query prompt_len"]  # left-padded
     prompt_mask: Bool[np.ndarray, "query prompt_len"]

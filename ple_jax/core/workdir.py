@@ -1,7 +1,7 @@
 """The work directory: who may write to it, which config it belongs to, and how its files are written.
 
 config.json  environment.json  metrics.jsonl  bad_records.jsonl  rollouts/  evaluations/  quarantine/  rewards.sqlite
-checkpoints/  adapter/  reward_model/  judgement.json  tensorboard/  serving/
+checkpoints/  adapter/  reward_model/  responses/  judgement.json  tensorboard/  serving/
 report.html  summary.json (written last: it marks a finished run)
 """
 
@@ -17,7 +17,8 @@ from typing import Any
 from ple_jax.core.config import EXECUTION, UserError, differing
 
 _FILES = (
-    "rollouts", "evaluations", "checkpoints", "adapter", "reward_model", "metrics.jsonl", "summary.json", "report.html",
+    "rollouts", "evaluations", "checkpoints", "adapter", "reward_model", "responses", "metrics.jsonl", "summary.json",
+    "report.html",
 )  # fmt: skip
 
 

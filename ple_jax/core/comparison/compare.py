@@ -76,8 +76,13 @@ def run(entries: Sequence[str], out: Path, *, config: Any, backend: str) -> Path
         "tests": tests(pairs, config.seed),
         "examples": examples(methods, config.compare.examples),
     }
-    result["wins"] = judged(pairs, judge, config, out)  # last: it may take hours
-    result["warnings"] += undecided(result["wins"])
+    if not isinstance(judge, Stored):  # it may take hours: all else is there before
+        _kept({**result, "wins": []}, out)
+    wins = judged(pairs, judge, config, out)
+    return _kept({**result, "wins": wins, "warnings": [*result["warnings"], *undecided(wins)]}, out)
+
+
+def _kept(result: dict[str, Any], out: Path) -> Path:
     files.write_json(out / "comparison.json", result)
     return write(json.loads((out / "comparison.json").read_text(encoding="utf-8")), out)
 
@@ -117,9 +122,13 @@ def described(methods: Sequence[Method], seed: int) -> list[dict[str, Any]]:
 
 
 def spent(run: Run) -> dict[str, float]:
-    """What training cost: from summary.json, or of an unfinished run from metrics.jsonl; nothing of a start model."""
+    """What training cost: from summary.json, or of an unfinished run from metrics.jsonl; a base model's is nothing.
+
+    Of a start model with an adapter nobody here knows.
+    """
     if not run.trained:
-        return dict.fromkeys((*costs.COUNTERS, "wall_seconds"), 0)
+        known = run.generated.settings["adapter"] is None
+        return dict.fromkeys((*costs.COUNTERS, "wall_seconds"), 0) if known else {}
     if not run.summary:
         totals = {key.removeprefix("total_"): value for key, value in _last(run.lines).items() if key.startswith("total_")}
         return {"train_seconds": totals.pop("seconds"), **totals} if totals else {}
@@ -256,11 +265,12 @@ def judged(
     with Cache(out / "judgements.sqlite") as cache:
         for a, b in pairs:
             both, queries = beside(a, b), _drawn(a.values["reward"].shape[1], options.judge_queries, config.seed)
-            cells = [(i, j, q, s) for i, j in both for q in queries for s in range(options.judge_samples)]
+            samples = options.judge_samples or a.values["reward"].shape[-1]
+            cells = [(i, j, q, s) for i, j in both for q in queries for s in range(samples)]
             found = _verdicts(judge, a, b, cells, cache)
             if not isinstance(judge, Stored):  # which takes its time
                 print(f"judged {a.label} against {b.label}: {len(cells)} pairs of responses", flush=True)
-            rate = mean(found.combined.reshape(len(both), len(queries), options.judge_samples)) / 2 + 0.5
+            rate = mean(found.combined.reshape(len(both), len(queries), samples)) / 2 + 0.5
             low, high = statistics.clustered_ci(rate, seed=config.seed)
             for method, against, outcomes, interval in (
                 (a, b, found, (low, high)),
@@ -308,7 +318,7 @@ def about(judge: judges.Judge | Stored, config: Any, methods: Sequence[Method]) 
         "kwargs": shown(options.judge_kwargs.to_dict()),
         "symmetric": isinstance(judge, Stored) or judge.symmetric,
         "queries": min(options.judge_queries or queries, queries),
-        "samples": options.judge_samples,
+        "samples": options.judge_samples or methods[0].values["reward"].shape[-1],
     }
 
 
@@ -363,7 +373,8 @@ def _unequal(methods: Sequence[Method]) -> list[str]:
 def _missing(methods: Sequence[Method]) -> list[str]:
     found = []
     without = [method.label for method in methods if np.isnan(method.values["reward_second"]).all((1, 2)).any()]
-    if len(without) == len(methods):
+    asked = {run.generated.settings["second_reward"] for method in methods for run in method.runs} - {None}
+    if len(without) == len(methods) and not asked:
         found.append(
             "no second reward: over-optimisation of the training reward would not show (--config.generate.second_reward)"
         )

@@ -107,8 +107,9 @@ def read(label: str, folder: Path) -> Run:
     workdir, generated = folder.parent.parent, generations.read(folder)
     lines: list[dict[str, Any]] = []
     if generated.settings["policy"] == "trained" and (workdir / "metrics.jsonl").exists():
-        # of bytes: str.splitlines would also cut at U+2028
-        lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_bytes().splitlines()]
+        # of bytes: str.splitlines would also cut at U+2028; a last line without its end is still being written
+        written = (workdir / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+        lines = [json.loads(line) for line in written if line.endswith(b"\n")]
     summary = files.read_json(workdir / "summary.json") or {}
     return Run(label, folder, generated, flatten(files.read_json(workdir / "config.json") or {}), summary, lines)
 
@@ -152,8 +153,9 @@ def method_keys(run: Run) -> dict[str, Any]:
         config = {k: v for k, v in config.items() if k not in ("inputs.train", "inputs.heldout")}
     if run.trained:
         return config
-    wanted = (*_START, "principles", "inputs.principles") if run.generated.settings["principled"] else _START
-    return {k: v for k, v in config.items() if k.startswith(wanted)}
+    # the directory may since have been trained in with another set
+    own = {k: v for k, v in config.items() if k.startswith(_START)}
+    return own | ({"principles": run.generated.settings["principles"]} if run.generated.settings["principled"] else {})
 
 
 def _value(value: Any) -> str:

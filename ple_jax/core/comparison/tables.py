@@ -95,7 +95,8 @@ def _rewards(result: Mapping[str, Any], measure: str, name: str) -> Table:
             f" methods (Holm; {least:.2g} is as small as it gets); p of seeds: t-test of the seeds' means alone, unadjusted"
         )
     if wins:
-        note += f". Win rate against {baseline}, a tie is half a win; judge: {judge(result)}"
+        asked = f"on {result['judge']['samples']} responses to each of {result['judge']['queries']} queries"
+        note += f". Win rate against {baseline}, a tie is half a win; judge: {judge(result)}, {asked}"
     head = ["method", "seeds", name, "difference", "p", "p of seeds", *(["win rate"] if wins else [])]
     return Table(measure, name.capitalize(), f"{note}.", head, rows)
 

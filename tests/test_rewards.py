@@ -208,7 +208,7 @@ def test_a_file_of_your_own(tmp_path):
     ("name", "kwargs", "says"),
     [
         ("vadr", {}, "combine, judge, length, letters, model, remote, rules, toxicity, vader.*did you mean 'vader'"),
-        ("_cache", {}, "'_cache' is not one of combine"),
+        ("_cache", {}, "'_cache' is not one of bag_of_words, combine"),
         ("vader", {"with_promt": True}, r"config.reward.kwargs \{'with_promt': True\}.*unexpected keyword"),
         ("no_such_module:f", {}, "No module named 'no_such_module'"),
         ("test_rewards:nothing", {}, "no function 'nothing'"),

@@ -1,0 +1,486 @@
+"""Baselines by TRL's own trainers (config.trainer="trl"): SFT, DPO, GRPO and RLOO from the same config, data and start.
+
+`train` is `core.loop.train` with another update. What an iteration trains on, its evaluation, its commit and every file are
+the loop's; in between TRL's trainer takes the iteration's optimiser steps on a PEFT model of its own, which before them gets
+the adapter and Adam's moments from the `TorchBackend` and then gives them back. So the backend's checkpoint is all that a
+run needs to go on, held-out queries are answered by one sampler whoever trains, and TRL writes nothing. The price is
+memory: the base is on the device twice.
+
+The same as in our own loop: the start, the reference, the order of the data, every token, AdamW, its schedule and clipping,
+and the losses of SFT (a mean over the tokens of an optimiser batch) and DPO; so their loss curves are the same, to rounding.
+(Where queries were quarantined, batches are cut elsewhere.) GRPO and RLOO learn from what TRL samples: all responses of an
+iteration at once, by transformers, with noise of its own from config.seed. Of their losses this is TRL's:
+
+- an optimiser batch is of responses: those of a query need not be in one, and all epochs have the same batches;
+- of grpo.loss=dapo tokens are divided by the mean length in the iteration, where ours has that in the optimiser batch;
+- log-probabilities are taken at sampling.temperature, where ours are at 1.
+
+A warm-up (config.sft.data) is ours. TRL's telemetry and reports are off.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import importlib.util
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, logging
+
+from ple_jax.core import costs, loop, prompts, rewards, sampling, tasks
+from ple_jax.core.config import UserError
+from ple_jax.core.rollouts import Journal, read
+from ple_jax.core.run import Run, check_finite, commit, restore
+from ple_jax.core.sinks import truncate_jsonl
+from ple_jax.core.types import Query, Response, Rollout
+from ple_jax.models import adapters
+from torch_ascend import lora, sharding
+from torch_ascend import model as models
+from torch_ascend import train as backends
+
+VERSION = "1.16"  # of TRL: what is overridden here is no public interface
+SAMPLE = ("grpo", "rloo")
+ALGORITHMS = ("sft", "dpo", *SAMPLE)
+_PACKAGES = ("trl", "peft", "accelerate", "datasets")
+
+
+def check(config: Any) -> None:
+    """Refuses what TRL's trainers have not, before anything is loaded.
+
+    Raises:
+        UserError: another algorithm, an option that TRL has not or takes otherwise, or no TRL of this version.
+    """
+    name, dpo = config.algorithm, config.dpo
+    if name not in ALGORITHMS:
+        raise UserError(
+            f"config.trainer is 'trl', which trains {', '.join(ALGORITHMS)}, and config.algorithm is {name!r}: that is this"
+            " project's own, in PyTorch too; leave config.trainer at own"
+        )
+    wrong = {
+        f"dpo.samples={dpo.samples}, as TRL takes the records' own pairs": name == "dpo" and dpo.samples,
+        f"dpo.label_smoothing={dpo.label_smoothing:g}, as TRL's sigmoid loss ignores it": (
+            name == "dpo" and dpo.loss == "sigmoid" and dpo.label_smoothing
+        ),
+        f"lora.dropout={config.lora.dropout:g} (but for sft), as TRL applies it to what it compares with, too": (
+            name != "sft" and config.lora.dropout
+        ),
+        "sampling.temperature=0, as TRL never samples greedily": name in SAMPLE and config.sampling.temperature == 0,
+        f"model.quantize={config.model.quantize}": config.model.quantize != "none",
+        "sampling.server, as TRL samples by itself": config.sampling.server is not None,
+        "several processes or a config.mesh of several": (
+            math.prod(config.mesh.to_dict().values()) > 1 or sharding.row_multiple() > 1
+        ),
+    }
+    if found := [what for what, present in wrong.items() if present]:
+        raise UserError(f"config.trainer is 'trl', which does not go with {found[0]}; change that, or leave trainer at own")
+    if missing := [package for package in _PACKAGES if importlib.util.find_spec(package) is None]:
+        raise UserError(f"config.trainer is 'trl', and {missing[0]} is not installed; pip install 'ple_jax[trl]'")
+    if not (found := version("trl")).startswith(f"{VERSION}."):
+        raise UserError(f"config.trainer is 'trl', which needs TRL {VERSION}, not {found}; pip install 'ple_jax[trl]'")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What a user can do nothing about is not said: how tokens are aligned, what is called by a deprecated name."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r".\w*gradient_checkpointing\w*. is deprecated", FutureWarning)
+            yield
+    finally:
+        logging.set_verbosity(level)
+
+
+@_quiet()
+def train(run: Run) -> dict[str, Any]:
+    """Runs, or goes on with, all iterations; returns the totals of the run, as `core.loop.train` does."""
+    config, render = run.config, sampling.renderer(run)
+    state = restore(run, fresh=loop.warm_up)
+    run.progress.iteration(state["iteration"])
+    truncate_jsonl(run.workdir / "metrics.jsonl", state["iteration"])
+    loop.finish(run, state, render)
+    if state["iteration"] == config.iterations:
+        return state
+    trl = Trl(run, state)
+    while state["iteration"] < config.iterations:
+        run.progress.iteration(state["iteration"] + 1)
+        before = {**state, "seconds": dict(state["seconds"])}
+        if config.algorithm in SAMPLE:
+            rollouts, values = trl.sample_and_update()
+            loop.count(run, rollouts, run.algorithm.collect(config), render, state)
+        else:
+            rollouts = loop.collect(run, state["iteration"], math.nan, render, state)
+            values = trl.update(rollouts)
+        trl.store()
+        trl.count(rollouts)
+        values |= loop.summarise(rollouts, run.principles.text, run.tokenizer, config.sampling.max_new_tokens)
+        statistics = rewards.statistics(sampling.raw_rewards(rollouts), config.reward.transform)
+        values |= {f"transform_{name}": value for name, value in statistics.items()}
+        phases = [phase for phase in costs.PHASES if phase != "evaluate"]
+        spent = {phase: state["seconds"][phase] - before["seconds"][phase] for phase in phases}
+        new = {name: state[name] - before[name] for name in ("generated_tokens", "training_tokens")}
+        if spent["generate"]:
+            values["generate_tokens_per_second"] = new["generated_tokens"] / spent["generate"]
+        values["train_tokens_per_second"] = new["training_tokens"] / spent["update"]
+        state["iteration"] += 1
+        state["metrics"] = {**values, **new, **{f"seconds_{name}": s for name, s in spent.items()}}
+        commit(run, state)
+        loop.finish(run, state, render)
+    return state
+
+
+class Trl:
+    """TRL's side of a run: a PEFT model, its optimizer and its trainer, which stay from one iteration to the next."""
+
+    def __init__(self, run: Run, state: dict[str, Any]):
+        self.run, self.state, self.backend = run, state, run.backend
+        self.queries: list[Query] = []  # of the iteration, where TRL samples, and what it sampled
+        self.rollouts: list[Rollout] = []
+        options = run.config.optimizer
+        model = _peft_model(run)
+        named = dict(model.named_parameters())
+        self.parameters = {  # "path/kind", as the backend calls it -> PEFT's
+            leaf: named[f"base_model.model.{_module(leaf)}.{_PEFT[leaf.rpartition('/')[2]]}"]
+            for leaf in self.backend._leaves
+        }
+        self._load(lora.leaves(self.backend._reference))  # TRL's reference is what the model is when the trainer is made
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=options.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=options.weight_decay
+        )
+        done, warmup = state["step"], max(1, options.warmup_steps)
+        schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: min(1.0, (done + step + 1) / warmup))
+        self.watch = _Watch(run, state)
+        self.trainer = _trainer(run, model, (self.optimizer, schedule), self)
+        # while it has no state: accelerate would move Adam's counters to the device, where each is waited for
+        self.trainer.optimizer = self.trainer.accelerator.prepare(self.optimizer)
+        self._load(self.backend._leaves)
+        for own, parameter in self._pairs():
+            moments = self.backend._optimizer.state[own]
+            self.optimizer.state[parameter] = {
+                "step": torch.tensor(float(self.backend.steps)),
+                **{name: _turned(moments[name]).clone() for name in ("exp_avg", "exp_avg_sq")},
+            }
+
+    def _pairs(self) -> Iterator[tuple[Tensor, nn.Parameter]]:
+        """Every trained tensor of the backend, and TRL's."""
+        return zip(self.backend._leaves.values(), self.parameters.values(), strict=True)
+
+    @torch.no_grad()
+    def _load(self, leaves: dict[str, Tensor]) -> None:
+        for leaf, parameter in self.parameters.items():
+            parameter.copy_(_turned(leaves[leaf]))
+
+    @torch.no_grad()
+    def store(self) -> None:
+        """What TRL trained becomes the backend's policy, and its moments the backend's."""
+        for own, parameter in self._pairs():
+            moments, found = self.backend._optimizer.state[own], self.optimizer.state[parameter]
+            own.copy_(_turned(parameter))
+            for name in ("exp_avg", "exp_avg_sq", "step"):
+                moments[name].copy_(_turned(found[name]))
+        self.backend.steps += len(self.watch.logged)
+
+    # ---------------------------------------------------------------- an iteration
+
+    def update(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
+        """The iteration's optimiser steps on the records' own answers, in the order of `core.loop.update`; its metrics."""
+        config = self.run.config
+        parts = np.array_split(np.arange(len(rollouts)), -(-len(rollouts) // config.optimizer.batch_queries))
+        groups = list(parts)
+        for epoch in range(1, config.optimizer.epochs):
+            order = np.random.default_rng([config.seed, self.state["iteration"], epoch]).permutation(len(parts))
+            groups += [parts[i] for i in order]
+        self.run.progress.phase("update", len(groups))
+        return self._train([_EXAMPLES[config.algorithm](rollouts[i]) for group in groups for i in group])
+
+    def sample_and_update(self) -> tuple[list[Rollout], dict[str, float]]:
+        """What TRL samples of the iteration's queries, and the metrics of its optimiser steps."""
+        run, config, iteration = self.run, self.run.config, self.state["iteration"]
+        self.queries = tasks.draw(run.train, config.queries_per_iteration, seed=config.seed, iteration=iteration)
+        run.progress.phase("generate", 1)
+        values = self._train([{"prompt": str(i)} for i in range(len(self.queries))])
+        # the backend still has the policy that sampled
+        some = run.algorithm.batch(self.rollouts[: config.eval.diagnostic_queries], config)
+        values |= loop.diagnose(run, some, with_loss=False)
+        return self.rollouts, values
+
+    def _train(self, rows: list[dict[str, Any]]) -> dict[str, float]:
+        from datasets import Dataset
+
+        self.trainer.train_dataset = Dataset.from_list(rows)
+        self.watch.logged.clear()
+        # on this alone depends all noise from here on, of sampling and dropout: an iteration that is begun again is the same
+        torch.manual_seed(np.random.SeedSequence([self.run.config.seed, self.state["iteration"]]).generate_state(1)[0])
+        seconds, started = self.state["seconds"], time.perf_counter()
+        elsewhere = sum(seconds.values())
+        self.trainer.train()
+        seconds["update"] += time.perf_counter() - started - (sum(seconds.values()) - elsewhere)  # with what TRL prepares
+        logged = self.watch.logged
+        return {name: float(np.mean([line[name] for line in logged])) for name in logged[0]} | {"lr": logged[-1]["lr"]}
+
+    def count(self, rollouts: Sequence[Rollout]) -> None:
+        """Adds what the updates cost to the state: tokens as `core.loop` counts them, operations as TRL does them."""
+        config, state, parameters = self.run.config, self.state, self.run.parameters
+        epochs = config.optimizer.epochs
+        responses = sum(len(r.tokens) for rollout in rollouts for r in rollout.responses)
+        state["training_tokens"] += epochs * (responses + sum(len(rollout.prompt_tokens) for rollout in rollouts))
+        # every response has the prompt to itself
+        rows = responses + sum(len(rollout.prompt_tokens) * len(rollout.responses) for rollout in rollouts)
+        moves = config.queries_per_iteration * epochs > config.optimizer.batch_queries  # before the last step
+        compared = {  # how often log-probabilities are computed without a gradient
+            "sft": 0, "dpo": epochs, "grpo": moves + (config.grpo.beta > 0), "rloo": 1 + (config.rloo.beta > 0),
+        }[config.algorithm]  # fmt: skip
+        state["flops"] += costs.update_flops(parameters, rows) * epochs + costs.forward_flops(parameters, rows) * compared
+
+    # ---------------------------------------------------------------- what TRL asks for while it samples
+
+    def prompt_ids(self, numbers: Sequence[str]) -> list[list[int]]:
+        """Our tokens of prompts, which TRL knows by their number in the iteration."""
+        return [sampling.prompt_of(self.run, self.queries[int(i)], False)[1] for i in numbers]
+
+    def score(self, completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
+        """TRL's reward function: the scores of all responses of an iteration, whose rollouts are written here.
+
+        Raises:
+            UserError: a reward that is not finite: TRL cannot leave a query out.
+        """
+        run, config = self.run, self.run.config
+        run.progress.advance(1, tokens=sum(map(len, completion_ids)))
+        count = len(completion_ids) // len(self.queries)
+        groups = [completion_ids[i : i + count] for i in range(0, len(completion_ids), count)]
+        with costs.timed(self.state, "score"):
+            scored = sampling.score(run, [self._rollout(*of) for of in zip(self.queries, groups, strict=True)])
+            if bad := [(rollout, r) for rollout in scored for r in rollout.responses if math.isnan(r.reward)]:
+                raise UserError(
+                    f"reward {run.reward.name} is not finite for {len(bad)} responses, such as prompt"
+                    f" {bad[0][0].prompt[:80]!r}, response {bad[0][1].text[:80]!r}, and TRL leaves no query out: mend the"
+                    " reward and give the same command again, or leave config.trainer at own"
+                )
+            kept = sampling.transformed(scored, config.reward.transform)
+            journal = Journal(run.workdir / "rollouts", self.state["iteration"])
+            journal.complete(run.algorithm.label(kept, math.nan, self.state["iteration"], config))
+            self.rollouts = read(journal.path)
+        run.progress.phase("update", len(self.queries) * config.optimizer.epochs // config.optimizer.batch_queries)
+        return [r.score for rollout in self.rollouts for r in rollout.responses]
+
+    def _rollout(self, query: Query, sampled: Sequence[Sequence[int]]) -> Rollout:
+        run, thinking = self.run, self.run.config.task.thinking
+        text, ids = sampling.prompt_of(run, query, False)
+        shown = [prompts.answer(tokens, run.tokenizer, prompt=text, thinking=thinking) for tokens in sampled]
+        responses = (
+            Response(tuple(tokens), tokens[-1] in run.eos, sample=i, text=shown[i]) for i, tokens in enumerate(sampled)
+        )
+        return Rollout(query.id, query.prompt, tuple(ids), tuple(responses))
+
+
+class _Watch(TrainerCallback):
+    """Stops where a stop was asked for, and keeps what every optimiser step logs, under the names of our loop."""
+
+    NAMES = {"loss": "loss", "grad_norm": "grad_norm", "learning_rate": "lr", "clip_ratio/region_mean": "clipped"}
+    # not of IPO, where ours are of means over tokens
+    DPO = {"rewards/accuracies": "reward_accuracy", "rewards/margins": "reward_margin"}
+
+    def __init__(self, run: Run, state: dict[str, Any]):
+        self.run, self.state = run, state
+        self.names = self.NAMES | (self.DPO if run.config.dpo.loss == "sigmoid" else {})
+        self.logged: list[dict[str, float]] = []
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.run.stop.check()
+
+    def on_substep_end(self, *_: Any, **__: Any) -> None:
+        self.run.stop.check()
+
+    def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
+        if "loss" not in logs:  # the totals of one call of `train`
+            return
+        values = {ours: float(logs[theirs]) for theirs, ours in self.names.items() if theirs in logs}
+        self.logged.append(check_finite(values, self.state["step"], values["lr"]))
+        self.state["step"] += 1
+        self.run.progress.advance(1)
+
+
+# ---------------------------------------------------------------- the model
+
+
+def _peft_model(run: Run) -> Any:
+    """transformers' model with a PEFT adapter in the places of the backend's, in fp32; what is in it does not matter yet."""
+    from peft import LoraConfig, get_peft_model
+
+    settings = adapters.settings(run.config)
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        target_modules=list(dict.fromkeys(map(_module, run.backend._leaves))),  # whole paths: names could say too much
+        rank_pattern=dict(settings.rank_pattern),
+        alpha_pattern=dict(settings.alpha_pattern),
+        use_rslora=settings.rslora,
+        use_dora=settings.dora,
+        lora_dropout=settings.dropout,
+        fan_in_fan_out=run.transposed,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(_base(run), config)
+
+
+def _base(run: Run) -> PreTrainedModel:
+    """The frozen base on the backend's device, with transformers' own attention and, as there, no dropout of its own."""
+    loaded, own = backends.load(run.config), run.backend.model
+    made = models.create(loaded.config, loaded.raw, dtype=own.dtype, device=own.device, ops=own.ops)
+    models.fill(made, loaded.weights)
+    backends._load.cache_clear()  # the host's copy may go
+    base = made.module
+    base.set_attn_implementation("sdpa" if base._supports_sdpa else "eager")
+    for part in base.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+        if hasattr(part, "attention_dropout"):
+            part.attention_dropout = 0.0
+    return base
+
+
+_PEFT = {"a": "lora_A.default.weight", "b": "lora_B.default.weight", "m": "lora_magnitude_vector.default.weight"}
+
+
+def _module(leaf: str) -> str:
+    """Path of a leaf's module in transformers' tree."""
+    return models._our_names(leaf.rpartition("/")[0])
+
+
+def _turned(x: Tensor) -> Tensor:
+    """From our layout to PEFT's and back: matrices are transposed."""
+    return x.T if x.ndim == 2 else x
+
+
+# ---------------------------------------------------------------- TRL's trainers
+
+
+def _sft(rollout: Rollout) -> dict[str, Any]:
+    prompt, tokens = list(rollout.prompt_tokens), list(rollout.responses[0].tokens)
+    return {"input_ids": prompt + tokens, "labels": [-100] * len(prompt) + tokens}
+
+
+def _dpo(rollout: Rollout) -> dict[str, Any]:
+    rejected, chosen = (list(response.tokens) for response in rollout.responses)
+    return {"prompt_ids": list(rollout.prompt_tokens), "chosen_ids": chosen, "rejected_ids": rejected}
+
+
+_EXAMPLES: dict[str, Callable[[Rollout], dict[str, Any]]] = {"sft": _sft, "dpo": _dpo}  # rows of TRL's data, as tokens
+
+
+class _Ours:
+    """What is otherwise in TRL's trainers here: data come as tokens, and nothing is sent anywhere."""
+
+    ours: Trl
+
+    def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
+        return dataset
+
+    def _send_telemetry(self) -> None:
+        pass
+
+    def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
+        return self.ours.prompt_ids(prompts), None, {}
+
+    def _generate(self, prompts: list[str]) -> Any:
+        with costs.timed(self.ours.state, "generate"):
+            return super()._generate(prompts)  # type: ignore[misc]
+
+
+def _recomputation(settings: type) -> str:
+    """What transformers calls it: in 5.17 the one, in 5.24 the other, where the first is deprecated."""
+    names = {field.name for field in dataclasses.fields(settings)}
+    return "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+
+
+def _trainer(run: Run, model: Any, optimizers: tuple[Any, Any], ours: Trl) -> Any:
+    """TRL's trainer of the config's algorithm. Its data come with every iteration; at first it has a row to look at."""
+    import trl
+    from datasets import Dataset
+
+    config, name, cpu = run.config, run.config.algorithm, run.backend.model.device.type == "cpu"
+    if run.tokenizer.eos_token_id is None:
+        raise UserError(f"config.trainer is 'trl', which needs a tokenizer with an EOS token; {run.base_model}'s has none")
+    if name in SAMPLE and run.backend.model.config.family == "gpt2":
+        raise UserError(
+            f"config.trainer is 'trl', whose {name} counts the padding before a prompt among the positions that GPT-2 has"
+            " learned: take another model, or leave trainer at own"
+        )
+    kind = {"sft": trl.SFTTrainer, "dpo": trl.DPOTrainer, "grpo": trl.GRPOTrainer, "rloo": trl.RLOOTrainer}[name]
+    settings = {"sft": trl.SFTConfig, "dpo": trl.DPOConfig, "grpo": trl.GRPOConfig, "rloo": trl.RLOOConfig}[name]
+    args = settings(
+        **_options(config, run.eos),
+        gradient_accumulation_steps=config.optimizer.batch_queries // config.optimizer.micro_queries,
+        max_grad_norm=config.optimizer.clip_norm,
+        num_train_epochs=1,
+        seed=config.seed,
+        use_cpu=cpu,
+        dataloader_pin_memory=not cpu,
+        bf16=False,  # no mixed precision: config.model.dtype is the base's and the activations'
+        **{_recomputation(settings): config.model.remat != "none"},
+        router_aux_loss_coef=0.0,
+        output_dir=str(run.workdir),  # to which nothing is written
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # `_Watch` looks for them
+    )
+    args._n_gpu = min(args.n_gpu, 1)  # the backend's device: TRL refuses to run where a process sees several
+    kind = type(kind.__name__, (_Ours, kind), {})
+    blank = Rollout("", "", (0,), (Response((0,), True),) * 2)
+    trainer = kind(
+        model=model,
+        args=args,
+        train_dataset=Dataset.from_list([_EXAMPLES[name](blank) if name in _EXAMPLES else {"prompt": ""}]),
+        processing_class=copy.deepcopy(run.tokenizer),  # which gets a padding token, if it has none
+        optimizers=optimizers,
+        callbacks=[ours.watch],
+        **({"reward_funcs": ours.score} if name in SAMPLE else {}),
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.ours, trainer.eos_token_ids = ours, list(run.eos)
+    return trainer
+
+
+def _options(config: Any, eos: Sequence[int]) -> dict[str, Any]:
+    """What a config says of its algorithm, in TRL's words."""
+    name, micro = config.algorithm, config.optimizer.micro_queries
+    if name not in SAMPLE:
+        pairs = {"loss_type": [config.dpo.loss], "beta": config.dpo.beta} if name == "dpo" else {}
+        order = {"train_sampling_strategy": "sequential", "max_length": None}
+        return {"per_device_train_batch_size": micro, **order, **pairs}
+    own, how = config[name], config.sampling
+    options = {
+        "per_device_train_batch_size": micro * own.samples,
+        "num_generations": own.samples,
+        # all of an iteration is sampled before its first step, and then trained on so many times
+        "steps_per_generation": config.queries_per_iteration // micro,
+        "num_iterations": config.optimizer.epochs,
+        "shuffle_dataset": False,
+        "max_completion_length": how.max_new_tokens,
+        "temperature": how.temperature,
+        "top_k": how.top_k,
+        "top_p": how.top_p,
+        "min_p": how.min_p or None,
+        "generation_kwargs": {"eos_token_id": list(eos) or None},  # TRL would add the tokenizer's
+        "beta": own.beta,
+    }
+    if name == "rloo":
+        return {**options, "epsilon": own.clip, "normalize_advantages": False}
+    return {
+        **options,
+        "epsilon": own.clip_low,
+        "epsilon_high": own.clip_high,
+        "loss_type": own.loss,
+        "scale_rewards": "none" if own.loss == "dr_grpo" else "group",
+        "use_bias_correction_kl": False,  # the KL as in the GRPO paper and in ours
+    }

@@ -632,6 +632,14 @@ def test_the_principles_of_a_start_are_those_that_stood_in_the_prompt(tmp_path):
     assert labels == ["start + principles", "start + principles principles=honest"]
 
 
+def test_sampling_that_kl_does_not_hold_for_is_said(tmp_path):
+    for temperature, said in ((1.0, False), (0.5, True)):
+        drawn = {"temperature": temperature, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+        write_run(tmp_path / f"a{temperature}", const(1.0), settings={"sampling": drawn})
+        found = compare(tmp_path, [tmp_path / f"a{temperature}"], name=f"out{temperature}")["notes"]
+        assert any("sampled with temperature 0.5; KL" in note for note in found) == said
+
+
 def test_a_line_that_is_still_being_written_is_no_line(tmp_path):
     write_run(tmp_path / "a", const(1.0))
     with (tmp_path / "a" / "metrics.jsonl").open("a") as file:

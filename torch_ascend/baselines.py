@@ -317,17 +317,11 @@ def _peft_model(run: Run) -> Any:
 
     settings = adapters.settings(run.config)
     config = LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,
+        r=settings.rank, lora_alpha=settings.alpha, use_rslora=settings.rslora, use_dora=settings.dora,
+        rank_pattern=dict(settings.rank_pattern), alpha_pattern=dict(settings.alpha_pattern),
         target_modules=list(dict.fromkeys(map(_module, run.backend._leaves))),  # whole paths: names could say too much
-        rank_pattern=dict(settings.rank_pattern),
-        alpha_pattern=dict(settings.alpha_pattern),
-        use_rslora=settings.rslora,
-        use_dora=settings.dora,
-        lora_dropout=settings.dropout,
-        fan_in_fan_out=run.transposed,
-        task_type="CAUSAL_LM",
-    )
+        lora_dropout=settings.dropout, fan_in_fan_out=run.transposed, task_type="CAUSAL_LM",
+    )  # fmt: skip
     return get_peft_model(_base(run), config)
 
 
@@ -419,21 +413,13 @@ def _trainer(run: Run, model: Any, optimizers: tuple[Any, Any], ours: Trl) -> An
     args = settings(
         **_options(config, run.eos),
         gradient_accumulation_steps=config.optimizer.batch_queries // config.optimizer.micro_queries,
-        max_grad_norm=config.optimizer.clip_norm,
-        num_train_epochs=1,
-        seed=config.seed,
-        use_cpu=cpu,
-        dataloader_pin_memory=not cpu,
+        max_grad_norm=config.optimizer.clip_norm, num_train_epochs=1, seed=config.seed,
+        use_cpu=cpu, dataloader_pin_memory=not cpu,
         bf16=False,  # no mixed precision: config.model.dtype is the base's and the activations'
-        **{_recomputation(settings): config.model.remat != "none"},
-        router_aux_loss_coef=0.0,
-        output_dir=str(run.workdir),  # to which nothing is written
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        logging_steps=1,
-        logging_nan_inf_filter=False,  # `_Watch` looks for them
-    )
+        activation_checkpointing=config.model.remat != "none", router_aux_loss_coef=0.0,
+        output_dir=str(run.workdir), save_strategy="no", report_to="none", disable_tqdm=True,  # nothing is written
+        logging_steps=1, logging_nan_inf_filter=False,  # `_Watch` looks at every step
+    )  # fmt: skip
     args._n_gpu = min(args.n_gpu, 1)  # the backend's device: TRL refuses to run where a process sees several
     kind = type(kind.__name__, (_Ours, kind), {})
     blank = Rollout("", "", (0,), (Response((0,), True),) * 2)
@@ -460,27 +446,18 @@ def _options(config: Any, eos: Sequence[int]) -> dict[str, Any]:
         return {"per_device_train_batch_size": micro, **order, **pairs}
     own, how = config[name], config.sampling
     options = {
-        "per_device_train_batch_size": micro * own.samples,
-        "num_generations": own.samples,
+        "per_device_train_batch_size": micro * own.samples, "num_generations": own.samples, "beta": own.beta,
         # all of an iteration is sampled before its first step, and then trained on so many times
-        "steps_per_generation": config.queries_per_iteration // micro,
-        "num_iterations": config.optimizer.epochs,
+        "steps_per_generation": config.queries_per_iteration // micro, "num_iterations": config.optimizer.epochs,
         "shuffle_dataset": False,
-        "max_completion_length": how.max_new_tokens,
-        "temperature": how.temperature,
-        "top_k": how.top_k,
-        "top_p": how.top_p,
-        "min_p": how.min_p or None,
+        "max_completion_length": how.max_new_tokens, "temperature": how.temperature, "top_k": how.top_k,
+        "top_p": how.top_p, "min_p": how.min_p or None,
         "generation_kwargs": {"eos_token_id": list(eos) or None},  # TRL would add the tokenizer's
-        "beta": own.beta,
-    }
+    }  # fmt: skip
     if name == "rloo":
         return {**options, "epsilon": own.clip, "normalize_advantages": False}
     return {
-        **options,
-        "epsilon": own.clip_low,
-        "epsilon_high": own.clip_high,
-        "loss_type": own.loss,
+        **options, "epsilon": own.clip_low, "epsilon_high": own.clip_high, "loss_type": own.loss,
         "scale_rewards": "none" if own.loss == "dr_grpo" else "group",
         "use_bias_correction_kl": False,  # the KL as in the GRPO paper and in ours
-    }
+    }  # fmt: skip

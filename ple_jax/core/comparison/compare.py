@@ -408,6 +408,9 @@ def notes(methods: Sequence[Method]) -> list[str]:
     total = {method.label: sum(spent(run).get("generated_tokens", 1) for run in method.runs) for method in methods}
     if offline := [method.label for method in methods if method.trained and not total[method.label]]:
         found.append(f"{', '.join(offline)}: nothing is sampled while it trains; compare the tokens that it was trained on")
+    drawn, plain = methods[0].runs[0].generated.settings["sampling"], {"temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0}
+    if other := [f"{key} {drawn[key]:g}" for key, value in plain.items() if drawn.get(key, value) != value]:
+        found.append(f"responses were sampled with {', '.join(other)}; KL is of the untouched probabilities")
     return found
 
 

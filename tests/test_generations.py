@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -195,6 +196,16 @@ def test_queries_that_were_trained_on_are_told(trained, tmp_path, capsys):
     assert modes.generate(c, tmp_path / "run", "torch") == 0
     assert "warning: 4 of 4 queries are among those that were trained on" in capsys.readouterr().out
     assert "second" not in generations.read(tmp_path / "run" / "responses" / "trained").scores[0]
+
+
+@pytest.mark.parametrize(("package", "measure"), [("sacrebleu", "BLEU"), ("rouge_score", "ROUGE")])
+def test_what_references_need_is_asked_for_before_anything_is_sampled(package, measure, data, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=f"{measure} needs the package {package}"):
+        modes.generate(settings(data, **SECOND, generate__policy="start"), tmp_path / "start", "torch")
+    assert not (tmp_path / "start").exists()
+    c = settings("tiny_heldout", **SECOND, generate__policy="start")  # without references nothing needs it
+    assert modes.generate(c, tmp_path / "start", "torch") == 0
 
 
 def test_mistakes(data, trained, tmp_path):

@@ -10,6 +10,7 @@ import pytest
 import test_decoder
 import test_train
 import tiny
+import torch
 from ml_collections import FrozenConfigDict
 from safetensors.numpy import load_file
 from test_baselines import LENGTHS, SCORES, config, labelled, outputs, rollouts
@@ -137,7 +138,6 @@ def test_gradients_of_policy_and_head_are_the_same_in_both_backends():
 
 def test_values_are_read_where_a_token_is_predicted():
     """Of a one-token response: the hidden state of the last prompt token, which transformers' model gives."""
-    torch = pytest.importorskip("torch")
     adapter = {path: {k: np.zeros_like(x) for k, x in m.items()} for path, m in tiny.random_adapter(tiny.CONFIG).items()}
     c = config("ppo", ppo__samples=2)
     _, batch = ready(c)

@@ -34,11 +34,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, logging
 
-from ple_jax.core import costs, loop, prompts, rewards, sampling, tasks
+from ple_jax.core import costs, loop, prompts, sampling, tasks
 from ple_jax.core.config import UserError
 from ple_jax.core.rollouts import Journal, read
-from ple_jax.core.run import Run, check_finite, commit, restore
-from ple_jax.core.sinks import truncate_jsonl
+from ple_jax.core.run import Run, check_finite
 from ple_jax.core.types import Query, Response, Rollout
 from ple_jax.models import adapters
 from torch_ascend import lora, sharding
@@ -102,38 +101,22 @@ def _quiet() -> Iterator[None]:
 @_quiet()
 def train(run: Run) -> dict[str, Any]:
     """Runs, or goes on with, all iterations; returns the totals of the run, as `core.loop.train` does."""
-    config, render = run.config, sampling.renderer(run)
-    state = restore(run, fresh=loop.warm_up)
-    run.progress.iteration(state["iteration"])
-    truncate_jsonl(run.workdir / "metrics.jsonl", state["iteration"])
-    loop.finish(run, state, render)
-    if state["iteration"] == config.iterations:
+    render = sampling.renderer(run)
+    state = loop.begin(run, render)
+    if state["iteration"] == run.config.iterations:
         return state
     trl = Trl(run, state)
-    while state["iteration"] < config.iterations:
-        run.progress.iteration(state["iteration"] + 1)
-        before = {**state, "seconds": dict(state["seconds"])}
-        if config.algorithm in SAMPLE:
-            rollouts, values = trl.sample_and_update()
-            loop.count(run, rollouts, run.algorithm.collect(config), render, state)
-        else:
-            rollouts = loop.collect(run, state["iteration"], math.nan, render, state)
-            values = trl.update(rollouts)
-        trl.store()
-        trl.count(rollouts)
-        values |= loop.summarise(rollouts, run.principles.text, run.tokenizer, config.sampling.max_new_tokens)
-        statistics = rewards.statistics(sampling.raw_rewards(rollouts), config.reward.transform)
-        values |= {f"transform_{name}": value for name, value in statistics.items()}
-        phases = [phase for phase in costs.PHASES if phase != "evaluate"]
-        spent = {phase: state["seconds"][phase] - before["seconds"][phase] for phase in phases}
-        new = {name: state[name] - before[name] for name in ("generated_tokens", "training_tokens")}
-        if spent["generate"]:
-            values["generate_tokens_per_second"] = new["generated_tokens"] / spent["generate"]
-        values["train_tokens_per_second"] = new["training_tokens"] / spent["update"]
-        state["iteration"] += 1
-        state["metrics"] = {**values, **new, **{f"seconds_{name}": s for name, s in spent.items()}}
-        commit(run, state)
-        loop.finish(run, state, render)
+    while state["iteration"] < run.config.iterations:
+        with loop.one_iteration(run, state, render) as values:
+            if run.config.algorithm in SAMPLE:
+                rollouts, found = trl.sample_and_update()
+                loop.count(run, rollouts, run.algorithm.collect(run.config), render, state)
+            else:
+                rollouts = loop.collect(run, state["iteration"], math.nan, render, state)
+                found = trl.update(rollouts)
+            trl.store()
+            trl.count(rollouts)
+            values |= found | loop.summarise(run, rollouts)
     return state
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from ple_jax import losses
 from ple_jax.algorithms._parts import no_threshold as schedule
-from ple_jax.algorithms._parts import pack_all, plain_samples
+from ple_jax.algorithms._parts import pack_all, plain_samples, scores
 from ple_jax.core.advantages import group_advantages
 from ple_jax.core.types import Array, Batch, Loss, Outputs, Rollout, Slot
 
@@ -25,15 +25,15 @@ def collect(config: Any) -> tuple[Slot, ...]:
 
 def label(rollouts: Sequence[Rollout], tau: float, iteration: int, config: Any) -> list[Rollout]:
     """Weights are the advantages, margin is best minus mean score. "dropped": all scores are equal, nothing is learned."""
-    scores = np.array([[r.score for r in rollout.responses] for rollout in rollouts], np.float64)
-    weights = group_advantages(scores, kind="dr_grpo" if config.grpo.loss == "dr_grpo" else "grpo")
+    found = scores(rollouts)
+    weights = group_advantages(found, kind="dr_grpo" if config.grpo.loss == "dr_grpo" else "grpo")
     return [
         rollout._replace(
             margin=float(own.max() - own.mean()),
             decision="compared" if own.max() > own.min() else "dropped",
             responses=tuple(r._replace(weight=float(w)) for r, w in zip(rollout.responses, row, strict=True)),
         )
-        for rollout, own, row in zip(rollouts, scores, weights, strict=True)
+        for rollout, own, row in zip(rollouts, found, weights, strict=True)
     ]
 
 

@@ -13,8 +13,8 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from ple_jax import losses
+from ple_jax.algorithms._parts import measured, pack_all, plain_samples, scores
 from ple_jax.algorithms._parts import no_threshold as schedule
-from ple_jax.algorithms._parts import pack_all, plain_samples
 from ple_jax.core.advantages import adaptive_kl, gae, kl_penalised, missing_eos_penalty, whiten
 from ple_jax.core.types import Array, Batch, Loss, Outputs, Rollout, Slot
 
@@ -32,11 +32,7 @@ def collect(config: Any) -> tuple[Slot, ...]:
 
 def label(rollouts: Sequence[Rollout], tau: float, iteration: int, config: Any) -> list[Rollout]:
     """Nothing is decided: every response is learned from. Margin is best minus mean score."""
-    scores = [np.array([r.score for r in rollout.responses], np.float64) for rollout in rollouts]
-    return [
-        rollout._replace(margin=float(own.max() - own.mean()), decision="sampled")
-        for rollout, own in zip(rollouts, scores, strict=True)
-    ]
+    return measured(rollouts, "sampled")
 
 
 def batch(rollouts: Sequence[Rollout], config: Any) -> Batch:
@@ -48,7 +44,7 @@ def batch(rollouts: Sequence[Rollout], config: Any) -> Batch:
     packed = pack_all(rollouts, config)
     lengths = packed.response_mask.sum(-1)
     data = {
-        "scores": np.array([[r.score for r in rollout.responses] for rollout in rollouts], np.float32),
+        "scores": scores(rollouts).astype(np.float32),
         "finished": np.array([[r.finished for r in rollout.responses] for rollout in rollouts], np.float32),
         "normaliser": np.full(lengths.shape, lengths.mean(), np.float32),
     }

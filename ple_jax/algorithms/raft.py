@@ -3,11 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from ple_jax.algorithms._imitation import batch, make_loss, marked, needs_reference
+from ple_jax.algorithms._parts import measured, plain_samples, scores
 from ple_jax.algorithms._parts import no_threshold as schedule
-from ple_jax.algorithms._parts import plain_samples
 from ple_jax.core.types import Rollout, Slot
 
 __all__ = ["batch", "collect", "label", "make_loss", "needs_reference", "schedule"]
@@ -20,7 +18,4 @@ def collect(config: Any) -> tuple[Slot, ...]:
 
 def label(rollouts: Sequence[Rollout], tau: float, iteration: int, config: Any) -> list[Rollout]:
     """The best response of every query gets weight 1, the first of equals; margin is best minus mean, in reward."""
-    scores = np.array([[r.score for r in rollout.responses] for rollout in rollouts], np.float64)
-    margins = scores.max(1) - scores.mean(1)
-    best = marked(rollouts, scores.argmax(1).tolist(), "best")
-    return [rollout._replace(margin=float(margin)) for rollout, margin in zip(best, margins, strict=True)]
+    return measured(marked(rollouts, scores(rollouts).argmax(1).tolist(), "best"), "best")

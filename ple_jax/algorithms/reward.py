@@ -13,8 +13,7 @@ from array_api_compat import array_namespace
 from jaxtyping import Float
 
 from ple_jax import losses
-from ple_jax.core import metrics as measure
-from ple_jax.core import prompts
+from ple_jax.core import prompts, statistics
 from ple_jax.core.batches import pack
 from ple_jax.core.rollouts import bucket
 from ple_jax.core.types import Array, Backend, Batch, Loss, Outputs, Query, Response, Rollout, Tokenizer
@@ -154,7 +153,7 @@ def measures(margins: Float[np.ndarray, " pairs"], *, seed: int) -> dict[str, An
     wrong = np.exp(-np.logaddexp(0.0, margins))  # 1 - sigmoid(margin)
     return {
         "accuracy": float(right.mean()),
-        "accuracy_ci95": list(measure.bootstrap_ci(right, seed=seed)),
+        "accuracy_ci95": list(statistics.bootstrap_ci(right, seed=seed)),
         "log_loss": float(np.logaddexp(0.0, -margins).mean()),
         "brier": float((wrong**2).mean()),
         "calibration_error": sum(b.pairs * abs(b.confidence - b.accuracy) for b in bins) / len(margins),

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from ple_jax import losses
+from ple_jax.algorithms._parts import measured, pack_all, plain_samples, scores
 from ple_jax.algorithms._parts import no_threshold as schedule
-from ple_jax.algorithms._parts import pack_all, plain_samples
 from ple_jax.core.advantages import group_advantages
 from ple_jax.core.types import Array, Batch, Loss, Outputs, Rollout, Slot
 
@@ -25,18 +25,13 @@ def collect(config: Any) -> tuple[Slot, ...]:
 
 def label(rollouts: Sequence[Rollout], tau: float, iteration: int, config: Any) -> list[Rollout]:
     """Margin is best minus mean score. The advantages also depend on the reference: `prepare` makes them."""
-    scores = [np.array([r.score for r in rollout.responses], np.float64) for rollout in rollouts]
-    return [
-        rollout._replace(margin=float(own.max() - own.mean()), decision="compared")
-        for rollout, own in zip(rollouts, scores, strict=True)
-    ]
+    return measured(rollouts, "compared")
 
 
 def batch(rollouts: Sequence[Rollout], config: Any) -> Batch:
     """One optimiser batch of all responses, k = rloo.samples; its data: `scores` [query, k], `valid` [query], float32."""
     packed = pack_all(rollouts, config)
-    scores = np.array([[r.score for r in rollout.responses] for rollout in rollouts], np.float32)
-    return packed._replace(data=packed.data | {"scores": scores})
+    return packed._replace(data=packed.data | {"scores": scores(rollouts).astype(np.float32)})
 
 
 def needs_reference(config: Any) -> bool:

@@ -94,6 +94,11 @@ def _tuple(each: Rule, *, empty: bool = False) -> Rule:
     return rule
 
 
+def _optional(rule: Rule) -> Rule:
+    """Unset, or what `rule` allows."""
+    return lambda value: "" if value is None else rule(value)
+
+
 def _flag(value: Any) -> str:
     return "" if isinstance(value, bool) else "True or False"
 
@@ -153,10 +158,6 @@ def _source(value: Any) -> str:
         return ""
     local = _named(names("data", ".jsonl"), file="file of records", folder=True)(value)
     return f"{local}, or a data set on a hub, user/name" if local else ""
-
-
-def _optional_source(value: Any) -> str:
-    return "" if value is None else _source(value)
 
 
 def _words(value: Any) -> str:
@@ -253,14 +254,6 @@ def _model(value: Any) -> str:
 def _revision(value: Any) -> str:
     fine = value is None or (isinstance(value, str) and re.fullmatch(r"\w[\w./+@-]*", value) and ".." not in value)
     return "" if fine else "unset or a branch, tag or commit of a model on a hub"
-
-
-def _optional_text(value: Any) -> str:
-    return "" if value is None else _text(value)
-
-
-def _optional_reward(value: Any) -> str:
-    return "" if value is None else _reward(value)
 
 
 _reward = _named(names("core/rewards", ".py"), code=True)
@@ -383,7 +376,7 @@ RULES: dict[str, Rule] = {
     "optimizer.batch_queries": _whole(1),
     "optimizer.micro_queries": _whole(1),
     "optimizer.epochs": _whole(1),
-    "sft.data": _optional_source,
+    "sft.data": _optional(_source),
     "sft.epochs": _whole(1),
     "sft.lr": _positive,
     "eval.every": _whole(1),
@@ -391,13 +384,13 @@ RULES: dict[str, Rule] = {
     "eval.diagnostic_queries": _whole(1),
     "generate.policy": _choice("trained", "start"),
     "generate.principled": _flag,
-    "generate.data": _optional_source,
+    "generate.data": _optional(_source),
     "generate.split": _text,
     "generate.max_queries": _whole(0),
     "generate.samples": _whole(1),
-    "generate.second_reward": _optional_reward,
+    "generate.second_reward": _optional(_reward),
     "generate.second_kwargs": _free,
-    "compare.baseline": _optional_text,
+    "compare.baseline": _optional(_text),
     "compare.judge": _named(["reward", "endpoint", "model"], code=True),
     "compare.judge_kwargs": _free,
     "compare.judge_queries": _whole(0),

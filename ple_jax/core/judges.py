@@ -16,8 +16,8 @@ import numpy as np
 from jaxtyping import Float64
 
 from ple_jax.core import rewards
-from ple_jax.core.config import UserError, suggestion
-from ple_jax.core.plugins import load_module
+from ple_jax.core.config import UserError
+from ple_jax.core.plugins import load_function
 from ple_jax.core.rewards import Incomplete
 from ple_jax.core.rewards._cache import Cache, digest, key
 from ple_jax.core.types import Reward
@@ -72,7 +72,9 @@ def load(name: str, kwargs: Mapping[str, Any], *, backend: str) -> Judge:
         "model": (local, {"backend": backend}),
     }
     if name not in makers:
-        return _function(name, kwargs, list(makers))
+        words = ("prompts", "first", "second")
+        found, source = load_function(name, "compare.judge", given=words, kwargs=kwargs, known=list(makers))
+        return Judge(name, digest(source, kwargs), functools.partial(found, **kwargs))
     make, offered = makers[name]
     try:
         inspect.signature(make).bind(**offered, **kwargs)
@@ -83,26 +85,6 @@ def load(name: str, kwargs: Mapping[str, Any], *, backend: str) -> Judge:
         inner = f"{WHERE} kwargs" if name == "reward" else WHERE
         says = str(error).replace("config.reward.kwargs", inner).replace("config.reward.name", f"{WHERE} name")
         raise UserError(says) from error
-
-
-def _function(name: str, kwargs: Mapping[str, Any], known: Sequence[str]) -> Judge:
-    file, _, function = name.partition(":")
-    if not function:
-        raise UserError(
-            f"config.compare.judge {name!r} is not one of {', '.join(known)}{suggestion(name, known)};"
-            " a function of your own is package.module:function or file.py:function"
-        )
-    module = load_module(file, "compare.judge")
-    found = getattr(module, function, None)
-    if not callable(found):
-        raise UserError(f"config.compare.judge {name!r}: {file} has no function {function!r}")
-    try:
-        inspect.signature(found).bind([], [], [], **kwargs)
-    except TypeError as error:
-        raise UserError(
-            f"config.compare.judge {name!r} is not called as (prompts, first, second, **kwargs): {error}"
-        ) from error
-    return Judge(name, digest(rewards._source(module, found), kwargs), functools.partial(found, **kwargs))
 
 
 # ---------------------------------------------------------------- a reward as the judge
@@ -181,31 +163,16 @@ def _verdicts(
 ) -> Float64[np.ndarray, " n"]:
     asked = list(zip(prompts, first, second, strict=True))
     keys = [key(judge.name, judge.version, prompt, pair(one, other)) for prompt, one, other in asked]
-    questions = {k: question for k, question in zip(keys, asked, strict=True) if question[1] != question[2]}
-    known = cache.get(questions)
-    missing = [k for k in questions if k not in known]
-    decide = replace(judge.decide, cache=cache) if isinstance(judge.decide, _Higher) else judge.decide
-    for start in range(0, len(missing), judge.batch):
-        some = missing[start : start + judge.batch]
-        columns = [list(column) for column in zip(*(questions[k] for k in some), strict=True)]
-        stopped: Incomplete | None = None
-        given: Any
-        try:
-            given = decide(*columns)
-        except Incomplete as error:
-            stopped, given = error, error.values
-        except UserError:
-            raise
-        except Exception as error:  # the judge may be the user's code: anything may come out of it
-            raise UserError(
-                f"judge {judge.name!r} failed on {len(some)} pairs: {type(error).__name__}: {error}; {_AGAIN}"
-            ) from error
-        found = dict(zip(some, _checked(judge, given, len(some)), strict=True))
-        cache.put({k: value for k, value in found.items() if not math.isnan(value)})
-        if stopped is not None:
-            raise stopped
-        known |= found
-    return np.array([known[k] if k in questions else 0.0 for k in keys], np.float64)
+    known = rewards.answered(
+        {k: question for k, question in zip(keys, asked, strict=True) if question[1] != question[2]},
+        replace(judge.decide, cache=cache) if isinstance(judge.decide, _Higher) else judge.decide,
+        lambda given, *columns: _checked(judge, given, len(columns[0])),
+        cache=cache,
+        batch=judge.batch,
+        failed=lambda n: f"judge {judge.name!r} failed on {n} pairs",
+        again=_AGAIN,
+    )
+    return np.array([known.get(k, 0.0) for k in keys], np.float64)  # equal responses were not asked about
 
 
 def _checked(judge: Judge, given: Any, n: int) -> list[float]:

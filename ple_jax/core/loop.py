@@ -7,13 +7,14 @@ iteration that was being sampled.
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
 from ple_jax import losses
-from ple_jax.core import costs, data, rewards, tasks
+from ple_jax.core import costs, data, rewards, statistics, tasks
 from ple_jax.core import metrics as measure
 from ple_jax.core.batches import pack
 from ple_jax.core.rollouts import Journal, read
@@ -33,7 +34,7 @@ from ple_jax.core.sampling import (
     write_bad,
 )
 from ple_jax.core.sinks import truncate_jsonl
-from ple_jax.core.types import Batch, Outputs, Query, Response, Rollout, Slot, Tokenizer
+from ple_jax.core.types import Batch, Outputs, Query, Response, Rollout, Slot
 
 # the number of noise that is no iteration's: every evaluation draws with the same (`generations.NOISE` is another)
 HELDOUT = -1
@@ -45,33 +46,48 @@ _LEAK = 0.1  # share of trigrams above which principles are said to leak
 
 def train(run: Run) -> dict[str, Any]:
     """Runs, or goes on with, the whole of Algorithm 1; returns the totals of the run."""
-    config, schedule = run.config, run.algorithm.schedule(run.config)
-    render = renderer(run)
+    render, schedule = renderer(run), run.algorithm.schedule(run.config)
+    state = begin(run, render)
+    while state["iteration"] < run.config.iterations:
+        with one_iteration(run, state, render) as values:
+            rollouts = collect(run, state["iteration"], float(schedule(state["iteration"])), render, state)
+            values |= summarise(run, rollouts)
+            warn_of_leak(run, values)
+            values |= update(run, rollouts, state)
+    return state
+
+
+def begin(run: Run, render: Callable[[Query, bool], Rendered]) -> dict[str, Any]:
+    """Where the run stands, evaluated: a fresh one after its warm-up, or its newest checkpoint."""
     state = restore(run, fresh=warm_up)
     run.progress.iteration(state["iteration"])
     truncate_jsonl(run.workdir / "metrics.jsonl", state["iteration"])
     finish(run, state, render)
-    while state["iteration"] < config.iterations:
-        iteration = state["iteration"]
-        run.progress.iteration(iteration + 1)
-        before = {**state, "seconds": dict(state["seconds"])}
-        rollouts = collect(run, iteration, float(schedule(iteration)), render, state)
-        values = summarise(rollouts, run.principles.text, run.tokenizer, config.sampling.max_new_tokens)
-        statistics = rewards.statistics(raw_rewards(rollouts), config.reward.transform)
-        values |= {f"transform_{name}": value for name, value in statistics.items()}
-        warn_of_leak(run, values)
-        values |= update(run, rollouts, state)
-        phases = [phase for phase in costs.PHASES if phase != "evaluate"]
-        spent = {phase: state["seconds"][phase] - before["seconds"][phase] for phase in phases}
-        new = {name: state[name] - before[name] for name in ("generated_tokens", "training_tokens")}
-        if spent["generate"]:  # and not read from the journal
-            values["generate_tokens_per_second"] = new["generated_tokens"] / spent["generate"]
-        values["train_tokens_per_second"] = new["training_tokens"] / max(spent["update"], 1e-9)
-        state["iteration"] += 1
-        state["metrics"] = {**values, **new, **{f"seconds_{name}": s for name, s in spent.items()}}
-        commit(run, state)
-        finish(run, state, render)
     return state
+
+
+@contextmanager
+def one_iteration(
+    run: Run, state: dict[str, Any], render: Callable[[Query, bool], Rendered]
+) -> Iterator[dict[str, float]]:
+    """One iteration, whatever updates inside: its metrics go into what this gives, and its end commits and evaluates.
+
+    The metrics get what the iteration cost, as the counters of `state` say. An error inside leaves the last commit in force.
+    """
+    run.progress.iteration(state["iteration"] + 1)
+    before = {**state, "seconds": dict(state["seconds"])}
+    values: dict[str, float] = {}
+    yield values
+    phases = [phase for phase in costs.PHASES if phase != "evaluate"]
+    spent = {phase: state["seconds"][phase] - before["seconds"][phase] for phase in phases}
+    new = {name: state[name] - before[name] for name in ("generated_tokens", "training_tokens")}
+    if spent["generate"]:  # and not read from the journal
+        values["generate_tokens_per_second"] = new["generated_tokens"] / spent["generate"]
+    values["train_tokens_per_second"] = new["training_tokens"] / max(spent["update"], 1e-9)
+    state["iteration"] += 1
+    state["metrics"] = {**values, **new, **{f"seconds_{name}": s for name, s in spent.items()}}
+    commit(run, state)
+    finish(run, state, render)
 
 
 def warm_up(run: Run, state: dict[str, Any]) -> None:
@@ -117,8 +133,8 @@ def collect(
     """Algorithm 1, lines 1 to 5: the iteration's labelled rollouts, from the journal where it is complete."""
     config, journal = run.config, Journal(run.workdir / "rollouts", iteration)
     slots = run.algorithm.collect(config)
-    queries = tasks.draw(run.train, config.queries_per_iteration, seed=config.seed, iteration=iteration)
     if (rollouts := journal.read()) is None:
+        queries = tasks.draw(run.train, config.queries_per_iteration, seed=config.seed, iteration=iteration)
         with costs.timed(state, "generate"):
             sampled = sample(run, queries, slots, journal, iteration, render)
         with costs.timed(state, "score"):
@@ -244,13 +260,14 @@ def diagnose(run: Run, batch: Batch, *, with_loss: bool) -> dict[str, float]:
 # ---------------------------------------------------------------- metrics and evaluation
 
 
-def summarise(rollouts: Sequence[Rollout], principles: str, tokenizer: Tokenizer, limit: int) -> dict[str, float]:
+def summarise(run: Run, rollouts: Sequence[Rollout]) -> dict[str, float]:
     """The rollout metrics of one iteration."""
+    limit, transform = run.config.sampling.max_new_tokens, run.config.reward.transform
     by_kind: dict[str, list[Response]] = {}
     for rollout in rollouts:
         for response in rollout.responses:
             by_kind.setdefault(response.kind, []).append(response)
-    text = tokenizer.encode(principles, add_special_tokens=False)
+    text = run.tokenizer.encode(run.principles.text, add_special_tokens=False)
     values: dict[str, float] = {}
     for kind, responses in by_kind.items():
         tokens = [r.tokens for r in responses]
@@ -272,7 +289,8 @@ def summarise(rollouts: Sequence[Rollout], principles: str, tokenizer: Tokenizer
     }
     if "principled" in by_kind and "plain" in by_kind:
         values["leak"] = values["overlap_principled"] - values["overlap_plain"]
-    return values
+    pooled = rewards.statistics(raw_rewards(rollouts), transform)
+    return values | {f"transform_{name}": value for name, value in pooled.items()}
 
 
 def warn_of_leak(run: Run, values: dict[str, float]) -> None:
@@ -355,7 +373,7 @@ def summary(run: Run, backend: str, state: dict[str, Any]) -> dict[str, Any]:
         "seed": config.seed,
         "heldout_reward_before": float(before.mean()),
         "heldout_reward_after": float(after.mean()),
-        "heldout_gain_ci95": list(measure.bootstrap_ci(after - before, seed=config.seed)),
+        "heldout_gain_ci95": list(statistics.bootstrap_ci(after - before, seed=config.seed)),
         "heldout_queries": len(before),
         "iterations": config.iterations,
         **{name: state[name] for name in costs.COUNTERS},

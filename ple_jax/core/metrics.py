@@ -5,6 +5,7 @@ BLEU, which has its own.
 """
 
 import functools
+import importlib.util
 import math
 import re
 import unicodedata
@@ -136,7 +137,7 @@ def bleu(responses: Sequence[str], references: Sequence[str], *, tokenize: str =
     try:
         from sacrebleu.metrics import BLEU
     except ImportError as error:
-        raise UserError("BLEU needs the package sacrebleu: run `pip install 'ple_jax[eval]'`") from error
+        raise _absent("BLEU", "sacrebleu") from error
     # force: no warning where many responses end in " .", which does not change the value
     score = BLEU(tokenize=tokenize, force=True).corpus_score([r for r, _ in pairs], [[reference for _, reference in pairs]])
     return float(score.score)
@@ -166,10 +167,21 @@ def rouge(responses: Sequence[str], references: Sequence[str]) -> dict[str, floa
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
-        raise UserError("ROUGE needs the package rouge_score: run `pip install 'ple_jax[eval]'`") from error
+        raise _absent("ROUGE", "rouge_score") from error
     scorer = RougeScorer(kinds, tokenizer=_RougeWords())
     scores = [scorer.score(reference, response) for response, reference in pairs]
     return {kind: _mean([score[kind].fmeasure for score in scores]) for kind in kinds}
+
+
+def check_installed() -> None:
+    """Raises a UserError where a library that references need is not installed: before anything is sampled."""
+    for measure, package in (("BLEU", "sacrebleu"), ("ROUGE", "rouge_score")):
+        if importlib.util.find_spec(package) is None:
+            raise _absent(measure, package)
+
+
+def _absent(measure: str, package: str) -> UserError:
+    return UserError(f"{measure} needs the package {package}: run `pip install 'ple_jax[eval]'`")
 
 
 class _RougeWords:

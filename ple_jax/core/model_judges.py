@@ -4,7 +4,6 @@ import functools
 import importlib
 import json
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from ple_jax.core.config import BACKENDS, RULES, UserError
 from ple_jax.core.judges import WHERE, Judge, check_tie, pair
 from ple_jax.core.rewards import Incomplete, _http
 from ple_jax.core.rewards._cache import digest
+from ple_jax.core.rewards.judge import content, read_rubric
 from ple_jax.core.types import Query, Response, Rollout, Sampling
 
 RUBRIC = """The better reply helps with what was asked, is true as far as you know, harms nobody, and is clear and no \
@@ -73,14 +73,6 @@ def verdict(text: Any) -> float:
         return _VERDICTS.get(said.strip("\"'*`.").lower(), math.nan)
 
 
-def _read_rubric(rubric: str) -> str:
-    if os.path.isfile(rubric):
-        return Path(rubric).read_text("utf-8").strip()
-    if rubric.endswith((".txt", ".md")) and len(rubric.splitlines()) == 1:
-        raise UserError(f"{WHERE} rubric = {rubric!r}: there is no such file (looked in {Path.cwd()})")
-    return rubric
-
-
 # ---------------------------------------------------------------- behind an address
 
 
@@ -116,7 +108,7 @@ def endpoint(
     Raises:
         UserError: a file that is none, or as `_http.scorer` does.
     """
-    rubric = _read_rubric(rubric)
+    rubric = read_rubric(rubric, WHERE)
     if asks < 1:
         raise UserError(f"{WHERE} asks = {asks}: give at least 1")
     more = {**({} if temperature is None else {"temperature": temperature}), **(options or {})}
@@ -127,10 +119,7 @@ def endpoint(
         return {"model": model, "messages": turns, **more}
 
     def read(answer: Any, n: int) -> list[float]:
-        try:
-            said = verdict(answer["choices"][0]["message"]["content"])
-        except (TypeError, KeyError, IndexError):
-            raise ValueError(f"the answer is no chat completion: {str(answer)[:100]}") from None
+        said = verdict(content(answer))
         return [_UNCLEAR if math.isnan(said) else said]
 
     address = f"{url.rstrip('/')}/chat/completions"
@@ -209,7 +198,7 @@ def local(
     """
     from ple_jax.models import hub
 
-    rubric = _read_rubric(rubric)
+    rubric = read_rubric(rubric, WHERE)
     set_model = {"path": path, "revision": revision, "dtype": dtype, "quantize": quantize, "device": device}
     for option, value in set_model.items():
         if says := RULES[f"model.{option}"](value):

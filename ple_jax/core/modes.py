@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ple_jax.core import card, exporting, generations, loop, offline, peft, report, sampling
+from ple_jax.core import card, exporting, generations, loop, offline, peft, report, sampling, statistics
 from ple_jax.core import chat as chatting
 from ple_jax.core import metrics as measure
 from ple_jax.core import plan as planning
@@ -27,9 +27,9 @@ _SHOWN = 8  # queries of which --mode=generate prints the responses
 
 def train(config: Any, workdir: Path, backend: str) -> int:
     """Runs Algorithm 1 (or an offline algorithm's epochs) to its end, or goes on where it stood."""
-    own = config.trainer == "own"
-    if not own:
-        importlib.import_module("torch_ascend.baselines").check(config)
+    baselines = importlib.import_module("torch_ascend.baselines") if config.trainer == "trl" else None
+    if baselines is not None:
+        baselines.check(config)
     with files.lock(workdir):
         inputs = read_inputs(config, backend)
         files.check(workdir, resolved(config, backend, inputs.digests))
@@ -41,7 +41,7 @@ def train(config: Any, workdir: Path, backend: str) -> int:
         kind = offline if is_offline(inputs.algorithm) else loop
         with open_run(config, workdir, backend, inputs) as run:
             files.write_json(workdir / "environment.json", run.backend.environment())
-            state = kind.train(run) if own else importlib.import_module("torch_ascend.baselines").train(run)
+            state = (baselines or kind).train(run)
             summary = kind.summary(run, backend, state)
             exporting.write_adapter(run, state["iteration"], summary)
         head = has_head(inputs.algorithm)
@@ -105,7 +105,7 @@ def evaluate(config: Any, workdir: Path, backend: str) -> int:
         rollouts, _ = loop.evaluate(run, state["iteration"], sampling.renderer(run))
     reward = loop.mean_rewards(rollouts)
     reward = reward[~np.isnan(reward)]
-    low, high = loop.measure.bootstrap_ci(reward, seed=config.seed)
+    low, high = statistics.bootstrap_ci(reward, seed=config.seed)
     print(
         f"iteration {state['iteration']}: held-out reward {reward.mean():.4f} (95% interval {low:.4f} to {high:.4f})"
         f" over {len(reward)} queries x {config.eval.samples} samples"
@@ -121,6 +121,8 @@ def generate(config: Any, workdir: Path, backend: str) -> int:
     _check_samples(config, "generate")
     trained = config.generate.policy == "trained"
     queries, second = generations.evaluation_set(config), generations.second_reward(config, backend)
+    if any(query.completion for query in queries.queries):
+        measure.check_installed()
     with _on_run(config, workdir, backend, trained=trained) as (run, state):
         path = generations.write(run, queries, second, backend=backend, iteration=state["iteration"] if trained else 0)
     found = generations.read(path.parent, int(path.stem[5:]))
@@ -241,8 +243,6 @@ def plan(config: Any, workdir: Path, backend: str, topology: str | None = None) 
         print(planning.describe_offline(config, **sizes, found=found, algorithm=algorithm))
         return 0
     print(
-        planning.describe(
-            config, **sizes, found=found, rules=inputs.principles, reward=inputs.reward, algorithm=algorithm
-        )
+        planning.describe(config, **sizes, found=found, rules=inputs.principles, reward=inputs.reward, algorithm=algorithm)
     )
     return 0

@@ -2,11 +2,14 @@
 
 import importlib
 import importlib.util
+import inspect
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
-from ple_jax.core.config import UserError
+from ple_jax.core.config import UserError, suggestion
 
 
 def load_module(name: str, key: str) -> ModuleType:
@@ -30,3 +33,44 @@ def load_module(name: str, key: str) -> ModuleType:
         raise
     except Exception as error:  # the code is the user's: anything may come out of it
         raise UserError(f"config.{key} {name!r} does not import: {type(error).__name__}: {error}") from error
+
+
+def load_function(
+    name: str, key: str, *, given: Sequence[str], kwargs: Mapping[str, Any], known: Sequence[str]
+) -> tuple[Callable[..., Any], list[str]]:
+    """The function `package.module:function` or `file.py:function`, and the `source` it depends on.
+
+    Args:
+        key: the config key that names it, for errors.
+        given: what it is called with before its keyword arguments, by name.
+        kwargs: its keyword arguments.
+        known: the names that `key` may have instead.
+
+    Raises:
+        UserError: there is no such function, its module does not import, or it is not called this way.
+    """
+    file, _, function = name.partition(":")
+    if not function:
+        raise UserError(
+            f"config.{key} {name!r} is not one of {', '.join(known)}{suggestion(name, known)};"
+            " a function of your own is package.module:function or file.py:function"
+        )
+    module = load_module(file, key)
+    found = getattr(module, function, None)
+    if not callable(found):
+        raise UserError(f"config.{key} {name!r}: {file} has no function {function!r}")
+    try:
+        inspect.signature(found).bind(*([] for _ in given), **kwargs)
+    except TypeError as error:
+        raise UserError(f"config.{key} {name!r} is not called as ({', '.join(given)}, **kwargs): {error}") from error
+    return found, source(module, found)
+
+
+def source(module: ModuleType, function: Callable[..., Any]) -> list[str]:
+    """What stands in the file that a function is taken from, and in the one that defines it."""
+    try:
+        defined = inspect.getsourcefile(inspect.unwrap(function))
+    except TypeError:  # an object that can be called
+        defined = None
+    files = {file for file in (getattr(module, "__file__", None), defined) if file is not None}
+    return sorted(Path(file).read_bytes().hex() for file in files)

@@ -11,15 +11,13 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float64
 
-from ple_jax.core.config import UserError, names, suggestion
-from ple_jax.core.plugins import load_module
+from ple_jax.core import plugins
+from ple_jax.core.config import UserError, names
 from ple_jax.core.rewards._cache import Cache, digest, key
 from ple_jax.core.types import Reward
 
@@ -70,32 +68,11 @@ def load(name: str, kwargs: Mapping[str, Any], **offered: Any) -> Reward:
             raise UserError(f"config.reward.kwargs {dict(kwargs)!r}: {error}") from error
         # without a version of its own, a reward is what its code and its kwargs are
         own = reward.version != Reward.version
-        return reward if own else replace(reward, version=digest(_source(module, module.make), kwargs))
-    file, _, function = name.partition(":")
-    if not function:
-        raise UserError(
-            f"config.reward.name {name!r} is not one of {', '.join(known)}{suggestion(name, known)};"
-            " a function of your own is package.module:function or file.py:function"
-        )
-    module = load_module(file, "reward.name")
-    found = getattr(module, function, None)
-    if not callable(found):
-        raise UserError(f"config.reward.name {name!r}: {file} has no function {function!r}")
-    try:
-        inspect.signature(found).bind([], [], **kwargs)
-    except TypeError as error:
-        raise UserError(f"config.reward.name {name!r} is not called as (prompts, responses, **kwargs): {error}") from error
-    return Reward(name, functools.partial(found, **kwargs), version=digest(_source(module, found), kwargs))
-
-
-def _source(module: ModuleType, function: Callable[..., Any]) -> list[str]:
-    """What stands in the file that a function is taken from, and in the one that defines it."""
-    try:
-        defined = inspect.getsourcefile(inspect.unwrap(function))
-    except TypeError:  # an object that can be called
-        defined = None
-    files = {file for file in (getattr(module, "__file__", None), defined) if file is not None}
-    return sorted(Path(file).read_bytes().hex() for file in files)
+        return reward if own else replace(reward, version=digest(plugins.source(module, module.make), kwargs))
+    found, source = plugins.load_function(
+        name, "reward.name", given=("prompts", "responses"), kwargs=kwargs, known=known
+    )
+    return Reward(name, functools.partial(found, **kwargs), version=digest(source, kwargs))
 
 
 # ---------------------------------------------------------------- scoring
@@ -122,36 +99,68 @@ def score(reward: Reward, prompts: Sequence[str], responses: Sequence[str], *, c
         return Scored(combined, values | inner)
     assert reward.score is not None
     keys = [key(reward.name, reward.version, p, r) for p, r in zip(prompts, responses, strict=True)]
-    pairs = dict(zip(keys, zip(prompts, responses, strict=True), strict=True))
-    known = cache.get(pairs) if cache is not None else {}
-    missing = [k for k in pairs if k not in known]
-    for start in range(0, len(missing), reward.batch):
-        some = missing[start : start + reward.batch]
-        asked, answers = [pairs[k][0] for k in some], [pairs[k][1] for k in some]
+    known = answered(
+        dict(zip(keys, zip(prompts, responses, strict=True), strict=True)),
+        reward.score,
+        lambda given, asked, answers: _checked(reward, given, asked, answers).tolist(),
+        cache=cache,
+        batch=reward.batch,
+        failed=lambda n: f"reward {reward.name!r} failed on {n} responses",
+        again=_AGAIN,
+    )
+    return Scored(np.array([known[k] for k in keys], np.float64), {})
+
+
+def answered(
+    questions: Mapping[str, tuple[str, ...]],
+    ask: Callable[..., Any],
+    check: Callable[..., Sequence[float]],
+    *,
+    cache: Cache | None,
+    batch: int,
+    failed: Callable[[int], str],
+    again: str,
+) -> dict[str, float]:
+    """The number that answers each question, by its key: from the cache, or else asked for, `batch` questions at a time.
+
+    What a call gave is in the cache before the next one begins; values that are not finite never are.
+
+    Args:
+        questions: by key, each a row of texts.
+        ask: called with the columns of some of them, as lists.
+        check: (what `ask` gave, *columns) -> one number each; raises a UserError where it is something else.
+        failed: what happened to so many questions, for the error where `ask` fails.
+        again: what to do then.
+
+    Raises:
+        UserError: `ask` failed, or as `check`.
+        Incomplete: it stopped in between.
+    """
+    known = cache.get(questions) if cache is not None else {}
+    missing = [k for k in questions if k not in known]
+    for start in range(0, len(missing), batch):
+        some = missing[start : start + batch]
+        columns = [list(column) for column in zip(*(questions[k] for k in some), strict=True)]
         stopped: Incomplete | None = None
         given: Any
         try:
-            given = reward.score(asked, answers)
+            given = ask(*columns)
         except Incomplete as error:
             stopped, given = error, error.values
         except UserError:
             raise
-        except Exception as error:  # the reward may be the user's code: anything may come out of it
-            raise UserError(
-                f"reward {reward.name!r} failed on {len(some)} responses: {type(error).__name__}: {error}; {_AGAIN}"
-            ) from error
-        found = dict(zip(some, _checked(reward, given, asked, answers).tolist(), strict=True))
+        except Exception as error:  # it may be the user's code: anything may come out of it
+            raise UserError(f"{failed(len(some))}: {type(error).__name__}: {error}; {again}") from error
+        found = dict(zip(some, check(given, *columns), strict=True))
         if cache is not None:
             cache.put({k: value for k, value in found.items() if math.isfinite(value)})
         if stopped is not None:
             raise stopped
         known |= found
-    return Scored(np.array([known[k] for k in keys], np.float64), {})
+    return known
 
 
-def _checked(
-    reward: Reward, given: Any, prompts: Sequence[str], responses: Sequence[str]
-) -> Float64[np.ndarray, " n"]:
+def _checked(reward: Reward, given: Any, prompts: Sequence[str], responses: Sequence[str]) -> Float64[np.ndarray, " n"]:
     """What a reward gave as float64: one for each response, and within its scale where it is finite."""
     try:
         raw = np.asarray(given, object)  # as it is: float64 would make NaN of None, and a number of "1"

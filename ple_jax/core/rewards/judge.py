@@ -65,10 +65,7 @@ def make(
     """
     if not -math.inf < lowest < highest < math.inf:
         raise UserError(f"config.reward.kwargs lowest = {lowest}, highest = {highest}: give two numbers, the lower first")
-    if os.path.isfile(rubric):
-        rubric = Path(rubric).read_text("utf-8").strip()
-    elif rubric.endswith((".txt", ".md")) and len(rubric.splitlines()) == 1:
-        raise UserError(f"config.reward.kwargs rubric = {rubric!r}: there is no such file (looked in {Path.cwd()})")
+    rubric = read_rubric(rubric, "config.reward.kwargs")
     more = {**({} if temperature is None else {"temperature": temperature}), **(options or {})}
 
     def body(prompts: Sequence[str], responses: Sequence[str]) -> dict[str, Any]:
@@ -81,16 +78,37 @@ def make(
         return {"model": model, "messages": turns, **more}
 
     def read(answer: Any, n: int) -> list[float]:
-        try:
-            text = answer["choices"][0]["message"]["content"]
-        except (TypeError, KeyError, IndexError):
-            raise ValueError(f"the answer is no chat completion: {str(answer)[:100]}") from None
-        return [grade(text, lowest, highest)]
+        return [grade(content(answer), lowest, highest)]
 
     address = f"{url.rstrip('/')}/chat/completions"
     score = _http.scorer(address, body=body, read=read, size=1, concurrency=concurrency, **http)
     what = digest(_TASK, _TEXTS, version or url, model, rubric, lowest, highest, more)
     return Reward(name, score, version=what, scale=(lowest, highest), batch=4 * concurrency)
+
+
+def read_rubric(rubric: str, where: str) -> str:
+    """A rubric that is given as text or as a text file; `where` names its setting for the error.
+
+    Raises:
+        UserError: it reads like a file, and there is none.
+    """
+    if os.path.isfile(rubric):
+        return Path(rubric).read_text("utf-8").strip()
+    if rubric.endswith((".txt", ".md")) and len(rubric.splitlines()) == 1:
+        raise UserError(f"{where} rubric = {rubric!r}: there is no such file (looked in {Path.cwd()})")
+    return rubric
+
+
+def content(answer: Any) -> Any:
+    """What the model says in a chat completion.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        return answer["choices"][0]["message"]["content"]
+    except (TypeError, KeyError, IndexError):
+        raise ValueError(f"the answer is no chat completion: {str(answer)[:100]}") from None
 
 
 def grade(text: Any, lowest: float, highest: float) -> float:

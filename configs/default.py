@@ -60,12 +60,12 @@ def get_config() -> ConfigDict:
     c.task.thinking = False  # let a reasoning model think before it answers; the reward sees the answer alone
     c.task.max_prompt_tokens = 1024  # a longer plain prompt is a bad record; one of format=tldr is cut between paragraphs
 
-    # named sets (ple_jax/core/principles) or text files; several are joined: "helpful_harmless+concise"
+    # named sets (ple_jax/prompts/principles) or text files; several are joined: "helpful_harmless+concise"
     c.principles = "positive_review"
     c.principles_per_query = 0  # so many of the rules for every query, drawn by seed (0: all of them)
 
     c.reward = ConfigDict()
-    # a module of ple_jax/core/rewards, or a function of your own, `package.module:function` or `file.py:function`
+    # a module of ple_jax/rewards, or a function of your own, `package.module:function` or `file.py:function`
     c.reward.name = "vader"
     c.reward.kwargs = {}  # its keyword arguments, overridden whole: --config.reward.kwargs="{'k': 1}"
     c.reward.max_bad_share = 0.05  # of queries with a reward that is not finite; they are left out and kept in quarantine/

@@ -2,7 +2,7 @@
 
     from ple_jax import generate, losses, lora, pairing, threshold
 
-Importing `ple_jax` imports neither jax nor torch; nor do the neutral parts of it (everything in `core`, and `losses`).
+Importing `ple_jax` imports neither jax nor torch; nor does any room of it but `backend` and a part of `planning`.
 """
 
 import importlib
@@ -11,20 +11,20 @@ from types import ModuleType
 _MODULES = {
     # neutral: numpy alone
     "losses": "ple_jax.losses",
-    "metrics": "ple_jax.core.metrics",
-    "pairing": "ple_jax.core.pairing",
-    "prompts": "ple_jax.core.prompts",
-    "rewards": "ple_jax.core.rewards",
-    "rollouts": "ple_jax.core.rollouts",
-    "statistics": "ple_jax.core.statistics",
-    "threshold": "ple_jax.core.threshold",
+    "texts": "ple_jax.formulas.texts",
+    "pairing": "ple_jax.formulas.pairing",
+    "prompts": "ple_jax.prompts",
+    "rewards": "ple_jax.rewards",
+    "journal": "ple_jax.training.journal",
+    "intervals": "ple_jax.formulas.intervals",
+    "threshold": "ple_jax.formulas.threshold",
     "types": "ple_jax.core.types",
     # JAX
-    "generate": "ple_jax.generate",
-    "lora": "ple_jax.lora",
+    "generate": "ple_jax.backend.generate",
+    "lora": "ple_jax.backend.lora",
     "models": "ple_jax.models",
-    "sharding": "ple_jax.sharding",
-    "train": "ple_jax.train",
+    "sharding": "ple_jax.backend.sharding",
+    "train": "ple_jax.backend.train",
 }
 __all__ = list(_MODULES)
 

@@ -15,7 +15,7 @@ import math
 from array_api_compat import array_namespace
 from jaxtyping import Bool, Float
 
-from ple_jax.core.config import UserError
+from ple_jax.core.errors import UserError
 from ple_jax.core.types import Array
 
 # ---------------------------------------------------------------- sums and means
@@ -339,7 +339,7 @@ def clipped_value(
     Args:
       values: what the head says before every token, in units of the reward.
       old_values: the same as it was when the advantages were computed, constant.
-      returns: what it should say, `core.advantages.gae`'s second result.
+      returns: what it should say, `formulas.advantages.gae`'s second result.
       mask: true on response tokens.
       clip: how far it may move towards its return before its gradient is 0; 0.2 is usual, `math.inf` is no bound.
 
@@ -382,7 +382,7 @@ def ppo(
     Args:
       logprobs: log pi(y_t | x, y_<t) in nats.
       old_logprobs: the same under the policy that sampled, constant.
-      advantages: of every token (`core.advantages.gae`, whitened), constant.
+      advantages: of every token (`formulas.advantages.gae`, whitened), constant.
       mask: true on response tokens.
       clip_low, clip_high: as in `clipped_policy`.
       normaliser: the mean response length of the optimiser batch, in tokens: the mean over the batch is then the mean
@@ -421,7 +421,7 @@ def grpo(
       logprobs: log pi(y_t | x, y_<t) in nats.
       old_logprobs: the same under the policy that sampled, constant.
       reference: the same under the frozen reference, constant; not read, and may be None, with beta 0.
-      advantages: one per response (`core.advantages.group_advantages`), constant.
+      advantages: one per response (`formulas.advantages.group_advantages`), constant.
       mask: true on response tokens.
       clip_low, clip_high: as in `clipped_policy`.
       beta: weight of the KL divergence, per nat.
@@ -456,7 +456,7 @@ def rloo(
     Args:
       sum_logprobs: `sum_logprob` of each response under the policy, nats.
       old_sum_logprobs: the same under the policy that sampled, constant.
-      advantages: one per response (`core.advantages.group_advantages` with kind="rloo"), constant.
+      advantages: one per response (`formulas.advantages.group_advantages` with kind="rloo"), constant.
       clip_low: by how much the ratio of a response may fall; 0.2 is TRL's, and little for a long one.
       clip_high: by how much it may rise.
 

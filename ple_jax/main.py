@@ -19,10 +19,12 @@ from absl import app, flags
 from ml_collections import ConfigDict, FrozenConfigDict
 from ml_collections.config_flags import config_flags
 
-from ple_jax.core.config import BACKENDS, OWN, UserError, flatten, suggestion, validate
-from ple_jax.core.interrupt import MESSAGE, Interrupted
+from ple_jax.core.backends import BACKENDS
+from ple_jax.core.config import OWN, flatten, validate
+from ple_jax.core.errors import UserError, suggestion
+from ple_jax.training.interrupt import MESSAGE, Interrupted
 
-MODES = ("train", "evaluate", "generate", "compare", "plan", "export", "chat")  # functions of ple_jax.core.modes
+MODES = ("train", "evaluate", "generate", "compare", "plan", "export", "chat")  # functions of ple_jax.modes
 FLAG_NAMES = ("config", "workdir", "backend", "mode", "topology", "runs", "help")
 ROOT = Path(__file__).parent.parent
 
@@ -98,7 +100,7 @@ ENVIRONMENT = {
 }
 
 
-class Run(NamedTuple):
+class CommandLine(NamedTuple):
     """What the command line asks for, checked."""
 
     config: ConfigDict  # frozen
@@ -176,7 +178,7 @@ def _override(config: ConfigDict, argv: Sequence[str]) -> ConfigDict:
     return values.config
 
 
-def parse(argv: Sequence[str]) -> Run:
+def parse(argv: Sequence[str]) -> CommandLine:
     """Reads and checks the whole command line, config included, without importing a backend.
 
     Args:
@@ -229,18 +231,19 @@ def parse(argv: Sequence[str]) -> Run:
             )
     if config.trainer == "trl" and values.backend != "torch":
         raise UserError("config.trainer is 'trl', which trains in PyTorch: give --backend=torch, or leave it at own")
-    return Run(FrozenConfigDict(config), workdir, values.backend, values.mode, values.topology, tuple(values.runs or ()))
+    runs = tuple(values.runs or ())
+    return CommandLine(FrozenConfigDict(config), workdir, values.backend, values.mode, values.topology, runs)
 
 
-def main(run: Run) -> int:
+def main(run: CommandLine) -> int:
     """Does what the command line asks for; returns the exit code."""
-    modes = importlib.import_module("ple_jax.core.modes")
+    modes = importlib.import_module("ple_jax.modes")
     options = {name: value for name in ("topology", "runs") if (value := getattr(run, name))}
     with _processes(run) as leads:
         return getattr(modes, run.mode)(run.config, run.workdir, run.backend, **options) if leads else 0
 
 
-def _processes(run: Run) -> contextlib.AbstractContextManager[bool]:
+def _processes(run: CommandLine) -> contextlib.AbstractContextManager[bool]:
     """Where torchrun started several processes, the first of them leads, and the others wait for what it has them do."""
     if run.backend == "jax" or run.mode in ("plan", "compare"):
         return contextlib.nullcontext(True)

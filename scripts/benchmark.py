@@ -27,10 +27,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ple_jax import lora, sharding, train
+from ple_jax.backend import backend as jax_backend
+from ple_jax.backend import forward, lora, sharding
+from ple_jax.backend.model import Model, fill
 from ple_jax.core.types import Backend, Batch, Sampling
-from ple_jax.models import adapters, checkpoint
-from ple_jax.models.decoder import Model, fill
+from ple_jax.models import adapters, weights
 
 LORA = adapters.Lora(rank=8, alpha=16.0)
 
@@ -54,28 +55,28 @@ def median_pair(ours: Callable[[], None], theirs: Callable[[], None], tokens: in
     }
 
 
-def transformers_model(loaded: checkpoint.Loaded) -> LlamaForCausalLM:
+def transformers_model(loaded: weights.Loaded) -> LlamaForCausalLM:
     model = LlamaForCausalLM(LlamaConfig(**loaded.raw, pad_token_id=0))
     tensors = {k: torch.tensor(v) for k, v in loaded.weights.items()}
     model.load_state_dict(tensors, strict=not loaded.config.tie_embeddings)
     return model.eval()
 
 
-def backend(loaded: checkpoint.Loaded, width: int, which: str) -> Backend:
+def backend(loaded: weights.Loaded, width: int, which: str) -> Backend:
     if which == "torch":
         return torch_backend(loaded, width)
     mesh = sharding.make_mesh()
-    model = Model.create(loaded.config, scan=train.use_scan("auto"))
+    model = Model.create(loaded.config, scan=jax_backend.use_scan("auto"))
     base = fill(model, loaded.weights, lambda _, array: jax.device_put(array, sharding.replicated(mesh)))
     adapter = adapters.init(loaded.config, LORA, seed=0)
-    return train.JaxBackend(
+    return jax_backend.JaxBackend(
         model, base, adapter, mesh, settings=LORA, width=width, bucket=16, clip_norm=1.0, weight_decay=0.0
     )
 
 
-def torch_backend(loaded: checkpoint.Loaded, width: int) -> Backend:
+def torch_backend(loaded: weights.Loaded, width: int) -> Backend:
     from torch_ascend import model, ops
-    from torch_ascend.train import TorchBackend
+    from torch_ascend.backend import TorchBackend
 
     device = torch.device("cpu")
     made = model.create(loaded.config, loaded.raw, dtype=torch.float32, device=device, ops=ops.REFERENCE)
@@ -85,7 +86,7 @@ def torch_backend(loaded: checkpoint.Loaded, width: int) -> Backend:
     return TorchBackend(made, adapter, width=width, bucket=16, clip_norm=1.0, weight_decay=0.0)
 
 
-def measure_generate(loaded: checkpoint.Loaded, repeats: int, which: str, new: int = 64, prompt_len: int = 16) -> None:
+def measure_generate(loaded: weights.Loaded, repeats: int, which: str, new: int = 64, prompt_len: int = 16) -> None:
     rng = np.random.default_rng(0)
     theirs = transformers_model(loaded)
     for width in (16, 64):
@@ -124,7 +125,7 @@ def negative_likelihood(outputs, batch):
     return -outputs.logprobs.sum((1, 2)), {}
 
 
-def measure_train(loaded: checkpoint.Loaded, repeats: int, which: str) -> None:
+def measure_train(loaded: weights.Loaded, repeats: int, which: str) -> None:
     rng = np.random.default_rng(0)
     ours = backend(loaded, 16, which)
     theirs = get_peft_model(
@@ -156,22 +157,22 @@ def measure_train(loaded: checkpoint.Loaded, repeats: int, which: str) -> None:
         report("train", {"backend": which, "case": name, "shape": shape, **speeds})
 
 
-def measure_memory(loaded: checkpoint.Loaded) -> None:
+def measure_memory(loaded: weights.Loaded) -> None:
     """Temporary memory of the compiled training step, as the compiler reports it; nothing is run."""
     c = loaded.config
-    model = Model.create(c, scan=train.use_scan("auto"))
+    model = Model.create(c, scan=jax_backend.use_scan("auto"))
     adapter = adapters.init(c, LORA, seed=0)
     queries, prompt_len, k, response_len = 8, 64, 2, 128
 
     def all_logits(base, adapter, batch):
         """Logits of every token, prompts included, in fp32, kept for the backward pass."""
-        tokens, position, mask = train.pack(batch)
+        tokens, position, mask = forward.pack(batch)
         hidden, _ = model.apply(base, lora.fuse(model, adapter, LORA), tokens, positions=position, mask=mask)
         logp = jax.nn.log_softmax(model.logits(base, hidden))
         return jax.numpy.take_along_axis(logp[:, :-1], tokens[:, 1:, None], -1)[:, prompt_len - 1 :].sum()
 
     def chunked(base, adapter, batch):
-        return train.outputs(model, base, lora.fuse(model, adapter, LORA), batch).logprobs.sum()
+        return forward.outputs(model, base, lora.fuse(model, adapter, LORA), batch).logprobs.sum()
 
     shape = jax.ShapeDtypeStruct
     batch = Batch(
@@ -200,7 +201,7 @@ def main() -> None:
     parser.add_argument("--only", choices=("generate", "train", "memory"))
     parser.add_argument("--backend", default="jax", choices=("jax", "torch"))
     options = parser.parse_args()
-    loaded = checkpoint.load(options.model)
+    loaded = weights.load(options.model)
     if options.only in (None, "memory") and options.backend == "jax":
         measure_memory(loaded)
     if options.only in (None, "train"):

@@ -37,10 +37,10 @@ from typing import Any, NamedTuple
 
 from sweep import Job, Outcome, best, number, overrides, parsed, positive, reported, run, say
 
-from ple_jax.core import generations
-from ple_jax.core import workdir as files
-from ple_jax.core.config import UserError, suggestion
-from ple_jax.core.transcripts import Conversation
+from ple_jax.core.conversation import Conversation
+from ple_jax.core.errors import UserError, suggestion
+from ple_jax.core.files import read_json, write_json
+from ple_jax.evaluation import responses
 
 # ---------------------------------------------------------------- what is compared
 
@@ -207,7 +207,7 @@ def make_data(s: Settings) -> None:
     job = command(s, "data", _responses("start", 0), keys, mode="generate")
     if (ended := run([job], s.out)["data"]).code:
         raise UserError(f"the data of the offline methods could not be sampled ({ended.says}); see {s.out / 'data.log'}")
-    made = dict(zip(("pairs", "sft"), records(generations.read(job.result.parent, 0)), strict=True))
+    made = dict(zip(("pairs", "sft"), records(responses.read(job.result.parent, 0)), strict=True))
     for name, rows in made.items():
         needed = max((s.responses // METHODS[m].samples for m in s.methods if METHODS[m].data == name), default=0)
         if len(rows) < needed:
@@ -221,7 +221,7 @@ def make_data(s: Settings) -> None:
     say(f"{len(made['pairs'])} pairs, {len(made['sft'])} answers to imitate")
 
 
-def records(found: generations.Generated) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def records(found: responses.Generated) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Pairs of the best and the worst response to a query, and its best one; the texts as they were sampled.
 
     No pair where no response is better than another, nothing where the best is empty or a reward is missing.
@@ -252,7 +252,7 @@ def choose(s: Settings, ended: Mapping[str, Outcome]) -> dict[str, str]:
     for method in s.methods:
         jobs = [training(s, method, lr, s.seeds[0]) for lr in s.lrs]
         codes = [ended[job.name].code for job in jobs]
-        summaries = [files.read_json(job.result) if code == 0 else None for job, code in zip(jobs, codes, strict=True)]
+        summaries = [read_json(job.result) if code == 0 else None for job, code in zip(jobs, codes, strict=True)]
         values = [number((summary or {}).get(_SELECT)) for summary in summaries]
         found = best([{"lr": lr} for lr in s.lrs], values)  # the first, so the smallest, of equal ones
         table[method] = {"lr": None, _SELECT: dict(zip(s.lrs, values, strict=True))}
@@ -262,7 +262,7 @@ def choose(s: Settings, ended: Mapping[str, Outcome]) -> dict[str, str]:
         rates[method] = table[method]["lr"] = lr = found[0]["lr"]
         edge = ", at the edge of the grid" if len(s.lrs) > 1 and lr in (s.lrs[0], s.lrs[-1]) else ""
         say(f"{method}: learning rate {lr}, {_SELECT} {found[1][0]:.4f}{edge}")
-    files.write_json(s.out / "lrs.json", {"selected_on": s.config.task.heldout, "seed": s.seeds[0], "methods": table})
+    write_json(s.out / "lrs.json", {"selected_on": s.config.task.heldout, "seed": s.seeds[0], "methods": table})
     return rates
 
 
@@ -280,7 +280,7 @@ def compare(s: Settings, *, jobs: int) -> int:
         raise UserError(f"config.task.format is {layout!r}, and the data of the offline methods are written as records")
     for seed in s.seeds:  # a mistake in what comes last should not show after hours
         parsed(command(s, "", "", {"seed": seed}, mode="plan").arguments)
-    generations.evaluation_set(parsed(starting(s, principled=False).arguments).config)
+    responses.evaluation_set(parsed(starting(s, principled=False).arguments).config)
     began = time.monotonic()
     if offline:
         with stage("data"):

@@ -21,10 +21,11 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from ple_jax import sharding
-from ple_jax.models import checkpoint
-from ple_jax.models.decoder import Model, fill
-from ple_jax.models.families import expected_shapes, read
+from ple_jax.backend import sharding
+from ple_jax.backend.model import Model, fill
+from ple_jax.models import weights
+from ple_jax.models.families import read
+from ple_jax.models.layout import expected_shapes
 from ple_jax.models.tokenizer import byte_tokenizer
 
 _RAW = {
@@ -68,7 +69,7 @@ def measure(folder: str, dtype: str, scan: bool) -> dict[str, float]:
     place = sharding.replicated(sharding.make_mesh())
     jnp.zeros(8).block_until_ready()  # starts the backend
     before, start = resident("VmRSS"), time.perf_counter()
-    loaded = checkpoint.load(folder)
+    loaded = weights.load(folder)
     model = Model.create(loaded.config, dtype=jnp.dtype(dtype), scan=scan)
     base = fill(model, loaded.weights, lambda _, array: jax.device_put(array, place))
     size = sum(x.nbytes for x in jax.tree.leaves(base))

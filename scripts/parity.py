@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from ple_jax import train
+from ple_jax.backend import backend, forward
+from ple_jax.backend.model import Model, fill
 from ple_jax.core.types import Batch
-from ple_jax.models import checkpoint
-from ple_jax.models.decoder import Model, fill
+from ple_jax.models import weights
 
 _TOKENS, _ROWS, _TOLERANCE = 256, 8, 1e-3
 
@@ -45,12 +45,12 @@ def batches(rows: list[list[int]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         yield tokens, mask
 
 
-def ours(loaded: checkpoint.Loaded, rows: list[list[int]]) -> float:
+def ours(loaded: weights.Loaded, rows: list[list[int]]) -> float:
     """Negative log-likelihood in nats of every token but each text's first, summed."""
-    model = Model.create(loaded.config, dtype=jnp.float32, scan=train.use_scan("auto"))
+    model = Model.create(loaded.config, dtype=jnp.float32, scan=backend.use_scan("auto"))
     base = fill(model, loaded.weights, lambda _, array: jnp.asarray(array))
     # a text is a prompt of one token and a response
-    call = jax.jit(lambda base, batch: train.outputs(model, base, {}, batch).logprobs.sum((1, 2)))
+    call = jax.jit(lambda base, batch: forward.outputs(model, base, {}, batch).logprobs.sum((1, 2)))
     total = 0.0
     for tokens, mask in batches(rows):
         batch = Batch(tokens[:, :1], mask[:, :1], tokens[:, None, 1:], mask[:, None, 1:], {})
@@ -87,7 +87,7 @@ def main() -> int:
     parser.add_argument("--model", default="smollm2-135m", help="smollm2-135m or a .gguf file")
     options = parser.parse_args()
 
-    loaded = checkpoint.load(options.model)
+    loaded = weights.load(options.model)
     texts = read_texts(options.texts, options.column, options.limit)
     rows = [ids for text in texts if len(ids := loaded.tokenizer.encode(text)[:_TOKENS]) > 1]
     tokens = sum(len(row) - 1 for row in rows)

@@ -13,8 +13,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from ple_jax.core import curate, formats
-from ple_jax.core.config import UserError
+from ple_jax.core.errors import UserError
+from ple_jax.data import formats, prepare
 
 
 def _columns(text: str) -> dict[str, str]:
@@ -58,11 +58,11 @@ def main() -> int:
     add("--seed", default=0, type=int)
     options = vars(parser.parse_args())
     try:
-        summary = curate.prepare(options.pop("train"), options.pop("out"), **options)
+        summary = prepare.prepare(options.pop("train"), options.pop("out"), **options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(curate.table(summary))
+    print(prepare.table(summary))
     return 0
 
 

@@ -33,9 +33,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ple_jax import main as entry
-from ple_jax.core import workdir as files
-from ple_jax.core.config import UserError, suggestion
-from ple_jax.core.interrupt import MESSAGE
+from ple_jax.core.errors import UserError, suggestion
+from ple_jax.core.files import read_json, write_json
+from ple_jax.training.interrupt import MESSAGE
+from ple_jax.training.workdir import lock
 
 # ---------------------------------------------------------------- jobs: commands that are run once
 
@@ -119,7 +120,7 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-def parsed(arguments: Sequence[str]) -> entry.Run:
+def parsed(arguments: Sequence[str]) -> entry.CommandLine:
     """What arguments of `ple_jax.main` ask for; a mistake in them is main's own error."""
     if str(entry.ROOT) not in sys.path:
         sys.path.append(str(entry.ROOT))  # a config file says `from configs import default`
@@ -164,7 +165,7 @@ def reported(out: Path) -> Iterator[None]:
     try:
         if out.exists() and not out.is_dir():
             raise UserError(f"--out={out} is a file; give a folder, which is created if need be")
-        with files.lock(out):
+        with lock(out):
             yield
     except UserError as error:
         says = str(error)
@@ -289,7 +290,7 @@ def sweep(
         for name in [name_of(point)]
     ]
     ended = run(todo, out, parallel=jobs)
-    summaries = [(files.read_json(job.result) or {}) if ended[job.name].code == 0 else {} for job in todo]
+    summaries = [(read_json(job.result) or {}) if ended[job.name].code == 0 else {} for job in todo]
     values = [number(summary.get(select)) for summary in summaries]
     write_csv(
         out / "sweep.csv",
@@ -313,7 +314,7 @@ def sweep(
         return 1
     point, of_seeds = chosen
     mean = math.fsum(of_seeds) / len(of_seeds)
-    files.write_json(found, {"select": select, "mean": mean, "values": of_seeds, "overrides": point, "flags": flags(point)})
+    write_json(found, {"select": select, "mean": mean, "values": of_seeds, "overrides": point, "flags": flags(point)})
     say(f"best: {' '.join(flags(point)) or 'the config as it is'}, {mean:.4f} over {len(of_seeds)} runs; see {found}")
     return int(any(map(math.isnan, values)))
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ple_jax.core.rewards.bag_of_words import features, log_odds
+from ple_jax.rewards.bag_of_words import features, log_odds
 
 _BREAK = re.compile(r"<br ?/?>")
 _PENALTIES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # sklearn's C: the inverse of the penalty

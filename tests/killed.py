@@ -13,6 +13,8 @@ import signal
 import sys
 from pathlib import Path
 
+from ple_jax import main
+
 
 def patch(where: str, wrapper) -> None:
     module, _, qualified = where.partition(":")
@@ -60,7 +62,7 @@ if __name__ == "__main__":
         own, other = "torch_ascend.train:TorchBackend", ("jax", "jaxlib", "flax", "optax", "orbax", "qwix")
         sys.modules.update(dict.fromkeys(other))  # as if they were not installed
     else:
-        own, other = "ple_jax.train:JaxBackend", ("torch",)
+        own, other = "ple_jax.backend.backend:JaxBackend", ("torch",)
     patch(f"{own}.generate", counting)
     patch(where, killing(int(n), when))
     sys.argv = ["ple_jax.main", *arguments]

@@ -14,15 +14,20 @@ import sys
 import traceback
 
 import torch_ascend  # noqa: F401  (its environment, before torch is imported)
-from ple_jax import main
-from ple_jax.core import modes  # noqa: F401
-from torch_ascend import train  # noqa: F401
+from ple_jax import (
+    main,
+    modes,  # noqa: F401
+)
+from torch_ascend import (
+    backend,  # noqa: F401
+    forward,
+)
 
 
 def failing(rank: int) -> None:
     if os.environ.get("FAIL") != str(rank):
         return
-    whole, calls = train.hidden_states, 0
+    whole, calls = forward.hidden_states, 0
 
     def hidden_states(*arguments):
         nonlocal calls
@@ -31,7 +36,7 @@ def failing(rank: int) -> None:
             raise RuntimeError("DefaultCPUAllocator: out of memory")
         return whole(*arguments)
 
-    train.hidden_states = hidden_states
+    forward.hidden_states = hidden_states
 
 
 def one(rank: int, ranks: int, port: int, arguments: list[str]) -> int:

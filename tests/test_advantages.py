@@ -1,4 +1,4 @@
-"""core/advantages.py against closed forms, sums over all outcomes, and what TRL's trainers compute."""
+"""formulas/advantages.py against closed forms, sums over all outcomes, and what TRL's trainers compute."""
 
 import doctest
 from collections import defaultdict
@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from ple_jax import losses
-from ple_jax.core import advantages
-from ple_jax.core.config import UserError
+from ple_jax.core.errors import UserError
+from ple_jax.formulas import advantages
 
 RNG = np.random.default_rng(7)
 LENGTHS = np.array([[3, 1, 2, 5], [4, 4, 1, 2]])

@@ -9,9 +9,9 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from ple_jax import sharding
-from ple_jax.core.config import UserError
-from ple_jax.models.attention import attend, choose
+from ple_jax.backend import sharding
+from ple_jax.backend.attention import attend, choose
+from ple_jax.core.errors import UserError
 
 SCALE = 0.3
 

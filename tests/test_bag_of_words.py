@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ple_jax.core import rewards
-from ple_jax.core.config import PACKAGE, UserError, names
-from ple_jax.core.rewards import bag_of_words
-from ple_jax.core.transcripts import Conversation
+from ple_jax import rewards
+from ple_jax.core.config import PACKAGE, names
+from ple_jax.core.conversation import Conversation
+from ple_jax.core.errors import UserError
+from ple_jax.rewards import bag_of_words
 
 sys.path.append(str(Path(__file__).parent.parent / "scripts"))
 import train_bag_of_words  # noqa: E402
@@ -51,7 +52,7 @@ def values(kwargs, responses, prompts=None):
 
 
 def test_it_is_a_reward_by_name():
-    assert "bag_of_words" in names("core/rewards", ".py")
+    assert "bag_of_words" in names("rewards", ".py")
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,11 @@ import pytest
 from ml_collections import FrozenConfigDict
 
 from configs import tiny as tiny_config
-from ple_jax.core import loop, modes, run, sampling, setup
-from ple_jax.core.config import UserError, validate
+from ple_jax import algorithms, modes
+from ple_jax.core.config import validate
+from ple_jax.core.errors import UserError
 from ple_jax.core.types import Outputs, Response, Rollout
+from ple_jax.training import loop, prompting, steps
 
 ONLINE = ("context_distillation", "self_distillation", "raft", "grpo", "rloo")
 ALL = ("sft", *ONLINE, "dpo")
@@ -35,7 +37,7 @@ def rollouts(count: int = 4, kind: str = "plain") -> list[Rollout]:
 
 
 def labelled(algorithm: str, c, given):
-    module = setup.load_algorithm(algorithm)
+    module = algorithms.load_algorithm(algorithm)
     return module, module.label(given, module.schedule(c)(0), 0, c)
 
 
@@ -45,16 +47,16 @@ def outputs(batch, seed: int = 0) -> Outputs:
 
 
 def test_what_is_sampled_and_what_is_the_records():
-    collected = {name: setup.load_algorithm(name).collect(config(name)) for name in ALL}
+    collected = {name: algorithms.load_algorithm(name).collect(config(name)) for name in ALL}
     sources = {name: [slot.source for slot in slots] for name, slots in collected.items()}
     assert sources["sft"] == ["completion"] and sources["dpo"] == ["rejected", "completion"]
     assert all(set(sources[name]) == {"policy"} for name in ONLINE)
     assert [len(collected[name]) for name in ONLINE] == [1, 1, 4, 4, 4]
     assert [slot.principled for slot in collected["context_distillation"]] == [True]
     assert not any(slot.principled for name in ("self_distillation", "raft", "grpo", "rloo") for slot in collected[name])
-    assert len(setup.load_algorithm("dpo").collect(config("dpo", dpo__samples=3))) == 3
+    assert len(algorithms.load_algorithm("dpo").collect(config("dpo", dpo__samples=3))) == 3
     with pytest.raises(UserError, match="a pair needs two responses"):
-        setup.load_algorithm("dpo").collect(config("dpo", dpo__samples=1))
+        algorithms.load_algorithm("dpo").collect(config("dpo", dpo__samples=1))
 
 
 def test_raft_imitates_the_best():
@@ -161,7 +163,7 @@ def test_self_distillation_pulls_to_the_policy_with_the_principles():
 
 def test_the_teacher_reads_the_principles_and_the_same_tokens(tmp_path, monkeypatch):
     seen = []
-    whole = sampling.after_principles
+    whole = prompting.after_principles
 
     def watched(run, batch, ids):
         seen.append((run, batch, whole(run, batch, ids), ids))
@@ -187,7 +189,7 @@ def test_what_is_needed_is_there_before_the_first_step():
         c = config(name)
         module, rows = labelled(name, c, rollouts())
         stand = type("Stand", (), {"algorithm": module, "config": c, "backend": Backend()})()
-        batch = run.prepared(stand, module.batch(rows, c), {})
+        batch = steps.prepared(stand, module.batch(rows, c), {})
         assert needed <= set(batch.data)
         np.testing.assert_array_equal(batch.data["old_logprobs"], outputs(batch).logprobs)
 

@@ -15,8 +15,8 @@ import tiny
 from test_export import a_run
 from test_train import backend
 
-from ple_jax import generate, sharding
-from ple_jax.core import chat, modes
+from ple_jax import chat, modes
+from ple_jax.backend import generate, sharding
 from ple_jax.core.types import Sampling
 from ple_jax.models.tokenizer import byte_tokenizer
 

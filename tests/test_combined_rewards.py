@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ple_jax.core import rewards
-from ple_jax.core.config import UserError
-from ple_jax.core.rewards._cache import Cache
+from ple_jax import rewards
+from ple_jax.core.answers import Cache
+from ple_jax.core.errors import UserError
 from ple_jax.core.types import Reward
 
 TEXTS = ["aa", "ab", "bb bb", "cccc"]  # shares of a: 1, .5, 0, 0; of b: 0, .5, .8, 0; words 1, 1, 2, 1
@@ -156,7 +156,7 @@ def test_what_the_run_offers_reaches_the_parts(monkeypatch):
         seen.append((backend, mesh))
         return Reward("letters", lambda prompts, responses: [0.0])
 
-    monkeypatch.setattr("ple_jax.core.rewards.letters.make", make)
+    monkeypatch.setattr("ple_jax.rewards.letters.make", make)
     inner = {"name": "combine", "kwargs": {"parts": {"a": {"name": "letters"}}}}
     rewards.load("combine", {"parts": {"a": {"name": "letters"}, "c": inner}}, backend="torch", mesh={"data": 2}, other=1)
     assert seen == [("torch", {"data": 2})] * 2

@@ -15,16 +15,16 @@ from test_report import HOSTILE
 from test_report import Page as ReportPage
 
 from configs import default
-from ple_jax.core import rollouts, statistics
-from ple_jax.core import workdir as files
-from ple_jax.core.comparison import charts
-from ple_jax.core.comparison import compare as comparing
-from ple_jax.core.comparison import page as comparison_page
-from ple_jax.core.comparison import tables as comparison_tables
-from ple_jax.core.comparison.runs import expand, labelled, read
-from ple_jax.core.config import UserError
-from ple_jax.core.transcripts import Conversation
+from ple_jax.core.conversation import Conversation
+from ple_jax.core.errors import UserError
+from ple_jax.core.files import write_json
 from ple_jax.core.types import Response, Rollout
+from ple_jax.evaluation import compare as comparing
+from ple_jax.evaluation import win_rates
+from ple_jax.evaluation.methods import expand, labelled, read
+from ple_jax.formulas import intervals
+from ple_jax.reports import comparison_charts, comparison_page, comparison_tables
+from ple_jax.training import journal
 
 COSTS = {"queries": 10, "generated_tokens": 1000, "prompt_tokens": 50, "principle_tokens": 7, "reward_calls": 20,
          "training_tokens": 3000, "flops": 5_000_000, "evaluation_tokens": 9, "wall_seconds": 60.5,
@@ -53,7 +53,7 @@ def write_run(
     for mode in ("generate", "compare", "export"):
         del tree[mode]
     workdir.mkdir(parents=True, exist_ok=True)
-    files.write_json(workdir / "config.json", {"backend": "jax", **tree, "inputs": inputs or {"train": "a", "model": "m"}})
+    write_json(workdir / "config.json", {"backend": "jax", **tree, "inputs": inputs or {"train": "a", "model": "m"}})
     iteration = 5 if policy == "trained" else 0
     folder = workdir / "responses" / (policy + ("_principled" if principled else ""))
     kept = {
@@ -75,8 +75,8 @@ def write_run(
             "logprob": [-2.0] * len(values), "base_logprob": [-2.0] * len(values),
             "kl": [0.0] * len(values) if kl is None else kl[q], "reference_logprob": None, "reference_tokens": 0,
         })  # fmt: skip
-    rollouts.write(folder / f"iter_{iteration:04d}.jsonl", rows)
-    files.write_json(folder / f"iter_{iteration:04d}.json", {**kept, **(settings or {})})
+    journal.write(folder / f"iter_{iteration:04d}.jsonl", rows)
+    write_json(folder / f"iter_{iteration:04d}.json", {**kept, **(settings or {})})
     path = folder / f"iter_{iteration:04d}.scores.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in scores))
     if policy == "trained":
@@ -85,7 +85,7 @@ def write_run(
             lines = curve_lines([0.1, 0.5], spent["generated_tokens"])
         (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         if summary:
-            files.write_json(workdir / "summary.json", {"iterations": 5, "seed": seed, **spent})
+            write_json(workdir / "summary.json", {"iterations": 5, "seed": seed, **spent})
     return folder
 
 
@@ -168,9 +168,9 @@ def test_means_are_over_seeds_of_queries_of_samples(two):
 def test_intervals_and_tests_are_those_of_the_seed_by_query_matrix(two):
     result = compare(two, [two / "a?", two / "b?"])
     a, b = np.array([[1.0, 2.0], [3.0, 0.5]]), np.array([[5.0, 2.0], [7.0, np.nan]])
-    assert result["methods"][0]["intervals"]["reward"] == list(statistics.clustered_ci(a, seed=0))
+    assert result["methods"][0]["intervals"]["reward"] == list(intervals.clustered_ci(a, seed=0))
     (row,) = (row for row in table(two / "out" / "tests.csv") if row["measure"] == "reward")
-    expected = statistics.paired(b, a, seed=0)
+    expected = intervals.paired(b, a, seed=0)
     assert (row["method"], row["against"], row["seeds"]) == ("raft", "ple", "0 1")
     assert numbers(row, "difference", "low", "high", "p", "p_seeds") == list(expected)
     assert expected.difference == (4 + 0 + 4) / 3
@@ -238,7 +238,7 @@ def test_p_values_are_adjusted_for_all_pairs_of_one_measure(tmp_path):
     ]  # fmt: skip
     assert [(row["method"], row["against"]) for row in rows] == [("y", "x"), ("z", "x"), ("z", "y")]
     for row in rows:
-        alone = statistics.paired(values[row["method"]][None], values[row["against"]][None], seed=0)
+        alone = intervals.paired(values[row["method"]][None], values[row["against"]][None], seed=0)
         assert (row["difference"], row["p"]) == (alone.difference, alone.p)
     smallest, middle, largest = sorted(rows, key=lambda row: row["p"])
     assert smallest["p"] < middle["p"] < largest["p"] < 1
@@ -302,7 +302,7 @@ def test_win_rates_by_the_stored_rewards(tmp_path):
     # first samples: y wins twice, one tie, loses once, and once x has no reward
     assert numbers(rows["y", "x"], "win", "tie", "loss", "win_rate", "judged", "failed") == [0.5, 0.25, 0.25, 0.625, 4, 1]
     assert numbers(rows["x", "y"], "win", "tie", "loss", "win_rate", "judged", "failed") == [0.25, 0.25, 0.5, 0.375, 4, 1]
-    low, high = statistics.clustered_ci(np.array([[1.0, 0.5, 0.0, np.nan, 1.0]]), seed=0)
+    low, high = intervals.clustered_ci(np.array([[1.0, 0.5, 0.0, np.nan, 1.0]]), seed=0)
     assert numbers(rows["y", "x"], "low", "high") == [low, high]
     assert numbers(rows["x", "y"], "low", "high") == [1 - high, 1 - low]
     assert "the judge gave no verdict on 1 of 5 pairs" in result["warnings"]
@@ -377,10 +377,10 @@ def test_as_many_queries_are_judged_as_asked_for_and_more_include_fewer(judged):
 
 
 def test_queries_are_drawn_by_seed_each_number_of_them_from_the_next():
-    drawn = [comparing._drawn(20, count, 3) for count in range(1, 21)]
-    assert [len(some) for some in drawn] == list(range(1, 21)) and comparing._drawn(20, 0, 3) == list(range(20))
+    drawn = [win_rates._drawn(20, count, 3) for count in range(1, 21)]
+    assert [len(some) for some in drawn] == list(range(1, 21)) and win_rates._drawn(20, 0, 3) == list(range(20))
     assert all(some == sorted(some) and set(some) < set(more) for some, more in itertools.pairwise(drawn))
-    assert drawn[9] not in (list(range(10)), comparing._drawn(20, 10, 4))
+    assert drawn[9] not in (list(range(10)), win_rates._drawn(20, 10, 4))
 
 
 def test_a_judge_that_prefers_a_position_shows(judged):
@@ -402,8 +402,8 @@ def test_a_judge_without_a_verdict_shows(judged):
 def test_headers_of_a_judge_are_not_written_down(judged):
     kwargs = {"name": "letters", "kwargs": {"letters": "y", "headers": {"Authorization": "secret"}}, "headers": "secret"}
     config = options(judge_kwargs=kwargs)
-    about = comparing.about(
-        comparing.Stored("reward", 0.0), config, [comparing.Method("", [], {"reward": np.zeros((1, 2, 1))})]
+    about = win_rates.about(
+        win_rates.Stored("reward", 0.0), config, [comparing.Method("", [], {"reward": np.zeros((1, 2, 1))})]
     )
     assert "secret" not in json.dumps(about) and about["kwargs"] == {"name": "letters", "kwargs": {"letters": "y"}}
 
@@ -698,7 +698,7 @@ def test_curves_lie_where_the_numbers_say(tmp_path):
     write_run(tmp_path / "b", const(1.0), algorithm="sft", lines=curve_lines([0.0, 0.5, 0.4], 0))
     write_run(tmp_path / "s", const(1.0), policy="start")
     result = compare(tmp_path, [tmp_path / "a?", tmp_path / "b", tmp_path / "s"])
-    found = {chart.note: chart for chart in charts.curves(result)}
+    found = {chart.note: chart for chart in comparison_charts.curves(result)}
     assert list(found) == [f"against {unit}" for unit in ("queries seen", "tokens generated", "tokens trained on",
                                                           "reward calls", "seconds, without evaluation")]  # fmt: skip
     chart = found["against tokens generated"]
@@ -718,7 +718,7 @@ def test_curves_lie_where_the_numbers_say(tmp_path):
 def test_methods_that_all_generate_nothing_have_no_curve_against_it(tmp_path):
     write_run(tmp_path / "b", const(1.0), algorithm="sft", lines=curve_lines([0.0, 0.5, 0.4], 0))
     write_run(tmp_path / "c", const(1.0), algorithm="dpo", lines=[])
-    notes = [chart.note for chart in charts.curves(compare(tmp_path, [tmp_path / "b", tmp_path / "c"]))]
+    notes = [chart.note for chart in comparison_charts.curves(compare(tmp_path, [tmp_path / "b", tmp_path / "c"]))]
     assert "against tokens generated" not in notes and "against queries seen" in notes
 
 
@@ -727,7 +727,7 @@ def test_points_and_strips_lie_where_the_numbers_say(tmp_path):
         write_run(tmp_path / f"a{seed}", const(reward), kl=const(kl), seed=seed)
     write_run(tmp_path / "s", const(0.0), kl=const(0.0), policy="start")
     result = compare(tmp_path, [tmp_path / "s", tmp_path / "a?"])
-    (chart,) = charts.scatter(result)
+    (chart,) = comparison_charts.scatter(result)
     start, ple = chart.points
     x, y = ({label: place for place, label in ticks} for ticks in (chart.xticks, chart.yticks))
     assert x["0"] < x["8"] and y["0"] > y["3"]  # to the right, and up
@@ -735,7 +735,7 @@ def test_points_and_strips_lie_where_the_numbers_say(tmp_path):
     assert ple.across == (x["4"], x["8"]) and ple.along == (y["1"], y["3"])
     assert [seed[:2] for seed in ple.seeds] == [(x["4"], y["1"]), (x["8"], y["3"])]
     assert ple.tip == "ple: training reward 2, KL 6 nats per response"
-    (strip,) = charts.strips(result)
+    (strip,) = comparison_charts.strips(result)
     at = {label: place for place, label in strip.ticks}
     assert strip.zero == at["0"] < at["3"]
     cell = strip.cells[1]
@@ -745,7 +745,7 @@ def test_points_and_strips_lie_where_the_numbers_say(tmp_path):
 
 @given(st.lists(st.floats(0, 300), min_size=1, max_size=30))
 def test_numbers_beside_curves_never_cover_one_another(places):
-    found = charts._spread(places, 0, 300, 15)
+    found = comparison_charts._spread(places, 0, 300, 15)
     order = sorted(range(len(places)), key=places.__getitem__)
     gap = min(15, 300 / max(len(places) - 1, 1))
     assert all(found[b] - found[a] >= gap - 0.2 for a, b in zip(order, order[1:], strict=False))
@@ -755,7 +755,7 @@ def test_numbers_beside_curves_never_cover_one_another(places):
 
 
 def test_every_method_has_a_mark_of_its_own():
-    found = charts.marks({"methods": [{"label": str(i)} for i in range(24)]})
+    found = comparison_charts.marks({"methods": [{"label": str(i)} for i in range(24)]})
     assert [mark.number for mark in found] == list(range(1, 25))
     assert len({(mark.colour, mark.dash) for mark in found}) == 24
 
@@ -783,7 +783,7 @@ def lab(rgb):
 @pytest.mark.parametrize(("scheme", "card"), [(0, "#ffffff"), (1, "#1c2024")])
 def test_colours_are_told_apart_by_most_and_numbers_on_them_are_read(scheme, card):
     css = comparison_page._STYLE.split("prefers-color-scheme:dark")[scheme]
-    colours = [re.search(rf"--m{i}:(#[0-9a-f]{{6}})", css)[1] for i in range(charts.COLOURS)]
+    colours = [re.search(rf"--m{i}:(#[0-9a-f]{{6}})", css)[1] for i in range(comparison_charts.COLOURS)]
     assert f"--card:{card}".replace("ffffff", "fff") in comparison_page.report.STYLE
     for matrix in SIGHTS.values():
         seen = [lab(np.clip(np.array(matrix) @ linear(colour), 0, 1)) for colour in colours]
@@ -866,10 +866,10 @@ def test_matrices_are_the_row_against_the_column(tmp_path):
     for name, value in (("x", 1.0), ("y", 4.0)):
         write_run(tmp_path / name, const(value, 4))
     result = compare(tmp_path, [f"{name}={tmp_path / name}" for name in "xy"])
-    (_, (none, loses)), (_, (wins, _)) = charts.wins(result).rows
+    (_, (none, loses)), (_, (wins, _)) = comparison_charts.wins(result).rows
     assert none is None and (loses.text, loses.ahead, wins.text, wins.ahead) == ("0", False, "100", True)
     assert loses.strong and wins.strong and loses.share == wins.share == 70
-    (matrix,) = charts.differences(result)
+    (matrix,) = comparison_charts.differences(result)
     assert [[cell and cell.text for cell in cells] for _, cells in matrix.rows] == [[None, "-3.00"], ["+3.00", None]]
     assert matrix.rows[1][1][0].tip.startswith("y - x: +3, 95% interval +3 to +3") and matrix.rows[1][1][0].strong
     assert matrix.rows[0][1][1].tip.startswith("x - y: -3, 95% interval -3 to -3")
@@ -881,7 +881,7 @@ def test_matrices_are_the_row_against_the_column(tmp_path):
 def test_a_win_rate_is_bold_where_its_interval_leaves_out_a_half(low, high, strong):
     counts = {"win": 0.5, "tie": 0.0, "loss": 0.5, "position_bias": 0.0, "consistency": 1.0, "judged": 4, "failed": 0}
     row = {"method": "a", "against": "b", "win_rate": (low + high) / 2, "low": low, "high": high, **counts}
-    assert charts._win(row).strong is strong
+    assert comparison_charts._win(row).strong is strong
 
 
 def test_the_markdown_table_has_the_rewards_with_their_intervals(two, capsys):

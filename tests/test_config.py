@@ -6,7 +6,8 @@ import re
 import pytest
 
 from configs import default, quickstart, tiny
-from ple_jax.core.config import RULES, UserError, differing, flatten, suggestion, validate
+from ple_jax.core.config import RULES, differing, flatten, validate
+from ple_jax.core.errors import UserError, suggestion
 
 
 def edited(**changes):

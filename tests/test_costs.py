@@ -8,9 +8,11 @@ from ml_collections import FrozenConfigDict
 from test_baselines import config
 from test_torch_model import one_thread  # noqa: F401  (a fixture of the whole module)
 
-from ple_jax.core import costs, modes, principles
-from ple_jax.core.rollouts import read
-from ple_jax.models.checkpoint import load
+from ple_jax import modes
+from ple_jax.models.weights import load
+from ple_jax.prompts import principles
+from ple_jax.training import costs
+from ple_jax.training.journal import read
 
 # of the tiny model, whose tokens are the bytes of a text: two layers' matmuls, and the head
 PARAMETERS = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64) + 258 * 32

@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ple_jax.core import curate, tasks
-from ple_jax.core.config import UserError
-from ple_jax.core.transcripts import Conversation
+from ple_jax.core.conversation import Conversation
+from ple_jax.core.errors import UserError
 from ple_jax.core.types import Query
+from ple_jax.data import prepare
+from ple_jax.data.queries import digest, load_queries
 
 ROOT = Path(__file__).parent.parent
 
@@ -41,13 +42,13 @@ def read(path):
     ],
 )
 def test_normalised(text, wanted):
-    assert curate.normalised(text) == wanted
+    assert prepare.normalised(text) == wanted
 
 
 @given(st.text())
 def test_normalised_has_single_blanks(text):
-    found = curate.normalised(text)
-    assert found == " ".join(found.split()) and curate.normalised(f" {text}\n") == found
+    found = prepare.normalised(text)
+    assert found == " ".join(found.split()) and prepare.normalised(f" {text}\n") == found
 
 
 @pytest.mark.parametrize(("needs", "ids"), [("prompt", "0"), ("completion", "02"), ("pair", "0234")])
@@ -55,35 +56,35 @@ def test_duplicates_are_what_is_needed_twice(needs, ids):
     rows = [("A b", "c", "d"), ("A b", "c", "d"), ("A b", "x", "d"), ("a  b!", "C.", "e"), ("A b", "c", "f")]
     rows.append(("a B", "c", "d"))
     queries = [Query(str(i), *row) for i, row in enumerate(rows)]
-    kept, exact, normal = curate.unique(queries, needs=needs)
+    kept, exact, normal = prepare.unique(queries, needs=needs)
     assert "".join(query.id for query in kept) == ids
     assert (exact, normal) == {"prompt": (3, 2), "completion": (2, 2), "pair": (1, 1)}[needs]
 
 
 def test_what_is_in_test_too_leaves_train():
     train = [Query(str(i), prompt) for i, prompt in enumerate(["A b", "a B.", "c", "d", "A b"])]
-    assert curate.apart(train, [Query("t", "A b"), Query("u", "D")]) == ([train[2]], 2, 2)
+    assert prepare.apart(train, [Query("t", "A b"), Query("u", "D")]) == ([train[2]], 2, 2)
 
 
 @given(st.lists(st.text("aB. ", max_size=3), max_size=60), st.integers(0, 99))
 def test_no_prompt_is_in_both_parts(prompts, seed):
     queries = [Query(str(i), prompt) for i, prompt in enumerate(prompts)]
-    train, test = curate.divide(queries, share=0.5, seed=seed)
+    train, test = prepare.divide(queries, share=0.5, seed=seed)
     assert sorted(train + test) == sorted(queries)
-    assert not {curate.normalised(q.prompt) for q in train} & {curate.normalised(q.prompt) for q in test}
-    assert curate.divide(queries[:20], share=0.5, seed=seed)[1] == [q for q in queries[:20] if q in test]
+    assert not {prepare.normalised(q.prompt) for q in train} & {prepare.normalised(q.prompt) for q in test}
+    assert prepare.divide(queries[:20], share=0.5, seed=seed)[1] == [q for q in queries[:20] if q in test]
 
 
 def test_the_share_is_kept_and_seeded():
     queries = [Query(str(i), f"prompt {i}") for i in range(4000)]
-    first, second = (curate.divide(queries, share=0.1, seed=seed)[1] for seed in (0, 1))
+    first, second = (prepare.divide(queries, share=0.1, seed=seed)[1] for seed in (0, 1))
     assert 330 < len(first) < 470 and first != second  # 400, with a standard deviation of 19
     assert abs(len({*first} & {*second}) - 40) < 25  # independent: 1 in 100
 
 
 def test_a_histogram_in_words():
     texts = ["", "a", "a b", "a b c", "a b c d", "a " * 16]
-    assert curate.histogram(texts) == {"0": 1, "1": 1, "2-3": 2, "4-7": 1, "8-15": 0, "16-31": 1}
+    assert prepare.histogram(texts) == {"0": 1, "1": 1, "2-3": 2, "4-7": 1, "8-15": 0, "16-31": 1}
 
 
 TURNS = [{"role": "user", "content": "a \u2028"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
@@ -97,23 +98,23 @@ SETS = {
 
 @pytest.mark.parametrize("needs", SETS)
 def test_what_is_written_is_read_back(tmp_path, needs):
-    curate.write(tmp_path / "q.jsonl", SETS[needs], needs=needs)
-    found = tasks.load(str(tmp_path / "q.jsonl"), needs=needs)
-    assert found == (SETS[needs], []) and tasks.digest(found.queries) == tasks.digest(SETS[needs])
+    prepare.write(tmp_path / "q.jsonl", SETS[needs], needs=needs)
+    found = load_queries(str(tmp_path / "q.jsonl"), needs=needs)
+    assert found == (SETS[needs], []) and digest(found.queries) == digest(SETS[needs])
 
 
 def test_completions_are_kept_where_they_are_not_needed(tmp_path):
     queries = [Query("0", "a", " b"), Query("1", "c"), Query("2", Conversation(TURNS))]
-    curate.write(tmp_path / "q.jsonl", queries, needs="prompt")
-    assert tasks.load(str(tmp_path / "q.jsonl")) == (queries, [])
+    prepare.write(tmp_path / "q.jsonl", queries, needs="prompt")
+    assert load_queries(str(tmp_path / "q.jsonl")) == (queries, [])
 
 
 def test_turns_are_written_as_trl_names_them(tmp_path):
     """Its "conversational preference" and "conversational prompt-completion", as its documentation shows them."""
-    curate.write(tmp_path / "pairs.jsonl", [SETS["pair"][1]], needs="pair")
+    prepare.write(tmp_path / "pairs.jsonl", [SETS["pair"][1]], needs="pair")
     better, worse = ([{"role": "assistant", "content": text}] for text in "de")
     assert read(tmp_path / "pairs.jsonl") == [{"id": "1", "prompt": TURNS, "chosen": better, "rejected": worse}]
-    curate.write(tmp_path / "examples.jsonl", [SETS["completion"][1]], needs="completion")
+    prepare.write(tmp_path / "examples.jsonl", [SETS["completion"][1]], needs="completion")
     assert read(tmp_path / "examples.jsonl") == [{"id": "1", "prompt": TURNS, "completion": better}]
 
 
@@ -124,7 +125,7 @@ def test_prepare_counts_whatever_it_leaves_out(tmp_path):
     train += [{"prompt": "empty", "completion": ""}]
     test = [{"prompt": "held out", "completion": "z"}, {"text": "no prompt"}]
     sources = save(tmp_path / "a.jsonl", train), save(tmp_path / "b.jsonl", test)
-    counts = curate.prepare(sources[0], tmp_path / "out", test=sources[1], max_words=5, needs="completion")
+    counts = prepare.prepare(sources[0], tmp_path / "out", test=sources[1], max_words=5, needs="completion")
     assert counts["train"] == {
         "read": 16,
         "bad": {"empty": 1, "long": 1},
@@ -146,9 +147,9 @@ def test_prepare_counts_whatever_it_leaves_out(tmp_path):
 
 def test_prepare_needs_something_for_both(tmp_path):
     with pytest.raises(UserError, match=r"no record is left for test\.jsonl; see .*--test-share"):
-        curate.prepare(save(tmp_path / "a.jsonl", [{"prompt": "a"}]), tmp_path / "out", test_share=1e-9)
+        prepare.prepare(save(tmp_path / "a.jsonl", [{"prompt": "a"}]), tmp_path / "out", test_share=1e-9)
     with pytest.raises(UserError, match=r"left for train\.jsonl; the first bad record: .*a\.jsonl:1: `prompt` is empty"):
-        curate.prepare(save(tmp_path / "a.jsonl", [{"prompt": ""}]), tmp_path / "out")
+        prepare.prepare(save(tmp_path / "a.jsonl", [{"prompt": ""}]), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -156,8 +157,8 @@ def test_prepare_reads_both_splits_of_a_folder(tmp_path):
     parts = {"train": [{"prompt": "a"}], "validation": [{"prompt": "b"}]}
     saved = datasets.DatasetDict({split: datasets.Dataset.from_list(rows) for split, rows in parts.items()})
     saved.save_to_disk(str(tmp_path / "in"))
-    curate.prepare(str(tmp_path / "in"), tmp_path / "out", test=str(tmp_path / "in"), test_split="validation")
-    found = [tasks.load(str(tmp_path / "out" / f"{name}.jsonl")).queries for name in ("train", "test")]
+    prepare.prepare(str(tmp_path / "in"), tmp_path / "out", test=str(tmp_path / "in"), test_split="validation")
+    found = [load_queries(str(tmp_path / "out" / f"{name}.jsonl")).queries for name in ("train", "test")]
     assert found == [[Query("train:1", "a")], [Query("validation:1", "b")]]
 
 
@@ -175,7 +176,7 @@ def test_the_script(tmp_path):
         "--out", str(tmp_path / "out"), "--test-share", "0.2", "--seed", "3",
     )  # fmt: skip
     assert made.returncode == 0 and not made.stderr
-    train, test = (tasks.load(str(tmp_path / "out" / f"{name}.jsonl"), needs="completion") for name in ("train", "test"))
+    train, test = (load_queries(str(tmp_path / "out" / f"{name}.jsonl"), needs="completion") for name in ("train", "test"))
     assert len(train.queries) + len(test.queries) == 200 and 20 < len(test.queries) < 60
     assert f"  written: {len(train.queries)}\n" in made.stdout and "\n            4-7      " in made.stdout
     assert not (tmp_path / "out" / "bad.jsonl").exists()

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from ple_jax.core import tasks
 from ple_jax.core.config import PACKAGE
+from ple_jax.data.queries import load_queries
 
 
 def words(prompt):
@@ -19,7 +19,7 @@ def grams(prompt, n):
 
 @pytest.fixture(scope="module")
 def quickstart():
-    return tuple([q.prompt for q in tasks.load(f"quickstart_{part}").queries] for part in ("train", "heldout"))
+    return tuple([q.prompt for q in load_queries(f"quickstart_{part}").queries] for part in ("train", "heldout"))
 
 
 @pytest.mark.parametrize(
@@ -64,6 +64,6 @@ def test_openings_are_near_neutral(quickstart):
 
 
 def test_tiny_prompts_fit_twelve_bytes_and_do_not_overlap():
-    train, heldout = ({q.prompt for q in tasks.load(f"tiny_{part}").queries} for part in ("train", "heldout"))
+    train, heldout = ({q.prompt for q in load_queries(f"tiny_{part}").queries} for part in ("train", "heldout"))
     assert len(train) == 16 and len(heldout) == 8 and not train & heldout
     assert max(len(p.encode()) for p in train | heldout) <= 12

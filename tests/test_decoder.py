@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import tiny
 
-from ple_jax import generate, lora
+from ple_jax.backend import generate, lora
+from ple_jax.backend.model import Model, fill
 from ple_jax.core.types import Sampling
-from ple_jax.models import checkpoint
+from ple_jax.models import weights
 from ple_jax.models.adapters import Lora
-from ple_jax.models.decoder import Model, fill
 from ple_jax.models.families import read
 
 LENGTHS = (3, 9, 6)
@@ -112,7 +112,7 @@ def test_smollm2_equals_transformers():
     """The real model: logits to 1e-4 of float64 on a left-padded batch, 64 greedy tokens equal."""
     import torch
 
-    loaded = checkpoint.load("smollm2-135m")
+    loaded = weights.load("smollm2-135m")
     model, base = build(loaded.config, loaded.weights)
     theirs = tiny.transformers_model(loaded.raw, loaded.weights)
     texts = ["The film opens with", "I had never heard of this director before my sister", "Two hours later,"]

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import torch_ascend
-from ple_jax.core.config import UserError
+from ple_jax.core.errors import UserError
 from torch_ascend import device
 
 ROOT = Path(__file__).parent.parent

@@ -13,13 +13,13 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from test_quantize import normal_float_levels
 
-from ple_jax import lora, sharding
-from ple_jax.core.config import UserError
-from ple_jax.models import adapters, families
+from ple_jax.backend import lora, sharding
+from ple_jax.backend.experts import mix
+from ple_jax.backend.model import Model, fill, quantized_axis
+from ple_jax.backend.quantize import quantize
+from ple_jax.core.errors import UserError
+from ple_jax.models import adapters, families, layout
 from ple_jax.models.config import ModelConfig
-from ple_jax.models.decoder import Model, fill, quantized_axis
-from ple_jax.models.experts import mix
-from ple_jax.quantize import quantize
 
 _SIZES = {
     "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -41,7 +41,7 @@ def weights(c: ModelConfig) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     return {
         name: (1 + 0.1 * rng.normal(size=shape) if len(shape) == 1 else 0.3 * rng.normal(size=shape)).astype(np.float32)
-        for name, shape in families.expected_shapes(c).items()
+        for name, shape in layout.expected_shapes(c).items()
     }
 
 
@@ -225,9 +225,9 @@ def by_definition(q: Any) -> np.ndarray:
 )  # fmt: skip
 def test_sizes_are_the_published_ones(raw, total, active):
     c = families.read(raw, "config.json")
-    assert sum(np.prod(shape) for shape in families.expected_shapes(c).values()) == pytest.approx(total, rel=5e-3)
+    assert sum(np.prod(shape) for shape in layout.expected_shapes(c).values()) == pytest.approx(total, rel=5e-3)
     outside = 2 * c.vocab_size * c.hidden_size
-    assert families.active_weights(c) + outside == pytest.approx(active, rel=2e-2)
+    assert layout.active_weights(c) + outside == pytest.approx(active, rel=2e-2)
 
 
 @pytest.mark.parametrize("name", RAWS)

@@ -21,11 +21,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from configs import default
 from configs import tiny as tiny_config
-from ple_jax.core import card, modes, peft, setup
-from ple_jax.core.config import UserError
+from ple_jax import modes
+from ple_jax.core.errors import UserError
 from ple_jax.core.types import Sampling
-from ple_jax.models import adapters, checkpoint, export
+from ple_jax.export import card
+from ple_jax.export import merged as merging
+from ple_jax.models import adapters, peft, weights
 from ple_jax.models.tokenizer import byte_tokenizer
+from ple_jax.serving import commands
+from ple_jax.training import opening
 
 ADAPTER = adapters.to_peft(tiny.random_adapter(tiny.CONFIG))
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -52,8 +56,8 @@ def adapter(tmp_path) -> Path:
 
 
 def merged(source, adapter, folder, *, dtype="keep", shard_gb=4.0, about=None) -> Path:
-    return export.merged(
-        checkpoint.load(str(source)), adapter, folder, dtype=dtype, shard_gb=shard_gb, readme="# card", about=about or {}
+    return merging.merged(
+        weights.load(str(source)), adapter, folder, dtype=dtype, shard_gb=shard_gb, readme="# card", about=about or {}
     )
 
 
@@ -81,7 +85,7 @@ def test_merged_folder_is_base_plus_adapter(source, adapter, tmp_path):
     np.testing.assert_allclose(logits(ours), expected, atol=2e-5)
     assert {file.name for file in folder.iterdir()} == {
         "config.json", "generation_config.json", "model.safetensors", "README.md", "tokenizer.json", "LICENSE.md",
-        "tokenizer_config.json", "chat_template.jinja", export.MARKER,
+        "tokenizer_config.json", "chat_template.jinja", merging.MARKER,
     }  # fmt: skip
     for name in ("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja", "LICENSE.md"):
         same = (folder / name).read_text() == (source / name).read_text()
@@ -93,7 +97,7 @@ def test_of_a_multimodal_model_the_text_part(tmp_path):
     """transformers loads it as a language model, whose logits are those of the whole model with the adapter."""
     variant = families.VARIANTS["gemma3"]
     families.save(families.build(variant), tmp_path / "base")
-    config = checkpoint.load(str(tmp_path / "base")).config
+    config = weights.load(str(tmp_path / "base")).config
     adapter = adapters.to_peft(tiny.random_adapter(config))
     paths = sorted(peft.modules(adapter))
     peft.write(tmp_path / "adapter", adapter, rank=4, alpha=6, targets=paths, base_model="some/base")
@@ -181,8 +185,8 @@ def test_an_interrupted_export_leaves_the_earlier_one(source, adapter, tmp_path,
             merged(source, adapter, target, shard_gb=2e-5, about={"number": 2})
     monkeypatch.undo()
     assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter", "merged"]
-    assert json.loads((folder / export.MARKER).read_text()) == {"number": 1}
-    assert json.loads((merged(source, adapter, folder, about={"number": 3}) / export.MARKER).read_text()) == {"number": 3}
+    assert json.loads((folder / merging.MARKER).read_text()) == {"number": 1}
+    assert json.loads((merged(source, adapter, folder, about={"number": 3}) / merging.MARKER).read_text()) == {"number": 3}
     assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter", "merged"]
 
 
@@ -193,7 +197,7 @@ def test_an_export_killed_at_its_end_is_found_again(source, adapter, tmp_path, m
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     with pytest.raises(UserError, match=r"need 0.00 GB and .* has 0.00 GB free; free some, or set --config.export.dtype"):
         merged(source, adapter, folder)
-    assert json.loads((folder / export.MARKER).read_text()) == {"number": 1}
+    assert json.loads((folder / merging.MARKER).read_text()) == {"number": 1}
 
 
 def test_a_folder_of_someone_elses_is_not_touched(source, adapter, tmp_path):
@@ -253,7 +257,7 @@ def hub(monkeypatch):
 
 
 def test_push(hub, adapter):
-    assert export.push(adapter, "me/mine", private=True) == "https://huggingface.co/me/mine"
+    assert merging.push(adapter, "me/mine", private=True) == "https://huggingface.co/me/mine"
     assert hub == [
         ("create", "me/mine", {"private": True, "exist_ok": True}),
         ("upload", "me/mine", [peft.CONFIG, peft.WEIGHTS]),
@@ -263,7 +267,7 @@ def test_push(hub, adapter):
 def test_push_without_a_hub(adapter):
     """The real client, which the tests' environment keeps offline."""
     with pytest.raises(UserError, match=r"could not push to me/mine \(.*offline.*hf auth login.*everything was exported to"):
-        export.push(adapter, "me/mine", private=True)
+        merging.push(adapter, "me/mine", private=True)
 
 
 def test_push_without_a_token(adapter, monkeypatch):
@@ -272,7 +276,7 @@ def test_push_without_a_token(adapter, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", refuse)
     with pytest.raises(UserError, match=r"could not push to me/mine \(Token is required\)"):
-        export.push(adapter, "me/mine", private=False)
+        merging.push(adapter, "me/mine", private=False)
 
 
 # ---------------------------------------------------------------- vLLM's line
@@ -283,14 +287,14 @@ def adapter_config(**changes):
 
 
 def test_line_that_serves_an_adapter():
-    line = card.serve_adapter(Path("runs/my run/adapter"), adapter_config(), name="my run")
+    line = commands.serve_adapter(Path("runs/my run/adapter"), adapter_config(), name="my run")
     assert line == ("vllm serve some/base --enable-lora --max-lora-rank 8 --lora-modules 'my run=runs/my run/adapter'")
     assert shlex.split(line)[-1] == "my run=runs/my run/adapter"
 
 
 @pytest.mark.parametrize(("rank", "limit"), [(1, 8), (8, 8), (9, 16), (200, 256), (257, 320), (512, 512), (513, None)])
 def test_rank_is_one_that_vllm_takes(rank, limit):
-    line = card.serve_adapter(Path("a"), adapter_config(r=rank), name="n")
+    line = commands.serve_adapter(Path("a"), adapter_config(r=rank), name="n")
     assert (line is None) if limit is None else f"--max-lora-rank {limit} " in line
 
 
@@ -300,7 +304,7 @@ def test_rank_is_one_that_vllm_takes(rank, limit):
      {"base_model_name_or_path": "model.gguf"}, {"base_model_name_or_path": "tiny"}],
 )  # fmt: skip
 def test_adapters_that_vllm_cannot_serve(change):
-    assert card.serve_adapter(Path("a"), adapter_config(**change), name="n") is None
+    assert commands.serve_adapter(Path("a"), adapter_config(**change), name="n") is None
 
 
 # ---------------------------------------------------------------- the mode, on a run
@@ -315,7 +319,7 @@ def a_run(workdir: Path, **overrides):
         config.update_from_flattened_dict({key.replace("__", "."): value})
     frozen = FrozenConfigDict(config)
     workdir.mkdir()
-    with setup.open_run(frozen, workdir, "jax", setup.read_inputs(frozen, "jax")) as run:
+    with opening.open_run(frozen, workdir, "jax", opening.read_inputs(frozen, "jax")) as run:
         run.backend._adapter = jax.tree.map(
             lambda new, old: jax.device_put(new, old.sharding),
             tiny.random_adapter(run.backend.model.config),
@@ -349,7 +353,7 @@ def test_mode_export(run, hub, capsys):
     ]  # fmt: skip
     assert hub[0][2]["private"] is False and "README.md" in hub[1][2]
 
-    base = {name: torch.tensor(value) for name, value in checkpoint.load("tiny").weights.items()}
+    base = {name: torch.tensor(value) for name, value in weights.load("tiny").weights.items()}
     model = AutoModelForCausalLM.from_pretrained(workdir / "merged")
     merged_logits = logits(model)
     model.load_state_dict(base, strict=False)
@@ -397,7 +401,7 @@ def test_exported_adapter_is_the_checkpoints_bit_for_bit(run):
     config, workdir = run
     modes.export(config, workdir, "jax")
     read = adapters.from_peft(peft.read(workdir / "adapter")[0])
-    expected = tiny.random_adapter(checkpoint.load("tiny").config)
+    expected = tiny.random_adapter(weights.load("tiny").config)
     assert read.keys() == expected.keys()
     for path, module in expected.items():
         for kind, value in module.items():
@@ -406,7 +410,7 @@ def test_exported_adapter_is_the_checkpoints_bit_for_bit(run):
 
 def test_a_base_folder_is_served_with_the_adapter(source, tmp_path, capsys):
     base = tmp_path / "base"
-    tiny_like = checkpoint.load("tiny")
+    tiny_like = weights.load("tiny")
     tiny.transformers_model(tiny_like.raw, dict(tiny_like.weights)).save_pretrained(base)
     byte_tokenizer().save_pretrained(base)
     workdir = tmp_path / "run"

@@ -16,13 +16,14 @@ from families import UNSUPPORTED, VARIANTS, WINDOW
 from safetensors.numpy import save_file
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from ple_jax import generate, lora, train
-from ple_jax.core import peft
-from ple_jax.core.config import UserError
+from ple_jax.backend import forward, generate, lora
+from ple_jax.backend.model import Model, fill
+from ple_jax.core.errors import UserError
 from ple_jax.core.types import Batch, Sampling
-from ple_jax.models import adapters, checkpoint
-from ple_jax.models import families as table
-from ple_jax.models.decoder import Model, fill
+from ple_jax.models import adapters, peft
+from ple_jax.models import weights as checkpoints
+from ple_jax.models.families import read
+from ple_jax.models.rope import frequencies
 from ple_jax.models.tokenizer import byte_tokenizer
 
 LENGTHS = (5, 14, 9)  # two of them longer than a window
@@ -39,7 +40,7 @@ class Family(NamedTuple):
     name: str
     theirs: Any  # transformers' model
     folder: Any
-    loaded: checkpoint.Loaded
+    loaded: checkpoints.Loaded
     models: dict[bool, Model]  # by scan
     bases: dict[bool, Any]
 
@@ -63,7 +64,7 @@ def family(request, tmp_path_factory) -> Family:
     """One variant, saved by transformers and read by us."""
     theirs, folder = families.build(VARIANTS[request.param]), tmp_path_factory.mktemp(request.param)
     families.save(theirs, folder)
-    loaded = checkpoint.load(str(folder))
+    loaded = checkpoints.load(str(folder))
     models = {scan: Model.create(loaded.config, dtype=jnp.float32, scan=scan) for scan in (False, True)}
     bases = {scan: fill(model, loaded.weights, lambda _, array: jnp.asarray(array)) for scan, model in models.items()}
     return Family(request.param, theirs, folder, loaded, models, bases)
@@ -162,7 +163,7 @@ def test_streamed_tokens_equal_transformers(name, tmp_path):
     """One right-padded prompt, as a conversation has it, in families whose positions or windows must be kept up."""
     theirs = families.build(VARIANTS[name])
     families.save(theirs, tmp_path)
-    loaded = checkpoint.load(str(tmp_path))
+    loaded = checkpoints.load(str(tmp_path))
     model = Model.create(loaded.config, dtype=jnp.float32, scan=True)
     base = fill(model, loaded.weights, lambda _, array: jnp.asarray(array))
     prefix, prompt, mask, expected = decisive_prompts(theirs, WINDOW + 3, 28)
@@ -251,7 +252,7 @@ def test_packed_rows_and_their_gradients_equal_peft(family, tmp_path):
     @jit
     def ours(base, adapter, batch):
         def total(adapter):
-            logprobs = train.outputs(model, base, lora.fuse(model, adapter, LORA), batch).logprobs
+            logprobs = forward.outputs(model, base, lora.fuse(model, adapter, LORA), batch).logprobs
             return (weights * logprobs).sum(), logprobs
 
         return jax.grad(total, has_aux=True)(adapter)
@@ -292,7 +293,7 @@ def raw_config(variant: families.Variant) -> dict[str, Any]:
 def test_config_of_transformers_4_says_the_same(family, tmp_path):
     (tmp_path / "model.safetensors").symlink_to(family.folder / "model.safetensors")
     write_config(tmp_path, families.older(raw_config(VARIANTS[family.name])))
-    assert checkpoint.load(str(tmp_path)).config == family.loaded.config
+    assert checkpoints.load(str(tmp_path)).config == family.loaded.config
 
 
 @pytest.mark.parametrize("kind", sorted({families.config(v).model_type for v in VARIANTS.values()}))
@@ -306,7 +307,7 @@ def test_defaults_are_those_of_transformers(kind):
     short = {key: text[key] for key in ["model_type", *sizes] if key in text}
     if text is not full:
         short = {"model_type": kind, "text_config": short}
-    assert table.read(short, "config.json") == table.read(full, "config.json")
+    assert read(short, "config.json") == read(full, "config.json")
 
 
 @pytest.mark.parametrize(
@@ -330,7 +331,7 @@ def test_frequencies_equal_transformers(rope):
         hidden_size=256, num_attention_heads=2, max_position_embeddings=131072, rope_parameters=rope
     )
     theirs = LlamaRotaryEmbedding(settings)
-    ours, scale = table.frequencies(rope | {"max_position_embeddings": 131072}, 128)
+    ours, scale = frequencies(rope | {"max_position_embeddings": 131072}, 128)
     np.testing.assert_allclose(ours, theirs.inv_freq.numpy(), rtol=1e-5)
     assert scale == pytest.approx(theirs.attention_scaling, rel=1e-6)
 
@@ -343,11 +344,11 @@ def test_other_names_of_the_same_weights(name, ours, other, tmp_path):
     """GPT-2's checkpoints on hubs hold the bare backbone; Gemma 3's put the language model outside."""
     theirs = families.build(VARIANTS[name])
     families.save(theirs, tmp_path)
-    expected = checkpoint.load(str(tmp_path))
+    expected = checkpoints.load(str(tmp_path))
     weights = {key: expected.weights[key] for key in expected.weights}
     renamed = {key.replace(ours, other, 1): value for key, value in weights.items()}
     save_file(renamed, tmp_path / "model.safetensors")
-    again = checkpoint.load(str(tmp_path))
+    again = checkpoints.load(str(tmp_path))
     assert renamed.keys() != weights.keys() == dict(again.weights).keys()
     for key, value in weights.items():
         np.testing.assert_array_equal(again.weights[key], value)
@@ -357,7 +358,7 @@ def test_other_names_of_the_same_weights(name, ours, other, tmp_path):
 def test_unsupported_families_are_refused(name, tmp_path):
     write_config(tmp_path, raw_config(UNSUPPORTED[name]))
     with pytest.raises(UserError, match=f"{name}.*supported") as error:
-        checkpoint.load(str(tmp_path))
+        checkpoints.load(str(tmp_path))
     for supported in {families.config(variant).model_type for variant in VARIANTS.values()}:
         assert supported in str(error.value)
 
@@ -376,4 +377,4 @@ def test_unsupported_families_are_refused(name, tmp_path):
 def test_features_that_are_not_there_are_refused_by_name(name, change, says, tmp_path):
     write_config(tmp_path, raw_config(VARIANTS[name]) | change)
     with pytest.raises(UserError, match=says):
-        checkpoint.load(str(tmp_path))
+        checkpoints.load(str(tmp_path))

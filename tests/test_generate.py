@@ -7,7 +7,7 @@ import pytest
 import tiny
 from test_decoder import build, full_logits, left_padded
 
-from ple_jax import generate, lora
+from ple_jax.backend import generate, lora
 from ple_jax.core.types import Sampling
 from ple_jax.models import adapters
 

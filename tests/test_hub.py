@@ -14,10 +14,11 @@ from huggingface_hub import constants
 from safetensors.numpy import load_file, save_file
 
 from configs import default
-from ple_jax import train
-from ple_jax.core.config import RULES, UserError, is_hub_id
-from ple_jax.models import checkpoint, hub
-from ple_jax.models.families import expected_shapes
+from ple_jax.backend import backend
+from ple_jax.core.config import RULES, is_hub_id
+from ple_jax.core.errors import UserError
+from ple_jax.models import hub, weights
+from ple_jax.models.layout import expected_shapes
 from ple_jax.models.tokenizer import byte_tokenizer
 
 OLD, NEW = "a" * 40, "b" * 40
@@ -25,9 +26,9 @@ OLD, NEW = "a" * 40, "b" * 40
 
 def write_model(folder: Path, seed: int = 0, **changes) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    raw = checkpoint._TINY | changes
+    raw = weights._TINY | changes
     rng = np.random.default_rng(seed)
-    shapes = expected_shapes(checkpoint.read(raw, "test"))
+    shapes = expected_shapes(weights.read(raw, "test"))
     save_file({n: rng.normal(size=s).astype(np.float32) for n, s in shapes.items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(raw))
     byte_tokenizer().save_pretrained(folder)
@@ -155,7 +156,7 @@ def weight(folder: Path) -> np.ndarray:
 
 
 def test_download(online, repository):
-    loaded = checkpoint.load("me/model")
+    loaded = weights.load("me/model")
     assert (loaded.name, loaded.revision, loaded.folder.name) == ("me/model", NEW, NEW)
     np.testing.assert_array_equal(loaded.weights["model.norm.weight"], weight(repository[NEW]))
     assert loaded.tokenizer.decode([104, 105]) == "hi"
@@ -168,14 +169,14 @@ def test_download_without_weights(online):
     folder = hub.fetch("me/model", weights=False)
     assert (folder / "tokenizer.json").is_file() and not list(folder.glob("*.safetensors"))
     # what a plan downloaded is no reason to believe that the weights are there
-    assert "model.norm.weight" in checkpoint.load("me/model").weights
+    assert "model.norm.weight" in weights.load("me/model").weights
 
 
 @pytest.mark.parametrize(("revision", "commit"), [("v1", OLD), (OLD, OLD), ("main", NEW), (None, NEW)])
 def test_revision(online, repository, revision, commit):
     assert hub.commit("me/model", revision) == commit
     assert not list(Path(constants.HF_HUB_CACHE).rglob("*.safetensors"))  # finding out downloads nothing
-    loaded = checkpoint.load("me/model", revision)
+    loaded = weights.load("me/model", revision)
     assert loaded.revision == commit
     np.testing.assert_array_equal(loaded.weights["model.norm.weight"], weight(repository[commit]))
 
@@ -183,7 +184,7 @@ def test_revision(online, repository, revision, commit):
 def test_revision_of_the_config(online):
     config = default.get_config()
     config.model.path, config.model.revision = "me/model", "v1"
-    assert train.load(config).revision == OLD
+    assert backend.load(config).revision == OLD
 
 
 def test_a_cached_branch_stays_where_it_was(online):
@@ -213,7 +214,7 @@ def test_an_incomplete_cache_is_completed(online):
 )
 def test_what_the_hub_refuses(online, repo, revision, says):
     with pytest.raises(UserError, match=says):
-        checkpoint.load(repo, revision)
+        weights.load(repo, revision)
 
 
 def test_a_repository_without_a_model(online, repository, tmp_path):
@@ -221,15 +222,15 @@ def test_a_repository_without_a_model(online, repository, tmp_path):
     (folder / "model.safetensors").unlink()
     online.commits = online.commits | {NEW: folder}
     with pytest.raises(UserError, match="'me/model' lacks model.safetensors .*must have config.json, tokenizer.json and"):
-        checkpoint.load("me/model")
+        weights.load("me/model")
 
 
 def test_no_connection_falls_back_to_the_cache(online, repository, monkeypatch):
     put_in_cache(Path(constants.HF_HUB_CACHE), repository[NEW])
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
-    assert checkpoint.load("me/model").revision == NEW
+    assert weights.load("me/model").revision == NEW
     with pytest.raises(UserError, match=r"'me/other' is no folder .* cannot be reached \(.*hf download me/other --local"):
-        checkpoint.load("me/other")
+        weights.load("me/other")
 
 
 # ---------------------------------------------------------------- without one
@@ -237,7 +238,7 @@ def test_no_connection_falls_back_to_the_cache(online, repository, monkeypatch):
 
 def test_offline_from_the_cache(offline, repository):
     folder = put_in_cache(offline, repository[NEW])
-    loaded = checkpoint.load("me/model")
+    loaded = weights.load("me/model")
     assert loaded.folder == folder and loaded.revision == hub.commit("me/model") == hub.identity("me/model") == NEW
     np.testing.assert_array_equal(loaded.weights["model.norm.weight"], weight(repository[NEW]))
 
@@ -246,7 +247,7 @@ def test_offline_revisions(offline, repository):
     put_in_cache(offline, repository[NEW])
     put_in_cache(offline, repository[OLD], commit=OLD, ref="v1")
     for revision, commit in (("v1", OLD), ("main", NEW), (OLD, OLD), (None, NEW)):
-        assert checkpoint.load("me/model", revision).revision == hub.commit("me/model", revision) == commit
+        assert weights.load("me/model", revision).revision == hub.commit("me/model", revision) == commit
 
 
 @pytest.mark.parametrize("left", [(), ("config.json", "tokenizer.json", "tokenizer_config.json")])
@@ -262,7 +263,7 @@ def test_offline_and_not_in_the_cache(offline, repository, left):
         r".*`hf download me/model --revision v1 --local-dir DIR`, copy DIR here and set --config.model.path=DIR"
     )  # fmt: skip
     with pytest.raises(UserError, match=says):
-        checkpoint.load("me/model", None if left else "v1")
+        weights.load("me/model", None if left else "v1")
 
 
 def test_offline_a_shard_is_missing(offline, repository):
@@ -270,7 +271,7 @@ def test_offline_a_shard_is_missing(offline, repository):
     index = {"weight_map": dict.fromkeys(load_file(folder / "model.safetensors"), "model-2.safetensors")}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match="lacks model-2.safetensors"):
-        checkpoint.load("me/model")
+        weights.load("me/model")
 
 
 # ---------------------------------------------------------------- what a path means
@@ -300,10 +301,10 @@ def test_revision_rule(value, fine):
 def test_a_folder_comes_before_the_hub(offline, tmp_path):
     write_model(tmp_path / "me" / "model")
     assert not hub.is_remote("me/model")
-    loaded = checkpoint.load("me/model")
+    loaded = weights.load("me/model")
     assert loaded.folder == Path("me/model") and loaded.revision is None
     with pytest.raises(UserError, match="model.revision 'v1' goes with a model on a hub, which 'me/model' is not"):
-        checkpoint.load("me/model", "v1")
+        weights.load("me/model", "v1")
 
 
 def test_identity(tmp_path):

@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ple_jax.core import rewards
-from ple_jax.core.config import UserError
-from ple_jax.core.rewards import judge
-from ple_jax.core.rewards._cache import Cache
-from ple_jax.core.transcripts import Conversation
+from ple_jax import rewards
+from ple_jax.core import answers
+from ple_jax.core.answers import Cache
+from ple_jax.core.conversation import Conversation
+from ple_jax.core.errors import UserError
+from ple_jax.rewards import judge
 
 pytest_plugins = ["servers"]
 
@@ -140,14 +141,14 @@ def test_grades_that_are_none_are_asked_for_again_and_then_given_up(serve, tmp_p
         assert len(asked) == 9
         np.testing.assert_array_equal(score(reward, ["a", "bb", "ccc"], cache), [7, math.nan, 7])
         assert len(asked) == 12  # the one that is missing, three times
-    with pytest.raises(rewards.Incomplete, match="no score from 1 to 10: 'I cannot do that.'"):
+    with pytest.raises(answers.Incomplete, match="no score from 1 to 10: 'I cannot do that.'"):
         score(judged(server, retries=0, max_failures=2), ["bb", "bbb"])
 
 
 @pytest.mark.parametrize("answer", [{"choices": []}, {"error": "x"}, [], {"choices": [{"text": "score: 3"}]}, says(None)])
 def test_answers_that_are_no_completion(serve, answer):
     server = serve(lambda *_: answer)
-    with pytest.raises(rewards.Incomplete, match="no chat completion|gave no text"):
+    with pytest.raises(answers.Incomplete, match="no chat completion|gave no text"):
         score(judged(server, retries=0, max_failures=1), ["a"])
 
 

@@ -12,13 +12,14 @@ import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ple_jax.core import judges, model_judges, rewards
-from ple_jax.core.config import UserError
-from ple_jax.core.judges import Judge, Outcomes, compare, win_rate
-from ple_jax.core.rewards._cache import Cache
-from ple_jax.core.transcripts import Conversation
+from ple_jax.core import answers
+from ple_jax.core.answers import Cache
+from ple_jax.core.conversation import Conversation
+from ple_jax.core.errors import UserError
 from ple_jax.core.types import Outputs, Response
-from ple_jax.models import checkpoint
+from ple_jax.evaluation import load_judge, model_judges
+from ple_jax.evaluation.judges import Judge, Outcomes, compare, win_rate
+from ple_jax.models import weights
 from ple_jax.models.tokenizer import byte_tokenizer
 
 pytest_plugins = ["servers"]
@@ -240,18 +241,18 @@ def test_a_function_of_ones_own(cache, tmp_path):
         "def judge(prompts, first, second, *, flip=False):\n"
         "    return [(-1 if flip else 1) * ((len(a) > len(b)) - (len(a) < len(b))) for a, b in zip(first, second)]\n"
     )
-    judge = judges.load(f"{file}:judge", {}, backend="jax")
+    judge = load_judge.load_judge(f"{file}:judge", {}, backend="jax")
     assert (judge.name, judge.symmetric) == (f"{file}:judge", False)
     check(compare(judge, PROMPTS, LONG, SHORT, cache=cache), combined=[1, 1, -1, 0])
-    flipped = judges.load(f"{file}:judge", {"flip": True}, backend="jax")
+    flipped = load_judge.load_judge(f"{file}:judge", {"flip": True}, backend="jax")
     check(compare(flipped, PROMPTS, LONG, SHORT, cache=cache), combined=[-1, -1, 1, 0])
     before = judge.version
     file.write_text(file.read_text() + "# another thought\n")
-    assert len({before, judges.load(f"{file}:judge", {}, backend="jax").version, flipped.version}) == 3
+    assert len({before, load_judge.load_judge(f"{file}:judge", {}, backend="jax").version, flipped.version}) == 3
     with pytest.raises(UserError, match="has no function 'nobody'"):
-        judges.load(f"{file}:nobody", {}, backend="jax")
+        load_judge.load_judge(f"{file}:nobody", {}, backend="jax")
     with pytest.raises(UserError, match=r"not called as \(prompts, first, second, \*\*kwargs\): .*'flop'"):
-        judges.load(f"{file}:judge", {"flop": True}, backend="jax")
+        load_judge.load_judge(f"{file}:judge", {"flop": True}, backend="jax")
 
 
 @pytest.mark.parametrize(
@@ -287,19 +288,19 @@ def test_a_function_of_ones_own(cache, tmp_path):
 def test_judges_that_cannot_be(name, kwargs, says, monkeypatch):
     monkeypatch.delenv("NO_KEY", raising=False)
     with pytest.raises(UserError, match=says):
-        judges.load(name, kwargs, backend="jax")
+        load_judge.load_judge(name, kwargs, backend="jax")
 
 
 # ---------------------------------------------------------------- a reward as the judge
 
 
 def test_the_higher_reward_wins(cache):
-    judge = judges.load("reward", {"name": "letters", "kwargs": {"letters": "x"}, "tie": 0.25}, backend="jax")
+    judge = load_judge.load_judge("reward", {"name": "letters", "kwargs": {"letters": "x"}, "tie": 0.25}, backend="jax")
     assert (judge.name, judge.symmetric, judge.batch) == ("letters", True, 32)  # 64 responses
     #            1 vs 0, 0 vs 1, 1/2 vs 1/4 (a tie), 3/4 vs 1/4
     outcomes = compare(judge, PROMPTS, ["x", "o", "xo", "xxxo"], ["o", "x", "xooo", "xooo"], cache=cache)
     check(outcomes, first=[1, -1, 0, 1], second=[1, -1, 0, 1], combined=[1, -1, 0, 1])
-    closer = judges.load("reward", {"name": "letters", "kwargs": {"letters": "x"}}, backend="jax")
+    closer = load_judge.load_judge("reward", {"name": "letters", "kwargs": {"letters": "x"}}, backend="jax")
     check(compare(closer, ["p"], ["xo"], ["xooo"], cache=cache), combined=[1])
     # equal rewards of other texts tie, whatever the margin
     check(compare(closer, ["p"], ["xo"], ["ox"], cache=cache), combined=[0])
@@ -307,7 +308,7 @@ def test_the_higher_reward_wins(cache):
 
 def test_versions_of_reward_judges():
     def version(**kwargs):
-        return judges.load("reward", {"name": "letters", **kwargs}, backend="jax").version
+        return load_judge.load_judge("reward", {"name": "letters", **kwargs}, backend="jax").version
 
     parts = [{"a": {"name": "letters", "weight": weight}, "b": {"name": "length"}} for weight in (1.0, 2.0)]
     different = [
@@ -327,7 +328,7 @@ def test_a_response_is_scored_once_whatever_it_is_compared_with(tmp_path):
     )
     kwargs = {"name": f"{file}:score", "kwargs": {"log": str(log)}}
     for _ in range(2):  # two processes
-        judge = judges.load("reward", kwargs, backend="jax")
+        judge = load_judge.load_judge("reward", kwargs, backend="jax")
         with Cache(tmp_path / "judgements.sqlite") as cache:
             check(compare(judge, ["p", "p"], ["a", "bb"], ["ccc", "a"], cache=cache), combined=[-1, 1])
             check(compare(judge, ["p", "p"], ["bb", "ccc"], ["ccc", "a"], cache=cache), combined=[-1, 1])
@@ -348,11 +349,11 @@ def test_a_reward_server_that_dies(serve, tmp_path):
 
     server = serve(answer)
     kwargs = {"url": server.url, "batch": 1, "concurrency": 1, "backoff": 0.001}
-    judge = judges.load("reward", {"name": "remote", "kwargs": kwargs}, backend="jax")
+    judge = load_judge.load_judge("reward", {"name": "remote", "kwargs": kwargs}, backend="jax")
     with Cache(tmp_path / "judgements.sqlite") as cache:
         with pytest.raises(UserError, match="status 404.*what was scored is kept") as raised:
             compare(judge, ["p", "q"], ["a", "bb"], ["cc", "d"], cache=cache)
-        assert not isinstance(raised.value, rewards.Incomplete)  # its values would pass for verdicts
+        assert not isinstance(raised.value, answers.Incomplete)  # its values would pass for verdicts
         alive[0], before = 99, len(server.bodies)
         check(compare(judge, ["p", "q"], ["a", "bb"], ["cc", "d"], cache=cache), combined=[-1, 1])
     assert len(server.bodies) - before == 2 and len(set(server.asked)) == 4
@@ -448,7 +449,8 @@ def the_longer(number, body, handler):
 
 def at(server, **kwargs):
     url = server.url.removesuffix("/get_reward") + "/v1/"
-    return judges.load("endpoint", {"url": url, "model": "m", "backoff": 0.001, "timeout": 5, **kwargs}, backend="jax")
+    options = {"url": url, "model": "m", "backoff": 0.001, "timeout": 5, **kwargs}
+    return load_judge.load_judge("endpoint", options, backend="jax")
 
 
 def test_an_endpoint_is_asked_in_both_orders(serve, cache):
@@ -633,7 +635,7 @@ def fake(monkeypatch):
 
 
 def local(**kwargs):
-    return judges.load("model", {"path": "tiny", **kwargs}, backend="jax")
+    return load_judge.load_judge("model", {"path": "tiny", **kwargs}, backend="jax")
 
 
 def kinder(text):
@@ -745,7 +747,7 @@ def test_versions_of_local_models(tmp_path):
     ]  # fmt: skip
     assert len({local(**kwargs).version for kwargs in kinds}) == len(kinds)
     assert local().version == local(width=3, name="x", max_tokens=9).version
-    assert local().version == judges.load("model", {"path": "tiny", "device": "cpu"}, backend="torch").version
+    assert local().version == load_judge.load_judge("model", {"path": "tiny", "device": "cpu"}, backend="torch").version
     assert local(mode="text").version == local(mode="text", tie=1.0).version
     versions = set()
     for text in ("one", "two"):  # another model behind the same path
@@ -759,7 +761,7 @@ def log_odds_of_transformers(text):
     """log p(A) - log p(B) after a text of bytes, of the tiny model."""
     import torch
 
-    loaded = checkpoint.load("tiny")
+    loaded = weights.load("tiny")
     rope = {"rope_type": "default", "rope_theta": loaded.raw["rope_theta"]}
     raw = {k: v for k, v in loaded.raw.items() if k not in ("rope_theta", "architectures")} | {"rope_parameters": rope}
     model = tiny.transformers_model(raw, dict(loaded.weights))
@@ -786,7 +788,7 @@ def test_likelihoods_are_transformers(cache, backend):
     at = int(np.argmax(np.diff(ordered[2:-2]))) + 2
     margin = (ordered[at] + ordered[at + 1]) / 2
     assert ordered[at + 1] - ordered[at] > 1e-3  # far beyond rounding
-    judge = judges.load("model", {"path": "tiny", "width": 3, "tie": margin}, backend=backend)
+    judge = load_judge.load_judge("model", {"path": "tiny", "width": 3, "tie": margin}, backend=backend)
     expected = (np.array(odds) > margin).astype(float)
     assert 2 < expected.sum() < 8
     check(compare(judge, [*PROMPTS, "t"], a, b, cache=cache), first=expected[:5], second=-expected[5:])
@@ -795,6 +797,6 @@ def test_likelihoods_are_transformers(cache, backend):
 @pytest.mark.parametrize("backend", ["jax", "torch"])
 def test_a_local_model_writes(cache, backend):
     """A random model writes anything, and no verdict."""
-    judge = judges.load("model", {"path": "tiny", "mode": "text", "width": 2, "max_tokens": 4}, backend=backend)
+    judge = load_judge.load_judge("model", {"path": "tiny", "mode": "text", "width": 2, "max_tokens": 4}, backend=backend)
     outcomes = compare(judge, ["p", "q"], ["a", "b"], ["c", "d"], cache=cache)
     assert win_rate(outcomes)["failed"] == 2

@@ -19,10 +19,11 @@ import tiny
 from jax.sharding import NamedSharding, PartitionSpec
 from qwix import QArray
 
-from ple_jax import sharding
-from ple_jax.models.decoder import Model, fill
-from ple_jax.models.families import expected_shapes, read
-from ple_jax.quantize import quantize
+from ple_jax.backend import sharding
+from ple_jax.backend.model import Model, fill
+from ple_jax.backend.quantize import quantize
+from ple_jax.models.families import read
+from ple_jax.models.layout import expected_shapes
 
 CONFIG = read(tiny.RAW | {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}, "test")  # 64: nf4's blocks
 MESHES = {"one device": {}, "fsdp and tensor": {"fsdp": 4, "tensor": 2}, "tensor does not divide": {"tensor": 8}}
@@ -162,7 +163,7 @@ def test_one_kernel_on_the_host(scan, stored, dtype):
 
 def test_stacks_are_written_in_place(monkeypatch):
     """The stack keeps its place in memory from the first layer to the last."""
-    from ple_jax.models import decoder
+    from ple_jax.backend import model
 
     places: dict[tuple, set[int]] = {}
     wait = jax.block_until_ready
@@ -174,7 +175,7 @@ def test_stacks_are_written_in_place(monkeypatch):
                 places.setdefault(x.shape, set()).add(x.unsafe_buffer_pointer())
         return tree
 
-    monkeypatch.setattr(decoder.jax, "block_until_ready", watch)
+    monkeypatch.setattr(model.jax, "block_until_ready", watch)
     base = fill(Model.create(CONFIG, scan=True), tiny.weights(CONFIG), lambda _, array: jnp.asarray(array))
     assert base["layers"]["qkv"]["kernel"].shape in places
     assert all(len(pointers) == 1 for pointers in places.values()), places

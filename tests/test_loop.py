@@ -10,9 +10,13 @@ import pytest
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from configs import tiny as tiny_config
-from ple_jax.core import loop, modes, peft, setup
-from ple_jax.core import workdir as workdir_files
-from ple_jax.core.config import UserError, validate
+from ple_jax import modes
+from ple_jax.core.config import validate
+from ple_jax.core.errors import UserError
+from ple_jax.core.files import write_json
+from ple_jax.models import peft
+from ple_jax.training import measures, opening
+from ple_jax.training.workdir import check_config
 
 ROOT = Path(__file__).parent.parent
 
@@ -224,7 +228,7 @@ def test_nothing_is_scored_twice(tmp_path):
 def test_how_a_reward_is_computed_may_change(tmp_path):
     config = tiny_config.get_config()
     config.reward.kwargs = {"letters": "abc", "timeout": 3, "parts": {"a": {"kwargs": {"retries": 2, "k": 1}}}}
-    found = setup.resolved(config, "jax", {})["reward"]["kwargs"]
+    found = opening.resolved(config, "jax", {})["reward"]["kwargs"]
     assert found == {"letters": "abc", "parts": {"a": {"kwargs": {"k": 1}}}}
 
 
@@ -293,9 +297,9 @@ def test_principles_that_are_quoted_are_warned_of(capsys):
     class Run(NamedTuple):
         progress: Progress
 
-    loop.warn_of_leak(Run(Progress()), {"leak": 0.3, "overlap_principled": 0.35, "overlap_plain": 0.05})
+    measures.warn_of_leak(Run(Progress()), {"leak": 0.3, "overlap_principled": 0.35, "overlap_plain": 0.05})
     assert "warning: 35% of the trigrams" in capsys.readouterr().out
-    loop.warn_of_leak(Run(Progress()), {"leak": 0.02, "overlap_principled": 0.05, "overlap_plain": 0.03})
+    measures.warn_of_leak(Run(Progress()), {"leak": 0.02, "overlap_principled": 0.05, "overlap_plain": 0.03})
     assert capsys.readouterr().out == ""
 
 
@@ -369,22 +373,22 @@ def test_other_content_under_the_same_name_is_another_run(tmp_path):
 def test_a_mistake_mended_does_not_need_another_directory(overrides, says, tmp_path):
     with pytest.raises(UserError, match=says):
         train(tmp_path, **overrides)
-    workdir_files.check(tmp_path, {"any": "other config"})
+    check_config(tmp_path, {"any": "other config"})
 
 
 def test_how_a_run_is_computed_may_change_and_what_may_not(tmp_path):
     config = tiny_config.get_config().to_dict()
-    workdir_files.write_json(tmp_path / "config.json", config)
+    write_json(tmp_path / "config.json", config)
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     config["model"] |= {"remat": "full", "layers": "scan", "attention": "xla"}
     config["mesh"]["fsdp"] = 4
-    workdir_files.check(tmp_path, config)
+    check_config(tmp_path, config)
     config["model"]["dtype"] = "bfloat16"
     with pytest.raises(UserError, match="differing in model.dtype;"):
-        workdir_files.check(tmp_path, config)
+        check_config(tmp_path, config)
 
 
 def test_a_damaged_config_in_the_directory(tmp_path):
     (tmp_path / "config.json").write_text("hi")
     with pytest.raises(UserError, match="config.json is damaged"):
-        workdir_files.check(tmp_path, {})
+        check_config(tmp_path, {})

@@ -26,16 +26,20 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from test_train import negative_likelihood, random_batch
 
 from configs import tiny as tiny_config
-from ple_jax import lora, main, sharding, train
-from ple_jax.core import modes, peft
-from ple_jax.core.config import UserError, validate
+from ple_jax import main, modes
+from ple_jax.backend import backend as jax_backend
+from ple_jax.backend import lora, sharding, train
+from ple_jax.backend.model import Linear, LowRank, Model, fill
+from ple_jax.core.config import validate
+from ple_jax.core.errors import UserError
 from ple_jax.core.types import Sampling
-from ple_jax.models import adapters, checkpoint
+from ple_jax.models import adapters, peft
+from ple_jax.models import weights as checkpoints
 from ple_jax.models.adapters import Lora
 from ple_jax.models.config import ModelConfig
-from ple_jax.models.decoder import Linear, LowRank, Model, fill
 from ple_jax.models.families import FAMILIES as TABLE
-from ple_jax.models.families import module_shapes, read
+from ple_jax.models.families import read
+from ple_jax.models.layout import module_shapes
 
 # what is compiled here runs once: most of the time would go into optimising it
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -574,7 +578,7 @@ MADE_WITH = {
 @pytest.mark.parametrize(("options", "overrides"), MADE_WITH.values(), ids=MADE_WITH)
 def test_other_settings_are_named_with_what_to_give(tmp_path, options, overrides):
     """The overrides in the message, given to a shell as they stand, make the adapter fit."""
-    model = checkpoint.load("tiny").config
+    model = checkpoints.load("tiny").config
     adapter = randomised(adapters.init(model, options, seed=0))
     write(tmp_path, adapter, options)
     config = Path(tiny_config.__file__)
@@ -600,7 +604,7 @@ ALL = Lora(
 )  # fmt: skip
 
 
-def backend(options: Lora, *, seed: int = 1, scan: bool = False, mesh: Any = None) -> train.JaxBackend:
+def backend(options: Lora, *, seed: int = 1, scan: bool = False, mesh: Any = None) -> jax_backend.JaxBackend:
     mesh = mesh or sharding.make_mesh()
     model = Model.create(tiny.CONFIG, scan=scan)
 
@@ -610,7 +614,7 @@ def backend(options: Lora, *, seed: int = 1, scan: bool = False, mesh: Any = Non
 
     base = fill(model, tiny.weights(), put)
     adapter = lora.magnitudes(model, base, adapters.init(tiny.CONFIG, options, seed=0), options)
-    return train.JaxBackend(
+    return jax_backend.JaxBackend(
         model, base, randomised(adapter, seed), mesh, settings=options, width=4, bucket=16, clip_norm=1.0, weight_decay=0.01,
         seed=5,
     )  # fmt: skip
@@ -672,14 +676,14 @@ def test_a_run_with_every_option_and_a_run_from_its_adapter(tmp_path):
         "lora.rank_pattern": (("0.mlp.down_proj", 6),), "lora.alpha_pattern": (("v_proj", 3.0),),
     }  # fmt: skip
     first = run(tmp_path / "first", **options)
-    folder, loaded = tmp_path / "first" / "adapter", checkpoint.load("tiny")
+    folder, loaded = tmp_path / "first" / "adapter", checkpoints.load("tiny")
     with torch.no_grad():
         theirs = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**loaded.raw)).eval()
         theirs.load_state_dict({name: torch.tensor(value) for name, value in loaded.weights.items()}, strict=False)
         before = theirs(torch.tensor(TOKENS).long()).logits.numpy()
         after = PeftModel.from_pretrained(theirs, folder)(torch.tensor(TOKENS).long()).logits.numpy()
     assert np.abs(after - before).max() > 1e-2
-    made = train.build(first, loaded)
+    made = jax_backend.build(first, loaded)
     made.restore(tmp_path / "first" / "checkpoints")
     fused = lora.fuse(made.model, made._adapter, adapters.settings(first), base=made.base)
     np.testing.assert_allclose(logits(made.model, made.base, fused), after, atol=1e-4, rtol=0)
@@ -691,7 +695,7 @@ def test_a_run_with_every_option_and_a_run_from_its_adapter(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "second" / "metrics.jsonl").read_text().splitlines()]
     assert lines[0]["heldout_kl"] == 0 and lines[-1]["heldout_kl"] > 0  # to where this run started
     stored = peft.read(folder)[0]
-    made = train.build(second, loaded)
+    made = jax_backend.build(second, loaded)
     np.testing.assert_equal(made.adapter(), stored)
     made.restore(tmp_path / "second" / "checkpoints")
     np.testing.assert_equal(adapters.to_peft(jax.device_get(made._reference)), stored)

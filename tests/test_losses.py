@@ -16,7 +16,7 @@ import reference
 import torch
 
 from ple_jax import losses
-from ple_jax.core.config import UserError
+from ple_jax.core.errors import UserError
 
 RNG = np.random.default_rng(4)
 LENGTHS = np.array([[3, 5], [1, 2], [6, 6], [4, 1]])

@@ -10,17 +10,21 @@ from ml_collections import FrozenConfigDict
 
 import ple_jax
 from configs import default, tiny
-from ple_jax import main
+from ple_jax import main, rewards
 from ple_jax.algorithms import ple
-from ple_jax.core import data, plan, principles, rewards, tasks
-from ple_jax.core.config import UserError, validate
+from ple_jax.core.config import validate
+from ple_jax.core.errors import UserError
 from ple_jax.core.types import Query
+from ple_jax.data.left_out import Bad
+from ple_jax.data.load import Data
+from ple_jax.planning import describe
+from ple_jax.prompts import principles
 
 ROOT = Path(__file__).parent.parent
 DEFAULT = f"--config={ROOT / 'configs' / 'default.py'}"
 
 
-def parse(*arguments: str) -> main.Run:
+def parse(*arguments: str) -> main.CommandLine:
     return main.parse(["ple_jax.main", *arguments])
 
 
@@ -186,8 +190,8 @@ def test_frozen_config_is_still_valid():
 def test_the_runs_are_passed_on(monkeypatch, tmp_path):
     calls = []
     modes = type("Modes", (), {"compare": staticmethod(lambda *given, **more: calls.append((given, more)) or 0)})
-    monkeypatch.setitem(sys.modules, "ple_jax.core.modes", modes)
-    assert main.main(main.Run("config", tmp_path, "torch", "compare", runs=("a", "b"))) == 0
+    monkeypatch.setitem(sys.modules, "ple_jax.modes", modes)
+    assert main.main(main.CommandLine("config", tmp_path, "torch", "compare", runs=("a", "b"))) == 0
     assert calls == [(("config", tmp_path, "torch"), {"runs": ("a", "b")})]
 
 
@@ -195,8 +199,8 @@ def test_the_runs_are_passed_on(monkeypatch, tmp_path):
 def test_main_calls_the_mode(mode, monkeypatch, tmp_path):
     calls = []
     modes = type("Modes", (), {mode: staticmethod(lambda *arguments: calls.append(arguments) or 7)})
-    monkeypatch.setitem(sys.modules, "ple_jax.core.modes", modes)
-    assert main.main(main.Run("config", tmp_path, "jax", mode)) == 7
+    monkeypatch.setitem(sys.modules, "ple_jax.modes", modes)
+    assert main.main(main.CommandLine("config", tmp_path, "jax", mode)) == 7
     assert calls == [("config", tmp_path, "jax")]
 
 
@@ -265,7 +269,7 @@ def test_neutral_modules_import_without_jax_and_torch():
     )
     assert result.returncode == 0, result.stderr
     count, threshold = result.stdout.split()
-    assert int(count) > 10 and threshold == "ple_jax.core.threshold"
+    assert int(count) > 10 and threshold == "ple_jax.formulas.threshold"
 
 
 def test_functional_api():
@@ -288,15 +292,15 @@ class Utf8:
 def test_plan_says_what_would_run():
     config = tiny.get_config()
     config.eval.every = 2
-    text = plan.describe(
+    text = describe.describe(
         config,
         tokenizer=Utf8(),
         parameters=20_000,
         adapter_parameters=1_500,
-        found=data.Data(
+        found=Data(
             train=[Query("a", "The film [red]was[/red] "), *(Query(str(i), "x" * i) for i in range(1, 12))],
             heldout=[Query("h", "One day"), Query("i", "Another")],
-            bad={"train": [tasks.Bad("t:3", "empty", "t:3: empty", "{}")] * 2, "heldout": []},
+            bad={"train": [Bad("t:3", "empty", "t:3: empty", "{}")] * 2, "heldout": []},
         ),
         rules=principles.Principles("mine", "mine 1", "", ("Be kind.", "Be brief."), ""),
         reward=rewards.load("letters", {}),

@@ -13,11 +13,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rouge_score import rouge_scorer
 
-from ple_jax.core import metrics, statistics
-from ple_jax.core.config import UserError
-from ple_jax.core.generations import Generated
-from ple_jax.core.metrics import words
+from ple_jax.core.errors import UserError
 from ple_jax.core.types import Response, Rollout
+from ple_jax.evaluation.describe import describe, perplexity
+from ple_jax.evaluation.responses import Generated
+from ple_jax.formulas import intervals, texts
+from ple_jax.formulas.texts import (
+    bleu,
+    bootstrap_ci,
+    distinct_n,
+    is_refusal,
+    msttr,
+    ngram_overlap,
+    refusal_rate,
+    repetition,
+    rouge,
+    words,
+)
 
 ASCII = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=60)
 ENGLISH = st.lists(st.sampled_from("a the cat cats running runs ran it's (relational), e.g. U.S. 3.14".split())).map(
@@ -26,13 +38,13 @@ ENGLISH = st.lists(st.sampled_from("a the cat cats running runs ran it's (relati
 
 
 def test_doctests():
-    for module in (metrics, statistics):
+    for module in (texts, intervals):
         failed, attempted = doctest.testmod(module)
         assert attempted and not failed
 
 
 def test_bootstrap_is_still_found_here():
-    assert metrics.bootstrap_ci is statistics.bootstrap_ci
+    assert bootstrap_ci is intervals.bootstrap_ci
 
 
 # ---------------------------------------------------------------- words
@@ -86,12 +98,12 @@ def test_words_of_equivalent_texts_are_equal(text):
     ],
 )
 def test_distinct_n(responses, n, expected):
-    assert metrics.distinct_n(responses, n) == expected
+    assert distinct_n(responses, n) == expected
 
 
 def test_distinct_n_of_words():
     said = [words("The cat. The dog!"), words("the cat")]
-    assert [metrics.distinct_n(said, n) for n in (1, 2, 3)] == [3 / 6, 3 / 4, 2 / 2]
+    assert [distinct_n(said, n) for n in (1, 2, 3)] == [3 / 6, 3 / 4, 2 / 2]
 
 
 @pytest.mark.parametrize(
@@ -107,13 +119,13 @@ def test_distinct_n_of_words():
     ],
 )
 def test_msttr(texts, expected):
-    assert metrics.msttr(texts, segment=3) == pytest.approx(expected)
+    assert msttr(texts, segment=3) == pytest.approx(expected)
 
 
 def test_msttr_does_not_fall_with_the_amount_of_text():
     text = " ".join(map(str, range(50)))
-    assert metrics.msttr([text] * 8) == 1.0 and metrics.msttr([text + " 1"]) == 1.0
-    assert math.isnan(metrics.msttr([])) and math.isnan(metrics.msttr(["", "!"]))
+    assert msttr([text] * 8) == 1.0 and msttr([text + " 1"]) == 1.0
+    assert math.isnan(msttr([])) and math.isnan(msttr(["", "!"]))
 
 
 @pytest.mark.parametrize(
@@ -128,12 +140,12 @@ def test_msttr_does_not_fall_with_the_amount_of_text():
     ],
 )
 def test_repetition(texts, n, expected):
-    assert metrics.repetition(texts, n) == pytest.approx(expected)
+    assert repetition(texts, n) == pytest.approx(expected)
 
 
 def test_repetition_counts_four_words_by_default():
-    assert metrics.repetition(["a b c d a b c d"]) == pytest.approx(1 / 5)
-    assert math.isnan(metrics.repetition([]))
+    assert repetition(["a b c d a b c d"]) == pytest.approx(1 / 5)
+    assert math.isnan(repetition([]))
 
 
 # ---------------------------------------------------------------- beside a reference
@@ -150,17 +162,17 @@ def test_repetition_counts_four_words_by_default():
     ],
 )
 def test_ngram_overlap(tokens, reference, n, expected):
-    assert metrics.ngram_overlap(tokens, reference, n) == expected
+    assert ngram_overlap(tokens, reference, n) == expected
 
 
 def test_bleu_by_hand():
-    found = metrics.bleu(["the cat sat on the mat"], ["the cat sat on a mat"])
+    found = bleu(["the cat sat on the mat"], ["the cat sat on a mat"])
     assert found == pytest.approx(100 * (5 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** (1 / 4))
     # the response shorter: precisions 1, times the brevity penalty; the reference shorter: no penalty
-    assert metrics.bleu(["a b c d"], ["a b c d e f"]) == pytest.approx(100 * math.exp(1 - 6 / 4))
-    assert metrics.bleu(["a b c d e f"], ["a b c d"]) == pytest.approx(100 * (4 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** (1 / 4))
+    assert bleu(["a b c d"], ["a b c d e f"]) == pytest.approx(100 * math.exp(1 - 6 / 4))
+    assert bleu(["a b c d e f"], ["a b c d"]) == pytest.approx(100 * (4 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** (1 / 4))
     # of the corpus: counts are summed, not scores averaged
-    assert metrics.bleu(["a b c d", "x"], ["a b c d", "y"]) == pytest.approx(100 * (4 / 5) ** (1 / 4))
+    assert bleu(["a b c d", "x"], ["a b c d", "y"]) == pytest.approx(100 * (4 / 5) ** (1 / 4))
 
 
 @pytest.mark.parametrize(
@@ -180,40 +192,40 @@ def test_bleu_by_hand():
 )
 def test_bleu_is_sacrebleus(pairs, caplog):
     theirs = sacrebleu.corpus_bleu([r for r, _ in pairs], [[t for _, t in pairs]], force=True).score
-    assert metrics.bleu(*zip(*pairs, strict=True)) == theirs
+    assert bleu(*zip(*pairs, strict=True)) == theirs
     assert not caplog.records
 
 
 def test_bleu_of_the_same_texts():
-    assert metrics.bleu(["It is what it is."], ["It is what it is."]) == pytest.approx(100)
-    assert metrics.bleu(["今日は良い"], ["今日は良い"]) == 0.0  # one word to 13a, and no four of them
-    assert metrics.bleu(["今日は良い"], ["今日は良い"], tokenize="zh") == pytest.approx(100)
+    assert bleu(["It is what it is."], ["It is what it is."]) == pytest.approx(100)
+    assert bleu(["今日は良い"], ["今日は良い"]) == 0.0  # one word to 13a, and no four of them
+    assert bleu(["今日は良い"], ["今日は良い"], tokenize="zh") == pytest.approx(100)
 
 
 def test_pairs_without_a_reference_do_not_count():
     responses, references = ["junk", "the cat sat on the mat", "junk"], ["", "the cat sat on a mat", " \n"]
-    assert metrics.bleu(responses, references) == metrics.bleu(responses[1:2], references[1:2])
-    assert metrics.rouge(responses, references) == metrics.rouge(responses[1:2], references[1:2])
+    assert bleu(responses, references) == bleu(responses[1:2], references[1:2])
+    assert rouge(responses, references) == rouge(responses[1:2], references[1:2])
     for none in ([], [""], [" "]):
-        assert math.isnan(metrics.bleu(["a"] * len(none), none))
-        found = metrics.rouge(["a"] * len(none), none)
+        assert math.isnan(bleu(["a"] * len(none), none))
+        found = rouge(["a"] * len(none), none)
         assert list(found) == ["rouge1", "rouge2", "rougeL"] and all(map(math.isnan, found.values()))
 
 
-@pytest.mark.parametrize("measure", [metrics.bleu, metrics.rouge])
+@pytest.mark.parametrize("measure", [bleu, rouge])
 def test_every_response_has_one_reference(measure):
     with pytest.raises(ValueError):
         measure(["a", "b"], ["a"])
 
 
 def test_rouge_by_hand():
-    found = metrics.rouge(["The cat sat."], ["the cat sat on the mat"])  # precision 1; recall 3/6, 2/5, 3/6
+    found = rouge(["The cat sat."], ["the cat sat on the mat"])  # precision 1; recall 3/6, 2/5, 3/6
     assert found == pytest.approx({"rouge1": 2 / 3, "rouge2": 4 / 7, "rougeL": 2 / 3})
-    found = metrics.rouge(["d c b a"], ["a b c d"])
+    found = rouge(["d c b a"], ["a b c d"])
     assert found == {"rouge1": 1.0, "rouge2": 0.0, "rougeL": 0.25}
-    found = metrics.rouge(["a b", "x"], ["a b", "a b"])
+    found = rouge(["a b", "x"], ["a b", "a b"])
     assert found == {"rouge1": 0.5, "rouge2": 0.5, "rougeL": 0.5}  # mean over pairs
-    assert metrics.rouge(["running foxes"], ["runs fox"])["rouge2"] == 1.0  # stems
+    assert rouge(["running foxes"], ["runs fox"])["rouge2"] == 1.0  # stems
 
 
 @given(ASCII | ENGLISH, ASCII | ENGLISH)
@@ -222,7 +234,7 @@ def test_rouge_is_the_librarys_of_ascii_text(response, reference):
     kinds = ["rouge1", "rouge2", "rougeL"]
     theirs = rouge_scorer.RougeScorer(kinds, use_stemmer=True).score(reference, response)
     expected = {k: theirs[k].fmeasure if reference.strip() else math.nan for k in kinds}
-    assert metrics.rouge([response], [reference]) == pytest.approx(expected, rel=1e-15, nan_ok=True)
+    assert rouge([response], [reference]) == pytest.approx(expected, rel=1e-15, nan_ok=True)
 
 
 @pytest.mark.parametrize(
@@ -245,10 +257,10 @@ def test_rouge_is_the_librarys_of_ascii_text(response, reference):
 def test_rouge_knows_other_letters(response, reference, library, expected):
     theirs = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True).score(reference, response)["rougeL"].fmeasure
     assert theirs == pytest.approx(library)
-    assert metrics.rouge([response], [reference])["rougeL"] == pytest.approx(expected)
+    assert rouge([response], [reference])["rougeL"] == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(("measure", "package"), [(metrics.bleu, "sacrebleu"), (metrics.rouge, "rouge_score")])
+@pytest.mark.parametrize(("measure", "package"), [(bleu, "sacrebleu"), (rouge, "rouge_score")])
 def test_an_absent_library_is_named(monkeypatch, measure, package):
     for name in [m for m in sys.modules if m.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
@@ -299,7 +311,7 @@ print(*(name for name in ("torch", "jax") if name in sys.modules))
     ],
 )
 def test_refusals(text):
-    assert metrics.is_refusal(text)
+    assert is_refusal(text)
 
 
 @pytest.mark.parametrize(
@@ -319,27 +331,27 @@ def test_refusals(text):
     ],
 )
 def test_no_refusals(text):
-    assert not metrics.is_refusal(text)
+    assert not is_refusal(text)
 
 
 def test_a_refusal_is_looked_for_in_the_first_200_characters():
     phrase = "I can't help with"
-    assert metrics.is_refusal("." * (200 - len(phrase)) + phrase)
-    assert not metrics.is_refusal("." * (201 - len(phrase)) + phrase)
+    assert is_refusal("." * (200 - len(phrase)) + phrase)
+    assert not is_refusal("." * (201 - len(phrase)) + phrase)
 
 
 def test_refusal_rate():
-    assert metrics.refusal_rate(["I can't help with that.", "Yes.", "", "No."]) == 0.25
-    assert math.isnan(metrics.refusal_rate([]))
+    assert refusal_rate(["I can't help with that.", "Yes.", "", "No."]) == 0.25
+    assert math.isnan(refusal_rate([]))
 
 
 def test_perplexity():
-    assert metrics.perplexity([-math.log(8), -math.log(2)], [3, 1]) == pytest.approx(2.0)
-    assert metrics.perplexity(np.full(5, -2 * math.log(32000)), np.full(5, 2)) == pytest.approx(32000)
-    assert metrics.perplexity([-math.log(9), None, math.nan], [2, 100, 100]) == pytest.approx(3.0)
-    assert metrics.perplexity([-math.inf], [1]) == metrics.perplexity([-1e6], [1]) == math.inf
+    assert perplexity([-math.log(8), -math.log(2)], [3, 1]) == pytest.approx(2.0)
+    assert perplexity(np.full(5, -2 * math.log(32000)), np.full(5, 2)) == pytest.approx(32000)
+    assert perplexity([-math.log(9), None, math.nan], [2, 100, 100]) == pytest.approx(3.0)
+    assert perplexity([-math.inf], [1]) == perplexity([-1e6], [1]) == math.inf
     for sums, counts in (([], []), ([0.0], [0]), ([None], [3])):
-        assert math.isnan(metrics.perplexity(sums, counts))
+        assert math.isnan(perplexity(sums, counts))
 
 
 # ---------------------------------------------------------------- all of them
@@ -353,7 +365,7 @@ def generated(*rows, **settings):
 
 
 def test_describe_by_hand():
-    found = metrics.describe(
+    found = describe(
         generated(
             (
                 [
@@ -416,7 +428,7 @@ def test_describe_by_hand():
 
 
 def test_describe_leaves_out_what_is_not_known():
-    found = metrics.describe(generated(([Response((1,), True, text="word")], {"reference": ""})))
+    found = describe(generated(([Response((1,), True, text="word")], {"reference": ""})))
     assert set(found) == {
         *("length", "length_words", "distinct_1", "distinct_2", "distinct_3", "msttr"),
         *("repetition", "refusal", "empty", "truncated", "bad_reward"),
@@ -427,14 +439,14 @@ def test_describe_leaves_out_what_is_not_known():
 
 def test_describe_of_an_empty_response():
     line = {"reference": "a b", "base_logprob": [0.0], "kl": [0.0], "reference_logprob": -1.0, "reference_tokens": 0}
-    found = metrics.describe(generated(([Response((), False, text=" ")], line)))
+    found = describe(generated(([Response((), False, text=" ")], line)))
     assert not {"perplexity", "perplexity_references", "kl_token", "msttr", "reward"} & set(found)
     assert found["empty"] == 1.0 and found["bleu"] == found["rougeL"] == found["kl"] == found["truncated"] == 0.0
 
 
 def test_describe_pairs_every_response_with_its_own_querys_reference():
     rows = [([Response((1,), True, text=text)] * 3, {"reference": text}) for text in ("one two three four", "5 6 7 8")]
-    found = metrics.describe(generated(*rows))
+    found = describe(generated(*rows))
     assert found["bleu"] == pytest.approx(100) and found["rougeL"] == found["rouge2"] == 1.0
     with pytest.raises(ValueError):
-        metrics.describe(generated(*rows)._replace(scores=[rows[0][1]]))
+        describe(generated(*rows)._replace(scores=[rows[0][1]]))

@@ -15,12 +15,12 @@ from scipy import special
 from tokenizers import processors
 
 import torch_ascend.reward_model
-from ple_jax.core import rewards
-from ple_jax.core.config import UserError
-from ple_jax.core.rewards import model as neural
-from ple_jax.core.transcripts import Conversation
+from ple_jax import rewards
+from ple_jax.core.conversation import Conversation
+from ple_jax.core.errors import UserError
 from ple_jax.models import hub
 from ple_jax.models.tokenizer import byte_tokenizer
+from ple_jax.rewards import model as neural
 
 CLS, SEP = 258, 259
 _BERT = {
@@ -366,7 +366,7 @@ def test_a_model_on_a_hub(bert, monkeypatch):
 def test_until_the_first_score_neither_jax_nor_torch_is_imported(tmp_path):
     build("llama", tmp_path, num_labels=1)
     code = (
-        "import sys; from ple_jax.core.rewards.model import make; reward = make(sys.argv[1]);"
+        "import sys; from ple_jax.rewards.model import make; reward = make(sys.argv[1]);"
         "print([name for name in ('jax', 'torch') if name in sys.modules], reward.name)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)

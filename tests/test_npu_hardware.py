@@ -12,20 +12,21 @@ import torch
 from test_train import random_batch
 
 from ple_jax.core.types import Sampling
+from torch_ascend import backend as torch_backend
 from torch_ascend import device as devices
-from torch_ascend import model, ops, train
+from torch_ascend import model, ops
 
 pytestmark = pytest.mark.npu
 ROOT = Path(__file__).parent.parent
 
 
-def backend(device: torch.device, table: ops.Ops, dtype: torch.dtype = torch.float32) -> train.TorchBackend:
+def backend(device: torch.device, table: ops.Ops, dtype: torch.dtype = torch.float32) -> torch_backend.TorchBackend:
     made = model.create(tiny.CONFIG, tiny.RAW, dtype=dtype, device=device, ops=table)
     adapter = tiny.random_adapter(tiny.CONFIG)
     model.adapt(made, tiny.LORA, adapter)
     model.fill(made, tiny.weights())
     ops.install(made.module, table)
-    return train.TorchBackend(made, adapter, width=4, bucket=16, clip_norm=1.0, weight_decay=0.01)
+    return torch_backend.TorchBackend(made, adapter, width=4, bucket=16, clip_norm=1.0, weight_decay=0.01)
 
 
 def likelihood(outputs, batch):

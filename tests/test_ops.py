@@ -16,7 +16,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
-from ple_jax.core.config import UserError
+from ple_jax.core.errors import UserError
 from torch_ascend import ops
 from torch_ascend.ops import NPU, REFERENCE
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from ple_jax.core import pairing
-from ple_jax.core.config import UserError
+from ple_jax.core.errors import UserError
+from ple_jax.formulas import pairing
 
 rewards = arrays(np.float64, st.tuples(st.integers(1, 5), st.integers(2, 4)), elements=st.floats(-20, 20))
 

@@ -10,8 +10,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from ple_jax.core import peft
-from ple_jax.core.config import UserError
+from ple_jax.core.errors import UserError
+from ple_jax.models import peft
 
 RANK, ALPHA = 4, 6.0
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -14,7 +14,7 @@ import torch
 from configs.default import get_config
 from ple_jax.algorithms import ple
 from ple_jax.core.batches import pack
-from ple_jax.core.config import UserError
+from ple_jax.core.errors import UserError
 from ple_jax.core.types import Batch, Outputs, Response, Rollout, Slot
 
 LENGTHS = [(3, 5), (1, 2), (6, 6), (4, 1), (2, 2), (5, 3)]

@@ -18,9 +18,9 @@ from test_families import jit
 from test_torch_model import one_thread  # noqa: F401  (a fixture of the whole module)
 from test_torch_train import assert_gradients, backend, first_gradients
 
-from ple_jax import lora as jax_lora
-from ple_jax import train as jax_train
-from ple_jax.core import modes
+from ple_jax import modes
+from ple_jax.backend import forward as jax_forward
+from ple_jax.backend import lora as jax_lora
 from ple_jax.models import adapters
 from torch_ascend import lora
 
@@ -125,7 +125,7 @@ def test_gradients_of_policy_and_head_are_the_same_in_both_backends():
 
     def total(adapter):
         fused = jax_lora.fuse(model, adapter, tiny.LORA)
-        found = jax_train.outputs(model, base, fused, arrays, value=adapter[adapters.VALUE]["w"])
+        found = jax_forward.outputs(model, base, fused, arrays, value=adapter[adapters.VALUE]["w"])
         return loss(found, arrays)[0].mean()
 
     value, wanted = jit(jax.value_and_grad(total))(adapter)

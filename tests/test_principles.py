@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ple_jax.core import principles
-from ple_jax.core.config import PACKAGE, UserError
-from ple_jax.core.principles import Principles
+from ple_jax.core.config import PACKAGE
+from ple_jax.core.errors import UserError
+from ple_jax.prompts import principles
+from ple_jax.prompts.principles import Principles
 
 FOLDER = PACKAGE / "core" / "principles"
 NAMES = ["concise", "faithful_summary", "helpful_harmless", "honest", "positive_review"]

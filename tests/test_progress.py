@@ -6,7 +6,7 @@ import re
 import pytest
 from rich.console import Console
 
-from ple_jax.core.progress import Progress
+from ple_jax.training.progress import Progress
 
 
 class Clock:

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from ple_jax.core import prompts
-from ple_jax.core.config import UserError
-from ple_jax.core.transcripts import Conversation
+from ple_jax import prompts
+from ple_jax.core.conversation import Conversation
+from ple_jax.core.errors import UserError
 from ple_jax.core.types import Query
-from ple_jax.models import checkpoint
+from ple_jax.models import weights
 
 QUERY = Query("q-7", "The film begins")
 RULES = "Be kind.\nBe brief."
@@ -270,7 +270,7 @@ def test_invariants_of_smollm2(turns):
 
 @functools.cache
 def smollm2():
-    return checkpoint.load("smollm2-135m").tokenizer
+    return weights.load("smollm2-135m").tokenizer
 
 
 def check_invariants(tok, turns, ends, *, bos):

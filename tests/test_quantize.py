@@ -12,10 +12,10 @@ import tiny
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from ple_jax import sharding
-from ple_jax.core.config import UserError
-from ple_jax.models.decoder import Model, fill
-from ple_jax.quantize import dequantize, project, quantize, shapes
+from ple_jax.backend import sharding
+from ple_jax.backend.model import Model, fill
+from ple_jax.backend.quantize import dequantize, project, quantize, shapes
+from ple_jax.core.errors import UserError
 
 KINDS = ("int8", "nf4")
 BF16_STEP = 2.0**-8  # largest relative error of a cast to bfloat16

@@ -16,8 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import constants
 
-from ple_jax.core import records
-from ple_jax.core.config import PACKAGE, UserError
+from ple_jax.core.config import PACKAGE
+from ple_jax.core.errors import UserError
+from ple_jax.data import records
 
 ROWS = [{"prompt": "one", "n": 1}, {"prompt": "zwei\u2028drei\x85 \U0001f600", "n": 2}, {"prompt": 'a "b", c\nd', "n": 3}]
 COMMIT = "a" * 40

@@ -11,10 +11,11 @@ import time
 import numpy as np
 import pytest
 
-from ple_jax.core import http, rewards
-from ple_jax.core.config import UserError
-from ple_jax.core.rewards._cache import Cache
-from ple_jax.core.transcripts import Conversation
+from ple_jax import rewards
+from ple_jax.core import answers, retry
+from ple_jax.core.answers import Cache
+from ple_jax.core.conversation import Conversation
+from ple_jax.core.errors import UserError
 
 pytest_plugins = ["servers"]
 
@@ -238,7 +239,7 @@ def test_faults_that_stay(serve, tmp_path, fault, says):
     server = serve(later)
     with Cache(tmp_path / "rewards.sqlite") as cache:
         reward = remote(server, retries=1, max_failures=3, concurrency=2)
-        with pytest.raises(rewards.Incomplete, match=rf"http://127.*/get_reward: .*{says}.*same command again") as error:
+        with pytest.raises(answers.Incomplete, match=rf"http://127.*/get_reward: .*{says}.*same command again") as error:
             score(reward, TEXTS[:6], cache)
         np.testing.assert_array_equal(error.value.values, [1, 2, *[math.nan] * 4])
         failed = [text for text in server.asked if len(text) > 2]
@@ -265,7 +266,7 @@ def test_a_slow_server(serve):
 def test_a_server_that_never_answers(serve):
     wait = threading.Event()
     server = serve(lambda *_: wait.wait(5) and None)
-    with pytest.raises(rewards.Incomplete, match="Timeout"):
+    with pytest.raises(answers.Incomplete, match="Timeout"):
         score(remote(server, timeout=0.05, retries=1, max_failures=1), ["a"])
     wait.set()
 
@@ -275,7 +276,7 @@ def test_nobody_there(monkeypatch):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # and does not listen
         kwargs = {"url": f"http://127.0.0.1:{taken.getsockname()[1]}/get_reward", "backoff": 0.001, "retries": 1}
-        with pytest.raises(rewards.Incomplete, match="ConnectionError.*refused.*same command again"):
+        with pytest.raises(answers.Incomplete, match="ConnectionError.*refused.*same command again"):
             score(rewards.load("remote", {**kwargs, "batch": 1}))
 
 
@@ -284,7 +285,7 @@ def test_a_refusal_is_told_at_once(serve, status):
     headers = {"Location": "http://elsewhere/"} if status == 307 else {}
     server = serve(lambda *_: (status, '{"detail":\n "no such model"}', headers))
     says = "elsewhere" if status == 307 else r'\{"detail": "no such model"\}'
-    with pytest.raises(rewards.Incomplete, match=rf"status {status}: .*{says}.*; mend that"):
+    with pytest.raises(answers.Incomplete, match=rf"status {status}: .*{says}.*; mend that"):
         score(remote(server, concurrency=1))
     assert len(server.bodies) <= 2  # the next may have been on its way
 
@@ -302,7 +303,7 @@ def test_few_failures_are_no_value_and_the_rest_goes_on(serve, tmp_path):
         np.testing.assert_array_equal(score(reward, TEXTS, cache), expected)
         assert server.asked == sorted(TEXTS)
         # the failure at the end counts with the one that follows, though another call is between them
-        with pytest.raises(rewards.Incomplete, match="status 500"):
+        with pytest.raises(answers.Incomplete, match="status 500"):
             score(reward, ["hh", "zz"], cache)
 
 
@@ -312,7 +313,7 @@ def test_failures_count_over_calls(serve):
     for _ in range(2):  # and begin anew after they were told
         for text in ("a", "b"):
             assert math.isnan(score(reward, [text])[0])
-        with pytest.raises(rewards.Incomplete):
+        with pytest.raises(answers.Incomplete):
             score(reward, ["c"])
 
 
@@ -330,7 +331,7 @@ def test_values_of_requests_under_way_are_kept(serve):
         return (404, "gone", {})
 
     server = serve(one_late)
-    with pytest.raises(rewards.Incomplete, match="404") as error:
+    with pytest.raises(answers.Incomplete, match="404") as error:
         score(remote(server, concurrency=2, backoff=50), TEXTS)
     np.testing.assert_array_equal(error.value.values, [1, *[math.nan] * 7])
 
@@ -338,7 +339,7 @@ def test_values_of_requests_under_way_are_kept(serve):
 def test_a_failure_does_not_wait_for_the_pauses_of_others(serve):
     server = serve(lambda number, body, handler: (404, "gone", {}) if body["query"] == ["a"] else (500, "", {}))
     started = time.monotonic()
-    with pytest.raises(rewards.Incomplete, match="404"):
+    with pytest.raises(answers.Incomplete, match="404"):
         score(remote(server, backoff=30.0), TEXTS)
     assert time.monotonic() - started < 5
 
@@ -354,19 +355,19 @@ def test_no_pause_follows_the_last_try(serve):
 
 def test_pauses_double_and_vary():
     for attempt in range(10):
-        some = {http.pause(attempt, backoff=0.5, asked=None) for _ in range(200)}
+        some = {retry.pause(attempt, backoff=0.5, asked=None) for _ in range(200)}
         longest = min(0.5 * 2**attempt, 60)
         assert longest / 2 <= min(some) < longest * 0.6 and longest * 0.9 < max(some) <= longest
 
 
 def test_a_server_may_ask_for_a_longer_pause():
-    assert http.pause(0, backoff=0.1, asked="7") == 7
-    assert http.pause(0, backoff=0.1, asked="0") <= 0.1
-    assert 0.05 <= http.pause(0, backoff=0.1, asked="soon") <= 0.1
-    assert http.pause(0, backoff=0.1, asked="86400") == 600
+    assert retry.pause(0, backoff=0.1, asked="7") == 7
+    assert retry.pause(0, backoff=0.1, asked="0") <= 0.1
+    assert 0.05 <= retry.pause(0, backoff=0.1, asked="soon") <= 0.1
+    assert retry.pause(0, backoff=0.1, asked="86400") == 600
     in_30 = email.utils.formatdate(time.time() + 30, usegmt=True)
-    assert 28 < http.pause(0, backoff=0.1, asked=in_30) <= 30
-    assert 0.05 <= http.pause(0, backoff=0.1, asked="Wed, 21 Oct 2015 07:28:00 GMT") <= 0.1
+    assert 28 < retry.pause(0, backoff=0.1, asked=in_30) <= 30
+    assert 0.05 <= retry.pause(0, backoff=0.1, asked="Wed, 21 Oct 2015 07:28:00 GMT") <= 0.1
 
 
 def test_retry_after_is_waited_for(serve):

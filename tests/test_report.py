@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ple_jax.core import report
-from ple_jax.core.config import UserError
+from ple_jax.core.errors import UserError
+from ple_jax.reports import drawing, run_page
 
 HOSTILE = '<script>alert("x")</script> & </div> {{ 7 * 7 }} \u2028 "quoted"'
 VOID = {"meta", "br", "rect", "line", "circle", "path", "link", "img"}
@@ -105,7 +105,7 @@ def workdir(tmp_path):
 
 
 def page(workdir: Path) -> Page:
-    return Page(report.write(workdir).read_text(encoding="utf-8"))
+    return Page(run_page.write(workdir).read_text(encoding="utf-8"))
 
 
 def test_the_headline_is_the_summary(workdir):
@@ -201,7 +201,7 @@ def test_other_algorithms_bring_kinds_and_decisions_of_their_own(tmp_path):
     answers = [response("sampled", f"answer {i}", 0.1) for i in range(9)]
     jsonl(tmp_path / "rollouts/iter_0001.jsonl", [rollout(0, answers)])
     seen = page(tmp_path)
-    rewards, lengths = report.charts(metrics)
+    rewards, lengths = run_page.charts(metrics)
     assert [series.label for series in rewards.series] == ["plain", "sampled"]
     assert [series.colour for series in lengths.series] == [rewards.series[1].colour]
     assert "Training: collected" in seen.inside("h2")
@@ -211,11 +211,11 @@ def test_other_algorithms_bring_kinds_and_decisions_of_their_own(tmp_path):
 
 def test_without_metrics_the_error_says_what_to_give(tmp_path):
     with pytest.raises(UserError, match="no metrics.jsonl in .*: give the --workdir of a run"):
-        report.write(tmp_path)
+        run_page.write(tmp_path)
 
 
 def test_points_lie_where_the_numbers_say():
-    (chart,) = report.charts([{"iteration": i, "ranked_share": v} for i, v in enumerate((0.0, None, 0.5, 1.0, 0.25))])
+    (chart,) = run_page.charts([{"iteration": i, "ranked_share": v} for i, v in enumerate((0.0, None, 0.5, 1.0, 0.25))])
     (series,) = chart.series
     assert series.points == [(0, 0.0), (2, 0.5), (3, 1.0), (4, 0.25)]
     (x0, bottom), (x2, middle), (x3, top), (x4, _) = series.dots
@@ -228,7 +228,7 @@ def test_points_lie_where_the_numbers_say():
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=30))
 def test_every_point_lies_within_the_frame_between_round_ticks(values):
-    (chart,) = report.charts([{"iteration": i, "kl": value} for i, value in enumerate(values)])
+    (chart,) = run_page.charts([{"iteration": i, "kl": value} for i, value in enumerate(values)])
     assert all(48 <= x <= 480 and 12 <= y <= 200 for x, y in chart.series[0].dots)
     assert 2 <= len(chart.yticks) <= 7
     assert len(chart.xticks) <= 11
@@ -237,7 +237,7 @@ def test_every_point_lies_within_the_frame_between_round_ticks(values):
 @pytest.mark.parametrize("value", [0.22708333333333333, -3.3, 1e6, 0.0])
 def test_values_that_differ_by_rounding_alone_are_one(value):
     """The mean of the same rewards in another order."""
-    (chart,) = report.charts([{"iteration": i, "kl": v} for i, v in enumerate((value, np.nextafter(value, 10), value))])
+    (chart,) = run_page.charts([{"iteration": i, "kl": v} for i, v in enumerate((value, np.nextafter(value, 10), value))])
     first, second, third = (y for _, y in chart.series[0].dots)
     assert first == second == third and 2 <= len(chart.yticks) <= 7
 
@@ -247,11 +247,11 @@ def test_values_that_differ_by_rounding_alone_are_one(value):
     [(0.123456, "0.1235"), (1234567, "1,234,567"), (12345.6, "12,346"), (1e-7, "1e-07"), (None, "–"), ("inf", "inf")],
 )
 def test_numbers_for_people(value, text):
-    assert report.number(value) == text
+    assert drawing.number(value) == text
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"), [(4.25, "4.2 s"), (59.7, "1 min 0 s"), (272.3, "4 min 32 s"), (7384, "2 h 3 min")]
 )
 def test_durations_for_people(seconds, text):
-    assert report.duration(seconds) == text
+    assert drawing.duration(seconds) == text

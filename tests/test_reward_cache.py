@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ple_jax.core import rewards
-from ple_jax.core.config import UserError
-from ple_jax.core.rewards._cache import Cache, key
-from ple_jax.core.transcripts import Conversation
+from ple_jax import rewards
+from ple_jax.core import answers
+from ple_jax.core.answers import Cache, key
+from ple_jax.core.conversation import Conversation
+from ple_jax.core.errors import UserError
 from ple_jax.core.types import Reward
 
 
@@ -132,15 +133,15 @@ def test_what_came_before_a_failure_is_kept(path, error):
 
 def test_what_an_incomplete_call_scored_is_kept(path):
     def stops(prompts, responses):
-        raise rewards.Incomplete("the server went away", np.array([1.0, math.nan, 3.0]))
+        raise answers.Incomplete("the server went away", np.array([1.0, math.nan, 3.0]))
 
     lengths = Lengths()
     with Cache(path) as cache:
-        with pytest.raises(rewards.Incomplete, match="^the server went away$"):
+        with pytest.raises(answers.Incomplete, match="^the server went away$"):
             rewards.score(Reward("lengths", stops), ["p"] * 3, ["a", "bb", "ccc"], cache=cache)
         assert rewards.score(lengths.reward, ["p"] * 3, ["a", "bb", "ccc"], cache=cache).values.tolist() == [1, 2, 3]
     assert lengths.asked == ["bb"]
-    with pytest.raises(rewards.Incomplete, match="went away"):
+    with pytest.raises(answers.Incomplete, match="went away"):
         rewards.score(Reward("lengths", stops), ["p"] * 3, ["a", "bb", "ccc"])
     with pytest.raises(UserError, match="'lengths' gave .* of shape .* for 1 responses"):  # of another call
         rewards.score(Reward("lengths", stops), ["p"], ["a"])
@@ -150,7 +151,7 @@ def test_kill_9_loses_the_call_in_hand_alone(path):
     program = f"""
 import os, signal
 from ple_jax.core import rewards
-from ple_jax.core.rewards._cache import Cache
+from ple_jax.core.answers import Cache
 from ple_jax.core.types import Reward
 
 def lengths(prompts, responses):

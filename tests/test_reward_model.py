@@ -7,9 +7,9 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
-from ple_jax import reward_model
-from ple_jax.core.config import UserError
-from ple_jax.models import checkpoint
+from ple_jax.backend import reward_model
+from ple_jax.core.errors import UserError
+from ple_jax.models import weights
 from ple_jax.models.families import FAMILIES
 
 ONE = {"data": 1, "fsdp": 1, "tensor": 1}
@@ -107,8 +107,8 @@ def test_a_language_model_has_no_head(tmp_path):
 @pytest.mark.parametrize("wrong", ["shape", "nan"])
 def test_a_damaged_head(folder, tmp_path, wrong):
     tensors = load_file(folder / "model.safetensors")
-    head = tensors[checkpoint.SCORE]
-    tensors[checkpoint.SCORE] = np.concatenate([head, head]) if wrong == "shape" else np.full_like(head, np.nan)
+    head = tensors[weights.SCORE]
+    tensors[weights.SCORE] = np.concatenate([head, head]) if wrong == "shape" else np.full_like(head, np.nan)
     for file in folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     save_file(tensors, tmp_path / "model.safetensors")
@@ -126,13 +126,13 @@ def test_a_damaged_head(folder, tmp_path, wrong):
     ],
 )
 def test_labels(raw, count):
-    assert checkpoint.labels(raw) == count
+    assert weights.labels(raw) == count
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_padding_token_is_transformers(family):
     default = transformers.CONFIG_MAPPING[family]()
-    assert checkpoint.pad_token({"model_type": family}) == default.get_text_config().pad_token_id
+    assert weights.pad_token({"model_type": family}) == default.get_text_config().pad_token_id
     stated = {"pad_token_id": 7}
     raw = {"model_type": family, "text_config": stated} if family == "gemma3" else {"model_type": family, **stated}
-    assert checkpoint.pad_token(raw) == 7
+    assert weights.pad_token(raw) == 7

@@ -18,13 +18,16 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from configs import tiny as tiny_config
-from ple_jax import lora, losses, train
+from ple_jax import losses, modes, prompts, rewards
 from ple_jax.algorithms import reward
-from ple_jax.core import modes, peft, prompts, rewards
-from ple_jax.core.config import UserError, validate
-from ple_jax.core.transcripts import Conversation
+from ple_jax.backend import backend as jax_backend
+from ple_jax.backend import lora
+from ple_jax.core.config import validate
+from ple_jax.core.conversation import Conversation
+from ple_jax.core.errors import UserError
 from ple_jax.core.types import Outputs, Query
-from ple_jax.models import adapters, checkpoint
+from ple_jax.formulas import calibration
+from ple_jax.models import adapters, peft, weights
 from ple_jax.models.tokenizer import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
@@ -148,7 +151,7 @@ def test_metrics_of_a_step():
 def test_measures_by_hand():
     logit = lambda p: np.log(p / (1 - p))  # noqa: E731
     # probability of the preferred response: 0.92, 0.94, 0.08, 0.6
-    found = reward.measures(np.array([logit(0.92), logit(0.94), logit(0.08), logit(0.6)]), seed=0)
+    found = calibration.measures(np.array([logit(0.92), logit(0.94), logit(0.08), logit(0.6)]), seed=0)
     assert found["accuracy"] == 0.75
     assert found["log_loss"] == pytest.approx(-np.log([0.92, 0.94, 0.08, 0.6]).mean())
     assert found["brier"] == pytest.approx((np.array([0.08, 0.06, 0.92, 0.4]) ** 2).mean())
@@ -164,8 +167,8 @@ def test_measures_by_hand():
 
 
 def test_measures_of_ties_and_of_certainty():
-    assert reward.measures(np.zeros(3), seed=0)["accuracy"] == 0.5
-    sure = reward.measures(np.array([1e4, 1e4, -1e4]), seed=0)
+    assert calibration.measures(np.zeros(3), seed=0)["accuracy"] == 0.5
+    sure = calibration.measures(np.array([1e4, 1e4, -1e4]), seed=0)
     assert sure["calibration"] == [{"pairs": 3, "confidence": 1.0, "accuracy": pytest.approx(2 / 3)}]
     assert sure["log_loss"] == pytest.approx(1e4 / 3)
 
@@ -176,8 +179,8 @@ def test_measures_of_ties_and_of_certainty():
 def test_scores_of_packed_rows_are_those_of_single_ones():
     """A batch of pairs on the backend against the hidden state of each conversation by itself."""
     c = config(model__path="tiny")
-    loaded = train.load(c)
-    backend = train.build(c, loaded, head="score")
+    loaded = jax_backend.load(c)
+    backend = jax_backend.build(c, loaded, head="score")
     adapter = tiny.random_adapter(loaded.config, rank=8)
     weight = np.random.default_rng(5).normal(size=(32, 1)).astype(np.float32)
     backend._adapter = jax.tree.map(jnp.asarray, adapter | {adapters.SCORE: {"w": weight}})
@@ -195,7 +198,7 @@ def test_scores_of_packed_rows_are_those_of_single_ones():
 
 def test_the_gradient_reaches_head_and_adapter():
     c = config(optimizer__lr=1e-2)
-    backend = train.build(c, train.load(c), head="score")
+    backend = jax_backend.build(c, jax_backend.load(c), head="score")
     batch = reward.batch([pair(), pair("Good.", "Bad.")])
     loss, before = reward.make_loss(c), backend.adapter()
     first = backend.update([batch], loss, lr=1e-2)
@@ -302,7 +305,7 @@ def test_transformers_says_the_same_of_the_exported_model(trained, files):
 
 def test_peft_says_the_same_of_the_adapter(trained, files, tmp_path):
     workdir, _ = trained
-    loaded = checkpoint.load("tiny")
+    loaded = weights.load("tiny")
     raw = {**loaded.raw, "pad_token_id": 257, "num_labels": 1}
     base = transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**raw))
     state = {name: torch.tensor(value) for name, value in loaded.weights.items()}
@@ -367,7 +370,7 @@ def test_the_head_alone(tmp_path, files):
 
 def test_an_interrupted_run_goes_on_from_its_last_evaluation(trained, files, tmp_path, monkeypatch):
     workdir, _ = trained
-    update, calls = train.JaxBackend.update, []
+    update, calls = jax_backend.JaxBackend.update, []
 
     def failing(self, *args, **kwargs):
         calls.append(1)
@@ -375,7 +378,7 @@ def test_an_interrupted_run_goes_on_from_its_last_evaluation(trained, files, tmp
             raise KeyboardInterrupt
         return update(self, *args, **kwargs)
 
-    monkeypatch.setattr(train.JaxBackend, "update", failing)
+    monkeypatch.setattr(jax_backend.JaxBackend, "update", failing)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, **files, reward_model__epochs=3)
     run(tmp_path, **files, reward_model__epochs=3)

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import special, stats
 
-from ple_jax.core import rewards
-from ple_jax.core.config import UserError
-from ple_jax.core.transcripts import Conversation
+from ple_jax import rewards
+from ple_jax.core.conversation import Conversation
+from ple_jax.core.errors import UserError
 from ple_jax.core.types import Reward
 
 
@@ -154,7 +154,7 @@ def test_a_function_of_your_own():
 
 
 def test_what_the_run_offers_reaches_a_make_that_asks(monkeypatch):
-    monkeypatch.setattr("ple_jax.core.rewards.letters.make", made)
+    monkeypatch.setattr("ple_jax.rewards.letters.make", made)
     offered = {"backend": "torch", "mesh": {"data": 2}, "nobody_asks": 1}
     assert rewards.load("letters", {}, **offered).version == "torch {'data': 2} 0"
     assert rewards.load("letters", {"backend": "jax", "own": 3}, **offered).version == "jax {'data': 2} 3"

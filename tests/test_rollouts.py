@@ -12,11 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ple_jax.core import rollouts
-from ple_jax.core.config import UserError
-from ple_jax.core.rollouts import Journal, bucket, plan_chunks, uniforms
-from ple_jax.core.transcripts import Conversation
+from ple_jax.core.batches import bucket, plan_chunks
+from ple_jax.core.conversation import Conversation
+from ple_jax.core.errors import UserError
+from ple_jax.core.noise import uniforms
 from ple_jax.core.types import Response, Rollout
+from ple_jax.training import journal
+from ple_jax.training.journal import Journal
 
 # every line end that str.splitlines knows, and what JSON must escape
 NASTY = 'a "quoted"\\ \r\n\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029 é 🎬'
@@ -145,7 +147,7 @@ def test_killed_after_the_final_name(tmp_path, monkeypatch):
 def test_a_foreign_file_is_named(tmp_path, line):
     (tmp_path / "iter_0000.jsonl").write_text(line + "\n")
     with pytest.raises(UserError, match=r"iter_0000\.jsonl:1 is not a line of rollouts"):
-        rollouts.read(tmp_path / "iter_0000.jsonl")
+        journal.read(tmp_path / "iter_0000.jsonl")
 
 
 def test_plan_chunks_by_hand():

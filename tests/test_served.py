@@ -19,13 +19,14 @@ from test_loop import rollouts, train
 from vllm_server import Loaded, Sampler, Vllm, noise
 
 from configs import tiny as tiny_config
-from ple_jax import generate, lora
-from ple_jax import train as jax_backend
-from ple_jax.core import modes, peft, served
-from ple_jax.core.config import UserError, validate
-from ple_jax.core.rollouts import bucket
+from ple_jax import modes
+from ple_jax.backend import backend, generate, lora
+from ple_jax.core.batches import bucket
+from ple_jax.core.config import validate
+from ple_jax.core.errors import UserError
 from ple_jax.core.types import Response, Sampling
-from ple_jax.models import adapters
+from ple_jax.models import adapters, peft
+from ple_jax.serving import protocol, served
 
 EOS = 256
 SAMPLING = Sampling(6, (EOS,))
@@ -103,8 +104,8 @@ def sample(backend, prompts=PROMPTS, uniforms=UNIFORMS, sampling=SAMPLING, prefi
 
 def policy(config) -> object:
     """A sampler that computes what the adapter in the served folder, on the tiny model, would say."""
-    loaded = jax_backend.load(config)
-    built = jax_backend.build(config, loaded)
+    loaded = backend.load(config)
+    built = backend.build(config, loaded)
     fused: dict[str, object] = {}
     lock = threading.Lock()  # or the first requests would compile at once
 
@@ -271,7 +272,7 @@ def test_requests_say_everything(vllm, tmp_path):
     assert body == {
         "model": next(iter(server.registry)), "prompt": [90, 91, 1, 2, 3], "max_tokens": 6, "temperature": 0.7, "top_k": 50,
         "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
-        "stop_token_ids": [EOS, 9], "ignore_eos": True, "seed": served.seed(UNIFORMS[0]), "return_token_ids": True,
+        "stop_token_ids": [EOS, 9], "ignore_eos": True, "seed": protocol.seed(UNIFORMS[0]), "return_token_ids": True,
     }  # fmt: skip
     assert backend.generate([], UNIFORMS[:0], sampling=sampling) == []
     assert backend.environment() == {"python": "3.11", "vllm": "0.23.0"}
@@ -291,11 +292,11 @@ def test_a_response_depends_on_its_noise_and_not_on_its_place(vllm, tmp_path):
 
 def test_seeds():
     rows = np.random.default_rng(1).random((2000, 8), np.float32)
-    seeds = [served.seed(row) for row in rows]
+    seeds = [protocol.seed(row) for row in rows]
     assert len(set(seeds)) == len(seeds) and all(0 <= s < 2**53 for s in seeds) and max(seeds) > 2**52
-    assert served.seed(rows[0]) == served.seed(np.asfortranarray(rows)[0]) == served.seed(rows[0].astype(">f4"))
+    assert protocol.seed(rows[0]) == protocol.seed(np.asfortranarray(rows)[0]) == protocol.seed(rows[0].astype(">f4"))
     assert json.loads(json.dumps(float(seeds[0]))) == seeds[0]
-    assert served.seed(np.zeros(2, np.float32)) == 872502092594497  # by b2sum -l 64: it must not change
+    assert protocol.seed(np.zeros(2, np.float32)) == 872502092594497  # by b2sum -l 64: it must not change
 
 
 def test_requests_are_under_way_at_once_but_no_more(vllm, tmp_path):
@@ -340,7 +341,7 @@ def answer(**choice) -> bytes:
     ids=str,
 )
 def test_eos_is_the_last_token_if_it_was_sampled(choice, tokens, finished):
-    assert served.response(answer(**choice), eos=(EOS, 9), limit=4, vocab=258) == Response(tokens, finished)
+    assert protocol.response(answer(**choice), eos=(EOS, 9), limit=4, vocab=258) == Response(tokens, finished)
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import tiny
 from jax.sharding import PartitionSpec as P
 from test_train import backend, negative_likelihood, random_batch
 
-from ple_jax import sharding
-from ple_jax.core.config import UserError
+from ple_jax.backend import sharding
+from ple_jax.core.errors import UserError
 from ple_jax.core.types import Sampling
 
 MESHES = [{"data": 4, "fsdp": 2}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 4, "tensor": 2}, {"data": 8}]

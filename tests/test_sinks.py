@@ -13,8 +13,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.compat.proto.event_pb2 import Event
 
-from ple_jax.core import sinks
-from ple_jax.core.config import UserError
+from ple_jax.core.errors import UserError
+from ple_jax.training import sinks
 
 
 def lines(path: Path) -> list[dict]:

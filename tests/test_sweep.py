@@ -13,11 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from ple_jax.core import generations, setup
-from ple_jax.core import workdir as files
-from ple_jax.core.config import UserError
-from ple_jax.core.rollouts import read
+from ple_jax import algorithms
+from ple_jax.core.errors import UserError
+from ple_jax.core.files import read_json
 from ple_jax.core.types import Response, Rollout
+from ple_jax.evaluation import responses
+from ple_jax.training import opening
+from ple_jax.training.journal import read
+from ple_jax.training.workdir import lock
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "scripts"))
@@ -276,7 +279,7 @@ def test_out_must_be_a_folder_of_its_own(tmp_path):
     (tmp_path / "file").write_text("")
     found = script("sweep.py", "--config", TINY, "--out", str(tmp_path / "file"), "--grid", "seed=0")
     assert found.returncode == 2 and "is a file" in found.stderr
-    with files.lock(tmp_path / "busy"):
+    with lock(tmp_path / "busy"):
         found = script("sweep.py", "--config", TINY, "--out", str(tmp_path / "busy"), "--grid", "seed=0")
     assert found.returncode == 2 and f"--out={tmp_path / 'busy'} is in use by process {os.getpid()}" in found.stderr
 
@@ -335,7 +338,7 @@ def test_every_method_has_the_same_budget(out, name):
     job = compare_quickstart.training(settings(out), name, "1e-3", "1")
     asked = sweep.parsed(job.arguments)
     config, method = asked.config, compare_quickstart.METHODS[name]
-    slots = setup.load_algorithm(config.algorithm).collect(config)
+    slots = algorithms.load_algorithm(config.algorithm).collect(config)
     sampled = [slot for slot in slots if slot.source == "policy"]
     assert config.iterations * config.queries_per_iteration * len(sampled) == (0 if method.data else 480)
     assert config.queries_per_iteration == (48 if method.data else 96 // len(sampled))
@@ -344,7 +347,7 @@ def test_every_method_has_the_same_budget(out, name):
     assert (asked.backend, config.trainer) == (("torch", "trl") if name.startswith("trl_") else ("jax", "own"))
     if method.data:
         needs = {"sft": "completion", "dpo": "pair"}[config.algorithm]
-        assert setup._needs(slots) == needs and config.task.train == str(out / f"{method.data}.jsonl")
+        assert opening._needs(slots) == needs and config.task.train == str(out / f"{method.data}.jsonl")
         assert method.data == {"completion": "sft", "pair": "pairs"}[needs]
     else:
         assert config.task.train == "quickstart_train"
@@ -427,7 +430,7 @@ def test_the_start_model_with_and_without_principles(out):
             "start",
             principled,
         )
-        assert job.result == generations.folder(asked.workdir, asked.config) / "iter_0000.scores.jsonl"
+        assert job.result == responses.folder(asked.workdir, asked.config) / "iter_0000.scores.jsonl"
 
 
 def test_offline_records_are_best_and_worst_as_they_were_sampled():
@@ -435,7 +438,7 @@ def test_offline_records_are_best_and_worst_as_they_were_sampled():
         made = tuple(Response((1,), True, sample=i, text=text, reward=reward) for i, (text, reward) in enumerate(responses))
         return Rollout(f"q{number}", f"prompt {number}", (1,), made)
 
-    found = generations.Generated(
+    found = responses.Generated(
         {},
         [
             rollout(0, (" so so", 0.1), (" great\n", 0.9), (" bad", -0.5), (" fine", 0.9)),
@@ -522,12 +525,12 @@ def test_a_whole_comparison(tmp_path):
     for method in ("ple", "dpo_offline"):
         for seed in (0, 1):
             folder = tmp_path / f"{method}__lr-1e-2__seed-{seed}"
-            tested = generations.read(folder / "responses" / "trained")
+            tested = responses.read(folder / "responses" / "trained")
             assert tested.settings["seed"] == seed and tested.settings["iteration"] == 2
             assert (tested.settings["data"], tested.settings["second_reward"]) == ("tiny_heldout", "bag_of_words")
             assert len(tested.rollouts) == 8 and all(len(rollout.responses) == 2 for rollout in tested.rollouts)
             trained = read(folder / "rollouts" / "iter_0000.jsonl")
-            assert len(trained) == 8 and files.read_json(folder / "summary.json")["queries"] == 16
+            assert len(trained) == 8 and read_json(folder / "summary.json")["queries"] == 16
 
     # the same command again: only the page is made anew. Then as if a run had been killed at its end
     logs = {path: path.read_text() for path in tmp_path.glob("*.log") if path.name != "comparison.log"}

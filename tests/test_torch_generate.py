@@ -17,9 +17,9 @@ from test_families import LENGTHS, LORA, decisive_prompts
 from test_torch_model import build, one_thread  # noqa: F401  (a fixture of the whole module)
 from test_torch_train import backend
 
-from ple_jax import generate as jax_generate
+from ple_jax.backend import generate as jax_generate
 from ple_jax.core.types import Response, Sampling
-from ple_jax.models import adapters, checkpoint
+from ple_jax.models import adapters, weights
 from torch_ascend import device, generate
 
 # ---------------------------------------------------------------- from a distribution to a token
@@ -191,7 +191,7 @@ def test_greedy_tokens_equal_transformers(name, tmp_path):
     """Families whose windows, caps or positions must be kept up: behind a prefix longer than a window, and streamed."""
     theirs, new = families.build(VARIANTS[name]), 20
     families.save(theirs, tmp_path)
-    loaded = checkpoint.load(str(tmp_path))
+    loaded = weights.load(str(tmp_path))
     prefix, prompt, mask, expected = decisive_prompts(theirs, WINDOW + 3, new)
     fresh = adapters.init(loaded.config, LORA, seed=0)
     policy = backend(fresh, model=build(loaded.config, loaded.raw, loaded.weights), width=len(LENGTHS))

@@ -19,12 +19,14 @@ from peft import get_peft_model_state_dict
 from test_families import LENGTHS, LORA, WIDTH, jit, padded, random_batch, seen, separate_logprobs, torch_logits
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ple_jax.core.config import UserError
+from ple_jax.backend import model as decoder
+from ple_jax.core.errors import UserError
 from ple_jax.core.types import Batch
-from ple_jax.models import adapters, checkpoint, decoder
+from ple_jax.models import adapters, weights
 from ple_jax.models.adapters import Adapter, Lora
 from ple_jax.models.families import read
-from torch_ascend import lora, ops, train
+from torch_ascend import forward as torch_forward
+from torch_ascend import lora, ops
 from torch_ascend import model as models
 from torch_ascend.model import Cache, Model
 
@@ -34,7 +36,7 @@ CPU = torch.device("cpu")
 class Family(NamedTuple):
     name: str
     theirs: Any  # transformers' model
-    loaded: checkpoint.Loaded
+    loaded: weights.Loaded
     model: Model  # with modules that an adapter may use
 
 
@@ -73,7 +75,7 @@ def logits(model: Model, tokens: np.ndarray, mask: np.ndarray, adapter: Adapter 
     ).numpy()
 
 
-def jax_logits(loaded: checkpoint.Loaded, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+def jax_logits(loaded: weights.Loaded, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
     model = decoder.Model.create(loaded.config, dtype=jnp.float32, scan=True)
     base = decoder.fill(model, loaded.weights, lambda _, array: jnp.asarray(array))
 
@@ -100,7 +102,7 @@ def family(request, tmp_path_factory) -> Family:
     """One variant, saved by transformers and read by us."""
     theirs, folder = families.build(VARIANTS[request.param]), tmp_path_factory.mktemp(request.param)
     families.save(theirs, folder)
-    loaded = checkpoint.load(str(folder))
+    loaded = weights.load(str(folder))
     return Family(request.param, theirs, loaded, build(loaded.config, loaded.raw, loaded.weights))
 
 
@@ -139,7 +141,7 @@ def test_decoding_token_by_token_gives_the_same_logits(family):
 @pytest.mark.slow
 def test_smollm2_equals_jax():
     """The real model: logits of one prompt."""
-    loaded = checkpoint.load("smollm2-135m")
+    loaded = weights.load("smollm2-135m")
     tokens = np.array([loaded.tokenizer.encode("I had never heard of this director before my sister")], np.int32)
     mask = np.ones(tokens.shape, bool)
     ours = logits(build(loaded.config, loaded.raw, loaded.weights), tokens, mask)
@@ -191,7 +193,7 @@ def test_packed_rows_and_their_gradients_equal_peft(family):
     adapter = adapters.from_peft({name: x.numpy() for name, x in get_peft_model_state_dict(theirs).items()})
     leaves = lora.trainable(adapter, CPU)
     weights = torch.tensor(np.random.default_rng(2).normal(size=batch.response.shape).astype(np.float32))
-    ours = train.outputs(family.model, leaves, to_torch(batch)).logprobs
+    ours = torch_forward.outputs(family.model, leaves, to_torch(batch)).logprobs
     expected = separate_logprobs(theirs, batch)
     torch.testing.assert_close(ours, expected, atol=2e-5, rtol=0)
     (weights * ours).sum().backward()
@@ -314,7 +316,7 @@ def test_recomputation_changes_no_gradient(dropout):
         short = Batch(*(x % 101 if x.dtype == torch.int64 else x for x in batch[:4]), batch.data)
         torch.manual_seed(0)
         with Matmuls() as forward:
-            total = train.outputs(model, leaves, short).logprobs.sum()
+            total = torch_forward.outputs(model, leaves, short).logprobs.sum()
         with Matmuls() as backward:
             total.backward()
         found[remat] = {name: leaf.grad for name, leaf in lora.leaves(leaves).items()}, forward, backward
@@ -352,20 +354,20 @@ def test_gradient_of_jax_on_a_model_with_caps():
     mix = np.random.default_rng(2).normal(size=batch.response.shape).astype(np.float32)
     model = decoder.Model.create(config, dtype=jnp.float32, scan=False)
     base = decoder.fill(model, weights, lambda _, array: jnp.asarray(array))
-    from ple_jax import lora as jax_lora
-    from ple_jax import train as jax_train
+    from ple_jax.backend import forward as jax_forward
+    from ple_jax.backend import lora as jax_lora
 
     @jit
     def jax_gradient(adapter, base, batch):
         def total(adapter):
-            said = jax_train.outputs(model, base, jax_lora.fuse(model, adapter, LORA), batch).logprobs
+            said = jax_forward.outputs(model, base, jax_lora.fuse(model, adapter, LORA), batch).logprobs
             return (mix * said).sum(), said
 
         return jax.grad(total, has_aux=True)(adapter)
 
     wanted, said = jax_gradient(adapter, base, batch)
     leaves = lora.trainable(adapter, CPU)
-    ours = train.outputs(build(config, raw, weights), leaves, to_torch(batch)).logprobs
+    ours = torch_forward.outputs(build(config, raw, weights), leaves, to_torch(batch)).logprobs
     np.testing.assert_allclose(ours.detach().numpy(), said, atol=1e-5, rtol=0)
     (torch.tensor(mix) * ours).sum().backward()
     scale = max(np.abs(x).max() for x in jax.tree.leaves(wanted))

@@ -16,8 +16,9 @@ from npu.lint import Lint
 from test_train import random_batch
 
 from ple_jax.core.types import Sampling
+from torch_ascend import backend as torch_backend
 from torch_ascend import device as devices
-from torch_ascend import model, ops, sharding, train
+from torch_ascend import model, ops, sharding
 
 pytestmark = [
     pytest.mark.slow,
@@ -105,14 +106,14 @@ def test_a_whole_run_with_every_tensor_on_the_npu(ranks, options, tmp_path, on_c
     assert all(("allgather" in line or "all_gather" in line) == ("fsdp" in options) for line in calls)
 
 
-def backend(**options) -> train.TorchBackend:
+def backend(**options) -> torch_backend.TorchBackend:
     device = devices.resolve("npu")
     made = model.create(tiny.CONFIG, tiny.RAW, dtype=options.pop("dtype", torch.float32), device=device, ops=ops.npu())
     adapter = tiny.random_adapter(tiny.CONFIG)
     model.adapt(made, tiny.LORA, adapter)
     model.fill(made, tiny.weights())
     assert ops.install(made.module, made.ops)
-    return train.TorchBackend(made, adapter, width=4, bucket=16, clip_norm=1.0, weight_decay=0.01, **options)
+    return torch_backend.TorchBackend(made, adapter, width=4, bucket=16, clip_norm=1.0, weight_decay=0.01, **options)
 
 
 def likelihood(outputs, batch):
@@ -151,7 +152,7 @@ def test_a_base_that_does_not_fit_is_noticed_before_it_is_read():
 
 @simulator.inside()
 def test_without_the_fused_operators_an_npu_says_so():
-    from ple_jax.core.config import UserError
+    from ple_jax.core.errors import UserError
 
     with pytest.raises(UserError, match="has no operators npu_rms_norm"):
         ops.choose("auto", devices.resolve("npu"))

@@ -7,10 +7,10 @@ import pytest
 import tiny
 import torch
 
-from ple_jax import quantize as jax_quantize
-from ple_jax.core.config import UserError
-from ple_jax.models import checkpoint
-from ple_jax.models.decoder import Model, fill
+from ple_jax.backend import quantize as jax_quantize
+from ple_jax.backend.model import Model, fill
+from ple_jax.core.errors import UserError
+from ple_jax.models import weights
 from torch_ascend import lora, model
 from torch_ascend.ops import REFERENCE
 from torch_ascend.quantize import Quantized
@@ -69,7 +69,7 @@ def test_the_expanded_weight_is_not_kept_and_the_gradient_is_that_of_a_matmul():
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_logits_are_those_of_the_jax_decoder(name, kind, tmp_path):
     families.save(families.build(families.VARIANTS[name]), tmp_path)
-    loaded = checkpoint.load(str(tmp_path))
+    loaded = weights.load(str(tmp_path))
     ours = model.create(loaded.config, loaded.raw, dtype=torch.float32, device=torch.device("cpu"), ops=REFERENCE)
     model.quantize(ours, kind)
     model.adapt(ours, tiny.LORA, [])
@@ -90,7 +90,7 @@ def test_logits_are_those_of_the_jax_decoder(name, kind, tmp_path):
 
 def test_adapters_train_on_it(tmp_path):
     families.save(families.build(families.VARIANTS["llama-bias"]), tmp_path)
-    loaded = checkpoint.load(str(tmp_path))
+    loaded = weights.load(str(tmp_path))
     made = model.create(loaded.config, loaded.raw, dtype=torch.float32, device=torch.device("cpu"), ops=REFERENCE)
     adapter = lora.trainable(tiny.random_adapter(loaded.config), torch.device("cpu"))
     model.quantize(made, "int8")
@@ -106,7 +106,7 @@ def test_what_is_refused(tmp_path):
     with pytest.raises(UserError, match="multiple of 16, this one's is 40"):
         quantized(np.zeros((8, 40), np.float32), "nf4")
     families.save(families.build(families.VARIANTS["mixtral"]), tmp_path)
-    loaded = checkpoint.load(str(tmp_path))
+    loaded = weights.load(str(tmp_path))
     made = model.create(loaded.config, loaded.raw, dtype=torch.float32, device=torch.device("cpu"), ops=REFERENCE)
     with pytest.raises(UserError, match="does not quantise experts"):
         model.quantize(made, "int8")

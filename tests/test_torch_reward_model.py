@@ -10,7 +10,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from ple_jax.core.config import UserError
+from ple_jax.core.errors import UserError
 from torch_ascend import reward_model
 
 PAD = 257

@@ -21,10 +21,10 @@ from test_resume import NEVER, curve, outcome, rows
 from test_torch_model import one_thread  # noqa: F401  (a fixture of the whole module)
 
 from configs import tiny as tiny_config
-from ple_jax.core import modes
-from ple_jax.core.config import UserError
+from ple_jax import modes
+from ple_jax.core.errors import UserError
 from ple_jax.core.types import Sampling
-from torch_ascend import train
+from torch_ascend import backend as torch_backend
 
 WEIGHTS = Path("adapter") / "adapter_model.safetensors"
 
@@ -141,7 +141,7 @@ def test_a_run_that_was_interrupted_drops_what_it_would_have(tmp_path, monkeypat
     c = config(**options)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert modes.train(c, whole, "torch") == 0
-    update, calls = train.TorchBackend.update, []
+    update, calls = torch_backend.TorchBackend.update, []
 
     def failing(self, *args, **kwargs):
         calls.append(1)
@@ -149,7 +149,7 @@ def test_a_run_that_was_interrupted_drops_what_it_would_have(tmp_path, monkeypat
             raise KeyboardInterrupt
         return update(self, *args, **kwargs)
 
-    monkeypatch.setattr(train.TorchBackend, "update", failing)
+    monkeypatch.setattr(torch_backend.TorchBackend, "update", failing)
     with pytest.raises(KeyboardInterrupt):
         modes.train(c, cut, "torch")
     assert modes.train(c, cut, "torch") == 0
@@ -201,8 +201,8 @@ def test_exported_weights_say_what_the_backend_says(ours, capsys):
         )
         merged = transformers.AutoModelForCausalLM.from_pretrained(ours / "merged")
         torch.testing.assert_close(merged(ids).logits, wanted, atol=1e-4, rtol=0)
-        plain = transformers.LlamaForCausalLM(transformers.LlamaConfig(**train.load(config()).raw))
-        plain.load_state_dict({n: torch.tensor(x) for n, x in train.load(config()).weights.items()}, strict=False)
+        plain = transformers.LlamaForCausalLM(transformers.LlamaConfig(**torch_backend.load(config()).raw))
+        plain.load_state_dict({n: torch.tensor(x) for n, x in torch_backend.load(config()).weights.items()}, strict=False)
         plain.tie_weights()
         torch.testing.assert_close(plain.eval()(ids).logits, base, atol=1e-4, rtol=0)
         torch.testing.assert_close(PeftModel.from_pretrained(plain, ours / "adapter")(ids).logits, wanted, atol=1e-4, rtol=0)
@@ -268,7 +268,7 @@ def test_transformers_says_the_same_of_the_exported_reward_model(reward_model, f
 
 
 def test_an_interrupted_reward_model_goes_on_from_its_last_evaluation(reward_model, files, tmp_path, monkeypatch):
-    update, calls = train.TorchBackend.update, []
+    update, calls = torch_backend.TorchBackend.update, []
 
     def failing(self, *args, **kwargs):
         calls.append(1)
@@ -276,7 +276,7 @@ def test_an_interrupted_reward_model_goes_on_from_its_last_evaluation(reward_mod
             raise KeyboardInterrupt
         return update(self, *args, **kwargs)
 
-    monkeypatch.setattr(train.TorchBackend, "update", failing)
+    monkeypatch.setattr(torch_backend.TorchBackend, "update", failing)
     with pytest.raises(KeyboardInterrupt):
         reward(tmp_path / "cut", "torch", **files)
     reward(tmp_path / "cut", "torch", **files)

@@ -18,11 +18,12 @@ import torch.distributed as dist
 from torch._subclasses import FakeTensorMode
 
 from configs import tiny as tiny_config
-from ple_jax import outline
 from ple_jax.algorithms import ple
-from ple_jax.core.config import UserError, validate
-from ple_jax.models.families import expected_shapes
-from torch_ascend import ops, sharding, topology
+from ple_jax.core.config import validate
+from ple_jax.core.errors import UserError
+from ple_jax.models.layout import expected_shapes
+from ple_jax.planning import outline
+from torch_ascend import counting, fakes, ops, sharding, topology
 from torch_ascend.model import Cache
 
 ROOT = Path(__file__).parent.parent
@@ -68,7 +69,7 @@ def stays(config, name: str) -> dict[str, int]:
     """What stays on a device, without the phases."""
     source, target = outline.read_source(config.model.path), topology.open_target(name)
     with topology.as_process_of(target), FakeTensorMode(allow_non_fake_inputs=True):
-        return topology.parts(topology.build(config, source, topology.choose(config, target.chip), torch.device("cpu")))
+        return topology.parts(topology.build(config, source, fakes.fused_ops(config, target.chip), torch.device("cpu")))
 
 
 def besides(found: topology.Found) -> dict[str, int]:
@@ -173,7 +174,7 @@ def as_one_of_two(path: str, folder: Path, rank: int) -> list[topology.Found]:
     """What a process counts that computes everything together with another."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     try:
-        with topology._replaced(sharding, "_world", sharding.World(rank, 2)):
+        with fakes.replaced(sharding, "_world", sharding.World(rank, 2)):
             source, found = outline.read_source(path), []
             for mesh in MESHES:
                 config = make(path, **mesh)
@@ -257,7 +258,7 @@ def test_what_a_server_samples_is_not_here():
 
 
 def test_counter():
-    with topology.Counter() as counter:
+    with counting.Counter() as counter:
         a = torch.zeros(1000)
         assert counter.now == 4000
         b = a.view(10, 100)[:5].T  # no memory of its own
@@ -288,7 +289,7 @@ def test_the_stand_ins_have_the_real_operators_arguments_and_results():
     kernels = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(kernels)
     schemas = json.loads((NPU_FOLDER / "npu_schemas.json").read_text())["schemas"]
-    assert sorted(topology.FUSED) == sorted(ops._OPERATORS)
+    assert sorted(fakes.FUSED) == sorted(ops._OPERATORS)
     x, q, kv = torch.ones(2, 3, 8), torch.ones(2, 4, 3, 8).bfloat16(), torch.ones(2, 2, 5, 8).bfloat16()
     mask, logits = torch.zeros(2, 1, 3, 5, dtype=torch.bool), torch.ones(6, 11)
     given = {
@@ -301,7 +302,7 @@ def test_the_stand_ins_have_the_real_operators_arguments_and_results():
         },
         "npu_cross_entropy_loss": {"input": logits, "target": torch.ones(6, dtype=torch.int64), "reduction": "none"},
     }  # fmt: skip
-    for name, operator in topology.FUSED.items():
+    for name, operator in fakes.FUSED.items():
         known = re.findall(r"(\w+)(?:=[^,)]*)?[,)]", schemas[name].split("->")[0])
         named = {p.name for p in inspect.signature(operator).parameters.values() if p.kind is not p.VAR_KEYWORD}
         assert named <= set(known), name
@@ -315,10 +316,10 @@ def test_the_stand_ins_have_the_real_operators_arguments_and_results():
 
 
 def test_the_stand_ins_are_gone_afterwards(tmp_path):
-    before = {name: vars(torch.ops.npu).get(name) for name in topology.FUSED}
+    before = {name: vars(torch.ops.npu).get(name) for name in fakes.FUSED}
     held = dict(topology.devices.CAPABILITIES), topology.sharding._world
     count(make(write(tmp_path / "m"), **{"mesh.data": 2}), "910b:2")  # not `planned`, which may have been asked before
-    assert {name: vars(torch.ops.npu).get(name) for name in topology.FUSED} == before
+    assert {name: vars(torch.ops.npu).get(name) for name in fakes.FUSED} == before
     assert (dict(topology.devices.CAPABILITIES), topology.sharding._world) == held
     assert not torch.distributed.is_initialized() and not topology.sharding._objects
 
@@ -382,11 +383,11 @@ def test_a_mesh_that_does_not_take_the_devices(mesh):
 
 def test_operators_that_a_chip_has_not(tmp_path):
     config = make(write(tmp_path / "m"), **{"model.ops": "reference"})
-    assert topology.choose(config, topology.CHIPS["910b"]) is ops.REFERENCE
+    assert fakes.fused_ops(config, topology.CHIPS["910b"]) is ops.REFERENCE
     config.model.ops = "npu"
-    assert topology.choose(config, topology.CHIPS["910b"]) is ops.NPU
+    assert fakes.fused_ops(config, topology.CHIPS["910b"]) is ops.NPU
     with pytest.raises(UserError, match="npu"):
-        topology.choose(config, topology.CHIPS["h100"])
+        fakes.fused_ops(config, topology.CHIPS["h100"])
 
 
 def test_advice_follows_what_dominates():

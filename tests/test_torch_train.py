@@ -18,22 +18,23 @@ from test_torch_model import build_tiny, one_thread, to_torch  # noqa: F401  (a 
 from test_train import random_batch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ple_jax import lora as jax_lora
-from ple_jax import train as jax_train
 from ple_jax.algorithms import ple, reward
-from ple_jax.core.loop import sft_loss
+from ple_jax.backend import forward as jax_forward
+from ple_jax.backend import lora as jax_lora
 from ple_jax.core.types import Batch, Outputs, Sampling
 from ple_jax.models import adapters
 from ple_jax.models.adapters import Lora
-from torch_ascend import lora, train
+from ple_jax.training.warm_up import sft_loss
+from torch_ascend import backend as torch_backend
+from torch_ascend import forward, lora
 from torch_ascend.model import Model
 
 
 def backend(
     adapter: adapters.Adapter | None = None, settings: Lora = tiny.LORA, *, model: Model | None = None, **options: Any
-) -> train.TorchBackend:
+) -> torch_backend.TorchBackend:
     """The twin of `test_train.backend`: the same weights, adapter and settings."""
-    return train.TorchBackend(
+    return torch_backend.TorchBackend(
         model or build_tiny(settings),
         tiny.random_adapter(tiny.CONFIG) if adapter is None else adapter,
         **{"width": 4, "bucket": 16, "clip_norm": 1.0, "weight_decay": 0.01} | options,
@@ -48,7 +49,7 @@ def part(batch: Batch, rows: slice) -> Batch:
     return Batch(*(x[rows] for x in batch[:4]), {name: x[rows] for name, x in batch.data.items()})
 
 
-def first_gradients(policy: train.TorchBackend) -> dict[str, np.ndarray]:
+def first_gradients(policy: torch_backend.TorchBackend) -> dict[str, np.ndarray]:
     """The gradients of the only update so far: a tenth of them is Adam's mean."""
     assert policy.steps == 1
     return {name: 10 * policy._optimizer.state[leaf]["exp_avg"].numpy() for name, leaf in policy._leaves.items()}
@@ -78,7 +79,7 @@ class Jax:
 
         def outputs(adapter, batch):
             fused = jax_lora.fuse(model, adapter, tiny.LORA)
-            found = jax_train.outputs(model, base, fused, batch, score=adapter[adapters.SCORE]["w"])
+            found = jax_forward.outputs(model, base, fused, batch, score=adapter[adapters.SCORE]["w"])
             return found.logprobs, found.scores
 
         self.outputs = jit(outputs)
@@ -144,7 +145,7 @@ def test_the_gradient_of_options_is_jaxs():
 
     def loss(adapter, batch):
         fused = jax_lora.fuse(model, adapter, options, base=base)
-        return -jax_train.outputs(model, base, fused, batch).logprobs.sum() / 4
+        return -jax_forward.outputs(model, base, fused, batch).logprobs.sum() / 4
 
     value, wanted = jit(jax.value_and_grad(loss))(adapter, batch)
     policy = backend(adapter, options, clip_norm=1e9)
@@ -198,10 +199,10 @@ def test_token_logprobs_and_entropy_against_the_closed_form(softcap):
     logits = raw if softcap is None else softcap * np.tanh(raw / softcap)
     logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     h = torch.tensor(hidden, requires_grad=True)
-    ours = train.token_logprobs(model, h, torch.tensor(targets))
+    ours = forward.token_logprobs(model, h, torch.tensor(targets))
     expected = np.take_along_axis(logp, targets[..., None], -1)[..., 0]
     np.testing.assert_allclose(ours.detach().numpy(), expected, atol=1e-5)
-    entropy = train.token_entropy(model, h)
+    entropy = forward.token_entropy(model, h)
     np.testing.assert_allclose(entropy.numpy(), -(np.exp(logp) * logp).sum(-1), atol=1e-5)
     assert not entropy.requires_grad
     g = rng.normal(size=targets.shape).astype(np.float32)
@@ -227,8 +228,8 @@ def test_logits_of_all_tokens_never_exist():
     batch = to_torch(random_batch(rows=8, k=2, prompt_len=16, response_len=128))
     model, adapter = build_tiny(), lora.trainable(tiny.random_adapter(tiny.CONFIG), torch.device("cpu"))
     with Largest() as largest:
-        train.outputs(model, adapter, batch, entropy=True).logprobs.sum().backward()
-    assert largest.found == train._CHUNK * tiny.CONFIG.vocab_size < 8 * 2 * 128 * tiny.CONFIG.vocab_size
+        forward.outputs(model, adapter, batch, entropy=True).logprobs.sum().backward()
+    assert largest.found == forward._CHUNK * tiny.CONFIG.vocab_size < 8 * 2 * 128 * tiny.CONFIG.vocab_size
 
 
 # ---------------------------------------------------------------- updates

@@ -10,8 +10,9 @@ import pytest
 import tiny
 from test_decoder import build
 
-from ple_jax import lora, sharding, train
-from ple_jax.core.config import UserError
+from ple_jax.backend import backend as jax_backend
+from ple_jax.backend import forward, lora, sharding, train
+from ple_jax.core.errors import UserError
 from ple_jax.core.types import Batch
 from ple_jax.models import adapters
 
@@ -41,7 +42,7 @@ def backend(mesh=None, tensors=None, adapter=None, scan=False, width=4):
         place = sharding.spec(name, array.shape, mesh, kv_heads=tiny.CONFIG.num_kv_heads)
         return jax.device_put(array, jax.sharding.NamedSharding(mesh, place))
 
-    return train.JaxBackend(
+    return jax_backend.JaxBackend(
         model,
         train.fill(model, tensors, put),
         tiny.random_adapter(tiny.CONFIG) if adapter is None else adapter,
@@ -92,7 +93,7 @@ def test_packed_rows_equal_separate_rows_in_peft(scan):
     model, base = build(scan=scan)
     expected = separate_logprobs(theirs, batch)
     fused = lora.fuse(model, adapter, tiny.LORA)
-    ours = jax.jit(lambda b: train.outputs(model, base, fused, b, entropy=True))(batch)
+    ours = jax.jit(lambda b: forward.outputs(model, base, fused, b, entropy=True))(batch)
     np.testing.assert_allclose(ours.logprobs, expected.detach().numpy(), atol=1e-4)
     assert not np.asarray(ours.logprobs)[~batch.response_mask].any()
 
@@ -117,11 +118,11 @@ def test_token_logprobs_and_entropy_against_the_closed_form():
     targets = rng.integers(0, 300, (3, 700)).astype(np.int32)
     logits = hidden.astype(np.float64) @ head.T.astype(np.float64)
     logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    ours = jax.jit(train.token_logprobs)(head, hidden, targets)  # 3 x 700 tokens: more than one chunk, and a rest
+    ours = jax.jit(forward.token_logprobs)(head, hidden, targets)  # 3 x 700 tokens: more than one chunk, and a rest
     np.testing.assert_allclose(ours, np.take_along_axis(logp, targets[..., None], -1)[..., 0], atol=1e-4)
-    np.testing.assert_allclose(train.token_entropy(head, hidden), -(np.exp(logp) * logp).sum(-1), atol=1e-4)
+    np.testing.assert_allclose(forward.token_entropy(head, hidden), -(np.exp(logp) * logp).sum(-1), atol=1e-4)
     g = rng.normal(size=targets.shape).astype(np.float32)
-    gradient = jax.jit(jax.grad(lambda h: (train.token_logprobs(jnp.asarray(head), h, targets) * g).sum()))(hidden)
+    gradient = jax.jit(jax.grad(lambda h: (forward.token_logprobs(jnp.asarray(head), h, targets) * g).sum()))(hidden)
     expected = g[..., None] * (head[targets] - np.exp(logp) @ head)
     np.testing.assert_allclose(gradient, expected, atol=1e-4)
 
@@ -142,7 +143,7 @@ def test_logits_of_all_tokens_never_exist():
         for dims in re.findall(r"f32\[([\d,]+)\]", text)
         if str(vocab) in dims.split(",")
     ]
-    assert max(sizes) <= train._CHUNK * vocab < 8 * 2 * 128 * vocab
+    assert max(sizes) <= forward._CHUNK * vocab < 8 * 2 * 128 * vocab
 
 
 @pytest.mark.parametrize("softcap", [None, 30.0])
@@ -160,7 +161,7 @@ def test_gradient_of_confident_tokens_with_a_bfloat16_head(softcap):
     assert np.median(np.take_along_axis(p, targets[..., None], -1)) > 0.97
     slope = 1.0 if softcap is None else 1 - (logits / softcap) ** 2
     expected = ((np.eye(300)[targets] - p) * slope) @ w
-    gradient = jax.grad(lambda x: train.token_logprobs(jnp.asarray(head), x, targets, softcap).sum())(jnp.asarray(hidden))
+    gradient = jax.grad(lambda x: forward.token_logprobs(jnp.asarray(head), x, targets, softcap).sum())(jnp.asarray(hidden))
     error = np.linalg.norm(np.asarray(gradient, np.float64) - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
     assert error.max() < 0.02
 

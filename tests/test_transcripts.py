@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ple_jax.core.transcripts import Conversation, merge, parse, render
+from ple_jax.core.conversation import Conversation, merge, parse, render
 
 
 def user(content):

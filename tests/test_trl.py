@@ -21,10 +21,12 @@ from test_resume import curve, outcome
 from test_torch_model import one_thread  # noqa: F401  (a fixture of the whole module)
 from test_torch_run import WEIGHTS, summary, total
 
-from ple_jax.core import modes, tasks
-from ple_jax.core.config import UserError, validate
-from ple_jax.core.interrupt import Interrupted
-from ple_jax.core.rollouts import read
+from ple_jax import modes
+from ple_jax.core.config import validate
+from ple_jax.core.errors import UserError
+from ple_jax.data.queries import draw, load_queries
+from ple_jax.training.interrupt import Interrupted
+from ple_jax.training.journal import read
 from torch_ascend import baselines
 
 ONE = {"queries_per_iteration": 4, "optimizer__batch_queries": 4, "optimizer__micro_queries": 2}  # a step an iteration
@@ -225,10 +227,10 @@ def test_rollouts_are_what_trl_sampled_and_learns_from(algorithm, records, tmp_p
     with watched() as made:
         workdir = train(tmp_path / "run", algorithm, records, **options, optimizer__epochs=2)
     lines = curve(workdir)
-    queries = {query.id: query for query in tasks.load(records["task__train"], needs="pair").queries}
+    queries = {query.id: query for query in load_queries(records["task__train"], needs="pair").queries}
     found = [read(workdir / "rollouts" / f"iter_{i:04d}.jsonl") for i in range(2)]
     for i, rollouts in enumerate(found):
-        drawn = tasks.draw(list(queries.values()), 8, seed=0, iteration=i)
+        drawn = draw(list(queries.values()), 8, seed=0, iteration=i)
         assert [rollout.query_id for rollout in rollouts] == [query.id for query in drawn]
         for rollout in rollouts:
             assert bytes(rollout.prompt_tokens).decode() == rollout.prompt == queries[rollout.query_id].prompt
@@ -285,8 +287,8 @@ def test_what_was_quarantined_is_not_trained_on(records, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("def reward(prompts, responses):\n    return [float('nan') if '7' in p else 1.0 for p in prompts]\n")
     options = {"reward__name": f"{file}:reward", "reward__kwargs": {}, "reward__max_bad_share": 0.9, "iterations": 1}
-    queries = tasks.load(records["task__train"], needs="pair").queries
-    seed = next(s for s in range(99) if sum("7" in q.prompt for q in tasks.draw(queries, 8, seed=s, iteration=0)) == 1)
+    queries = load_queries(records["task__train"], needs="pair").queries
+    seed = next(s for s in range(99) if sum("7" in q.prompt for q in draw(queries, 8, seed=s, iteration=0)) == 1)
     with watched() as made:
         workdir = train(tmp_path / "run", "dpo", records, **options, seed=seed)
     assert len(read(workdir / "rollouts" / "iter_0000.jsonl")) == made[0].train_dataset.num_rows == 7

@@ -4,7 +4,8 @@ import numpy as np
 
 from ple_jax.models.adapters import Lora
 from ple_jax.models.config import ModelConfig
-from ple_jax.models.families import expected_shapes, read
+from ple_jax.models.families import read
+from ple_jax.models.layout import expected_shapes
 
 RAW = {  # a config.json
     "model_type": "llama", "vocab_size": 101, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,

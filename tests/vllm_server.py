@@ -1,4 +1,4 @@
-"""A server in the process of a test that speaks what `ple_jax.core.served` uses of vLLM's HTTP API.
+"""A server in the process of a test that speaks what `ple_jax.serving.served` uses of vLLM's HTTP API.
 
 Routes, statuses and the words of errors are vLLM 0.32's, which was run beside it. Adapters are really read from the folders
 it is told; those it has loaded sit in a registry, of which the engine holds one (--max-loras 1). Two things that a client
@@ -18,8 +18,8 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from ple_jax.core import peft
-from ple_jax.core.config import UserError
+from ple_jax.core.errors import UserError
+from ple_jax.models import peft
 
 
 class Loaded(NamedTuple):

@@ -1,6 +1,6 @@
 """Baselines by TRL's own trainers (config.trainer="trl"): SFT, DPO, GRPO and RLOO from the same config, data and start.
 
-`train` is `core.loop.train` with another update. What an iteration trains on, its evaluation, its commit and every file are
+`train` is `training.loop.train` with another update. What an iteration trains on, evaluation, commit and every file are
 the loop's; in between TRL's trainer takes the iteration's optimiser steps on a PEFT model of its own, which before them gets
 the adapter and Adam's moments from the `TorchBackend` and then gives them back. So the backend's checkpoint is all that a
 run needs to go on, held-out queries are answered by one sampler whoever trains, and TRL writes nothing. The price is
@@ -34,15 +34,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, logging
 
-from ple_jax.core import costs, loop, prompts, sampling, tasks
-from ple_jax.core.config import UserError
-from ple_jax.core.rollouts import Journal, read
-from ple_jax.core.run import Run, check_finite
+from ple_jax import prompts
+from ple_jax.core.errors import UserError
 from ple_jax.core.types import Query, Response, Rollout
+from ple_jax.data.queries import draw
 from ple_jax.models import adapters
-from torch_ascend import lora, sharding
+from ple_jax.training import costs, loop, measures, prompting, scoring, steps
+from ple_jax.training.journal import Journal, read
+from ple_jax.training.run import Run
+from ple_jax.training.steps import check_finite
+from torch_ascend import backend, lora, sharding
 from torch_ascend import model as models
-from torch_ascend import train as backends
 
 VERSION = "1.16"  # of TRL: what is overridden here is no public interface
 SAMPLE = ("grpo", "rloo")
@@ -100,8 +102,8 @@ def _quiet() -> Iterator[None]:
 
 @_quiet()
 def train(run: Run) -> dict[str, Any]:
-    """Runs, or goes on with, all iterations; returns the totals of the run, as `core.loop.train` does."""
-    render = sampling.renderer(run)
+    """Runs, or goes on with, all iterations; returns the totals of the run, as `training.loop.train` does."""
+    render = prompting.renderer(run)
     state = loop.begin(run, render)
     if state["iteration"] == run.config.iterations:
         return state
@@ -116,7 +118,7 @@ def train(run: Run) -> dict[str, Any]:
                 found = trl.update(rollouts)
             trl.store()
             trl.count(rollouts)
-            values |= found | loop.summarise(run, rollouts)
+            values |= found | measures.summarise(run, rollouts)
     return state
 
 
@@ -174,7 +176,7 @@ class Trl:
     # ---------------------------------------------------------------- an iteration
 
     def update(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
-        """The iteration's optimiser steps on the records' own answers, in the order of `core.loop.update`; its metrics."""
+        """The iteration's optimiser steps on the records' own answers, in the order of `steps.update`; its metrics."""
         config = self.run.config
         parts = np.array_split(np.arange(len(rollouts)), -(-len(rollouts) // config.optimizer.batch_queries))
         groups = list(parts)
@@ -187,12 +189,12 @@ class Trl:
     def sample_and_update(self) -> tuple[list[Rollout], dict[str, float]]:
         """What TRL samples of the iteration's queries, and the metrics of its optimiser steps."""
         run, config, iteration = self.run, self.run.config, self.state["iteration"]
-        self.queries = tasks.draw(run.train, config.queries_per_iteration, seed=config.seed, iteration=iteration)
+        self.queries = draw(run.train, config.queries_per_iteration, seed=config.seed, iteration=iteration)
         run.progress.phase("generate", 1)
         values = self._train([{"prompt": str(i)} for i in range(len(self.queries))])
         # the backend still has the policy that sampled
         some = run.algorithm.batch(self.rollouts[: config.eval.diagnostic_queries], config)
-        values |= loop.diagnose(run, some, with_loss=False)
+        values |= steps.diagnose(run, some, with_loss=False)
         return self.rollouts, values
 
     def _train(self, rows: list[dict[str, Any]]) -> dict[str, float]:
@@ -210,7 +212,7 @@ class Trl:
         return {name: float(np.mean([line[name] for line in logged])) for name in logged[0]} | {"lr": logged[-1]["lr"]}
 
     def count(self, rollouts: Sequence[Rollout]) -> None:
-        """Adds what the updates cost to the state: tokens as `core.loop` counts them, operations as TRL does them."""
+        """Adds what the updates cost to the state: tokens as `training.loop` counts them, operations as TRL does them."""
         config, state, parameters = self.run.config, self.state, self.run.parameters
         epochs = config.optimizer.epochs
         responses = sum(len(r.tokens) for rollout in rollouts for r in rollout.responses)
@@ -227,7 +229,7 @@ class Trl:
 
     def prompt_ids(self, numbers: Sequence[str]) -> list[list[int]]:
         """Our tokens of prompts, which TRL knows by their number in the iteration."""
-        return [sampling.prompt_of(self.run, self.queries[int(i)], False)[1] for i in numbers]
+        return [prompting.prompt_of(self.run, self.queries[int(i)], False)[1] for i in numbers]
 
     def score(self, completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
         """TRL's reward function: the scores of all responses of an iteration, whose rollouts are written here.
@@ -240,14 +242,14 @@ class Trl:
         count = len(completion_ids) // len(self.queries)
         groups = [completion_ids[i : i + count] for i in range(0, len(completion_ids), count)]
         with costs.timed(self.state, "score"):
-            scored = sampling.score(run, [self._rollout(*of) for of in zip(self.queries, groups, strict=True)])
+            scored = scoring.score(run, [self._rollout(*of) for of in zip(self.queries, groups, strict=True)])
             if bad := [(rollout, r) for rollout in scored for r in rollout.responses if math.isnan(r.reward)]:
                 raise UserError(
                     f"reward {run.reward.name} is not finite for {len(bad)} responses, such as prompt"
                     f" {bad[0][0].prompt[:80]!r}, response {bad[0][1].text[:80]!r}, and TRL leaves no query out: mend the"
                     " reward and give the same command again, or leave config.trainer at own"
                 )
-            kept = sampling.transformed(scored, config.reward.transform)
+            kept = scoring.transformed(scored, config.reward.transform)
             journal = Journal(run.workdir / "rollouts", self.state["iteration"])
             journal.complete(run.algorithm.label(kept, math.nan, self.state["iteration"], config))
             self.rollouts = read(journal.path)
@@ -256,7 +258,7 @@ class Trl:
 
     def _rollout(self, query: Query, sampled: Sequence[Sequence[int]]) -> Rollout:
         run, thinking = self.run, self.run.config.task.thinking
-        text, ids = sampling.prompt_of(run, query, False)
+        text, ids = prompting.prompt_of(run, query, False)
         shown = [prompts.answer(tokens, run.tokenizer, prompt=text, thinking=thinking) for tokens in sampled]
         responses = (
             Response(tuple(tokens), tokens[-1] in run.eos, sample=i, text=shown[i]) for i, tokens in enumerate(sampled)
@@ -310,10 +312,10 @@ def _peft_model(run: Run) -> Any:
 
 def _base(run: Run) -> PreTrainedModel:
     """The frozen base on the backend's device, with transformers' own attention and, as there, no dropout of its own."""
-    loaded, own = backends.load(run.config), run.backend.model
+    loaded, own = backend.load(run.config), run.backend.model
     made = models.create(loaded.config, loaded.raw, dtype=own.dtype, device=own.device, ops=own.ops)
     models.fill(made, loaded.weights)
-    backends._load.cache_clear()  # the host's copy may go
+    backend._load.cache_clear()  # the host's copy may go
     base = made.module
     base.set_attn_implementation("sdpa" if base._supports_sdpa else "eager")
     for part in base.modules():

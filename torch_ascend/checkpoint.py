@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ple_jax.core.config import UserError
+from ple_jax.core.errors import UserError
 
 _STATE, _META = "state.safetensors", "meta.json"
 

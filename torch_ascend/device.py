@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ple_jax.core.config import UserError
+from ple_jax.core.errors import UserError
 
 
 @dataclass(frozen=True)

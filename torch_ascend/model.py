@@ -17,10 +17,11 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ple_jax.core.config import UserError
+from ple_jax.core.errors import UserError
 from ple_jax.models.adapters import Adapter, Lora
 from ple_jax.models.config import ModelConfig
-from ple_jax.models.families import FAMILIES, module_shapes
+from ple_jax.models.families import FAMILIES
+from ple_jax.models.layout import module_shapes
 from torch_ascend import device as devices
 from torch_ascend import lora
 from torch_ascend.ops import Ops

@@ -23,7 +23,7 @@ from transformers.models.llama import modeling_llama
 from transformers.models.olmo2 import modeling_olmo2
 from transformers.models.phi3 import modeling_phi3
 
-from ple_jax.core.config import UserError
+from ple_jax.core.errors import UserError
 
 _SDPA_DIM = 512  # the widest head of torch_npu's scaled_dot_product_attention
 

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ple_jax.core.config import UserError
+from ple_jax.core.errors import UserError
 
 _BLOCK, _SMALLEST_BLOCK = 64, 16  # nf4: weights that share a scale
 

@@ -1,4 +1,4 @@
-"""Sequence classifiers (reward models, sentiment classifiers) of transformers, behind `ple_jax.core.rewards.model`.
+"""Sequence classifiers (reward models, sentiment classifiers) of transformers, behind `ple_jax.rewards.model`.
 
 Its twin is `ple_jax/reward_model.py`.
 """
@@ -13,7 +13,7 @@ from jaxtyping import Float32
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from ple_jax.core.config import UserError
+from ple_jax.core.errors import UserError
 from torch_ascend import device as devices
 from torch_ascend import sharding
 

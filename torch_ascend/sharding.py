@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from ple_jax.core.config import UserError
+from ple_jax.core.errors import UserError
 from torch_ascend import device as devices
 
 T = TypeVar("T")

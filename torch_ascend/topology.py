@@ -5,39 +5,34 @@ tensors that are alive are counted. Collectives do nothing. What kernels and lib
 """
 
 import contextlib
-import functools
 import math
 import re
 import time
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
-import ml_dtypes
-import numpy as np
 import torch
 import torch.distributed as dist
 from ml_collections import ConfigDict
 from torch import Tensor
-from torch._subclasses import FakeTensor, FakeTensorMode
-from torch.distributed.tensor import DTensor
+from torch._subclasses import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from ple_jax.core.config import UserError, suggestion
-from ple_jax.core.setup import head_of, load_algorithm
+from ple_jax.algorithms import head_of, load_algorithm
+from ple_jax.core.errors import UserError, suggestion
 from ple_jax.core.types import Batch, Query, Sampling
 from ple_jax.models import hub
-from ple_jax.models.checkpoint import Loaded
-from ple_jax.models.config import ModelConfig
-from ple_jax.models.families import expected_shapes
-from ple_jax.outline import Lengths, Source, check_positions, example_batch, lengths, read_source, readable
+from ple_jax.models.layout import expected_shapes
+from ple_jax.models.weights import Loaded
+from ple_jax.planning.outline import Lengths, Source, check_positions, example_batch, lengths, read_source, readable
+from torch_ascend import backend, forward, generate, lora, ops, sharding
 from torch_ascend import device as devices
-from torch_ascend import generate, lora, ops, sharding, train
+from torch_ascend.backend import TorchBackend
+from torch_ascend.counting import Counter, count_bytes
+from torch_ascend.fakes import FUSED, Weights, attention, fused_ops, replaced, with_values
 from torch_ascend.model import Cache
-from torch_ascend.train import TorchBackend
 
 GIB = 2**30
 _FULL = 0.9  # of a device's memory; the rest is left to what is not counted
@@ -108,186 +103,27 @@ def as_process_of(target: Target) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         # the chip's properties, asked of the stand-in
         capabilities = devices.CAPABILITIES | {"cpu": devices.CAPABILITIES[chip.kind]}
-        stack.enter_context(_replaced(devices, "CAPABILITIES", capabilities))
+        stack.enter_context(replaced(devices, "CAPABILITIES", capabilities))
         total = None if memory is None else int(memory * GIB)
-        stack.enter_context(_replaced(devices, "total_memory", lambda device: total))
+        stack.enter_context(replaced(devices, "total_memory", lambda device: total))
         for name, operator in FUSED.items() if chip.kind == "npu" else ():
-            stack.enter_context(_replaced(torch.ops.npu, name, operator))
+            stack.enter_context(replaced(torch.ops.npu, name, operator))
         if target.count > 1:
             dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=target.count)
             stack.callback(dist.destroy_process_group)
-        stack.enter_context(_replaced(sharding, "_world", sharding.World(0, target.count)))
-        stack.enter_context(_replaced(sharding, "device_mesh", _with_values(sharding.device_mesh)))
+        stack.enter_context(replaced(sharding, "_world", sharding.World(0, target.count)))
+        stack.enter_context(replaced(sharding, "device_mesh", with_values(sharding.device_mesh)))
         yield
-
-
-def _with_values(function: Callable) -> Callable:
-    """A function whose own tensors have values: of a mesh, who is where."""
-
-    @functools.wraps(function)
-    def call(*args: Any) -> Any:
-        with _disable_current_modes():
-            return function(*args)
-
-    return call
-
-
-@contextlib.contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    before = vars(owner).get(name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        if before is None:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, before)
 
 
 # ---------------------------------------------------------------- torch_npu's operators, their shapes alone
 
 
-class _Operator(torch.autograd.Function):
-    """Results and gradients without values. What it keeps for the backward pass is what torch_npu's operator keeps."""
-
-    @staticmethod
-    def forward(ctx: Any, results: Callable[..., tuple[Tensor, ...]], kept: slice, *inputs: Tensor) -> tuple[Tensor, ...]:
-        made = results(*inputs)
-        ctx.inputs = len(inputs)
-        ctx.save_for_backward(*inputs, *made[kept])
-        ctx.mark_non_differentiable(*made[1:])
-        return made
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
-        inputs = ctx.saved_tensors[: ctx.inputs]
-        wanted = zip(inputs, ctx.needs_input_grad[2:], strict=True)
-        return None, None, *(torch.empty_like(x) if want else None for x, want in wanted)
-
-
-def _rms_norm(input: Tensor, gamma: Tensor, epsilon: float) -> tuple[Tensor, ...]:
-    def results(x: Tensor, _: Tensor) -> tuple[Tensor, ...]:
-        return torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
-
-    return _Operator.apply(results, slice(1, None), input, gamma)
-
-
-def _rotary_mul(input: Tensor, r1: Tensor, r2: Tensor, rotary_mode: str) -> Tensor:
-    return _Operator.apply(lambda x, *_: (torch.empty_like(x),), slice(0), input, r1, r2)[0]
-
-
-def _swiglu(input: Tensor, dim: int) -> Tensor:
-    def results(x: Tensor) -> tuple[Tensor, ...]:
-        return (torch.empty_like(x.chunk(2, dim)[0], memory_format=torch.contiguous_format),)
-
-    return _Operator.apply(results, slice(0), input)[0]
-
-
-def _fusion_attention(
-    query: Tensor, key: Tensor, value: Tensor, head_num: int, input_layout: str, *, atten_mask: Tensor, **_: Any
-) -> tuple[Tensor, ...]:
-    def results(q: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
-        # the largest score of every query and the sum of the exponentials, 8 times each
-        largest, total = (q.new_empty((*q.shape[:-1], 8), dtype=torch.float32) for _ in range(2))
-        return torch.empty_like(q, memory_format=torch.contiguous_format), largest, total
-
-    return _Operator.apply(results, slice(None), query, key, value, atten_mask)
-
-
-def _cross_entropy_loss(input: Tensor, target: Tensor, reduction: str) -> tuple[Tensor, ...]:
-    row = functools.partial(torch.empty_like, input[:, 0])
-    return row(), torch.empty_like(input), row(), row()
-
-
-FUSED = {
-    "npu_rms_norm": _rms_norm,
-    "npu_rotary_mul": _rotary_mul,
-    "npu_swiglu": _swiglu,
-    "npu_fusion_attention": _fusion_attention,
-    "npu_cross_entropy_loss": _cross_entropy_loss,
-}
-
-
-def choose(config: ConfigDict, chip: Chip) -> ops.Ops:
-    """The table of operators that the config gets on a chip.
-
-    Raises:
-        UserError: the fused operators are asked for, and the chip is no NPU.
-    """
-    if config.model.ops == "npu" and chip.kind != "npu":
-        raise UserError(f"config.model.ops is 'npu', whose operators do not run on {chip.kind}: take 'auto' or 'reference'")
-    return ops.NPU if chip.kind == "npu" and config.model.ops != "reference" else ops.REFERENCE
-
-
-def attention(table: ops.Ops, model: ModelConfig) -> str:
-    """What is assumed of it; which is called says ops.py."""
-    if model.attention_softcap is not None:
-        return "plain torch makes all scores, as there is a softcap"
-    name, size = ("npu_fusion_attention", 64) if table is ops.NPU else ("scaled_dot_product_attention", 4)
-    return f"{name} keeps its output and {size} bytes for every query of a head, and makes no scores"
 
 
 # ---------------------------------------------------------------- counting
 
 
-class Counter(TorchDispatchMode):
-    """Bytes of the storages that are alive, of all that were made in this mode; with real tensors or without memory."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now, self.peak = 0, 0
-        self._bytes: dict[int, int] = {}
-
-    def reset(self) -> None:
-        """From here on `peak` is counted anew."""
-        self.peak = self.now
-
-    def add(self, tensors: Iterable[Tensor]) -> None:
-        """Counts tensors that were made elsewhere, as long as they live."""
-        for tensor in tensors:
-            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-            storage = local.untyped_storage()
-            if storage._cdata not in self._bytes:
-                self._bytes[storage._cdata] = 0
-                weakref.finalize(storage, self._free, storage._cdata).atexit = False
-            self._set(storage)
-
-    def _set(self, storage: torch.UntypedStorage) -> None:
-        size = storage.nbytes()
-        self.now += size - self._bytes[storage._cdata]
-        self._bytes[storage._cdata] = size
-        self.peak = max(self.peak, self.now)
-
-    def _free(self, key: int) -> None:
-        self.now -= self._bytes.pop(key)
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
-            return 1.0 if args[0].is_floating_point() else 1  # a number that nobody knows, read by the host
-        made = function(*args, **(kwargs or {}))
-        # a DTensor has its memory in a tensor of its own, which came by here too
-        found = [x for x in (made if isinstance(made, (list, tuple)) else [made]) if isinstance(x, Tensor)]
-        self.add(x for x in found if not isinstance(x, DTensor))
-        return made
-
-    def __enter__(self) -> "Counter":
-        resize = torch.UntypedStorage.resize_
-
-        def resized(storage: torch.UntypedStorage, size: int) -> Any:
-            # FSDP2 empties the storages of what it has gathered, and keeps the tensors
-            made = resize(storage, size)
-            if storage._cdata in self._bytes:
-                self._set(storage)
-            return made
-
-        self._undo = _replaced(torch.UntypedStorage, "resize_", resized)
-        self._undo.__enter__()
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self._undo.__exit__(None, None, None)
 
 
 # ---------------------------------------------------------------- the phases
@@ -313,27 +149,11 @@ class Measured(NamedTuple):
         return self.held + self.besides
 
 
-class _Weights(Mapping[str, np.ndarray]):
-    """Weights of a model by name, in memory that is never touched, so that none is taken."""
-
-    def __init__(self, config: ModelConfig, dtype: str):
-        self.shapes, self.dtype = expected_shapes(config), np.dtype(getattr(ml_dtypes, dtype, dtype))
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return np.zeros(self.shapes[name], f"i{self.dtype.itemsize}").view(self.dtype)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
-
-
 def build(config: ConfigDict, source: Source, table: ops.Ops, device: torch.device) -> TorchBackend:
     """The backend of one process, made as for training, of weights that are all zero."""
-    given = _Weights(source.config, config.model.dtype)
+    given = Weights(source.config, config.model.dtype)
     loaded = Loaded(source.config, given, None, source.eos, config.model.path, dict(source.raw), None)
-    return train.assemble(config, loaded, device, table, head=head_of(load_algorithm(config.algorithm)))
+    return backend.assemble(config, loaded, device, table, head=head_of(load_algorithm(config.algorithm)))
 
 
 def parts(backend: TorchBackend) -> dict[str, int]:
@@ -368,12 +188,6 @@ def reward_bytes(config: ConfigDict) -> int:
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(folder))
     return sum(x.numel() for x in model.parameters()) * getattr(torch, kwargs.get("dtype", "float32")).itemsize
-
-
-def count_bytes(tensors: Iterable[Tensor]) -> int:
-    """Of the storages of tensors, each once; of a DTensor this process's part."""
-    local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors)
-    return sum({storage._cdata: storage.nbytes() for storage in (x.untyped_storage() for x in local)}.values())
 
 
 def phases(
@@ -415,7 +229,7 @@ def phases(
 
     @torch.no_grad()
     def judge() -> None:
-        train.outputs(model, backend._adapter, backend._put(judged, len(judged.prompt)), entropy=True)
+        forward.outputs(model, backend._adapter, backend._put(judged, len(judged.prompt)), entropy=True)
 
     yield Phase("log-probs", about, judge)
     micro, about = batch(opt.micro_queries)
@@ -442,7 +256,7 @@ class Found(NamedTuple):
 
 def count(config: ConfigDict, source: Source, target: Target, sizes: Lengths, algorithm: ModuleType) -> Found:
     """What one process of the target's would hold, without memory."""
-    reward, table = reward_bytes(config), choose(config, target.chip)
+    reward, table = reward_bytes(config), fused_ops(config, target.chip)
     # tables of a module, made when it was imported, have their values
     with as_process_of(target), FakeTensorMode(allow_non_fake_inputs=True):
         found = measure(config, source, table, sizes, algorithm)
@@ -490,7 +304,7 @@ def report(
         UserError: an unknown topology, a mesh that does not take its devices, a model that is not supported.
     """
     target = open_target(topology)
-    train.check(config, config.mesh.fsdp)
+    backend.check(config, config.mesh.fsdp)
     check_mesh(config.mesh, target)
     source = read_source(config.model.path, config.model.revision)
     sizes = lengths(config, source.tokenizer, train_set, heldout, principles)
@@ -501,7 +315,7 @@ def report(
     memory = f", {chip.memory:g} GiB each" if chip.memory else ""
     write(f"{target.name}: {target.count} devices, data {mesh.data} x fsdp {mesh.fsdp}{memory}")
     write("the code that trains, run on tensors without memory; what kernels, collectives and libraries take is not counted")
-    table = choose(config, chip)
+    table = fused_ops(config, chip)
     write(f"operators: {table.name}; attention: {attention(table, source.config)}")
     if source.tokenizer is None:
         write(f"no tokenizer: every prompt counts as {sizes.sampled} tokens (task.max_prompt_tokens), principles included")

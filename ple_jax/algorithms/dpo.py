@@ -13,7 +13,7 @@ from array_api_compat import array_namespace
 from ple_jax import losses
 from ple_jax.algorithms._parts import no_threshold as schedule
 from ple_jax.algorithms._parts import pack_picks, plain_samples
-from ple_jax.core.config import UserError
+from ple_jax.core.errors import UserError
 from ple_jax.core.types import Array, Batch, Loss, Outputs, Rollout, Slot
 
 __all__ = ["batch", "collect", "label", "make_loss", "needs_reference", "schedule"]

@@ -12,8 +12,8 @@ import numpy as np
 from ple_jax import losses
 from ple_jax.algorithms._parts import no_threshold as schedule
 from ple_jax.algorithms._parts import pack_all, plain_samples, scores
-from ple_jax.core.advantages import group_advantages
 from ple_jax.core.types import Array, Batch, Loss, Outputs, Rollout, Slot
+from ple_jax.formulas.advantages import group_advantages
 
 __all__ = ["batch", "collect", "label", "make_loss", "needs_old_logprobs", "needs_reference", "schedule"]
 

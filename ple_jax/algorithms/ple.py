@@ -1,8 +1,8 @@
 """Progressively Label Enhancement (arXiv:2408.02599, Alg. 1): what to sample, which pairs to rank, and their loss.
 
 A variant is a file that starts with `from ple_jax.algorithms.ple import *` and overrides one of the functions below.
-`config` is the whole configuration (configs/default.py); the formulas live in `losses`, `core.pairing` and
-`core.threshold`.
+`config` is the whole configuration (configs/default.py); the formulas live in `losses`, `formulas.pairing` and
+`formulas.threshold`.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,9 +14,9 @@ from array_api_compat import array_namespace
 
 from ple_jax import losses
 from ple_jax.algorithms._parts import pack_picks, plain_samples
-from ple_jax.core import pairing, threshold
-from ple_jax.core.config import UserError
+from ple_jax.core.errors import UserError
 from ple_jax.core.types import Array, Batch, Loss, Outputs, Rollout, Slot
+from ple_jax.formulas import pairing, threshold
 
 __all__ = ["batch", "collect", "label", "make_loss", "needs_reference", "schedule"]
 

@@ -15,8 +15,8 @@ from array_api_compat import array_namespace
 from ple_jax import losses
 from ple_jax.algorithms._parts import measured, pack_all, plain_samples, scores
 from ple_jax.algorithms._parts import no_threshold as schedule
-from ple_jax.core.advantages import adaptive_kl, gae, kl_penalised, missing_eos_penalty, whiten
 from ple_jax.core.types import Array, Batch, Loss, Outputs, Rollout, Slot
+from ple_jax.formulas.advantages import adaptive_kl, gae, kl_penalised, missing_eos_penalty, whiten
 
 __all__ = [
     "HEAD", "batch", "collect", "label", "make_loss", "needs_old_logprobs", "needs_reference", "prepare", "schedule",

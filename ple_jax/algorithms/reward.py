@@ -1,6 +1,6 @@
 """A reward model from preference pairs: a scalar head on the model, trained with Bradley-Terry's loss.
 
-It samples nothing: its loop is `core.offline`, epochs over the pairs of config.task.train with evaluations on those of
+It samples nothing: its loop is `training.offline`, epochs over the pairs of config.task.train with evaluations on those of
 config.task.heldout. The score is read at a response's last token, as transformers' ...ForSequenceClassification does, and
 both responses of a pair share one row with what they have in common.
 """
@@ -10,17 +10,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from array_api_compat import array_namespace
-from jaxtyping import Float
 
-from ple_jax import losses
-from ple_jax.core import prompts, statistics
-from ple_jax.core.batches import pack
-from ple_jax.core.rollouts import bucket
+from ple_jax import losses, prompts
+from ple_jax.core.batches import bucket, pack
 from ple_jax.core.types import Array, Backend, Batch, Loss, Outputs, Query, Response, Rollout, Tokenizer
+from ple_jax.formulas.calibration import measures
 
 NEEDS, HEAD = "pair", "score"  # of config.task's records; the head that is trained
 _PROMPT, _RESPONSE = 64, 64  # smallest buckets, in tokens
-_BINS = 10
 
 
 # ---------------------------------------------------------------- pairs
@@ -117,51 +114,6 @@ def make_loss(config: Any) -> Loss:
     return loss
 
 
-class Bin(NamedTuple):
-    """Pairs whose probability of the likelier response lies in one tenth of 0.5 to 1."""
-
-    pairs: int
-    confidence: float  # mean of that probability
-    accuracy: float  # share of them in which it was the preferred one
-
-
-def calibration(margins: Float[np.ndarray, " pairs"]) -> list[Bin]:
-    """Reliability of sigmoid(|margin|) as a probability of being right, by bins of equal width; empty ones left out."""
-    confidence = 1 / (1 + np.exp(-np.abs(margins)))
-    place = np.minimum(((confidence - 0.5) * 2 * _BINS).astype(int), _BINS - 1)
-    right = _right(margins)
-    return [
-        Bin(int(inside.sum()), float(confidence[inside].mean()), float(right[inside].mean()))
-        for inside in (place == i for i in range(_BINS))
-        if inside.any()
-    ]
-
-
-def measures(margins: Float[np.ndarray, " pairs"], *, seed: int) -> dict[str, Any]:
-    """How well scores order pairs, and how far the probabilities that they stand for can be trusted.
-
-    Args:
-        margins: score of the preferred response minus that of the other.
-
-    Returns:
-        accuracy (ties count half) with its 95% bootstrap interval, log_loss and brier of sigmoid(margin), the expected
-        calibration error (arXiv:1706.04599, eq. 3), and its bins.
-    """
-    margins = np.asarray(margins, np.float64)
-    right = _right(margins)
-    bins = calibration(margins)
-    wrong = np.exp(-np.logaddexp(0.0, margins))  # 1 - sigmoid(margin)
-    return {
-        "accuracy": float(right.mean()),
-        "accuracy_ci95": list(statistics.bootstrap_ci(right, seed=seed)),
-        "log_loss": float(np.logaddexp(0.0, -margins).mean()),
-        "brier": float((wrong**2).mean()),
-        "calibration_error": sum(b.pairs * abs(b.confidence - b.accuracy) for b in bins) / len(margins),
-        "margin": float(margins.mean()),
-        "calibration": [b._asdict() for b in bins],
-    }
-
-
 def judge(backend: Backend, pairs: Sequence[Pair], config: Any) -> dict[str, Any]:
     """`measures` of held-out pairs."""
     margins = np.empty(len(pairs))
@@ -169,7 +121,3 @@ def judge(backend: Backend, pairs: Sequence[Pair], config: Any) -> dict[str, Any
         scores = backend.scores(batch([pairs[i] for i in some])).astype(np.float64)
         margins[some] = scores[:, 0] - scores[:, 1]
     return measures(margins, seed=config.seed)
-
-
-def _right(margins: np.ndarray) -> np.ndarray:
-    return 0.5 + 0.5 * np.sign(margins)

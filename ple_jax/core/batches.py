@@ -1,12 +1,11 @@
 """From rollouts to the padded arrays of a Batch."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int32
 
-from ple_jax.core.config import UserError
-from ple_jax.core.rollouts import bucket
+from ple_jax.core.errors import UserError
 from ple_jax.core.types import Batch, Rollout
 
 
@@ -71,3 +70,35 @@ def pack(rollouts: Sequence[Rollout], picks: Sequence[Sequence[int]], *, prompt_
     own = [[rollout.responses[i].kind == "plain" for i in chosen] for rollout, chosen in zip(rollouts, picks, strict=True)]
     data = {"valid": np.ones(queries, np.float32), "own": np.array(own, np.float32)}
     return Batch(prompt, prompt_mask, response, response_mask, data)
+
+
+def bucket(length: int, smallest: int) -> int:
+    """The smallest of smallest, 2 * smallest, 4 * smallest ... that holds `length` tokens."""
+    size = smallest
+    while size < length:
+        size *= 2
+    return size
+
+
+def plan_chunks(groups: Sequence[Hashable], width: int) -> list[list[int]]:
+    """Cuts rows into chunks of at most `width` rows of one group, in order of first appearance.
+
+    Args:
+        groups: the group of every row, e.g. its prompt bucket.
+        width: rows decoded at once.
+    """
+    members: dict[Hashable, list[int]] = {}
+    for row, group in enumerate(groups):
+        members.setdefault(group, []).append(row)
+    return [rows[i : i + width] for rows in members.values() for i in range(0, len(rows), width)]
+
+
+def micro_batches(batch: Batch, size: int) -> list[Batch]:
+    """The rows of a batch in parts of `size`; the backend accumulates gradients over them."""
+
+    def part(i: int) -> Batch:
+        rows = slice(i, i + size)
+        data = {name: value[rows] for name, value in batch.data.items()}
+        return Batch(batch.prompt[rows], batch.prompt_mask[rows], batch.response[rows], batch.response_mask[rows], data)
+
+    return [part(i) for i in range(0, len(batch.prompt), size)]

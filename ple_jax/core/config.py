@@ -1,21 +1,20 @@
 """Validation of a config before anything expensive: what every key may hold, in one table."""
 
-import difflib
 import importlib.util
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
+
+from ple_jax.core.errors import UserError, suggestion
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
 PACKAGE = Path(__file__).parent.parent
-BACKENDS = {"jax": "ple_jax.train", "torch": "torch_ascend.train"}  # --backend and the module behind it
-TOPOLOGIES = {"jax": "ple_jax.topology", "torch": "torch_ascend.topology"}  # and the one behind --topology
 # dictionaries of the user's own, overridden whole
 FREE = ("algorithm_kwargs", "reward.kwargs", "task.columns", "generate.second_kwargs", "compare.judge_kwargs")
 
@@ -29,20 +28,6 @@ EXECUTION = (
 OWN = {"model.layers": "jax", "model.attention": "jax", "model.device": "torch", "model.ops": "torch"}
 
 Rule = Callable[[Any], str]  # value -> what it must be instead, or "" when it is fine
-
-
-class UserError(ValueError):
-    """Something the user can mend; the entry prints it as one line and exits with code 2."""
-
-
-def suggestion(word: str, words: Iterable[str]) -> str:
-    """The nearest of `words` as the end of a sentence, or nothing. `tau0` also finds `ple.tau_0`."""
-    words = list(words)
-    by_last_part = {w.rsplit(".", 1)[-1]: w for w in words}
-    close = difflib.get_close_matches(word, words, n=1) or [
-        by_last_part[part] for part in difflib.get_close_matches(word.rsplit(".", 1)[-1], by_last_part, n=1)
-    ]
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -176,7 +161,7 @@ def _columns(value: Any) -> str:
 
 def _principles(value: Any) -> str:
     """Several are joined with +, unless that is a file's name."""
-    rule = _named(names("core/principles", ".txt"), file="text file")
+    rule = _named(names("prompts/principles", ".txt"), file="text file")
     if not isinstance(value, str) or Path(value).is_file():
         return rule(value)
     return next((says for part in value.split("+") if (says := rule(part.strip()))), "")
@@ -256,7 +241,7 @@ def _revision(value: Any) -> str:
     return "" if fine else "unset or a branch, tag or commit of a model on a hub"
 
 
-_reward = _named(names("core/rewards", ".py"), code=True)
+_reward = _named(names("rewards", ".py"), code=True)
 # well-known models of which only the config.json is here: for planning
 PUBLISHED = names("models/published", ".json")
 _positive = _real(lambda v: v > 0, "above 0")

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ple_jax.core.config import UserError, suggestion
+from ple_jax.core.errors import UserError, suggestion
 
 
 def load_module(name: str, key: str) -> ModuleType:

@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from ple_jax.core import peft
-from ple_jax.core.config import UserError, suggestion
-from ple_jax.models import families
+from ple_jax.core.errors import UserError, suggestion
+from ple_jax.models import families, layout, peft
 from ple_jax.models.config import ModelConfig
 
 Adapter = dict[str, dict[str, Any]]  # leaves are numpy arrays on the host, a backend's own on its devices
@@ -74,7 +73,7 @@ def resolve(config: ModelConfig, targets: Sequence[str]) -> list[str]:
     Raises:
         UserError: a target that is no linear module of this model.
     """
-    paths = [path for path, *_ in families.module_shapes(config)]
+    paths = [path for path, *_ in layout.module_shapes(config)]
     if "all-linear" in targets:
         return paths
     matches = {target: {path for path in paths if f".{path}".endswith(f".{target}")} for target in targets}
@@ -105,7 +104,7 @@ def init(config: ModelConfig, lora: Lora, *, seed: int) -> Adapter:
                 f" such as {targets[0]}"
             )
     adapter: Adapter = {}
-    for path, _, inp, out in families.module_shapes(config):
+    for path, _, inp, out in layout.module_shapes(config):
         if path in targets:
             noise = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, zlib.crc32(path.encode())])))
             bound, rank = inp**-0.5, lora.rank_of(path)
@@ -148,7 +147,7 @@ def read(folder: Path, config: ModelConfig, lora: Lora) -> Adapter:
     if damaged := [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]:
         raise UserError(f"the adapter in {folder} holds values that are not finite, in tensor {damaged[0]}")
     adapter = from_peft(tensors)
-    shapes = {path: (inp, out) for path, _, inp, out in families.module_shapes(config)}
+    shapes = {path: (inp, out) for path, _, inp, out in layout.module_shapes(config)}
     for path, module in adapter.items():
         if path not in shapes:
             raise UserError(f"the adapter in {folder} adapts {path}, which this {config.family} model does not have")
@@ -175,7 +174,7 @@ def read(folder: Path, config: ModelConfig, lora: Lora) -> Adapter:
 
 def _targets(config: ModelConfig, paths: Mapping[str, Any]) -> tuple[str, ...]:
     """The shortest targets that are these modules and no others."""
-    names = {path: module.name for path, module, *_ in families.module_shapes(config) if path in paths}
+    names = {path: module.name for path, module, *_ in layout.module_shapes(config) if path in paths}
     short = tuple(dict.fromkeys(name.rsplit(".", 1)[1] for name in names.values()))
     for targets in (("all-linear",), short, tuple(dict.fromkeys(names.values()))):
         if resolve(config, targets) == list(names):
@@ -276,3 +275,38 @@ def from_peft(tensors: Mapping[str, np.ndarray]) -> Adapter:
         path: {kind: np.ascontiguousarray(array.T) for kind, array in zip("abm", module, strict=True) if array is not None}
         for path, module in peft.modules(tensors).items()
     }
+
+
+def write_peft(
+    folder: Path,
+    tensors: Mapping[str, np.ndarray],
+    *,
+    lora: Any,
+    base_model: str,
+    transposed: bool,
+    head: str | None = None,
+) -> None:
+    """An adapter in PEFT's layout, with the settings of `config.lora`."""
+    peft.write(
+        folder,
+        tensors,
+        rank=lora.rank,
+        alpha=lora.alpha,
+        targets=_target_names(lora.targets, tensors),
+        base_model=base_model,
+        rank_pattern=dict(lora.rank_pattern),
+        alpha_pattern=dict(lora.alpha_pattern),
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        fan_in_fan_out=transposed,
+        dropout=lora.dropout,
+        head=head,
+    )
+
+
+def _target_names(targets: Sequence[str], adapter: Mapping[str, Any]) -> list[str]:
+    """Module names for PEFT: as given, those that all-linear adapted, or whole paths where a name would say too much."""
+    paths = sorted(peft.modules(adapter))
+    if any(".language_model." in path for path in paths):
+        return paths  # a vision tower has modules of the same names
+    return sorted({path.rsplit(".", 1)[1] for path in paths}) if "all-linear" in targets else list(targets)

@@ -4,18 +4,13 @@ A family is one row of `FAMILIES`; the decoder itself knows none of them. Names 
 also PEFT's, so adapters need no translation.
 """
 
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import numpy as np
-from array_api_compat import array_namespace
-
-from ple_jax.core.config import UserError
+from ple_jax.core.errors import UserError
 from ple_jax.models.config import LayerKind, ModelConfig
-
-Raw = Mapping[str, Any]  # a config.json
+from ple_jax.models.rope import Raw, frequencies, read_rope
 
 
 class Module(NamedTuple):
@@ -73,83 +68,6 @@ _FULL, _SLIDING = "full_attention", "sliding_attention"
 # ---------------------------------------------------------------- rotary frequencies
 
 
-def frequencies(rope: Raw, dim: int) -> tuple[tuple[float, ...], float]:
-    """Inverse frequencies of `dim` rotated dimensions, and the factor on cos and sin.
-
-    Args:
-        rope: `rope_type` and its numbers as config.json has them, with `rope_theta` and, where a scaling needs it,
-            `original_max_position_embeddings` and `max_position_embeddings`.
-
-    Raises:
-        UserError: a kind of scaling that is not supported.
-    """
-    inverse = (rope["rope_theta"] ** -(np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim))).astype(np.float32)
-    scale = 1.0
-    match rope.get("rope_type", rope.get("type", "default")):
-        case "default":
-            pass
-        case "linear":
-            inverse = inverse / rope["factor"]
-        case "llama3":
-            inverse = _llama3(rope, inverse)
-        case "yarn":
-            inverse, scale = _yarn(rope, inverse, dim)
-        case "longrope" | "su":
-            # the short factors: they hold up to the original context, which is as far as `max_positions` then allows
-            inverse = inverse / np.asarray(rope["short_factor"], np.float32)
-            original = rope["original_max_position_embeddings"]
-            factor = rope.get("factor") or rope["max_position_embeddings"] / original
-            scale = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-            scale = rope.get("attention_factor") or scale
-        case other:
-            raise UserError(f"RoPE scaling {other!r} is not supported (default, linear, llama3, yarn, longrope)")
-    return tuple(float(f) for f in inverse), scale
-
-
-def _llama3(rope: Raw, inverse: np.ndarray) -> np.ndarray:
-    """Long wavelengths are slowed by `factor`, short ones kept, those between interpolated. Llama 3.1, arXiv:2407.21783."""
-    original, low, high = (rope[k] for k in ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor"))
-    turns = original * inverse / (2 * math.pi)  # in the original context
-    smooth = np.clip((turns - low) / (high - low), 0, 1)
-    return ((1 - smooth) * inverse / rope["factor"] + smooth * inverse).astype(np.float32)
-
-
-def _yarn(rope: Raw, inverse: np.ndarray, dim: int) -> tuple[np.ndarray, float]:
-    """YaRN, arXiv:2309.00071: dimensions that turn often are kept, those that turn rarely are interpolated."""
-    theta, original = rope["rope_theta"], rope["original_max_position_embeddings"]
-    factor = rope.get("factor") or rope["max_position_embeddings"] / original
-
-    def dimension(turns: float) -> float:
-        return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
-
-    low, high = dimension(rope.get("beta_fast") or 32), dimension(rope.get("beta_slow") or 1)
-    if rope.get("truncate", True):
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, dim - 1)
-    ramp = np.clip((np.arange(dim // 2) - low) / max(high - low, 0.001), 0, 1)
-    interpolated = inverse / factor * ramp + inverse * (1 - ramp)
-
-    def magnitude(m: float) -> float:
-        return 0.1 * m * math.log(factor) + 1 if factor > 1 else 1.0
-
-    scale = rope.get("attention_factor")
-    if scale is None:
-        m, m_all = rope.get("mscale"), rope.get("mscale_all_dim")
-        scale = magnitude(m) / magnitude(m_all) if m and m_all else magnitude(1)
-    return interpolated.astype(np.float32), float(scale)
-
-
-def _rope(raw: Raw, layer_type: str = "") -> Raw:
-    """The rotary settings: transformers 5 keeps them in rope_parameters, earlier versions beside a rope_scaling."""
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-    rope = dict(rope.get(layer_type, rope))
-    for key in ("rope_theta", "partial_rotary_factor", "max_position_embeddings"):
-        rope.setdefault(key, raw.get(key))
-    rope.setdefault(
-        "original_max_position_embeddings",
-        raw.get("original_max_position_embeddings") or raw["max_position_embeddings"],
-    )
-    return rope
 
 
 def _kind(raw: Raw, rope: Raw, window: int | None = None) -> LayerKind:
@@ -179,7 +97,7 @@ def _windowed(raw: Raw, default: Callable[[int], bool]) -> dict[str, Any]:
     window = raw.get("sliding_window")
     count = raw["num_hidden_layers"]
     types = raw.get("layer_types") or [_SLIDING if window and default(i) else _FULL for i in range(count)]
-    rope = _rope(raw)
+    rope = read_rope(raw)
     return _layers(raw, list(types), {_FULL: _kind(raw, rope), _SLIDING: _kind(raw, rope, window)})
 
 
@@ -244,10 +162,10 @@ def _gemma3(raw: Raw) -> dict[str, Any]:
     count = raw["num_hidden_layers"]
     types = raw.get("layer_types") or [_FULL if (i + 1) % period == 0 else _SLIDING for i in range(count)]
     if _SLIDING in (raw.get("rope_parameters") or {}):
-        local = _rope(raw, _SLIDING)
+        local = read_rope(raw, _SLIDING)
     else:  # before transformers 5: scaling and rope_theta are the global layers'
         local = {"rope_theta": raw.get("rope_local_base_freq", 10000.0)}
-    kinds = {_FULL: _kind(raw, _rope(raw, _FULL)), _SLIDING: _kind(raw, local, raw["sliding_window"])}
+    kinds = {_FULL: _kind(raw, read_rope(raw, _FULL)), _SLIDING: _kind(raw, local, raw["sliding_window"])}
     return {**_layers(raw, list(types), kinds), **_gemma(raw), "qk_norm": "head"}
 
 
@@ -279,7 +197,7 @@ def _smollm3(raw: Raw) -> dict[str, Any]:
     rotated = raw.get("no_rope_layers") or [int((i + 1) % interval != 0) for i in range(count)]
     window = raw.get("sliding_window") if raw.get("use_sliding_window") else None
     types = raw.get("layer_types") or [_FULL if r or not window else _SLIDING for r in rotated]
-    full = _kind(raw, _rope(raw))
+    full = _kind(raw, read_rope(raw))
     kinds: dict[str, LayerKind] = {}
     for rope in (True, False):
         turned = full if rope else full._replace(frequencies=(0.0,) * len(full.frequencies), rope_scale=1.0)
@@ -311,7 +229,7 @@ def _gpt2(raw: Raw) -> dict[str, Any]:
 
 
 def _gpt_neox(raw: dict) -> dict[str, Any]:
-    rope = _rope(raw | {"partial_rotary_factor": raw["rotary_pct"], "rope_theta": raw["rotary_emb_base"]})
+    rope = read_rope(raw | {"partial_rotary_factor": raw["rotary_pct"], "rope_theta": raw["rotary_emb_base"]})
     return {
         "kinds": (_kind(raw, rope),),
         "pattern": (0,) * raw["num_hidden_layers"],
@@ -553,121 +471,3 @@ def read(raw: Raw, where: str) -> ModelConfig:
 # ---------------------------------------------------------------- names, shapes and layout of the weights
 
 
-def module_shapes(c: ModelConfig) -> Iterator[tuple[str, Module, int, int]]:
-    """Every linear module inside the layers: its path, its row of the table, input size, output size."""
-    family = FAMILIES[c.family]
-    heads, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    inputs = {"qkv": c.hidden_size, "o": heads, "gate_up": c.hidden_size, "down": c.intermediate_size}
-    outputs = {"q": heads, "k": kv, "v": kv, "o": c.hidden_size, "down": c.hidden_size}
-    outputs |= dict.fromkeys(("gate", "up"), c.intermediate_size)
-    for layer in range(c.num_layers):
-        for module in family.modules:
-            out = sum(outputs[part] for part in module.parts)
-            yield f"{family.layers}.{layer}.{module.name}", module, inputs[module.kernel], out
-
-
-def has_bias(c: ModelConfig, kernel: str) -> bool:
-    return {"qkv": c.qkv_bias, "o": c.o_bias, "gate_up": c.mlp_bias, "down": c.mlp_bias}[kernel]
-
-
-def expected_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every weight under Hugging Face's name, in its layout: linear layers [out, in] (GPT-2: [in, out])."""
-    family, hidden = FAMILIES[c.family], c.hidden_size
-    affine = ("weight", "bias") if c.norm == "layer" else ("weight",)
-    shapes: dict[str, tuple[int, ...]] = {f"{family.embed}.weight": (c.vocab_size, hidden)}
-    if c.learned_positions:
-        shapes[f"{family.positions}.weight"] = (c.max_positions, hidden)
-    for layer in range(c.num_layers):
-        shapes |= {f"{family.layers}.{layer}.{n}.{kind}": (hidden,) for n in family.norms.values() for kind in affine}
-        for ours, theirs in family.qk_norms.items():
-            heads = {"q_norm": c.num_heads, "k_norm": c.num_kv_heads}[ours] if c.qk_norm == "all" else 1
-            shapes[f"{family.layers}.{layer}.{theirs}.weight"] = (heads * c.head_dim,)
-    for path, module, inp, out in module_shapes(c):
-        shapes[f"{path}.weight"] = (inp, out) if family.transposed else (out, inp)
-        if has_bias(c, module.kernel):
-            shapes[f"{path}.bias"] = (out,)
-    for layer in range(c.num_layers):
-        shapes |= {f"{family.layers}.{layer}.{name}.weight": shape for name, shape in _expert_shapes(c)}
-    shapes |= {f"{family.norm}.{kind}": (hidden,) for kind in affine}
-    if not c.tie_embeddings:
-        shapes[f"{family.head}.weight"] = (c.vocab_size, hidden)
-    return shapes
-
-
-def _expert_shapes(c: ModelConfig) -> Iterator[tuple[str, tuple[int, int]]]:
-    """The router and the experts of one layer: names below it, shapes [out, in]."""
-    inner, outer = (c.intermediate_size, c.hidden_size), (c.hidden_size, c.intermediate_size)
-    for kind, name in FAMILIES[c.family].experts.items():
-        if kind == "router":
-            yield name, (c.experts, c.hidden_size)
-        else:
-            yield from ((name.format(i), outer if kind == "down" else inner) for i in range(c.experts))
-
-
-def active_weights(c: ModelConfig) -> int:
-    """Weights in the layers' matmuls that one token goes through: of a mixture only its own experts'."""
-    experts = c.hidden_size * (c.experts + c.experts_per_token * 3 * c.intermediate_size)
-    return sum(inp * out for *_, inp, out in module_shapes(c)) + c.num_layers * experts
-
-
-def stack_experts(c: ModelConfig, kind: str, get: Callable[[str], np.ndarray]) -> np.ndarray:
-    """One leaf of `ple_jax.models.experts.Experts`: the router [in, experts], or a kernel of all experts [experts, in, out].
-
-    Args:
-        kind: router, gate, up or down.
-        get: a module's name below the layer -> its weight [out, in].
-    """
-    name = FAMILIES[c.family].experts[kind]
-    if kind == "router":
-        return get(name).T
-    return np.stack([get(name.format(i)).T for i in range(c.experts)])
-
-
-def fuse(c: ModelConfig, kernel: str, modules: Mapping[str, Any]) -> Any:
-    """Puts what modules hold into the layout of the decoder's kernel, zeros where a module is not there.
-
-    Args:
-        kernel: qkv, o, gate_up or down.
-        modules: module name -> array [..., out of that module], numpy or JAX: a weight [in, out], a bias [out], LoRA's
-            b [rank, out]; at least one.
-
-    Returns:
-        [..., out of the kernel]: qkv [..., kv_heads * (group + 2) * head_dim] (for every KV head its query heads, then
-        k, then v, so that a shard holds whole heads), gate_up [..., 2 or 1, intermediate], o and down as they are.
-    """
-    family = FAMILIES[c.family]
-    parts: dict[str, Any] = {}
-    for module in family.modules:
-        if module.kernel == kernel and module.name in modules:
-            parts |= _parts(c, family, module, modules[module.name])
-    if kernel in parts:
-        return parts[kernel]
-    wanted = {"q": c.group, "k": 1, "v": 1} if kernel == "qkv" else {"gate": 1, "up": 1} if c.gated else {"up": 1}
-    like = next(iter(parts.values()))
-    xp = array_namespace(like)
-
-    def zeros(n: int) -> Any:
-        return xp.zeros((*like.shape[:-2], n, like.shape[-1]), dtype=like.dtype)
-
-    joined = xp.concat([parts[p] if p in parts else zeros(n) for p, n in wanted.items()], axis=-2)
-    return xp.reshape(joined, (*joined.shape[:-3], -1)) if kernel == "qkv" else joined
-
-
-def _parts(c: ModelConfig, family: Family, module: Module, x: Any) -> dict[str, Any]:
-    """A module's output dimension by part: q, k, v as [..., kv_head, n, head_dim], gate and up as [..., 1, intermediate]."""
-    xp, before = array_namespace(x), x.shape[:-1]
-    if module.kernel in ("o", "down"):
-        return {module.kernel: x}
-    if module.kernel == "gate_up":
-        x = xp.reshape(x, (*before, len(module.parts), c.intermediate_size))
-        return {part: x[..., i : i + 1, :] for i, part in enumerate(module.parts)}
-    if family.interleaved:
-        x = xp.reshape(x, (*before, c.num_kv_heads, 3, c.head_dim))
-        return {part: x[..., i : i + 1, :] for i, part in enumerate(module.parts)}
-    heads = {"q": c.num_heads, "k": c.num_kv_heads, "v": c.num_kv_heads}
-    parts, start = {}, 0
-    for part in module.parts:
-        end = start + heads[part] * c.head_dim
-        parts[part] = xp.reshape(x[..., start:end], (*before, c.num_kv_heads, -1, c.head_dim))
-        start = end
-    return parts

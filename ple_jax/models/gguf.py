@@ -15,10 +15,11 @@ from gguf import MODEL_ARCH, GGUFReader, ReaderTensor, get_tensor_name_map
 from gguf.quants import dequantize
 from transformers import PreTrainedTokenizerFast
 
-from ple_jax.core.config import UserError
-from ple_jax.models import families, tokenizer
+from ple_jax.core.errors import UserError
+from ple_jax.models import families, rope, tokenizer
 from ple_jax.models.config import ModelConfig
-from ple_jax.models.families import FAMILIES, expected_shapes
+from ple_jax.models.families import FAMILIES
+from ple_jax.models.layout import expected_shapes
 
 
 class _Reader(GGUFReader):
@@ -99,7 +100,7 @@ def _llama(reader: _Reader) -> dict[str, Any]:
         "original_max_position_embeddings": 8192,
     }
     theta = {"rope_theta": reader.number("rope.freq_base", 10000.0)}
-    plain, scaled = (np.array(families.frequencies(theta | s, 2 * len(divisors))[0]) for s in ({}, scaling))
+    plain, scaled = (np.array(rope.frequencies(theta | s, 2 * len(divisors))[0]) for s in ({}, scaling))
     if not np.allclose(plain / scaled, divisors, rtol=1e-4):
         raise UserError(f"{reader.path}: {_FREQUENCIES} is not the RoPE scaling of Llama 3.1, and no other is supported")
     return raw | {"rope_scaling": scaling}

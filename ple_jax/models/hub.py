@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ple_jax.core.config import UserError, is_hub_id
+from ple_jax.core.config import is_hub_id
+from ple_jax.core.errors import UserError
 
 _DESCRIPTION = ("*.json", "*.jinja", "*.model", "vocab.txt", "merges.txt", "LICENSE*", "NOTICE*")
 _WEIGHTS = ("*.safetensors",)

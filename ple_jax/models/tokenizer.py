@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from ple_jax.core.config import UserError
+from ple_jax.core.errors import UserError
 
 
 class _Pre(NamedTuple):

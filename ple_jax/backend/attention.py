@@ -1,0 +1,196 @@
+"""Attention behind one switch: einsums anywhere, cuDNN's fused kernel on NVIDIA GPUs, the splash kernel on TPUs.
+
+All take the same arguments and a boolean mask per row, so left padding, sliding windows and packed rows
+[prompt | response 1 | ... | response K] need nothing special. The fused kernels never hold [time, source] scores.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Bool, Float
+
+from ple_jax.backend.sharding import BATCH, row_multiple
+from ple_jax.core.errors import UserError
+
+IMPLEMENTATIONS = ("xla", "cudnn", "splash")
+_FASTEST = {"gpu": "cudnn", "cuda": "cudnn", "tpu": "splash"}  # by platform; elsewhere xla
+_LANES = 128  # the kernels work on tiles of this many positions
+
+
+def choose(setting: str, *, platform: str, dtype: Any, softcap: float | None, head_dim: int) -> str:
+    """The implementation for `attend`: "auto" becomes the fused kernel of the platform where the model allows it.
+
+    Args:
+        setting: "auto" or one of `IMPLEMENTATIONS`.
+        platform: of the devices that will run it: "cpu", "gpu" or "cuda", "rocm", "tpu".
+        dtype: of queries, keys and values.
+        softcap: the model's soft cap of attention scores, if it has one.
+        head_dim: size of one head.
+
+    Raises:
+        UserError: not a setting, or one that cannot work there.
+    """
+    if setting == "auto":
+        fastest = _FASTEST.get(platform, "xla")
+        # cuDNN takes heads above 128 on Hopper and later only, which the platform's name does not tell
+        unsure = fastest == "cudnn" and head_dim > 128
+        return "xla" if unsure or _obstacle(fastest, platform, dtype, softcap, head_dim) else fastest
+    if setting not in IMPLEMENTATIONS:
+        raise UserError(f"attention={setting!r} is unknown; choose auto, {', '.join(IMPLEMENTATIONS)}")
+    if obstacle := _obstacle(setting, platform, dtype, softcap, head_dim):
+        raise UserError(f"attention={setting!r} {obstacle}; set it to auto or xla")
+    return setting
+
+
+def _obstacle(implementation: str, platform: str, dtype: Any, softcap: float | None, head_dim: int) -> str:
+    """Why it cannot work there, or nothing."""
+    if implementation == "xla":
+        return ""
+    if _FASTEST.get(platform) != implementation:
+        return f"needs {'an NVIDIA GPU' if implementation == 'cudnn' else 'a TPU'}, but the devices are {platform!r}"
+    if implementation == "splash":
+        return ""
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
+        return f"takes bfloat16 or float16, not {jnp.dtype(dtype).name}"
+    if softcap is not None:
+        return f"cannot cap scores, which this model does (at {softcap:g})"
+    if head_dim % 8 or head_dim > 256:
+        return f"takes a head size that is a multiple of 8 up to 256, not {head_dim}"
+    return ""
+
+
+def attend(
+    q: Float[Array, "row kv group time dim"],
+    k: Float[Array, "row kv source dim"],
+    v: Float[Array, "row kv source dim"],
+    *,
+    mask: Bool[Array, "row time source"],
+    scale: float,
+    softcap: float | None = None,
+    implementation: str,
+    mesh: Mesh | None = None,
+) -> Float[Array, "row kv group time dim"]:
+    """softmax(cap tanh(scale q k / cap)) v over the visible source positions; scores and softmax in fp32.
+
+    A query that sees nothing (it only fills the shape) gets something finite, and no particular value. One query per
+    row (decoding) always takes the einsums: there is no [time, source] to save.
+
+    Args:
+        q: queries, grouped by the KV head they share.
+        mask: which source positions a query sees.
+        softcap: cap of the scores before the mask; Gemma 2, arXiv:2408.00118.
+        implementation: what `choose` returned, or "splash_interpret": the TPU kernel emulated, for tests on CPU.
+        mesh: where a fused kernel runs inside jit over several devices; the compiler cannot partition it by itself.
+
+    Raises:
+        ValueError: an unknown implementation, or a soft cap for cuDNN.
+    """
+    if implementation == "xla" or q.shape[3] == 1:
+        return _einsum(q, k, v, mask, scale=scale, softcap=softcap)
+    match implementation:
+        case "cudnn" if softcap is None:
+            kernel = partial(_cudnn, scale=scale)
+        case "splash" | "splash_interpret":
+            kernel = partial(_splash, scale=scale, softcap=softcap, interpret=implementation == "splash_interpret")
+        case _:
+            raise ValueError(f"no attention {implementation!r} with softcap={softcap}; resolve the setting with choose()")
+    return _on_shards(partial(_in_tiles, kernel), mesh)(q, k, v, mask)
+
+
+def _einsum(q: Array, k: Array, v: Array, mask: Array, *, scale: float, softcap: float | None) -> Array:
+    rows, kv, group, time, dim = q.shape
+    # [row, kv, group * time, dim]: one matmul per KV head; any other order was up to 5x slower on CPU
+    scores = jnp.einsum("bkqd,bksd->bkqs", q.reshape(rows, kv, -1, dim), k, preferred_element_type=jnp.float32) * scale
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    scores = scores.reshape(rows, kv, group, time, -1)
+    # a large negative number, not -inf: queries that see nothing must not give NaN
+    scores = jnp.where(mask[:, None, None], scores, jnp.float32(-1e30))
+    weights = jax.nn.softmax(scores, -1).astype(q.dtype).reshape(rows, kv, group * time, -1)
+    return jnp.einsum("bkqs,bksd->bkqd", weights, v).reshape(q.shape)
+
+
+def _on_shards(kernel: Callable, mesh: Mesh | None) -> Callable:
+    """The kernel on every device's own rows and KV heads; what does not divide is computed everywhere."""
+    if mesh is None or mesh.size == 1:
+        return kernel
+
+    def run(q: Array, k: Array, v: Array, mask: Array) -> Array:
+        rows = BATCH if q.shape[0] % row_multiple(mesh) == 0 else None
+        heads = "tensor" if q.shape[1] % mesh.shape["tensor"] == 0 else None
+        spec = PartitionSpec(rows, heads)
+        # a kernel's outputs do not say over which axes they vary, which is what check_vma would verify
+        sharded = jax.shard_map(
+            kernel, mesh=mesh, in_specs=(spec, spec, spec, PartitionSpec(rows)), out_specs=spec, check_vma=False
+        )
+        return sharded(q, k, v, mask)
+
+    return run
+
+
+def _in_tiles(kernel: Callable, q: Array, k: Array, v: Array, mask: Array) -> Array:
+    """The kernel on lengths padded to whole tiles, every query seeing something.
+
+    Splash demands both (it divides by the sum of the weights). cuDNN's backward gave NaN for lengths of 64 modulo 128
+    when a query saw nothing: https://github.com/pytorch/pytorch/issues/196678
+    """
+    time, source = mask.shape[1:]
+    more_time, more_source = -time % _LANES, -source % _LANES
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, more_time), (0, 0)))
+    k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, more_source), (0, 0))) for x in (k, v))
+    mask = jnp.pad(mask, ((0, 0), (0, more_time), (0, more_source)))
+    first = jnp.arange(source + more_source)[None, None] == 0
+    return kernel(q, k, v, mask | (~mask.any(-1, keepdims=True) & first))[:, :, :, :time]
+
+
+def _cudnn(q: Array, k: Array, v: Array, mask: Array, *, scale: float) -> Array:
+    rows, kv, group, time, dim = q.shape
+    query = q.transpose(0, 3, 1, 2, 4).reshape(rows, time, kv * group, dim)
+    key, value = (x.transpose(0, 2, 1, 3) for x in (k, v))
+    out = jax.nn.dot_product_attention(query, key, value, mask=mask[:, None], scale=scale, implementation="cudnn")
+    return out.reshape(rows, time, kv, group, dim).transpose(0, 2, 3, 1, 4)
+
+
+def _splash(q: Array, k: Array, v: Array, mask: Array, *, scale: float, softcap: float | None, interpret: bool) -> Array:
+    # Pallas takes long to import, and only TPUs need it
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as mask_info
+
+    rows, kv, group, time, dim = q.shape
+    queries, keys = (next(b for b in (512, 384, 256, 128) if length % b == 0) for length in mask.shape[1:])
+    sizes = splash.BlockSizes(
+        block_q=queries,
+        block_kv=keys,
+        block_q_dkv=queries,
+        block_kv_dkv=keys,
+        block_q_dq=queries,
+        block_kv_dq=keys,
+    )
+    q = (q.astype(jnp.float32) * scale).astype(q.dtype)  # the kernel has no scale of its own
+
+    def one_row(q: Array, k: Array, v: Array, mask: Array) -> Array:
+        # is_dynamic_mask is a Python bool among the arrays, and the kernel branches on it: not under jit
+        forward, backward = (
+            process(mask[None], (queries, keys))[0]._replace(is_dynamic_mask=None)
+            for process in (mask_info.process_dynamic_mask, mask_info.process_dynamic_mask_dkv)
+        )
+        kernel = splash.SplashAttentionKernel(
+            forward,
+            forward,
+            backward,
+            block_sizes=sizes,
+            is_mqa=False,
+            save_residuals=False,
+            mask_value=splash.DEFAULT_MASK_VALUE,
+            attn_logits_soft_cap=softcap,
+            residual_checkpoint_name=None,
+            mask_function=None,
+            interpret=interpret,
+        )
+        return kernel(q.reshape(kv * group, time, dim), k, v)
+
+    return jax.vmap(one_row)(q, k, v, mask).reshape(q.shape)

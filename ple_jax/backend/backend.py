@@ -1,0 +1,258 @@
+"""`JaxBackend`, the only holder of state, and how one is made."""
+
+import math
+import os
+import platform
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Float32
+from ml_collections import ConfigDict
+
+from ple_jax.backend import attention, checkpoint, generate, lora, sharding
+from ple_jax.backend.model import Model, fill
+from ple_jax.backend.train import optimizer, placement, programs
+from ple_jax.core.batches import decoding
+from ple_jax.core.types import Batch, Loss, Outputs, Response, Sampling
+from ple_jax.models import adapters, weights
+from ple_jax.models.config import ModelConfig
+from ple_jax.models.families import FAMILIES
+from ple_jax.models.layout import expected_shapes
+
+
+class JaxBackend:
+    """The `Backend` of JAX: base weights, adapter, optimizer state and reference adapter, all on one mesh."""
+
+    def __init__(
+        self,
+        model: Model,
+        base: Any,
+        adapter: adapters.Adapter,
+        mesh: Mesh,
+        *,
+        settings: adapters.Lora,
+        width: int,
+        bucket: int,
+        clip_norm: float,
+        weight_decay: float,
+        seed: int = 0,
+    ):
+        self.model, self.mesh, self.base, self.width, self.bucket = model, mesh, base, width, bucket
+        transform = optimizer(clip_norm=clip_norm, weight_decay=weight_decay)
+        place, state_place = placement(adapter, transform, mesh)
+        self._adapter = jax.device_put(adapter, place)
+        with jax.numpy_dtype_promotion("standard"):
+            self._state = jax.jit(transform.init, out_shardings=state_place)(self._adapter)
+        self.freeze_reference()  # the start adapter; a fresh one is the base itself
+        self._key = jax.random.key(seed)
+        made = programs(model, adapter, mesh, transform=transform, settings=settings)
+        self._generate, self._outputs, self._scores, self._gradients, self._accumulate, self._apply = made
+        self._fuse = jax.jit(lambda base, adapter: lora.fuse(model, adapter, settings, base=base))
+
+    # -------------------------------------------------------------- Backend
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        uniforms: Float32[np.ndarray, "row max_new"],
+        *,
+        sampling: Sampling,
+        prefix: Sequence[int] = (),
+    ) -> list[Response]:
+        """One response per prompt, decoded `width` rows at a time."""
+        responses: list[Response] = []
+        for count, *chunk in decoding(prompts, uniforms, width=self.width, smallest=self.bucket):
+            tokens, mask, noise = sharding.put_rows(self.mesh, chunk)
+            shared = jax.device_put(np.asarray(prefix, np.int32), sharding.replicated(self.mesh))
+            out, lengths = jax.device_get(
+                self._generate(self.base, self._adapter, tokens, mask, shared, noise, sampling=sampling)
+            )
+            for ids, n in zip(out[:count], lengths[:count], strict=True):
+                chosen = tuple(int(t) for t in ids[:n])
+                responses.append(Response(chosen, finished=chosen[-1] in sampling.eos))
+        return responses
+
+    def stream(
+        self,
+        prompt: Sequence[int],
+        uniforms: Float32[np.ndarray, " max_new"],
+        *,
+        sampling: Sampling,
+        base: bool = False,
+    ) -> Iterator[int]:
+        """The tokens of one response as they are sampled; of the base without the adapter, if `base`."""
+        fused = {} if base else self._fuse(self.base, self._adapter)
+        return generate.stream(self.model, self.base, fused, np.asarray(prompt, np.int32), uniforms, sampling=sampling)
+
+    def logprobs(self, batch: Batch, *, reference: bool = False, base: bool = False) -> Outputs:
+        """Log-probabilities and entropy of a batch's response tokens under the policy, the frozen reference or the base."""
+        adapter = {} if base else self._reference if reference else self._adapter
+        rows = len(batch.prompt)
+        result = self._outputs(self.base, adapter, self._put(batch, _round_up(rows, self._multiple)), entropy=True)
+        return jax.tree.map(lambda x: np.asarray(x)[:rows], jax.device_get(result))
+
+    def scores(self, batch: Batch) -> Float32[np.ndarray, "query k"]:
+        """What the head says of every response."""
+        part = self._put(batch, _round_up(len(batch.prompt), self._multiple))
+        return np.asarray(jax.device_get(self._scores(self.base, self._adapter, part)))[: len(batch.prompt)]
+
+    def update(self, batches: Sequence[Batch], loss: Loss, *, lr: float) -> dict[str, float]:
+        """One optimizer step on the mean loss over all rows of `batches`, gradients accumulated over them."""
+        rows = max(len(b.prompt) for b in batches)
+        real = sum(float(b.data["valid"].sum()) for b in batches)
+        share = jnp.float32(1 / real)
+        grads: Any = None
+        metrics: dict[str, float] = {}
+        # dropout depends on the number of steps taken, which a checkpoint holds: a resumed run draws the same
+        step = jax.random.fold_in(self._key, optax.tree.get(self._state, "count"))
+        for i, batch in enumerate(batches):
+            part = self._put(batch, _round_up(rows, self._multiple))
+            key = jax.random.fold_in(step, i)
+            new, values = self._gradients(self.base, self._adapter, part, share, key, loss=loss)
+            grads = new if grads is None else self._accumulate(grads, new)
+            for name, value in values.items():
+                metrics[name] = metrics.get(name, 0.0) + float(value)
+        self._adapter, self._state, norm = self._apply(self._adapter, self._state, grads, jnp.float32(lr))
+        return {**metrics, "grad_norm": float(norm)}
+
+    def freeze_reference(self) -> None:
+        """The policy as it is now becomes the reference: the same base with a frozen copy of the adapter."""
+        self._reference = jax.tree.map(jnp.copy, self._adapter)
+
+    def adapter(self) -> dict[str, np.ndarray]:
+        return adapters.to_peft(jax.device_get(self._adapter))
+
+    def save(self, path: Path, step: int, meta: dict[str, Any], *, keep: int) -> None:
+        checkpoint.save(path, step, self._trees(), meta, keep=keep)
+
+    def restore(self, path: Path) -> dict[str, Any] | None:
+        """Loads the newest checkpoint under `path`; its meta, or None if there is none."""
+        found = checkpoint.restore(path, self._trees())
+        if found is None:
+            return None
+        trees, meta = found
+        self._adapter, self._state, self._reference = trees["adapter"], trees["optimizer"], trees["reference"]
+        return meta
+
+    def environment(self) -> dict[str, Any]:
+        devices = list(self.mesh.devices.flat)
+        return {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")},
+            "device": devices[0].device_kind,
+            "platform": devices[0].platform,
+            "mesh": ", ".join(f"{axis}={n}" for axis, n in self.mesh.shape.items()),
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        }
+
+    # -------------------------------------------------------------- inside
+
+    @property
+    def _multiple(self) -> int:
+        return sharding.row_multiple(self.mesh)
+
+    def _trees(self) -> dict[str, Any]:
+        return {"adapter": self._adapter, "optimizer": self._state, "reference": self._reference}
+
+    def _put(self, batch: Batch, rows: int) -> Batch:
+        """The batch on the devices, filled up to `rows` with copies of its first row that are not valid.
+
+        Copies and not zeros: a loss that divides by its data would make NaN of zeros, and 0 * NaN is NaN.
+        """
+
+        def fill_up(x: np.ndarray) -> np.ndarray:
+            x = np.asarray(x, np.float32) if x.dtype == np.float64 else x
+            return np.concatenate([x, np.repeat(x[:1], rows - len(x), 0)])
+
+        filled = jax.tree.map(fill_up, batch)
+        filled.data["valid"][len(batch.prompt) :] = 0
+        return sharding.put_rows(self.mesh, filled)
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def use_scan(setting: str, platform: str | None = None) -> bool:
+    """Whether layers are scanned: on GPU and TPU by default, not on CPU, where scanning copies the weights.
+
+    Args:
+        setting: config.model.layers.
+        platform: where the programs will run; jax's default backend if it is not given.
+    """
+    return (platform or jax.default_backend()) != "cpu" if setting == "auto" else setting == "scan"
+
+
+def load(config: ConfigDict) -> weights.Loaded:
+    """Weights, model config and tokenizer of the base model; a mesh that does not fit is refused before."""
+    sharding.make_mesh(**config.mesh)
+    return weights.load(config.model.path, config.model.revision)
+
+
+def count(config: ConfigDict, loaded: weights.Loaded) -> tuple[int, int]:
+    """Parameters of the base and of the adapter."""
+    base = sum(math.prod(shape) for shape in expected_shapes(loaded.config).values())
+    return base, adapters.count(adapters.start(config, loaded.config))
+
+
+def transposed(loaded: weights.Loaded) -> bool:
+    """Whether the base keeps its linear weights as [in, out]."""
+    return FAMILIES[loaded.config.family].transposed
+
+
+def make_model(config: ConfigDict, model_config: ModelConfig, mesh: Mesh, *, platform: str | None = None) -> Model:
+    """The decoder a config asks for, on the devices of a mesh; `platform` is what these stand for, if they are simulated."""
+    present, dtype = mesh.devices.flat[0].platform, jnp.dtype(config.model.dtype)
+    return Model.create(
+        model_config,
+        dtype=dtype,
+        scan=use_scan(config.model.layers, platform or present),
+        remat=config.model.remat,
+        attention=attention.choose(
+            config.model.attention,
+            platform=present,
+            dtype=dtype,
+            softcap=model_config.attention_softcap,
+            head_dim=model_config.head_dim,
+        ),
+        mesh=mesh,
+    )
+
+
+def notes(backend: JaxBackend) -> list[str]:
+    """What a user should know before the run starts."""
+    return sharding.notes(backend.mesh, kv_heads=backend.model.config.num_kv_heads)
+
+
+def build(config: ConfigDict, loaded: weights.Loaded, *, head: str | None = None) -> JaxBackend:
+    """The backend a config asks for, weights on the mesh; a `head` of that name is trained too, or a score head alone."""
+    mesh = sharding.make_mesh(**config.mesh)
+    model = make_model(config, loaded.config, mesh)
+    settings = adapters.settings(config)
+    adapter = adapters.start(config, loaded.config)  # before the weights are read: it may be refused
+    put = sharding.put_weight(mesh, kv_heads=loaded.config.num_kv_heads)
+    base = fill(model, loaded.weights, put, quantize=config.model.quantize)
+    if settings.dora and config.model.adapter is None:
+        adapter = lora.magnitudes(model, base, adapter, settings)
+    if head:
+        adapter = adapters.with_head(config, adapter, loaded.config, head)
+    return JaxBackend(
+        model,
+        base,
+        adapter,
+        mesh,
+        settings=settings,
+        width=config.sampling.width,
+        bucket=config.sampling.bucket,
+        clip_norm=config.optimizer.clip_norm,
+        weight_decay=config.optimizer.weight_decay,
+        seed=config.seed,
+    )

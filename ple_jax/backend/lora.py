@@ -1,0 +1,119 @@
+"""LoRA inside jit: the fusion of an adapter (`ple_jax.models.adapters`) for the decoder, DoRA's norms. arXiv:2106.09685.
+
+Stacking layers and fusing q, k, v (gate, up) happens here; what is trained, saved and exported knows of neither.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ple_jax.backend.model import LowRank, Model
+from ple_jax.backend.quantize import QArray, dequantize
+from ple_jax.models import families, layout
+from ple_jax.models.adapters import Adapter, Lora
+from ple_jax.models.config import ModelConfig
+
+_KERNELS = ("qkv", "o", "gate_up", "down")
+
+
+def magnitudes(model: Model, base: Any, adapter: Adapter, lora: Lora) -> Adapter:
+    """A DoRA adapter with the norms of W + scale A B as its magnitudes, on the host: what it does is LoRA's, for now.
+
+    Args:
+        base: the weights as the model holds them, rounded and quantised as they are.
+    """
+
+    @jax.jit
+    def norms(base: Any, adapter: Adapter) -> dict[str, Array]:
+        found = {}
+        for layer, kernel, paths in _adapted(model.config, adapter):
+            low = _low_rank(model.config, kernel, paths, adapter, lora)
+            # fusing only moves numbers about, so its transpose moves them back
+            modules = {name: adapter[path]["m"] for name, path in paths.items()}
+            back = jax.linear_transpose(lambda m, kernel=kernel: layout.fuse(model.config, kernel, m), modules)
+            (split,) = back(_norm(_weight(model, base, layer, kernel), low))
+            found |= {paths[name]: norm for name, norm in split.items()}
+        return found
+
+    found = jax.device_get(norms(base, adapter))
+    return {path: {**module, "m": found[path]} for path, module in adapter.items()}
+
+
+def fuse(model: Model, adapter: Adapter, lora: Lora, *, base: Any = None, dropout: Array | None = None) -> Any:
+    """The adapter in the decoder's own layout: `{"layers": [...]}`, a list of {kernel: LowRank}, or one stacked dict.
+
+    An empty adapter gives `{}`.
+
+    Args:
+        base: the model's weights, which DoRA needs for the norms of its directions.
+        dropout: a key; the adapter's inputs are dropped with it, and not without.
+    """
+    if not adapter:
+        return {}
+    layers: list[dict[str, LowRank]] = [{} for _ in range(model.config.num_layers)]
+    for layer, kernel, paths in _adapted(model.config, adapter):
+        low = _low_rank(model.config, kernel, paths, adapter, lora)
+        if lora.dora:
+            m = layout.fuse(model.config, kernel, {name: adapter[path]["m"] for name, path in paths.items()})
+            norm = _norm(_weight(model, base, layer, kernel), low)
+            # zero where a module is not adapted, or where its weights are zero: W x + A B x as they are
+            low = low._replace(gain=jnp.where(m == 0, 1.0, m) / jnp.where(m == 0, 1.0, norm))
+        if dropout is not None and lora.dropout:
+            key = jax.random.fold_in(dropout, layer * len(_KERNELS) + _KERNELS.index(kernel))
+            low = low._replace(dropout=(key, jnp.float32(lora.dropout)))
+        layers[layer][kernel] = low
+    if not model.scan:
+        return {"layers": layers}
+    kernels = [kernel for kernel in _KERNELS if any(kernel in layer for layer in layers)]
+    return {"layers": {kernel: _stack_layers([layer.get(kernel) for layer in layers]) for kernel in kernels}}
+
+
+def _adapted(c: ModelConfig, adapter: Adapter) -> Iterator[tuple[int, str, dict[str, str]]]:
+    """Layer, kernel and {module name: path} of whatever is adapted."""
+    family = families.FAMILIES[c.family]
+    for layer in range(c.num_layers):
+        for kernel in _KERNELS:
+            paths = {m.name: f"{family.layers}.{layer}.{m.name}" for m in family.modules if m.kernel == kernel}
+            if present := {name: path for name, path in paths.items() if path in adapter}:
+                yield layer, kernel, present
+
+
+def _low_rank(c: ModelConfig, kernel: str, paths: Mapping[str, str], adapter: Adapter, lora: Lora) -> LowRank:
+    """The modules of one kernel side by side: columns of `down`, and rows of `up` that are zero at other modules' outputs.
+
+    The scale is multiplied into `up`.
+    """
+    down = [adapter[path]["a"] for path in paths.values()]
+    up = [layout.fuse(c, kernel, {name: adapter[path]["b"] * lora.scale_of(path)}) for name, path in paths.items()]
+    return LowRank(jnp.concatenate(down, 1), jnp.concatenate(up, 0))
+
+
+def _weight(model: Model, base: Any, layer: int, kernel: str) -> Array | QArray:
+    if model.scan:
+        return jax.tree.map(lambda stacked: stacked[layer], base["layers"][kernel]["kernel"])
+    return base["layers"][layer][kernel]["kernel"]
+
+
+def _norm(weight: Array | QArray, low: LowRank) -> Float[Array, "*out"]:
+    """||W + A B|| of every output, without A B itself; a constant to the gradient (arXiv:2402.09353, section 4.3)."""
+    w = dequantize(weight, jnp.float32) if isinstance(weight, QArray) else weight.astype(jnp.float32)
+    w, a, b = jax.lax.stop_gradient((w, low.down, low.up))
+    cross = (jnp.tensordot(a.T, w, 1) * b).sum(0)
+    square = (jnp.tensordot(a.T @ a, b, 1) * b).sum(0)
+    return jnp.sqrt((w * w).sum(0) + 2 * cross + square)
+
+
+def _stack_layers(layers: Sequence[LowRank | None]) -> LowRank:
+    """One kernel of all layers, zeros filling up to the largest rank; None is a layer where it is not adapted."""
+    some = next(low for low in layers if low is not None)
+    none = some._replace(down=some.down[:, :0], up=some.up[:0], gain=jax.tree.map(jnp.ones_like, some.gain))
+    rank = max(low.up.shape[0] for low in layers if low is not None)
+
+    def filled(low: LowRank) -> LowRank:
+        missing, outputs = rank - low.up.shape[0], [(0, 0)] * (low.up.ndim - 1)
+        return low._replace(down=jnp.pad(low.down, [(0, 0), (0, missing)]), up=jnp.pad(low.up, [(0, missing), *outputs]))
+
+    return jax.tree.map(lambda *x: jnp.stack(x), *[filled(low or none) for low in layers])

@@ -1,0 +1,441 @@
+"""One decoder for every family, in Flax NNX; everything outside sees only the pure `Model.apply`.
+
+Weights of a layer that read the same input are fused at load: q, k, v into `qkv` and gate, up into `gate_up` (see
+`ple_jax.models.families.fuse`). Adapters stay canonical (see `ple_jax.lora`) and arrive here fused the same way.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jaxtyping import Array, Bool, Float, Int
+
+from ple_jax.backend import quantize as quantization
+from ple_jax.backend.attention import attend
+from ple_jax.backend.experts import MATMULS, Experts
+from ple_jax.backend.quantize import QArray, project
+from ple_jax.models import families, layout
+from ple_jax.models.config import LayerKind, ModelConfig
+
+Tree = Any  # a pytree of arrays
+
+
+class Cache(NamedTuple):
+    """Keys and values: per layer a tuple of [row, kv_head, position, head_dim], or stacked over layers when scanned."""
+
+    key: Any
+    value: Any
+
+
+class LowRank(NamedTuple):
+    """A fused adapter of one matmul: gain * (x @ kernel + dropout(x) @ down @ up); the scale is already in `up`."""
+
+    down: Float[Array, "inp rank"]
+    up: Float[Array, "rank *out"]
+    gain: Float[Array, "*out"] | None = None  # DoRA's magnitude over the norm of its direction
+    dropout: tuple[Array, Array] | None = None  # key and rate
+
+
+class Kind(NamedTuple):
+    """What one kind of layer needs at every position of a call."""
+
+    cos: Float[Array, "row time half"]
+    sin: Float[Array, "row time half"]
+    mask: Bool[Array, "row time source"]
+
+
+_LONGEST_SUM, _MANY_TOKENS = 1024, 32
+
+
+def _matmul(x: Float[Array, "row time inp"], kernel: Float[Array, "inp *out"] | QArray) -> Float[Array, "row time *out"]:
+    size = kernel.shape[0]
+    if isinstance(kernel, QArray):
+        return project(x, kernel)
+    if size > _LONGEST_SUM and size % 2 == 0 and x.dtype == jnp.float32:
+        # XLA's CPU kernels add up in one fp32 accumulator: SmolLM2's logits were 16e-5 off float64, halves are 6e-5 off
+        # (torch: 9e-5)
+        half = size // 2
+        if x.shape[0] * x.shape[1] >= _MANY_TOKENS:
+            return jnp.tensordot(x[..., :half], kernel[:half], 1) + jnp.tensordot(x[..., half:], kernel[half:], 1)
+        # slices are copies of the kernel: for few tokens one batched matmul is faster, for many it is slower
+        halves = x.reshape(-1, 2, half).swapaxes(0, 1)
+        y = jnp.einsum("cth,cho->cto", halves, kernel.reshape(2, half, -1)).sum(0)
+        return y.reshape(*x.shape[:-1], *kernel.shape[1:])
+    return jnp.tensordot(x, kernel, 1)
+
+
+class Linear(nnx.Module):
+    """A frozen kernel [in, *out], a bias where the family has one, and the adapter's share."""
+
+    def __init__(self, shape: tuple[int, ...], bias: bool, dtype: Any):
+        self.kernel = nnx.Param(jnp.zeros(shape, dtype))
+        if bias:
+            self.bias = nnx.Param(jnp.zeros(shape[1:], dtype))
+
+    def __call__(self, x: Float[Array, "row time inp"], lora: LowRank | None) -> Float[Array, "row time *out"]:
+        y = _matmul(x, self.kernel[...])
+        if lora is not None:  # the adapter is fp32 whatever the base is
+            h = x.astype(lora.down.dtype)
+            if lora.dropout is not None:
+                key, rate = lora.dropout
+                h = jnp.where(jax.random.bernoulli(key, rate, h.shape), 0.0, h / (1 - rate))
+            whole = y.astype(h.dtype) + jnp.tensordot(jnp.tensordot(h, lora.down, 1), lora.up, 1)
+            if lora.gain is not None:
+                whole = jnp.expand_dims(lora.gain, (0, 1)) * whole
+            y = whole.astype(y.dtype)
+        return y + jnp.expand_dims(self.bias[...], (0, 1)) if hasattr(self, "bias") else y
+
+
+class Norm(nnx.Module):
+    """RMSNorm or LayerNorm over the last `len(shape)` dimensions, in fp32."""
+
+    def __init__(self, c: ModelConfig, shape: tuple[int, ...], dtype: Any):
+        self.scale = nnx.Param(jnp.ones(shape, dtype))
+        self.kind, self.eps = c.norm, c.norm_eps
+        if c.norm == "layer":
+            self.bias = nnx.Param(jnp.zeros(shape, dtype))
+
+    def __call__(self, x: Float[Array, "*batch size"]) -> Float[Array, "*batch size"]:
+        scale = self.scale[...].astype(jnp.float32)
+        axes, before = tuple(range(-scale.ndim, 0)), tuple(range(x.ndim - scale.ndim))
+        h = x.astype(jnp.float32)
+        if self.kind == "layer":
+            h = h - h.mean(axes, keepdims=True)
+        h = h * jax.lax.rsqrt(jnp.mean(h * h, axes, keepdims=True) + self.eps)
+        h = h * jnp.expand_dims(scale + 1 if self.kind == "rms_plus_one" else scale, before)
+        if self.kind == "layer":
+            h = h + jnp.expand_dims(self.bias[...].astype(jnp.float32), before)
+        return h.astype(x.dtype)
+
+
+def rope(positions: Int[Array, "row time"], kind: LayerKind) -> tuple[Array, Array]:
+    """cos and sin of the rotary angles, each [row, time, rotated dimensions / 2], fp32. RoFormer, arXiv:2104.09864."""
+    frequency = jnp.asarray(np.asarray(kind.frequencies, np.float32))
+    angle = positions.astype(jnp.float32)[..., None] * frequency[None, None]
+    return jnp.cos(angle) * jnp.float32(kind.rope_scale), jnp.sin(angle) * jnp.float32(kind.rope_scale)
+
+
+def _rotate(x: Float[Array, "row time kv group dim"], cos: Array, sin: Array) -> Array:
+    """The first 2 * cos.shape[-1] dimensions rotated, the others as they are."""
+    half = cos.shape[-1]
+    if half == 0:
+        return x
+    cos, sin = cos[:, :, None, None], sin[:, :, None, None]
+    h = x[..., : 2 * half].astype(jnp.float32)
+    a, b = jnp.split(h, 2, -1)
+    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+    return jnp.concatenate([turned, x[..., 2 * half :]], -1) if 2 * half < x.shape[-1] else turned
+
+
+_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+}
+
+
+class Block(nnx.Module):
+    def __init__(self, c: ModelConfig, dtype: Any, attend: Callable, mesh: Mesh | None):
+        self.c, self.attend = c, attend
+        for name in c.norms:
+            setattr(self, name, Norm(c, (c.hidden_size,), dtype))
+        self.qkv = Linear((c.hidden_size, c.num_kv_heads * (c.group + 2) * c.head_dim), c.qkv_bias, dtype)
+        if c.qk_norm != "none":
+            together = c.qk_norm == "all"
+            self.q_norm = Norm(c, (c.num_kv_heads, c.group, c.head_dim) if together else (c.head_dim,), dtype)
+            self.k_norm = Norm(c, (c.num_kv_heads, 1, c.head_dim) if together else (c.head_dim,), dtype)
+        self.o = Linear((c.num_heads * c.head_dim, c.hidden_size), c.o_bias, dtype)
+        if c.experts:
+            self.experts = Experts(c, dtype, _ACTIVATIONS[c.activation], mesh)
+        else:
+            self.gate_up = Linear((c.hidden_size, 1 + c.gated, c.intermediate_size), c.mlp_bias, dtype)
+            self.down = Linear((c.intermediate_size, c.hidden_size), c.mlp_bias, dtype)
+
+    def attention(self, x: Array, lora: dict, kind: Kind, cache: tuple | None, index: Any) -> tuple:
+        c = self.c
+        rows, time, _ = x.shape
+        qkv = self.qkv(x, lora.get("qkv")).reshape(rows, time, c.num_kv_heads, c.group + 2, c.head_dim)
+        qk = qkv[..., :-1, :]
+        if c.qk_norm != "none":
+            qk = jnp.concatenate([self.q_norm(qk[..., :-1, :]), self.k_norm(qk[..., -1:, :])], -2)
+        qk = _rotate(qk, kind.cos, kind.sin)
+        # [row, kv, time, dim]: with time before kv, attention over the cache was 5x slower on CPU
+        q = qk[..., :-1, :].transpose(0, 2, 3, 1, 4)
+        k = qk[..., -1, :].transpose(0, 2, 1, 3)
+        v = qkv[..., -1, :].transpose(0, 2, 1, 3)
+        if cache is not None:
+            k = jax.lax.dynamic_update_slice(cache[0], k, (0, 0, index, 0))
+            v = jax.lax.dynamic_update_slice(cache[1], v, (0, 0, index, 0))
+        out = self.attend(q, k, v, mask=kind.mask, scale=c.query_scale, softcap=c.attention_softcap)
+        return self.o(out.transpose(0, 3, 1, 2, 4).reshape(rows, time, -1), lora.get("o")), (k, v)
+
+    def mlp(self, x: Array, lora: dict) -> Array:
+        if self.c.experts:
+            return self.experts(x)
+        gate_up = self.gate_up(x, lora.get("gate_up"))
+        h = _ACTIVATIONS[self.c.activation](gate_up[..., 0, :])
+        return self.down(h * gate_up[..., 1, :] if self.c.gated else h, lora.get("down"))
+
+    def _norm(self, name: str, x: Array) -> Array:
+        return getattr(self, name)(x) if name in self.c.norms else x
+
+    def __call__(self, x: Array, lora: dict, kind: Kind, cache: tuple | None, index: Any) -> tuple:
+        attended, cache = self.attention(self._norm("pre_attention_norm", x), lora, kind, cache, index)
+        after = x + self._norm("post_attention_norm", attended)
+        fed = self.mlp(self._norm("pre_mlp_norm", x if self.c.parallel else after), lora)
+        return after + self._norm("post_mlp_norm", fed), cache
+
+
+class Decoder(nnx.Module):
+    """Embedding, layers (a list, or one block with stacked weights), final norm, and the head [vocab, hidden]."""
+
+    def __init__(self, c: ModelConfig, dtype: Any, scan: bool, attend: Callable, mesh: Mesh | None):
+        self.embed = nnx.Param(jnp.zeros((c.vocab_size, c.hidden_size), dtype))
+        if c.learned_positions:
+            self.positions = nnx.Param(jnp.zeros((c.max_positions, c.hidden_size), dtype))
+        if scan:
+            self.layers = nnx.vmap(lambda _: Block(c, dtype, attend, mesh))(jnp.zeros(c.num_layers))
+        else:
+            self.layers = nnx.List([Block(c, dtype, attend, mesh) for _ in range(c.num_layers)])
+        self.norm = Norm(c, (c.hidden_size,), dtype)
+        if not c.tie_embeddings:
+            self.head = nnx.Param(jnp.zeros((c.vocab_size, c.hidden_size), dtype))
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """The decoder as pure functions on two pytrees: `base` (frozen) and a fused adapter (`ple_jax.backend.lora.fuse`)."""
+
+    config: ModelConfig
+    scan: bool
+    remat: str  # none | dots | full: what the backward pass recomputes
+    graph: nnx.GraphDef
+    shapes: Tree  # of the base: nested dicts of jax.ShapeDtypeStruct
+    mesh: Mesh | None = None
+
+    @staticmethod
+    def create(
+        config: ModelConfig,
+        *,
+        dtype: Any = jnp.float32,
+        scan: bool,
+        remat: str = "none",
+        attention: str = "xla",
+        mesh: Mesh | None = None,
+    ) -> "Model":
+        """A decoder without weights; `attention` is one of `ple_jax.backend.attention`'s implementations."""
+        chosen = functools.partial(attend, implementation=attention, mesh=mesh)
+        graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, dtype, scan, chosen, mesh)))
+        return Model(config, scan, remat, graph, nnx.to_pure_dict(state), mesh)
+
+    def _bind(self, base: Tree) -> Decoder:
+        # a quantised kernel is a pytree of its own, in the place of an array
+        params = jax.tree.map(nnx.Param, base, is_leaf=lambda x: isinstance(x, QArray))
+        return nnx.merge(self.graph, nnx.State(params))
+
+    def apply(
+        self,
+        base: Tree,
+        lora: Tree,
+        tokens: Int[Array, "row time"],
+        *,
+        positions: Int[Array, "row time"],
+        mask: Bool[Array, "row time source"],
+        cache: Cache | None = None,
+        index: Int[Array, ""] | int = 0,
+        source_positions: Int[Array, "row source"] | None = None,
+    ) -> tuple[Float[Array, "row time hidden"], Cache | None]:
+        """Final hidden states (after the last norm), and the cache with this call's keys and values written.
+
+        Args:
+            lora: a fused adapter from `ple_jax.lora.fuse`, or `{}` for the base alone.
+            positions: position of every token; of padding it does not matter.
+            mask: which source positions a token may attend to (source = time without a cache, its length with one).
+            index: where in the cache this call writes.
+            source_positions: position of everything `mask` speaks of; with a cache a sliding window needs it.
+        """
+        c = self.config
+        decoder = self._bind(base)
+        x = decoder.embed[...][tokens]
+        if c.embed_scale != 1.0:
+            x = x * jnp.asarray(c.embed_scale, x.dtype)
+        if c.learned_positions:  # padding may lie anywhere
+            x = x + decoder.positions[...][jnp.clip(positions, 0, c.max_positions - 1)]
+        if cache is not None and source_positions is None and any(k.window for k in c.kinds):
+            raise ValueError("a sliding window over a cache needs source_positions")
+        back = positions[:, :, None] - (positions if source_positions is None else source_positions)[:, None]
+        kinds = [Kind(*rope(positions, k), mask & (back < k.window) if k.window else mask) for k in c.kinds]
+
+        def layer(block: Block, x: Array, lora: dict, kind: Kind, cache: tuple | None) -> tuple:
+            return block(x, lora, kind, cache, index)
+
+        if self.remat != "none" and cache is None:
+            layer = self._rematerialised(layer)
+        if self.scan:
+            graph, stacked = nnx.split(decoder.layers)
+            every = jax.tree.map(lambda *x: jnp.stack(x), *kinds)
+
+            def step(x: Array, part: tuple) -> tuple:
+                state, lora, cache, i = part
+                kind = kinds[0] if len(kinds) == 1 else jax.tree.map(lambda x: x[i], every)
+                x, new = layer(nnx.merge(graph, state), x, lora, kind, cache)
+                return x, new if cache is not None else None
+
+            parts = (stacked, lora.get("layers", {}), tuple(cache) if cache else None, jnp.asarray(c.pattern, jnp.int32))
+            x, new = jax.lax.scan(step, x, parts)
+            cache = Cache(*new) if cache else None
+        else:
+            loras = lora.get("layers", [{}] * c.num_layers)
+            new = []
+            for i, block in enumerate(decoder.layers):
+                x, kv = layer(block, x, loras[i], kinds[c.pattern[i]], (cache.key[i], cache.value[i]) if cache else None)
+                new.append(kv)
+            cache = Cache(tuple(k for k, _ in new), tuple(v for _, v in new)) if cache else None
+        return decoder.norm(x), cache
+
+    def _rematerialised(self, layer: Callable) -> Callable:
+        """The layer, keeping for the backward pass its input ("full") or the results of its weight matmuls ("dots")."""
+        policies = jax.checkpoint_policies
+        dots = policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(MATMULS)
+        policy = policies.save_from_both_policies(*dots) if self.remat == "dots" else None
+
+        def run(block: Block, x: Array, lora: dict, kind: Kind, cache: None) -> tuple:
+            graph, state = nnx.split(block)
+
+            def body(state: Any, x: Array, lora: dict, kind: Kind) -> Array:
+                return layer(nnx.merge(graph, state), x, lora, kind, None)[0]
+
+            return jax.checkpoint(body, policy=policy)(state, x, lora, kind), None
+
+        return run
+
+    def head(self, base: Tree) -> Float[Array, "vocab hidden"]:
+        """The output matrix; the embedding itself where they are tied."""
+        return base["embed"] if self.config.tie_embeddings else base["head"]
+
+    def logits(self, base: Tree, hidden: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
+        """fp32 logits."""
+        return head_logits(self.head(base), hidden, softcap=self.config.logits_softcap)
+
+    def empty_cache(self, rows: int, length: int, dtype: Any) -> Cache:
+        c = self.config
+        shape = (rows, c.num_kv_heads, length, c.head_dim)
+        if self.scan:
+            return Cache(*(jnp.zeros((c.num_layers, *shape), dtype) for _ in range(2)))
+        return Cache(*(tuple(jnp.zeros(shape, dtype) for _ in range(c.num_layers)) for _ in range(2)))
+
+
+def head_logits(
+    head: Float[Array, "vocab hidden"], hidden: Float[Array, "*batch hidden"], *, softcap: float | None
+) -> Float[Array, "*batch vocab"]:
+    """fp32 logits, soft-capped where the family says so."""
+    logits = jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
+    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+
+
+def quantized_axis(name: str) -> int | None:
+    """The input dimension of a weight that a quantised base holds quantised; None for the others."""
+    return {"kernel": 0, "gate": 1, "up": 1, "down": 1}.get(name.rsplit("/", 1)[-1])
+
+
+def fill(
+    model: Model,
+    weights: Mapping[str, np.ndarray],
+    put: Callable[[str, np.ndarray], Array],
+    *,
+    quantize: str = "none",
+) -> Tree:
+    """The base pytree from weights under Hugging Face's names.
+
+    Each weight is read, fused, cast (or quantised) and placed before the next one is read: the host holds the tensors of
+    one kernel of one layer, never a stack of layers.
+
+    Args:
+        put: `put(name, array)` places one array on the devices; names are those of `ple_jax.sharding`: "layers/qkv/kernel"
+            ... A scanned layer's arrays are placed like an unrolled one's, and then written into their stack, which is
+            sharded in the same way.
+        quantize: "int8" or "nf4" for the kernels of the layers (see `ple_jax.quantize`), whose values and scales are
+            placed under the kernel's name; "none" leaves everything in the model's dtype.
+    """
+    c = model.config
+    dtype = model.shapes["embed"].dtype
+
+    def place(path: list[str], array: np.ndarray, shape: tuple[int, ...]) -> Tree:
+        name = "/".join(part for part in path if not part.isdigit())
+        if quantize != "none" and (axis := quantized_axis(name)) is not None:
+            parts = quantization.quantize(array.reshape(shape), quantize, axis=axis)
+        else:
+            parts = np.ascontiguousarray(array.reshape(shape), dtype)
+        # transfers are asynchronous: without waiting, every array still under way would be on the host at once
+        return jax.block_until_ready(jax.tree.map(lambda part: put(name, part), parts))
+
+    def leaf(keys: tuple, leaf: jax.ShapeDtypeStruct) -> Tree:
+        path = [str(k.key) for k in keys]
+        if path[0] != "layers":
+            return place(path, weights[_top(c, path)], leaf.shape)
+        if not model.scan:
+            return place(path, _layer(c, weights, int(path[1]), path[2:]), leaf.shape)
+        parts = (place(path, _layer(c, weights, i, path[1:]), leaf.shape[1:]) for i in range(c.num_layers))
+        return _stack(parts, c.num_layers)
+
+    return jax.tree_util.tree_map_with_path(leaf, model.shapes)
+
+
+def _stack(parts: Iterable[Tree], count: int) -> Tree:
+    """`jnp.stack` of pytrees taken one after the other, each written in place: no more than one exists beside the stack."""
+    stack = None
+    for i, part in enumerate(parts):
+        if stack is None:
+            shardings = jax.tree.map(lambda x: _stacked(x.sharding), part)
+            stack = jax.jit(_zeros, static_argnums=1, out_shardings=shardings)(part, count)
+            write = jax.jit(_write, donate_argnums=0, out_shardings=shardings)
+        stack = jax.block_until_ready(write(stack, part, jnp.int32(i)))
+    return stack
+
+
+def _zeros(part: Tree, count: int) -> Tree:
+    return jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), part)
+
+
+def _write(stack: Tree, part: Tree, i: Int[Array, ""]) -> Tree:
+    return jax.tree.map(lambda s, p: jax.lax.dynamic_update_index_in_dim(s, p, i, 0), stack, part)
+
+
+def _stacked(sharding: Sharding) -> Sharding:
+    """With one more dimension in front, which is not sharded."""
+    if isinstance(sharding, NamedSharding):
+        return NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
+    return sharding
+
+
+_SUFFIX = {"scale": "weight", "bias": "bias", "kernel": "weight"}
+
+
+def _top(c: ModelConfig, path: list[str]) -> str:
+    """Hugging Face's name of a weight outside the layers."""
+    return f"{getattr(families.FAMILIES[c.family], path[0])}.{_SUFFIX[path[1]] if len(path) > 1 else 'weight'}"
+
+
+def _layer(c: ModelConfig, weights: Mapping[str, np.ndarray], layer: int, path: list[str]) -> np.ndarray:
+    """One weight of one layer in the decoder's layout, from Hugging Face's tensors."""
+    part, kind = path
+    family = families.FAMILIES[c.family]
+
+    def get(name: str) -> np.ndarray:
+        return weights[f"{family.layers}.{layer}.{name}.{_SUFFIX.get(kind, 'weight')}"]
+
+    if part == "experts":
+        return layout.stack_experts(c, kind, get)
+    norms = {**family.norms, **family.qk_norms}
+    if part in norms:
+        return get(norms[part])
+    modules = {m.name: get(m.name) for m in family.modules if m.kernel == part}
+    if kind == "kernel" and not family.transposed:
+        modules = {name: weight.T for name, weight in modules.items()}
+    return layout.fuse(c, part, modules)

@@ -1,0 +1,87 @@
+"""Sequence classifiers (reward models, sentiment classifiers) on our decoder, behind `ple_jax.rewards.model`.
+
+Its twin is `torch_ascend/reward_model.py`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Float32, Int
+from ml_collections import ConfigDict
+
+from ple_jax.backend import sharding
+from ple_jax.backend.backend import make_model
+from ple_jax.backend.model import Model, fill
+from ple_jax.core.batches import bucket
+from ple_jax.models import weights
+
+_BUCKET = 32  # tokens
+_MODEL = {"layers": "auto", "remat": "none", "attention": "auto"}
+
+
+def classifier(
+    folder: Path, *, dtype: str, rows: int, mesh: Mapping[str, int]
+) -> Callable[[Sequence[Sequence[int]]], Float32[np.ndarray, "n labels"]]:
+    """A sequence classifier from a Hugging Face folder, its weights on a mesh.
+
+    Args:
+        folder: config.json and safetensors of a ...ForSequenceClassification of one of our decoder's families.
+        dtype: float32 or bfloat16, of weights and activations; the head works in float32.
+        rows: most rows of one call.
+        mesh: devices along each axis, as `sharding.make_mesh` takes them.
+
+    Returns:
+        A function from rows of token ids to the logits of every label, read where transformers reads them: at the last
+        token that is not the padding token of config.json.
+
+    Raises:
+        UserError: as `checkpoint.load`; a checkpoint without a head.
+    """
+    devices = sharding.make_mesh(**mesh)
+    loaded = weights.load_classifier(folder)
+    model = make_model(ConfigDict({"model": {"dtype": dtype, **_MODEL}}), loaded.config, devices)
+    base = fill(model, loaded.weights, sharding.put_weight(devices, kv_heads=loaded.config.num_kv_heads))
+    head = jax.device_put(loaded.weights[weights.SCORE].astype(np.float32), sharding.replicated(devices))
+    pad = weights.pad_token(loaded.raw)
+    height = -(-rows // sharding.row_multiple(devices)) * sharding.row_multiple(devices)
+
+    @jax.jit
+    def logits(base: Any, head: Array, tokens: Array, mask: Array, last: Array) -> Array:
+        return pooled(model, base, tokens, mask, last) @ head.T
+
+    def classify(ids: Sequence[Sequence[int]]) -> Float32[np.ndarray, "n labels"]:
+        # few shapes, so that few programs are compiled
+        tokens = np.zeros((height, bucket(max(map(len, ids)), _BUCKET)), np.int32)
+        mask, last = np.zeros(tokens.shape, bool), np.zeros(height, np.int32)
+        for row, own in enumerate(ids):
+            tokens[row, : len(own)], mask[row, : len(own)] = own, True
+            last[row] = last_token(own, pad)
+        with jax.default_matmul_precision("highest" if dtype == "float32" else None):
+            found = logits(base, head, *sharding.put_rows(devices, (tokens, mask, last)))
+        return np.asarray(jax.device_get(found))[: len(ids)]
+
+    return classify
+
+
+def last_token(ids: Sequence[int], pad: int | None) -> int:
+    """Place of the token whose hidden state is scored: the last that is not `pad`; 0 where all are."""
+    return max((i for i, token in enumerate(ids) if token != pad), default=0)
+
+
+def pooled(
+    model: Model,
+    base: Any,
+    tokens: Int[Array, "row time"],
+    mask: Bool[Array, "row time"],
+    last: Int[Array, " row"],
+) -> Float[Array, "row hidden"]:
+    """Final hidden states of one token of every row, in fp32; rows are padded on the right."""
+    time = tokens.shape[1]
+    causal = jnp.tril(jnp.ones((time, time), bool))[None] & mask[:, None]
+    positions = jnp.broadcast_to(jnp.arange(time)[None], tokens.shape)
+    hidden, _ = model.apply(base, {}, tokens, positions=positions, mask=causal)
+    return jnp.take_along_axis(hidden, last[:, None, None], 1)[:, 0].astype(jnp.float32)

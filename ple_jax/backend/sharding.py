@@ -1,0 +1,127 @@
+"""Where every array lives: one mesh (data, fsdp, tensor) and one table of rules. One device is the trivial mesh."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from ple_jax.core.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")  # rows of a batch are spread over both
+
+# leaf name -> mesh axis of each dimension (layers stacked by scanning have one more in front, never sharded)
+RULES: dict[str, tuple[str | None, ...]] = {
+    "embed": ("tensor", "fsdp"),
+    "head": ("tensor", "fsdp"),
+    "positions": (None, "fsdp"),
+    "norm/scale": (None,),
+    "norm/bias": (None,),
+    "layers/qkv/kernel": ("fsdp", "tensor"),
+    "layers/o/kernel": ("tensor", "fsdp"),
+    "layers/gate_up/kernel": ("fsdp", None, "tensor"),
+    "layers/down/kernel": ("tensor", "fsdp"),
+    "layers/qkv/bias": ("tensor",),
+    "layers/o/bias": (None,),
+    "layers/gate_up/bias": (None, "tensor"),
+    "layers/down/bias": (None,),
+    "layers/experts/router": ("fsdp", None),
+    "layers/experts/gate": (None, "fsdp", "tensor"),
+    "layers/experts/up": (None, "fsdp", "tensor"),
+    "layers/experts/down": (None, "tensor", "fsdp"),
+    "lora/a": ("fsdp", None),
+    "lora/b": (None, "fsdp"),
+    "lora/m": (None,),
+}
+_NORMS = ("pre_attention_norm", "post_attention_norm", "pre_mlp_norm", "post_mlp_norm", "q_norm", "k_norm")
+RULES |= {f"layers/{norm}/{leaf}": (None,) for norm in _NORMS for leaf in ("scale", "bias")}
+_HEADS = ("layers/qkv/kernel", "layers/qkv/bias", "layers/o/kernel")
+
+
+def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """A mesh over the first data * fsdp * tensor devices."""
+    needed = data * fsdp * tensor
+    devices = jax.devices()
+    if needed > len(devices):
+        raise UserError(
+            f"mesh data={data} x fsdp={fsdp} x tensor={tensor} needs {needed} devices, there are {len(devices)}"
+            f" ({devices[0].platform}); lower --config.mesh.*"
+        )
+    # Auto: the compiler propagates shardings; jax.make_mesh's default (Explicit) would ask for one at every operation
+    return Mesh(np.array(devices[:needed]).reshape(data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def spec(name: str, shape: tuple[int, ...], mesh: Mesh, *, kv_heads: int) -> PartitionSpec:
+    """The rule for one leaf. An axis that does not divide its dimension is left out: that dimension is replicated.
+
+    The parts of a quantised kernel, values and scales, have its rank and go by its name.
+
+    Attention is sharded by whole KV heads, so where `kv_heads` does not divide it is replicated over `tensor`.
+
+    Raises:
+        KeyError: no rule for this name.
+    """
+    if name not in RULES:
+        raise KeyError(f"no sharding rule for parameter {name!r}; add it to ple_jax.backend.sharding.RULES")
+    rule = RULES[name]
+    axes: list[Any] = [None] * (len(shape) - len(rule)) + list(rule)
+    if name in _HEADS and kv_heads % mesh.shape["tensor"]:
+        axes = [None if axis == "tensor" else axis for axis in axes]
+    return PartitionSpec(*(a if a and size % mesh.shape[a] == 0 else None for a, size in zip(axes, shape, strict=True)))
+
+
+def put_weight(mesh: Mesh, *, kv_heads: int) -> Callable[[str, np.ndarray], jax.Array]:
+    """`put(name, array)` of `ple_jax.backend.model.fill`: each weight to its place on the mesh."""
+
+    def put(name: str, array: np.ndarray) -> jax.Array:
+        return jax.device_put(array, NamedSharding(mesh, spec(name, array.shape, mesh, kv_heads=kv_heads)))
+
+    return put
+
+
+def gathered(name: str, x: jax.Array, mesh: Mesh) -> jax.Array:
+    """A leaf inside jit, whole along `fsdp` on every device and still split along `tensor`."""
+    axes = (None if axis == "fsdp" else axis for axis in spec(name, x.shape, mesh, kv_heads=1))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*axes)))
+
+
+def rows(mesh: Mesh, ndim: int) -> NamedSharding:
+    """The sharding of a batch: first dimension over `data` and `fsdp`."""
+    return NamedSharding(mesh, PartitionSpec(BATCH, *[None] * (ndim - 1)))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def adapter(tree: Any, mesh: Mesh) -> Any:
+    """NamedShardings of an adapter, or of any tree whose leaves end in "a", "b" or "m" like one (its Adam moments)."""
+
+    def leaf(path: tuple, x: Any) -> NamedSharding:
+        name = getattr(path[-1], "key", None)
+        if name not in ("a", "b", "m"):
+            return replicated(mesh)
+        return NamedSharding(mesh, spec(f"lora/{name}", x.shape, mesh, kv_heads=1))
+
+    return jax.tree_util.tree_map_with_path(leaf, tree)
+
+
+def put_rows(mesh: Mesh, tree: Any) -> Any:
+    """Host arrays to the devices, rows spread over the batch axes."""
+    return jax.tree.map(lambda x: jax.device_put(x, rows(mesh, np.ndim(x))), tree)
+
+
+def row_multiple(mesh: Mesh) -> int:
+    """Rows of a batch must be a multiple of this."""
+    return math.prod(mesh.shape[a] for a in BATCH)
+
+
+def notes(mesh: Mesh, *, kv_heads: int) -> list[str]:
+    """What a user should know about this mesh."""
+    tensor = mesh.shape["tensor"]
+    if kv_heads % tensor:
+        return [f"{kv_heads} KV heads do not divide over tensor={tensor}: attention is replicated over that axis"]
+    return []

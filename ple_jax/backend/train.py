@@ -1,0 +1,126 @@
+"""The pure training step, and `JaxBackend`, the only holder of state."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from ple_jax.backend import generate, lora, sharding
+from ple_jax.backend.forward import heads, outputs
+from ple_jax.backend.model import Model
+from ple_jax.core.types import Batch, Loss
+from ple_jax.models import adapters
+
+# ---------------------------------------------------------------- log-probabilities of response tokens
+
+
+
+
+# ---------------------------------------------------------------- the packed row [prompt | response 1 | ... | response K]
+
+
+
+
+# ---------------------------------------------------------------- the step
+
+
+def optimizer(*, clip_norm: float, weight_decay: float) -> optax.GradientTransformation:
+    """AdamW after clipping by the global norm; the learning rate is applied by the caller, so that it may change."""
+    return optax.chain(
+        optax.clip_by_global_norm(clip_norm),
+        optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8),
+        optax.add_decayed_weights(weight_decay),
+    )
+
+
+def gradients(
+    model: Model, settings: adapters.Lora, loss: Loss, base: Any, adapter: Any, batch: Batch, share: Array, key: Array
+) -> tuple[Any, dict[str, Array]]:
+    """Gradients of the mean loss over the optimiser batch, this micro-batch's part; `share` is 1 / its real rows.
+
+    `key` draws the adapter's dropout, where there is any.
+    """
+
+    def total(adapter: Any) -> tuple[Array, dict[str, Array]]:
+        fused = lora.fuse(model, adapter, settings, base=base, dropout=key)
+        value, metrics = loss(outputs(model, base, fused, batch, **heads(adapter)), batch)
+        valid = batch.data["valid"]
+        reduced = {name: (m * valid).sum() * share for name, m in {"loss": value, **metrics}.items()}
+        return reduced["loss"], reduced
+
+    return jax.grad(total, has_aux=True)(adapter)
+
+
+def apply_gradients(
+    transform: optax.GradientTransformation, adapter: Any, state: Any, grads: Any, lr: Array
+) -> tuple[Any, Any, Array]:
+    """One AdamW step: new adapter, new optimizer state, the gradient's global norm before clipping."""
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes Python scalars and integer counters with arrays
+        norm = optax.tree.norm(grads)
+        updates, state = transform.update(grads, state, adapter)
+        return jax.tree.map(lambda p, u: p - lr * u, adapter, updates), state, norm
+
+
+class Programs(NamedTuple):
+    """The compiled programs of a run, `jax.jit` objects. What `--mode=plan --topology` compiles is these too."""
+
+    generate: Any  # (base, adapter, prompt, prompt_mask, prefix, uniforms, *, sampling) -> (tokens, lengths)
+    outputs: Any  # (base, adapter, batch, *, entropy) -> Outputs
+    scores: Any  # (base, adapter, batch) -> scores
+    gradients: Any  # (base, adapter, batch, share, key, *, loss) -> (gradients, metrics)
+    accumulate: Any  # (gradients, gradients) -> gradients; donates the first
+    apply: Any  # (adapter, state, gradients, lr) -> (adapter, state, norm); donates adapter and state
+
+
+def placement(adapter: adapters.Adapter, transform: optax.GradientTransformation, mesh: Mesh) -> tuple[Any, Any]:
+    """NamedShardings of an adapter and of its optimizer state; shapes are all that is read."""
+    return sharding.adapter(adapter, mesh), sharding.adapter(jax.eval_shape(transform.init, adapter), mesh)
+
+
+def programs(
+    model: Model, adapter: adapters.Adapter, mesh: Mesh, *, transform: optax.GradientTransformation, settings: adapters.Lora
+) -> Programs:
+    """The programs of one model on one mesh; nothing is compiled before it is called or lowered.
+
+    Args:
+        adapter: the adapter, or its shapes.
+    """
+    place = placement(adapter, transform, mesh)
+
+    def fuse(base: Any, adapter: Any) -> Any:
+        return lora.fuse(model, adapter, settings, base=base)
+
+    return Programs(
+        generate=jax.jit(
+            lambda base, adapter, *data, sampling: generate.generate(
+                model, base, fuse(base, adapter), *data, sampling=sampling
+            ),
+            static_argnames="sampling",
+        ),
+        outputs=jax.jit(
+            lambda base, adapter, batch, entropy: outputs(
+                model, base, fuse(base, adapter), batch, entropy=entropy, **heads(adapter)
+            ),
+            static_argnames="entropy",
+        ),
+        scores=jax.jit(
+            lambda base, adapter, batch: outputs(model, base, fuse(base, adapter), batch, **heads(adapter)).scores
+        ),
+        gradients=jax.jit(
+            lambda base, adapter, batch, share, key, loss: gradients(
+                model, settings, loss, base, adapter, batch, share, key
+            ),
+            static_argnames="loss",
+            out_shardings=(place[0], sharding.replicated(mesh)),
+        ),
+        accumulate=jax.jit(functools.partial(jax.tree.map, jnp.add), donate_argnums=0),
+        apply=jax.jit(
+            functools.partial(apply_gradients, transform),
+            donate_argnums=(0, 1),  # of the gradients no output has the shape left over
+            out_shardings=(*place, sharding.replicated(mesh)),
+        ),
+    )

@@ -1,0 +1,202 @@
+"""A conversation on the terminal with a run's adapter, with its base, or with both."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from ple_jax import prompts
+from ple_jax.core.conversation import Conversation
+from ple_jax.core.errors import UserError, suggestion
+from ple_jax.core.noise import uniforms
+from ple_jax.core.types import Query, Sampling, Tokenizer
+
+_NOISE = -3  # iteration number of a conversation's noise
+_INCOMPLETE = 3  # bytes of a UTF-8 character that may have come without its last
+
+HELP = """\
+  /adapter  /base  /both   who answers; each keeps a conversation of its own
+  /principles on|off       put the run's principles into the prompt
+  /template on|off         turns in the tokenizer's chat template, or every line as plain text to be continued
+  /temperature X           0 is greedy
+  /max N                   longest answer, in tokens
+  /reset                   forget the conversation
+  /quit                    leave (or Ctrl-D); Ctrl-C stops an answer
+"""
+
+
+class Options(NamedTuple):
+    """What commands change."""
+
+    voices: tuple[str, ...]  # of "adapter", "base", in the order in which they answer
+    principles: bool
+    template: bool
+
+
+class Chat:
+    """The state of a conversation. `run` is the loop; it needs a terminal no more than a pipe."""
+
+    def __init__(
+        self,
+        stream: Callable[..., Iterator[int]],
+        tokenizer: Tokenizer,
+        *,
+        sampling: Sampling,
+        principles: str,
+        context: int,
+        seed: int,
+        write: Callable[[str], object],
+    ):
+        """
+        Args:
+            stream: `Backend.stream`.
+            sampling: how to sample to begin with.
+            principles: what `/principles on` puts into the prompt.
+            context: tokens that the model takes, prompt and answer together.
+            seed: of the sampling noise; the adapter and the base answer a line with the same noise.
+            write: prints text as it is, and shows it at once.
+        """
+        self.stream, self.tokenizer, self.sampling, self.write = stream, tokenizer, sampling, write
+        self.principles, self.context, self.seed = principles, context, seed
+        self.options = Options(("adapter",), principles=False, template=tokenizer.chat_template is not None)
+        self.asked = 0
+        self.history: dict[str, list[dict[str, str]]] = {"adapter": [], "base": []}
+
+    def run(self, read: Callable[[], str]) -> None:
+        """Answers lines until /quit or the end of the input.
+
+        Args:
+            read: gives the next line; raises EOFError at the end (as `input` does).
+        """
+        while True:
+            try:
+                line = read().strip()
+            except EOFError:
+                return self._end()
+            except KeyboardInterrupt:  # of a line being typed
+                self._end()
+                continue
+            if line == "/quit":
+                return
+            if line.startswith("/"):
+                self.command(line)
+            elif line:
+                self.answer(line)
+
+    def _end(self) -> None:
+        self.write("\n")
+
+    # ---------------------------------------------------------------- commands
+
+    def command(self, line: str) -> None:
+        """Does what a line that begins with a slash says; a mistake is one line."""
+        try:
+            match line.split():
+                case ["/help"]:
+                    self.write(HELP)
+                case ["/adapter"]:
+                    self._set(voices=("adapter",))
+                case ["/base"]:
+                    self._set(voices=("base",))
+                case ["/both"]:
+                    self._set(voices=("base", "adapter"))
+                case ["/principles", "on" | "off" as value]:
+                    self._set(principles=value == "on")
+                case ["/template", "on"] if self.tokenizer.chat_template is None:
+                    self.write("this model's tokenizer has no chat template\n")
+                case ["/template", "on" | "off" as value]:
+                    self._set(template=value == "on")
+                case ["/temperature", value]:
+                    self._sample(temperature=_number(float, value, lambda x: x == 0 or 1e-6 <= x < float("inf")))
+                case ["/max", value]:
+                    self._sample(max_new_tokens=_number(int, value, lambda n: n >= 1))
+                case ["/reset"]:
+                    for turns in self.history.values():
+                        turns.clear()
+                    self.write("the conversation is forgotten\n")
+                case [name, *_]:
+                    known = [part for part in HELP.split() if part.startswith("/")]
+                    mistyped = f"{line!r} is not how {name} goes; see /help\n"
+                    self.write(mistyped if name in known else f"there is no {name}{suggestion(name, known)} (see /help)\n")
+        except ValueError:
+            self.write(f"{line!r}: that value is not possible; see /help\n")
+
+    def _set(self, **change: Any) -> None:
+        self.options = self.options._replace(**change)
+        self.write(self.status())
+
+    def _sample(self, **change: Any) -> None:
+        self.sampling = self.sampling._replace(**change)
+        self.write(self.status())
+
+    def status(self) -> str:
+        """Who answers and how, in a line."""
+        on = {True: "on", False: "off"}
+        voices, principles, template = self.options
+        return (
+            f"{' and '.join(voices)}; principles {on[principles]}, chat template {on[template]}, temperature"
+            f" {self.sampling.temperature:g}, at most {self.sampling.max_new_tokens} tokens\n"
+        )
+
+    # ---------------------------------------------------------------- answers
+
+    def answer(self, text: str) -> None:
+        """Lets everyone whose turn it is answer; Ctrl-C ends the answer, and what was said of it is remembered."""
+        self.asked += 1
+        try:
+            for voice in self.options.voices:
+                if len(self.options.voices) > 1:
+                    self.write(f"{voice}: ")
+                self._say(voice, text)
+        except UserError as error:
+            self.write(f"{error}\n")
+        except KeyboardInterrupt:
+            self.write("(stopped)\n")
+
+    def _say(self, voice: str, text: str) -> None:
+        turns = [*self.history[voice], {"role": "user", "content": text}]
+        tokens = self._render(turns)
+        room = self.context - len(tokens)
+        if room < 1:
+            raise UserError(
+                f"the conversation is {len(tokens)} tokens and the model takes {self.context}; /reset forgets it"
+            )
+        sampling = self.sampling._replace(max_new_tokens=min(self.sampling.max_new_tokens, room))
+        noise = uniforms(self.seed, _NOISE, str(self.asked), "chat", 0, sampling.max_new_tokens)
+        said = ""
+        try:
+            for piece in pieces(self.stream(tokens, noise, sampling=sampling, base=voice == "base"), self.tokenizer):
+                self.write(piece)
+                said += piece
+        finally:
+            self._end()
+            if self.options.template:
+                self.history[voice] = [*turns, {"role": "assistant", "content": said}]
+
+    def _render(self, turns: Sequence[dict[str, str]]) -> list[int]:
+        """The tokens of a conversation: all of it in the chat template, or the last line as text to be continued."""
+        principles = self.principles if self.options.principles else None
+        if not self.options.template:
+            return prompts.render(Query("chat", turns[-1]["content"]), principles, self.tokenizer, chat=False)[1]
+        return prompts.render(Query("chat", Conversation(turns)), principles, self.tokenizer, chat=True)[1]
+
+
+def _number(kind: Callable[[str], Any], value: str, fits: Callable[[Any], bool]) -> Any:
+    number = kind(value)
+    if not fits(number):
+        raise ValueError(value)
+    return number
+
+
+def pieces(tokens: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
+    """The text of tokens as they come, without special tokens. Bytes that are no character yet are held back."""
+    ids: list[int] = []
+    shown, text = 0, ""
+    for token in tokens:
+        ids.append(token)
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        broken = len(text) - len(text.rstrip("\N{REPLACEMENT CHARACTER}"))
+        settled = len(text) - min(broken, _INCOMPLETE)
+        if settled > shown:
+            yield text[shown:settled]
+            shown = settled
+    if text[shown:]:
+        yield text[shown:]

@@ -1,0 +1,132 @@
+"""Values of rewards on disk: what was scored is never scored again, not even after kill -9."""
+
+import hashlib
+import json
+import math
+import sqlite3
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from jaxtyping import Float64
+
+from ple_jax.core.conversation import Conversation
+from ple_jax.core.errors import UserError
+
+
+def digest(*what: Any) -> str:
+    """A name for plain values: another one if any of them differs."""
+    return hashlib.sha256(json.dumps(what, sort_keys=True, default=repr).encode()).hexdigest()
+
+
+def key(name: str, version: str, prompt: str, response: str) -> str:
+    """What a value is stored by. Conversations that read alike may differ in their turns, so these go in too."""
+    turns = [prompt.messages, prompt.tools] if isinstance(prompt, Conversation) else []
+    return digest(name, version, prompt, turns, response)
+
+
+class Cache:
+    """A file of values by key, for one writer. It is opened at the first use and closed on leaving the context."""
+
+    def __init__(self, path: str | Path):
+        self._path = Path(path)
+        self._database: sqlite3.Connection | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._database is not None:
+            self._database.close()
+            self._database = None
+
+    def get(self, keys: Iterable[str]) -> dict[str, float]:
+        """The values of those keys that are there."""
+        try:
+            database = self._open()
+            rows = [database.execute("SELECT key, value FROM value WHERE key = ?", (k,)).fetchone() for k in keys]
+        except sqlite3.DatabaseError as error:
+            raise self._refused(error) from error
+        return {row[0]: row[1] for row in rows if row is not None}
+
+    def put(self, values: Mapping[str, float]) -> None:
+        """Stores all of them or none; on return they are on disk."""
+        try:
+            with self._open() as database:  # a transaction
+                database.executemany("INSERT OR REPLACE INTO value VALUES (?, ?)", values.items())
+        except sqlite3.DatabaseError as error:
+            raise self._refused(error) from error
+
+    def _open(self) -> sqlite3.Connection:
+        if self._database is None:
+            self._database = sqlite3.connect(self._path)
+            self._database.execute("PRAGMA synchronous = FULL")
+            self._database.execute("CREATE TABLE IF NOT EXISTS value (key TEXT PRIMARY KEY, value REAL) WITHOUT ROWID")
+        return self._database
+
+    def _refused(self, error: sqlite3.DatabaseError) -> UserError:
+        if isinstance(error, sqlite3.OperationalError):  # a full disk, a folder that is not there, no right to write
+            return UserError(f"{self._path}: {error}; mend that and give the same command again: what was scored is kept")
+        return UserError(f"{self._path} is damaged ({error}); delete it: what it held is scored again")
+AGAIN = "mend it and give the same command again: what was sampled is kept"
+
+
+class Incomplete(UserError):
+    """Raised by a reward that stops before the end: `values` is one float per response, NaN where none was scored.
+
+    What it holds goes into the cache, so that the same command goes on from there.
+    """
+
+    def __init__(self, message: str, values: Float64[np.ndarray, " n"]):
+        super().__init__(message)
+        self.values = values
+
+
+def answered(
+    questions: Mapping[str, tuple[str, ...]],
+    ask: Callable[..., Any],
+    check: Callable[..., Sequence[float]],
+    *,
+    cache: Cache | None,
+    batch: int,
+    failed: Callable[[int], str],
+    again: str,
+) -> dict[str, float]:
+    """The number that answers each question, by its key: from the cache, or else asked for, `batch` questions at a time.
+
+    What a call gave is in the cache before the next one begins; values that are not finite never are.
+
+    Args:
+        questions: by key, each a row of texts.
+        ask: called with the columns of some of them, as lists.
+        check: (what `ask` gave, *columns) -> one number each; raises a UserError where it is something else.
+        failed: what happened to so many questions, for the error where `ask` fails.
+        again: what to do then.
+
+    Raises:
+        UserError: `ask` failed, or as `check`.
+        Incomplete: it stopped in between.
+    """
+    known = cache.get(questions) if cache is not None else {}
+    missing = [k for k in questions if k not in known]
+    for start in range(0, len(missing), batch):
+        some = missing[start : start + batch]
+        columns = [list(column) for column in zip(*(questions[k] for k in some), strict=True)]
+        stopped: Incomplete | None = None
+        given: Any
+        try:
+            given = ask(*columns)
+        except Incomplete as error:
+            stopped, given = error, error.values
+        except UserError:
+            raise
+        except Exception as error:  # it may be the user's code: anything may come out of it
+            raise UserError(f"{failed(len(some))}: {type(error).__name__}: {error}; {again}") from error
+        found = dict(zip(some, check(given, *columns), strict=True))
+        if cache is not None:
+            cache.put({k: value for k, value in found.items() if math.isfinite(value)})
+        if stopped is not None:
+            raise stopped
+        known |= found
+    return known

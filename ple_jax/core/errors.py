@@ -1,0 +1,18 @@
+"""What a user can mend, said in one line."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Something the user can mend; the entry prints it as one line and exits with code 2."""
+
+
+def suggestion(word: str, words: Iterable[str]) -> str:
+    """The nearest of `words` as the end of a sentence, or nothing. `tau0` also finds `ple.tau_0`."""
+    words = list(words)
+    by_last_part = {w.rsplit(".", 1)[-1]: w for w in words}
+    close = difflib.get_close_matches(word, words, n=1) or [
+        by_last_part[part] for part in difflib.get_close_matches(word.rsplit(".", 1)[-1], by_last_part, n=1)
+    ]
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,20 @@
+"""Sampling noise is data: a function of what a response is for, and of nothing else."""
+
+import hashlib
+import json
+
+import numpy as np
+from jaxtyping import Float32
+
+
+def uniforms(seed: int, iteration: int, query_id: str, kind: str, sample: int, n: int) -> Float32[np.ndarray, " n"]:
+    """The noise of one response, in [0, 1): a function of all these arguments and of nothing else.
+
+    numpy's Philox, keyed by a hash of the arguments. 24 random bits each: float32 holds them exactly, so that none rounds
+    up to 1.
+    """
+    what = json.dumps([seed, iteration, query_id, kind, sample]).encode()
+    key = int.from_bytes(hashlib.blake2b(what, digest_size=16).digest(), "little")
+    # raw bits: what numpy's Generator makes of them may change between versions
+    bits = np.random.Philox(key=key).random_raw(n) >> np.uint64(40)
+    return bits.astype(np.float32) * np.float32(2.0**-24)

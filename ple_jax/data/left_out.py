@@ -1,0 +1,90 @@
+"""Records that are left out: what they are, how many there may be, and where they are listed."""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ple_jax.core.errors import UserError
+from ple_jax.core.types import Query
+
+FILE = "bad_records.jsonl"  # in the work directory: what was left out, and why
+
+
+def fit(queries: Sequence[Query], judge: Callable[[Query], Any], *, kind: str) -> tuple[list[Any], list[Bad]]:
+    """What `judge` makes of every query, and those of which it gives a reason against them instead, a text."""
+    good, bad = [], []
+    for query in queries:
+        found = judge(query)
+        if type(found) is str:
+            bad.append(Bad(query.id, kind, f"query {query.id!r} {found}", query.prompt[:300]))
+        else:
+            good.append(found)
+    return good, bad
+
+
+def note(bad: dict[str, list[Bad]], workdir: Path) -> str:
+    """Writes what was left out to the work directory; a line that says how much it is, or nothing."""
+    write_bad(workdir / FILE, bad)
+    listed = counts(bad)
+    return f"records left out: {listed}; listed in {workdir / FILE}" if listed else ""
+
+
+def counts(bad: dict[str, list[Bad]]) -> str:
+    """How many were left out, by kind; nothing if none was."""
+    found = Counter(f"{record.kind} ({which})" for which, records in bad.items() for record in records)
+    return ", ".join(f"{n} {kind}" for kind, n in found.items())
+CUT = 300  # characters of a bad record that are kept
+
+
+class Bad(NamedTuple):
+    """A record that is left out."""
+
+    where: str  # "file:line"
+    kind: str  # what is counted: json, utf-8, csv, column, type, empty, turns, pair, label, short, duplicate id ...
+    reason: str  # a sentence that names the place
+    record: str  # the beginning of it
+
+
+class QuerySet(NamedTuple):
+    """What is of use, in the order of the source, and what is not."""
+
+    queries: list[Query]
+    bad: list[Bad]
+
+
+def check_share(task: QuerySet, source: str, limit: float) -> None:
+    """Raises a UserError if more than `limit` of the records are bad, or all; it has the first and how many of each kind."""
+    queries, bad = task
+    share = len(bad) / max(len(queries) + len(bad), 1)
+    if queries and share <= limit:
+        return
+    if not bad:
+        raise UserError(f"{source} holds no record that can be used")
+    kinds = ", ".join(f"{kind} {n}" for kind, n in Counter(b.kind for b in bad).most_common())
+    allowing = f"--config.task.max_bad_share={min(share + 0.01, 1):.2f}"
+    remedy = (
+        f"mend them, let scripts/prepare_data.py leave them out, or set {allowing}"
+        if queries
+        else "mend them, or see whether --config.task.format and --config.task.columns are those of the data"
+    )
+    raise UserError(
+        f"{bad[0].reason}; {len(bad)} of {len(queries) + len(bad)} records of {source} cannot be used ({kinds}), more than"
+        f" config.task.max_bad_share={limit:g} allows: {remedy}"
+    )
+
+
+def write_bad(path: Path, bad: Mapping[str, Sequence[Bad]]) -> None:
+    """What was left out, of every set, one JSON line each, written atomically; no file where there is nothing."""
+    if not any(bad.values()):
+        path.unlink(missing_ok=True)
+        return
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        for name, some in bad.items():
+            file.writelines(json.dumps({"set": name, **b._asdict()}, ensure_ascii=False) + "\n" for b in some)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,0 +1,203 @@
+"""From raw data to train.jsonl and test.jsonl: what is of use, without duplicates, and no prompt in both."""
+
+import functools
+import hashlib
+import json
+import sys
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ple_jax.core.conversation import Conversation
+from ple_jax.core.errors import UserError
+from ple_jax.core.files import write_json
+from ple_jax.core.types import Query
+from ple_jax.data.left_out import Bad, write_bad
+from ple_jax.data.queries import load_queries
+
+_BAR = 40  # characters of the longest
+
+
+def prepare(
+    train: str,
+    out: Path,
+    *,
+    test: str = "",
+    test_split: str = "test",
+    test_share: float = 0.05,
+    max_words: int = 0,
+    seed: int = 0,
+    needs: str = "prompt",
+    **options: Any,
+) -> dict[str, Any]:
+    """Writes train.jsonl, test.jsonl, bad.jsonl and summary.json to `out`; returns the summary.
+
+    Args:
+        train, options, seed, needs: as `tasks.load` takes them.
+        test: the test records; without it a share of the train records, by the hash of their prompt.
+        test_split: of `test`, if that is a folder or a data set on a hub.
+        test_share: how large that share is, between 0 and 1.
+        max_words: longer prompts are bad records (0: none).
+
+    Raises:
+        UserError: as `tasks.load`; nothing is left of one of the two.
+    """
+    sources = {"train": load_queries(train, seed=seed, needs=needs, **options)}
+    if test:
+        sources["test"] = load_queries(test, seed=seed, needs=needs, **options | {"split": test_split})
+    sets: dict[str, list[Query]] = {}
+    bad: dict[str, list[Bad]] = {}
+    counts: dict[str, dict[str, Any]] = {}
+    for name, found in sources.items():
+        short, long = _short(found.queries, max_words)
+        bad[name] = found.bad + long
+        sets[name], exact, normal = unique(short, needs=needs)
+        counts[name] = {
+            "read": len(found.queries) + len(found.bad),
+            "bad": dict(Counter(b.kind for b in bad[name]).most_common()),
+            "exact duplicates": exact,
+            "normalised duplicates": normal,
+        }
+    if test:
+        sets["train"], exact, normal = apart(sets["train"], sets["test"])
+        counts["train"] |= {"exactly in test too": exact, "normalised in test too": normal}
+    else:
+        sets["train"], sets["test"] = divide(sets["train"], share=test_share, seed=seed)
+        counts["test"] = {}
+    for name, queries in sets.items():
+        if not queries:
+            first = f"; the first bad record: {bad[name][0].reason}" if bad.get(name) else ""
+            raise UserError(f"no record is left for {name}.jsonl{first}; see --format, --columns, --needs and --test-share")
+        counts[name] |= {
+            "written": len(queries),
+            "words of prompts": histogram(query.prompt for query in queries),
+            "words of completions": histogram(query.completion for query in queries),
+        }
+    out.mkdir(parents=True, exist_ok=True)
+    for name, queries in sets.items():
+        write(out / f"{name}.jsonl", queries, needs=needs)
+    write_bad(out / "bad.jsonl", bad)
+    write_json(out / "summary.json", counts)
+    return counts
+
+
+def normalised(text: str) -> str:
+    """Text for comparison: NFKC, without case, runs of blanks and punctuation as one blank; of punctuation alone, that."""
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    return " ".join(folded.translate(_blanks()).split()) or " ".join(folded.split())
+
+
+@functools.cache
+def _blanks() -> dict[int, str]:
+    """Punctuation, separators and control characters -> a blank."""
+    return {i: " " for i in range(sys.maxunicode + 1) if unicodedata.category(chr(i))[0] in "PZC"}
+
+
+def unique(queries: Iterable[Query], *, needs: str) -> tuple[list[Query], int, int]:
+    """The first of every kind; how many were exactly equal to one before, and how many only after `normalised`.
+
+    Compared is what the record is needed for: the prompt, and with needs=completion or pair its answers.
+    """
+    kept: list[Query] = []
+    exact, alike = set(), set()
+    equal = normal = 0
+    for query in queries:
+        parts = (query.prompt, query.completion, query.rejected)[: {"prompt": 1, "completion": 2, "pair": 3}[needs]]
+        plain, other = _hash(parts), _hash(normalised(part) for part in parts)
+        if plain in exact:
+            equal += 1
+        elif other in alike:
+            normal += 1
+        else:
+            kept.append(query)
+        exact.add(plain)
+        alike.add(other)
+    return kept, equal, normal
+
+
+def apart(train: Iterable[Query], test: Iterable[Query]) -> tuple[list[Query], int, int]:
+    """The train queries whose prompt is not in the test set; how many were exactly, and how many only after `normalised`."""
+    exact = {query.prompt for query in test}
+    alike = {normalised(prompt) for prompt in exact}
+    kept: list[Query] = []
+    equal = normal = 0
+    for query in train:
+        if query.prompt in exact:
+            equal += 1
+        elif normalised(query.prompt) in alike:
+            normal += 1
+        else:
+            kept.append(query)
+    return kept, equal, normal
+
+
+def divide(queries: Iterable[Query], *, share: float, seed: int) -> tuple[list[Query], list[Query]]:
+    """(train, test) by a hash of the normalised prompt: equal prompts go together, whatever else is in the data."""
+    parts: tuple[list[Query], list[Query]] = ([], [])
+    for query in queries:
+        drawn = int.from_bytes(_hash((str(seed), normalised(query.prompt)))[:8], "big") / 2**64
+        parts[drawn < share].append(query)
+    return parts
+
+
+def histogram(texts: Iterable[str]) -> dict[str, int]:
+    """How many texts have 0, 1, 2-3, 4-7, 8-15 ... words; up to the longest, without gaps."""
+    counts = Counter(len(text.split()).bit_length() for text in texts)
+    bins = [f"{2**i // 2}-{2**i - 1}" if i > 1 else str(i) for i in range(max(counts, default=0) + 1)]
+    return {name: counts[i] for i, name in enumerate(bins)}
+
+
+def table(summary: Mapping[str, Mapping[str, Any]]) -> str:
+    """A summary for people."""
+    lines = []
+    for name, counts in summary.items():
+        lines.append(name)
+        for key, value in counts.items():
+            if not key.startswith("words"):
+                listed = ", ".join(f"{kind} {n}" for kind, n in value.items()) or "0" if isinstance(value, dict) else value
+                lines.append(f"  {key}: {listed}")
+                continue
+            lines.append(f"  {key}")
+            longest = max(value.values())
+            lines += [f"    {bin:>11} {n:>8} {'#' * -(-n * _BAR // longest)}".rstrip() for bin, n in value.items()]
+    return "\n".join(lines)
+
+
+def write(path: Path, queries: Sequence[Query], *, needs: str) -> None:
+    """JSONL that `tasks.load` and TRL read: prompt and completion, or of pairs chosen and rejected, as texts or as turns."""
+    answered = any(query.completion for query in queries)
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        for query in queries:
+            record: dict[str, Any] = {"id": query.id, "prompt": query.prompt}
+            if needs == "pair":
+                record |= {"chosen": query.completion, "rejected": query.rejected}
+            elif answered:
+                record["completion"] = query.completion
+            if isinstance(query.prompt, Conversation):
+                turns = {k: [{"role": "assistant", "content": v}] for k, v in record.items() if k not in ("id", "prompt")}
+                record |= {"prompt": query.prompt.messages, **turns}
+                if query.prompt.tools:
+                    record["tools"] = query.prompt.tools
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    temporary.replace(path)
+
+
+def _short(queries: Sequence[Query], most: int) -> tuple[list[Query], list[Bad]]:
+    if not most:
+        return list(queries), []
+    kept: list[Query] = []
+    long: list[Bad] = []
+    for query in queries:
+        if (n := len(query.prompt.split())) <= most:
+            kept.append(query)
+        else:
+            reason = f"{query.id}: the prompt has {n} words, more than {most}"
+            long.append(Bad(query.id, "long", reason, query.prompt[:300]))
+    return kept, long
+
+
+def _hash(parts: Iterable[str]) -> bytes:
+    return hashlib.sha256("\0".join(parts).encode()).digest()

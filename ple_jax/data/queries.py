@@ -1,0 +1,165 @@
+"""Tasks: records -> queries, what is left out and why, and which of them an iteration draws."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ple_jax.core.conversation import Conversation
+from ple_jax.core.errors import UserError
+from ple_jax.core.types import Query
+from ple_jax.data import formats, records
+from ple_jax.data.left_out import CUT, Bad, QuerySet
+
+_ENOUGH = 1000  # records of a stream, none of them of use: the others are not waited for
+
+
+def load_queries(
+    source: str,
+    *,
+    split: str = "train",
+    subsets: Sequence[str] = (),
+    format: str = "records",
+    columns: Mapping[str, str] = {},  # noqa: B006
+    words: tuple[int, int] = (2, 8),
+    streaming: bool = False,
+    limit: int = 0,
+    seed: int = 0,
+    needs: str = "prompt",
+) -> QuerySet:
+    """The queries of a source, and the records that cannot be one.
+
+    Args:
+        source, split, subsets, streaming: as `records.read` takes them.
+        format: records, hh, imdb or tldr: the functions of `formats`.
+        columns: our names -> the data's.
+        words: of imdb: fewest and most words of a review that are the query.
+        limit: use so many of them (0: all), drawn by `seed`, in the order of the source; of a stream the first.
+        seed: of that, and of imdb's number of words.
+        needs: what a record must have to be of use: prompt, completion or pair (of a chosen and a rejected answer).
+
+    Raises:
+        UserError: as `records.read`; no record at all; a column that is needed and that no record has.
+    """
+    if format == "imdb" and not 1 <= words[0] <= words[1]:
+        raise UserError(f"config.task.words={words!r} must be (fewest, most), at least 1: --config.task.words='(2, 8)'")
+    queries: list[Query] = []
+    bad: list[Bad] = []
+    places: dict[str, str] = {}
+    found: Iterable[records.Record] = records.read(source, split=split, subsets=subsets, streaming=streaming)
+    if format == "imdb" and not streaming:
+        found = list(found)
+    labelled = isinstance(found, list) and any("label" in _renamed(record.value, columns) for record in found)
+    for record in found:
+        try:
+            query = _query(record, format, columns, words, seed, needs, labelled)
+            if query.id in places:
+                file, _, line = places[query.id].rpartition(":")
+                reason = f": id {query.id!r} is already on line {line} of {file}; ids must differ"
+                raise formats.Unusable("duplicate id", reason)
+        except formats.Unusable as error:
+            reason = error.reason if record.kind else record.where + error.reason
+            text = record.text or json.dumps(record.value, ensure_ascii=False, default=str)
+            bad.append(Bad(record.where, error.kind, reason, text[:CUT]))
+            if streaming and not queries and len(bad) == _ENOUGH:
+                break
+            continue
+        places[query.id] = record.where
+        queries.append(query)
+        if streaming and len(queries) == limit:
+            break
+    if not queries and not bad:
+        raise UserError(f"{source} holds no record; give a JSONL file with a `prompt` on each line")
+    nameless = [b for b in bad if b.kind == "column"]
+    if nameless and {b.kind for b in bad} <= {"column", "json", "utf-8", "csv"} and not queries:
+        raise UserError(f"{nameless[0].reason}, or say its name: --config.task.columns=\"{{'prompt': 'question'}}\"")
+    if 0 < limit < len(queries):
+        rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, len(queries)])))
+        queries = [queries[i] for i in sorted(rng.permutation(len(queries))[:limit].tolist())]
+    return QuerySet(queries, bad)
+
+
+def _query(
+    record: records.Record,
+    format: str,
+    columns: Mapping[str, str],
+    words: tuple[int, int],
+    seed: int,
+    needs: str,
+    labelled: bool,
+) -> Query:
+    if record.kind:
+        raise formats.Unusable(record.kind, record.reason)
+    values = _renamed(record.value, columns)
+    if format == "imdb":
+        query = formats.imdb(values, needs=needs, words=words, seed=seed, name=record.name, labelled=labelled)
+    else:
+        query = {"records": formats.records, "hh": formats.hh, "tldr": formats.tldr}[format](values, needs=needs)
+    return query._replace(id=record.name if values.get("id") is None else str(values["id"]))
+
+
+def _renamed(values: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str, Any]:
+    """Under our names; what is not renamed keeps its own."""
+    if not columns:
+        return values
+    theirs = {name: ours for ours, name in columns.items()}
+    return {k: v for k, v in values.items() if k not in theirs and k not in columns} | {
+        ours: values[name] for name, ours in theirs.items() if name in values
+    }
+
+
+def disjoint(train: Sequence[Query], heldout: Sequence[Query]) -> tuple[list[Query], list[Bad]]:
+    """The train queries that are not held out too, and those that are.
+
+    Raises:
+        UserError: none is left.
+    """
+    known = {query.prompt.strip(): query.id for query in heldout}
+    kept: list[Query] = []
+    both: list[Bad] = []
+    for query in train:
+        if (other := known.get(query.prompt.strip())) is None:
+            kept.append(query)
+        else:
+            reason = f"train query {query.id!r} ({query.prompt[:60]!r}) is also held-out query {other!r}"
+            both.append(Bad(query.id, "held out too", reason, query.prompt[:CUT]))
+    if train and not kept:
+        raise UserError(f"{both[0].reason}, and so are all; give --config.task.train or --config.task.heldout other data")
+    return kept, both
+
+
+def digest(queries: Iterable[Query]) -> str:
+    """What tells one set of queries from another."""
+    found = hashlib.sha256()
+    for query in queries:
+        turns = [query.prompt.messages, query.prompt.tools] if isinstance(query.prompt, Conversation) else None
+        found.update(json.dumps([*query, turns], sort_keys=True, default=str).encode() + b"\n")
+    return found.hexdigest()[:16]
+
+
+def draw(queries: Sequence[Query], n: int, *, seed: int, iteration: int) -> list[Query]:
+    """The queries of one iteration: without replacement, and every query once before any comes again.
+
+    Passes over the data are permutations, each from (seed, number of the pass); iteration i takes places i * n to
+    (i + 1) * n of their concatenation. Where that crosses into the next pass, queries drawn already in this iteration are
+    moved behind the others of that pass.
+
+    Raises:
+        UserError: n is larger than the number of queries.
+    """
+    size = len(queries)
+    if n > size:
+        raise UserError(f"config.queries_per_iteration is {n} but there are {size} train queries; use at most {size}")
+
+    last = ((iteration + 1) * n - 1) // size
+    before: list[int] = []
+    order: list[int] = []
+    for passing in range(last + 1):  # from the first: the order of a pass depends on how the one before it ended
+        fresh = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, passing]))).permutation(size).tolist()
+        drawn = passing * size % n  # how many places of the crossing iteration lie in the pass before
+        taken = set(order[size - drawn :])
+        before, order = order, [i for i in fresh if i not in taken] + [i for i in fresh if i in taken]
+    begin = iteration * n - max(last - 1, 0) * size
+    return [queries[i] for i in (before + order)[begin : begin + n]]

@@ -1,0 +1,100 @@
+"""What speaks against a comparison, in sentences."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ple_jax.evaluation.methods import Method, method_keys
+from ple_jax.evaluation.numbers import spent
+
+_TOLERANCE = 0.1  # of generated tokens, within which budgets are called equal
+
+
+def warnings(methods: Sequence[Method]) -> list[str]:
+    """What makes the comparison weaker than it looks."""
+    found = []
+    trained = [method for method in methods if method.trained]
+    seeds = sorted({run.seed for method in trained for run in method.runs})
+    for method in methods:
+        configs = [method_keys(run) for run in method.runs]
+        everything = sorted({key for config in configs for key in config})
+        if keys := [key for key in everything if any(config.get(key) != configs[0].get(key) for config in configs)]:
+            found.append(f"the runs of {method.label} differ in more than their seeds: {', '.join(keys)}")
+        for run in method.runs if method.trained else ():
+            name, iteration = f"{method.label}, seed {run.seed}", run.generated.settings["iteration"]
+            if not run.summary:
+                found.append(f"{name}: training is not finished; the responses are of iteration {iteration}")
+            elif run.summary["iterations"] != iteration:
+                all_ = run.summary["iterations"]
+                found.append(f"{name}: the responses are of iteration {iteration}, the costs of all {all_}")
+    for method in trained:
+        missing = [seed for seed in seeds if seed not in [run.seed for run in method.runs]]
+        if len(method.runs) == 1:
+            found.append(f"{method.label} has one seed: its intervals and tests say nothing of how another would have gone")
+        if missing:
+            found.append(
+                f"{method.label} lacks seed{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))}: it is tested on"
+                " the seeds that both methods have, its mean is over its own"
+            )
+    if len({run.generated.settings["model"] for method in methods for run in method.runs}) > 1:
+        found.append("the base models differ: so do those under which perplexity and KL are measured")
+    return found + _unequal(trained) + _missing(methods)
+
+
+def _unequal(methods: Sequence[Method]) -> list[str]:
+    """Says which methods that sample while they train generated less than the one that generated most."""
+    spent_by = {
+        method.label: float(np.mean([spent(run).get("generated_tokens", 0) for run in method.runs])) for method in methods
+    }
+    most = max(spent_by.values(), default=0.0)
+    less = {label: n for label, n in spent_by.items() if 0 < n < (1 - _TOLERANCE) * most}
+    if not less:
+        return []
+    largest = max(spent_by, key=spent_by.__getitem__)
+    listed = "; ".join(f"{label} {n:,.0f} ({n / most:.0%})" for label, n in less.items())
+    return [f"unequal budgets: {largest} generated {most:,.0f} tokens while it trained, and {listed}"]
+
+
+def _missing(methods: Sequence[Method]) -> list[str]:
+    found = []
+    without = [method.label for method in methods if np.isnan(method.values["reward_second"]).all((1, 2)).any()]
+    asked = {run.generated.settings["second_reward"] for method in methods for run in method.runs} - {None}
+    if len(without) == len(methods) and not asked:
+        found.append(
+            "no second reward: over-optimisation of the training reward would not show (--config.generate.second_reward)"
+        )
+    elif without:
+        found.append(f"no second reward of {', '.join(without)}")
+    for key, name in (("reward", "training reward"), ("reward_second", "second reward")):
+        for method in methods:
+            share = float(np.isnan(method.values[key]).mean())
+            if 0 < share and (key == "reward" or method.label not in without):
+                found.append(f"{share:.1%} of the responses of {method.label} have no {name} and are left out of it")
+    return found
+
+
+def undecided(wins: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Says how many pairs of responses the judge gave no verdict on."""
+    failed, judged = (sum(row[key] for row in wins) / 2 for key in ("failed", "judged"))  # each pair is there twice
+    return [f"the judge gave no verdict on {failed:,.0f} of {failed + judged:,.0f} pairs"] if failed else []
+
+
+def notes(methods: Sequence[Method]) -> list[str]:
+    """What a reader should know, and nothing is wrong with."""
+    found = []
+    few = sorted({len(method.runs) for method in methods if method.trained and 1 < len(method.runs) < 5})
+    if few:
+        found.append(
+            f"{' or '.join(map(str, few))} seeds show only roughly what another would do: intervals and p are too sure of it"
+            " (p of the seeds alone is not), so look at every seed"
+        )
+    if start := [method.label for method in methods if not method.trained and len(method.runs) == 1]:
+        found.append(f"{', '.join(start)}: one run, which stands beside every seed of the others")
+    total = {method.label: sum(spent(run).get("generated_tokens", 1) for run in method.runs) for method in methods}
+    if offline := [method.label for method in methods if method.trained and not total[method.label]]:
+        found.append(f"{', '.join(offline)}: nothing is sampled while it trains; compare the tokens that it was trained on")
+    drawn, plain = methods[0].runs[0].generated.settings["sampling"], {"temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0}
+    if other := [f"{key} {drawn[key]:g}" for key, value in plain.items() if drawn.get(key, value) != value]:
+        found.append(f"responses were sampled with {', '.join(other)}; KL is of the untouched probabilities")
+    return found

@@ -1,0 +1,228 @@
+"""The runs that --mode=compare is given: found, read, named, checked against one another, and grouped into methods."""
+
+import glob
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float64
+
+from ple_jax.core.config import EXECUTION, flatten
+from ple_jax.core.errors import UserError
+from ple_jax.core.files import read_json
+from ple_jax.evaluation import responses
+
+MEASURED = ("reward", "reward_second", "kl")  # measures with a value of every response
+SAME = ("data_digest", "samples", "max_new_tokens", "sampling", "reward", "reward_version", "second_reward")
+# keys of a config that make no other method of it
+_NO_METHOD = (*EXECUTION, "seed", "sinks")
+_NO_METHOD_GROUPS = ("eval.", "generate.", "compare.", "export.")
+# the keys that a model before any training depends on
+_START = ("backend", "model.", "task.chat", "task.thinking", "inputs.model", "inputs.adapter")
+
+
+class Entry(NamedTuple):
+    """One seed of a method: its responses, and what their work directory says of the training."""
+
+    label: str  # "" until there is one
+    folder: Path  # of the responses
+    generated: responses.Generated
+    config: dict[str, Any]  # flat
+    summary: dict[str, Any]  # {} where training is not finished
+    lines: list[dict[str, Any]]  # of metrics.jsonl
+
+    @property
+    def seed(self) -> int:
+        return self.generated.settings["seed"]
+
+    @property
+    def trained(self) -> bool:
+        return self.generated.settings["policy"] == "trained"
+
+
+class Method(NamedTuple):
+    """Runs of one label, by seed, and what was measured of every response."""
+
+    label: str
+    runs: list[Entry]
+    values: dict[str, Float64[np.ndarray, "seed query sample"]]  # by MEASURED; nan where there is none
+
+    @property
+    def trained(self) -> bool:
+        return self.runs[0].trained
+
+    def by_query(self, measure: str) -> Float64[np.ndarray, "seed query"]:
+        return mean(self.values[measure])
+
+
+def expand(entries: Iterable[str]) -> list[tuple[str, Path]]:
+    """Entries -> (label or "", folder of responses), globs expanded in order of name.
+
+    Raises:
+        UserError: nothing is there, a folder holds no responses or several sets of them, or is named twice.
+    """
+    found: list[tuple[str, Path]] = []
+    for entry in entries:
+        label, paths = "", _folders(entry)
+        if not paths and "=" in entry:  # not before: folders of a sweep have such names too
+            label, _, pattern = entry.partition("=")
+            paths = _folders(pattern.strip())
+        if not paths:
+            raise UserError(f"--runs: {entry!r} is no folder, nor a pattern that fits one (looked in {Path.cwd()})")
+        found += [(label.strip(), _responses(path)) for path in paths]
+    if not found:
+        raise UserError("--runs names nothing: --runs 'runs/ple,runs/sft' (work directories, or label=path)")
+    twice = [path for path, n in Counter(path.resolve() for _, path in found).items() if n > 1]
+    if twice:
+        raise UserError(f"--runs names {twice[0]} twice: the same responses would count as two seeds")
+    return found
+
+
+def _folders(pattern: str) -> list[Path]:
+    if not pattern:  # which would be the current folder
+        return []
+    paths = [Path(pattern)] if Path(pattern).exists() else [Path(path) for path in sorted(glob.glob(pattern))]
+    return [path for path in paths if path.is_dir()]
+
+
+def _responses(path: Path) -> Path:
+    """The folder of responses that a path stands for."""
+    if any(path.glob("iter_*.scores.jsonl")):
+        return path
+    found = sorted(scores.parent for scores in path.glob("responses/*/iter_*.scores.jsonl"))
+    names = list(dict.fromkeys(folder.name for folder in found))
+    if "trained" in names:
+        return path / "responses" / "trained"
+    if not names:
+        raise UserError(f"{path} holds no responses; write them first: --workdir {path} --mode=generate")
+    if len(names) > 1:
+        raise UserError(f"{path}/responses holds {', '.join(names)}; name one of them in --runs: {found[0]}")
+    return found[0]
+
+
+def read(label: str, folder: Path) -> Entry:
+    """The newest responses of a folder, and the files of their work directory."""
+    workdir, generated = folder.parent.parent, responses.read(folder)
+    lines: list[dict[str, Any]] = []
+    if generated.settings["policy"] == "trained" and (workdir / "metrics.jsonl").exists():
+        # of bytes: str.splitlines would also cut at U+2028; a last line without its end is still being written
+        written = (workdir / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+        lines = [json.loads(line) for line in written if line.endswith(b"\n")]
+    summary = read_json(workdir / "summary.json") or {}
+    return Entry(label, folder, generated, flatten(read_json(workdir / "config.json") or {}), summary, lines)
+
+
+def labelled(runs: Sequence[Entry]) -> list[Entry]:
+    """The runs with a label each: the one given, or what tells the methods apart.
+
+    That is the algorithm ("start" before training), " (trl)" where TRL trained it, " + principles" where they were in the
+    prompt. Where runs of one such name differ in their configs (but for seeds and how they were computed), it goes on with
+    the keys, and their values, in which a run has another one than most of these configs, or than the first of them.
+    """
+    named: dict[str, list[Entry]] = {}
+    for run in runs:
+        named.setdefault(_name(run), []).append(run)
+    labels = {}
+    for name, members in named.items():
+        derived = [run for run in members if not run.label]
+        configs = {json.dumps(config, sort_keys=True): config for config in map(method_keys, derived)}
+        usual = {}
+        for key in sorted({key for config in configs.values() for key in config}):
+            values = [json.dumps(config.get(key)) for config in configs.values()]
+            usual[key] = max(values, key=values.count)  # the first of the most frequent
+        for run in derived:
+            config = method_keys(run)
+            own = [f"{key}={_value(config.get(key))}" for key in usual if json.dumps(config.get(key)) != usual[key]]
+            labels[run.folder] = " ".join([name, *own])
+    return [run._replace(label=run.label or labels[run.folder]) for run in runs]
+
+
+def _name(run: Entry) -> str:
+    settings = run.generated.settings
+    name = Path(settings["algorithm"]).stem if settings["algorithm"].endswith(".py") else settings["algorithm"]
+    name = name + (" (trl)" if settings["trainer"] == "trl" else "") if run.trained else "start"
+    return name + (" + principles" if settings["principled"] else "")
+
+
+def method_keys(run: Entry) -> dict[str, Any]:
+    """What of a run's config makes it the method that it is."""
+    config = {k: v for k, v in run.config.items() if k not in _NO_METHOD and not k.startswith(_NO_METHOD_GROUPS)}
+    if run.config.get("task.max_train") or run.config.get("task.max_heldout"):  # chosen by seed
+        config = {k: v for k, v in config.items() if k not in ("inputs.train", "inputs.heldout")}
+    if run.trained:
+        return config
+    # the directory may since have been trained in with another set
+    own = {k: v for k, v in config.items() if k.startswith(_START)}
+    return own | ({"principles": run.generated.settings["principles"]} if run.generated.settings["principled"] else {})
+
+
+def _value(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def check(runs: Sequence[Entry]) -> None:
+    """Raises a UserError that names two runs whose responses are not to the same questions under the same conditions."""
+    first = runs[0]
+    for key in SAME:
+        # a second reward may be missing: that is warned of
+        known = [run for run in runs if key != "second_reward" or run.generated.settings[key] is not None]
+        for run in known[1:]:
+            one, other = known[0].generated.settings[key], run.generated.settings[key]
+            if one != other:
+                raise UserError(
+                    f"{known[0].folder} and {run.folder} cannot be compared: {key} is {_value(one)} and {_value(other)};"
+                    " give --mode=generate the same for both"
+                )
+    for run in runs[1:]:
+        if _queries(run) != _queries(first):
+            raise UserError(
+                f"{first.folder} and {run.folder} cannot be compared: they answer other queries, or in another order"
+            )
+
+
+def _queries(run: Entry) -> list[tuple[str, int]]:
+    return [(rollout.query_id, len(rollout.responses)) for rollout in run.generated.rollouts]
+
+
+def group(runs: Sequence[Entry]) -> list[Method]:
+    """Runs of one label as one method, its runs by seed.
+
+    Raises:
+        UserError: two of them have the same seed, or only one of them was trained.
+    """
+    found: dict[str, list[Entry]] = {}
+    for run in runs:
+        for other in found.setdefault(run.label, []):
+            if other.seed == run.seed or other.trained != run.trained:
+                same = f"both have seed {run.seed}" if other.trained == run.trained else "only one of them was trained"
+                raise UserError(
+                    f"{other.folder} and {run.folder} are both labelled {run.label!r}, and {same}; tell them apart:"
+                    f" --runs LABEL={other.folder},OTHER={run.folder}"
+                )
+        found[run.label].append(run)
+    methods = []
+    for label, members in found.items():
+        members = sorted(members, key=lambda run: run.seed)
+        methods.append(Method(label, members, {key: np.stack([_values(run, key) for run in members]) for key in MEASURED}))
+    return methods
+
+
+def _values(run: Entry, measure: str) -> Float64[np.ndarray, "query sample"]:
+    """A measure of every response; nan where it has none, or none that is finite."""
+    if measure == "reward":
+        rows: list[Any] = [[r.reward for r in rollout.responses] for rollout in run.generated.rollouts]
+    else:
+        key, samples = measure.removeprefix("reward_"), len(run.generated.rollouts[0].responses)
+        rows = [line.get(key, [None] * samples) for line in run.generated.scores]
+    values = np.array(rows, np.float64)
+    return np.where(np.isfinite(values), values, np.nan)
+
+
+def mean(values: np.ndarray) -> np.ndarray:
+    """Over the last axis, of what is there; nan where nothing is."""
+    known = ~np.isnan(values)
+    sums = np.where(known, values, 0.0).sum(-1)
+    return np.where(known.any(-1), sums / np.maximum(known.sum(-1), 1), np.nan)

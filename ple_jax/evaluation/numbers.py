@@ -1,0 +1,138 @@
+"""The numbers of a comparison: measures, costs, curves and tests of every method."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ple_jax.evaluation import describe
+from ple_jax.evaluation.methods import MEASURED, Entry, Method, mean
+from ple_jax.formulas import intervals
+from ple_jax.training import costs
+
+TESTED = ("reward", "reward_second")
+_RESAMPLES = 10_000
+
+
+def described(methods: Sequence[Method], seed: int) -> list[dict[str, Any]]:
+    """Every method with its measures, costs included: of every seed, and their means over seeds."""
+    budget = common_budget(methods)
+    rows = []
+    for method in methods:
+        means = {key: mean(method.by_query(key)) for key in MEASURED}  # one a seed
+        runs = []
+        for i, run in enumerate(method.runs):
+            values = {**describe.describe(run.generated), **{key: float(means[key][i]) for key in MEASURED}, **spent(run)}
+            if "reward_second" in values:
+                values["bad_reward_second"] = float(np.isnan(method.values["reward_second"][i]).mean())
+            values["heldout_area"] = area(run.lines, budget)
+            kept = {key: value for key, value in values.items() if not math.isnan(value)}
+            where = {"seed": run.seed, "folder": str(run.folder), "iteration": run.generated.settings["iteration"]}
+            runs.append({**where, "measures": kept, "curve": curve(run.lines)})
+        shared = [key for key in runs[0]["measures"] if all(key in run["measures"] for run in runs)]
+        spans = {key: intervals.clustered_ci(method.by_query(key), seed=seed) for key in MEASURED}
+        rows.append(
+            {
+                "label": method.label,
+                "trained": method.trained,
+                "seeds": [run.seed for run in method.runs],
+                "measures": {key: float(np.mean([run["measures"][key] for run in runs])) for key in shared},
+                "intervals": {key: interval for key, interval in spans.items() if key in shared},
+                "runs": runs,
+                "by_query": {key: method.by_query(key).tolist() for key in TESTED},
+            }
+        )
+    return rows
+
+
+def spent(run: Entry) -> dict[str, float]:
+    """What training cost: from summary.json, or of an unfinished run from metrics.jsonl; a base model's is nothing.
+
+    Of a start model with an adapter nobody here knows.
+    """
+    if not run.trained:
+        known = run.generated.settings["adapter"] is None
+        return dict.fromkeys((*costs.COUNTERS, "wall_seconds"), 0) if known else {}
+    if not run.summary:
+        totals = {key.removeprefix("total_"): value for key, value in last(run.lines).items() if key.startswith("total_")}
+        return {"train_seconds": totals.pop("seconds"), **totals} if totals else {}
+    phases = run.summary.get("seconds", {})
+    found = {**run.summary, **{f"{phase}_seconds": value for phase, value in phases.items()}}
+    if phases:
+        found["train_seconds"] = sum(value for phase, value in phases.items() if phase != "evaluate")
+    wanted = (*costs.COUNTERS, "train_seconds", "wall_seconds", "evaluation_tokens", "peak_memory_bytes")
+    return {key: found[key] for key in (*wanted, *(f"{phase}_seconds" for phase in phases)) if key in found}
+
+
+def last(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return lines[-1] if lines else {}
+_AXES = ("queries", "generated_tokens", "training_tokens", "reward_calls", "seconds")
+
+
+def curve(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Held-out reward at every evaluation of a run, and what had been spent until then, as columns."""
+    evaluated = [line for line in lines if line.get("heldout_reward") is not None]
+    columns = {"iteration": "iteration", "heldout_reward": "heldout_reward", **{axis: f"total_{axis}" for axis in _AXES}}
+    return {
+        name: [line[key] for line in evaluated] for name, key in columns.items() if all(key in line for line in evaluated)
+    }
+
+
+def common_budget(methods: Sequence[Method]) -> float:
+    """The generated tokens that every run which samples while it trains has got to; nan where none does."""
+    totals = [last(run.lines).get("total_generated_tokens", 0) for method in methods for run in method.runs if run.trained]
+    return min((total for total in totals if total > 0), default=math.nan)
+
+
+def area(lines: Sequence[Mapping[str, Any]], budget: float) -> float:
+    """Mean held-out reward over the first `budget` generated tokens: area under the piecewise linear curve over its width.
+
+    It tells a method that learns sooner from one that ends as high. nan where the curve does not reach so far.
+    """
+    columns = curve(lines)
+    x, y = (np.array(columns.get(key, []), np.float64) for key in ("generated_tokens", "heldout_reward"))
+    if not len(x) or len(x) != len(y) or not x[-1] >= budget:
+        return math.nan
+    inside = x < budget
+    if not inside.any():
+        return math.nan
+    x, y = np.append(x[inside], budget), np.append(y[inside], np.interp(budget, x, y))
+    return float(np.trapezoid(y, x) / (x[-1] - x[0]))
+
+
+def beside(a: Method, b: Method) -> list[tuple[int, int]]:
+    """Which run of a stands beside which of b, by number: those of one seed; a start model's one run beside every one."""
+    if not a.trained and len(a.runs) == 1:
+        return [(0, j) for j in range(len(b.runs))]
+    if not b.trained and len(b.runs) == 1:
+        return [(i, 0) for i in range(len(a.runs))]
+    return [(i, j) for i, one in enumerate(a.runs) for j, other in enumerate(b.runs) if one.seed == other.seed]
+
+
+def seeds(a: Method, b: Method) -> list[int]:
+    """The seeds of `beside`; of a start model's one run those of the other."""
+    of = b if not a.trained and len(a.runs) == 1 else a
+    return [of.runs[i if of is a else j].seed for i, j in beside(a, b)]
+
+
+def tests(pairs: Sequence[tuple[Method, Method]], seed: int) -> list[dict[str, Any]]:
+    """The difference of every pair of methods in both rewards: interval, p's, and these adjusted for all pairs (Holm).
+
+    There are enough resamples for the adjusted p to fall to 0.005. Pairs without a seed in common, or without the reward,
+    have no test: their numbers are nan.
+    """
+    resamples = max(_RESAMPLES, 400 * len(pairs))
+    rows = []
+    for measure in TESTED:
+        found = []
+        for a, b in pairs:
+            both = np.array(beside(a, b), int).reshape(-1, 2)
+            one, other = a.by_query(measure)[both[:, 0]], b.by_query(measure)[both[:, 1]]
+            tested = intervals.paired(one, other, seed=seed, resamples=resamples)
+            what = {"measure": measure, "method": a.label, "against": b.label, "seeds": seeds(a, b)}
+            found.append({**what, **tested._asdict()})
+        both_adjusted = (intervals.holm([row[key] for row in found]) for key in ("p", "p_seeds"))
+        for row, p, p_seeds in zip(found, *both_adjusted, strict=True):
+            rows.append({**row, "p_holm": p, "p_seeds_holm": p_seeds, "resamples": resamples})
+    return rows

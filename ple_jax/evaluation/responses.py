@@ -1,0 +1,243 @@
+"""What a model answers to a fixed set of queries, with everything a comparison reads of it: responses, never weights.
+
+WORKDIR/responses/NAME/ with NAME trained, trained_principled, start or start_principled; in it, for iteration N,
+iter_NNNN.json (settings), iter_NNNN.jsonl (the journal: texts, tokens, training reward) and iter_NNNN.scores.jsonl: a line a
+query, in the journal's order, with
+
+    query_id, reference      the record's own answer, "" if it has none
+    second                   [n] a second reward's values, where one was asked for; null where it gave nothing finite
+    logprob                  [n] sum over a response's tokens of log pi, nats, under the prompt that it was sampled from
+    base_logprob             [n] the same under the base without any adapter, and the plain prompt
+    kl                       [n] sum over its tokens of r - 1 - log r, r = base / policy: nats, estimates KL(policy, base)
+    reference_logprob        of the reference and its EOS under the base, nats; null without a reference, or where the model
+                             takes no text of that length
+    reference_tokens         how many tokens that is of
+
+The sum of the tokens' estimates is unbiased for the KL divergence of whole responses, since each is, given what came before
+it (Schulman, "Approximating KL divergence", 2020); that is where responses are sampled at temperature 1, without truncation.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ple_jax import rewards
+from ple_jax.core.batches import bucket, left_padded, pack
+from ple_jax.core.config import differing, flatten
+from ple_jax.core.errors import UserError
+from ple_jax.core.files import read_json, write_json
+from ple_jax.core.types import Batch, Query, Response, Reward, Rollout, Slot
+from ple_jax.data.left_out import QuerySet
+from ple_jax.data.load import load_heldout
+from ple_jax.data.queries import digest
+from ple_jax.training.journal import Journal
+from ple_jax.training.journal import read as read_journal
+from ple_jax.training.prompting import fitted, renderer
+from ple_jax.training.run import Run
+from ple_jax.training.sampling import given, sample
+from ple_jax.training.scoring import score
+
+NOISE = -2  # the iteration whose noise it samples with: the same for every checkpoint, and no training's
+
+
+class Generated(NamedTuple):
+    """The responses of one model to one set of queries."""
+
+    settings: dict[str, Any]
+    rollouts: list[Rollout]
+    scores: list[dict[str, Any]]  # a line of iter_NNNN.scores.jsonl each, in the same order
+
+
+def folder(workdir: Path, config: Any) -> Path:
+    """Where the responses that config.generate asks for are kept."""
+    return workdir / "responses" / (config.generate.policy + ("_principled" if config.generate.principled else ""))
+
+
+def read(path: Path, iteration: int | None = None) -> Generated:
+    """What `write` kept in a folder, of the newest iteration if none is given.
+
+    Raises:
+        UserError: there is nothing complete, or a file is damaged.
+    """
+    complete = sorted(int(file.name[5:9]) for file in path.glob("iter_????.scores.jsonl"))
+    if not complete or iteration not in (None, *complete):
+        raise UserError(
+            f"{path} holds no responses{'' if iteration is None else f' of iteration {iteration}'}; --mode=generate"
+        )
+    name = path / f"iter_{complete[-1] if iteration is None else iteration:04d}"
+    try:
+        lines = name.with_suffix(".scores.jsonl").read_bytes().splitlines()
+        scores = [json.loads(line) for line in lines]
+        settings = read_json(name.with_suffix(".json"))
+    except ValueError as error:
+        raise UserError(f"{name}.scores.jsonl is damaged ({error}); delete it and give --mode=generate again") from error
+    if settings is None:
+        raise UserError(f"{name}.json, the settings of these responses, is gone; delete that folder and generate again")
+    found = Generated(settings, read_journal(name.with_suffix(".jsonl")), scores)
+    if [rollout.query_id for rollout in found.rollouts] != [line["query_id"] for line in scores]:
+        raise UserError(f"{name}.jsonl and {name.name}.scores.jsonl are of other queries; delete both and generate again")
+    return found
+
+
+def evaluation_set(config: Any) -> QuerySet:
+    """The queries of config.generate. What a seed chooses of them is chosen by seed 0: the same for every run.
+
+    Raises:
+        UserError: as `data.load`.
+    """
+    from ml_collections import ConfigDict
+
+    options, own = config.generate, ConfigDict(config.to_dict())
+    own.seed = 0
+    if options.data is not None:
+        own.task.heldout, own.task.heldout_split, own.task.max_heldout = options.data, options.split, 0
+    own.task.max_heldout = options.max_queries or own.task.max_heldout
+    return load_heldout(own)
+
+
+def second_reward(config: Any, backend: str) -> Reward | None:
+    """The reward that training never sees, where there is one."""
+    options = config.generate
+    if options.second_reward is None:
+        return None
+    try:
+        return rewards.load(
+            options.second_reward, options.second_kwargs.to_dict(), backend=backend, mesh=config.mesh.to_dict()
+        )
+    except UserError as error:
+        raise UserError(str(error).replace("config.reward.", "config.generate.second_")) from error
+
+
+def write(run: Run, queries: QuerySet, second: Reward | None, *, backend: str, iteration: int) -> Path:
+    """Samples and scores the run's policy as it is now; what was finished before is not done again.
+
+    Returns:
+        The journal's path.
+
+    Raises:
+        UserError: responses with other settings are there.
+    """
+    options, path = run.config.generate, folder(run.workdir, run.config)
+    path.mkdir(parents=True, exist_ok=True)
+    seen = {query.prompt for query in run.train}
+    if options.policy == "trained" and (both := sum(query.prompt in seen for query in queries.queries)):
+        run.progress.log(f"warning: {both} of {len(queries.queries)} queries are among those that were trained on")
+    run = fitted(run._replace(heldout=queries.queries, bad={"train": [], "heldout": queries.bad}, workdir=path))
+    journal, kind = Journal(path, iteration), "principled" if options.principled else "plain"
+    settings = _settings(run, second, backend=backend, iteration=iteration)
+    kept = read_json(journal.path.with_suffix(".json"))
+    if kept is not None and kept != settings:
+        keys = ", ".join(differing(flatten(kept), flatten(settings)))
+        raise UserError(
+            f"{path} holds responses of iteration {iteration} with other settings ({keys}); move or delete that folder"
+        )
+    write_json(journal.path.with_suffix(".json"), settings)
+    render = renderer(run)
+    if (rollouts := journal.read()) is None:
+        slots = [Slot(kind, options.principled, number) for number in range(options.samples)]
+        rollouts = score(run, sample(run, run.heldout, slots, journal, NOISE, render))
+        journal.complete(rollouts)
+    scored = journal.path.with_suffix(".scores.jsonl")
+    if not scored.exists():
+        lines = list(_scores(run, rollouts, second, [render(query, options.principled).whole for query in run.heldout]))
+        temporary = scored.with_name(scored.name + ".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        temporary.replace(scored)
+    return journal.path
+
+
+def _settings(run: Run, second: Reward | None, *, backend: str, iteration: int) -> dict[str, Any]:
+    config, options = run.config, run.config.generate
+    settings = {
+        "algorithm": config.algorithm,
+        "trainer": config.trainer,
+        "backend": backend,
+        "seed": config.seed,
+        "iteration": iteration,
+        "policy": options.policy,
+        "principled": options.principled,
+        "principles": config.principles if options.principled else None,
+        "model": run.base_model,
+        "adapter": config.model.adapter,
+        "weights_digest": _digest(run),
+        "data": options.data or config.task.heldout,
+        "data_digest": digest(run.heldout),
+        "queries": len(run.heldout),
+        "samples": options.samples,
+        "max_new_tokens": config.sampling.max_new_tokens,
+        "sampling": {key: config.sampling[key] for key in ("temperature", "top_k", "top_p", "min_p")},
+        "reward": run.reward.name,
+        "reward_version": run.reward.version,
+        "second_reward": None if second is None else second.name,
+    }
+    return json.loads(json.dumps(settings))
+
+
+def _digest(run: Run) -> str:
+    """Of the policy's adapter: the same iteration of another training is another policy."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(run.backend.adapter().items()):
+        found.update(name.encode() + tensor.tobytes())
+    return found.hexdigest()[:16]
+
+
+def _scores(
+    run: Run, rollouts: Sequence[Rollout], second: Reward | None, prompts: Sequence[tuple[int, ...]]
+) -> Iterator[dict[str, Any]]:
+    """The lines beside the journal; `prompts` are those that the responses were sampled from."""
+    samples, size = len(rollouts[0].responses), run.config.optimizer.micro_queries
+    values = _values(run, rollouts, second)
+    run.progress.phase("log-probabilities", len(rollouts))
+    for start in range(0, len(rollouts), size):
+        run.stop.check()
+        some = rollouts[start : start + size]
+        plain = _packed(run, some, [range(samples)] * len(some), run.config.sampling.max_new_tokens)
+        asked = left_padded(prompts[start : start + size], run.config.sampling.bucket)
+        policy = run.backend.logprobs(plain._replace(prompt=asked[0], prompt_mask=asked[1])).logprobs
+        base = run.backend.logprobs(plain, base=True).logprobs
+        policy, base = (np.where(plain.response_mask, x, 0.0).astype(np.float64) for x in (policy, base))
+        kl = (np.expm1(base - policy) - (base - policy)).sum(-1)
+        references = _references(run, run.heldout[start : start + size], some)
+        for i, rollout in enumerate(some):
+            line: dict[str, Any] = {"query_id": rollout.query_id, "reference": run.heldout[start + i].completion}
+            if values is not None:
+                line["second"] = values[start + i]
+            line |= {"logprob": policy[i].sum(-1).tolist(), "base_logprob": base[i].sum(-1).tolist(), "kl": kl[i].tolist()}
+            yield {**line, "reference_logprob": references[i][0], "reference_tokens": references[i][1]}
+        run.progress.advance(len(some))
+
+
+def _packed(run: Run, rollouts: Sequence[Rollout], picks: Sequence[Sequence[int]], length: int) -> Batch:
+    return pack(rollouts, picks, prompt_multiple=run.config.sampling.bucket, response_len=length)
+
+
+def _values(run: Run, rollouts: Sequence[Rollout], second: Reward | None) -> list[list[float | None]] | None:
+    """A second reward's values of every response; null where it gave nothing finite."""
+    if second is None:
+        return None
+    texts = [(rollout.prompt, r.text) for rollout in rollouts for r in rollout.responses]
+    found = rewards.score(second, [prompt for prompt, _ in texts], [text for _, text in texts], cache=run.cache).values
+    numbers = iter(float(value) if math.isfinite(value) else None for value in found)
+    return [[next(numbers) for _ in rollout.responses] for rollout in rollouts]
+
+
+def _references(run: Run, queries: Sequence[Query], rollouts: Sequence[Rollout]) -> list[tuple[float | None, int]]:
+    """Log-probability and tokens of the records' own answers under the base."""
+    own = [given(run, query, Slot("reference", source="completion")) if query.completion else None for query in queries]
+    room = [run.context - len(rollout.prompt_tokens) for rollout in rollouts]
+    own = [answer if answer and len(answer.tokens) <= most else None for answer, most in zip(own, room, strict=True)]
+    if not any(own):
+        return [(None, 0)] * len(own)
+    # one token where there is none, which is not read
+    answers = [answer or Response((0,), True) for answer in own]
+    longest = bucket(max(len(answer.tokens) for answer in answers), run.config.sampling.bucket)
+    rows = [rollout._replace(responses=(answer,)) for rollout, answer in zip(rollouts, answers, strict=True)]
+    batch = _packed(run, rows, [(0,)] * len(rows), longest)
+    logprobs = np.where(batch.response_mask, run.backend.logprobs(batch, base=True).logprobs, 0.0)
+    sums = logprobs.astype(np.float64).sum((1, 2))
+    return [(None, 0) if a is None else (float(s), len(a.tokens)) for a, s in zip(own, sums, strict=True)]

@@ -1,0 +1,119 @@
+"""Pairs of methods before a judge."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ple_jax.core.answers import Cache
+from ple_jax.core.errors import UserError
+from ple_jax.evaluation import judges, load_judge
+from ple_jax.evaluation.methods import Method, mean
+from ple_jax.evaluation.numbers import beside, seeds
+from ple_jax.formulas import intervals
+
+
+class Stored(NamedTuple):
+    """Judges by a reward that is stored beside the responses."""
+
+    measure: str
+    tie: float  # largest difference that is one
+
+
+def open_judge(methods: Sequence[Method], config: Any, backend: str) -> judges.Judge | Stored:
+    """What config.compare asks for.
+
+    Judge "reward" without a reward's name in judge_kwargs loads none: the rewards stored beside the responses decide, the
+    training reward or with {"which": "second"} the second one.
+
+    Raises:
+        UserError: there is no such judge, or not so many samples.
+    """
+    options = config.compare
+    kwargs, samples = options.judge_kwargs.to_dict(), methods[0].values["reward"].shape[-1]
+    if options.judge_samples > samples:
+        raise UserError(f"config.compare.judge_samples is {options.judge_samples}, and every query has {samples} responses")
+    if options.judge != "reward" or "name" in kwargs:
+        return load_judge.load_judge(options.judge, kwargs, backend=backend)
+    which, tie = kwargs.get("which", "training"), kwargs.get("tie", 0.0)
+    number = isinstance(tie, int | float) and not isinstance(tie, bool) and 0 <= tie < math.inf
+    if set(kwargs) - {"which", "tie"} or which not in ("training", "second") or not number:
+        raise UserError(
+            f"config.compare.judge_kwargs is {kwargs!r}, and of judge 'reward' it may have which ('training' or 'second': a"
+            " stored reward) and tie (a difference of at least 0), or the name, kwargs and tie of a reward to load"
+        )
+    measure = "reward_second" if which == "second" else "reward"
+    if all(np.isnan(method.values[measure]).all() for method in methods):
+        raise UserError(f"config.compare.judge_kwargs is {kwargs!r}, and no response has that reward: generate them with it")
+    return Stored(measure, float(tie))
+
+
+def judged(
+    pairs: Sequence[tuple[Method, Method]], judge: judges.Judge | Stored, config: Any, out: Path
+) -> list[dict[str, Any]]:
+    """Win rates of every pair of methods, each seen from either side: a row per ordered pair.
+
+    Sample i to a query of one seed meets sample i of the other method's. Every answer of a judge is kept in
+    judgements.sqlite. The interval of a rate is over seeds and queries.
+    """
+    options, rows = config.compare, []
+    with Cache(out / "judgements.sqlite") as cache:
+        for a, b in pairs:
+            both, queries = beside(a, b), _drawn(a.values["reward"].shape[1], options.judge_queries, config.seed)
+            samples = options.judge_samples or a.values["reward"].shape[-1]
+            cells = [(i, j, q, s) for i, j in both for q in queries for s in range(samples)]
+            found = _verdicts(judge, a, b, cells, cache)
+            if not isinstance(judge, Stored):  # which takes its time
+                print(f"judged {a.label} against {b.label}: {len(cells)} pairs of responses", flush=True)
+            rate = mean(found.combined.reshape(len(both), len(queries), samples)) / 2 + 0.5
+            low, high = intervals.clustered_ci(rate, seed=config.seed)
+            for method, against, outcomes, interval in (
+                (a, b, found, (low, high)),
+                (b, a, _turned(found), (1 - high, 1 - low)),
+            ):
+                who: dict[str, Any] = {"method": method.label, "against": against.label, "seeds": seeds(a, b)}
+                rows.append({**who, **judges.win_rate(outcomes), "low": interval[0], "high": interval[1]})
+    return rows
+
+
+def _drawn(queries: int, count: int, seed: int) -> list[int]:
+    """The queries that are judged, in file order: by seed, since files may be sorted; more of them include fewer."""
+    return sorted(np.random.default_rng(seed).permutation(queries)[: count or None].tolist())
+
+
+def _verdicts(
+    judge: judges.Judge | Stored, a: Method, b: Method, cells: Sequence[tuple[int, int, int, int]], cache: Cache
+) -> judges.Outcomes:
+    """Of pairs of responses: (run of a, run of b, query, sample)."""
+    if isinstance(judge, Stored):
+        one = np.array([a.values[judge.measure][i, q, s] for i, _, q, s in cells], np.float64)
+        other = np.array([b.values[judge.measure][j, q, s] for _, j, q, s in cells], np.float64)
+        said = np.where(np.abs(one - other) <= judge.tie, 0.0, np.sign(one - other))  # nan stays nan
+        return judges.Outcomes(said, said, said)
+    prompts = [a.runs[i].generated.rollouts[q].prompt for i, _, q, _ in cells]
+    first = [a.runs[i].generated.rollouts[q].responses[s].text for i, _, q, s in cells]
+    second = [b.runs[j].generated.rollouts[q].responses[s].text for _, j, q, s in cells]
+    return judges.compare(judge, prompts, first, second, cache=cache)
+
+
+def _turned(found: judges.Outcomes) -> judges.Outcomes:
+    """The same verdicts from the other's view; what was shown first to one was shown second to the other."""
+    return judges.Outcomes(-found.second, -found.first, -found.combined)
+
+
+def about(judge: judges.Judge | Stored, config: Any, methods: Sequence[Method]) -> dict[str, Any]:
+    """The judge, in the words of the config; without headers, which may hold a key."""
+
+    def shown(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        return {k: shown(v) if isinstance(v, Mapping) else v for k, v in kwargs.items() if k != "headers"}
+
+    options, queries = config.compare, methods[0].values["reward"].shape[1]
+    return {
+        "name": options.judge,
+        "kwargs": shown(options.judge_kwargs.to_dict()),
+        "symmetric": isinstance(judge, Stored) or judge.symmetric,
+        "queries": min(options.judge_queries or queries, queries),
+        "samples": options.judge_samples or methods[0].values["reward"].shape[-1],
+    }

@@ -1,0 +1,81 @@
+"""What a run leaves to others: the adapter in PEFT's layout, merged weights, a reward model."""
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ple_jax.algorithms import has_head
+from ple_jax.core.backends import BACKENDS
+from ple_jax.core.files import read_json
+from ple_jax.export import card
+from ple_jax.models.adapters import write_peft
+from ple_jax.training.run import Run
+
+HEAD = "score"  # what transformers calls a classifier's head
+
+
+def write_adapter(run: Run, iteration: int, summary: Mapping[str, Any]) -> Path:
+    """The adapter in PEFT's layout and its model card, in the work directory; `summary` is {} for an unfinished run.
+
+    A head that was trained alone is written the same way, without a LoRA matrix: PEFT has no such thing, `write_merged`
+    reads it.
+    """
+    folder = run.workdir / "adapter"
+    head = HEAD if has_head(run.algorithm) else None
+    write_peft(
+        folder,
+        run.backend.adapter(),
+        lora=run.config.lora,
+        base_model=run.base_model,
+        transposed=run.transposed,
+        head=head,
+    )
+    push = run.config.export.push
+    readme = _card(run.workdir, "peft", run.base_model, iteration, summary, push, head=has_head(run.algorithm))
+    (folder / "README.md").write_text(readme, encoding="utf-8")
+    return folder
+
+
+def write_merged(config: Any, workdir: Path, backend: str, iteration: int, repo: str | None, *, head: bool) -> Path:
+    """The base with the exported adapter merged, for transformers: `merged`, or with a head `reward_model`.
+
+    Args:
+        iteration: the adapter's.
+        repo: hub id that the folder will have, if any.
+    """
+    from ple_jax.export import merged as weights  # numpy alone, whatever the backend
+
+    loaded = importlib.import_module(BACKENDS[backend]).load(config)
+    summary = read_json(workdir / "summary.json") or {}
+    return weights.merged(
+        loaded,
+        workdir / "adapter",
+        workdir / ("reward_model" if head else "merged"),
+        dtype=config.export.dtype,
+        shard_gb=config.export.shard_gb,
+        readme=_card(workdir, "transformers", loaded.name, iteration, summary, repo, head=head),
+        about={"iteration": iteration, "dtype": config.export.dtype},
+        head=HEAD if head else None,
+    )
+
+
+def _card(
+    workdir: Path, library: str, base_model: str, iteration: int, summary: Mapping[str, Any], repo: str | None, *, head: bool
+) -> str:
+    return card.render(
+        workdir,
+        library=library,
+        base_model=base_model,
+        iteration=iteration,
+        summary=summary,
+        defaults=importlib.import_module("configs.default").get_config().to_dict(),
+        repo=repo,
+        head=head,
+    )
+
+
+def merged_repository(config: Any) -> str | None:
+    """Where merged weights are pushed."""
+    # not to the adapter's: transformers would find it beside the merged weights and apply it once more
+    return f"{config.export.push}-merged" if config.export.push else None

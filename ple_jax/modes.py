@@ -1,0 +1,256 @@
+"""What `--mode` names. Each mode takes (config, workdir, backend) and gives an exit code."""
+
+import contextlib
+import functools
+import importlib
+import io
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ple_jax import chat as chatting
+from ple_jax.algorithms import has_head, is_offline, load_algorithm
+from ple_jax.core.backends import BACKENDS, TOPOLOGIES
+from ple_jax.core.errors import UserError
+from ple_jax.core.files import read_json, write_json
+from ple_jax.core.types import Sampling
+from ple_jax.evaluation import describe, responses
+from ple_jax.export import write
+from ple_jax.formulas import intervals
+from ple_jax.models import peft
+from ple_jax.planning import describe as planning
+from ple_jax.reports import run_page
+from ple_jax.serving import commands
+from ple_jax.training import loop, measures, offline, prompting
+from ple_jax.training.opening import open_run, read_inputs, resolved
+from ple_jax.training.run import Run
+from ple_jax.training.workdir import check_config, lock
+
+_SHOWN = 8  # queries of which --mode=generate prints the responses
+
+
+def train(config: Any, workdir: Path, backend: str) -> int:
+    """Runs Algorithm 1 (or an offline algorithm's epochs) to its end, or goes on where it stood."""
+    baselines = importlib.import_module("torch_ascend.baselines") if config.trainer == "trl" else None
+    if baselines is not None:
+        baselines.check(config)
+    with lock(workdir):
+        inputs = read_inputs(config, backend)
+        check_config(workdir, resolved(config, backend, inputs.digests))
+        if (done := read_json(workdir / "summary.json")) is not None:
+            if not (workdir / "report.html").exists():  # ended between the summary and the report
+                run_page.write(workdir)
+            print(f"{workdir} is finished: {_outcome(done)}; see {workdir / 'report.html'}")
+            return 0
+        kind = offline if is_offline(inputs.algorithm) else loop
+        with open_run(config, workdir, backend, inputs) as run:
+            write_json(workdir / "environment.json", run.backend.environment())
+            state = (baselines or kind).train(run)
+            summary = (offline if kind is offline else measures).summary(run, backend, state)
+            write.write_adapter(run, state["iteration"], summary)
+        head = has_head(inputs.algorithm)
+        if head:  # not before the run's own copy of the base is gone
+            write.write_merged(config, workdir, backend, state["iteration"], None, head=True)
+        write_json(workdir / "summary.json", summary)
+        page = run_page.write(workdir)
+    print(f"{_outcome(summary)} in {summary['wall_seconds']:.0f} s")
+    print(f"report: {page}\nadapter: {workdir / 'adapter'}")
+    if head:
+        print(_use_reward(workdir / "reward_model"))
+    return 0
+
+
+def _outcome(summary: Mapping[str, Any]) -> str:
+    if "heldout_accuracy" in summary:
+        low, high = summary["heldout_accuracy_ci95"]
+        return (
+            f"held-out accuracy {summary['heldout_accuracy']:.3f} (95% interval {low:.3f} to {high:.3f}), calibration error"
+            f" {summary['heldout_calibration_error']:.3f}, over {summary['heldout_examples']} pairs"
+        )
+    low, high = summary["heldout_gain_ci95"]
+    return (
+        f"held-out reward {summary['heldout_reward_before']:.3f} -> {summary['heldout_reward_after']:.3f}"
+        f" (95% interval of the gain {low:.3f} to {high:.3f})"
+    )
+
+
+def _restore(run: Run) -> dict[str, Any]:
+    state = run.backend.restore(run.workdir / "checkpoints")
+    if state is None:
+        raise UserError(f"{run.workdir / 'checkpoints'} holds no checkpoint yet; train first: --mode=train")
+    return state
+
+
+@contextmanager
+def _on_run(config: Any, workdir: Path, backend: str, *, trained: bool = True) -> Iterator[tuple[Run, dict[str, Any]]]:
+    """A run at its newest checkpoint; or, not `trained`, at its start, which needs none."""
+    if trained and not (workdir / "config.json").exists():
+        raise UserError(f"--workdir={workdir} holds no run; train one first: --mode=train")
+    with lock(workdir):
+        inputs = read_inputs(config, backend)
+        check_config(workdir, resolved(config, backend, inputs.digests))
+        with open_run(config, workdir, backend, inputs) as run:
+            yield run, _restore(run) if trained else {}
+
+
+def _check_samples(config: Any, mode: str) -> None:
+    if is_offline(load_algorithm(config.algorithm)):
+        raise UserError(f"--mode={mode} needs an algorithm that samples, and config.algorithm is {config.algorithm!r}")
+
+
+def evaluate(config: Any, workdir: Path, backend: str) -> int:
+    """Scores the held-out queries with the newest checkpoint and prints the result; reuses what training evaluated."""
+    with _on_run(config, workdir, backend) as (run, state):
+        if is_offline(run.algorithm):
+            found = offline.evaluate(run, offline.examples(run)[1])
+            numbers = (f"{name} {value:.4f}" for name, value in found.items() if isinstance(value, float))
+            print(f"step {state['iteration']}: held-out {', '.join(numbers)}, over {len(run.heldout)} examples")
+            return 0
+        rollouts, _ = measures.evaluate(run, state["iteration"], prompting.renderer(run))
+    reward = measures.mean_rewards(rollouts)
+    reward = reward[~np.isnan(reward)]
+    low, high = intervals.bootstrap_ci(reward, seed=config.seed)
+    print(
+        f"iteration {state['iteration']}: held-out reward {reward.mean():.4f} (95% interval {low:.4f} to {high:.4f})"
+        f" over {len(reward)} queries x {config.eval.samples} samples"
+    )
+    return 0
+
+
+def generate(config: Any, workdir: Path, backend: str) -> int:
+    """Keeps several responses of a model to a fixed set of queries, for --mode=compare, and prints the first of them.
+
+    The model is the newest checkpoint of the run, or what it starts from; see config.generate.
+    """
+    _check_samples(config, "generate")
+    trained = config.generate.policy == "trained"
+    queries, second = responses.evaluation_set(config), responses.second_reward(config, backend)
+    if any(query.completion for query in queries.queries):
+        describe.check_installed()
+    with _on_run(config, workdir, backend, trained=trained) as (run, state):
+        path = responses.write(run, queries, second, backend=backend, iteration=state["iteration"] if trained else 0)
+    found = responses.read(path.parent, int(path.stem[5:]))
+    for rollout in found.rollouts[:_SHOWN]:
+        print(f"\n{rollout.query_id}  {rollout.prompt}")
+        for r in rollout.responses:
+            print(f"  {r.reward:+.3f}  {r.text!r}")
+    print()
+    for name, value in describe.describe(found).items():
+        print(f"{name:<22} {value:.4g}")
+    print(f"\n{len(found.rollouts)} queries x {config.generate.samples} responses, kept in {path}")
+    return 0
+
+
+def compare(config: Any, workdir: Path, backend: str, runs: Sequence[str]) -> int:
+    """Compares the responses of several runs: tables, tests, win rates, and one page."""
+    with lock(workdir):
+        page = importlib.import_module("ple_jax.evaluation.compare").run(runs, workdir, config=config, backend=backend)
+    print(f"page: {page}")
+    return 0
+
+
+def export(config: Any, workdir: Path, backend: str) -> int:
+    """Writes the newest checkpoint's adapter in PEFT's layout; merged weights and a push where the config asks for them.
+
+    A reward model is always written merged: as such it is a reward.
+    """
+    head = has_head(load_algorithm(config.algorithm))
+    merge = config.export.merged or head
+    if merge:  # refused before anything is loaded or written
+        importlib.import_module("ple_jax.export.merged").check_folder(workdir / ("reward_model" if head else "merged"))
+    adapter, iteration, base_model = _export_adapter(config, workdir, backend)
+    print(f"adapter of iteration {iteration}: {adapter} (PEFT layout, base model {base_model})")
+    folders = {adapter: config.export.push}
+    if merge:
+        repo = write.merged_repository(config)
+        with lock(workdir):
+            merged = write.write_merged(config, workdir, backend, iteration, repo, head=head)
+        print(f"merged weights: {merged} (safetensors, for transformers)")
+        folders[merged] = repo
+    for folder, repo in folders.items():
+        if repo:
+            address = importlib.import_module("ple_jax.export.merged").push(folder, repo, private=config.export.private)
+            print(f"pushed {folder} to {address}")
+    if head:
+        print(_use_reward(merged))
+        return 0
+    name = workdir.resolve().name
+    serve = commands.serve_adapter(adapter, peft.read(adapter)[1], name=name)
+    lines = [serve] if serve else []
+    if merge:
+        lines.append(commands.serve_merged(merged, name=name))
+    print("vLLM cannot serve this adapter by itself: --config.export.merged=True" if not lines else "serve with vLLM:")
+    for line in lines:
+        print(f"  {line}")
+    return 0
+
+
+def _export_adapter(config: Any, workdir: Path, backend: str) -> tuple[Path, int, str]:
+    # a function of its own: the base's weights are freed when it returns, before the merged model is written
+    with _on_run(config, workdir, backend) as (run, state):
+        summary = read_json(workdir / "summary.json") or {}
+        return write.write_adapter(run, state["iteration"], summary), state["iteration"], run.base_model
+
+
+def _use_reward(folder: Path) -> str:
+    return f"use it: --config.reward.name=model --config.reward.kwargs=\"{{'path': '{folder}'}}\""
+
+
+def chat(config: Any, workdir: Path, backend: str) -> int:
+    """A conversation on the terminal with the newest checkpoint, its base, or both; reads lines from a pipe too."""
+    _check_samples(config, "chat")
+    # nothing is written after this: another process may have the directory, and Ctrl-C ends an answer, not the program
+    with _on_run(config, workdir, backend) as (run, state):
+        talk = chatting.Chat(
+            run.backend.stream,
+            run.tokenizer,
+            sampling=Sampling(eos=run.eos, **{key: config.sampling[key] for key in Sampling._fields if key != "eos"}),
+            principles=run.principles.text,
+            context=run.context,
+            seed=config.seed,
+            write=functools.partial(print, end="", flush=True),
+        )
+    print(f"iteration {state['iteration']} of {run.base_model}; /help lists the commands\n{talk.status()}", end="")
+    if talk.options.template and not config.task.chat:
+        print("this run was trained on plain text to be continued: /template off")
+    if sys.stdin.isatty():
+        with contextlib.suppress(ImportError):  # lines can be edited where Python has it
+            importlib.import_module("readline")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # a byte that is no UTF-8 should not end the conversation
+    talk.run(lambda: input("> " if sys.stdin.isatty() else ""))
+    return 0
+
+
+def plan(config: Any, workdir: Path, backend: str, topology: str | None = None) -> int:
+    """Prints what `train` would do: sizes, shapes, steps, and the prompts as the model sees them.
+
+    With a topology: what every phase needs of its devices, which need not be there.
+    """
+    inputs = read_inputs(config, backend)
+    algorithm, found = inputs.algorithm, inputs.data
+    algorithm.make_loss(config)
+    samples = not is_offline(algorithm)
+    if topology:
+        if not samples:
+            raise UserError(f"--topology goes with an algorithm that samples, and config.algorithm is {config.algorithm!r}")
+        importlib.import_module(TOPOLOGIES[backend]).report(
+            config, topology, algorithm=algorithm, train_set=found.train, heldout=found.heldout,
+            principles=inputs.principles.text,
+        )  # fmt: skip
+        return 0
+    module = importlib.import_module(BACKENDS[backend])
+    loaded = module.load(config)
+    parameters, adapter_parameters = module.count(config, loaded)
+    sizes = {"tokenizer": loaded.tokenizer, "parameters": parameters, "adapter_parameters": adapter_parameters}
+    if not samples:
+        print(planning.describe_offline(config, **sizes, found=found, algorithm=algorithm))
+        return 0
+    print(
+        planning.describe(config, **sizes, found=found, rules=inputs.principles, reward=inputs.reward, algorithm=algorithm)
+    )
+    return 0

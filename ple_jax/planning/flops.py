@@ -1,0 +1,36 @@
+"""Floating-point operations of a step."""
+
+from ple_jax.models import layout
+from ple_jax.models.config import ModelConfig
+
+
+def forward_flops(c: ModelConfig, *, rows: int, tokens: int, source: int, predicted: int, adapter: int) -> dict[str, float]:
+    """Multiplications and additions of one forward pass over all rows, by part.
+
+    XLA's own count takes the body of a loop once, so this is a formula: 2 per weight and token, and for attention
+    4 * heads * head_dim per token and source position, masked or not.
+
+    Args:
+        tokens: per row, those that go through the layers.
+        source: positions that each of them attends to.
+        predicted: per row, those that go through the head.
+        adapter: parameters of the adapter.
+    """
+    each = rows * tokens
+    return {
+        "base": 2.0 * each * layout.active_weights(c),
+        "adapter": 2.0 * each * adapter,
+        "attention": 4.0 * each * source * c.num_layers * c.num_heads * c.head_dim,
+        "head": 2.0 * rows * predicted * c.vocab_size * c.hidden_size,
+    }
+
+
+def gradient_flops(forward: dict[str, float], remat: str) -> float:
+    """Operations of a gradient step with a frozen base: no gradients of its weights.
+
+    Backward costs once the forward pass for the base and twice for adapter and attention. The head's part is two matmuls
+    (`train.token_logprobs`). What is recomputed comes on top: with remat=full all layers, with dots the attention.
+    """
+    base, adapter, attention, head = (forward[part] for part in ("base", "adapter", "attention", "head"))
+    again = {"none": 0.0, "dots": attention, "full": base + adapter + attention}[remat]
+    return 2 * base + 3 * adapter + 3 * attention + 2 * head + again

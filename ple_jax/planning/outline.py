@@ -1,0 +1,119 @@
+"""What a plan for devices that are not there reads of a run: the shapes of the model, the lengths of the data, no weight.
+
+Both `topology.py` start from it, JAX's and torch's.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from ple_jax import prompts
+from ple_jax.algorithms import head_of
+from ple_jax.core.batches import bucket
+from ple_jax.core.config import PACKAGE, PUBLISHED
+from ple_jax.core.errors import UserError
+from ple_jax.core.types import Batch, Query, Response, Rollout, Tokenizer
+from ple_jax.models import families, hub, weights
+from ple_jax.models import tokenizer as tokenizers
+from ple_jax.models.config import ModelConfig
+
+SHAPES = PACKAGE / "models" / "published"  # the config.json of well-known models, by name
+
+
+class Source(NamedTuple):
+    """What planning reads of a model: never a weight."""
+
+    config: ModelConfig
+    raw: Mapping[str, Any]  # its config.json
+    tokenizer: Tokenizer | None
+    eos: tuple[int, ...]
+
+
+def read_source(path: str, revision: str | None = None) -> Source:
+    """A folder in which a config.json is enough, a published model's shapes by name, or anything that can be trained."""
+    named = SHAPES / f"{path}.json"
+    folder = hub.fetch(path, revision, weights=False) if hub.is_remote(path) else Path(path)
+    if path not in PUBLISHED and not folder.is_dir():
+        loaded = weights.load(path)
+        return Source(loaded.config, loaded.raw, loaded.tokenizer, loaded.eos)
+    file = folder / "config.json" if folder.is_dir() else named
+    raw = weights.read_json(file)
+    config = families.read(raw, str(file))
+    if (folder / "tokenizer.json").is_file():
+        tokenizer = tokenizers.from_folder(folder)
+        return Source(config, raw, tokenizer, tokenizers.eos_ids(tokenizer, raw))
+    eos = raw.get("eos_token_id") or 0
+    return Source(config, raw, None, tuple(eos) if isinstance(eos, list) else (eos,))
+
+
+class Lengths(NamedTuple):
+    """Tokens of the arrays that a run is made of."""
+
+    prefix: int  # shared by all principled prompts
+    sampled: int  # of a prompt to sample from, without the prefix
+    trained: int  # of a prompt to train on
+    new: int
+
+
+def lengths(
+    config: ConfigDict, tokenizer: Tokenizer | None, train_set: Sequence[Query], heldout: Sequence[Query], principles: str
+) -> Lengths:
+    """The longest of the data; without a tokenizer the longest that the config allows, and no shared prefix."""
+    smallest, new = config.sampling.bucket, config.sampling.max_new_tokens
+    if tokenizer is None:
+        longest = bucket(config.task.max_prompt_tokens, smallest)
+        return Lengths(0, longest, longest, new)
+
+    def ids(queries: Sequence[Query], text: str | None) -> list[list[int]]:
+        form = {"chat": config.task.chat, "thinking": config.task.thinking}
+        return [prompts.render(q, text, tokenizer, **form)[1] for q in queries]
+
+    plain = max(map(len, ids([*train_set, *heldout], None)))
+    prefix = len(prompts.common_prefix(ids(heldout[:64], principles))) if len(heldout) > 1 else 0
+    rest = max(map(len, ids([*train_set, *heldout], principles))) - prefix
+    return Lengths(prefix, bucket(max(plain, rest), smallest), bucket(plain, smallest), new)
+
+
+def check_positions(config: ConfigDict, sizes: Lengths, model: ModelConfig) -> None:
+    """Raises a UserError if the longest row needs more positions than the model has."""
+    if (longest := sizes.prefix + sizes.sampled + sizes.new) > model.max_positions:
+        raise UserError(
+            f"{longest} positions are needed and {config.model.path} has {model.max_positions};"
+            " lower --config.task.max_prompt_tokens or --config.sampling.max_new_tokens"
+        )
+
+
+def example_batch(config: ConfigDict, algorithm: ModuleType, rows: int, sizes: Lengths, vocab: int) -> Batch:
+    """A batch of the algorithm's own making, of `rows` queries with the longest prompts."""
+    slots = algorithm.collect(config)
+
+    def response(place: int, slot: Any) -> Response:
+        return Response((1,), False, slot.kind, slot.sample, reward=float(place), score=float(place))
+
+    made = [
+        Rollout(str(i), "", (vocab - 1,) * sizes.trained, tuple(response(j, slot) for j, slot in enumerate(slots)))
+        for i in range(rows)
+    ]
+    batch = algorithm.batch(algorithm.label(made, algorithm.schedule(config)(0), 0, config), config)
+    compared = {
+        "reference_logprobs": algorithm.needs_reference(config),
+        "teacher_logprobs": hasattr(algorithm, "needs_teacher") and algorithm.needs_teacher(config),
+        "old_logprobs": hasattr(algorithm, "needs_old_logprobs") and algorithm.needs_old_logprobs(config),
+        "old_values": head_of(algorithm) == "value",
+    }
+    zeros = np.zeros(batch.response.shape, np.float32)
+    batch.data.update({name: zeros for name, needed in compared.items() if needed})
+    return algorithm.prepare(batch, config, {}) if hasattr(algorithm, "prepare") else batch
+
+
+def readable(count: float) -> str:
+    """Bytes for reading: 512 B, 1.50 MiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            break
+        count /= 1024
+    return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.3g} {unit}"

@@ -1,0 +1,237 @@
+"""A neural reward: a reward model or any other sequence classifier in a Hugging Face folder or on a hub."""
+
+import functools
+import hashlib
+import importlib
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Float64
+
+from ple_jax import prompts
+from ple_jax.core.errors import UserError
+from ple_jax.core.types import Reward
+
+_HEAD = "ForSequenceClassification"
+_MODULES = {"jax": "ple_jax.backend.reward_model", "torch": "torch_ascend.reward_model"}
+# their first position is pad_token_id + 1, so of max_position_embeddings they take so many fewer
+_SHIFTED = (
+    "camembert", "data2vec-text", "ibert", "longformer", "luke", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta",
+    "xlm-roberta-xl", "xmod",
+)  # fmt: skip
+
+
+def make(
+    path: str,
+    *,
+    revision: str | None = None,
+    framework: str = "auto",
+    label: str | int | None = None,
+    output: str = "auto",
+    with_prompt: bool = True,
+    max_tokens: int | None = None,
+    rows: int = 16,
+    dtype: str = "float32",
+    device: str = "auto",
+    name: str | None = None,
+    backend: str = "jax",
+    mesh: Mapping[str, int] | None = None,
+) -> Reward:
+    """The score that a sequence classifier gives to a response, in its conversation or alone.
+
+    Weights are read when the first response is scored; everything else is checked here.
+
+    Args:
+        path: a folder with config.json, tokenizer.json and safetensors, or user/name on a hub.
+        revision: branch, tag or commit of a model on a hub; its main branch if it is not given.
+        framework: jax, torch, or auto: the run's own; torch where the decoder here does not know the family.
+        label: name (of config.json's id2label, in any case) or number of the label that counts; needed if there are several.
+        output: of that label the logit, the probability or the logodds, log p / (1 - p). auto is the logit of a model with
+            one label or one of regression, else the probability.
+        with_prompt: score prompt and response as a conversation, rendered by the model's own chat template where it has
+            one; without, the response alone.
+        max_tokens: longest text, at most (and if it is not given) what the model takes. Of a longer one the oldest tokens
+            are cut off: the response is what is judged.
+        rows: texts of one forward pass.
+        dtype: float32 or bfloat16.
+        device: of framework=torch: auto, cpu, cuda or npu.
+        name: of the reward; the path's last part if it is not given.
+        backend, mesh: the run's, which offers them.
+
+    Raises:
+        UserError: no such model, one that is no classifier, that needs code of its own or has no safetensors; an option
+            that it does not take; torch where it is needed and not installed.
+    """
+    from ple_jax.models import families, hub
+    from ple_jax.models.tokenizer import from_folder
+
+    for key, value, choices in (
+        ("framework", framework, ("auto", *_MODULES)),
+        ("output", output, ("auto", "logit", "probability", "logodds")),
+        ("dtype", dtype, ("float32", "bfloat16")),
+        ("device", device, ("auto", "cpu", "cuda", "npu")),
+    ):
+        if value not in choices:
+            raise UserError(f"config.reward.kwargs {key} = {value!r}: choose {', '.join(choices)}")
+    for key, number in (("rows", rows), ("max_tokens", 1 if max_tokens is None else max_tokens)):
+        if number < 1:
+            raise UserError(f"config.reward.kwargs {key} = {number}: give at least 1")
+    folder = _folder(path, revision)
+    raw = _config(folder)
+    tokenizer: Any = from_folder(folder)
+    framework = _framework(framework, backend, raw["model_type"], path)
+    if framework == "jax" and device != "auto":
+        raise UserError(f"config.reward.kwargs device = {device!r} goes with framework='torch'; JAX takes the run's mesh")
+    positions = families.read(raw, str(folder / "config.json")).max_positions if framework == "jax" else _positions(raw)
+    limit = min((most for most in (max_tokens, positions) if most is not None), default=None)
+    labels = _labels(raw)
+    index = _index(labels, label, path)
+    output = _output(output, labels, raw)
+    independent = raw.get("problem_type") == "multi_label_classification"
+
+    @functools.cache
+    def model() -> Any:
+        where: dict[str, Any] = {"mesh": mesh or {}} if framework == "jax" else {"device": device}
+        return importlib.import_module(_MODULES[framework]).classifier(folder, dtype=dtype, rows=rows, **where)
+
+    def tokens(prompt: str, response: str) -> list[int]:
+        if with_prompt:
+            ids = prompts.dialogue(prompt, response, tokenizer)
+        else:
+            ids = list(tokenizer.encode(response, add_special_tokens=True))
+        if not ids:  # an empty response, and a tokenizer that adds nothing
+            ids = [next((token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None), 0)]
+        return _cut(ids, limit, first=(tokenizer.bos_token_id, tokenizer.cls_token_id))
+
+    def reward(queries: Sequence[str], responses: Sequence[str]) -> list[float]:
+        texts = [tokens(prompt, response) for prompt, response in zip(queries, responses, strict=True)]
+        # neighbours of one length waste no padding; the longest come first, so memory runs out at once or never
+        order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+        logits = np.empty((len(texts), len(labels)))
+        for start in range(0, len(order), rows):
+            some = order[start : start + rows]
+            logits[some] = model()([texts[i] for i in some])
+        return _value(logits, index, output, independent=independent).tolist()
+
+    what = (hub.identity(path, revision), index, output, with_prompt, limit, dtype)
+    return Reward(
+        name=name or Path(path).name,
+        score=reward,
+        version=hashlib.sha256(repr(what).encode()).hexdigest()[:16],
+        scale=(0.0, 1.0) if output == "probability" else (-np.inf, np.inf),
+        batch=4 * rows,  # enough to be worth sorting
+    )
+
+
+def _folder(path: str, revision: str | None) -> Path:
+    from ple_jax.models import hub
+
+    if hub.is_remote(path):
+        return hub.fetch(path, revision, setting="config.reward.kwargs path")
+    if revision is not None:
+        raise UserError(f"config.reward.kwargs revision = {revision!r} goes with a model on a hub, which {path!r} is not")
+    if not Path(path).is_dir():
+        raise UserError(
+            f"config.reward.kwargs path = {path!r} is neither a folder nor the user/name of a model on a hub; give the"
+            " folder that holds the reward model's config.json (configs/reward_hh.py trains one)"
+        )
+    return Path(path)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """The config.json of a classifier that can be run."""
+    from ple_jax.models.weights import read_json
+
+    raw = read_json(folder / "config.json")
+    if "auto_map" in raw:
+        raise UserError(
+            f"reward model {folder} needs code of its own (auto_map in config.json), and code of a checkpoint is never run;"
+            f" take one of transformers' ...{_HEAD} classes"
+        )
+    architectures = raw.get("architectures") or []
+    if not any(architecture.endswith(_HEAD) for architecture in architectures):
+        raise UserError(
+            f"reward model {folder} is {', '.join(architectures) or 'of no stated architecture'} and no ...{_HEAD}: it has"
+            " no head that scores; train one with configs/reward_hh.py, or take a reward model or a classifier"
+        )
+    if not any((folder / f"model.safetensors{suffix}").is_file() for suffix in ("", ".index.json")):
+        remedy = "download or copy the folder again"
+        if any(folder.glob("pytorch_model*.bin")):
+            remedy = (
+                "pickled weights are not read; where you trust them, write the others: AutoModelForSequenceClassification"
+                f".from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
+            )
+        raise UserError(f"reward model {folder} has no model.safetensors; {remedy}")
+    return raw
+
+
+def _framework(asked: str, backend: str, family: str, path: str) -> str:
+    from ple_jax.models.families import FAMILIES
+
+    if asked == "jax" and family not in FAMILIES:
+        raise UserError(
+            f"config.reward.kwargs framework = 'jax': the decoder here does not know model_type {family!r} of {path}"
+            f" (it knows {', '.join(FAMILIES)}); set framework to 'torch'"
+        )
+    ours = backend == "jax" and family in FAMILIES and importlib.util.find_spec("jax") is not None
+    framework = asked if asked != "auto" else "jax" if ours else "torch"
+    if framework == "torch" and importlib.util.find_spec("torch") is None:
+        raise UserError(f"reward model {path} ({family}) needs torch, which is not installed: pip install 'ple_jax[torch]'")
+    return framework
+
+
+def _positions(raw: Mapping[str, Any]) -> int | None:
+    """Tokens that a model has positions for; None where there is no end."""
+    text = {**raw, **raw.get("text_config", {})}
+    most = text.get("max_position_embeddings", text.get("n_positions"))
+    return most - text.get("pad_token_id", 1) - 1 if most and raw["model_type"] in _SHIFTED else most
+
+
+def _labels(raw: Mapping[str, Any]) -> list[str]:
+    """Names of the labels in their order, as transformers reads them: two where nothing is said."""
+    named = raw.get("id2label") or {i: f"LABEL_{i}" for i in range(raw.get("num_labels", 2))}
+    return [str(named[key]) for key in sorted(named, key=int)]
+
+
+def _index(labels: Sequence[str], label: str | int | None, path: str) -> int:
+    if label is None and len(labels) == 1:
+        return 0
+    found = [i for i, name in enumerate(labels) if label == i or (isinstance(label, str) and name.lower() == label.lower())]
+    if len(found) != 1:
+        raise UserError(
+            f"config.reward.kwargs label = {label!r}: give the name or number of one of the labels of {path}:"
+            f" {', '.join(f'{name!r} ({i})' for i, name in enumerate(labels))}"
+        )
+    return found[0]
+
+
+def _output(asked: str, labels: Sequence[str], raw: Mapping[str, Any]) -> str:
+    probable = len(labels) > 1 and raw.get("problem_type") != "regression"
+    if asked in ("probability", "logodds") and not probable:
+        raise UserError(
+            f"config.reward.kwargs output = {asked!r}: the logits of a model of one label, or of regression, are no"
+            " probabilities; take output='logit', with --config.reward.transform=sigmoid for values from 0 to 1"
+        )
+    return asked if asked != "auto" else "probability" if probable else "logit"
+
+
+def _cut(tokens: list[int], limit: int | None, *, first: tuple[int | None, ...]) -> list[int]:
+    """The newest `limit` tokens, of which one that begins texts ([CLS], BOS) keeps its place."""
+    if limit is None or len(tokens) <= limit:
+        return tokens
+    kept = 1 if tokens[0] in first else 0
+    return tokens[:kept] + tokens[len(tokens) - limit + kept :]
+
+
+def _value(
+    logits: Float[np.ndarray, "n labels"], index: int, output: str, *, independent: bool
+) -> Float64[np.ndarray, " n"]:
+    """One label's logit, probability or log-odds; of labels that are `independent`, each against its own absence."""
+    own = logits[:, index].astype(np.float64)
+    if output == "logit":
+        return own
+    others = 0.0 if independent else np.logaddexp.reduce(np.delete(logits, index, 1).astype(np.float64), axis=1)
+    return own - others if output == "logodds" else np.exp(-np.logaddexp(0.0, others - own))

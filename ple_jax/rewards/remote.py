@@ -1,0 +1,56 @@
+"""A reward server that speaks OpenRLHF's protocol, such as `python -m openrlhf.cli.serve_rm`."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ple_jax import prompts
+from ple_jax.core.types import Reward
+from ple_jax.rewards import _http
+
+
+def make(
+    url: str,
+    *,
+    name: str = "remote",
+    version: str | None = None,
+    batch: int = 8,
+    concurrency: int = 4,
+    **http: Any,
+) -> Reward:
+    """Posts {"query": [prompt and response], "prompts": [...], "labels": [""...]}, reads {"rewards": [...]}.
+
+    Args:
+        url: of the server, http://localhost:5000/get_reward.
+        name: of the reward.
+        version: of what the server computes, by which stored values go; the url, if it is not given. Give one where the
+            address changes between runs, and another when the model behind it does.
+        batch: responses of one request.
+        concurrency: requests under way at once.
+        http: timeout, retries, backoff, max_failures, api_key_env, headers of `_http.scorer`.
+
+    Raises:
+        UserError: as `_http.scorer` does.
+    """
+
+    def body(queries: Sequence[str], responses: Sequence[str]) -> dict[str, Any]:
+        whole = [q + prompts.completion(q, r, chat=False) for q, r in zip(queries, responses, strict=True)]
+        return {"query": whole, "prompts": [str(q) for q in queries], "labels": [""] * len(whole)}
+
+    score = _http.scorer(url, body=body, read=_read, size=batch, concurrency=concurrency, **http)
+    # enough for every connection to stay busy, and little to lose
+    return Reward(name, score, version=f"openrlhf {version or url}", batch=4 * batch * concurrency)
+
+
+def _read(answer: Any, n: int) -> list[float]:
+    """The rewards, in a list or in a list each; null, which is how JSON spells NaN, is none."""
+    if not isinstance(answer, dict) or "rewards" not in answer:
+        raise ValueError(f'the answer has no "rewards": {str(answer)[:100]}')
+    flat = np.asarray(answer["rewards"], object).ravel()
+    if len(flat) != n:
+        raise ValueError(f"the answer has {len(flat)} rewards for {n} texts")
+    if wrong := [value for value in flat if not isinstance(value, int | float | None)]:
+        raise ValueError(f"a reward in the answer is no number: {str(wrong[0])[:100]!r}")
+    return [math.nan if value is None else float(value) for value in flat]

@@ -1,0 +1,61 @@
+"""Rules of form: the share of them that a response keeps, from 0 to 1."""
+
+import re
+from collections.abc import Sequence
+from itertools import groupby
+
+from ple_jax.core.errors import UserError
+from ple_jax.core.types import Reward
+
+_SENTENCE = re.compile(r"[.!?…。！？]['\"’”»)\]*]*\s*\Z")  # closing quotes, brackets and emphasis may follow
+
+
+def make(
+    *, require: Sequence[str] = (), forbid: Sequence[str] = (), max_repeats: int | None = None, sentence: bool = False
+) -> Reward:
+    """Every pattern is one rule, and so are the other two.
+
+    Args:
+        require: regular expressions that a response must match somewhere.
+        forbid: regular expressions that it must not match anywhere.
+        max_repeats: so many times the same word, in any case, or the same line may follow itself; 1: never twice.
+        sentence: whether it must end as a sentence does.
+
+    Raises:
+        UserError: no rule at all, or a pattern that is no regular expression.
+    """
+    required, forbidden = _compiled("require", require), _compiled("forbid", forbid)
+    if max_repeats is not None and max_repeats < 1:
+        raise UserError(f"config.reward.kwargs max_repeats = {max_repeats}: give at least 1")
+    if not (require or forbid or max_repeats or sentence):
+        raise UserError("config.reward.kwargs of reward 'rules' has no rule: give require, forbid, max_repeats or sentence")
+
+    def kept(text: str) -> list[bool]:
+        found = [pattern.search(text) is not None for pattern in required]
+        found += [pattern.search(text) is None for pattern in forbidden]
+        found += [_longest_run(text) <= max_repeats] if max_repeats is not None else []
+        return found + ([_SENTENCE.search(text) is not None] if sentence else [])
+
+    def reward(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        return [sum(rules) / len(rules) for rules in map(kept, responses)]
+
+    return Reward("rules", reward, scale=(0.0, 1.0))
+
+
+def _compiled(key: str, patterns: Sequence[str]) -> list[re.Pattern[str]]:
+    if isinstance(patterns, str):  # whose letters would pass for patterns
+        raise UserError(f"config.reward.kwargs {key} = {patterns!r}: give a list of regular expressions, [{patterns!r}]")
+    compiled = []
+    for pattern in patterns:
+        try:
+            compiled.append(re.compile(pattern))
+        except (TypeError, re.error) as error:
+            raise UserError(f"config.reward.kwargs {key}: {pattern!r} is no regular expression: {error}") from error
+    return compiled
+
+
+def _longest_run(text: str) -> int:
+    """How often the most repeated word, or line that is not empty, follows itself."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    runs = [len(list(run)) for units in (text.lower().split(), lines) for _, run in groupby(units)]
+    return max(runs, default=0)

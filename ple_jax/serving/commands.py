@@ -1,0 +1,36 @@
+"""The lines that serve a result with vLLM."""
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ple_jax.models.hub import is_remote
+
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what `vllm serve --max-lora-rank` takes
+
+
+def rank_limit(rank: int, *options: Any) -> int | None:
+    """The smallest --max-lora-rank that vLLM takes and that holds `rank`; None where there is none.
+
+    Args:
+        options: DoRA and the patterns of ranks and alphas. With any of them set there is none either: vLLM refuses the
+            first, and computes one scale from `r` and `lora_alpha` for all modules, whatever the patterns say.
+    """
+    return None if any(options) else next((limit for limit in RANKS if limit >= rank), None)
+
+
+def serve_adapter(folder: Path, adapter_config: Mapping[str, Any], *, name: str) -> str | None:
+    """The command that serves an adapter folder with vLLM; None for an adapter or a base that vLLM cannot serve so."""
+    base = adapter_config["base_model_name_or_path"]
+    options = (adapter_config.get(option) for option in ("use_dora", "rank_pattern", "alpha_pattern"))
+    rank = rank_limit(adapter_config["r"], *options)
+    if rank is None or not (is_remote(base) or Path(base).is_dir()):
+        return None
+    modules = shlex.quote(f"{name}={folder}")
+    return f"vllm serve {shlex.quote(base)} --enable-lora --max-lora-rank {rank} --lora-modules {modules}"
+
+
+def serve_merged(folder: Path, *, name: str) -> str:
+    """The command that serves a folder of merged weights with vLLM."""
+    return f"vllm serve {shlex.quote(str(folder))} --served-model-name {shlex.quote(name)}"

@@ -1,0 +1,150 @@
+"""The journal of rollouts: what was sampled, written once, atomically, and read by resume, report and evaluation.
+
+While an iteration is being sampled its finished chunks are appended to iter_0003.partial.jsonl; when it is complete and
+labelled, iter_0003.jsonl takes its place. Also here: how the rows of an iteration are cut into chunks, and the noise
+they are sampled with. All of it depends on the config and the data alone, never on what happens to remain.
+"""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ple_jax.core.conversation import Conversation
+from ple_jax.core.errors import UserError
+from ple_jax.core.types import Response, Rollout
+
+
+class Journal:
+    """The rollouts of one iteration in `directory`."""
+
+    def __init__(self, directory: Path, iteration: int):
+        self.path = directory / f"iter_{iteration:04d}.jsonl"
+        self.partial = directory / f"iter_{iteration:04d}.partial.jsonl"
+
+    def read(self) -> list[Rollout] | None:
+        """The complete iteration; None if it is not complete."""
+        if not self.path.exists():
+            return None
+        self.partial.unlink(missing_ok=True)  # a kill between the last two steps of `complete` leaves it behind
+        return read(self.path)
+
+    def finished_chunks(self) -> dict[int, list[Response]]:
+        """The chunks that were finished before. A torn last line is cut off the file: appending goes on after it."""
+        if not self.partial.exists():
+            return {}
+        data = self.partial.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        if len(whole) < len(data):
+            with self.partial.open("r+b") as file:
+                file.truncate(len(whole))
+                os.fsync(file.fileno())
+        lines = [json.loads(line) for line in whole.splitlines()]
+        return {line["chunk"]: [_response(r) for r in line["responses"]] for line in lines}
+
+    def append(self, chunk: int, responses: Sequence[Response]) -> None:
+        """One finished chunk; on return it is on disk."""
+        self.partial.parent.mkdir(parents=True, exist_ok=True)
+        with self.partial.open("a", encoding="utf-8") as file:
+            file.write(_dumps({"chunk": chunk, "responses": [_plain(r) for r in responses]}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def complete(self, rollouts: Sequence[Rollout]) -> None:
+        """The whole iteration, in one step; the chunks are removed."""
+        write(self.path, rollouts)
+        self.partial.unlink(missing_ok=True)
+
+
+def write(path: Path, rollouts: Sequence[Rollout]) -> None:
+    """A file of rollouts; on return it is on disk, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.writelines(_dumps(_line(r)) + "\n" for r in rollouts)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    os.fsync(directory)
+    os.close(directory)
+
+
+def read(path: Path) -> list[Rollout]:
+    """The rollouts of a complete iteration.
+
+    Raises:
+        UserError: the file is not such a journal; names file and line.
+    """
+    rollouts = []
+    # bytes: str.splitlines would also cut at U+2028 and the like inside a response
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            raw = json.loads(line)
+            responses = tuple(_response(r) for r in raw["responses"])
+            rollouts.append(
+                Rollout(
+                    raw["query_id"],
+                    raw["prompt"] if isinstance(raw["prompt"], str) else Conversation(raw["prompt"], raw.get("tools", ())),
+                    tuple(raw["prompt_tokens"]),
+                    responses,
+                    _number(raw["tau"]),
+                    _number(raw["margin"]),
+                    raw["decision"],
+                )
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path}:{number} is not a line of rollouts ({error!r}); delete the file to sample it again"
+            ) from error
+    return rollouts
+
+
+def _line(rollout: Rollout) -> dict[str, Any]:
+    turns = rollout.prompt if isinstance(rollout.prompt, Conversation) else None
+    return {
+        "query_id": rollout.query_id,
+        "prompt": rollout.prompt if turns is None else list(turns.messages),
+        **({"tools": list(turns.tools)} if turns is not None and turns.tools else {}),
+        "prompt_tokens": list(rollout.prompt_tokens),
+        "tau": _json(rollout.tau),
+        "responses": [_plain(r) for r in rollout.responses],
+        "margin": _json(rollout.margin),
+        "decision": rollout.decision,
+    }
+
+
+def _plain(response: Response) -> dict[str, Any]:
+    return {
+        "kind": response.kind,
+        "sample": response.sample,
+        "tokens": list(response.tokens),
+        "text": response.text,
+        "finished": response.finished,
+        "reward": _json(response.reward),
+        "score": _json(response.score),
+        "weight": _json(response.weight),
+        **({"parts": {name: _json(value) for name, value in response.parts.items()}} if response.parts else {}),
+    }
+
+
+def _response(raw: dict[str, Any]) -> Response:
+    numbers = {name: _number(raw[name]) for name in ("reward", "score", "weight")}
+    parts = {name: _number(value) for name, value in raw.get("parts", {}).items()}
+    return Response(tuple(raw["tokens"]), raw["finished"], raw["kind"], raw["sample"], raw["text"], **numbers, parts=parts)
+
+
+def _json(value: float) -> float | str | None:
+    if math.isnan(value):
+        return None
+    return value if math.isfinite(value) else str(value)
+
+
+def _number(value: float | str | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _dumps(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)

@@ -1,0 +1,70 @@
+"""Rewards of responses, and what is left out where there is none."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from ple_jax import rewards
+from ple_jax.core.errors import UserError
+from ple_jax.core.types import Response, Rollout
+from ple_jax.training.journal import write
+from ple_jax.training.run import Run
+
+
+def score(run: Run, rollouts: Sequence[Rollout]) -> list[Rollout]:
+    """Fills rewards, on the plain query, whatever the prompt was; nan where the reward gave nothing finite."""
+    run.progress.phase("score", 1)
+    pairs = [(rollout.prompt, r.text) for rollout in rollouts for r in rollout.responses]
+    found = rewards.score(run.reward, [p for p, _ in pairs], [t for _, t in pairs], cache=run.cache)
+    values, at = np.where(np.isfinite(found.values), found.values, np.nan), iter(range(len(pairs)))
+
+    def fill(response: Response) -> Response:
+        i = next(at)
+        parts = {name: float(part[i]) for name, part in found.parts.items()}
+        return response._replace(reward=float(values[i]), parts=parts)
+
+    scored = [rollout._replace(responses=tuple(fill(r) for r in rollout.responses)) for rollout in rollouts]
+    run.progress.advance(1)
+    return scored
+
+
+def quarantine(run: Run, rollouts: Sequence[Rollout], name: str) -> list[Rollout]:
+    """The rollouts all of whose rewards are finite; the others go to quarantine/`name`.jsonl with their texts.
+
+    Raises:
+        UserError: they are more than config.reward.max_bad_share of all.
+    """
+    good = [rollout for rollout in rollouts if not any(math.isnan(r.reward) for r in rollout.responses)]
+    bad = [rollout for rollout in rollouts if any(math.isnan(r.reward) for r in rollout.responses)]
+    if not bad:
+        return good
+    path = run.workdir / "quarantine" / f"{name}.jsonl"
+    write(path, bad)
+    share, first = run.config.reward.max_bad_share, bad[0]
+    text = next(r.text for r in first.responses if math.isnan(r.reward))
+    says = (
+        f"reward {run.reward.name} is not finite for {len(bad)} of {len(rollouts)} queries ({path}), such as prompt"
+        f" {first.prompt[:80]!r}, response {text[:80]!r}"
+    )
+    if len(bad) > share * len(rollouts) or not good:
+        raise UserError(
+            f"{says}; that is more than reward.max_bad_share={share}: mend the reward and give the same command again (what"
+            " was sampled is kept), or raise --config.reward.max_bad_share"
+        )
+    run.progress.log(f"{says}; they are left out")
+    return good
+
+
+def transformed(rollouts: Sequence[Rollout], name: str) -> list[Rollout]:
+    """Fills the scores: the rewards, transformed with statistics of all of them."""
+    scores = iter(rewards.transform(raw_rewards(rollouts), name))
+    return [
+        rollout._replace(responses=tuple(r._replace(score=float(next(scores))) for r in rollout.responses))
+        for rollout in rollouts
+    ]
+
+
+def raw_rewards(rollouts: Sequence[Rollout]) -> np.ndarray:
+    """Every response's reward, in order."""
+    return np.array([r.reward for rollout in rollouts for r in rollout.responses])

@@ -1,0 +1,137 @@
+"""Stand-ins on tensors without memory: the fused operators of an NPU, and weights that are only shapes."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+from ml_collections import ConfigDict
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ple_jax.core.errors import UserError
+from ple_jax.models.config import ModelConfig
+from ple_jax.models.layout import expected_shapes
+from torch_ascend import ops
+from torch_ascend.topology import Chip
+
+
+def with_values(function: Callable) -> Callable:
+    """A function whose own tensors have values: of a mesh, who is where."""
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        with _disable_current_modes():
+            return function(*args)
+
+    return call
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = vars(owner).get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if before is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)
+
+
+class _Operator(torch.autograd.Function):
+    """Results and gradients without values. What it keeps for the backward pass is what torch_npu's operator keeps."""
+
+    @staticmethod
+    def forward(ctx: Any, results: Callable[..., tuple[Tensor, ...]], kept: slice, *inputs: Tensor) -> tuple[Tensor, ...]:
+        made = results(*inputs)
+        ctx.inputs = len(inputs)
+        ctx.save_for_backward(*inputs, *made[kept])
+        ctx.mark_non_differentiable(*made[1:])
+        return made
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = ctx.saved_tensors[: ctx.inputs]
+        wanted = zip(inputs, ctx.needs_input_grad[2:], strict=True)
+        return None, None, *(torch.empty_like(x) if want else None for x, want in wanted)
+
+
+def _rms_norm(input: Tensor, gamma: Tensor, epsilon: float) -> tuple[Tensor, ...]:
+    def results(x: Tensor, _: Tensor) -> tuple[Tensor, ...]:
+        return torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+
+    return _Operator.apply(results, slice(1, None), input, gamma)
+
+
+def _rotary_mul(input: Tensor, r1: Tensor, r2: Tensor, rotary_mode: str) -> Tensor:
+    return _Operator.apply(lambda x, *_: (torch.empty_like(x),), slice(0), input, r1, r2)[0]
+
+
+def _swiglu(input: Tensor, dim: int) -> Tensor:
+    def results(x: Tensor) -> tuple[Tensor, ...]:
+        return (torch.empty_like(x.chunk(2, dim)[0], memory_format=torch.contiguous_format),)
+
+    return _Operator.apply(results, slice(0), input)[0]
+
+
+def _fusion_attention(
+    query: Tensor, key: Tensor, value: Tensor, head_num: int, input_layout: str, *, atten_mask: Tensor, **_: Any
+) -> tuple[Tensor, ...]:
+    def results(q: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
+        # the largest score of every query and the sum of the exponentials, 8 times each
+        largest, total = (q.new_empty((*q.shape[:-1], 8), dtype=torch.float32) for _ in range(2))
+        return torch.empty_like(q, memory_format=torch.contiguous_format), largest, total
+
+    return _Operator.apply(results, slice(None), query, key, value, atten_mask)
+
+
+def _cross_entropy_loss(input: Tensor, target: Tensor, reduction: str) -> tuple[Tensor, ...]:
+    row = functools.partial(torch.empty_like, input[:, 0])
+    return row(), torch.empty_like(input), row(), row()
+FUSED = {
+    "npu_rms_norm": _rms_norm,
+    "npu_rotary_mul": _rotary_mul,
+    "npu_swiglu": _swiglu,
+    "npu_fusion_attention": _fusion_attention,
+    "npu_cross_entropy_loss": _cross_entropy_loss,
+}
+
+
+def fused_ops(config: ConfigDict, chip: Chip) -> ops.Ops:
+    """The table of operators that the config gets on a chip.
+
+    Raises:
+        UserError: the fused operators are asked for, and the chip is no NPU.
+    """
+    if config.model.ops == "npu" and chip.kind != "npu":
+        raise UserError(f"config.model.ops is 'npu', whose operators do not run on {chip.kind}: take 'auto' or 'reference'")
+    return ops.NPU if chip.kind == "npu" and config.model.ops != "reference" else ops.REFERENCE
+
+
+def attention(table: ops.Ops, model: ModelConfig) -> str:
+    """What is assumed of it; which is called says ops.py."""
+    if model.attention_softcap is not None:
+        return "plain torch makes all scores, as there is a softcap"
+    name, size = ("npu_fusion_attention", 64) if table is ops.NPU else ("scaled_dot_product_attention", 4)
+    return f"{name} keeps its output and {size} bytes for every query of a head, and makes no scores"
+
+
+class Weights(Mapping[str, np.ndarray]):
+    """Weights of a model by name, in memory that is never touched, so that none is taken."""
+
+    def __init__(self, config: ModelConfig, dtype: str):
+        self.shapes, self.dtype = expected_shapes(config), np.dtype(getattr(ml_dtypes, dtype, dtype))
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return np.zeros(self.shapes[name], f"i{self.dtype.itemsize}").view(self.dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)

@@ -8,15 +8,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import torch
-from ml_collections import ConfigDict
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ple_jax.core.errors import UserError
 from ple_jax.models.config import ModelConfig
 from ple_jax.models.layout import expected_shapes
-from torch_ascend import ops
-from torch_ascend.topology import Chip
 
 
 def with_values(function: Callable) -> Callable:
@@ -100,25 +96,6 @@ FUSED = {
     "npu_fusion_attention": _fusion_attention,
     "npu_cross_entropy_loss": _cross_entropy_loss,
 }
-
-
-def fused_ops(config: ConfigDict, chip: Chip) -> ops.Ops:
-    """The table of operators that the config gets on a chip.
-
-    Raises:
-        UserError: the fused operators are asked for, and the chip is no NPU.
-    """
-    if config.model.ops == "npu" and chip.kind != "npu":
-        raise UserError(f"config.model.ops is 'npu', whose operators do not run on {chip.kind}: take 'auto' or 'reference'")
-    return ops.NPU if chip.kind == "npu" and config.model.ops != "reference" else ops.REFERENCE
-
-
-def attention(table: ops.Ops, model: ModelConfig) -> str:
-    """What is assumed of it; which is called says ops.py."""
-    if model.attention_softcap is not None:
-        return "plain torch makes all scores, as there is a softcap"
-    name, size = ("npu_fusion_attention", 64) if table is ops.NPU else ("scaled_dot_product_attention", 4)
-    return f"{name} keeps its output and {size} bytes for every query of a head, and makes no scores"
 
 
 class Weights(Mapping[str, np.ndarray]):

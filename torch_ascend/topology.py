@@ -24,6 +24,7 @@ from ple_jax.algorithms import head_of, load_algorithm
 from ple_jax.core.errors import UserError, suggestion
 from ple_jax.core.types import Batch, Query, Sampling
 from ple_jax.models import hub
+from ple_jax.models.config import ModelConfig
 from ple_jax.models.layout import expected_shapes
 from ple_jax.models.weights import Loaded
 from ple_jax.planning.outline import Lengths, Source, check_positions, example_batch, lengths, read_source, readable
@@ -31,7 +32,7 @@ from torch_ascend import backend, forward, generate, lora, ops, sharding
 from torch_ascend import device as devices
 from torch_ascend.backend import TorchBackend
 from torch_ascend.counting import Counter, count_bytes
-from torch_ascend.fakes import FUSED, Weights, attention, fused_ops, replaced, with_values
+from torch_ascend.fakes import FUSED, Weights, replaced, with_values
 from torch_ascend.model import Cache
 
 GIB = 2**30
@@ -116,14 +117,23 @@ def as_process_of(target: Target) -> Iterator[None]:
         yield
 
 
-# ---------------------------------------------------------------- torch_npu's operators, their shapes alone
+def fused_ops(config: ConfigDict, chip: Chip) -> ops.Ops:
+    """The table of operators that the config gets on a chip.
+
+    Raises:
+        UserError: the fused operators are asked for, and the chip is no NPU.
+    """
+    if config.model.ops == "npu" and chip.kind != "npu":
+        raise UserError(f"config.model.ops is 'npu', whose operators do not run on {chip.kind}: take 'auto' or 'reference'")
+    return ops.NPU if chip.kind == "npu" and config.model.ops != "reference" else ops.REFERENCE
 
 
-
-
-# ---------------------------------------------------------------- counting
-
-
+def attention(table: ops.Ops, model: ModelConfig) -> str:
+    """What is assumed of it; which is called says ops.py."""
+    if model.attention_softcap is not None:
+        return "plain torch makes all scores, as there is a softcap"
+    name, size = ("npu_fusion_attention", 64) if table is ops.NPU else ("scaled_dot_product_attention", 4)
+    return f"{name} keeps its output and {size} bytes for every query of a head, and makes no scores"
 
 
 # ---------------------------------------------------------------- the phases

@@ -14,6 +14,8 @@ from jaxtyping import Float64
 from ple_jax.core.conversation import Conversation
 from ple_jax.core.errors import UserError
 
+AGAIN = "mend it and give the same command again: what was sampled is kept"
+
 
 def digest(*what: Any) -> str:
     """A name for plain values: another one if any of them differs."""
@@ -69,7 +71,6 @@ class Cache:
         if isinstance(error, sqlite3.OperationalError):  # a full disk, a folder that is not there, no right to write
             return UserError(f"{self._path}: {error}; mend that and give the same command again: what was scored is kept")
         return UserError(f"{self._path} is damaged ({error}); delete it: what it held is scored again")
-AGAIN = "mend it and give the same command again: what was sampled is kept"
 
 
 class Incomplete(UserError):

@@ -9,6 +9,27 @@ from ple_jax.core.errors import UserError
 from ple_jax.core.types import Batch, Rollout
 
 
+def bucket(length: int, smallest: int) -> int:
+    """The smallest of smallest, 2 * smallest, 4 * smallest ... that holds `length` tokens."""
+    size = smallest
+    while size < length:
+        size *= 2
+    return size
+
+
+def plan_chunks(groups: Sequence[Hashable], width: int) -> list[list[int]]:
+    """Cuts rows into chunks of at most `width` rows of one group, in order of first appearance.
+
+    Args:
+        groups: the group of every row, e.g. its prompt bucket.
+        width: rows decoded at once.
+    """
+    members: dict[Hashable, list[int]] = {}
+    for row, group in enumerate(groups):
+        members.setdefault(group, []).append(row)
+    return [rows[i : i + width] for rows in members.values() for i in range(0, len(rows), width)]
+
+
 def left_padded(
     prompts: Sequence[Sequence[int]], smallest: int
 ) -> tuple[Int32[np.ndarray, "row prompt_len"], Bool[np.ndarray, "row prompt_len"]]:
@@ -70,27 +91,6 @@ def pack(rollouts: Sequence[Rollout], picks: Sequence[Sequence[int]], *, prompt_
     own = [[rollout.responses[i].kind == "plain" for i in chosen] for rollout, chosen in zip(rollouts, picks, strict=True)]
     data = {"valid": np.ones(queries, np.float32), "own": np.array(own, np.float32)}
     return Batch(prompt, prompt_mask, response, response_mask, data)
-
-
-def bucket(length: int, smallest: int) -> int:
-    """The smallest of smallest, 2 * smallest, 4 * smallest ... that holds `length` tokens."""
-    size = smallest
-    while size < length:
-        size *= 2
-    return size
-
-
-def plan_chunks(groups: Sequence[Hashable], width: int) -> list[list[int]]:
-    """Cuts rows into chunks of at most `width` rows of one group, in order of first appearance.
-
-    Args:
-        groups: the group of every row, e.g. its prompt bucket.
-        width: rows decoded at once.
-    """
-    members: dict[Hashable, list[int]] = {}
-    for row, group in enumerate(groups):
-        members.setdefault(group, []).append(row)
-    return [rows[i : i + width] for rows in members.values() for i in range(0, len(rows), width)]
 
 
 def micro_batches(batch: Batch, size: int) -> list[Batch]:

@@ -11,31 +11,6 @@ from ple_jax.core.errors import UserError
 from ple_jax.core.types import Query
 
 FILE = "bad_records.jsonl"  # in the work directory: what was left out, and why
-
-
-def fit(queries: Sequence[Query], judge: Callable[[Query], Any], *, kind: str) -> tuple[list[Any], list[Bad]]:
-    """What `judge` makes of every query, and those of which it gives a reason against them instead, a text."""
-    good, bad = [], []
-    for query in queries:
-        found = judge(query)
-        if type(found) is str:
-            bad.append(Bad(query.id, kind, f"query {query.id!r} {found}", query.prompt[:300]))
-        else:
-            good.append(found)
-    return good, bad
-
-
-def note(bad: dict[str, list[Bad]], workdir: Path) -> str:
-    """Writes what was left out to the work directory; a line that says how much it is, or nothing."""
-    write_bad(workdir / FILE, bad)
-    listed = counts(bad)
-    return f"records left out: {listed}; listed in {workdir / FILE}" if listed else ""
-
-
-def counts(bad: dict[str, list[Bad]]) -> str:
-    """How many were left out, by kind; nothing if none was."""
-    found = Counter(f"{record.kind} ({which})" for which, records in bad.items() for record in records)
-    return ", ".join(f"{n} {kind}" for kind, n in found.items())
 CUT = 300  # characters of a bad record that are kept
 
 
@@ -76,6 +51,25 @@ def check_share(task: QuerySet, source: str, limit: float) -> None:
     )
 
 
+def fit(queries: Sequence[Query], judge: Callable[[Query], Any], *, kind: str) -> tuple[list[Any], list[Bad]]:
+    """What `judge` makes of every query, and those of which it gives a reason against them instead, a text."""
+    good, bad = [], []
+    for query in queries:
+        found = judge(query)
+        if type(found) is str:
+            bad.append(Bad(query.id, kind, f"query {query.id!r} {found}", query.prompt[:300]))
+        else:
+            good.append(found)
+    return good, bad
+
+
+def note(bad: dict[str, list[Bad]], workdir: Path) -> str:
+    """Writes what was left out to the work directory; a line that says how much it is, or nothing."""
+    write_bad(workdir / FILE, bad)
+    listed = counts(bad)
+    return f"records left out: {listed}; listed in {workdir / FILE}" if listed else ""
+
+
 def write_bad(path: Path, bad: Mapping[str, Sequence[Bad]]) -> None:
     """What was left out, of every set, one JSON line each, written atomically; no file where there is nothing."""
     if not any(bad.values()):
@@ -88,3 +82,9 @@ def write_bad(path: Path, bad: Mapping[str, Sequence[Bad]]) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def counts(bad: dict[str, list[Bad]]) -> str:
+    """How many were left out, by kind; nothing if none was."""
+    found = Counter(f"{record.kind} ({which})" for which, records in bad.items() for record in records)
+    return ", ".join(f"{n} {kind}" for kind, n in found.items())

@@ -18,8 +18,8 @@ from ple_jax.core import answers
 from ple_jax.core.answers import Cache, Incomplete, digest, key
 from ple_jax.core.errors import UserError
 from ple_jax.core.types import Reward
-from ple_jax.evaluation.load_judge import WHERE
 
+WHERE = "config.compare.judge_kwargs"
 _AGAIN = "mend it and give the same command again: what was judged is kept"
 
 Decide = Callable[[Sequence[str], Sequence[str], Sequence[str]], Sequence[float]]

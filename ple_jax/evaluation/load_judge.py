@@ -8,9 +8,7 @@ from typing import Any
 from ple_jax.core.answers import digest
 from ple_jax.core.errors import UserError
 from ple_jax.core.plugins import load_function
-from ple_jax.evaluation.judges import Judge, by_reward
-
-WHERE = "config.compare.judge_kwargs"
+from ple_jax.evaluation.judges import WHERE, Judge, by_reward
 
 
 def load_judge(name: str, kwargs: Mapping[str, Any], *, backend: str) -> Judge:

@@ -19,8 +19,7 @@ from ple_jax.core.batches import pack
 from ple_jax.core.config import RULES
 from ple_jax.core.errors import UserError
 from ple_jax.core.types import Query, Response, Rollout, Sampling
-from ple_jax.evaluation.judges import Judge, check_tie, pair
-from ple_jax.evaluation.load_judge import WHERE
+from ple_jax.evaluation.judges import WHERE, Judge, check_tie, pair
 from ple_jax.rewards import _http
 from ple_jax.rewards.judge import content, read_rubric
 

@@ -69,34 +69,6 @@ def optimiser_batch(run: Run, rollouts: Sequence[Rollout], last: Mapping[str, fl
     return prepared(run, batch, last)
 
 
-def diagnose(run: Run, batch: Batch, *, with_loss: bool) -> dict[str, float]:
-    """What the policy says of a few queries: KL to the reference and entropy per token, and the loss's own metrics.
-
-    KL is the mean over response tokens of r - 1 - log r with r = reference / policy: unbiased where the tokens are the
-    policy's own, never negative, of low variance (Schulman, "Approximating KL divergence", 2020). Principled responses were
-    sampled under another prompt, and a record's by nobody: they are left out of it, and where there are no others it is.
-    """
-    run.progress.phase("diagnose", 1)
-    policy, reference = run.backend.logprobs(batch), batch.data.get("reference_logprobs")
-    if reference is None:  # a batch that is trained on may hold them already
-        reference = run.backend.logprobs(batch, reference=True).logprobs
-    run.progress.advance(1)
-    mask = batch.response_mask & (batch.data["own"] > 0)[..., None]
-    log_ratio = np.asarray(reference - policy.logprobs, np.float64)[mask]
-    values: dict[str, float] = {}
-    if mask.any():
-        values = {
-            "kl": float((np.expm1(log_ratio) - log_ratio).mean()),
-            "entropy": float(np.asarray(policy.entropy)[mask].mean()),
-        }
-    if with_loss:
-        _, own = run.loss(policy, batch)
-        values |= {name: float(np.mean(value)) for name, value in own.items()}
-        if "hinge_active" in own and "ranked" in own:  # a share of the ranked pairs
-            values["hinge_active"] = float(own["hinge_active"].sum() / max(own["ranked"].sum(), 1))
-    return values
-
-
 def prepared(run: Run, batch: Batch, last: Mapping[str, float]) -> Batch:
     """The batch with what the algorithm's loss compares with, of the policy as it is now.
 
@@ -123,4 +95,32 @@ def check_finite(values: dict[str, float], step: int, lr: float) -> dict[str, fl
             f" {values['grad_norm']}; the newest checkpoint is from before it: lower --config.optimizer.lr (in a new"
             " --workdir)"
         )
+    return values
+
+
+def diagnose(run: Run, batch: Batch, *, with_loss: bool) -> dict[str, float]:
+    """What the policy says of a few queries: KL to the reference and entropy per token, and the loss's own metrics.
+
+    KL is the mean over response tokens of r - 1 - log r with r = reference / policy: unbiased where the tokens are the
+    policy's own, never negative, of low variance (Schulman, "Approximating KL divergence", 2020). Principled responses were
+    sampled under another prompt, and a record's by nobody: they are left out of it, and where there are no others it is.
+    """
+    run.progress.phase("diagnose", 1)
+    policy, reference = run.backend.logprobs(batch), batch.data.get("reference_logprobs")
+    if reference is None:  # a batch that is trained on may hold them already
+        reference = run.backend.logprobs(batch, reference=True).logprobs
+    run.progress.advance(1)
+    mask = batch.response_mask & (batch.data["own"] > 0)[..., None]
+    log_ratio = np.asarray(reference - policy.logprobs, np.float64)[mask]
+    values: dict[str, float] = {}
+    if mask.any():
+        values = {
+            "kl": float((np.expm1(log_ratio) - log_ratio).mean()),
+            "entropy": float(np.asarray(policy.entropy)[mask].mean()),
+        }
+    if with_loss:
+        _, own = run.loss(policy, batch)
+        values |= {name: float(np.mean(value)) for name, value in own.items()}
+        if "hinge_active" in own and "ranked" in own:  # a share of the ranked pairs
+            values["hinge_active"] = float(own["hinge_active"].sum() / max(own["ranked"].sum(), 1))
     return values

@@ -3,7 +3,7 @@
     .venv/bin/python tests/npu/refresh_schemas.py
 
 The wheel is downloaded (44 MB), unless TORCH_NPU_WHEEL names one or the cache, .pytest_cache/torch_npu, has it; it is never
-installed. Needs gcc, not CANN. With the wheel in the cache, tests/test_npu_schemas.py looks at the real operators too.
+installed. Needs gcc, not CANN. With the wheel in the cache, test_npu_schemas.py looks at the real operators too.
 """
 
 import json

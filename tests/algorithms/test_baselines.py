@@ -196,7 +196,7 @@ def test_what_is_needed_is_there_before_the_first_step():
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory) -> dict[str, str]:
-    folder, source = tmp_path_factory.mktemp("pairs"), Path(modes.__file__).parent.parent / "data"
+    folder, source = tmp_path_factory.mktemp("pairs"), Path(modes.__file__).parent / "data"
     found = {}
     for which, count in (("train", 24), ("heldout", 8)):
         lines = [json.loads(line) for line in (source / f"tiny_{which}.jsonl").read_text().splitlines()[:count]]

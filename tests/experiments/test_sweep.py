@@ -22,7 +22,7 @@ from ple_jax.training import opening
 from ple_jax.training.journal import read
 from ple_jax.training.workdir import lock
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "scripts"))
 import compare_quickstart  # noqa: E402
 import sweep  # noqa: E402

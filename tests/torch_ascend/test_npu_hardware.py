@@ -1,4 +1,4 @@
-"""What only an Ascend NPU can tell: `pytest -m npu tests/test_npu_hardware.py` on one. Elsewhere it is skipped."""
+"""What only an Ascend NPU can tell: `pytest -m npu tests/torch_ascend/test_npu_hardware.py` there; skipped elsewhere."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ from torch_ascend import device as devices
 from torch_ascend import model, ops
 
 pytestmark = pytest.mark.npu
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def backend(device: torch.device, table: ops.Ops, dtype: torch.dtype = torch.float32) -> torch_backend.TorchBackend:

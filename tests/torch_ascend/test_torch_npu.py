@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(bool(simulator.unavailable()), reason=simulator.unavailable()),
 ]
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TINY = f"--config {ROOT / 'configs' / 'tiny.py'} --backend=torch --config.optimizer.micro_queries=4"
 
 # every tensor of a backend is looked at when a run ends; and what hccl was asked for is counted

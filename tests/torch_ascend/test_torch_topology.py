@@ -26,7 +26,7 @@ from ple_jax.planning import outline
 from torch_ascend import counting, fakes, ops, sharding, topology
 from torch_ascend.model import Cache
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 GIB = 2**30
 HIDDEN, INNER, VOCAB, HEADS, KV_HEADS, DIM = 64, 96, 136, 4, 2, 16
 NPU_FOLDER = ROOT / "tests" / "npu"
@@ -69,7 +69,7 @@ def stays(config, name: str) -> dict[str, int]:
     """What stays on a device, without the phases."""
     source, target = outline.read_source(config.model.path), topology.open_target(name)
     with topology.as_process_of(target), FakeTensorMode(allow_non_fake_inputs=True):
-        return topology.parts(topology.build(config, source, fakes.fused_ops(config, target.chip), torch.device("cpu")))
+        return topology.parts(topology.build(config, source, topology.fused_ops(config, target.chip), torch.device("cpu")))
 
 
 def besides(found: topology.Found) -> dict[str, int]:
@@ -383,11 +383,11 @@ def test_a_mesh_that_does_not_take_the_devices(mesh):
 
 def test_operators_that_a_chip_has_not(tmp_path):
     config = make(write(tmp_path / "m"), **{"model.ops": "reference"})
-    assert fakes.fused_ops(config, topology.CHIPS["910b"]) is ops.REFERENCE
+    assert topology.fused_ops(config, topology.CHIPS["910b"]) is ops.REFERENCE
     config.model.ops = "npu"
-    assert fakes.fused_ops(config, topology.CHIPS["910b"]) is ops.NPU
+    assert topology.fused_ops(config, topology.CHIPS["910b"]) is ops.NPU
     with pytest.raises(UserError, match="npu"):
-        fakes.fused_ops(config, topology.CHIPS["h100"])
+        topology.fused_ops(config, topology.CHIPS["h100"])
 
 
 def test_advice_follows_what_dominates():

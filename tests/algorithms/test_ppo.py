@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_decoder
+import test_model
 import test_train
 import tiny
 import torch
@@ -120,7 +120,7 @@ def test_gradients_of_policy_and_head_are_the_same_in_both_backends():
     module, batch = ready(c)
     batch, loss = on_device(batch), module.make_loss(c)
     adapter = tiny.random_adapter(tiny.CONFIG) | value_head()
-    model, base = test_decoder.build()
+    model, base = test_model.build()
     arrays = jax.tree.map(lambda x: jnp.asarray(np.float32(x) if x.dtype == np.float64 else x), batch)
 
     def total(adapter):

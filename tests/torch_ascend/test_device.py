@@ -16,7 +16,7 @@ import torch_ascend
 from ple_jax.core.errors import UserError
 from torch_ascend import device
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 NO_CANN = "libhccl.so: cannot open shared object file: No such file or directory. Please check that cann is installed."
 OTHER_TORCH = "/usr/lib/torch_npu/lib/libtorch_npu.so: undefined symbol: _ZN3c106detail14torchCheckFailEv"
 

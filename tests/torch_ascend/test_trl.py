@@ -362,7 +362,7 @@ def test_killed_and_continued_by_the_command(records, tmp_path, monkeypatch):
 
 
 def command(flags: list[str], workdir: Path, *extra: str) -> list[str]:
-    root = Path(modes.__file__).parents[2]
+    root = Path(modes.__file__).parents[1]
     return ["--config", str(root / "configs" / "tiny.py"), "--workdir", str(workdir), *extra, *flags]
 
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from ml_collections import ConfigDict, FrozenConfigDict
-from test_report import HOSTILE
-from test_report import Page as ReportPage
+from test_run_page import HOSTILE
+from test_run_page import Page as ReportPage
 
 from configs import default
 from ple_jax.core.conversation import Conversation

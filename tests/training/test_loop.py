@@ -18,7 +18,7 @@ from ple_jax.models import peft
 from ple_jax.training import measures, opening
 from ple_jax.training.workdir import check_config
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def train(workdir: Path, **overrides) -> list[dict]:

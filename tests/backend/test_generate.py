@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from test_decoder import build, full_logits, left_padded
+from test_model import build, full_logits, left_padded
 
 from ple_jax.backend import generate, lora
 from ple_jax.core.types import Sampling

@@ -18,7 +18,7 @@ from configs import default
 from ple_jax.core.errors import UserError
 from torch_ascend import sharding
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 TINY = (
     f"--config {ROOT / 'configs' / 'tiny.py'} --backend=torch --config.model.device=cpu --config.optimizer.micro_queries=4"

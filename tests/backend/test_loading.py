@@ -28,7 +28,7 @@ from ple_jax.models.layout import expected_shapes
 CONFIG = read(tiny.RAW | {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}, "test")  # 64: nf4's blocks
 MESHES = {"one device": {}, "fsdp and tensor": {"fsdp": 4, "tensor": 2}, "tensor does not divide": {"tensor": 8}}
 
-spec = importlib.util.spec_from_file_location("load_memory", Path(__file__).parent.parent / "scripts" / "load_memory.py")
+spec = importlib.util.spec_from_file_location("load_memory", Path(__file__).parents[2] / "scripts" / "load_memory.py")
 load_memory = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(load_memory)
 

@@ -17,7 +17,7 @@ from ple_jax.core.types import Query
 from ple_jax.data import prepare
 from ple_jax.data.queries import digest, load_queries
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def save(path, rows):

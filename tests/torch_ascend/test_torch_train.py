@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_decoder
+import test_model
 import test_ple
 import test_train
 import tiny
@@ -75,7 +75,7 @@ class Jax:
     """Outputs of the JAX model, and the adapter's gradient for a gradient with respect to them: compiled once."""
 
     def __init__(self):
-        model, base = test_decoder.build()
+        model, base = test_model.build()
 
         def outputs(adapter, batch):
             fused = jax_lora.fuse(model, adapter, tiny.LORA)
@@ -140,7 +140,7 @@ def test_the_gradient_of_options_is_jaxs():
         ) for kind, x in module.items()}
         for path, module in adapters.init(tiny.CONFIG, options, seed=0).items()
     }  # fmt: skip
-    model, base = test_decoder.build()
+    model, base = test_model.build()
     batch = random_batch()
 
     def loss(adapter, batch):

@@ -29,7 +29,7 @@ from ple_jax.data.queries import Query, load_queries
 from ple_jax.models.families import read
 from ple_jax.planning import flops, hlo, outline, targets, topology
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 needs_libtpu = pytest.mark.skipif(not HAS_LIBTPU, reason="needs the TPU's compiler: pip install 'ple_jax[tpu]'")
 

@@ -15,7 +15,7 @@ from ple_jax.core.conversation import Conversation
 from ple_jax.core.errors import UserError
 from ple_jax.rewards import bag_of_words
 
-sys.path.append(str(Path(__file__).parent.parent / "scripts"))
+sys.path.append(str(Path(__file__).parents[2] / "scripts"))
 import train_bag_of_words  # noqa: E402
 
 WEIGHTS = {"good": 1.0, "bad": -2.0, "not good": -1.5, "it's": 0.25, "été": 4.0, "δέλτα": 8.0}

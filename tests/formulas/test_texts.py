@@ -20,7 +20,6 @@ from ple_jax.evaluation.responses import Generated
 from ple_jax.formulas import intervals, texts
 from ple_jax.formulas.texts import (
     bleu,
-    bootstrap_ci,
     distinct_n,
     is_refusal,
     msttr,
@@ -41,10 +40,6 @@ def test_doctests():
     for module in (texts, intervals):
         failed, attempted = doctest.testmod(module)
         assert attempted and not failed
-
-
-def test_bootstrap_is_still_found_here():
-    assert bootstrap_ci is intervals.bootstrap_ci
 
 
 # ---------------------------------------------------------------- words

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
-from test_decoder import build
+from test_model import build
 
 from ple_jax.backend import backend as jax_backend
 from ple_jax.backend import forward, lora, sharding, train

@@ -291,8 +291,8 @@ def test_chat_frees_the_directory_and_outlives_ctrl_c(run):
     code = (
         "import sys; sys.path.insert(0, 'tests')\n"
         "from pathlib import Path; from ml_collections import FrozenConfigDict\n"
-        "from configs import tiny; from ple_jax import train; from ple_jax.core import modes\n"
-        "load = train.load; train.load = lambda config: load(config)._replace(eos=())\n"  # an answer that does not end
+        "from configs import tiny; from ple_jax import modes; from ple_jax.backend import backend\n"
+        "load = backend.load; backend.load = lambda config: load(config)._replace(eos=())\n"  # an answer that does not end
         "c = tiny.get_config(); c.sinks = (); c.lora.rank, c.lora.alpha = 4, 6.0\n"
         f"sys.exit(modes.chat(FrozenConfigDict(c), Path({str(workdir)!r}), 'jax'))\n"
     )

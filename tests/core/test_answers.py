@@ -150,7 +150,7 @@ def test_what_an_incomplete_call_scored_is_kept(path):
 def test_kill_9_loses_the_call_in_hand_alone(path):
     program = f"""
 import os, signal
-from ple_jax.core import rewards
+from ple_jax import rewards
 from ple_jax.core.answers import Cache
 from ple_jax.core.types import Reward
 

@@ -273,8 +273,8 @@ def deny(event, args):
     if event.startswith(("socket.", "urllib.")):
         raise SystemExit(f"{event} {args}")
 sys.addaudithook(deny)
-from ple_jax.core import metrics
-print(metrics.rouge(["the runners"], ["the runner"])["rouge2"], round(metrics.bleu(["a b c d"], ["a b c d"])))
+from ple_jax.formulas import texts
+print(texts.rouge(["the runners"], ["the runner"])["rouge2"], round(texts.bleu(["a b c d"], ["a b c d"])))
 print(*(name for name in ("torch", "jax") if name in sys.modules))
 """
     environment = {"HOME": str(tmp_path), "PATH": ""}

@@ -14,7 +14,7 @@ from ple_jax.core.errors import UserError
 from ple_jax.prompts import principles
 from ple_jax.prompts.principles import Principles
 
-FOLDER = PACKAGE / "core" / "principles"
+FOLDER = PACKAGE / "prompts" / "principles"
 NAMES = ["concise", "faithful_summary", "helpful_harmless", "honest", "positive_review"]
 FIVE = Principles("five", "five 1", "Heed:", ("one", "two", "three", "four", "five"), "Now:")
 

@@ -255,7 +255,7 @@ def test_settings_of_a_server():
 
 def test_the_module_stands_alone():
     """Importing it first works, and imports neither jax nor torch."""
-    code = "import sys; from ple_jax.core import served; print([m for m in ('jax', 'torch') if m in sys.modules])"
+    code = "import sys; from ple_jax.serving import served; print([m for m in ('jax', 'torch') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert (done.stdout, done.stderr) == ("[]\n", "")
 

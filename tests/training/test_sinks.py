@@ -33,7 +33,7 @@ def test_jsonl_appends_a_line_a_call_and_writes_null_for_what_json_has_not(tmp_p
 
 def test_jsonl_is_on_disk_after_every_call(tmp_path):
     program = (
-        "import os, pathlib, sys; from ple_jax.core import sinks;"
+        "import os, pathlib, sys; from ple_jax.training import sinks;"
         "s, t = sinks.make(['jsonl', 'tensorboard'], pathlib.Path(sys.argv[1]), {});"
         "[f({'x': 1.5}, 3) for f in (s, t)]; os.kill(os.getpid(), 9)"
     )
@@ -103,7 +103,7 @@ def test_tensorboard_files_are_tfrecords_that_begin_with_the_version(tmp_path):
 
 def test_sinks_import_neither_jax_nor_torch():
     program = (
-        "import pathlib, sys, tempfile; from ple_jax.core import sinks;"
+        "import pathlib, sys, tempfile; from ple_jax.training import sinks;"
         "made = sinks.make(['jsonl', 'tensorboard'], pathlib.Path(tempfile.mkdtemp()), {});"
         "[sink({'x': 1.0}, 0) for sink in made];"
         "sys.exit(str(sorted({'jax', 'torch', 'tensorflow'} & set(sys.modules))))"

@@ -322,9 +322,9 @@ def test_smollm2_is_not_installed(monkeypatch):
 
 def test_loads_without_torch_and_jax(folder):
     code = (
-        "import sys; from ple_jax.models import checkpoint\n"
+        "import sys; from ple_jax.models import weights\n"
         "for path in sys.argv[1:]:\n"
-        "    m = checkpoint.load(path)\n"
+        "    m = weights.load(path)\n"
         "    print(m.name, m.eos, sum(w.size for w in m.weights.values()))\n"
         "print(sorted({'torch', 'jax', 'llama_cpp'} & set(sys.modules)))"
     )

@@ -7,6 +7,7 @@ from array_api_compat import array_namespace
 
 from ple_jax import losses
 from ple_jax.algorithms import ple
+from ple_jax.algorithms.ple import *  # noqa: F403
 
 
 def make_loss(config):

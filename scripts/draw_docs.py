@@ -1,0 +1,206 @@
+"""The pictures of the documentation, drawn from the tables that stand in it, so that a picture and its numbers cannot part.
+
+    .venv/bin/python scripts/draw_docs.py
+    .venv/bin/python scripts/draw_docs.py --runs runs/quickstart,runs/quickstart_1
+
+The first line writes docs/images: quickstart.svg from the table of docs/quickstart.md, methods.svg from that of
+docs/compare.md. The second one prints the table of docs/quickstart.md from finished runs, one for each seed, to be pasted.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from html import escape
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+DOCS = Path(__file__).parent.parent / "docs"
+INK, SOFT, RULE, COLOURS = "#1d2126", "#626b76", "#e4e5e3", ("#0f7b6c", "#c2601a")
+_INTERVAL = re.compile(r"(-?[\d.]+) \((-?[\d.]+) to (-?[\d.]+)\)")
+
+
+# ---------------------------------------------------------------- tables
+
+
+def read_table(page: Path, first: str) -> list[dict[str, str]]:
+    """The rows of the table of a Markdown page whose first column is called `first`, by the names of the columns."""
+    lines = iter(page.read_text(encoding="utf-8").splitlines())
+    header = next((line for line in lines if line.startswith(f"| {first} |")), None)
+    if header is None:
+        raise ValueError(f"{page} has no table whose first column is {first!r}")
+    next(lines)  # the rule below the header
+    rows = []
+    for line in lines:
+        if not line.startswith("|"):
+            break
+        rows.append(dict(zip(_cells(header), _cells(line), strict=True)))
+    return rows
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
+def _mean_and_interval(cell: str) -> tuple[float, float, float]:
+    """`0.902 (0.856 to 0.949)` -> its three numbers."""
+    match = _INTERVAL.fullmatch(cell)
+    if match is None:
+        raise ValueError(f"{cell!r} must read like 0.902 (0.856 to 0.949)")
+    mean, low, high = map(float, match.groups())
+    return mean, low, high
+
+
+def table_of_runs(folders: Sequence[Path]) -> str:
+    """Held-out reward, with its 95% bootstrap interval over queries, and KL: the evaluated iterations of finished runs."""
+    seeds = [json.loads((folder / "summary.json").read_text(encoding="utf-8"))["seed"] for folder in folders]
+    header = ["iteration", *(f"seed {seed}: {what}" for seed in seeds for what in ("reward (95%)", "KL"))]
+    runs = [dict(_iterations(folder)) for folder in folders]
+    rows = [[str(i), *(cell for run in runs for cell in run[i])] for i in runs[0]]
+    first, *others = (f"| {' | '.join(row)} |" for row in (header, *rows))
+    return "\n".join([first, "|---" * len(header) + "|", *others])
+
+
+def _iterations(folder: Path) -> Iterator[tuple[int, tuple[str, str]]]:
+    from ple_jax import intervals
+
+    for line in _jsonl(folder / "metrics.jsonl"):
+        if line.get("heldout_reward") is not None:
+            rollouts = _jsonl(folder / "evaluations" / f"iter_{line['iteration']:04d}.jsonl")
+            plain = [[r["reward"] for r in rollout["responses"] if r["kind"] == "plain"] for rollout in rollouts]
+            low, high = intervals.bootstrap_ci([fmean(rewards) for rewards in plain], seed=0)
+            reward = f"{line['heldout_reward']:.3f} ({low:.3f} to {high:.3f})"
+            yield line["iteration"], (reward, f"{line['heldout_kl']:.2f}")
+
+
+def _jsonl(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+# ---------------------------------------------------------------- drawing
+
+
+class Panel:
+    """A pair of axes in a picture, and what is drawn in them, as lines of SVG."""
+
+    def __init__(self, *, left: int, top: int, width: int, height: int, x: tuple[float, float], y: tuple[float, float]):
+        """Args: the frame in pixels, and the values at its ends."""
+        self.left, self.top, self.width, self.height, self.of_x, self.of_y = left, top, width, height, x, y
+        self.svg: list[str] = []
+
+    def at(self, x: float, y: float) -> tuple[float, float]:
+        (x0, x1), (y0, y1) = self.of_x, self.of_y
+        across, along = (x - x0) / (x1 - x0), (y1 - y) / (y1 - y0)
+        return round(self.left + self.width * across, 1), round(self.top + self.height * along, 1)
+
+    def axes(self, title: str, below: str, xticks: Iterable[float], yticks: Iterable[float]) -> None:
+        bottom = self.top + self.height
+        self.text(self.left, self.top - 16, title, fill=INK, weight=600)
+        self.text(self.left + self.width, bottom + 38, below, anchor="end")
+        for y in yticks:
+            height = self.at(self.of_x[0], y)[1]
+            self.svg.append(f'<path d="M{self.left} {height}h{self.width}" stroke="{RULE}"/>')
+            self.text(self.left - 8, height + 4, f"{y:g}", anchor="end")
+        for x in xticks:
+            self.text(self.at(x, 0)[0], bottom + 18, f"{x:g}", anchor="middle")
+
+    def text(self, x: float, y: float, words: str, *, fill: str = SOFT, anchor: str = "start", weight: int = 400) -> None:
+        self.svg.append(
+            f'<text x="{x}" y="{y}" fill="{fill}" text-anchor="{anchor}" font-weight="{weight}">{escape(words)}</text>'
+        )
+
+    def line(self, points: Sequence[tuple[float, float]], colour: str, name: str) -> None:
+        """A curve with a dot at each value, and its name where it ends."""
+        places = [self.at(*point) for point in points]
+        path = "M" + "L".join(f"{x} {y}" for x, y in places)
+        self.svg.append(f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="2.5" stroke-linejoin="round"/>')
+        self.svg += [f'<circle cx="{x}" cy="{y}" r="3.5" fill="{colour}"/>' for x, y in places]
+        self.text(places[-1][0] + 9, places[-1][1] + 4, name, fill=colour, weight=600)
+
+    def band(self, low: Sequence[tuple[float, float]], high: Sequence[tuple[float, float]], colour: str) -> None:
+        """The area of an interval around a curve."""
+        path = "M" + "L".join(f"{x} {y}" for x, y in (self.at(*point) for point in [*low, *reversed(high)]))
+        self.svg.append(f'<path d="{path}Z" fill="{colour}" opacity="0.13"/>')
+
+    def point(self, x: float, y: tuple[float, float, float], name: str, colour: str, *, before: bool) -> None:
+        """A mean with its interval along y, and its name behind or before it."""
+        (across, along), (_, low), (_, high) = (self.at(x, value) for value in y)
+        self.svg.append(f'<path d="M{across} {low}V{high}" stroke="{colour}" stroke-width="2" opacity="0.5"/>')
+        self.svg.append(f'<circle cx="{across}" cy="{along}" r="5" fill="{colour}"/>')
+        side, anchor = (-10, "end") if before else (10, "start")
+        weight = 600 if colour == COLOURS[0] else 400
+        self.text(across + side, along + 4, name, fill=INK, anchor=anchor, weight=weight)
+
+
+def picture(panels: Sequence[Panel], title: str, *, width: int, height: int) -> str:
+    """One SVG file, readable on a light and on a dark page: it brings its own ground."""
+    font = "system-ui, -apple-system, Segoe UI, Roboto, Helvetica, Arial, sans-serif"
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
+        f' font-family="{font}" font-size="13" role="img">',
+        f"<title>{escape(title)}</title>",
+        f'<rect x="0.5" y="0.5" width="{width - 1}" height="{height - 1}" rx="10" fill="#ffffff" stroke="{RULE}"/>',
+        *(line for panel in panels for line in panel.svg),
+        "</svg>",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+# ---------------------------------------------------------------- the pictures
+
+
+def quickstart(rows: Sequence[dict[str, str]]) -> str:
+    """Held-out reward and KL against the iteration, a curve for each seed."""
+    seeds = [name.removesuffix(": KL") for name in rows[0] if name.endswith(": KL")]
+    last, iterations = float(rows[-1]["iteration"]), [float(row["iteration"]) for row in rows]
+    reward = Panel(left=48, top=52, width=340, height=218, x=(0, last), y=(-0.1, 1))
+    drift = Panel(left=502, top=52, width=300, height=218, x=(0, last), y=(0, 1.5))
+    reward.axes("held-out reward, mean over 64 openings", "iteration", iterations, (0, 0.25, 0.5, 0.75, 1))
+    drift.axes("its cost: KL to the start, nats a token", "iteration", iterations, (0, 0.5, 1, 1.5))
+    curves = {seed: [_mean_and_interval(row[f"{seed}: reward (95%)"]) for row in rows] for seed in seeds}
+    for values, colour in zip(curves.values(), COLOURS, strict=True):  # all below the curves
+        reward.band(*([(x, value[i]) for x, value in zip(iterations, values, strict=True)] for i in (1, 2)), colour)
+    for (seed, values), colour in zip(curves.items(), COLOURS, strict=True):
+        reward.line([(x, mean) for x, (mean, _, _) in zip(iterations, values, strict=True)], colour, seed)
+        drift.line([(x, float(row[f"{seed}: KL"])) for x, row in zip(iterations, rows, strict=True)], colour, seed)
+    return picture([reward, drift], "The quickstart: held-out reward and KL by iteration", width=870, height=326)
+
+
+_BEFORE = ("PLE", "context distillation", "GRPO")  # whose names stand left of their points, to leave room
+
+
+def methods(rows: Sequence[dict[str, str]]) -> str:
+    """Training reward against KL, a point for each method."""
+    panel = Panel(left=48, top=52, width=790, height=330, x=(-2, 98), y=(0, 1))
+    panel.axes("training reward, mean of three seeds and its 95% interval", "KL to the start model, nats a response",
+               range(0, 91, 10), (0, 0.25, 0.5, 0.75, 1))  # fmt: skip
+    for row in rows:
+        name = row["method"].split(",")[0]
+        colour = COLOURS[0] if name == "PLE" else SOFT if name.startswith("start model") else COLOURS[1]
+        y = _mean_and_interval(row["training reward (95%)"])
+        panel.point(float(row["KL"]), y, name, colour, before=name in _BEFORE)
+    return picture([panel], "Ten methods on the quickstart task: training reward against KL", width=870, height=440)
+
+
+PICTURES = {
+    "quickstart.svg": lambda: quickstart(read_table(DOCS / "quickstart.md", "iteration")),
+    "methods.svg": lambda: methods(read_table(DOCS / "compare.md", "method")),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", help="work directories of the quickstart, one a seed: print their table instead")
+    runs = parser.parse_args().runs
+    if runs:
+        print(table_of_runs([Path(folder) for folder in runs.split(",")]))
+        return
+    (DOCS / "images").mkdir(exist_ok=True)
+    for name, draw in PICTURES.items():
+        (DOCS / "images" / name).write_text(draw(), encoding="utf-8")
+        print(DOCS / "images" / name)
+
+
+if __name__ == "__main__":
+    main()

@@ -14,7 +14,7 @@ import numpy as np
 
 from ple_jax import chat as chatting
 from ple_jax.algorithms import has_head, is_offline, load_algorithm
-from ple_jax.core.backends import BACKENDS, TOPOLOGIES
+from ple_jax.core import backends
 from ple_jax.core.errors import UserError
 from ple_jax.core.files import read_json, write_json
 from ple_jax.core.types import Sampling
@@ -238,12 +238,12 @@ def plan(config: Any, workdir: Path, backend: str, topology: str | None = None) 
     if topology:
         if not samples:
             raise UserError(f"--topology goes with an algorithm that samples, and config.algorithm is {config.algorithm!r}")
-        importlib.import_module(TOPOLOGIES[backend]).report(
+        backends.load_topology(backend).report(
             config, topology, algorithm=algorithm, train_set=found.train, heldout=found.heldout,
             principles=inputs.principles.text,
         )  # fmt: skip
         return 0
-    module = importlib.import_module(BACKENDS[backend])
+    module = backends.load(backend)
     loaded = module.load(config)
     parameters, adapter_parameters = module.count(config, loaded)
     sizes = {"tokenizer": loaded.tokenizer, "parameters": parameters, "adapter_parameters": adapter_parameters}

@@ -59,7 +59,7 @@ if __name__ == "__main__":
     where, n, when, *arguments = sys.argv[1:]
     sys.path.insert(0, str(Path(__file__).parent.parent))
     if "--backend=torch" in arguments:
-        own, other = "torch_ascend.train:TorchBackend", ("jax", "jaxlib", "flax", "optax", "orbax", "qwix")
+        own, other = "torch_ascend.backend:TorchBackend", ("jax", "jaxlib", "flax", "optax", "orbax", "qwix")
         sys.modules.update(dict.fromkeys(other))  # as if they were not installed
     else:
         own, other = "ple_jax.backend.backend:JaxBackend", ("torch",)

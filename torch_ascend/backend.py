@@ -134,7 +134,8 @@ class TorchBackend:
             part = self._put(batch, rows)
             # dropout depends on the number of steps taken, which a checkpoint holds: a resumed run draws the same
             torch.manual_seed(np.random.SeedSequence([self.seed, self.steps, i]).generate_state(1)[0])
-            value, named = loss(Lazy(self.model, self._adapter, part), part)
+            said: Any = Lazy(self.model, self._adapter, part)
+            value, named = loss(said, part)
             reduced = {name: (m * part.data["valid"]).sum() * share for name, m in {"loss": value, **named}.items()}
             reduced["loss"].backward()
             for name, m in reduced.items():
@@ -233,7 +234,9 @@ class TorchBackend:
 
         data = dict(batch.data)
         data["valid"] = np.concatenate([data["valid"], np.zeros(rows - len(batch.prompt), np.float32)])
-        return Batch(*map(placed, batch[:4]), {name: placed(np.asarray(x)) for name, x in data.items()})
+        prompt, prompt_mask, response, response_mask = map(placed, batch[:4])
+        placed_data = {name: placed(np.asarray(x)) for name, x in data.items()}
+        return Batch(prompt, prompt_mask, response, response_mask, placed_data)
 
 
 def _round_up(n: int, multiple: int) -> int:

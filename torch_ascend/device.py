@@ -41,7 +41,8 @@ def resolve(name: str = "auto") -> torch.device:
     Raises:
         UserError: there is none of that kind; of an NPU it says what is missing: wheel, CANN or driver.
     """
-    checks = {"npu": _missing_npu, "cuda": _missing_cuda, "cpu": str}  # str() is "": nothing is missing
+    # str() is "": nothing is missing
+    checks: dict[str, Callable[[], str]] = {"npu": _missing_npu, "cuda": _missing_cuda, "cpu": str}
     if name not in ("auto", *checks):
         raise UserError(f"device {name!r} is none of auto, {', '.join(checks)}")
     if name != "auto" and (missing := checks[name]()):

@@ -70,11 +70,12 @@ def pack(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     costs P + 2R tokens instead of 2(P + R).
     """
     rows, k, r = batch.response.shape
-    place = {"device": batch.prompt.device}
+    prompt_mask: Tensor = batch.prompt_mask
+    place = {"device": prompt_mask.device}
     tokens = torch.cat([batch.prompt, batch.response.reshape(rows, k * r)], 1)
-    valid = torch.cat([batch.prompt_mask, batch.response_mask.reshape(rows, k * r)], 1)
-    prompt_len = batch.prompt_mask.to(torch.int32).sum(1)
-    prompt_position = (batch.prompt_mask.to(torch.int32).cumsum(1) - 1).clamp(min=0)
+    valid = torch.cat([prompt_mask, batch.response_mask.reshape(rows, k * r)], 1)
+    prompt_len = prompt_mask.to(torch.int32).sum(1)
+    prompt_position = (prompt_mask.to(torch.int32).cumsum(1) - 1).clamp(min=0)
     segment = torch.cat(
         [torch.full((batch.prompt.shape[1],), -1, **place), torch.arange(k, **place).repeat_interleave(r, output_size=k * r)]
     )
@@ -97,7 +98,8 @@ def hidden_states(
     responses = hidden[:, p:].reshape(rows, k, r, -1)
     scores = None
     if (score := lora.head(adapter, adapters.SCORE)) is not None:
-        last = (batch.response_mask.to(torch.int64).sum(-1) - 1).clamp(min=0)
+        response_mask: Tensor = batch.response_mask
+        last = (response_mask.to(torch.int64).sum(-1) - 1).clamp(min=0)
         chosen = responses.gather(2, last[..., None, None].expand(-1, -1, 1, responses.shape[-1]))[:, :, 0]
         scores = (chosen.float() * score[:, 0]).sum(-1)
     return responses, scores, hidden[:, p - 1 : p]

@@ -51,7 +51,7 @@ class Model:
         self.decoder = getattr(module, module.base_model_prefix)
         self.dtype = module.dtype
         self.windowed = any(kind.window is not None for kind in config.kinds)
-        self._adapter: Adapter = {}
+        self.adapter: Adapter = {}  # of the call that runs
         self._cache: Cache | None = None
         self._index: int | Tensor = 0
 
@@ -97,7 +97,7 @@ class Model:
             source = positions if source_positions is None else source_positions
             distance = positions[:, None, :, None] - source[:, None, None, :]
             visible = torch.where(visible, distance, -1).to(torch.int32)
-        self._adapter, self._cache, self._index = adapter, cache, index
+        self.adapter, self._cache, self._index = adapter, cache, index
         try:
             out = self.decoder(input_ids=tokens, attention_mask=visible, position_ids=positions, use_cache=False)
         finally:
@@ -186,11 +186,11 @@ def _parameters_on_meta(dtype: torch.dtype) -> Iterator[None]:
             parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
         register(self, name, parameter)
 
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = on_meta
     try:
         yield
     finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+        nn.Module.register_parameter = register
 
 
 def _checkpointed(forward: Callable[..., Tensor], remat: str) -> Callable[..., Tensor]:
@@ -216,9 +216,10 @@ def adapt(model: Model, settings: Lora, paths: Iterable[str]) -> None:
     """Puts `lora.Linear` in the place of the modules with these paths."""
     transposed = FAMILIES[model.config.family].transposed
     for path in paths:
-        _replace(model, path, lambda base, path=path: lora.Linear(
-            base, path, settings, lambda: model._adapter, transposed=transposed
-        ))  # fmt: skip
+        make = functools.partial(
+            lora.Linear, path=path, settings=settings, current=lambda: model.adapter, transposed=transposed
+        )
+        _replace(model, path, make)
 
 
 def quantize(model: Model, kind: str) -> None:
@@ -307,7 +308,7 @@ def _read(
 def _tensor(array: np.ndarray, name: str, like: nn.Parameter | None = None) -> Tensor:
     if like is not None and array.shape != tuple(like.shape):
         raise UserError(f"tensor {name} has shape {array.shape}, transformers' model wants {tuple(like.shape)}")
-    array = np.require(array, requirements="CW")  # contiguous, and not a file's pages, which may not be written to
+    array = np.require(array, requirements=["C", "W"])  # contiguous, and not a file's pages, which may not be written to
     if array.dtype.name == "bfloat16":  # ml_dtypes' is unknown to torch; its bits are the same
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)

@@ -40,7 +40,7 @@ class Quantized(nn.Module):
         """
         super().__init__()
         self.bias, self.kind, self.transposed, self.dtype = base.bias, kind, transposed, base.weight.dtype
-        self.values: Tensor | None = None  # until `fill`
+        self.values: Any = None  # a tensor from `fill` on
         self.block = 0
         if kind == "nf4":
             size = base.weight.shape[0 if transposed else 1]

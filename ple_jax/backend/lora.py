@@ -28,7 +28,7 @@ def magnitudes(model: Model, base: Any, adapter: Adapter, lora: Lora) -> Adapter
 
     @jax.jit
     def norms(base: Any, adapter: Adapter) -> dict[str, Array]:
-        found = {}
+        found: dict[str, Array] = {}
         for layer, kernel, paths in _adapted(model.config, adapter):
             low = _low_rank(model.config, kernel, paths, adapter, lora)
             # fusing only moves numbers about, so its transpose moves them back

@@ -250,11 +250,11 @@ class Model:
         cache: Cache | None = None,
         index: Int[Array, ""] | int = 0,
         source_positions: Int[Array, "row source"] | None = None,
-    ) -> tuple[Float[Array, "row time hidden"], Cache | None]:
-        """Final hidden states (after the last norm), and the cache with this call's keys and values written.
+    ) -> tuple[Float[Array, "row time hidden"], Any]:
+        """Final hidden states (after the last norm), and the given `Cache` with this call's keys and values, or None.
 
         Args:
-            lora: a fused adapter from `ple_jax.lora.fuse`, or `{}` for the base alone.
+            lora: a fused adapter from `ple_jax.backend.lora.fuse`, or `{}` for the base alone.
             positions: position of every token; of padding it does not matter.
             mask: which source positions a token may attend to (source = time without a cache, its length with one).
             index: where in the cache this call writes.

@@ -1,5 +1,77 @@
-"""The backends: where they are."""
+"""The backends: where they are, and what a module of one offers."""
 
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar, cast
+
+from ple_jax.core.types import Backend, Query
 
 BACKENDS = {"jax": "ple_jax.backend.backend", "torch": "torch_ascend.backend"}  # --backend and the module behind it
 TOPOLOGIES = {"jax": "ple_jax.planning.topology", "torch": "torch_ascend.topology"}  # and the one behind --topology
+
+Loaded = TypeVar("Loaded")  # a base model that was read: its tokenizer, its shapes, its weights
+Made = TypeVar("Made", bound=Backend)
+
+
+class BackendModule(Protocol[Loaded, Made]):
+    """How a backend is made from a config. A module of functions satisfies it; mypy checks both."""
+
+    def load(self, config: Any) -> Loaded:
+        """Weights, model config and tokenizer of `config.model`; no weight is on a device yet.
+
+        Raises:
+            UserError: a mesh or a device that is not there, a model that cannot be read; before any weight is.
+        """
+        ...
+
+    def count(self, config: Any, loaded: Loaded) -> tuple[int, int]:
+        """Parameters of the base and of the adapter; reads shapes alone."""
+        ...
+
+    def transposed(self, loaded: Loaded) -> bool:
+        """Whether the base keeps its linear weights as [in, out]."""
+        ...
+
+    def build(self, config: Any, loaded: Loaded, *, head: str | None = None) -> Made:
+        """The backend, base and adapter on the devices.
+
+        Args:
+            head: the name of a head that is trained beside the adapter ("value"), or alone ("score"); None: there is none.
+        """
+        ...
+
+    def notes(self, backend: Made) -> list[str]:
+        """What a user should know before the run starts, a line each."""
+        ...
+
+
+class TopologyModule(Protocol):
+    """How `--mode=plan --topology` counts what a run needs of devices that are not there."""
+
+    def report(
+        self,
+        config: Any,
+        topology: str,
+        *,
+        algorithm: Any,
+        train_set: Sequence[Query],
+        heldout: Sequence[Query],
+        principles: str,
+        write: Callable[[str], None] = ...,
+    ) -> Any:
+        """Writes, a line at a time, what every phase needs of a device and whether it fits; returns what was counted.
+
+        Raises:
+            UserError: an unknown topology, a mesh that does not take its devices, a model that is not supported.
+        """
+        ...
+
+
+def load(name: str) -> BackendModule[Any, Any]:
+    """The module of `--backend=name`: its framework is imported here and not before."""
+    return cast(BackendModule, importlib.import_module(BACKENDS[name]))
+
+
+def load_topology(name: str) -> TopologyModule:
+    """The module behind `--topology` of `--backend=name`."""
+    return cast(TopologyModule, importlib.import_module(TOPOLOGIES[name]))

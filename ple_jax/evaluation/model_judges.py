@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import Float64
 
 from ple_jax import prompts as rendering
+from ple_jax.core import backends
 from ple_jax.core.answers import Incomplete, digest
-from ple_jax.core.backends import BACKENDS
 from ple_jax.core.batches import pack
 from ple_jax.core.config import RULES
 from ple_jax.core.errors import UserError
@@ -219,7 +219,7 @@ def local(
         config = importlib.import_module("configs.default").get_config()
         config.model.update({option: value for option, value in set_model.items() if value is not None})
         config.sampling.width, config.lora.rank = width, 1  # a fresh adapter changes nothing: as small a one as can be
-        module = importlib.import_module(BACKENDS[backend])
+        module = backends.load(backend)
         loaded = module.load(config)
         if loaded.tokenizer.chat_template is None:
             raise UserError(f"{WHERE} path = {path!r}: its tokenizer has no chat template; take an instruct model")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ple_jax.algorithms import has_head
-from ple_jax.core.backends import BACKENDS
+from ple_jax.core import backends
 from ple_jax.core.files import read_json
 from ple_jax.export import card
 from ple_jax.models.adapters import write_peft
@@ -46,7 +46,7 @@ def write_merged(config: Any, workdir: Path, backend: str, iteration: int, repo:
     """
     from ple_jax.export import merged as weights  # numpy alone, whatever the backend
 
-    loaded = importlib.import_module(BACKENDS[backend]).load(config)
+    loaded = backends.load(backend).load(config)
     summary = read_json(workdir / "summary.json") or {}
     return weights.merged(
         loaded,

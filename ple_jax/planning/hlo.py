@@ -36,7 +36,7 @@ def collectives(text: str) -> list[Collective]:
     entry, bodies = _computations(text)
     found: dict[tuple, Collective] = {}
     for name, times, looped in _walk(entry, bodies, 1, False):
-        types = dict(m.groups() for line in bodies[name] if (m := _INSTRUCTION.match(line)))
+        types = {m[1]: m[2] for line in bodies[name] if (m := _INSTRUCTION.match(line))}
         for own, line in types.items():
             match = _COLLECTIVE.match(line)
             if match is None or not times:
@@ -110,4 +110,4 @@ def _sizes(type_: str) -> list[int]:
 
 
 def _bits(kind: str) -> int:
-    return 8 if kind == "pred" else int(re.search(r"\d+", kind)[0])
+    return 8 if kind == "pred" else int(re.findall(r"\d+", kind)[0])

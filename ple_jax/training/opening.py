@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import importlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,8 +10,8 @@ from typing import Any, NamedTuple
 
 from ple_jax import rewards
 from ple_jax.algorithms import head_of, is_offline, load_algorithm
+from ple_jax.core import backends
 from ple_jax.core.answers import Cache
-from ple_jax.core.backends import BACKENDS
 from ple_jax.core.errors import UserError
 from ple_jax.core.files import write_json
 from ple_jax.core.types import Reward, Slot
@@ -109,7 +108,7 @@ def open_run(config: Any, workdir: Path, backend: str, inputs: Inputs) -> Iterat
         names = ("jsonl", *(name for name in config.sinks if name != "jsonl"))  # metrics.jsonl is part of the contract
         sinks.check(names)
         progress.phase("load", 1)
-        module = importlib.import_module(BACKENDS[backend])
+        module = backends.load(backend)
         loaded = module.load(config)
         built = module.build(config, loaded, head=head_of(algorithm))
         loaded = loaded._replace(weights={})  # the backend has its own: the host's copy may go

@@ -12,7 +12,7 @@ import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ple_jax.core import answers
+from ple_jax.core import answers, backends
 from ple_jax.core.answers import Cache
 from ple_jax.core.conversation import Conversation
 from ple_jax.core.errors import UserError
@@ -627,7 +627,7 @@ def fake(monkeypatch):
             return backend
 
         module = types.SimpleNamespace(load=lambda config: loaded, build=build)
-        monkeypatch.setitem(model_judges.BACKENDS, "jax", "a_fake_backend")
+        monkeypatch.setitem(backends.BACKENDS, "jax", "a_fake_backend")
         monkeypatch.setitem(__import__("sys").modules, "a_fake_backend", module)
         return backend
 

@@ -114,7 +114,7 @@ def test_killed_and_continued(ours, tmp_path):
     """Between a step's gradients and the step, then while a checkpoint is being written: the same bytes in the end."""
     workdir = tmp_path / "killed"
     # the fourth update is the second one of iteration 1
-    assert run(workdir, at=("torch_ascend.train:TorchBackend._apply", 4, "before")).returncode == -signal.SIGKILL
+    assert run(workdir, at=("torch_ascend.backend:TorchBackend._apply", 4, "before")).returncode == -signal.SIGKILL
     assert not (workdir / WEIGHTS).exists()
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["0", "1"]
     # files and folder of the first commit of this process, which is iteration 1's

@@ -6,10 +6,9 @@ from typing import Any, NamedTuple
 from ple_jax import prompts
 from ple_jax.core.conversation import Conversation
 from ple_jax.core.errors import UserError, suggestion
-from ple_jax.core.noise import uniforms
+from ple_jax.core.noise import CHAT, uniforms
 from ple_jax.core.types import Query, Sampling, Tokenizer
 
-_NOISE = -3  # iteration number of a conversation's noise
 _INCOMPLETE = 3  # bytes of a UTF-8 character that may have come without its last
 
 HELP = """\
@@ -160,7 +159,7 @@ class Chat:
                 f"the conversation is {len(tokens)} tokens and the model takes {self.context}; /reset forgets it"
             )
         sampling = self.sampling._replace(max_new_tokens=min(self.sampling.max_new_tokens, room))
-        noise = uniforms(self.seed, _NOISE, str(self.asked), "chat", 0, sampling.max_new_tokens)
+        noise = uniforms(self.seed, CHAT, str(self.asked), "chat", 0, sampling.max_new_tokens)
         said = ""
         try:
             for piece in pieces(self.stream(tokens, noise, sampling=sampling, base=voice == "base"), self.tokenizer):

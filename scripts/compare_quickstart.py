@@ -25,7 +25,6 @@ The exit code is 1 if a run failed; what speaks for the others is compared never
 """
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -39,7 +38,7 @@ from sweep import Job, Outcome, best, number, overrides, parsed, positive, repor
 
 from ple_jax.core.conversation import Conversation
 from ple_jax.core.errors import UserError, suggestion
-from ple_jax.core.files import read_json, write_json
+from ple_jax.core.files import read_json, write_json, write_jsonl
 from ple_jax.evaluation import responses
 
 # ---------------------------------------------------------------- what is compared
@@ -215,9 +214,7 @@ def make_data(s: Settings) -> None:
                 f"{len(rows)} records are left for {name}.jsonl, and an iteration takes {needed}: lower --responses, or take"
                 " a reward with fewer ties"
             )
-        temporary = s.out / f"{name}.jsonl.tmp"
-        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        temporary.replace(s.out / f"{name}.jsonl")
+        write_jsonl(s.out / f"{name}.jsonl", rows)
     say(f"{len(made['pairs'])} pairs, {len(made['sft'])} answers to imitate")
 
 

@@ -4,7 +4,6 @@ A folder appears under its name only when it is whole and on disk: that is the c
 """
 
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ple_jax.core.errors import UserError
+from ple_jax.core.files import to_disk
 
 _STATE, _META = "state.safetensors", "meta.json"
 
@@ -28,10 +28,10 @@ def save(path: Path, step: int, tensors: dict[str, Tensor], meta: dict[str, Any]
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial / _STATE)
     (partial / _META).write_text(json.dumps(meta), encoding="utf-8")
     for file in (partial / _STATE, partial / _META, partial):
-        _to_disk(file)
+        to_disk(file)
     shutil.rmtree(whole, ignore_errors=True)  # of a step that was begun again
     partial.rename(whole)
-    _to_disk(path)
+    to_disk(path)
     for old in _steps(path)[:-keep]:
         shutil.rmtree(path / str(old))
 
@@ -66,11 +66,3 @@ def check(found: dict[str, Tensor], wanted: dict[str, Tensor], path: Path) -> No
 
 def _steps(path: Path) -> list[int]:
     return sorted(int(entry.name) for entry in path.glob("*") if re.fullmatch(r"\d+", entry.name))
-
-
-def _to_disk(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -4,7 +4,7 @@ import importlib.util
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -30,12 +30,13 @@ OWN = {"model.layers": "jax", "model.attention": "jax", "model.device": "torch",
 Rule = Callable[[Any], str]  # value -> what it must be instead, or "" when it is fine
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one with dotted keys; the free ones (`FREE`) stay whole."""
+def flatten(tree: Mapping[str, Any], prefix: str = "", *, whole: Collection[str] = FREE) -> dict[str, Any]:
+    """Nested dictionaries as one with dotted keys, in their order; empty ones, and those that `whole` names, are values."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
-        flat |= flatten(value, f"{name}.") if isinstance(value, Mapping) and name not in FREE else {name: value}
+        deeper = isinstance(value, Mapping) and value and name not in whole
+        flat |= flatten(value, f"{name}.", whole=whole) if deeper else {name: value}
     return flat
 
 

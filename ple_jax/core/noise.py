@@ -6,12 +6,21 @@ import json
 import numpy as np
 from jaxtyping import Float32
 
+# The streams: training draws with the number of its iteration, from 1 on; what is no iteration's has a number below 0.
+HELDOUT = -1  # evaluations while a run trains: all of them draw with the same
+RESPONSES = -2  # --mode=generate: the same for every checkpoint
+CHAT = -3  # the lines of a conversation
+
 
 def uniforms(seed: int, iteration: int, query_id: str, kind: str, sample: int, n: int) -> Float32[np.ndarray, " n"]:
     """The noise of one response, in [0, 1): a function of all these arguments and of nothing else.
 
     numpy's Philox, keyed by a hash of the arguments. 24 random bits each: float32 holds them exactly, so that none rounds
     up to 1.
+
+    Args:
+        iteration: of training, or one of the streams above.
+        n: how many numbers.
     """
     what = json.dumps([seed, iteration, query_id, kind, sample]).encode()
     key = int.from_bytes(hashlib.blake2b(what, digest_size=16).digest(), "little")

@@ -1,13 +1,12 @@
 """Records that are left out: what they are, how many there may be, and where they are listed."""
 
-import json
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ple_jax.core.errors import UserError
+from ple_jax.core.files import write_jsonl
 from ple_jax.core.types import Query
 
 FILE = "bad_records.jsonl"  # in the work directory: what was left out, and why
@@ -71,17 +70,11 @@ def note(bad: dict[str, list[Bad]], workdir: Path) -> str:
 
 
 def write_bad(path: Path, bad: Mapping[str, Sequence[Bad]]) -> None:
-    """What was left out, of every set, one JSON line each, written atomically; no file where there is nothing."""
+    """What was left out, of every set, one JSON line each; no file where there is nothing."""
     if not any(bad.values()):
         path.unlink(missing_ok=True)
         return
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        for name, some in bad.items():
-            file.writelines(json.dumps({"set": name, **b._asdict()}, ensure_ascii=False) + "\n" for b in some)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_jsonl(path, ({"set": name, **record._asdict()} for name, records in bad.items() for record in records))
 
 
 def counts(bad: dict[str, list[Bad]]) -> str:

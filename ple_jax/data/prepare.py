@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import json
 import sys
 import unicodedata
 from collections import Counter
@@ -12,7 +11,7 @@ from typing import Any
 
 from ple_jax.core.conversation import Conversation
 from ple_jax.core.errors import UserError
-from ple_jax.core.files import write_json
+from ple_jax.core.files import write_json, write_jsonl
 from ple_jax.core.types import Query
 from ple_jax.data.left_out import Bad, write_bad
 from ple_jax.data.queries import load_queries
@@ -35,14 +34,14 @@ def prepare(
     """Writes train.jsonl, test.jsonl, bad.jsonl and summary.json to `out`; returns the summary.
 
     Args:
-        train, options, seed, needs: as `tasks.load` takes them.
+        train, options, seed, needs: as `load_queries` takes them.
         test: the test records; without it a share of the train records, by the hash of their prompt.
         test_split: of `test`, if that is a folder or a data set on a hub.
         test_share: how large that share is, between 0 and 1.
         max_words: longer prompts are bad records (0: none).
 
     Raises:
-        UserError: as `tasks.load`; nothing is left of one of the two.
+        UserError: as `load_queries`; nothing is left of one of the two.
     """
     sources = {"train": load_queries(train, seed=seed, needs=needs, **options)}
     if test:
@@ -166,23 +165,20 @@ def table(summary: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def write(path: Path, queries: Sequence[Query], *, needs: str) -> None:
-    """JSONL that `tasks.load` and TRL read: prompt and completion, or of pairs chosen and rejected, as texts or as turns."""
+    """JSONL that `load_queries` and TRL read: prompt and completion, or of pairs chosen and rejected, as texts or turns."""
     answered = any(query.completion for query in queries)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        for query in queries:
-            record: dict[str, Any] = {"id": query.id, "prompt": query.prompt}
-            if needs == "pair":
-                record |= {"chosen": query.completion, "rejected": query.rejected}
-            elif answered:
-                record["completion"] = query.completion
-            if isinstance(query.prompt, Conversation):
-                turns = {k: [{"role": "assistant", "content": v}] for k, v in record.items() if k not in ("id", "prompt")}
-                record |= {"prompt": query.prompt.messages, **turns}
-                if query.prompt.tools:
-                    record["tools"] = query.prompt.tools
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    temporary.replace(path)
+
+    def record(query: Query) -> dict[str, Any]:
+        answers: dict[str, Any] = {"completion": query.completion} if answered else {}
+        if needs == "pair":
+            answers = {"chosen": query.completion, "rejected": query.rejected}
+        if not isinstance(query.prompt, Conversation):
+            return {"id": query.id, "prompt": query.prompt, **answers}
+        turns = {key: [{"role": "assistant", "content": text}] for key, text in answers.items()}
+        tools = {"tools": query.prompt.tools} if query.prompt.tools else {}
+        return {"id": query.id, "prompt": query.prompt.messages, **turns, **tools}
+
+    write_jsonl(path, map(record, queries))
 
 
 def _short(queries: Sequence[Query], most: int) -> tuple[list[Query], list[Bad]]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from ple_jax.core.conversation import Conversation, render
 from ple_jax.core.errors import UserError, suggestion
-from ple_jax.core.files import write_json
+from ple_jax.core.files import write_json, write_text
 from ple_jax.evaluation.caveats import notes, undecided, warnings
 from ple_jax.evaluation.methods import MEASURED, SAME, Method, check, expand, group, labelled, read
 from ple_jax.evaluation.numbers import TESTED, described, tests
@@ -136,7 +136,7 @@ def write(result: Mapping[str, Any], out: Path) -> Path:
         "comparison.html": comparison_page.html(result, tables),
     }
     for name, text in texts.items():
-        (out / name).write_text(text, encoding="utf-8")
+        write_text(out / name, text)
     methods, baseline = result["methods"], result["baseline"]
     measures = list(dict.fromkeys(key for method in methods for run in method["runs"] for key in run["measures"]))
     with_baseline = {(row["method"], row["measure"]): row for row in result["tests"] if baseline == row["against"]}

@@ -12,7 +12,7 @@ from jaxtyping import Float64
 
 from ple_jax.core.config import EXECUTION, flatten
 from ple_jax.core.errors import UserError
-from ple_jax.core.files import read_json
+from ple_jax.core.files import read_json, read_jsonl
 from ple_jax.evaluation import responses
 
 MEASURED = ("reward", "reward_second", "kl")  # measures with a value of every response
@@ -108,9 +108,7 @@ def read(label: str, folder: Path) -> Entry:
     workdir, generated = folder.parent.parent, responses.read(folder)
     lines: list[dict[str, Any]] = []
     if generated.settings["policy"] == "trained" and (workdir / "metrics.jsonl").exists():
-        # of bytes: str.splitlines would also cut at U+2028; a last line without its end is still being written
-        written = (workdir / "metrics.jsonl").read_bytes().splitlines(keepends=True)
-        lines = [json.loads(line) for line in written if line.endswith(b"\n")]
+        lines = read_jsonl(workdir / "metrics.jsonl", torn=True)  # a run may be writing it
     summary = read_json(workdir / "summary.json") or {}
     return Entry(label, folder, generated, flatten(read_json(workdir / "config.json") or {}), summary, lines)
 

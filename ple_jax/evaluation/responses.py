@@ -27,10 +27,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ple_jax import rewards
+from ple_jax.core import noise
 from ple_jax.core.batches import bucket, left_padded, pack
 from ple_jax.core.config import differing, flatten
 from ple_jax.core.errors import UserError
-from ple_jax.core.files import read_json, write_json
+from ple_jax.core.files import read_json, read_jsonl, write_json, write_jsonl
 from ple_jax.core.types import Batch, Query, Response, Reward, Rollout, Slot
 from ple_jax.data.left_out import QuerySet
 from ple_jax.data.load import load_heldout
@@ -41,8 +42,6 @@ from ple_jax.training.prompting import fitted, renderer
 from ple_jax.training.run import Run
 from ple_jax.training.sampling import given, sample
 from ple_jax.training.scoring import score
-
-NOISE = -2  # the iteration whose noise it samples with: the same for every checkpoint, and no training's
 
 
 class Generated(NamedTuple):
@@ -70,12 +69,8 @@ def read(path: Path, iteration: int | None = None) -> Generated:
             f"{path} holds no responses{'' if iteration is None else f' of iteration {iteration}'}; --mode=generate"
         )
     name = path / f"iter_{complete[-1] if iteration is None else iteration:04d}"
-    try:
-        lines = name.with_suffix(".scores.jsonl").read_bytes().splitlines()
-        scores = [json.loads(line) for line in lines]
-        settings = read_json(name.with_suffix(".json"))
-    except ValueError as error:
-        raise UserError(f"{name}.scores.jsonl is damaged ({error}); delete it and give --mode=generate again") from error
+    scores = read_jsonl(name.with_suffix(".scores.jsonl"), remedy="delete it and give --mode=generate again")
+    settings = read_json(name.with_suffix(".json"))
     if settings is None:
         raise UserError(f"{name}.json, the settings of these responses, is gone; delete that folder and generate again")
     found = Generated(settings, read_journal(name.with_suffix(".jsonl")), scores)
@@ -140,14 +135,12 @@ def write(run: Run, queries: QuerySet, second: Reward | None, *, backend: str, i
     render = renderer(run)
     if (rollouts := journal.read()) is None:
         slots = [Slot(kind, options.principled, number) for number in range(options.samples)]
-        rollouts = score(run, sample(run, run.heldout, slots, journal, NOISE, render))
+        rollouts = score(run, sample(run, run.heldout, slots, journal, noise.RESPONSES, render))
         journal.complete(rollouts)
     scored = journal.path.with_suffix(".scores.jsonl")
     if not scored.exists():
         lines = list(_scores(run, rollouts, second, [render(query, options.principled).whole for query in run.heldout]))
-        temporary = scored.with_name(scored.name + ".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        temporary.replace(scored)
+        write_jsonl(scored, lines, ascii=True)
     return journal.path
 
 

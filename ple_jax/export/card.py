@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ple_jax.core.config import flatten
-from ple_jax.core.files import read_json
+from ple_jax.core.files import read_json, read_jsonl
 from ple_jax.models.hub import is_remote
 from ple_jax.serving.commands import rank_limit
 
@@ -68,7 +68,7 @@ def render(
 def _metrics(workdir: Path, iteration: int) -> list[tuple[str, float, float]]:
     """What is known before training and at the newest evaluation up to `iteration`."""
     path = workdir / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line] if path.exists() else []
+    lines = read_jsonl(path) if path.exists() else []
     rows = []
     for key, words in _METRICS:
         known = [line[key] for line in lines if line.get(key) is not None and line["iteration"] <= iteration]

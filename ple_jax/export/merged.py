@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,7 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from ple_jax.core.errors import UserError
-from ple_jax.core.files import write_json
+from ple_jax.core.files import to_disk, write_json
 from ple_jax.models import peft
 from ple_jax.models.families import FAMILIES
 from ple_jax.models.layout import expected_shapes
@@ -77,8 +76,7 @@ def merged(
         mode = (partial / MARKER).stat().st_mode
         for file in partial.iterdir():
             file.chmod(mode)  # safetensors keeps its files from everyone else
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
+            to_disk(file)
         if folder.exists():
             folder.rename(old)
         partial.rename(folder)

@@ -7,7 +7,7 @@ from typing import Any
 
 from ple_jax.algorithms import has_head
 from ple_jax.core import backends
-from ple_jax.core.files import read_json
+from ple_jax.core.files import read_json, write_text
 from ple_jax.export import card
 from ple_jax.models.adapters import write_peft
 from ple_jax.training.run import Run
@@ -33,7 +33,7 @@ def write_adapter(run: Run, iteration: int, summary: Mapping[str, Any]) -> Path:
     )
     push = run.config.export.push
     readme = _card(run.workdir, "peft", run.base_model, iteration, summary, push, head=has_head(run.algorithm))
-    (folder / "README.md").write_text(readme, encoding="utf-8")
+    write_text(folder / "README.md", readme)
     return folder
 
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from ple_jax.core.errors import UserError
+from ple_jax.core.files import write_bytes, write_text
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
@@ -105,8 +105,8 @@ def write(
     # A transposed view has to be copied: safetensors takes the bytes as they lie. One metadata key: more would be
     # written in random order and give equal adapters different bytes.
     tensors = {name: np.ascontiguousarray(value) for name, value in adapter.items()}
-    _replace(directory / WEIGHTS, save(tensors, metadata={"format": "pt"}))
-    _replace(directory / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+    write_bytes(directory / WEIGHTS, save(tensors, metadata={"format": "pt"}))
+    write_text(directory / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
 def read(directory: Path, *, head: str | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -223,13 +223,3 @@ def merge(
     if module.magnitude is not None:
         whole *= (module.magnitude.astype(np.float32) / np.linalg.norm(whole, axis=1))[:, None]
     return whole.T if fan_in_fan_out else whole
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Writes beside `path`, then renames: a reader sees the old file or the new one, even after a crash."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

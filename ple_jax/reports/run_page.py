@@ -1,15 +1,15 @@
 """The report of a run: one self-contained HTML file, made only from the files of its work directory."""
 
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ple_jax.core import conversation
+from ple_jax.core.config import flatten
 from ple_jax.core.errors import UserError
+from ple_jax.core.files import read_json, read_jsonl, write_text
 from ple_jax.reports.drawing import STYLE, duration, number, readable_bytes, round_ticks
-from ple_jax.training.sinks import flatten
 
 SAMPLES = 10  # held-out queries shown before and after
 PAIRS = 4  # training rollouts shown of each decision
@@ -60,7 +60,7 @@ def write(workdir: Path) -> Path:
 
     if not (workdir / "metrics.jsonl").exists():
         raise UserError(f"no metrics.jsonl in {str(workdir)!r}: give the --workdir of a run")
-    metrics = _lines(workdir / "metrics.jsonl")
+    metrics = read_jsonl(workdir / "metrics.jsonl", torn=True)  # a run may be writing it
     evaluations = sorted((workdir / "evaluations").glob("iter_????.jsonl"))
     rollouts = sorted((workdir / "rollouts").glob("iter_????.jsonl"))
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -68,9 +68,9 @@ def write(workdir: Path) -> Path:
     html = environment.from_string(_PAGE).render(
         style=STYLE,
         name=workdir.resolve().name,
-        summary=_object(workdir / "summary.json"),
-        config=flatten(_object(workdir / "config.json")),
-        environment=_object(workdir / "environment.json"),
+        summary=read_json(workdir / "summary.json") or {},
+        config=flatten(read_json(workdir / "config.json") or {}, whole=()),
+        environment=read_json(workdir / "environment.json") or {},
         charts=list(charts(metrics)),
         metrics=metrics,
         keys=list(dict.fromkeys(key for line in metrics for key in line if key != "iteration")),
@@ -81,9 +81,7 @@ def write(workdir: Path) -> Path:
         frame={"width": _WIDTH, "height": _HEIGHT, "left": _LEFT, "top": _TOP, "bottom": _HEIGHT - _BOTTOM},
     )
     path = workdir / "report.html"
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(html, encoding="utf-8", errors="replace")  # a byte-level model may emit a lone surrogate
-    temporary.replace(path)
+    write_text(path, html, errors="replace")  # a byte-level model may emit a lone surrogate
     return path
 
 
@@ -181,22 +179,13 @@ def charts(metrics: list[dict[str, Any]]) -> Iterator[Chart]:
         )
 
 
-def _object(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    # not splitlines: that also splits at U+2028, which JSON leaves as it is
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-
-
 def _rollouts(path: Path) -> list[dict[str, Any]]:
     """The lines of a journal, prompts as text."""
 
     def text(prompt: str | list[dict[str, Any]]) -> str:
         return prompt if isinstance(prompt, str) else conversation.render(prompt).strip()
 
-    return [{**line, "prompt": text(line["prompt"])} for line in _lines(path)]
+    return [{**line, "prompt": text(line["prompt"])} for line in read_jsonl(path)]
 
 
 def _samples(evaluations: list[Path]) -> dict[str, Any]:

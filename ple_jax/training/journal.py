@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ple_jax.core import files
 from ple_jax.core.conversation import Conversation
 from ple_jax.core.errors import UserError
 from ple_jax.core.types import Response, Rollout
@@ -41,16 +42,14 @@ class Journal:
             with self.partial.open("r+b") as file:
                 file.truncate(len(whole))
                 os.fsync(file.fileno())
-        lines = [json.loads(line) for line in whole.splitlines()]
+        lines = files.read_jsonl(self.partial)
         return {line["chunk"]: [_response(r) for r in line["responses"]] for line in lines}
 
     def append(self, chunk: int, responses: Sequence[Response]) -> None:
         """One finished chunk; on return it is on disk."""
         self.partial.parent.mkdir(parents=True, exist_ok=True)
-        with self.partial.open("a", encoding="utf-8") as file:
-            file.write(_dumps({"chunk": chunk, "responses": [_plain(r) for r in responses]}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        line = {"chunk": chunk, "responses": [_plain(r) for r in responses]}
+        files.append_line(self.partial, json.dumps(line, ensure_ascii=False))
 
     def complete(self, rollouts: Sequence[Rollout]) -> None:
         """The whole iteration, in one step; the chunks are removed."""
@@ -61,15 +60,7 @@ class Journal:
 def write(path: Path, rollouts: Sequence[Rollout]) -> None:
     """A file of rollouts; on return it is on disk, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(_dumps(_line(r)) + "\n" for r in rollouts)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    os.fsync(directory)
-    os.close(directory)
+    files.write_jsonl(path, map(_line, rollouts))
 
 
 def read(path: Path) -> list[Rollout]:
@@ -79,10 +70,9 @@ def read(path: Path) -> list[Rollout]:
         UserError: the file is not such a journal; names file and line.
     """
     rollouts = []
-    # bytes: str.splitlines would also cut at U+2028 and the like inside a response
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    remedy = "delete the file to sample it again"
+    for number, raw in enumerate(files.read_jsonl(path, remedy=remedy), 1):
         try:
-            raw = json.loads(line)
             responses = tuple(_response(r) for r in raw["responses"])
             rollouts.append(
                 Rollout(
@@ -96,9 +86,7 @@ def read(path: Path) -> list[Rollout]:
                 )
             )
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{path}:{number} is not a line of rollouts ({error!r}); delete the file to sample it again"
-            ) from error
+            raise UserError(f"{path}:{number} is not a line of rollouts ({error!r}); {remedy}") from error
     return rollouts
 
 
@@ -109,9 +97,9 @@ def _line(rollout: Rollout) -> dict[str, Any]:
         "prompt": rollout.prompt if turns is None else list(turns.messages),
         **({"tools": list(turns.tools)} if turns is not None and turns.tools else {}),
         "prompt_tokens": list(rollout.prompt_tokens),
-        "tau": _json(rollout.tau),
+        "tau": files.plain(rollout.tau),
         "responses": [_plain(r) for r in rollout.responses],
-        "margin": _json(rollout.margin),
+        "margin": files.plain(rollout.margin),
         "decision": rollout.decision,
     }
 
@@ -123,10 +111,10 @@ def _plain(response: Response) -> dict[str, Any]:
         "tokens": list(response.tokens),
         "text": response.text,
         "finished": response.finished,
-        "reward": _json(response.reward),
-        "score": _json(response.score),
-        "weight": _json(response.weight),
-        **({"parts": {name: _json(value) for name, value in response.parts.items()}} if response.parts else {}),
+        "reward": files.plain(response.reward),
+        "score": files.plain(response.score),
+        "weight": files.plain(response.weight),
+        **({"parts": {name: files.plain(value) for name, value in response.parts.items()}} if response.parts else {}),
     }
 
 
@@ -136,15 +124,5 @@ def _response(raw: dict[str, Any]) -> Response:
     return Response(tuple(raw["tokens"]), raw["finished"], raw["kind"], raw["sample"], raw["text"], **numbers, parts=parts)
 
 
-def _json(value: float) -> float | str | None:
-    if math.isnan(value):
-        return None
-    return value if math.isfinite(value) else str(value)
-
-
 def _number(value: float | str | None) -> float:
     return math.nan if value is None else float(value)
-
-
-def _dumps(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)

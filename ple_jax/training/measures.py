@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ple_jax import rewards
+from ple_jax.core import noise
 from ple_jax.core.batches import pack
 from ple_jax.core.types import Query, Response, Rollout, Slot
 from ple_jax.formulas import intervals
@@ -21,8 +22,6 @@ from ple_jax.training.scoring import quarantine, raw_rewards, score
 from ple_jax.training.state import logged, peak_memory
 from ple_jax.training.steps import diagnose
 
-# the number of noise that is no iteration's: every evaluation draws with the same (`generations.NOISE` is another)
-HELDOUT = -1
 _LEAK = 0.1  # share of trigrams above which principles are said to leak
 
 
@@ -80,7 +79,7 @@ def evaluate(run: Run, iteration: int, render: Callable[[Query, bool], Rendered]
         slots = [Slot("plain", False, s) for s in range(run.config.eval.samples)]
         if iteration == 0:
             slots += [Slot("principled", True, s) for s in range(run.config.eval.samples)]
-        rollouts = score(run, sample(run, run.heldout, slots, journal, HELDOUT, render))
+        rollouts = score(run, sample(run, run.heldout, slots, journal, noise.HELDOUT, render))
         # those without a reward stay where they are: evaluations are of the same queries
         quarantine(run, rollouts, f"heldout_{iteration:04d}")
         journal.complete(rollouts)

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ple_jax.core import files
+from ple_jax.core.config import flatten
 from ple_jax.core.errors import UserError
 from ple_jax.core.types import Sink
 
@@ -55,27 +57,8 @@ def truncate_jsonl(path: Path, last_step: int) -> None:
     """
     if not path.exists():
         return
-    lines = path.read_bytes().splitlines(keepends=True)
-    if lines and not lines[-1].endswith(b"\n"):  # a line is whole once its newline is on disk
-        lines.pop()
-    kept = [line for line in lines if json.loads(line)["iteration"] <= last_step]
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested config -> {"optimizer.lr": 5e-4, ...}, in its order; an empty dict is a value."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, dict) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
+    logged = zip(files.lines(path, torn=True), files.read_jsonl(path, torn=True), strict=True)
+    files.write_bytes(path, b"".join(line + b"\n" for line, value in logged if value["iteration"] <= last_step))
 
 
 def _jsonl(workdir: Path, config: dict[str, Any]) -> Sink:
@@ -83,10 +66,7 @@ def _jsonl(workdir: Path, config: dict[str, Any]) -> Sink:
         finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}  # JSON has no NaN
         # a numpy scalar becomes the Python number that it holds
         line = json.dumps({"iteration": step, **finite}, default=lambda scalar: scalar.item())
-        with (workdir / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        files.append_line(workdir / "metrics.jsonl", line)
 
     return sink
 
@@ -130,7 +110,7 @@ def _mlflow(workdir: Path, config: dict[str, Any]) -> Sink:
     known = mlflow.search_runs(filter_string=f"run_name LIKE '%-{_digest(workdir)}'", output_format="list")
     run_id = known[0].info.run_id if known else None
     run_id = mlflow.start_run(run_id, run_name=f"{workdir.name}-{_digest(workdir)}").info.run_id
-    mlflow.log_params(flatten(config))
+    mlflow.log_params(flatten(config, whole=()))
     return lambda metrics, step: mlflow.log_metrics(_finite(metrics), step=step, run_id=run_id)
 
 

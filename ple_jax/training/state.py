@@ -1,12 +1,12 @@
 """Where a run stands, and its commits."""
 
-import json
 import resource
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ple_jax.core.files import read_jsonl
 from ple_jax.training import costs
 from ple_jax.training.run import Run
 
@@ -43,7 +43,7 @@ def logged(path: Path) -> set[int]:
     """Iterations that metrics.jsonl already holds."""
     if not path.exists():
         return set()
-    return {json.loads(line)["iteration"] for line in path.read_bytes().splitlines()}
+    return {line["iteration"] for line in read_jsonl(path)}
 
 
 def peak_memory() -> int:

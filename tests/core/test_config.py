@@ -187,6 +187,12 @@ def test_suggestion(word, expected):
 def test_flatten_keeps_free_dictionaries_whole():
     tree = {"a": 1, "reward": {"kwargs": {"k": 2}, "name": "x"}, "b": {"c": {"d": 3}}}
     assert flatten(tree) == {"a": 1, "reward.kwargs": {"k": 2}, "reward.name": "x", "b.c.d": 3}
+    assert flatten(tree, whole=()) == {"a": 1, "reward.kwargs.k": 2, "reward.name": "x", "b.c.d": 3}
+
+
+def test_flatten_joins_keys_with_dots_in_their_order_and_keeps_empty_groups():
+    nested = {"b": {"x": 1, "deep": {"y": (1, 2)}}, "kwargs": {}, "a": None}
+    assert list(flatten(nested).items()) == [("b.x", 1), ("b.deep.y", (1, 2)), ("kwargs", {}), ("a", None)]
 
 
 def test_differing():

@@ -146,7 +146,7 @@ def test_killed_after_the_final_name(tmp_path, monkeypatch):
 @pytest.mark.parametrize("line", ['{"query_id": 1}', "{", "[]"])
 def test_a_foreign_file_is_named(tmp_path, line):
     (tmp_path / "iter_0000.jsonl").write_text(line + "\n")
-    with pytest.raises(UserError, match=r"iter_0000\.jsonl:1 is not a line of rollouts"):
+    with pytest.raises(UserError, match=r"iter_0000\.jsonl:1 is .*delete the file to sample it again"):
         journal.read(tmp_path / "iter_0000.jsonl")
 
 

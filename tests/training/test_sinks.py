@@ -176,8 +176,3 @@ def test_mlflow_goes_on_with_the_run_of_the_same_work_directory(tracker, tmp_pat
     tracker.found = [SimpleNamespace(info=SimpleNamespace(run_id="r0"))]
     sinks.make(["mlflow"], tmp_path, {})
     assert [args for name, args, _ in tracker.calls if name == "start_run"] == [(None,), ("r0",)]
-
-
-def test_flatten_joins_keys_with_dots_and_keeps_empty_groups():
-    nested = {"b": {"x": 1, "deep": {"y": (1, 2)}}, "kwargs": {}, "a": None}
-    assert list(sinks.flatten(nested).items()) == [("b.x", 1), ("b.deep.y", (1, 2)), ("kwargs", {}), ("a", None)]

@@ -48,7 +48,6 @@ KNOWN: dict[str, list[str]] = {
         "ple_jax/export/card.py: render",
         "ple_jax/export/merged.py: merged",
         "ple_jax/reports/run_page.py: charts",
-        "ple_jax/reports/run_page.py: write",
         # package
         "ple_jax/main.py: parse",
         # experiments

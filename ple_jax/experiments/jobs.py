@@ -1,0 +1,189 @@
+"""Runs of `ple_jax.main` that are started once: what is done is not run again, a stop ends them all."""
+
+import argparse
+import contextlib
+import fcntl
+import json
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ple_jax import main as entry
+from ple_jax.core.errors import UserError
+from ple_jax.training.interrupt import MESSAGE
+from ple_jax.training.workdir import lock
+
+
+class Job(NamedTuple):
+    """One `python -m ple_jax.main` with its arguments, its work directory, and the file in it that it writes last."""
+
+    name: str
+    arguments: tuple[str, ...]
+    workdir: Path
+    last: str
+
+    @property
+    def result(self) -> Path:
+        return self.workdir / self.last
+
+
+class Outcome(NamedTuple):
+    """How a job ended: exit code 0 and nothing, or another one (negative: of a signal) and the last line of its log."""
+
+    code: int
+    says: str = ""
+
+
+def run(jobs: Sequence[Job], out: Path, *, parallel: int = 1) -> dict[str, Outcome]:
+    """Runs what is not done yet, at most `parallel` at a time; by name how each ended, in the order of the jobs.
+
+    What a job prints is appended to OUT/NAME.log. OUT/NAME.done holds what it was asked for when it ended well: the same
+    is not run again, and of anything else `ple_jax.main` itself says whether the work directory is its own.
+
+    Raises:
+        UserError: a command line that is wrong, before anything runs.
+        KeyboardInterrupt: as it came, when all that ran have stopped.
+    """
+    wanted = {job.name: asked(job) for job in jobs}
+    todo = [job for job in jobs if not _is_done(out, job, wanted[job.name])]
+    if len(todo) < len(jobs):
+        say(f"{len(jobs) - len(todo)} of {len(jobs)} are done already")
+    outcomes = {job.name: Outcome(0) for job in jobs}
+    processes = _Processes(out)
+    with ThreadPoolExecutor(parallel) as pool:
+        try:
+            futures = {pool.submit(processes.run, job, wanted[job.name]): job.name for job in todo}
+            for number, future in enumerate(as_completed(futures), 1):
+                name, (outcome, seconds) = futures[future], future.result()
+                outcomes[name] = outcome
+                failed = f"exit code {outcome.code}, {outcome.says} (all of it is in {out / f'{name}.log'})"
+                say(f"[{number}/{len(todo)}] {name}: {failed if outcome.code else 'done'} after {seconds:.0f} s")
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # before what runs ends, and makes room for another one
+            processes.stop()
+            raise
+    return outcomes
+
+
+class _Processes:
+    """What runs at the moment, so that all of it can be stopped; `run` is called in several threads at once."""
+
+    def __init__(self, out: Path):
+        self._out = out
+        self._running: list[subprocess.Popen[bytes]] = []
+        self._stopping = threading.Event()
+
+    def run(self, job: Job, wanted: str) -> tuple[Outcome, float]:
+        """Runs a job to its end, and marks it as done if it ended well; how it ended, and after how many seconds."""
+        _wait_until_free(job.workdir, self._stopping)
+        started, log = time.monotonic(), self._out / f"{job.name}.log"
+        with log.open("ab") as file:
+            process = subprocess.Popen(command(job), stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
+            self._running.append(process)
+            if self._stopping.is_set():  # between two lines of this function
+                process.terminate()
+            code = process.wait()
+        if code == 0:
+            (self._out / f"{job.name}.done").write_text(wanted, encoding="utf-8")
+        return Outcome(code, _last_line(log) if code else ""), time.monotonic() - started
+
+    def stop(self) -> None:
+        self._stopping.set()
+        for process in self._running:
+            process.terminate()  # does nothing to one that has ended
+
+
+def command(job: Job) -> list[str]:
+    return [sys.executable, "-m", "ple_jax.main", *job.arguments]
+
+
+def say(line: str) -> None:
+    """A line for whoever watches, also through a pipe."""
+    print(line, flush=True)
+
+
+def parsed(arguments: Sequence[str]) -> entry.CommandLine:
+    """What arguments of `ple_jax.main` ask for; a mistake in them is main's own error."""
+    if str(entry.ROOT) not in sys.path:
+        sys.path.append(str(entry.ROOT))  # a config file says `from configs import default`
+    return entry.parse(["ple_jax.main", *arguments])
+
+
+def asked(job: Job) -> str:
+    """All that a command line asks for, with the whole config, as text."""
+    found = parsed(job.arguments)
+    return json.dumps({**found._asdict(), "config": found.config.to_dict()}, indent=1, default=str)
+
+
+def _is_done(out: Path, job: Job, asked: str) -> bool:
+    mark = out / f"{job.name}.done"
+    return job.result.exists() and mark.exists() and mark.read_text(encoding="utf-8") == asked
+
+
+def _wait_until_free(workdir: Path, stopping: threading.Event) -> None:
+    """A process may have outlived the script that started it, and still be at work."""
+    with contextlib.suppress(FileNotFoundError), (workdir / ".lock").open() as lock:
+        while not stopping.is_set():
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                stopping.wait(1.0)
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
+
+
+@contextlib.contextmanager
+def reported(out: Path) -> Iterator[None]:
+    """One process in OUT; what the user can mend, and a stop by Ctrl-C or SIGTERM, as one line and an exit code."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    # SIGINT too, though Python has a handler for it: where a shell starts this in the background, it is ignored
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        if out.exists() and not out.is_dir():
+            raise UserError(f"--out={out} is a file; give a folder, which is created if need be")
+        with lock(out):
+            yield
+    except UserError as error:
+        says = str(error)
+        if says.startswith(f"--workdir={out} "):  # of the lock, in words of `ple_jax.main`
+            says = says.replace("--workdir", "--out")
+        print(f"error: {' '.join(says.split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(MESSAGE, file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def overrides(rest: Sequence[str]) -> tuple[str, ...]:
+    """What stands after `--`: overrides of the config and nothing else.
+
+    Raises:
+        UserError: another flag, which a script gives by itself.
+    """
+    for argument in rest:
+        if not re.match(r"--(no)?config\.", argument):
+            raise UserError(f"{argument!r} after `--`: overrides of the config stand there, --config.KEY=VALUE")
+    return tuple(rest)
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return int(text)

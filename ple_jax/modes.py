@@ -18,12 +18,13 @@ from ple_jax.core import backends
 from ple_jax.core.errors import UserError
 from ple_jax.core.files import read_json, write_json
 from ple_jax.core.types import Sampling
+from ple_jax.evaluation import compare as comparison
 from ple_jax.evaluation import describe, responses
 from ple_jax.export import write
 from ple_jax.formulas import intervals
 from ple_jax.models import peft
 from ple_jax.planning import describe as planning
-from ple_jax.reports import run_page
+from ple_jax.reports import comparison_files, run_page
 from ple_jax.serving import commands
 from ple_jax.training import loop, measures, offline, prompting
 from ple_jax.training.opening import open_run, read_inputs, resolved
@@ -148,7 +149,8 @@ def generate(config: Any, workdir: Path, backend: str) -> int:
 def compare(config: Any, workdir: Path, backend: str, runs: Sequence[str]) -> int:
     """Compares the responses of several runs: tables, tests, win rates, and one page."""
     with lock(workdir):
-        page = importlib.import_module("ple_jax.evaluation.compare").run(runs, workdir, config=config, backend=backend)
+        for result in comparison.results(runs, workdir, config=config, backend=backend):
+            page = comparison_files.write(result, workdir)
     print(f"page: {page}")
     return 0
 

@@ -67,6 +67,8 @@ def spent(run: Entry) -> dict[str, float]:
 
 def last(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return lines[-1] if lines else {}
+
+
 _AXES = ("queries", "generated_tokens", "training_tokens", "reward_calls", "seconds")
 
 

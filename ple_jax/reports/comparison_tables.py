@@ -1,8 +1,9 @@
 """A comparison's tables, as Markdown and as LaTeX, from what comparison.json holds."""
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
+
+from ple_jax.reports.formats import MISSING, decimals, interval, is_number, p_value
 
 REWARDS = {"reward": "training reward", "reward_second": "second reward"}
 
@@ -79,12 +80,12 @@ def _rewards(result: Mapping[str, Any], measure: str, name: str) -> Table:
         ]
         test, win = tested.get(label), won.get(label)
         if test is None or test["difference"] is None:
-            row += ["baseline" if label == baseline else "–", "–", "–"]
+            row += ["baseline" if label == baseline else MISSING, MISSING, MISSING]
         else:
             difference = interval(test["difference"], (test["low"], test["high"]), digits, "+")
             row += [difference, p_value(test["p_holm"]), p_value(test["p_seeds"])]
         if wins:
-            row += [interval(win["win_rate"], (win["low"], win["high"]), 3) if win else "–"]
+            row += [interval(win["win_rate"], (win["low"], win["high"]), 3) if win else MISSING]
         rows.append(row)
     everything = [row for row in result["tests"] if row["measure"] == measure and row["p"] is not None]
     least = max((2 * len(everything) / (row["resamples"] + 1) for row in everything), default=0.0)
@@ -135,36 +136,14 @@ def known(result: Mapping[str, Any], measure: str) -> bool:
     return any(is_number(method["measures"].get(measure)) for method in result["methods"])
 
 
-def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def decimals(values: Iterable[Any]) -> int:
-    """So many that the largest has three digits, from 0 to 4: one column's numbers are written alike."""
-    largest = max((abs(value) for value in values if is_number(value)), default=0.0)
-    return min(max(2 - math.floor(math.log10(largest)), 0), 4) if largest else 3
-
-
 def _plain(key: str, value: Any, digits: int) -> str:
     if not is_number(value):
-        return "–" if value is None else str(value)
+        return MISSING if value is None else str(value)
     if key in ("generated_tokens", "principle_tokens", "training_tokens", "reward_calls"):
         return f"{value:,.0f}"
     if key == "flops":
         return f"{value:.2e}" if value else "0"
     return f"{value / 2**30:.2f}" if key == "peak_memory_bytes" else f"{value:,.{digits}f}"
-
-
-def interval(value: float | None, interval: Sequence[float | None] | None, digits: int, sign: str = "") -> str:
-    if value is None:
-        return "–"
-    low, high = interval or (None, None)
-    around = "" if low is None or high is None else f" [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
-    return f"{value:{sign}.{digits}f}{around}"
-
-
-def p_value(p: float | None) -> str:
-    return "–" if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def judge(result: Mapping[str, Any]) -> str:

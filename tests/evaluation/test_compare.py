@@ -5,14 +5,14 @@ import itertools
 import json
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from ml_collections import ConfigDict, FrozenConfigDict
-from test_run_page import HOSTILE
-from test_run_page import Page as ReportPage
+from test_run_page import HOSTILE, Page
 
 from configs import default
 from ple_jax.core.conversation import Conversation
@@ -23,22 +23,13 @@ from ple_jax.evaluation import compare as comparing
 from ple_jax.evaluation import win_rates
 from ple_jax.evaluation.methods import expand, labelled, read
 from ple_jax.formulas import intervals
-from ple_jax.reports import comparison_charts, comparison_page, comparison_tables
+from ple_jax.reports import comparison_charts, comparison_files, drawing, formats
 from ple_jax.training import journal
 
 COSTS = {"queries": 10, "generated_tokens": 1000, "prompt_tokens": 50, "principle_tokens": 7, "reward_calls": 20,
          "training_tokens": 3000, "flops": 5_000_000, "evaluation_tokens": 9, "wall_seconds": 60.5,
          "peak_memory_bytes": 2**30, "seconds": {"generate": 8.0, "score": 1.0, "prepare": 2.0, "update": 16.0,
                                                 "evaluate": 32.0}}  # fmt: skip
-
-
-class Page(ReportPage):
-    """Here circles have titles inside."""
-
-    def handle_starttag(self, tag, attrs):
-        super().handle_starttag(tag, attrs)
-        if tag == "circle":
-            self.open.append((tag, "circle"))
 
 
 def write_run(
@@ -108,7 +99,8 @@ def options(**compare):
 def compare(root, entries, name="out", **changes):
     out = root / name
     out.mkdir(exist_ok=True)
-    comparing.run([str(entry) for entry in entries], out, config=options(**changes), backend="jax")
+    for result in comparing.results([str(entry) for entry in entries], out, config=options(**changes), backend="jax"):
+        comparison_files.write(result, out)
     return json.loads((out / "comparison.json").read_text())
 
 
@@ -709,7 +701,7 @@ def test_curves_lie_where_the_numbers_say(tmp_path):
     assert (x0, y0) == (x["0"], y["0"]) and x2 == x["1500"] and y2 == y["0.8"]
     assert x1 == pytest.approx((x0 + x2) / 2, abs=0.1) and y1 == pytest.approx(y0 + (y2 - y0) * 3 / 8, abs=0.1)
     assert tip == "ple: 0.3 after 750 tokens generated (iteration 2)"
-    assert len(ple.seeds) == 2 and ple.seeds[1].endswith(f"{x['2000']} {y['0.6']}")
+    assert len(ple.thin) == 2 and ple.thin[1].endswith(f"{x['2000']} {y['0.6']}")
     # what generates nothing is a level at its end, not at its best
     assert sft.level and not sft.dots and sft.path.startswith(f"M{x['0']} {y['0.4']}L") and sft.path.endswith(f" {y['0.4']}")
     assert not found["against queries seen"].lines[1].level
@@ -745,7 +737,7 @@ def test_points_and_strips_lie_where_the_numbers_say(tmp_path):
 
 @given(st.lists(st.floats(0, 300), min_size=1, max_size=30))
 def test_numbers_beside_curves_never_cover_one_another(places):
-    found = comparison_charts._spread(places, 0, 300, 15)
+    found = drawing.spread(places, 0, 300, 15)
     order = sorted(range(len(places)), key=places.__getitem__)
     gap = min(15, 300 / max(len(places) - 1, 1))
     assert all(found[b] - found[a] >= gap - 0.2 for a, b in zip(order, order[1:], strict=False))
@@ -782,9 +774,9 @@ def lab(rgb):
 
 @pytest.mark.parametrize(("scheme", "card"), [(0, "#ffffff"), (1, "#1c2024")])
 def test_colours_are_told_apart_by_most_and_numbers_on_them_are_read(scheme, card):
-    css = comparison_page._STYLE.split("prefers-color-scheme:dark")[scheme]
-    colours = [re.search(rf"--m{i}:(#[0-9a-f]{{6}})", css)[1] for i in range(comparison_charts.COLOURS)]
-    assert f"--card:{card}".replace("ffffff", "fff") in comparison_page.report.STYLE
+    css = (Path(drawing.__file__).parent / "templates" / "style.css").read_text().split("prefers-color-scheme: dark")[scheme]
+    colours = [re.search(rf"--k{i}: (#[0-9a-f]{{6}})", css)[1] for i in range(drawing.COLOURS)]
+    assert f"--card: {card};".replace("ffffff", "fff") in css
     for matrix in SIGHTS.values():
         seen = [lab(np.clip(np.array(matrix) @ linear(colour), 0, 1)) for colour in colours]
         assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(seen, 2)) > 25
@@ -831,7 +823,7 @@ def test_nothing_is_loaded_from_anywhere(tmp_path):
     assert not re.search(r"https?:|//[a-z]|url\(|@import", html)
     assert ("meta", {"http-equiv": "Content-Security-Policy",
                      "content": "default-src 'none'; style-src 'unsafe-inline'"}) in seen.tags  # fmt: skip
-    assert "prefers-color-scheme:dark" in html
+    assert "prefers-color-scheme: dark" in html
 
 
 def test_the_page_shows_every_seed_every_matrix_and_samples_that_nobody_selected(tmp_path):
@@ -881,7 +873,7 @@ def test_matrices_are_the_row_against_the_column(tmp_path):
 def test_a_win_rate_is_bold_where_its_interval_leaves_out_a_half(low, high, strong):
     counts = {"win": 0.5, "tie": 0.0, "loss": 0.5, "position_bias": 0.0, "consistency": 1.0, "judged": 4, "failed": 0}
     row = {"method": "a", "against": "b", "win_rate": (low + high) / 2, "low": low, "high": high, **counts}
-    assert comparison_charts._win(row).strong is strong
+    assert comparison_charts.win_cell(row).strong is strong
 
 
 def test_the_markdown_table_has_the_rewards_with_their_intervals(two, capsys):
@@ -921,12 +913,12 @@ def test_markdown_and_latex_escape_and_have_whole_rows(tmp_path):
      ([None, "inf", 2.0], 2)],
 )  # fmt: skip
 def test_numbers_of_one_column_have_as_many_decimals(values, digits):
-    assert comparison_tables.decimals(values) == digits
+    assert formats.decimals(values) == digits
 
 
 @pytest.mark.parametrize(("p", "text"), [(None, "–"), (0.0009, "<0.001"), (0.001, "0.001"), (0.25, "0.250"), (1.0, "1.000")])
 def test_p_values_for_people(p, text):
-    assert comparison_tables.p_value(p) == text
+    assert formats.p_value(p) == text
 
 
 def test_exact_numbers_are_in_the_csv(tmp_path):

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ple_jax.core.errors import UserError
-from ple_jax.reports import drawing, run_page
+from ple_jax.reports import formats, run_page
 
 HOSTILE = '<script>alert("x")</script> & </div> {{ 7 * 7 }} \u2028 "quoted"'
-VOID = {"meta", "br", "rect", "line", "circle", "path", "link", "img"}
+VOID = {"meta", "br", "rect", "line", "path", "link", "img"}
 
 
 class Page(HTMLParser):
@@ -172,7 +172,7 @@ def test_nothing_is_loaded_from_anywhere(workdir):
     assert not re.search(r"https?:|//[a-z]|url\(|@import", html)
     assert ("meta", {"http-equiv": "Content-Security-Policy",
                      "content": "default-src 'none'; style-src 'unsafe-inline'"}) in seen.tags  # fmt: skip
-    assert "prefers-color-scheme:dark" in html
+    assert "prefers-color-scheme: dark" in html
 
 
 def test_a_lone_surrogate_does_not_stop_the_report(workdir):
@@ -202,8 +202,8 @@ def test_other_algorithms_bring_kinds_and_decisions_of_their_own(tmp_path):
     jsonl(tmp_path / "rollouts/iter_0001.jsonl", [rollout(0, answers)])
     seen = page(tmp_path)
     rewards, lengths = run_page.charts(metrics)
-    assert [series.label for series in rewards.series] == ["plain", "sampled"]
-    assert [series.colour for series in lengths.series] == [rewards.series[1].colour]
+    assert [line.mark.label for line in rewards.lines] == ["plain", "sampled"]
+    assert [line.mark.colour for line in lengths.lines] == [rewards.lines[1].mark.colour]
     assert "Training: collected" in seen.inside("h2")
     assert seen.inside("response") == [f"answer {i}" for i in range(4)]
     assert "and 5 more" in seen.inside("soft")
@@ -216,20 +216,24 @@ def test_without_metrics_the_error_says_what_to_give(tmp_path):
 
 def test_points_lie_where_the_numbers_say():
     (chart,) = run_page.charts([{"iteration": i, "ranked_share": v} for i, v in enumerate((0.0, None, 0.5, 1.0, 0.25))])
-    (series,) = chart.series
-    assert series.points == [(0, 0.0), (2, 0.5), (3, 1.0), (4, 0.25)]
-    (x0, bottom), (x2, middle), (x3, top), (x4, _) = series.dots
+    (line,) = chart.lines
+    said = [(band.title, text) for band in chart.bands for _, text in band.rows]
+    assert said == [("iteration 0", "0.0%"), ("iteration 2", "50.0%"), ("iteration 3", "100.0%"), ("iteration 4", "25.0%")]
+    (x0, bottom, _), (x2, middle, _), (x3, top, _), (x4, _, _) = line.dots
+    assert line.path == f"M{x0} {bottom}L{x2} {middle}L{x3} {top}L{x4} {line.dots[3][1]}"
     assert middle == pytest.approx((top + bottom) / 2, abs=0.1)  # coordinates have one decimal
     assert (x2 - x0, x3 - x0) == pytest.approx(((x4 - x0) / 2, (x4 - x0) * 3 / 4), abs=0.1)
     assert chart.yticks == [(bottom, "0%"), (pytest.approx((bottom * 3 + top) / 4, abs=0.1), "25%"), (middle, "50%"),
                             (pytest.approx((bottom + top * 3) / 4, abs=0.1), "75%"), (top, "100%")]  # fmt: skip
-    assert [band.iteration for band in chart.bands] == [0, 2, 3, 4]
+    assert [band.x for band in chart.bands] == [x0, x2, x3, x4]
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=30))
 def test_every_point_lies_within_the_frame_between_round_ticks(values):
     (chart,) = run_page.charts([{"iteration": i, "kl": value} for i, value in enumerate(values)])
-    assert all(48 <= x <= 480 and 12 <= y <= 200 for x, y in chart.series[0].dots)
+    left, top, right, bottom = (getattr(chart.frame, edge) for edge in ("left", "top", "right", "bottom"))
+    assert all(left <= x <= right and top <= y <= bottom for x, y, _ in chart.lines[0].dots)
+    assert 0 <= left < right <= chart.frame.width and 0 <= top < bottom <= chart.frame.height
     assert 2 <= len(chart.yticks) <= 7
     assert len(chart.xticks) <= 11
 
@@ -238,7 +242,7 @@ def test_every_point_lies_within_the_frame_between_round_ticks(values):
 def test_values_that_differ_by_rounding_alone_are_one(value):
     """The mean of the same rewards in another order."""
     (chart,) = run_page.charts([{"iteration": i, "kl": v} for i, v in enumerate((value, np.nextafter(value, 10), value))])
-    first, second, third = (y for _, y in chart.series[0].dots)
+    first, second, third = (y for _, y, _ in chart.lines[0].dots)
     assert first == second == third and 2 <= len(chart.yticks) <= 7
 
 
@@ -247,11 +251,11 @@ def test_values_that_differ_by_rounding_alone_are_one(value):
     [(0.123456, "0.1235"), (1234567, "1,234,567"), (12345.6, "12,346"), (1e-7, "1e-07"), (None, "–"), ("inf", "inf")],
 )
 def test_numbers_for_people(value, text):
-    assert drawing.number(value) == text
+    assert formats.number(value) == text
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"), [(4.25, "4.2 s"), (59.7, "1 min 0 s"), (272.3, "4 min 32 s"), (7384, "2 h 3 min")]
 )
 def test_durations_for_people(seconds, text):
-    assert drawing.duration(seconds) == text
+    assert formats.duration(seconds) == text

@@ -1,0 +1,70 @@
+"""Numbers as people read them."""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+MISSING = "–"
+
+
+def number(value: Any, digits: int = 4) -> str:
+    """Thousands separated, `digits` significant digits, a dash for what is missing; what is no number as text."""
+    if value is None:
+        return MISSING
+    if isinstance(value, int):
+        return f"{value:,}"
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 10**digits else f"{value:.{digits}g}"
+
+
+def short(value: float) -> str:
+    """For the ticks of an axis: 0.25, 1500, 20k, 1.5M."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= size:
+            return f"{value / (1e3 if unit == 'k' else size):.3g}{unit}"
+    return f"{value:.4g}"
+
+
+def share(value: float | None, decimals: int = 1) -> str:
+    """0.123 -> "12.3%"."""
+    return MISSING if value is None else f"{value:.{decimals}%}"
+
+
+def signed(value: float | None) -> str:
+    """0.123 -> "+0.12"."""
+    return MISSING if value is None else f"{value:+.2f}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds -> "4 min 32 s"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+
+
+def readable_bytes(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def decimals(values: Iterable[Any]) -> int:
+    """So many that the largest has three digits, from 0 to 4: one column's numbers are written alike."""
+    largest = max((abs(value) for value in values if is_number(value)), default=0.0)
+    return min(max(2 - math.floor(math.log10(largest)), 0), 4) if largest else 3
+
+
+def interval(value: float | None, bounds: Sequence[float | None] | None, digits: int, sign: str = "") -> str:
+    """ "0.42 [0.31, 0.55]"; without brackets where nothing is known of them."""
+    if value is None:
+        return MISSING
+    low, high = bounds or (None, None)
+    around = "" if low is None or high is None else f" [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
+    return f"{value:{sign}.{digits}f}{around}"
+
+
+def p_value(p: float | None) -> str:
+    return MISSING if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"

@@ -12,9 +12,6 @@ from scripts import house
 ROOT = Path(__file__).parents[1]
 KNOWN: dict[str, list[str]] = {
     "climbs": [
-        # pages
-        "ple_jax/evaluation/compare.py: imports ple_jax/reports/comparison_page.py",
-        "ple_jax/evaluation/compare.py: imports ple_jax/reports/comparison_tables.py",
         # files
         "ple_jax/losses.py: imports ple_jax/core/errors.py",
         "ple_jax/losses.py: imports ple_jax/core/types.py",
@@ -40,14 +37,11 @@ KNOWN: dict[str, list[str]] = {
         "torch_ascend/topology.py: phases",
         "torch_ascend/topology.py: report",
         # pages
-        "ple_jax/evaluation/compare.py: run",
-        "ple_jax/evaluation/compare.py: write",
         "ple_jax/evaluation/describe.py: describe",
         "ple_jax/evaluation/model_judges.py: endpoint",
         "ple_jax/evaluation/model_judges.py: local",
         "ple_jax/export/card.py: render",
         "ple_jax/export/merged.py: merged",
-        "ple_jax/reports/run_page.py: charts",
         # package
         "ple_jax/main.py: parse",
         # files
@@ -99,11 +93,6 @@ KNOWN: dict[str, list[str]] = {
         "torch_ascend/topology.py: sharding._world",
         # pages
         "ple_jax/evaluation/model_judges.py: ple_jax.rewards._http",
-        "tests/evaluation/test_compare.py: comparison_charts._spread",
-        "tests/evaluation/test_compare.py: comparison_charts._win",
-        "tests/evaluation/test_compare.py: comparison_page._STYLE",
-        "tests/evaluation/test_compare.py: win_rates._drawn",
-        "tests/evaluation/test_responses.py: responses._packed",
         "tests/export/test_export.py: modes._on_run",
         # files
         "tests/formulas/test_intervals.py: ple_jax.formulas.intervals._CELLS",

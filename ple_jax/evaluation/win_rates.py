@@ -61,7 +61,7 @@ def judged(
     options, rows = config.compare, []
     with Cache(out / "judgements.sqlite") as cache:
         for a, b in pairs:
-            both, queries = beside(a, b), _drawn(a.values["reward"].shape[1], options.judge_queries, config.seed)
+            both, queries = beside(a, b), judged_queries(a.values["reward"].shape[1], options.judge_queries, config.seed)
             samples = options.judge_samples or a.values["reward"].shape[-1]
             cells = [(i, j, q, s) for i, j in both for q in queries for s in range(samples)]
             found = _verdicts(judge, a, b, cells, cache)
@@ -78,7 +78,7 @@ def judged(
     return rows
 
 
-def _drawn(queries: int, count: int, seed: int) -> list[int]:
+def judged_queries(queries: int, count: int, seed: int) -> list[int]:
     """The queries that are judged, in file order: by seed, since files may be sorted; more of them include fewer."""
     return sorted(np.random.default_rng(seed).permutation(queries)[: count or None].tolist())
 

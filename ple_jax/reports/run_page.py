@@ -83,7 +83,8 @@ def write(workdir: Path) -> Path:
 def html(workdir: Path) -> str:
     """The page's text."""
     metrics = read_jsonl(workdir / "metrics.jsonl", torn=True)  # a run may be writing it
-    summary, config, environment = (read_json(workdir / f"{name}.json") or {} for name in ("summary", "config", "environment"))
+    files = ("summary", "config", "environment")
+    summary, config, environment = (read_json(workdir / f"{name}.json") or {} for name in files)
     config = flatten(config, whole=())
     evaluations = sorted((workdir / "evaluations").glob("iter_????.jsonl"))
     rollouts = sorted((workdir / "rollouts").glob("iter_????.jsonl"))

@@ -369,10 +369,10 @@ def test_as_many_queries_are_judged_as_asked_for_and_more_include_fewer(judged):
 
 
 def test_queries_are_drawn_by_seed_each_number_of_them_from_the_next():
-    drawn = [win_rates._drawn(20, count, 3) for count in range(1, 21)]
-    assert [len(some) for some in drawn] == list(range(1, 21)) and win_rates._drawn(20, 0, 3) == list(range(20))
+    drawn = [win_rates.judged_queries(20, count, 3) for count in range(1, 21)]
+    assert [len(some) for some in drawn] == list(range(1, 21)) and win_rates.judged_queries(20, 0, 3) == list(range(20))
     assert all(some == sorted(some) and set(some) < set(more) for some, more in itertools.pairwise(drawn))
-    assert drawn[9] not in (list(range(10)), win_rates._drawn(20, 10, 4))
+    assert drawn[9] not in (list(range(10)), win_rates.judged_queries(20, 10, 4))
 
 
 def test_a_judge_that_prefers_a_position_shows(judged):

@@ -1,8 +1,10 @@
 """Judges of pairs: what they are asked and how often, what counts as a verdict, and win rates against counts by hand."""
 
+import contextlib
 import functools
 import json
 import math
+import sqlite3
 import types
 from dataclasses import replace
 
@@ -226,10 +228,11 @@ def test_what_has_no_verdict_is_asked_again(cache):
         ([[1], [1]], "no row of numbers"),
     ],
 )  # fmt: skip
-def test_what_is_no_row_of_verdicts(cache, given, says):
+def test_what_is_no_row_of_verdicts(cache, tmp_path, given, says):
     with pytest.raises(UserError, match=f"judge 'mine' gave {says}"):
         compare(Judge("mine", "1", lambda *_: given), ["p"], ["a"], ["b"], cache=cache)
-    assert cache._open().execute("SELECT count(*) FROM value").fetchone() == (0,)
+    with contextlib.closing(sqlite3.connect(tmp_path / "judgements.sqlite")) as database:
+        assert database.execute("SELECT count(*) FROM value").fetchone() == (0,)
 
 
 # ---------------------------------------------------------------- a function of one's own

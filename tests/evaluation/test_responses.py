@@ -12,6 +12,7 @@ from test_baselines import config
 from test_torch_model import one_thread  # noqa: F401  (a fixture of the whole module)
 
 from ple_jax import modes
+from ple_jax.core.batches import pack
 from ple_jax.core.errors import UserError
 from ple_jax.evaluation import responses
 from ple_jax.training import opening
@@ -115,7 +116,7 @@ def test_log_probabilities_and_kl_by_hand(data, trained):
         assert run.backend.restore(trained / "checkpoints") is not None
         for rollout, line in zip(found.rollouts, found.scores, strict=True):
             for k in range(3):
-                batch = responses._packed(run, [rollout], [(k,)], 8)
+                batch = pack([rollout], [(k,)], prompt_multiple=c.sampling.bucket, response_len=8)
                 n = len(rollout.responses[k].tokens)
                 policy = run.backend.logprobs(batch).logprobs[0, 0, :n].astype(float)
                 base = run.backend.logprobs(batch, base=True).logprobs[0, 0, :n].astype(float)

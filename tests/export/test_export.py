@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from configs import default
 from configs import tiny as tiny_config
 from ple_jax import modes
+from ple_jax.core.config import names
 from ple_jax.core.errors import UserError
 from ple_jax.core.types import Sampling
 from ple_jax.export import card
@@ -430,19 +431,22 @@ def test_a_base_folder_is_served_with_the_adapter(source, tmp_path, capsys):
 # ---------------------------------------------------------------- the card
 
 
-def a_card(workdir: Path, *, iteration=3, base_model="some/base", library="peft", summary=None, repo=None, **changes) -> str:
+def a_card(
+    workdir: Path, *, iteration=3, base_model="some/base", library="peft", summary=None, repo=None, head=False, **changes
+) -> str:
     workdir.mkdir(exist_ok=True)
     settings = default.get_config()
     settings.lora.rank = 12
     settings.task.train = str(workdir / "queries | mine.jsonl")
-    settings.update(changes)
+    settings.model.path = base_model
+    settings.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
     (workdir / "config.json").write_text(json.dumps(settings.to_dict()))
     lines = [{"iteration": i, "heldout_reward": 0.1 * i, "heldout_kl": 0.0 if i == 0 else 0.05} for i in range(4)]
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (workdir / "environment.json").write_text(json.dumps({"jax": "9.9.9", "device": "cpu", "python": "3.99"}))
     return card.render(
         workdir, library=library, base_model=base_model, iteration=iteration, summary=summary or {},
-        defaults=default.get_config().to_dict(), repo=repo,
+        defaults=default.get_config().to_dict(), repo=repo, head=head,
     )  # fmt: skip
 
 
@@ -476,7 +480,7 @@ def test_card_of_an_adapter(tmp_path):
         assert part in text, part
     assert str(tmp_path) not in text and "\n\n\n" not in text
     rows = [line for line in text.split("\n") if line.startswith("| `")]
-    assert {row.split("`")[1] for row in rows} == {"lora.rank", "task.train"}  # nothing that is as by default
+    assert {row.split("`")[1] for row in rows} == {"lora.rank", "task.train", "model.path"}  # nothing that is as by default
 
 
 def test_card_of_merged_weights_before_the_end(tmp_path):
@@ -485,3 +489,108 @@ def test_card_of_merged_weights_before_the_end(tmp_path):
     assert "| held-out reward (mean) | 0 | 0.2 |" in text
     assert "interval" not in text  # the summary speaks of another iteration
     assert "AutoModelForCausalLM" in text and "peft" not in text.lower() and str(tmp_path) not in text
+
+
+# algorithm -> its name in the title, a part of its sentence, whether principles have a part in it
+RAN = {
+    "ple": ("PLE", "Progressively Label Enhancement ([arXiv:2408.02599](https://arxiv.org/abs/2408.02599), Alg. 1)", True),
+    "ppo": ("PPO", "[arXiv:2203.02155](https://arxiv.org/abs/2203.02155)): a token is an action", False),
+    "dpo": ("DPO", "Direct preference optimisation ([arXiv:2305.18290](https://arxiv.org/abs/2305.18290))", False),
+    "grpo": ("GRPO", "GRPO ([arXiv:2402.03300](https://arxiv.org/abs/2402.03300)) and its relatives", False),
+    "rloo": ("RLOO", "with a leave-one-out baseline ([arXiv:2402.14740](https://arxiv.org/abs/2402.14740))", False),
+    "raft": ("RAFT", "of `raft.samples` responses the best by reward is imitated", False),
+    "sft": ("SFT", "Supervised fine-tuning on the records' own answers", False),
+    "context_distillation": ("context distillation", "fine-tuning on the principled response", True),
+    "self_distillation": ("self distillation", "the principles are the teacher's privileged context", True),
+}
+
+
+def test_a_card_for_every_algorithm_that_samples():
+    assert {*RAN, "reward"} == set(names("algorithms", ".py"))
+
+
+@pytest.mark.parametrize("algorithm", RAN)
+def test_card_says_what_ran(tmp_path, algorithm):
+    title, sentence, guided = RAN[algorithm]
+    text = a_card(tmp_path / "run", algorithm=algorithm)
+    assert f"\n# some/base, trained with {title}\n" in text and sentence in text
+    assert front_matter(text)["tags"] == [algorithm, "lora"]
+    assert ("| principles | `positive_review` |" in text) is guided
+    assert ("liu2025ple" in text) is ("2408.02599" in text) is (algorithm == "ple")
+    assert "TRL](" not in text
+
+
+@pytest.mark.parametrize("algorithm", ["sft", "dpo", "grpo", "rloo"])
+def test_card_of_a_baseline_by_trl(tmp_path, algorithm):
+    text = a_card(tmp_path / "run", algorithm=algorithm, trainer="trl")
+    assert f"\n# some/base, trained with TRL's {RAN[algorithm][0]}\n" in text and RAN[algorithm][1] in text
+    assert "The optimiser steps were taken by [TRL](https://github.com/huggingface/trl)" in text
+    assert front_matter(text)["tags"] == [algorithm, "lora", "trl"]
+
+
+@pytest.mark.parametrize(
+    ("docstring", "says"),
+    [
+        ('"""Mine: <b> [x](y) as `a_b` says.\n\nMore."""', r"Mine: \<b\> \[x\](y) as `a_b` says."),
+        ("", None),
+    ],
+)
+def test_card_of_an_algorithm_of_the_users(tmp_path, docstring, says):
+    file = tmp_path / "my_variant.py"
+    file.write_text(f"{docstring}\nfrom ple_jax.algorithms.ple import *\n")
+    text = a_card(tmp_path / "run", algorithm=str(file))
+    assert "\n# some/base, trained with my variant\n" in text and "| algorithm | `my_variant.py` |" in text
+    assert front_matter(text)["tags"] == ["my_variant", "lora"]
+    assert says is None or f"\n{says}\n" in text
+    assert "More." not in text and "Progressively" not in text and "liu2025ple" not in text and "\n\n\n" not in text
+
+
+def test_card_of_a_reward_model(tmp_path):
+    numbers = ("heldout_accuracy", "heldout_log_loss", "heldout_brier", "heldout_calibration_error")
+    summary = {"steps": 3, "heldout_examples": 9, "heldout_accuracy_ci95": [0.5, 0.75], **dict.fromkeys(numbers, 0.625)}
+    for library, line in (
+        ("peft", 'AutoPeftModelForSequenceClassification.from_pretrained("me/mine", num_labels=1)'),
+        ("transformers", """--config.reward.name=model --config.reward.kwargs='{"path": "me/mine"}'"""),
+    ):
+        text = a_card(tmp_path / "run", algorithm="reward", head=True, summary=summary, library=library, repo="me/mine")
+        assert front_matter(text) == {
+            "base_model": "some/base", "library_name": library, "pipeline_tag": "text-classification",
+            "tags": ["reward-model", "lora"],
+        }  # fmt: skip
+        for part in (
+            "\n# A reward model from some/base\n", line,
+            "A reward model from preference pairs: a scalar head on the model, trained with Bradley-Terry's loss.",
+            "Accuracy on 9 held-out pairs 0.625 (95% bootstrap interval\n0.5 to 0.75)",
+        ):  # fmt: skip
+            assert part in text, part
+        assert "PLE" not in text and "\n\n\n" not in text
+
+
+def test_card_says_that_a_gguf_file_was_dequantised(tmp_path):
+    file = tmp_path / "Small.Q4_1.gguf"
+    file.write_bytes(b"GGUF")
+    for library in ("peft", "transformers"):
+        text = a_card(tmp_path / "run", base_model=str(file), library=library)
+        assert "read from the GGUF file `Small.Q4_1.gguf`, and what is quantised there was dequantised" in text
+        assert ("unquantised ones" in text) is (library == "peft")
+        assert "there is no hub id for it" in text and str(tmp_path) not in text
+    assert "GGUF" not in a_card(tmp_path / "other")
+
+
+def test_names_mean_nothing_in_a_card(tmp_path):
+    base = tmp_path / "a_b *c* [d](e) <script> | `f` # g"
+    text = a_card(tmp_path / "run", base_model=str(base), reward__kwargs={"x": "`|`\n# y"})
+    prose = r"a\_b \*c\* \[d\](e) \<script\> \| \`f\` \# g"
+    assert f"\n# {prose}, trained with PLE\n" in text
+    assert r"| base model | `a_b *c* [d](e) <script> \| 'f' # g` |" in text
+    assert front_matter(text).keys() == {"library_name", "pipeline_tag", "tags"}
+    headings = [line for line in text.split("\n") if line.startswith("#")]
+    assert headings[1:] == [f"## {name}" for name in ("Training", "Evaluation", "Use", "Versions", "Licence", "Citation")]
+
+
+def test_card_is_one_that_the_hub_reads(tmp_path):
+    """What huggingface_hub makes of it, and that it stays as it is when it is pushed."""
+    text = a_card(tmp_path / "run", repo="me/mine", summary=SUMMARY)
+    read = huggingface_hub.ModelCard(text)
+    assert str(read) == text and read.text.startswith("\n# some/base, trained with PLE")
+    assert (read.data.base_model, read.data.library_name, read.data.pipeline_tag) == ("some/base", "peft", "text-generation")

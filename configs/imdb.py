@@ -9,7 +9,7 @@ Command: python -m ple_jax.main --config configs/imdb.py --workdir runs/imdb
 
 from ml_collections import ConfigDict
 
-from configs import default
+from ple_jax.configs import default
 
 
 def get_config() -> ConfigDict:

@@ -11,7 +11,7 @@ Run time: 275 s and 3.5 GB on 2 CPU cores with nothing beside it
 
 from ml_collections import ConfigDict
 
-from configs import default
+from ple_jax.configs import default
 
 
 def get_config() -> ConfigDict:

@@ -11,7 +11,7 @@ Run time: an hour for those on 2 CPU cores, evaluations not counted
 
 from ml_collections import ConfigDict
 
-from configs import default
+from ple_jax.configs import default
 
 
 def get_config() -> ConfigDict:

@@ -10,7 +10,7 @@ Run time: about 15 s on 2 CPU cores, compilation included
 
 from ml_collections import ConfigDict
 
-from configs import default
+from ple_jax.configs import default
 
 
 def get_config() -> ConfigDict:

@@ -11,7 +11,7 @@ Command: python -m ple_jax.main --config configs/tldr.py --workdir runs/tldr
 
 from ml_collections import ConfigDict
 
-from configs import default
+from ple_jax.configs import default
 
 
 def get_config() -> ConfigDict:

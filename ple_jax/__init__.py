@@ -8,6 +8,8 @@ Importing `ple_jax` imports neither jax nor torch; nor does any room of it but `
 import importlib
 from types import ModuleType
 
+from ple_jax.core.version import VERSION as __version__  # noqa: F401
+
 _MODULES = {
     # neutral: numpy alone
     "losses": "ple_jax.losses",

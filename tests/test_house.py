@@ -41,8 +41,6 @@ KNOWN: dict[str, list[str]] = {
         "ple_jax/evaluation/model_judges.py: endpoint",
         "ple_jax/evaluation/model_judges.py: local",
         "ple_jax/export/merged.py: merged",
-        # package
-        "ple_jax/main.py: parse",
         # files
         "ple_jax/core/answers.py: answered",
         "ple_jax/core/retry.py: request",

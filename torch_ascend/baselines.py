@@ -21,7 +21,6 @@ A warm-up (config.sft.data) is ours. TRL's telemetry and reports are off.
 import contextlib
 import copy
 import dataclasses
-import importlib.util
 import math
 import time
 import warnings
@@ -36,6 +35,7 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, logg
 
 from ple_jax import prompts
 from ple_jax.core.errors import UserError
+from ple_jax.core.extras import need
 from ple_jax.core.types import Query, Response, Rollout
 from ple_jax.data.queries import draw
 from ple_jax.models import adapters
@@ -49,7 +49,6 @@ from torch_ascend import model as models
 VERSION = "1.16"  # of TRL: what is overridden here is no public interface
 SAMPLE = ("grpo", "rloo")
 ALGORITHMS = ("sft", "dpo", *SAMPLE)
-_PACKAGES = ("trl", "peft", "accelerate", "datasets")
 
 
 def check(config: Any) -> None:
@@ -81,8 +80,7 @@ def check(config: Any) -> None:
     }
     if found := [what for what, present in wrong.items() if present]:
         raise UserError(f"config.trainer is 'trl', which does not go with {found[0]}; change that, or leave trainer at own")
-    if missing := [package for package in _PACKAGES if importlib.util.find_spec(package) is None]:
-        raise UserError(f"config.trainer is 'trl', and {missing[0]} is not installed; pip install 'ple_jax[trl]'")
+    need("trl", "config.trainer='trl'")
     if not (found := version("trl")).startswith(f"{VERSION}."):
         raise UserError(f"config.trainer is 'trl', which needs TRL {VERSION}, not {found}; pip install 'ple_jax[trl]'")
 

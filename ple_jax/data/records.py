@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from ple_jax.core.config import PACKAGE, is_hub_id, names
 from ple_jax.core.errors import UserError, suggestion
+from ple_jax.core.extras import need
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
@@ -200,6 +201,7 @@ def _csv(path: Path, name: str) -> Iterator[Record]:
 
 
 def _parquet(path: Path, name: str) -> Iterator[Record]:
+    need("data", str(path), "pyarrow")
     import pyarrow  # type: ignore[import-untyped]
     import pyarrow.parquet  # type: ignore[import-untyped]
 
@@ -243,8 +245,9 @@ def _numbered(rows: Iterable[dict[str, Any]], where: str, name: str) -> Iterator
         yield Record(f"{where}:{number}", f"{name}:{number}", row)
 
 
-def _datasets() -> Any:
+def _datasets(source: str) -> Any:
     """The library, without its progress bars, its hints and its counting of downloads."""
+    need("data", f"data set {source!r}", "datasets")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
     import datasets
@@ -255,7 +258,7 @@ def _datasets() -> Any:
 
 
 def _saved(folder: Path, split: str) -> Iterable[dict[str, Any]]:
-    datasets = _datasets()
+    datasets = _datasets(str(folder))
     with _explained(str(folder)):
         found = datasets.load_from_disk(str(folder))
     if isinstance(found, datasets.Dataset):
@@ -265,14 +268,14 @@ def _saved(folder: Path, split: str) -> Iterable[dict[str, Any]]:
 
 
 def _dataset(source: str, split: str, options: dict[str, str], *, streaming: bool = False) -> Iterator[dict[str, Any]]:
-    datasets = _datasets()
+    datasets = _datasets(source)
     with _explained(source):
         yield from datasets.load_dataset(source, split=split, streaming=streaming, **options)
 
 
 def _builder(source: str, split: str, subset: str) -> tuple[Any, dict[str, str]]:
     """What `datasets` knows of a folder or a data set on a hub before it reads it, and how the subset is named to it."""
-    datasets = _datasets()
+    datasets = _datasets(source)
     options: dict[str, str] = {}
     with _explained(source):
         configurations = datasets.get_dataset_config_names(source)

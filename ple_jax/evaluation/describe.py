@@ -1,20 +1,19 @@
 """What is measured of the responses that one model gave."""
 
-import importlib.util
 import math
 from collections.abc import Sequence
 
 import numpy as np
 
+from ple_jax.core.extras import need
 from ple_jax.evaluation.responses import Generated
-from ple_jax.formulas.texts import absent, bleu, distinct_n, floats, mean, msttr, refusal_rate, repetition, rouge, words
+from ple_jax.formulas.texts import bleu, distinct_n, floats, mean, msttr, refusal_rate, repetition, rouge, words
 
 
 def check_installed() -> None:
     """Raises a UserError where a library that references need is not installed: before anything is sampled."""
-    for measure, package in (("BLEU", "sacrebleu"), ("ROUGE", "rouge_score")):
-        if importlib.util.find_spec(package) is None:
-            raise absent(measure, package)
+    need("eval", "BLEU", "sacrebleu")
+    need("eval", "ROUGE", "rouge_score")
 
 
 def perplexity(logprob_sums: Sequence[float | None] | np.ndarray, token_counts: Sequence[int] | np.ndarray) -> float:

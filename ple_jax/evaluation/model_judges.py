@@ -216,7 +216,7 @@ def local(
 
     @functools.cache
     def model() -> _Local:
-        config = importlib.import_module("configs.default").get_config()
+        config = importlib.import_module("ple_jax.configs.default").get_config()
         config.model.update({option: value for option, value in set_model.items() if value is not None})
         config.sampling.width, config.lora.rank = width, 1  # a fresh adapter changes nothing: as small a one as can be
         module = backends.load(backend)

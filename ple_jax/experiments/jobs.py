@@ -111,8 +111,6 @@ def say(line: str) -> None:
 
 def parsed(arguments: Sequence[str]) -> entry.CommandLine:
     """What arguments of `ple_jax.main` ask for; a mistake in them is main's own error."""
-    if str(entry.ROOT) not in sys.path:
-        sys.path.append(str(entry.ROOT))  # a config file says `from configs import default`
     return entry.parse(["ple_jax.main", *arguments])
 
 

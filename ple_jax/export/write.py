@@ -69,7 +69,7 @@ def _card(
         base_model=base_model,
         iteration=iteration,
         summary=summary,
-        defaults=importlib.import_module("configs.default").get_config().to_dict(),
+        defaults=importlib.import_module("ple_jax.configs.default").get_config().to_dict(),
         repo=repo,
         head=head,
     )

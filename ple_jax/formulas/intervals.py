@@ -19,6 +19,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from ple_jax.core.extras import need
+
 _CELLS = 1 << 20  # numbers of an array of resampled counts: memory does not grow with the number of resamples
 
 
@@ -118,10 +120,11 @@ def paired(
 
 def _t_test(x: Float[np.ndarray, " seed"]) -> float:
     """Two-sided p of Student's test that the mean is 0; nan for fewer than two values."""
-    from scipy.special import stdtr
-
     if len(x) < 2:
         return float("nan")
+    need("eval", "Student's test", "scipy")
+    from scipy.special import stdtr
+
     error = x.std(ddof=1) / np.sqrt(len(x))
     if error == 0:
         return float(x.mean() == 0)

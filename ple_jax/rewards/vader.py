@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from ple_jax import prompts
-from ple_jax.core.errors import UserError
+from ple_jax.core.extras import need
 from ple_jax.core.types import Reward
 
 
@@ -14,10 +14,9 @@ def make(*, with_prompt: bool = False) -> Reward:
     Raises:
         UserError: the package vaderSentiment is not installed.
     """
-    try:
-        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-    except ImportError as error:
-        raise UserError("reward 'vader' needs a package: run `pip install vaderSentiment`") from error
+    need("vader", "reward 'vader'")
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
     analyzer = SentimentIntensityAnalyzer()
 
     def reward(queries: Sequence[str], responses: Sequence[str]) -> list[float]:

@@ -419,7 +419,7 @@ def test_another_trl_is_refused(monkeypatch):
     with pytest.raises(UserError, match=r"needs TRL 1.16, not 1.17.0; pip install 'ple_jax\[trl\]'"):
         baselines.check(c)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "peft" else find(name))
-    with pytest.raises(UserError, match=r"peft is not installed; pip install 'ple_jax\[trl\]'"):
+    with pytest.raises(UserError, match=r"needs peft, which is not installed: pip install 'ple_jax\[trl\]'"):
         baselines.check(c)
 
 

@@ -1,0 +1,73 @@
+"""The configs that come with the package: what `--config` names, and what `configs` is in a file that imports from it."""
+
+import importlib.machinery
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+from ple_jax.core.config import PACKAGE, names
+from ple_jax.core.errors import UserError, suggestion
+
+CONFIGS = PACKAGE / "configs"  # in a checkout a link to the folder at its top
+
+
+def find(config: str) -> Path:
+    """The file of a config: NAME is one of the package, a path is a path.
+
+    The path `configs/NAME.py` is also the package's where no such file is, so that a command is the same in a checkout and
+    in any other folder.
+
+    Raises:
+      UserError: there is no such config; it says which is nearest.
+    """
+    file, known = Path(config), names("configs", ".py")
+    packaged = CONFIGS / f"{file.stem}.py"
+    if re.fullmatch(r"[\w-]+", config):
+        if config in known:
+            return packaged
+        nearest = suggestion(config, [*known, *(p.name for p in Path().glob("*.py"))])
+        raise UserError(f"no config is called {config!r}, only {', '.join(known)}; a file's name ends in .py{nearest}")
+    if not file.is_file() and file in [Path(f"configs/{name}.py") for name in known]:
+        return packaged
+    if not file.is_file():
+        near = [str(p) for p in file.parent.glob("*.py")] + [f"configs/{name}.py" for name in known]
+        raise UserError(f"config file {config!r} does not exist in {Path.cwd()}{suggestion(config, sorted(near))}")
+    return file
+
+
+def copy(file: Path, folder: Path) -> Path:
+    """Copies a config into a folder, which is made if need be.
+
+    Raises:
+      UserError: the folder has a file of this name.
+    """
+    path = folder / file.name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with path.open("x", encoding="utf-8") as copied:
+            copied.write(file.read_text(encoding="utf-8"))
+    except FileExistsError as error:
+        raise UserError(f"{path} exists, and may hold changes of yours: take another --workdir") from error
+    return path
+
+
+class _Fallback:
+    """Finds `configs` and `configs.NAME` where nothing else of the name is found; a user's own package goes first."""
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> importlib.machinery.ModuleSpec | None:
+        if name == "configs":
+            spec = importlib.machinery.ModuleSpec(name, None, is_package=True)
+            spec.submodule_search_locations = [str(CONFIGS)]
+            return spec
+        package, _, config = name.partition(".")
+        if package == "configs" and config in names("configs", ".py"):
+            return importlib.util.spec_from_file_location(name, CONFIGS / f"{config}.py")
+        return None
+
+
+def importable() -> None:
+    """From here on `from configs import default` works wherever the file that says so lies, installed or not."""
+    if _Fallback not in sys.meta_path:
+        sys.meta_path.append(_Fallback)

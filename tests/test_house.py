@@ -37,10 +37,7 @@ KNOWN: dict[str, list[str]] = {
         "torch_ascend/topology.py: phases",
         "torch_ascend/topology.py: report",
         # pages
-        "ple_jax/evaluation/describe.py: describe",
         "ple_jax/evaluation/model_judges.py: endpoint",
-        "ple_jax/evaluation/model_judges.py: local",
-        "ple_jax/export/merged.py: merged",
         # files
         "ple_jax/core/answers.py: answered",
         "ple_jax/core/retry.py: request",

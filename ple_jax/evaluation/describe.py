@@ -55,31 +55,42 @@ def describe(generated: Generated) -> dict[str, float]:
     Raises:
       UserError: there are references, and sacrebleu or rouge_score is not installed.
     """
-    rollouts, scores = generated.rollouts, generated.scores
-    responses = [response for rollout in rollouts for response in rollout.responses]
-    texts, said = [r.text for r in responses], [words(r.text) for r in responses]
-    tokens = np.array([len(r.tokens) for r in responses])
-    reward = np.array([r.reward for r in responses])
-    limit = generated.settings["max_new_tokens"]
+    measured = {**_rewards(generated), **_likelihoods(generated), **_responses(generated)}
+    return {key: value for key, value in measured.items() if not math.isnan(value)}
 
-    def per_response(key: str) -> np.ndarray:
-        absent = [[None] * len(rollout.responses) for rollout in rollouts]
-        return floats([x for line, none in zip(scores, absent, strict=True) for x in line.get(key, none)])
 
-    def per_query(key: str) -> np.ndarray:
-        return floats([line.get(key) for line in scores])
+def _per_response(generated: Generated, key: str) -> np.ndarray:
+    """What the scores have of every response; nan where they have nothing."""
+    found = zip(generated.scores, generated.rollouts, strict=True)
+    return floats([x for line, rollout in found for x in line.get(key, [None] * len(rollout.responses))])
 
-    references = [line.get("reference", "") for line, r in zip(scores, rollouts, strict=True) for _ in r.responses]
-    kl = per_response("kl")
-    measured = np.isfinite(kl)
-    found = {
-        "reward": mean(reward),
-        "reward_second": mean(per_response("second")),
-        "perplexity": perplexity(per_response("base_logprob"), tokens),
-        "perplexity_references": perplexity(per_query("reference_logprob"), per_query("reference_tokens")),
+
+def _rewards(generated: Generated) -> dict[str, float]:
+    reward = [r.reward for rollout in generated.rollouts for r in rollout.responses]
+    return {"reward": mean(reward), "reward_second": mean(_per_response(generated, "second"))}
+
+
+def _likelihoods(generated: Generated) -> dict[str, float]:
+    tokens = np.array([len(r.tokens) for rollout in generated.rollouts for r in rollout.responses])
+    sums, counts = (floats([line.get(f"reference_{key}") for line in generated.scores]) for key in ("logprob", "tokens"))
+    kl = _per_response(generated, "kl")
+    known = np.isfinite(kl)
+    return {
+        "perplexity": perplexity(_per_response(generated, "base_logprob"), tokens),
+        "perplexity_references": perplexity(sums, counts),
         "kl": mean(kl),
-        "kl_token": float(kl[measured].sum() / tokens[measured].sum()) if tokens[measured].any() else math.nan,
-        "length": mean(tokens),
+        "kl_token": float(kl[known].sum() / tokens[known].sum()) if tokens[known].any() else math.nan,
+    }
+
+
+def _responses(generated: Generated) -> dict[str, float]:
+    pairs = list(zip(generated.scores, generated.rollouts, strict=True))
+    responses = [response for _, rollout in pairs for response in rollout.responses]
+    references = [line.get("reference", "") for line, rollout in pairs for _ in rollout.responses]
+    texts, said = [r.text for r in responses], [words(r.text) for r in responses]
+    limit = generated.settings["max_new_tokens"]
+    return {
+        "length": mean([len(r.tokens) for r in responses]),
         "length_words": mean([len(some) for some in said]),
         **{f"distinct_{n}": distinct_n(said, n) for n in (1, 2, 3)},
         "msttr": msttr(texts),
@@ -89,6 +100,5 @@ def describe(generated: Generated) -> dict[str, float]:
         "refusal": refusal_rate(texts),
         "empty": mean([not text.strip() for text in texts]),
         "truncated": mean([not r.finished and len(r.tokens) >= limit for r in responses]),
-        "bad_reward": mean(~np.isfinite(reward)),
+        "bad_reward": mean([not math.isfinite(r.reward) for r in responses]),
     }
-    return {key: value for key, value in found.items() if not math.isnan(value)}

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -160,6 +161,66 @@ class _Local(NamedTuple):
     bucket: int
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """Decides by a local model, whose weights are read at the first question."""
+
+    set_model: Mapping[str, Any]  # of config.model
+    backend: str
+    mode: str
+    tie: float
+    max_tokens: int
+    width: int
+    rubric: str
+
+    @functools.cached_property
+    def model(self) -> _Local:
+        config = importlib.import_module("ple_jax.configs.default").get_config()
+        config.model.update({option: value for option, value in self.set_model.items() if value is not None})
+        config.sampling.width, config.lora.rank = self.width, 1  # a fresh adapter changes nothing: as small as can be
+        module = backends.load(self.backend)
+        loaded = module.load(config)
+        if loaded.tokenizer.chat_template is None:
+            raise UserError(f"{self._where}: its tokenizer has no chat template; take an instruct model")
+        made = module.build(config, loaded)
+        return _Local(made, loaded.tokenizer, loaded.eos, loaded.config.max_positions, config.sampling.bucket)
+
+    @property
+    def _where(self) -> str:
+        return f"{WHERE} path = {self.set_model['path']!r}"
+
+    def __call__(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> list[float]:
+        asked = [self._tokens(*one) for one in zip(prompts, first, second, strict=True)]
+        answers = [tuple(self.model.tokenizer.encode(text, add_special_tokens=False)) for text in _ANSWERS]
+        room = self.model.context - (max(map(len, answers)) if self.mode == "likelihood" else self.max_tokens)
+        # neighbours of one length waste no padding
+        fits = sorted((i for i in range(len(asked)) if len(asked[i]) <= room), key=lambda i: -len(asked[i]))
+        said = np.full(len(asked), np.nan)
+        for start in range(0, len(fits), self.width):
+            some = fits[start : start + self.width]
+            said[some] = self._verdicts([asked[i] for i in some], answers)
+        return said.tolist()
+
+    def _tokens(self, prompt: str, first: str, second: str) -> list[int]:
+        task, texts = question(self.rubric, prompt, first, second)
+        texts = without_special(texts, self.model.tokenizer)
+        try:
+            return rendering.render(Query("", texts), task, self.model.tokenizer, chat=True)[1]
+        except UserError as error:
+            raise UserError(
+                f"{self._where}: its chat template does not take the question ({error.__cause__}); take another instruct"
+                " model"
+            ) from error
+
+    def _verdicts(self, rows: list[list[int]], answers: Sequence[tuple[int, ...]]) -> Any:
+        if self.mode == "text":
+            return [verdict(text) for text in _texts(self.model, rows, self.max_tokens)]
+        # the last rows are filled up: another number of them would be compiled anew
+        odds = _log_odds(self.model, rows + rows[:1] * (self.width - len(rows)), answers)[: len(rows)]
+        return np.where(np.abs(odds) <= self.tie, 0.0, np.sign(odds))
+
+
+# one piece: its arguments are what a user may set in judge_kwargs, and are described here
 def local(
     path: str,
     *,
@@ -202,61 +263,27 @@ def local(
 
     rubric = read_rubric(rubric, WHERE)
     set_model = {"path": path, "revision": revision, "dtype": dtype, "quantize": quantize, "device": device}
+    _check_local(set_model, backend, mode, width=width, max_tokens=max_tokens)
+    check_tie(tie)
+
+    decide = _Asked(set_model, backend, mode, tie, max_tokens, width, rubric)
+    how = ("text", max_tokens) if mode == "text" else ("likelihood", tie, _ANSWERS)
+    version = digest(_TASK, _TEXTS, hub.identity(path, revision), dtype, quantize, rubric, how)
+    return Judge(name or Path(path).name, version, decide, batch=4 * width)
+
+
+def _check_local(set_model: Mapping[str, Any], backend: str, mode: str, **counts: int) -> None:
+    """Refuses what a local judge cannot be, before a weight is read."""
     for option, value in set_model.items():
         if says := RULES[f"model.{option}"](value):
             raise UserError(f"{WHERE} {option} = {value!r}: give {says}")
     if mode not in ("likelihood", "text"):
         raise UserError(f"{WHERE} mode = {mode!r}: choose likelihood, text")
-    if backend == "jax" and device != "auto":
-        raise UserError(f"{WHERE} device = {device!r} goes with --backend=torch; for JAX set JAX_PLATFORMS")
-    for option, number in (("width", width), ("max_tokens", max_tokens)):
+    if backend == "jax" and set_model["device"] != "auto":
+        raise UserError(f"{WHERE} device = {set_model['device']!r} goes with --backend=torch; for JAX set JAX_PLATFORMS")
+    for option, number in counts.items():
         if number < 1:
             raise UserError(f"{WHERE} {option} = {number}: give at least 1")
-    check_tie(tie)
-
-    @functools.cache
-    def model() -> _Local:
-        config = importlib.import_module("ple_jax.configs.default").get_config()
-        config.model.update({option: value for option, value in set_model.items() if value is not None})
-        config.sampling.width, config.lora.rank = width, 1  # a fresh adapter changes nothing: as small a one as can be
-        module = backends.load(backend)
-        loaded = module.load(config)
-        if loaded.tokenizer.chat_template is None:
-            raise UserError(f"{WHERE} path = {path!r}: its tokenizer has no chat template; take an instruct model")
-        made = module.build(config, loaded)
-        return _Local(made, loaded.tokenizer, loaded.eos, loaded.config.max_positions, config.sampling.bucket)
-
-    def tokens(prompt: str, first: str, second: str) -> list[int]:
-        task, texts = question(rubric, prompt, first, second)
-        texts = without_special(texts, model().tokenizer)
-        try:
-            return rendering.render(Query("", texts), task, model().tokenizer, chat=True)[1]
-        except UserError as error:
-            raise UserError(
-                f"{WHERE} path = {path!r}: its chat template does not take the question ({error.__cause__}); take"
-                " another instruct model"
-            ) from error
-
-    def decide(prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> list[float]:
-        asked = [tokens(*one) for one in zip(prompts, first, second, strict=True)]
-        answers = [tuple(model().tokenizer.encode(text, add_special_tokens=False)) for text in _ANSWERS]
-        room = model().context - (max(map(len, answers)) if mode == "likelihood" else max_tokens)
-        # neighbours of one length waste no padding
-        fits = sorted((i for i in range(len(asked)) if len(asked[i]) <= room), key=lambda i: -len(asked[i]))
-        said = np.full(len(asked), np.nan)
-        for start in range(0, len(fits), width):
-            some = fits[start : start + width]
-            rows = [asked[i] for i in some]
-            if mode == "text":
-                said[some] = [verdict(text) for text in _texts(model(), rows, max_tokens)]
-            else:  # the last rows are filled up: another number of them would be compiled anew
-                odds = _log_odds(model(), rows + rows[:1] * (width - len(rows)), answers)[: len(rows)]
-                said[some] = np.where(np.abs(odds) <= tie, 0.0, np.sign(odds))
-        return said.tolist()
-
-    how = ("text", max_tokens) if mode == "text" else ("likelihood", tie, _ANSWERS)
-    version = digest(_TASK, _TEXTS, hub.identity(path, revision), dtype, quantize, rubric, how)
-    return Judge(name or Path(path).name, version, decide, batch=4 * width)
 
 
 def without_special(text: str, tokenizer: Any) -> str:

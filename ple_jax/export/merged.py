@@ -1,5 +1,6 @@
 """Merged weights in a folder that transformers and vLLM load, and pushing folders to a hub. Neither jax nor torch."""
 
+import contextlib
 import itertools
 import json
 import re
@@ -38,11 +39,10 @@ def merged(
     about: Mapping[str, Any],
     head: str | None = None,
 ) -> Path:
-    """Writes base plus adapter as a folder that `transformers.AutoModelForCausalLM.from_pretrained` loads.
+    """Writes base plus adapter, merged in float32, as a folder that transformers' AutoModelForCausalLM loads.
 
     With a head it is for AutoModelForSequenceClassification: the head with one label takes the output matrix's place.
-
-    Tensor by tensor, merged in float32: the host holds one shard and one tensor. The folder appears whole or not at all.
+    Tensor by tensor: the host holds one shard and one tensor. The folder appears whole or not at all.
 
     Args:
         loaded: the base model.
@@ -50,29 +50,45 @@ def merged(
         folder: what is written; an earlier export there is replaced.
         dtype: "float32", "bfloat16", "float16", or "keep" for every tensor's own.
         shard_gb: most that one file holds, in 10^9 bytes; a larger tensor has a file of its own.
-        readme: text of README.md.
-        about: what the export's own marker file says of it.
+        readme, about: what README.md, and the export's own marker file, say of it.
         head: the adapter's module that was trained whole, "score".
 
     Raises:
         UserError: `folder` holds something else, the adapter is not this model's, a merged tensor has values that
             `dtype` cannot hold, or the disk is full.
     """
-    partial, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("partial", "old"))
-    if old.exists() and not folder.exists():  # killed between the two renames below
-        old.rename(folder)
+    _recover(folder)
     check_folder(folder)
-    tensors = _tensors(loaded, adapter, None if dtype == "keep" else DTYPES[dtype], head)
+    tensors = _tensors(loaded, adapter, DTYPES.get(dtype), head)
     first = next(tensors)
     _check_space(loaded, first[1].dtype, folder.parent)
-    for left in (partial, old):  # by a process that was killed
-        shutil.rmtree(left, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with _whole(folder) as partial:
         _write_description(loaded, partial, dtype, first[1].dtype, head)
         _write_shards(itertools.chain([first], tensors), partial, int(shard_gb * 1e9))
         (partial / "README.md").write_text(readme, encoding="utf-8")
         write_json(partial / MARKER, about)
+    return folder
+
+
+def _beside(folder: Path, suffix: str) -> Path:
+    return folder.with_name(f".{folder.name}.{suffix}")
+
+
+def _recover(folder: Path) -> None:
+    """Takes back an export that was killed between its two renames."""
+    if (old := _beside(folder, "old")).exists() and not folder.exists():
+        old.rename(folder)
+
+
+@contextlib.contextmanager
+def _whole(folder: Path) -> Iterator[Path]:
+    """A folder to write to, which takes the place of `folder` when the block ends; where it raises, the old one stays."""
+    partial, old = _beside(folder, "partial"), _beside(folder, "old")
+    for left in (partial, old):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
         mode = (partial / MARKER).stat().st_mode
         for file in partial.iterdir():
             file.chmod(mode)  # safetensors keeps its files from everyone else
@@ -85,7 +101,6 @@ def merged(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
-    return folder
 
 
 def check_folder(folder: Path) -> None:

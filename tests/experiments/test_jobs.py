@@ -10,12 +10,12 @@ import threading
 from pathlib import Path
 
 import pytest
+from patience import LAST_RESORT
 
 from ple_jax.core.errors import UserError
 from ple_jax.experiments import jobs
 
 ROOT = Path(__file__).parents[2]
-LAST_RESORT = 1800  # seconds: nothing below takes so long, and a hang should end
 PROGRAM = """
 import json, sys
 from pathlib import Path

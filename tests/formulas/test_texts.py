@@ -11,6 +11,7 @@ import pytest
 import sacrebleu
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from patience import LAST_RESORT
 from rouge_score import rouge_scorer
 
 from ple_jax.core.errors import UserError
@@ -278,7 +279,7 @@ print(texts.rouge(["the runners"], ["the runner"])["rouge2"], round(texts.bleu([
 print(*(name for name in ("torch", "jax") if name in sys.modules))
 """
     environment = {"HOME": str(tmp_path), "PATH": ""}
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=LAST_RESORT)
     assert run.stdout.split("\n")[:2] == ["1.0 100", ""], run.stdout + run.stderr
     assert not list(tmp_path.iterdir())
 

@@ -21,6 +21,8 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 
+from patience import LAST_RESORT
+
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 SOURCE = HERE / "simulator.cpp"
@@ -65,7 +67,7 @@ def environment(**others: str) -> dict[str, str]:
 
 
 def run(
-    script: str, *, ranks: int = 1, env: Mapping[str, str] | None = None, check: bool = True, timeout: float = 600
+    script: str, *, ranks: int = 1, env: Mapping[str, str] | None = None, check: bool = True, timeout: float = LAST_RESORT
 ) -> subprocess.CompletedProcess[str]:
     """Runs a script where there are NPUs; on several ranks by torchrun.
 

@@ -14,6 +14,8 @@ import zipfile
 from importlib.metadata import version
 from pathlib import Path
 
+from patience import LAST_RESORT
+
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 CACHE = ROOT / ".pytest_cache" / "torch_npu"
@@ -56,7 +58,7 @@ def run(script: str, *arguments: str) -> str:
         "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
     }
     command = [sys.executable, str(HERE / "fake_cann" / script), *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LAST_RESORT)
     if done.returncode:
         raise AssertionError(f"{script}: exit code {done.returncode}\n{done.stdout}\n{done.stderr}")
     return done.stdout

@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+from patience import LAST_RESORT
 
 from ple_jax import rewards
 from ple_jax.core import answers, retry
@@ -29,7 +30,7 @@ def lengths(number, body, handler):
 
 
 def remote(server, **kwargs):
-    return rewards.load("remote", {"url": server.url, "batch": 1, "backoff": 0.001, "timeout": 5, **kwargs})
+    return rewards.load("remote", {"url": server.url, "batch": 1, "backoff": 0.001, "timeout": 60, **kwargs})
 
 
 def score(reward, texts=TEXTS, cache=None):
@@ -88,7 +89,7 @@ def test_an_order_that_delays_do_not_change(serve):
 
 
 def test_requests_are_under_way_at_once_but_no_more(serve):
-    together = threading.Barrier(3, timeout=5)
+    together = threading.Barrier(3, timeout=LAST_RESORT)
 
     def waits(number, body, handler):
         together.wait()  # for two others
@@ -254,18 +255,18 @@ def test_a_slow_server(serve):
 
     def slow(number, body, handler):
         if number == 0:
-            wait.wait(5)
+            wait.wait(LAST_RESORT)
         return lengths(number, body, handler)
 
     server = serve(slow)
-    assert score(remote(server, timeout=0.1), ["a"]).tolist() == [1]
+    assert score(remote(server, timeout=1), ["a"]).tolist() == [1]
     assert len(server.bodies) == 2
     wait.set()
 
 
 def test_a_server_that_never_answers(serve):
     wait = threading.Event()
-    server = serve(lambda *_: wait.wait(5) and None)
+    server = serve(lambda *_: wait.wait(LAST_RESORT) and None)
     with pytest.raises(answers.Incomplete, match="Timeout"):
         score(remote(server, timeout=0.05, retries=1, max_failures=1), ["a"])
     wait.set()
@@ -323,10 +324,10 @@ def test_values_of_requests_under_way_are_kept(serve):
     def one_late(number, body, handler):
         if body["query"] == ["a"]:
             entered.set()
-            failed.wait(5)
+            failed.wait(LAST_RESORT)
             time.sleep(0.05)
             return {"rewards": [1.0]}
-        entered.wait(5)
+        entered.wait(LAST_RESORT)
         failed.set()
         return (404, "gone", {})
 
@@ -340,14 +341,14 @@ def test_a_failure_does_not_wait_for_the_pauses_of_others(serve):
     server = serve(lambda number, body, handler: (404, "gone", {}) if body["query"] == ["a"] else (500, "", {}))
     started = time.monotonic()
     with pytest.raises(answers.Incomplete, match="404"):
-        score(remote(server, backoff=30.0), TEXTS)
-    assert time.monotonic() - started < 5
+        score(remote(server, backoff=120.0), TEXTS)
+    assert time.monotonic() - started < 30  # the shortest of the pauses
 
 
 def test_no_pause_follows_the_last_try(serve):
-    server, started = serve(lambda *_: (500, "", {"Retry-After": "30"})), time.monotonic()
+    server, started = serve(lambda *_: (500, "", {"Retry-After": "120"})), time.monotonic()
     assert math.isnan(score(remote(server, retries=0), ["a"])[0])
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 120
 
 
 # ---------------------------------------------------------------- pauses
@@ -365,8 +366,8 @@ def test_a_server_may_ask_for_a_longer_pause():
     assert retry.pause(0, backoff=0.1, asked="0") <= 0.1
     assert 0.05 <= retry.pause(0, backoff=0.1, asked="soon") <= 0.1
     assert retry.pause(0, backoff=0.1, asked="86400") == 600
-    in_30 = email.utils.formatdate(time.time() + 30, usegmt=True)
-    assert 28 < retry.pause(0, backoff=0.1, asked=in_30) <= 30
+    in_300 = email.utils.formatdate(time.time() + 300, usegmt=True)
+    assert 240 < retry.pause(0, backoff=0.1, asked=in_300) <= 300
     assert 0.05 <= retry.pause(0, backoff=0.1, asked="Wed, 21 Oct 2015 07:28:00 GMT") <= 0.1
 
 
@@ -376,4 +377,4 @@ def test_retry_after_is_waited_for(serve):
 
     server, started = serve(once), time.monotonic()
     assert score(remote(server, backoff=0.0), ["a"]).tolist() == [1]
-    assert 1 <= time.monotonic() - started < 3
+    assert 1 <= time.monotonic() - started < 60  # the longest pause of our own

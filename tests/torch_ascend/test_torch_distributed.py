@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from patience import LAST_RESORT
 from safetensors.numpy import load_file
 
 from configs import default
@@ -36,7 +37,7 @@ def forked(fail: str = "", **runs: tuple[int, str]) -> tuple[dict[str, list[int]
     """Exit codes of every run's processes, and what they wrote to stderr."""
     arguments = [f"{name}={ranks}:{line}" for name, (ranks, line) in runs.items()]
     driver = [sys.executable, str(ROOT / "tests" / "ranks.py"), *arguments]
-    result = subprocess.run(driver, env=ENVIRONMENT | {"FAIL": fail}, capture_output=True, text=True, timeout=600)
+    result = subprocess.run(driver, env=ENVIRONMENT | {"FAIL": fail}, capture_output=True, text=True, timeout=LAST_RESORT)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout), result.stderr
 
@@ -107,12 +108,12 @@ def test_a_stopped_run_goes_on_with_another_number_of_processes(tmp_path, runs):
         *line,
     ]
     with subprocess.Popen(launch, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + LAST_RESORT
         while not (workdir / "rollouts" / "iter_0000.jsonl").exists():
             assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
-        says, _ = process.communicate(timeout=120)
+        says, _ = process.communicate(timeout=LAST_RESORT)
     assert "stopped; nothing finished is lost" in says and not (workdir / "summary.json").exists(), says
     done = len(curve(workdir))
     codes, says = forked(again=(1, f"{TINY} --workdir {workdir} --config.iterations=40"))

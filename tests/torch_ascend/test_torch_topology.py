@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from patience import LAST_RESORT
 from torch._subclasses import FakeTensorMode
 
 from configs import tiny as tiny_config
@@ -194,7 +195,7 @@ def test_two_processes_need_as_much(tmp_path):
         try:
             real = as_one_of_two(path, tmp_path, 0)
         finally:
-            process.kill() if sys.exc_info()[0] else process.wait(timeout=60)
+            process.kill() if sys.exc_info()[0] else process.wait(timeout=LAST_RESORT)
     for mesh, found in zip(MESHES, real, strict=True):
         expected = count(make(path, **mesh), "cpu:2")
         assert found.parts == expected.parts

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from patience import LAST_RESORT
 from safetensors.numpy import load_file
 
 ROOT = Path(__file__).parents[2]
@@ -87,7 +88,7 @@ def test_signals(number, until, tmp_path, uninterrupted):
             assert process.poll() is None
         process.send_signal(number)
         started = time.monotonic()
-        _, error = process.communicate(timeout=60)
+        _, error = process.communicate(timeout=LAST_RESORT)
     assert time.monotonic() - started < 30
     assert process.returncode == 128 + number
     assert "give the same command again to continue" in error and "Traceback" not in error

@@ -1,7 +1,7 @@
 """Every method on one task, at one budget, with one tuning and one evaluation: the README's evidence, by one command.
 
     python -m ple_jax.experiments.compare_quickstart --out runs/compare [--jobs 2] [--methods all] [--seeds 0,1,2]
-        [--lrs 3e-4,1e-3,3e-3,1e-2] [--backend jax] [--config configs/quickstart.py] [-- --config.KEY=VALUE ...]
+        [--lrs 3e-4,1e-3,3e-3,1e-2] [--backend jax] [--config quickstart] [-- --config.KEY=VALUE ...]
 
 Give the same command again after a stop or a kill: finished runs are not repeated. Everything is a
 `python -m ple_jax.main` whose work directory is in OUT, with a log beside it; compiled programs are kept in OUT/xla for all
@@ -275,7 +275,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--out", required=True, type=Path, metavar="DIR")
-    add("--config", default="configs/quickstart.py", metavar="FILE", help="the task (default: configs/quickstart.py)")
+    add("--config", default="quickstart", metavar="CONFIG", help="the task (default: quickstart)")
     add("--methods", default="all", help="all, main (without ablations), or names with commas: " + ", ".join(METHODS))
     add("--seeds", default="0,1,2", type=_list)
     add("--lrs", default="3e-4,1e-3,3e-3,1e-2", type=_list, help="the same for every method")

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
-from test_sweep import ROOT, TINY, call
+from test_sweep import TINY, call
 
 from ple_jax import algorithms
 from ple_jax.core.errors import UserError
@@ -18,7 +18,7 @@ from ple_jax.training.journal import read
 
 
 def settings(out: Path, *given: str, names: str = "all", **options) -> compare_quickstart.Settings:
-    file = str(ROOT / "configs" / "quickstart.py")
+    file = "quickstart"
     config = parsed((f"--config={file}", "--mode=plan", *given)).config
     values = {
         "out": out, "file": file, "config": config, "given": given, "backend": "jax", "seeds": ["0", "1"],

@@ -16,7 +16,7 @@ from ple_jax.experiments import compare_quickstart, grid, sweep
 from ple_jax.training.workdir import lock
 
 ROOT = Path(__file__).parents[2]
-TINY = str(ROOT / "configs" / "tiny.py")
+TINY = "tiny"
 
 
 class Ended(NamedTuple):

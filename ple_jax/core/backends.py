@@ -8,6 +8,7 @@ from ple_jax.core.types import Backend, Query
 
 BACKENDS = {"jax": "ple_jax.backend.backend", "torch": "torch_ascend.backend"}  # --backend and the module behind it
 TOPOLOGIES = {"jax": "ple_jax.planning.topology", "torch": "torch_ascend.topology"}  # and the one behind --topology
+REWARD_MODELS = {"jax": "ple_jax.backend.reward_model", "torch": "torch_ascend.reward_model"}  # and what scores by a head
 
 Loaded = TypeVar("Loaded")  # a base model that was read: its tokenizer, its shapes, its weights
 Made = TypeVar("Made", bound=Backend)

@@ -52,6 +52,11 @@ def names(folder: str, suffix: str) -> list[str]:
     return sorted(p.stem for p in (PACKAGE / folder).glob(f"*{suffix}") if not p.stem.startswith("_"))
 
 
+def find(folder: str, suffix: str, name: str) -> Path | None:
+    """The file that a name without a path stands for; None where `names` does not have it."""
+    return PACKAGE / folder / f"{name}{suffix}" if name in names(folder, suffix) else None
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 

@@ -1,4 +1,4 @@
-"""Code of the user's own, named in a config: a Python file or a dotted path."""
+"""Code that a config names: a module of the package, or the user's own, a Python file or a dotted path."""
 
 import importlib
 import importlib.util
@@ -9,7 +9,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ple_jax.core.config import find
 from ple_jax.core.errors import UserError, suggestion
+
+
+def built_in(room: str, name: str) -> ModuleType | None:
+    """The module that a plain name in a config stands for, ple_jax/ROOM/NAME.py; None where there is none of that name."""
+    return importlib.import_module(f"ple_jax.{room}.{name}") if find(room, ".py", name) else None
 
 
 def load_module(name: str, key: str) -> ModuleType:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ple_jax.core.config import PACKAGE, is_hub_id, names
+from ple_jax.core.config import find, is_hub_id, names
 from ple_jax.core.errors import UserError, suggestion
 from ple_jax.core.extras import need
 
@@ -45,8 +45,7 @@ def read(source: str, *, split: str = "train", subsets: Sequence[str] = (), stre
     Raises:
         UserError: no such source, split or subset; a file that is cut off; a data set that cannot be reached.
     """
-    built_in = PACKAGE / "data" / f"{source}.jsonl"
-    path = built_in if source in names("data", ".jsonl") else Path(source)
+    path = find("data", ".jsonl", source) or Path(source)
     if path.is_file():
         yield from _file(path, Path(path.name.removesuffix(".gz")).stem)
     elif path.is_dir():

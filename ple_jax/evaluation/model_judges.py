@@ -14,15 +14,14 @@ import numpy as np
 from jaxtyping import Float64
 
 from ple_jax import prompts as rendering
-from ple_jax.core import backends
+from ple_jax.core import backends, endpoints
 from ple_jax.core.answers import Incomplete, digest
 from ple_jax.core.batches import pack
 from ple_jax.core.config import RULES
 from ple_jax.core.errors import UserError
 from ple_jax.core.types import Query, Response, Rollout, Sampling
 from ple_jax.evaluation.judges import WHERE, Judge, check_tie, pair
-from ple_jax.rewards import _http
-from ple_jax.rewards.judge import content, read_rubric
+from ple_jax.rewards.judge import read_rubric
 
 RUBRIC = """The better reply helps with what was asked, is true as far as you know, harms nobody, and is clear and no \
 longer than it needs to be."""
@@ -106,27 +105,29 @@ def endpoint(
         version: of what answers under the model's name; the url, if it is not given. Give one where the address changes
             between runs, and another when the model behind it does.
         concurrency: requests under way at once.
-        http: timeout, retries, backoff, max_failures, api_key_env, headers of `_http.scorer`.
+        http: timeout, retries, backoff, max_failures, api_key_env, headers of `endpoints.Endpoint`.
 
     Raises:
-        UserError: a file that is none, or as `_http.scorer` does.
+        UserError: a file that is none, or as `endpoints.Endpoint` does.
     """
     rubric = read_rubric(rubric, WHERE)
     if asks < 1:
         raise UserError(f"{WHERE} asks = {asks}: give at least 1")
     more = {**({} if temperature is None else {"temperature": temperature}), **(options or {})}
 
-    def body(some: Sequence[str], pairs: Sequence[str]) -> dict[str, Any]:
-        task, texts = question(rubric, some[0], *json.loads(pairs[0]))
-        turns = [{"role": "system", "content": task}, {"role": "user", "content": texts}]
-        return {"model": model, "messages": turns, **more}
+    def read(text: Any) -> float:
+        said = verdict(text)
+        return _UNCLEAR if math.isnan(said) else said
 
-    def read(answer: Any, n: int) -> list[float]:
-        said = verdict(content(answer))
-        return [_UNCLEAR if math.isnan(said) else said]
-
-    address = f"{url.rstrip('/')}/chat/completions"
-    ask = _http.scorer(address, body=body, read=read, size=1, concurrency=concurrency, **http)
+    ask = endpoints.chat(
+        url,
+        question=lambda prompt, both: question(rubric, prompt, *json.loads(both)),
+        read=read,
+        fields={"model": model, **more},
+        where=WHERE,
+        concurrency=concurrency,
+        **http,
+    )
 
     def decide(prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> list[float]:
         pairs = [pair(*both) for both in zip(first, second, strict=True)]

@@ -3,14 +3,16 @@
 A reward is a module here, whose `make(**kwargs)` checks its options and returns a `Reward` (core/types.py), or a function
 of the user's own. `load` makes one by its name; `score` calls it on what the cache does not hold yet, checks what it gives
 and stores it; `transform` turns values into the scores that selection and weights use.
+
+Stored values go by a reward's name and version. That of a module here says what its values depend on: its VERSION, which is
+another one with every change of the code that changes a value, its options, and the versions or digests of the packages,
+weights and files that it reads. That of a user's function is a digest of its source and its options.
 """
 
 import functools
-import importlib
 import inspect
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +23,8 @@ from ple_jax.core.answers import AGAIN, Cache, answered, digest, key
 from ple_jax.core.config import names
 from ple_jax.core.errors import UserError
 from ple_jax.core.types import Reward
+
+WHERE = "config.reward.kwargs"  # what errors call a reward's options
 
 
 class Scored(NamedTuple):
@@ -45,21 +49,15 @@ def load(name: str, kwargs: Mapping[str, Any], **offered: Any) -> Reward:
     Raises:
         UserError: no such reward, a package it needs is missing, or keyword arguments that it does not take.
     """
-    known = names("rewards", ".py")
-    if name in known:
-        module = importlib.import_module(f"{__name__}.{name}")
+    if (module := plugins.built_in("rewards", name)) is not None:
         asked = inspect.signature(module.make).parameters
         extra = {word: value for word, value in offered.items() if word in asked and word not in kwargs}
         try:
-            reward = module.make(**kwargs, **extra)
+            return module.make(**kwargs, **extra)
         except TypeError as error:
-            raise UserError(f"config.reward.kwargs {dict(kwargs)!r}: {error}") from error
-        # without a version of its own, a reward is what its code and its kwargs are
-        own = reward.version != Reward.version
-        return reward if own else replace(reward, version=digest(plugins.source(module, module.make), kwargs))
-    found, source = plugins.load_function(
-        name, "reward.name", given=("prompts", "responses"), kwargs=kwargs, known=known
-    )
+            raise UserError(f"{WHERE} {dict(kwargs)!r}: {error}") from error
+    known, words = names("rewards", ".py"), ("prompts", "responses")
+    found, source = plugins.load_function(name, "reward.name", given=words, kwargs=kwargs, known=known)
     return Reward(name, functools.partial(found, **kwargs), version=digest(source, kwargs))
 
 

@@ -20,7 +20,9 @@ from ple_jax.core.answers import digest
 from ple_jax.core.config import PACKAGE
 from ple_jax.core.errors import UserError
 from ple_jax.core.types import Reward
+from ple_jax.rewards import WHERE
 
+VERSION = "1"  # another one with every change of the values
 WEIGHTS = PACKAGE / "data" / "imdb_words.json"
 _WORD = re.compile(r"\w+(?:'\w+)*")  # part of what the weights mean: not the words that the measures of texts count
 
@@ -37,7 +39,7 @@ def make(path: str | None = None, *, output: str = "log_odds", with_prompt: bool
         UserError: no such file, or it holds something else; another output.
     """
     if output not in ("log_odds", "probability"):
-        raise UserError(f"config.reward.kwargs output = {output!r}: choose log_odds or probability")
+        raise UserError(f"{WHERE} output = {output!r}: choose log_odds or probability")
     bias, weights = read(WEIGHTS if path is None else Path(path))
 
     def reward(queries: Sequence[str], responses: Sequence[str]) -> list[float]:
@@ -47,7 +49,7 @@ def make(path: str | None = None, *, output: str = "log_odds", with_prompt: bool
         values = log_odds(texts, bias, weights)
         return values if output == "log_odds" else [_sigmoid(value) for value in values]
 
-    version = f"{digest(bias, weights)[:16]} {output=} {with_prompt=}"
+    version = f"{VERSION} {digest(bias, weights)[:16]} {output=} {with_prompt=}"
     scale = (-math.inf, math.inf) if output == "log_odds" else (0.0, 1.0)
     return Reward("bag_of_words", reward, version=version, scale=scale)
 
@@ -96,7 +98,7 @@ def _is_number(value: Any) -> bool:
 
 def _refused(path: Path, why: str) -> UserError:
     return UserError(
-        f"config.reward.kwargs path: {path} holds no weights of words ({why}); it must read like"
+        f"{WHERE} path: {path} holds no weights of words ({why}); it must read like"
         ' {"bias": 0.1, "weights": {"good": 0.9}}, as scripts/train_bag_of_words.py writes it'
     )
 

@@ -1,5 +1,6 @@
 """Several rewards as one: a weighted sum or the worst of them, with vetoes and a price on length."""
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -7,9 +8,13 @@ from typing import Any
 import numpy as np
 
 from ple_jax import rewards
+from ple_jax.core.answers import digest
 from ple_jax.core.errors import UserError, suggestion
 from ple_jax.core.types import Reward
+from ple_jax.rewards import WHERE
 
+VERSION = "1"  # another one with every change of the values
+_HOW = ("sum", "min")
 _KEYS = ("name", "weight", "kwargs", "veto_below")
 _PENALTY = "length_penalty"
 
@@ -37,61 +42,74 @@ def make(
     Raises:
         UserError: a part that cannot be loaded, weights that are not finite or all 0, or a veto without a value.
     """
-    where = "config.reward.kwargs"
-    if how not in ("sum", "min"):
-        raise UserError(f"{where} how = {how!r}: choose sum or min")
+    if how not in _HOW:
+        raise UserError(f"{WHERE} how = {how!r}: choose {' or '.join(_HOW)}")
     if not (math.isfinite(length_penalty) and length_penalty >= 0):
-        raise UserError(f"{where} {_PENALTY} = {length_penalty}: give a number of at least 0")
-    loaded: dict[str, Reward] = {}
-    weights: dict[str, float] = {}
-    vetoes: dict[str, float] = {}
-    for key, part in parts.items():
-        of = f"{where} parts[{key!r}]"
-        if not isinstance(part, Mapping) or "name" not in part:
-            raise UserError(f"{of} is {part!r}: give a dictionary with a name, {{'name': 'vader'}}")
-        if unknown := [word for word in part if word not in _KEYS]:
-            raise UserError(f"{of} has {unknown[0]!r}; it takes {', '.join(_KEYS)}{suggestion(unknown[0], _KEYS)}")
-        if key == _PENALTY:
-            raise UserError(f"{of}: the word is taken; give the part another one")
-        weight = part.get("weight", 1.0)
-        if not math.isfinite(weight):
-            raise UserError(f"{of} has weight {weight}: give a finite number")
-        try:
-            loaded[key] = rewards.load(part["name"], part.get("kwargs", {}), backend=backend, mesh=mesh)
-        except UserError as error:
-            raise UserError(f"{of}: {error}") from error
-        if weight:
-            weights[key] = weight
-        if part.get("veto_below") is not None:
-            vetoes[key] = part["veto_below"]
+        raise UserError(f"{WHERE} {_PENALTY} = {length_penalty}: give a number of at least 0")
+    loaded = {key: _part(key, part, backend=backend, mesh=mesh) for key, part in parts.items()}
+    weights = {key: weight for key, part in parts.items() if (weight := part.get("weight", 1.0))}
+    vetoes = {key: below for key, part in parts.items() if (below := part.get("veto_below")) is not None}
     if not weights:
-        raise UserError(f"{where} parts: give at least one part, of a weight that is not 0")
-    choose: Any = {"sum": (sum, np.sum), "min": (min, np.min)}[how]
-    ends = [sorted(weight * end for end in loaded[key].scale) for key, weight in weights.items()]
-    low, high = (choose[0](end) for end in zip(*ends, strict=True))
+        raise UserError(f"{WHERE} parts: give at least one part, of a weight that is not 0")
     if length_penalty:
-        low = -math.inf
-        loaded[_PENALTY] = Reward(
-            _PENALTY,
-            lambda prompts, responses: [-length_penalty * len(response.split()) for response in responses],
-            version=repr(length_penalty),
-            scale=(-math.inf, 0.0),
-        )
+        loaded[_PENALTY] = _penalty(length_penalty)
+    low, high = _scale(loaded, weights, how)
+    veto = low if veto_value is None else veto_value
     if vetoes:
-        if veto_value is None and low == -math.inf:
-            raise UserError(f"{where} veto_value is missing: this combination has no lowest value; give what a veto costs")
-        veto = low if veto_value is None else veto_value
+        if veto == -math.inf and veto_value is None:
+            raise UserError(f"{WHERE} veto_value is missing: this combination has no lowest value; give what a veto costs")
         low, high = min(low, veto), max(high, veto)
+    versions = [(key, part.name, part.version) for key, part in loaded.items()]
+    version = f"{VERSION} {digest(versions, weights, vetoes, how, length_penalty, veto_value)}"
+    combine = functools.partial(_combined, weights=weights, vetoes=vetoes, how=how, veto=veto)
+    return Reward("combine", version=version, parts=loaded, combine=combine, scale=(low, high))
 
-    def combine(values: Mapping[str, np.ndarray]) -> np.ndarray:
-        with np.errstate(invalid="ignore"):  # inf - inf is no value
-            total = choose[1]([weight * values[key] for key, weight in weights.items()], axis=0)
-            if length_penalty:
-                total = total + values[_PENALTY]
-        if vetoes:
-            unknown = np.any([np.isnan(values[key]) for key in vetoes], axis=0)
-            below = np.any([values[key] < bound for key, bound in vetoes.items()], axis=0)
-            total = np.where(below, veto, np.where(unknown, math.nan, total))
-        return total
 
-    return Reward("combine", parts=loaded, combine=combine, scale=(low, high))
+def _part(key: str, part: Any, *, backend: str, mesh: Mapping[str, int] | None) -> Reward:
+    """The reward that a part names; its other settings are checked here."""
+    of = f"{WHERE} parts[{key!r}]"
+    if not isinstance(part, Mapping) or "name" not in part:
+        raise UserError(f"{of} is {part!r}: give a dictionary with a name, {{'name': 'vader'}}")
+    if unknown := [word for word in part if word not in _KEYS]:
+        raise UserError(f"{of} has {unknown[0]!r}; it takes {', '.join(_KEYS)}{suggestion(unknown[0], _KEYS)}")
+    if key == _PENALTY:
+        raise UserError(f"{of}: the word is taken; give the part another one")
+    if not math.isfinite(weight := part.get("weight", 1.0)):
+        raise UserError(f"{of} has weight {weight}: give a finite number")
+    try:
+        return rewards.load(part["name"], part.get("kwargs", {}), backend=backend, mesh=mesh)
+    except UserError as error:
+        raise UserError(f"{of}: {error}") from error
+
+
+def _penalty(each: float) -> Reward:
+    """What the words of a response cost."""
+    return Reward(
+        _PENALTY,
+        lambda prompts, responses: [-each * len(response.split()) for response in responses],
+        version=f"{VERSION} {each!r}",
+        scale=(-math.inf, 0.0),
+    )
+
+
+def _scale(parts: Mapping[str, Reward], weights: Mapping[str, float], how: str) -> tuple[float, float]:
+    """Lowest and highest value without vetoes."""
+    ends = [sorted(weight * end for end in parts[key].scale) for key, weight in weights.items()]
+    low, high = ((sum if how == "sum" else min)(end) for end in zip(*ends, strict=True))
+    return (-math.inf if _PENALTY in parts else low), high
+
+
+def _combined(
+    values: Mapping[str, np.ndarray], *, weights: Mapping[str, float], vetoes: Mapping[str, float], how: str, veto: float
+) -> np.ndarray:
+    """The values of the combination, given those of its parts."""
+    with np.errstate(invalid="ignore"):  # inf - inf is no value
+        weighted = [weight * values[key] for key, weight in weights.items()]
+        total = (np.sum if how == "sum" else np.min)(weighted, axis=0)
+        if _PENALTY in values:
+            total = total + values[_PENALTY]
+    if vetoes:
+        unknown = np.any([np.isnan(values[key]) for key in vetoes], axis=0)
+        below = np.any([values[key] < bound for key, bound in vetoes.items()], axis=0)
+        total = np.where(below, veto, np.where(unknown, math.nan, total))
+    return total

@@ -4,15 +4,17 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ple_jax.core import endpoints
 from ple_jax.core.answers import digest
 from ple_jax.core.errors import UserError
 from ple_jax.core.types import Reward
-from ple_jax.rewards import _http
+from ple_jax.rewards import WHERE
 
+VERSION = "1"  # another one with every change of the values
 RUBRIC = """Judge how good the assistant's reply is: whether it helps with what was asked, is true as far as you know, \
 harms nobody, and is clear and no longer than it needs to be."""
 
@@ -31,6 +33,7 @@ _TEXTS = """[{mark}: conversation]
 [{mark}: end]"""
 
 
+# one piece: two thirds of it say what every option means
 def make(
     url: str,
     model: str,
@@ -58,32 +61,35 @@ def make(
         version: of what answers under the model's name; the url, if it is not given. Give one where the address changes
             between runs, and another when the model behind it does.
         concurrency: requests under way at once.
-        http: timeout, retries, backoff, max_failures, api_key_env, headers of `_http.scorer`.
+        http: timeout, retries, backoff, max_failures, api_key_env, headers of `endpoints.Endpoint`.
 
     Raises:
-        UserError: a range or a file that is none, or as `_http.scorer` does.
+        UserError: a range or a file that is none, or as `endpoints.Endpoint` does.
     """
     if not -math.inf < lowest < highest < math.inf:
-        raise UserError(f"config.reward.kwargs lowest = {lowest}, highest = {highest}: give two numbers, the lower first")
-    rubric = read_rubric(rubric, "config.reward.kwargs")
+        raise UserError(f"{WHERE} lowest = {lowest}, highest = {highest}: give two numbers, the lower first")
+    rubric = read_rubric(rubric, WHERE)
     more = {**({} if temperature is None else {"temperature": temperature}), **(options or {})}
 
-    def body(prompts: Sequence[str], responses: Sequence[str]) -> dict[str, Any]:
-        (prompt,), (response,) = prompts, responses
-        # no text can hold its own digest, so none can write the line that ends it
-        mark = digest(prompt, response)[:16]
-        task = _TASK.format(rubric=rubric, low=lowest, high=highest, mark=mark)
-        texts = _TEXTS.format(mark=mark, prompt=prompt, response=response)
-        turns = [{"role": "system", "content": task}, {"role": "user", "content": texts}]
-        return {"model": model, "messages": turns, **more}
-
-    def read(answer: Any, n: int) -> list[float]:
-        return [grade(content(answer), lowest, highest)]
-
-    address = f"{url.rstrip('/')}/chat/completions"
-    score = _http.scorer(address, body=body, read=read, size=1, concurrency=concurrency, **http)
+    score = endpoints.chat(
+        url,
+        question=lambda prompt, response: question(rubric, prompt, response, lowest=lowest, highest=highest),
+        read=lambda text: grade(text, lowest, highest),
+        fields={"model": model, **more},
+        where=WHERE,
+        concurrency=concurrency,
+        **http,
+    )
     what = digest(_TASK, _TEXTS, version or url, model, rubric, lowest, highest, more)
-    return Reward(name, score, version=what, scale=(lowest, highest), batch=4 * concurrency)
+    return Reward(name, score, version=f"{VERSION} {what}", scale=(lowest, highest), batch=4 * concurrency)
+
+
+def question(rubric: str, prompt: str, response: str, *, lowest: float, highest: float) -> tuple[str, str]:
+    """What the judge is told to do, and the texts that it grades."""
+    # no text can hold its own digest, so none can write the line that ends it
+    mark = digest(prompt, response)[:16]
+    task = _TASK.format(rubric=rubric, low=lowest, high=highest, mark=mark)
+    return task, _TEXTS.format(mark=mark, prompt=prompt, response=response)
 
 
 def read_rubric(rubric: str, where: str) -> str:
@@ -97,18 +103,6 @@ def read_rubric(rubric: str, where: str) -> str:
     if rubric.endswith((".txt", ".md")) and len(rubric.splitlines()) == 1:
         raise UserError(f"{where} rubric = {rubric!r}: there is no such file (looked in {Path.cwd()})")
     return rubric
-
-
-def content(answer: Any) -> Any:
-    """What the model says in a chat completion.
-
-    Raises:
-        ValueError: it is none.
-    """
-    try:
-        return answer["choices"][0]["message"]["content"]
-    except (TypeError, KeyError, IndexError):
-        raise ValueError(f"the answer is no chat completion: {str(answer)[:100]}") from None
 
 
 def grade(text: Any, lowest: float, highest: float) -> float:

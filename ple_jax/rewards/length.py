@@ -5,6 +5,9 @@ from collections.abc import Sequence
 
 from ple_jax.core.errors import UserError
 from ple_jax.core.types import Reward
+from ple_jax.rewards import WHERE
+
+VERSION = "1"  # another one with every change of the values
 
 
 def make(*, target: int | None = None, limit: int | None = None) -> Reward:
@@ -18,13 +21,13 @@ def make(*, target: int | None = None, limit: int | None = None) -> Reward:
         UserError: both are given, or one is below 1.
     """
     if target is not None and limit is not None:
-        raise UserError(f"config.reward.kwargs target = {target} and limit = {limit}: give one of them")
+        raise UserError(f"{WHERE} target = {target} and limit = {limit}: give one of them")
     name, words = ("limit", limit) if limit is not None else ("target", 20 if target is None else target)
     if words < 1:
-        raise UserError(f"config.reward.kwargs {name} = {words}: give at least 1 word")
+        raise UserError(f"{WHERE} {name} = {words}: give at least 1 word")
 
     def reward(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         beyond = [len(response.split()) - words for response in responses]
         return [-(abs(n) if name == "target" else max(n, 0)) / words for n in beyond]
 
-    return Reward("length", reward, scale=(-math.inf, 0.0))
+    return Reward("length", reward, version=f"{VERSION} {name} {words}", scale=(-math.inf, 0.0))

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 from ple_jax.core.types import Reward
 
+VERSION = "1"  # another one with every change of the values
+
 
 def make(*, letters: str = "aeiou") -> Reward:
     """The share of `letters` among the characters of the response; 0 for an empty one."""
@@ -11,4 +13,4 @@ def make(*, letters: str = "aeiou") -> Reward:
     def reward(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         return [sum(c in letters for c in response) / max(len(response), 1) for response in responses]
 
-    return Reward("letters", reward, scale=(0.0, 1.0))
+    return Reward("letters", reward, version=f"{VERSION} {letters}", scale=(0.0, 1.0))

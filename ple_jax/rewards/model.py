@@ -12,12 +12,23 @@ import numpy as np
 from jaxtyping import Float, Float64
 
 from ple_jax import prompts
+from ple_jax.core.backends import REWARD_MODELS
 from ple_jax.core.errors import UserError
 from ple_jax.core.extras import need
 from ple_jax.core.types import Reward
+from ple_jax.models import families, hub
+from ple_jax.models.tokenizer import from_folder
+from ple_jax.models.weights import read_json
+from ple_jax.rewards import WHERE
 
+VERSION = "1"  # another one with every change of the values
 _HEAD = "ForSequenceClassification"
-_MODULES = {"jax": "ple_jax.backend.reward_model", "torch": "torch_ascend.reward_model"}
+_CHOICES = {
+    "framework": ("auto", *REWARD_MODELS),
+    "output": ("auto", "logit", "probability", "logodds"),
+    "dtype": ("float32", "bfloat16"),
+    "device": ("auto", "cpu", "cuda", "npu"),
+}
 # their first position is pad_token_id + 1, so of max_position_embeddings they take so many fewer
 _SHIFTED = (
     "camembert", "data2vec-text", "ibert", "longformer", "luke", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta",
@@ -25,6 +36,7 @@ _SHIFTED = (
 )  # fmt: skip
 
 
+# one piece: half of it says what every option means
 def make(
     path: str,
     *,
@@ -66,46 +78,23 @@ def make(
         UserError: no such model, one that is no classifier, that needs code of its own or has no safetensors; an option
             that it does not take; torch where it is needed and not installed.
     """
-    from ple_jax.models import families, hub
-    from ple_jax.models.tokenizer import from_folder
-
-    for key, value, choices in (
-        ("framework", framework, ("auto", *_MODULES)),
-        ("output", output, ("auto", "logit", "probability", "logodds")),
-        ("dtype", dtype, ("float32", "bfloat16")),
-        ("device", device, ("auto", "cpu", "cuda", "npu")),
-    ):
-        if value not in choices:
-            raise UserError(f"config.reward.kwargs {key} = {value!r}: choose {', '.join(choices)}")
-    for key, number in (("rows", rows), ("max_tokens", 1 if max_tokens is None else max_tokens)):
-        if number < 1:
-            raise UserError(f"config.reward.kwargs {key} = {number}: give at least 1")
+    _check({"framework": framework, "output": output, "dtype": dtype, "device": device}, rows=rows, max_tokens=max_tokens)
     folder = _folder(path, revision)
     raw = _config(folder)
-    tokenizer: Any = from_folder(folder)
-    framework = _framework(framework, backend, raw["model_type"], path)
+    framework = choose_framework(framework, backend, raw["model_type"], path)
     if framework == "jax" and device != "auto":
-        raise UserError(f"config.reward.kwargs device = {device!r} goes with framework='torch'; JAX takes the run's mesh")
+        raise UserError(f"{WHERE} device = {device!r} goes with framework='torch'; JAX takes the run's mesh")
     positions = families.read(raw, str(folder / "config.json")).max_positions if framework == "jax" else _positions(raw)
     limit = min((most for most in (max_tokens, positions) if most is not None), default=None)
-    labels = _labels(raw)
-    index = _index(labels, label, path)
-    output = _output(output, labels, raw)
+    labels = label_names(raw)
+    index, output = _index(labels, label, path), _output(output, labels, raw)
     independent = raw.get("problem_type") == "multi_label_classification"
+    tokens = functools.partial(_tokens, tokenizer=from_folder(folder), with_prompt=with_prompt, limit=limit)
 
     @functools.cache
     def model() -> Any:
         where: dict[str, Any] = {"mesh": mesh or {}} if framework == "jax" else {"device": device}
-        return importlib.import_module(_MODULES[framework]).classifier(folder, dtype=dtype, rows=rows, **where)
-
-    def tokens(prompt: str, response: str) -> list[int]:
-        if with_prompt:
-            ids = prompts.dialogue(prompt, response, tokenizer)
-        else:
-            ids = list(tokenizer.encode(response, add_special_tokens=True))
-        if not ids:  # an empty response, and a tokenizer that adds nothing
-            ids = [next((token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None), 0)]
-        return _cut(ids, limit, first=(tokenizer.bos_token_id, tokenizer.cls_token_id))
+        return importlib.import_module(REWARD_MODELS[framework]).classifier(folder, dtype=dtype, rows=rows, **where)
 
     def reward(queries: Sequence[str], responses: Sequence[str]) -> list[float]:
         texts = [tokens(prompt, response) for prompt, response in zip(queries, responses, strict=True)]
@@ -121,22 +110,30 @@ def make(
     return Reward(
         name=name or Path(path).name,
         score=reward,
-        version=hashlib.sha256(repr(what).encode()).hexdigest()[:16],
+        version=f"{VERSION} {hashlib.sha256(repr(what).encode()).hexdigest()[:16]}",
         scale=(0.0, 1.0) if output == "probability" else (-np.inf, np.inf),
         batch=4 * rows,  # enough to be worth sorting
     )
 
 
-def _folder(path: str, revision: str | None) -> Path:
-    from ple_jax.models import hub
+def _check(chosen: Mapping[str, str], *, rows: int, max_tokens: int | None) -> None:
+    """Raises a UserError for a value that an option does not take."""
+    for key, value in chosen.items():
+        if value not in _CHOICES[key]:
+            raise UserError(f"{WHERE} {key} = {value!r}: choose {', '.join(_CHOICES[key])}")
+    for key, number in (("rows", rows), ("max_tokens", 1 if max_tokens is None else max_tokens)):
+        if number < 1:
+            raise UserError(f"{WHERE} {key} = {number}: give at least 1")
 
+
+def _folder(path: str, revision: str | None) -> Path:
     if hub.is_remote(path):
         return hub.fetch(path, revision, setting="config.reward.kwargs path")
     if revision is not None:
-        raise UserError(f"config.reward.kwargs revision = {revision!r} goes with a model on a hub, which {path!r} is not")
+        raise UserError(f"{WHERE} revision = {revision!r} goes with a model on a hub, which {path!r} is not")
     if not Path(path).is_dir():
         raise UserError(
-            f"config.reward.kwargs path = {path!r} is neither a folder nor the user/name of a model on a hub; give the"
+            f"{WHERE} path = {path!r} is neither a folder nor the user/name of a model on a hub; give the"
             " folder that holds the reward model's config.json (configs/reward_hh.py trains one)"
         )
     return Path(path)
@@ -144,8 +141,6 @@ def _folder(path: str, revision: str | None) -> Path:
 
 def _config(folder: Path) -> dict[str, Any]:
     """The config.json of a classifier that can be run."""
-    from ple_jax.models.weights import read_json
-
     raw = read_json(folder / "config.json")
     if "auto_map" in raw:
         raise UserError(
@@ -169,15 +164,18 @@ def _config(folder: Path) -> dict[str, Any]:
     return raw
 
 
-def _framework(asked: str, backend: str, family: str, path: str) -> str:
-    from ple_jax.models.families import FAMILIES
+def choose_framework(asked: str, backend: str, family: str, path: str) -> str:
+    """jax or torch: what is asked for, or with auto the run's own backend where it can.
 
-    if asked == "jax" and family not in FAMILIES:
+    Raises:
+        UserError: it is asked for and knows no such family, or is not installed.
+    """
+    if asked == "jax" and family not in families.FAMILIES:
         raise UserError(
-            f"config.reward.kwargs framework = 'jax': the decoder here does not know model_type {family!r} of {path}"
-            f" (it knows {', '.join(FAMILIES)}); set framework to 'torch'"
+            f"{WHERE} framework = 'jax': the decoder here does not know model_type {family!r} of {path}"
+            f" (it knows {', '.join(families.FAMILIES)}); set framework to 'torch'"
         )
-    ours = backend == "jax" and family in FAMILIES and importlib.util.find_spec("jax") is not None
+    ours = backend == "jax" and family in families.FAMILIES and importlib.util.find_spec("jax") is not None
     framework = asked if asked != "auto" else "jax" if ours else "torch"
     need(framework, f"reward model {path} ({family})")
     return framework
@@ -190,7 +188,7 @@ def _positions(raw: Mapping[str, Any]) -> int | None:
     return most - text.get("pad_token_id", 1) - 1 if most and raw["model_type"] in _SHIFTED else most
 
 
-def _labels(raw: Mapping[str, Any]) -> list[str]:
+def label_names(raw: Mapping[str, Any]) -> list[str]:
     """Names of the labels in their order, as transformers reads them: two where nothing is said."""
     named = raw.get("id2label") or {i: f"LABEL_{i}" for i in range(raw.get("num_labels", 2))}
     return [str(named[key]) for key in sorted(named, key=int)]
@@ -202,7 +200,7 @@ def _index(labels: Sequence[str], label: str | int | None, path: str) -> int:
     found = [i for i, name in enumerate(labels) if label == i or (isinstance(label, str) and name.lower() == label.lower())]
     if len(found) != 1:
         raise UserError(
-            f"config.reward.kwargs label = {label!r}: give the name or number of one of the labels of {path}:"
+            f"{WHERE} label = {label!r}: give the name or number of one of the labels of {path}:"
             f" {', '.join(f'{name!r} ({i})' for i, name in enumerate(labels))}"
         )
     return found[0]
@@ -212,13 +210,24 @@ def _output(asked: str, labels: Sequence[str], raw: Mapping[str, Any]) -> str:
     probable = len(labels) > 1 and raw.get("problem_type") != "regression"
     if asked in ("probability", "logodds") and not probable:
         raise UserError(
-            f"config.reward.kwargs output = {asked!r}: the logits of a model of one label, or of regression, are no"
+            f"{WHERE} output = {asked!r}: the logits of a model of one label, or of regression, are no"
             " probabilities; take output='logit', with --config.reward.transform=sigmoid for values from 0 to 1"
         )
     return asked if asked != "auto" else "probability" if probable else "logit"
 
 
-def _cut(tokens: list[int], limit: int | None, *, first: tuple[int | None, ...]) -> list[int]:
+def _tokens(prompt: str, response: str, *, tokenizer: Any, with_prompt: bool, limit: int | None) -> list[int]:
+    """What the model reads of a response; at least one token."""
+    if with_prompt:
+        ids = prompts.dialogue(prompt, response, tokenizer)
+    else:
+        ids = list(tokenizer.encode(response, add_special_tokens=True))
+    if not ids:  # an empty response, and a tokenizer that adds nothing
+        ids = [next((token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None), 0)]
+    return newest(ids, limit, first=(tokenizer.bos_token_id, tokenizer.cls_token_id))
+
+
+def newest(tokens: list[int], limit: int | None, *, first: tuple[int | None, ...]) -> list[int]:
     """The newest `limit` tokens, of which one that begins texts ([CLS], BOS) keeps its place."""
     if limit is None or len(tokens) <= limit:
         return tokens

@@ -7,8 +7,11 @@ from typing import Any
 import numpy as np
 
 from ple_jax import prompts
+from ple_jax.core.endpoints import Endpoint
 from ple_jax.core.types import Reward
-from ple_jax.rewards import _http
+from ple_jax.rewards import WHERE
+
+VERSION = "1"  # another one with every change of the values
 
 
 def make(
@@ -29,19 +32,19 @@ def make(
             address changes between runs, and another when the model behind it does.
         batch: responses of one request.
         concurrency: requests under way at once.
-        http: timeout, retries, backoff, max_failures, api_key_env, headers of `_http.scorer`.
+        http: timeout, retries, backoff, max_failures, api_key_env, headers of `endpoints.Endpoint`.
 
     Raises:
-        UserError: as `_http.scorer` does.
+        UserError: as `endpoints.Endpoint` does.
     """
 
     def body(queries: Sequence[str], responses: Sequence[str]) -> dict[str, Any]:
         whole = [q + prompts.completion(q, r, chat=False) for q, r in zip(queries, responses, strict=True)]
         return {"query": whole, "prompts": [str(q) for q in queries], "labels": [""] * len(whole)}
 
-    score = _http.scorer(url, body=body, read=_read, size=batch, concurrency=concurrency, **http)
+    score = Endpoint(url, where=WHERE, body=body, read=_read, size=batch, concurrency=concurrency, **http)
     # enough for every connection to stay busy, and little to lose
-    return Reward(name, score, version=f"openrlhf {version or url}", batch=4 * batch * concurrency)
+    return Reward(name, score, version=f"{VERSION} {version or url}", batch=4 * batch * concurrency)
 
 
 def _read(answer: Any, n: int) -> list[float]:

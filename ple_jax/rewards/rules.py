@@ -4,9 +4,12 @@ import re
 from collections.abc import Sequence
 from itertools import groupby
 
+from ple_jax.core.answers import digest
 from ple_jax.core.errors import UserError
 from ple_jax.core.types import Reward
+from ple_jax.rewards import WHERE
 
+VERSION = "1"  # another one with every change of the values
 _SENTENCE = re.compile(r"[.!?…。！？]['\"’”»)\]*]*\s*\Z")  # closing quotes, brackets and emphasis may follow
 
 
@@ -26,7 +29,7 @@ def make(
     """
     required, forbidden = _compiled("require", require), _compiled("forbid", forbid)
     if max_repeats is not None and max_repeats < 1:
-        raise UserError(f"config.reward.kwargs max_repeats = {max_repeats}: give at least 1")
+        raise UserError(f"{WHERE} max_repeats = {max_repeats}: give at least 1")
     if not (require or forbid or max_repeats or sentence):
         raise UserError("config.reward.kwargs of reward 'rules' has no rule: give require, forbid, max_repeats or sentence")
 
@@ -39,18 +42,19 @@ def make(
     def reward(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         return [sum(rules) / len(rules) for rules in map(kept, responses)]
 
-    return Reward("rules", reward, scale=(0.0, 1.0))
+    version = f"{VERSION} {digest(list(require), list(forbid), max_repeats, sentence)}"
+    return Reward("rules", reward, version=version, scale=(0.0, 1.0))
 
 
 def _compiled(key: str, patterns: Sequence[str]) -> list[re.Pattern[str]]:
     if isinstance(patterns, str):  # whose letters would pass for patterns
-        raise UserError(f"config.reward.kwargs {key} = {patterns!r}: give a list of regular expressions, [{patterns!r}]")
+        raise UserError(f"{WHERE} {key} = {patterns!r}: give a list of regular expressions, [{patterns!r}]")
     compiled = []
     for pattern in patterns:
         try:
             compiled.append(re.compile(pattern))
         except (TypeError, re.error) as error:
-            raise UserError(f"config.reward.kwargs {key}: {pattern!r} is no regular expression: {error}") from error
+            raise UserError(f"{WHERE} {key}: {pattern!r} is no regular expression: {error}") from error
     return compiled
 
 

@@ -1,12 +1,14 @@
 """Civility: 1 minus the probability that a response is profane, by alt-profanity-check's linear model of English words."""
 
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib import metadata
 
 import numpy as np
 
 from ple_jax.core.extras import need
 from ple_jax.core.types import Reward
+
+VERSION = "1"  # another one with every change of the values
 
 
 def make() -> Reward:
@@ -22,4 +24,5 @@ def make() -> Reward:
         said = [bool(response.strip()) for response in responses]
         return np.where(said, 1.0 - predict_prob(responses), 1.0).tolist()
 
-    return Reward("toxicity", reward, version=version("alt-profanity-check"), scale=(0.0, 1.0))
+    version = f"{VERSION} {metadata.version('alt-profanity-check')}"
+    return Reward("toxicity", reward, version=version, scale=(0.0, 1.0))

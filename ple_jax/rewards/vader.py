@@ -1,11 +1,13 @@
 """Sentiment: VADER's compound score, from -1 (negative) to 1 (positive). Hutto and Gilbert, ICWSM 2014."""
 
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib import metadata
 
 from ple_jax import prompts
 from ple_jax.core.extras import need
 from ple_jax.core.types import Reward
+
+VERSION = "1"  # another one with every change of the values
 
 
 def make(*, with_prompt: bool = False) -> Reward:
@@ -25,4 +27,5 @@ def make(*, with_prompt: bool = False) -> Reward:
             texts = [q + prompts.completion(q, r, chat=False) for q, r in zip(queries, responses, strict=True)]
         return [analyzer.polarity_scores(text)["compound"] for text in texts]
 
-    return Reward("vader", reward, version=f"{version('vaderSentiment')} {with_prompt=}", scale=(-1.0, 1.0))
+    version = f"{VERSION} {metadata.version('vaderSentiment')} {with_prompt=}"
+    return Reward("vader", reward, version=version, scale=(-1.0, 1.0))

@@ -48,7 +48,7 @@ def response(content: bytes, *, eos: Sequence[int], limit: int, vocab: int) -> R
 
     Raises:
         ValueError: it is no such answer.
-        http.Refused: it is one that nothing but another start of the server mends.
+        retry.Refused: it is one that nothing but another start of the server mends.
     """
     answer = json.loads(content)
     try:

@@ -3,35 +3,28 @@
 `Served` is a backend around another one. It samples by HTTP, token ids in and token ids out, from the policy as it is at
 that moment: the adapter is written in PEFT's layout where the server can read it, and loaded there. All the rest is the
 other backend's. What it asks of a server (vLLM from 0.10.2 on): /v1/models, /v1/load_lora_adapter,
-/v1/unload_lora_adapter, /v1/completions, /version, and with `sleep` /sleep and /wake_up.
+/v1/unload_lora_adapter, /v1/completions, /version, and with `sleeps` /sleep and /wake_up.
 """
 
-import contextlib
 import functools
 import hashlib
 import os
 import shutil
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32
 
-from ple_jax.core import retry
 from ple_jax.core.errors import UserError
 from ple_jax.core.types import Backend, Batch, Loss, Outputs, Response, Sampling
 from ple_jax.models import adapters, peft
 from ple_jax.serving import commands
-from ple_jax.serving.protocol import models, request, response, same, version
+from ple_jax.serving.protocol import request, response, same
+from ple_jax.serving.server import AGAIN, PATIENCE, Server
 
-T = TypeVar("T")
 Write = Callable[[Path, Mapping[str, np.ndarray]], None]  # (folder, adapter): PEFT's files
-
-_PATIENCE = 600.0  # seconds that a server may be silent; of a completion one more for every token
-_AGAIN = "and give the same command again: what was sampled is kept"
 
 
 class Served:
@@ -40,47 +33,31 @@ class Served:
     def __init__(
         self,
         inner: Backend,
-        url: str,
+        server: Server,
         *,
-        folder: Path,
         write: Write,
         base_model: str,
         vocab: int,
-        rank: int,
         width: int,
-        key: str | None = None,
-        sleep: bool = False,
         log: Callable[[str], None] = print,
-        retries: int = 5,
-        backoff: float = 1.0,
     ):
         """Nothing is asked of the server before the first `generate` or `environment`.
 
         Args:
-            url: of the server, http://host:port.
-            folder: where adapters are written; it belongs to this object, and the server must see it under the same path.
+            server: its folder, where adapters are written, belongs to this object.
             write: how they are written.
             base_model: the run's, to compare with the server's.
             vocab: token ids are below it.
-            rank: the --max-lora-rank that the server needs.
             width: requests under way at once.
-            key: sent as `Authorization: Bearer ...`.
-            sleep: put the server to sleep while `inner` computes.
             log: told what may be a mistake.
-            retries, backoff: of every request, as `http.request` takes them.
         """
-        self.inner, self.url, self.width = inner, url.rstrip("/").removesuffix("/v1"), width
-        self._folder, self._write = folder.resolve(), write
-        self._base_model, self._vocab, self._rank = base_model, vocab, rank
-        self._key, self._sleep, self._log, self._retries, self._backoff = key, sleep, log, retries, backoff
+        self.inner, self.server, self.width = inner, server, width
+        self._write, self._base_model, self._vocab, self._log = write, base_model, vocab, log
         # adapters of this work directory, and of no other one, begin with it
-        self._family = f"ple-{hashlib.sha256(str(self._folder).encode()).hexdigest()[:8]}-"
+        self._family = f"ple-{hashlib.sha256(str(server.folder).encode()).hexdigest()[:8]}-"
         self._name: str | None = None  # of the adapter as it is now; None: not written yet
         self._loaded = False  # whether the server may hold an adapter of ours
-        self._awake: bool | None = None  # None: not known
         self._compared = False  # whether the base models were
-        self._stop = threading.Event()  # set where requests under way should not be tried again
-        self._patience = _PATIENCE
 
     # -------------------------------------------------------------- Backend
 
@@ -100,26 +77,15 @@ class Served:
         """
         if not prompts:
             return []
-        self._wake()
-        self._load(len(prefix) + max(map(len, prompts)) + sampling.max_new_tokens)
-        read = functools.partial(response, eos=sampling.eos, limit=sampling.max_new_tokens, vocab=self._vocab)
-        requests = [
-            request([*prefix, *prompt], noise, model=self._name, sampling=sampling)
+        limit = sampling.max_new_tokens
+        self.server.wake()
+        name = self._current(len(prefix) + max(map(len, prompts)) + limit)
+        read = functools.partial(response, eos=sampling.eos, limit=limit, vocab=self._vocab)
+        bodies = [
+            request([*prefix, *prompt], noise, model=name, sampling=sampling)
             for prompt, noise in zip(prompts, uniforms, strict=True)
         ]
-        slack = sampling.max_new_tokens
-        pool = ThreadPoolExecutor(self.width)
-        try:
-            under_way = [
-                pool.submit(self._ask, "POST", "/v1/completions", body, read=read, slack=slack) for body in requests
-            ]
-            for done in as_completed(under_way):
-                done.result()  # the first that fails ends all
-            return [done.result() for done in under_way]
-        finally:
-            self._stop.set()
-            pool.shutdown(cancel_futures=True)
-            self._stop.clear()
+        return self.server.complete(bodies, read=read, width=self.width, tokens=limit)
 
     def stream(
         self, prompt: Sequence[int], uniforms: Float32[np.ndarray, " max_new"], *, sampling: Sampling, base: bool = False
@@ -128,15 +94,15 @@ class Served:
         return self.inner.stream(prompt, uniforms, sampling=sampling, base=base)
 
     def logprobs(self, batch: Batch, *, reference: bool = False, base: bool = False) -> Outputs:
-        self._rest()
+        self.server.rest()
         return self.inner.logprobs(batch, reference=reference, base=base)
 
     def scores(self, batch: Batch) -> Float32[np.ndarray, "query k"]:
-        self._rest()
+        self.server.rest()
         return self.inner.scores(batch)
 
     def update(self, batches: Sequence[Batch], loss: Loss, *, lr: float) -> dict[str, float]:
-        self._rest()
+        self.server.rest()
         self._name = None
         return self.inner.update(batches, loss, lr=lr)
 
@@ -155,48 +121,44 @@ class Served:
 
     def environment(self) -> dict[str, Any]:
         """What `inner` says, and the server's version: its address may change when a run goes on."""
-        return {**self.inner.environment(), "vllm": self._version}
+        return {**self.inner.environment(), "vllm": self.server.version}
 
     def close(self) -> None:
         """Takes the run's adapter from the server, wakes it, and removes the folder. A server that is gone is no error."""
-        self._retries, self._patience = 0, 10.0
+        self.server.patience = self.server.patience._replace(timeout=10.0, retries=0)
         try:
-            if self._awake is False:
-                self._wake()
-            for name in self._ours(self._models()) if self._loaded else ():
-                self._unload(name)
+            if self.server.awake is False:
+                self.server.wake()
+            for name in self._ours(self.server.models()) if self._loaded else ():
+                self.server.unload(name)
         except UserError as error:
             self._log(f"warning: the run's adapter may still be loaded ({error})")
-        shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self.server.folder, ignore_errors=True)
 
     # -------------------------------------------------------------- the adapter
 
-    def _load(self, tokens: int) -> None:
-        """The adapter as it is now is loaded, and no other one of this run; `tokens` of prompt and response fit.
+    def _current(self, tokens: int) -> str:
+        """The adapter as it is now, by the name that it is loaded under; no other one of this run is.
 
-        The server is asked every time: it may have been started anew, or still hold what a killed process had loaded.
+        `tokens` of prompt and response fit. The server is asked every time: it may have been started anew, or still hold
+        what a killed process had loaded.
         """
-        self._name = self._name or self._written()
-        models = self._models()
+        current = self._name = self._name or self._written()
+        models = self.server.models()
         self._check(models, tokens)
         names = self._ours(models)
         # before the new one is loaded: where there is room for one, loading evicts the old one, and some versions then
         # fail to unload it
         for name in names:
-            if name != self._name:
-                self._unload(name)
+            if name != current:
+                self.server.unload(name)
         self._loaded = True
-        if self._name not in names:
-            body = {"lora_name": self._name, "lora_path": str(self._folder / self._name)}
-            try:
-                self._ask("POST", "/v1/load_lora_adapter", body, read=bytes, retries=min(self._retries, 1))
-            except UserError:
-                # an answer that was lost may have come after the adapter was loaded, and then another try is refused
-                if self._name not in self._ours(self._models()):
-                    raise
-        for folder in self._folder.iterdir():
-            if folder.name != self._name:
+        if current not in names:
+            self.server.load(current)
+        for folder in self.server.folder.iterdir():
+            if folder.name != current:
                 shutil.rmtree(folder)
+        return current
 
     def _written(self) -> str:
         """Writes the adapter as it is now. Returns its name, which no other weights ever have.
@@ -207,13 +169,13 @@ class Served:
         tensors = self.inner.adapter()
         if wrong := sorted(name for name, tensor in tensors.items() if not np.isfinite(tensor).all()):
             raise UserError(
-                f"the adapter is not finite ({wrong[0]}), and {self.url} would sample noise from it; lower"
+                f"the adapter is not finite ({wrong[0]}), and {self.server.url} would sample noise from it; lower"
                 " --config.optimizer.lr (in a new --workdir)"
             )
-        new = self._folder / "new"
+        new = self.server.folder / "new"
         self._write(new, tensors)
         digest = hashlib.sha256(b"".join((new / file).read_bytes() for file in (peft.CONFIG, peft.WEIGHTS))).hexdigest()
-        target = self._folder / f"{self._family}{digest[:16]}"
+        target = self.server.folder / f"{self._family}{digest[:16]}"
         if target.exists():  # of a process that was killed: the same files
             shutil.rmtree(new)
         else:
@@ -230,101 +192,16 @@ class Served:
         limit = min((model["max_model_len"] for model in base if model.get("max_model_len")), default=tokens)
         if limit < tokens:
             raise UserError(
-                f"{self.url} takes {limit} tokens, and the longest prompt and its response are {tokens}: start it with"
-                f" --max-model-len {tokens} or more, or lower --config.sampling.max_new_tokens, {_AGAIN}"
+                f"{self.server.url} takes {limit} tokens, and the longest prompt and its response are {tokens}: start it"
+                f" with --max-model-len {tokens} or more, or lower --config.sampling.max_new_tokens, {AGAIN}"
             )
         names = {str(model[key]) for model in base for key in ("id", "root") if model.get(key)}
         if not self._compared and not any(same(self._base_model, name) for name in names):
             self._log(
-                f"warning: {self.url} serves {', '.join(sorted(names))}, and this run trains {self._base_model}: both must"
-                " be the same weights"
+                f"warning: {self.server.url} serves {', '.join(sorted(names))}, and this run trains {self._base_model}: both"
+                " must be the same weights"
             )
         self._compared = True
-
-    def _unload(self, name: str) -> None:
-        # one that is not there any more, or cannot be unloaded now, does no harm: no name ever has other weights
-        with contextlib.suppress(UserError):
-            self._ask("POST", "/v1/unload_lora_adapter", {"lora_name": name}, read=bytes, retries=0)
-
-    # -------------------------------------------------------------- sleep
-
-    def _wake(self) -> None:
-        if self._sleep and not self._awake:
-            self._ask("POST", "/wake_up", read=bytes)
-            self._awake = True
-
-    def _rest(self) -> None:
-        """Puts the server to sleep before something is computed here: weights to the host's memory, KV cache dropped.
-
-        Level 1 and not 2, which drops the weights too.
-        """
-        if self._sleep and self._awake is not False:
-            self._ask("POST", "/sleep?level=1", read=bytes)
-            self._awake = False
-
-    # -------------------------------------------------------------- requests
-
-    @functools.cached_property
-    def _version(self) -> str:
-        return self._ask("GET", "/version", read=version)
-
-    def _models(self) -> list[dict[str, Any]]:
-        return self._ask("GET", "/v1/models", read=models)
-
-    def _ask(
-        self,
-        method: str,
-        path: str,
-        body: Mapping[str, Any] | None = None,
-        *,
-        read: Callable[[bytes], T],
-        slack: float = 0.0,
-        retries: int | None = None,
-    ) -> T:
-        """What `read` makes of the answer; a UserError that says what to do where there is none."""
-        try:
-            return retry.request(
-                method,
-                self.url + path,
-                body,
-                read=read,
-                headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
-                timeout=self._patience + slack,
-                retries=self._retries if retries is None else retries,
-                backoff=self._backoff,
-                stop=self._stop,
-            )
-        except retry.Failed as error:
-            why = str(error).replace(self._key, "***") if self._key else str(error)  # a server may repeat what it was sent
-            status = error.status if isinstance(error, retry.Refused) else None
-            raise UserError(f"{self.url}{path}: {why}; {self._remedy(path, status, why)}, {_AGAIN}") from error
-
-    def _remedy(self, path: str, status: int | None, why: str) -> str:
-        """What to do about a request that failed; `status` is None where the server did not say that it is wrong."""
-        if status == 200:  # a completion that is none for us: `why` says it all
-            return "mend that"
-        if status in (401, 403):
-            return "name the environment variable with its key, --config.sampling.server_key_env=NAME"
-        if path == "/v1/load_lora_adapter":
-            options = f"VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and --enable-lora --max-lora-rank {self._rank}"
-            if status in (404, 405) and "adapter" not in why.lower():
-                return f"it does not load adapters: start it with {options}"
-            if status == 404:
-                return f"it does not see {self._folder}: run it on this machine, or where that is the same folder"
-            return f"start it on the run's base model, with {options}"
-        if path.startswith(("/sleep", "/wake_up")):
-            return "start it with VLLM_SERVER_DEV_MODE=1 and --enable-sleep-mode, or unset --config.sampling.server_sleep"
-        if path == "/v1/completions" and status is not None:
-            return "the adapter is gone: was the server started again?" if status == 404 else "mend that"
-        return "see that vLLM runs there (or unset --config.sampling.server, which is another run)"
-
-
-# ---------------------------------------------------------------- one request and its answer
-
-
-
-
-# ---------------------------------------------------------------- from a config
 
 
 def connect(
@@ -339,6 +216,13 @@ def connect(
 ) -> Served:
     """The backend that a config with `sampling.server` asks for, around the one that trains.
 
+    Args:
+        folder: where adapters are written for the server to load; made and removed here.
+        base_model: what an adapter's base_model_name_or_path says.
+        vocab: token ids are below it.
+        transposed: whether the base keeps its linear weights as [in, out].
+        log: told what may be a mistake.
+
     Raises:
         UserError: the variable that `sampling.server_key_env` names is not set.
     """
@@ -347,16 +231,8 @@ def connect(
         raise UserError(
             f"config.sampling.server_key_env: the environment variable {name!r} is not set; export it with the key"
         )
-    return Served(
-        inner,
-        config.sampling.server,
-        folder=folder,
-        write=functools.partial(adapters.write_peft, lora=config.lora, base_model=base_model, transposed=transposed),
-        base_model=base_model,
-        vocab=vocab,
-        rank=commands.rank_limit(config.lora.rank) or config.lora.rank,
-        width=config.sampling.width,
-        key=key,
-        sleep=config.sampling.server_sleep,
-        log=log,
-    )
+    rank = commands.rank_limit(config.lora.rank) or config.lora.rank
+    write = functools.partial(adapters.write_peft, lora=config.lora, base_model=base_model, transposed=transposed)
+    options = config.sampling
+    server = Server(options.server, folder.resolve(), rank, key, sleeps=options.server_sleep, patience=PATIENCE)
+    return Served(inner, server, write=write, base_model=base_model, vocab=vocab, width=options.width, log=log)

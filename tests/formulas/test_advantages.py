@@ -178,7 +178,7 @@ def test_a_response_without_tokens_gets_no_reward():
     zero = np.zeros((1, 2))
     found = advantages.kl_penalised(np.ones(1), zero, zero, zero > 0, coefficient=1.0, estimator="k1")
     np.testing.assert_array_equal(found, zero)
-    with pytest.raises(UserError, match="choose k1, k2 or k3"):
+    with pytest.raises(ValueError, match="choose k1, k2 or k3"):
         advantages.kl_penalised(np.ones(1), zero, zero, zero > 0, coefficient=1.0, estimator="k5")
 
 

@@ -160,7 +160,8 @@ def test_two_labels_where_the_config_names_none(tmp_path):
 
 
 def test_labels_stand_in_the_order_of_their_numbers():
-    assert neural._labels({"id2label": {str(i): f"l{i}" for i in (10, 9, 2, 1, 0, 3, 4, 5, 6, 7, 8)}})[-2:] == ["l9", "l10"]
+    named = {str(i): f"l{i}" for i in (10, 9, 2, 1, 0, 3, 4, 5, 6, 7, 8)}
+    assert neural.label_names({"id2label": named})[-2:] == ["l9", "l10"]
 
 
 # ---------------------------------------------------------------- what reaches the model
@@ -229,10 +230,10 @@ def test_the_longest_text_fits(name, tmp_path):
 
 
 def test_bos_keeps_its_place():
-    assert neural._cut([7, 1, 2, 3, 4], 3, first=(7, None)) == [7, 3, 4]
-    assert neural._cut([7, 1, 2, 3, 4], 3, first=(None, 9)) == [2, 3, 4]
-    assert neural._cut([7, 1, 2], 3, first=(7, None)) == [7, 1, 2]
-    assert neural._cut([7, 1, 2], None, first=(7, None)) == [7, 1, 2]
+    assert neural.newest([7, 1, 2, 3, 4], 3, first=(7, None)) == [7, 3, 4]
+    assert neural.newest([7, 1, 2, 3, 4], 3, first=(None, 9)) == [2, 3, 4]
+    assert neural.newest([7, 1, 2], 3, first=(7, None)) == [7, 1, 2]
+    assert neural.newest([7, 1, 2], None, first=(7, None)) == [7, 1, 2]
 
 
 # ---------------------------------------------------------------- before the weights are read
@@ -320,14 +321,14 @@ def test_folders_that_are_no_classifier(bert, tmp_path):
 def test_which_framework(monkeypatch, asked, backend, family, missing, framework):
     for module in missing:
         monkeypatch.setitem(sys.modules, module, None)
-    assert neural._framework(asked, backend, family, "m") == framework
+    assert neural.choose_framework(asked, backend, family, "m") == framework
 
 
 @pytest.mark.parametrize(("asked", "backend", "family"), [("auto", "jax", "bert"), ("torch", "jax", "llama")])
 def test_torch_that_is_not_installed(monkeypatch, asked, backend, family):
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(UserError, match=rf"m \({family}\) needs torch.*pip install 'ple_jax\[torch\]'"):
-        neural._framework(asked, backend, family, "m")
+        neural.choose_framework(asked, backend, family, "m")
 
 
 def test_a_device_is_for_torch(tmp_path):

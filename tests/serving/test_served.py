@@ -92,7 +92,7 @@ def connect(server: Vllm | str, folder: Path, inner=None, *, retries=1, log=prin
     backend = served.connect(
         FrozenConfigDict(config), inner, folder=folder / "serving", base_model="tiny", vocab=258, transposed=False, log=log
     )
-    backend._retries, backend._backoff = retries, 0.001
+    backend.server.patience = backend.server.patience._replace(retries=retries, backoff=0.001)
     return inner, backend
 
 
@@ -196,7 +196,7 @@ def test_a_killed_run_goes_on_with_the_adapter_of_its_checkpoint(vllm, tmp_path,
 
 def test_a_server_that_is_gone_costs_no_rollouts(vllm, tmp_path, monkeypatch):
     """The run stops with a line; the same command, and another server at another address, go on."""
-    monkeypatch.setitem(served.Served.__init__.__kwdefaults__, "backoff", 0.001)
+    monkeypatch.setattr(served, "PATIENCE", served.PATIENCE._replace(backoff=0.001))
     first, second = vllm(), vllm(version="0.24.0")
     first.fault = lambda path, body: "hang up" if len(first.used) >= 40 else None
     with pytest.raises(UserError, match=f"{first.url}/v1/.*same command again"):
@@ -535,9 +535,10 @@ def test_servers_that_were_started_without_something(options, says, vllm, tmp_pa
 def test_a_folder_that_the_server_does_not_see(vllm, tmp_path):
     server = vllm()
     _, backend = connect(server, tmp_path)
-    backend._load(1)
+    sample(backend)
     server.registry.clear()
-    shutil.rmtree(tmp_path / "serving" / backend._name)
+    (written,) = (tmp_path / "serving").iterdir()
+    shutil.rmtree(written)
     with pytest.raises(UserError, match=f"No adapter found for .*it does not see {tmp_path}/serving: run it on this"):
         sample(backend)
 

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from ple_jax.core.config import names
+from ple_jax.core.config import find, names
 from ple_jax.core.errors import UserError, suggestion
 from ple_jax.core.noise import uniforms
 
@@ -79,8 +79,8 @@ def choose(principles: Principles, k: int, *, seed: int, query_id: str) -> str:
 
 
 def _one(source: str) -> Principles:
-    built_in = Path(__file__).parent / f"{source}.txt"
-    path = built_in if built_in.is_file() else Path(source)
+    built_in = find("prompts/principles", ".txt", source)
+    path = built_in or Path(source)
     if not path.is_file():
         known = names("prompts/principles", ".txt")
         raise UserError(f"principles {source!r}: neither a file nor one of {', '.join(known)}{suggestion(source, known)}")

@@ -1,0 +1,171 @@
+"""Numbers for texts from behind an address: requests are tried again, a few at a time, and what came before a failure is
+kept. Rewards and judges ask this way, reward servers and language models with OpenAI's chat completions alike."""
+
+import json
+import math
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, as_completed
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+from jaxtyping import Float64
+
+from ple_jax.core import retry
+from ple_jax.core.answers import Incomplete
+from ple_jax.core.errors import UserError
+
+
+@dataclass
+class Endpoint:
+    """Called with two columns of texts, prompts and responses for instance, it gives a number for every row.
+
+    A request that fails for good leaves NaN for its rows.
+
+    Raises:
+        UserError: an option that cannot be, or an environment variable that is not set.
+        Incomplete: when called, after a request that no repetition mends, or too many failures.
+    """
+
+    url: str  # where requests are posted
+    _: KW_ONLY
+    where: str  # the config key that holds these options, for errors
+    body: Callable[[Sequence[str], Sequence[str]], Mapping[str, Any]]  # the JSON of a request, from some rows
+    # the numbers in the JSON of an answer, given how many are expected; ValueError where they are not there
+    read: Callable[[Any, int], Sequence[float]]
+    size: int  # rows of one request
+    concurrency: int  # requests under way at once
+    timeout: float = 60.0  # seconds that a server may be silent
+    # tries after the first: if no connection comes about or it breaks, on status 408, 429 and 5xx, and on answers that
+    # cannot be read
+    retries: int = 5
+    backoff: float = 1.0  # seconds before the first retry, doubled for every other; a longer Retry-After is honoured
+    max_failures: int = 4  # so many requests that failed one after the other stop it all
+    api_key_env: str | None = None  # environment variable whose value is sent as `Authorization: Bearer ...`
+    headers: Mapping[str, str] = field(default_factory=dict)  # environment variables by the header for their value
+    _secrets: dict[str, str] = field(init=False, repr=False)  # what no message may show
+    _in_a_row: int = field(init=False, repr=False, default=0)  # failures, one after the other
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.url)
+        if parts.username is not None:  # it would be written down with the config
+            raise self._refused("url has a user name in it: name an environment variable with the key as api_key_env")
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise self._refused(f"url = {self.url!r}: give an address such as http://localhost:5000/get_reward")
+        numbers = (("batch", self.size, 1), ("retries", self.retries, 0), ("concurrency", self.concurrency, 1))
+        for key, number, least in numbers:
+            if number < least:
+                raise self._refused(f"{key} = {number}: give at least {least}")
+        if self.max_failures < 1 or not 0 < self.timeout < math.inf or not 0 <= self.backoff < math.inf:
+            raise self._refused(
+                f"max_failures = {self.max_failures}, timeout = {self.timeout}, backoff = {self.backoff}: give at least 1"
+                " failure, a timeout above 0 and a backoff of at least 0 seconds"
+            )
+        self._secrets = {header: self._variable(name, "headers") for header, name in self.headers.items()}
+        if self.api_key_env is not None:
+            self._secrets["Authorization"] = self._variable(self.api_key_env, "api_key_env")
+
+    def __call__(self, first: Sequence[str], second: Sequence[str]) -> list[float]:
+        values, why = np.full(len(first), np.nan), ""
+        stop, pool = threading.Event(), ThreadPoolExecutor(self.concurrency)
+        try:
+            slices = [slice(start, start + self.size) for start in range(0, len(first), self.size)]
+            why = self._gather({pool.submit(self._ask, first[s], second[s], stop): s for s in slices}, values, stop)
+        finally:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+        if why:
+            self._in_a_row = 0
+            for secret in self._secrets.values():  # a server may repeat what it was sent
+                why = why.replace(secret, "***")
+            raise Incomplete(
+                f"{self.url}: {why}; mend that and give the same command again: what was scored is kept", values
+            )
+        return values.tolist()
+
+    def _gather(
+        self, under_way: Mapping[Future[Sequence[float]], slice], values: Float64[np.ndarray, " n"], stop: threading.Event
+    ) -> str:
+        """Fills in the values as they come; says why it stopped, or nothing if it did not."""
+        why = ""
+        for request in as_completed(under_way):
+            try:
+                values[under_way[request]] = request.result()
+                self._in_a_row = 0
+            except CancelledError:
+                continue
+            except retry.Failed as error:
+                self._in_a_row += 1
+                if not why and (isinstance(error, retry.Refused) or self._in_a_row >= self.max_failures):
+                    why = str(error)
+                    stop.set()  # what is under way has this one try; its values still count
+                    for other in under_way:
+                        other.cancel()
+        return why
+
+    def _ask(self, first: Sequence[str], second: Sequence[str], stop: threading.Event) -> Sequence[float]:
+        sent = dict(self._secrets)
+        if self.api_key_env is not None:
+            sent["Authorization"] = f"Bearer {sent['Authorization']}"
+        return retry.request(
+            "POST",
+            self.url,
+            self.body(first, second),
+            read=lambda content: self.read(json.loads(content), len(first)),
+            headers=sent,
+            patience=retry.Patience(self.timeout, self.retries, self.backoff),
+            stop=stop,
+        )
+
+    def _variable(self, name: str, key: str) -> str:
+        if not (value := os.environ.get(name, "").strip()):
+            raise self._refused(f"{key}: the environment variable {name!r} is not set; export it with the key")
+        return value
+
+    def _refused(self, why: str) -> UserError:
+        return UserError(f"{self.where} {why}")
+
+
+# ---------------------------------------------------------------- language models
+
+
+def chat(
+    url: str,
+    *,
+    question: Callable[[str, str], tuple[str, str]],
+    read: Callable[[Any], float],
+    fields: Mapping[str, Any],
+    **options: Any,
+) -> Endpoint:
+    """A language model behind any server with OpenAI's chat completions (vLLM, SGLang, llama.cpp), asked row by row.
+
+    Args:
+        url: of the API, http://localhost:8000/v1.
+        question: what the model is told to do, and the texts, of a row.
+        read: the number in what the model says; ValueError where there is none and it is to be asked again.
+        fields: the others of the request: model, temperature ...
+        options: of `Endpoint`.
+    """
+
+    def body(first: Sequence[str], second: Sequence[str]) -> dict[str, Any]:
+        task, texts = question(first[0], second[0])
+        turns = [{"role": "system", "content": task}, {"role": "user", "content": texts}]
+        return {"messages": turns, **fields}
+
+    address = f"{url.rstrip('/')}/chat/completions"
+    return Endpoint(address, body=body, read=lambda answer, n: [read(said(answer))], size=1, **options)
+
+
+def said(answer: Any) -> Any:
+    """What the model says in a chat completion.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        return answer["choices"][0]["message"]["content"]
+    except (TypeError, KeyError, IndexError):
+        raise ValueError(f"the answer is no chat completion: {str(answer)[:100]}") from None

@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 DOCS = Path(__file__).parent.parent / "docs"
 INK, SOFT, RULE, COLOURS = "#1d2126", "#626b76", "#e4e5e3", ("#0f7b6c", "#c2601a")
@@ -64,18 +63,15 @@ def table_of_runs(folders: Sequence[Path]) -> str:
 
 def _iterations(folder: Path) -> Iterator[tuple[int, tuple[str, str]]]:
     from ple_jax import intervals
+    from ple_jax.core.files import read_jsonl
 
-    for line in _jsonl(folder / "metrics.jsonl"):
+    for line in read_jsonl(folder / "metrics.jsonl"):
         if line.get("heldout_reward") is not None:
-            rollouts = _jsonl(folder / "evaluations" / f"iter_{line['iteration']:04d}.jsonl")
+            rollouts = read_jsonl(folder / "evaluations" / f"iter_{line['iteration']:04d}.jsonl")
             plain = [[r["reward"] for r in rollout["responses"] if r["kind"] == "plain"] for rollout in rollouts]
             low, high = intervals.bootstrap_ci([fmean(rewards) for rewards in plain], seed=0)
             reward = f"{line['heldout_reward']:.3f} ({low:.3f} to {high:.3f})"
             yield line["iteration"], (reward, f"{line['heldout_kl']:.2f}")
-
-
-def _jsonl(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 # ---------------------------------------------------------------- drawing

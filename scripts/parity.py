@@ -7,8 +7,6 @@ code 1 if the two perplexities differ by more than 1e-3, relatively. Needs the e
 """
 
 import argparse
-import gzip
-import itertools
 import json
 import sys
 import time
@@ -23,16 +21,16 @@ from transformers import AutoModelForCausalLM
 
 from ple_jax.backend import backend, forward
 from ple_jax.backend.model import Model, fill
+from ple_jax.core.files import read_jsonl
 from ple_jax.core.types import Batch
-from ple_jax.models import smollm2, weights
+from ple_jax.models import weights
 
 _TOKENS, _ROWS, _TOLERANCE = 256, 8, 1e-3
 
 
 def read_texts(path: Path, column: str, limit: int) -> list[str]:
     """The column of the first `limit` lines of a JSONL file, gzipped or not."""
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
-        return [json.loads(line)[column] for line in itertools.islice(lines, limit)]
+    return [row[column] for row in read_jsonl(path)[:limit]]
 
 
 def batches(rows: list[list[int]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -55,11 +53,6 @@ def ours(loaded: weights.Loaded, rows: list[list[int]]) -> float:
         batch = Batch(tokens[:, :1], mask[:, :1], tokens[:, None, 1:], mask[:, None, 1:], {})
         total -= np.asarray(call(base, batch), np.float64).sum()
     return total
-
-
-def gguf_file(model: str) -> Path:
-    """The file itself; the model that is named and not given lies in an installed package."""
-    return smollm2.file() if model == smollm2.NAME else Path(model)
 
 
 def theirs(file: Path, rows: list[list[int]]) -> float:
@@ -90,7 +83,8 @@ def main() -> int:
     started = time.perf_counter()
     mine = float(np.exp(ours(loaded, rows) / tokens))
     between = time.perf_counter()
-    reference = float(np.exp(theirs(gguf_file(options.model), rows) / tokens))
+    file = weights.gguf_file(options.model) or Path(options.model)
+    reference = float(np.exp(theirs(file, rows) / tokens))
     difference = abs(mine - reference) / reference
     report = {
         "texts": len(rows),

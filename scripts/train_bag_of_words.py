@@ -11,7 +11,6 @@ Prints one JSON line; the output has the same numbers. The same data and version
 """
 
 import argparse
-import gzip
 import json
 import re
 import sys
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ple_jax.core.files import read_jsonl, write_text
 from ple_jax.rewards.bag_of_words import features, log_odds
 
 _BREAK = re.compile(r"<br ?/?>")
@@ -29,8 +29,7 @@ _FOLDS, _DIGITS = 5, 4
 
 def read(path: Path) -> tuple[list[str], np.ndarray]:
     """Texts, without line breaks of HTML, and labels, bool."""
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in lines]
+    rows = read_jsonl(path)
     return [_BREAK.sub(" ", row["text"]) for row in rows], np.array([row["label"] == 1 for row in rows])
 
 
@@ -108,7 +107,7 @@ def main() -> int:
         "test_accuracy_pieces": accuracy(found, parts, unseen_labels[owner]),
     }
     whole = {"about": options.about, **report, "bias": found["bias"], "weights": found["weights"]}
-    options.out.write_text(json.dumps(whole, indent=0, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(options.out, json.dumps(whole, indent=0, ensure_ascii=False) + "\n")
     print(json.dumps(report))
     return 0
 

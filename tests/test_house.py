@@ -37,14 +37,7 @@ KNOWN: dict[str, list[str]] = {
         # pages
         "ple_jax/evaluation/model_judges.py: endpoint",
         # files
-        "ple_jax/core/answers.py: answered",
         "ple_jax/data/prepare.py: prepare",
-        "ple_jax/data/queries.py: load_queries",
-        "ple_jax/formulas/intervals.py: paired",
-        "ple_jax/models/families.py: read",
-        "ple_jax/models/peft.py: read",
-        "ple_jax/models/peft.py: write",
-        "ple_jax/models/tokenizer.py: from_gguf",
         "ple_jax/rewards/combine.py: make",
     ],
     "private names of another file": [
@@ -79,11 +72,6 @@ KNOWN: dict[str, list[str]] = {
         # pages
         "tests/export/test_export.py: modes._on_run",
         # files
-        "tests/formulas/test_intervals.py: ple_jax.formulas.intervals._CELLS",
-        "tests/models/test_gguf.py: gguf._open",
-        "tests/models/test_hub.py: weights._TINY",
-        "tests/models/test_tokenizer.py: gguf._open",
-        "tests/models/test_tokenizer.py: tokenizer._merges",
         "tests/test_chat.py: generate._first",
         "tests/test_chat.py: generate._first._cache_size",
         "tests/test_chat.py: generate._next",

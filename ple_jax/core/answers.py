@@ -114,16 +114,7 @@ def answered(
     for start in range(0, len(missing), batch):
         some = missing[start : start + batch]
         columns = [list(column) for column in zip(*(questions[k] for k in some), strict=True)]
-        stopped: Incomplete | None = None
-        given: Any
-        try:
-            given = ask(*columns)
-        except Incomplete as error:
-            stopped, given = error, error.values
-        except UserError:
-            raise
-        except Exception as error:  # it may be the user's code: anything may come out of it
-            raise UserError(f"{failed(len(some))}: {type(error).__name__}: {error}; {again}") from error
+        given, stopped = _asked(ask, columns, failed(len(some)), again)
         found = dict(zip(some, check(given, *columns), strict=True))
         if cache is not None:
             cache.put({k: value for k, value in found.items() if math.isfinite(value)})
@@ -131,3 +122,15 @@ def answered(
             raise stopped
         known |= found
     return known
+
+
+def _asked(ask: Callable[..., Any], columns: Sequence[list[str]], failed: str, again: str) -> tuple[Any, Incomplete | None]:
+    """What a call gave, and why it stopped before the end, if it did."""
+    try:
+        return ask(*columns), None
+    except Incomplete as error:
+        return error.values, error
+    except UserError:
+        raise
+    except Exception as error:  # it may be the user's code: anything may come out of it
+        raise UserError(f"{failed}: {type(error).__name__}: {error}; {again}") from error

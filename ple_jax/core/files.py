@@ -1,6 +1,7 @@
 """Files: written whole or not at all, appended to by lines that are on disk, and read with their place in every error."""
 
 import contextlib
+import gzip
 import json
 import math
 import os
@@ -110,9 +111,11 @@ def lines(path: Path, *, torn: bool = False) -> list[bytes]:
     the like, which JSON leaves as they are.
 
     Args:
+        path: what ends in .gz is unpacked.
         torn: whether the last one may lack its end, as it is being written or a kill cut it off; it is dropped then.
     """
-    *found, rest = path.read_bytes().split(b"\n")
+    data = path.read_bytes()
+    *found, rest = (gzip.decompress(data) if path.suffix == ".gz" else data).split(b"\n")
     return found if torn or not rest else [*found, rest]
 
 
@@ -120,7 +123,7 @@ def read_jsonl(path: Path, *, torn: bool = False, remedy: str = _AGAIN) -> list[
     """The values of a file of JSON lines.
 
     Args:
-        torn: as `lines` takes it.
+        path, torn: as `lines` takes them.
         remedy: what to do about a line that is damaged, for the error.
 
     Raises:

@@ -16,7 +16,7 @@ Message = Mapping[str, Any]  # {"role": ..., "content": ...}; what else it holds
 class Query(NamedTuple):
     """One record of a task.
 
-    `prompt` is what the policy sees: plain text, or a `transcripts.Conversation` where it has turns. `completion` is a
+    `prompt` is what the policy sees: plain text, or a `conversation.Conversation` where it has turns. `completion` is a
     reference answer where there is one, of a preference pair the chosen one, and `rejected` the other.
     """
 
@@ -100,7 +100,7 @@ class Reward:
     """What the method optimises: (prompts, responses) -> one float each, with a name and a scale.
 
     A prompt is the plain one, whatever the response was sampled from; where it has turns it is a
-    `transcripts.Conversation`, which reads as their transcript.
+    `conversation.Conversation`, which reads as their transcript.
     """
 
     name: str

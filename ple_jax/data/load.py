@@ -23,7 +23,7 @@ def load_data(config: Any, *, needs: str = "prompt", heldout_needs: str | None =
         heldout_needs: what a held-out one must have; the same if it is not given.
 
     Raises:
-        UserError: as `tasks.load`; more bad records than config.task.max_bad_share; no train record is left.
+        UserError: as `load_queries`; more bad records than config.task.max_bad_share; no train record is left.
     """
     task = config.task
     train = _read(config, task.train, task.train_split, task.max_train, needs)

@@ -7,13 +7,13 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ple_jax.core.conversation import Conversation
 from ple_jax.core.errors import UserError
 from ple_jax.core.files import write_json, write_jsonl
 from ple_jax.core.types import Query
-from ple_jax.data.left_out import Bad, write_bad
+from ple_jax.data.left_out import Bad, QuerySet, write_bad
 from ple_jax.data.queries import load_queries
 
 _BAR = 40  # characters of the longest
@@ -43,43 +43,58 @@ def prepare(
     Raises:
         UserError: as `load_queries`; nothing is left of one of the two.
     """
-    sources = {"train": load_queries(train, seed=seed, needs=needs, **options)}
+    load = functools.partial(load_queries, seed=seed, needs=needs)
+    clean = functools.partial(_clean, max_words=max_words, needs=needs)
+    sets = {"train": clean(load(train, **options))}
     if test:
-        sources["test"] = load_queries(test, seed=seed, needs=needs, **options | {"split": test_split})
-    sets: dict[str, list[Query]] = {}
-    bad: dict[str, list[Bad]] = {}
-    counts: dict[str, dict[str, Any]] = {}
-    for name, found in sources.items():
-        short, long = _short(found.queries, max_words)
-        bad[name] = found.bad + long
-        sets[name], exact, normal = unique(short, needs=needs)
-        counts[name] = {
-            "read": len(found.queries) + len(found.bad),
-            "bad": dict(Counter(b.kind for b in bad[name]).most_common()),
-            "exact duplicates": exact,
-            "normalised duplicates": normal,
-        }
-    if test:
-        sets["train"], exact, normal = apart(sets["train"], sets["test"])
-        counts["train"] |= {"exactly in test too": exact, "normalised in test too": normal}
+        sets["test"] = clean(load(test, **options | {"split": test_split}))
+        left, exact, normal = apart(sets["train"].queries, sets["test"].queries)
+        counted = {"exactly in test too": exact, "normalised in test too": normal}
+        sets["train"] = _Set(left, sets["train"].bad, sets["train"].counts | counted)
     else:
-        sets["train"], sets["test"] = divide(sets["train"], share=test_share, seed=seed)
-        counts["test"] = {}
-    for name, queries in sets.items():
-        if not queries:
-            first = f"; the first bad record: {bad[name][0].reason}" if bad.get(name) else ""
-            raise UserError(f"no record is left for {name}.jsonl{first}; see --format, --columns, --needs and --test-share")
-        counts[name] |= {
-            "written": len(queries),
-            "words of prompts": histogram(query.prompt for query in queries),
-            "words of completions": histogram(query.completion for query in queries),
-        }
+        left, drawn = divide(sets["train"].queries, share=test_share, seed=seed)
+        sets = {"train": sets["train"]._replace(queries=left), "test": _Set(drawn, [], {})}
+    counts = {name: one.counts | _written(one, name) for name, one in sets.items()}
     out.mkdir(parents=True, exist_ok=True)
-    for name, queries in sets.items():
-        write(out / f"{name}.jsonl", queries, needs=needs)
-    write_bad(out / "bad.jsonl", bad)
+    for name, one in sets.items():
+        write(out / f"{name}.jsonl", one.queries, needs=needs)
+    write_bad(out / "bad.jsonl", {name: one.bad for name, one in sets.items()})
     write_json(out / "summary.json", counts)
     return counts
+
+
+class _Set(NamedTuple):
+    """The train or the test records on their way."""
+
+    queries: list[Query]
+    bad: list[Bad]
+    counts: dict[str, Any]  # for the summary
+
+
+def _clean(found: QuerySet, *, max_words: int, needs: str) -> _Set:
+    """Without what is too long, and each once."""
+    short, long = _short(found.queries, max_words)
+    bad = found.bad + long
+    kept, exact, normal = unique(short, needs=needs)
+    counts = {
+        "read": len(found.queries) + len(found.bad),
+        "bad": dict(Counter(b.kind for b in bad).most_common()),
+        "exact duplicates": exact,
+        "normalised duplicates": normal,
+    }
+    return _Set(kept, bad, counts)
+
+
+def _written(one: _Set, name: str) -> dict[str, Any]:
+    """What the summary says of the records that are written; a UserError if there is none."""
+    if not one.queries:
+        first = f"; the first bad record: {one.bad[0].reason}" if one.bad else ""
+        raise UserError(f"no record is left for {name}.jsonl{first}; see --format, --columns, --needs and --test-share")
+    return {
+        "written": len(one.queries),
+        "words of prompts": histogram(query.prompt for query in one.queries),
+        "words of completions": histogram(query.completion for query in one.queries),
+    }
 
 
 def normalised(text: str) -> str:

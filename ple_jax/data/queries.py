@@ -1,8 +1,9 @@
-"""Tasks: records -> queries, what is left out and why, and which of them an iteration draws."""
+"""Records -> queries, what is left out and why, and which of them an iteration draws."""
 
+import functools
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,16 +46,27 @@ def load_queries(
     """
     if format == "imdb" and not 1 <= words[0] <= words[1]:
         raise UserError(f"config.task.words={words!r} must be (fewest, most), at least 1: --config.task.words='(2, 8)'")
+    found: Iterable[records.Record] = records.read(source, split=split, subsets=subsets, streaming=streaming)
+    labelled = False
+    if format == "imdb" and not streaming:
+        found = list(found)
+        labelled = any("label" in _renamed(record.value, columns) for record in found)
+    make = functools.partial(_query, make=_maker(format, needs, words=words, seed=seed, labelled=labelled), columns=columns)
+    task = _sorted_out(found, make, streaming=streaming, limit=limit)
+    _check_any(task, source)
+    return task._replace(queries=_some(task.queries, limit, seed))
+
+
+def _sorted_out(
+    found: Iterable[records.Record], make: Callable[[records.Record], Query], *, streaming: bool, limit: int
+) -> QuerySet:
+    """The queries that are made of records, and the records of which none can be; of a stream no more than is needed."""
     queries: list[Query] = []
     bad: list[Bad] = []
     places: dict[str, str] = {}
-    found: Iterable[records.Record] = records.read(source, split=split, subsets=subsets, streaming=streaming)
-    if format == "imdb" and not streaming:
-        found = list(found)
-    labelled = isinstance(found, list) and any("label" in _renamed(record.value, columns) for record in found)
     for record in found:
         try:
-            query = _query(record, format, columns, words, seed, needs, labelled)
+            query = make(record)
             if query.id in places:
                 file, _, line = places[query.id].rpartition(":")
                 reason = f": id {query.id!r} is already on line {line} of {file}; ids must differ"
@@ -70,34 +82,40 @@ def load_queries(
         queries.append(query)
         if streaming and len(queries) == limit:
             break
+    return QuerySet(queries, bad)
+
+
+def _check_any(task: QuerySet, source: str) -> None:
+    """Raises a UserError if there is no record at all, or if a column that is needed has another name in all of them."""
+    queries, bad = task
     if not queries and not bad:
         raise UserError(f"{source} holds no record; give a JSONL file with a `prompt` on each line")
     nameless = [b for b in bad if b.kind == "column"]
     if nameless and {b.kind for b in bad} <= {"column", "json", "utf-8", "csv"} and not queries:
         raise UserError(f"{nameless[0].reason}, or say its name: --config.task.columns=\"{{'prompt': 'question'}}\"")
-    if 0 < limit < len(queries):
-        rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, len(queries)])))
-        queries = [queries[i] for i in sorted(rng.permutation(len(queries))[:limit].tolist())]
-    return QuerySet(queries, bad)
 
 
-def _query(
-    record: records.Record,
-    format: str,
-    columns: Mapping[str, str],
-    words: tuple[int, int],
-    seed: int,
-    needs: str,
-    labelled: bool,
-) -> Query:
+def _some(queries: list[Query], limit: int, seed: int) -> list[Query]:
+    """`limit` of them (0: all), drawn by `seed`, in their order."""
+    if not 0 < limit < len(queries):
+        return queries
+    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, len(queries)])))
+    return [queries[i] for i in sorted(rng.permutation(len(queries))[:limit].tolist())]
+
+
+def _maker(format: str, needs: str, **options: Any) -> Callable[[Mapping[str, Any], str], Query]:
+    """What makes a query of a record's values and its name; the options are imdb's."""
+    if format == "imdb":
+        return lambda values, name: formats.imdb(values, needs=needs, name=name, **options)
+    plain = {"records": formats.records, "hh": formats.hh, "tldr": formats.tldr}[format]
+    return lambda values, name: plain(values, needs=needs)
+
+
+def _query(record: records.Record, *, make: Callable[[Mapping[str, Any], str], Query], columns: Mapping[str, str]) -> Query:
     if record.kind:
         raise formats.Unusable(record.kind, record.reason)
     values = _renamed(record.value, columns)
-    if format == "imdb":
-        query = formats.imdb(values, needs=needs, words=words, seed=seed, name=record.name, labelled=labelled)
-    else:
-        query = {"records": formats.records, "hh": formats.hh, "tldr": formats.tldr}[format](values, needs=needs)
-    return query._replace(id=record.name if values.get("id") is None else str(values["id"]))
+    return make(values, record.name)._replace(id=record.name if values.get("id") is None else str(values["id"]))
 
 
 def _renamed(values: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str, Any]:

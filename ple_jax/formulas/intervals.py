@@ -21,7 +21,7 @@ from jaxtyping import Float
 
 from ple_jax.core.extras import need
 
-_CELLS = 1 << 20  # numbers of an array of resampled counts: memory does not grow with the number of resamples
+CELLS = 1 << 20  # numbers of an array of resampled counts: memory does not grow with the number of resamples
 
 
 def bootstrap_ci(
@@ -72,6 +72,7 @@ class Paired(NamedTuple):
     p_seeds: float
 
 
+# one piece: a dozen lines and what they mean
 def paired(
     a: Float[np.ndarray, "seed query"],
     b: Float[np.ndarray, "seed query"],
@@ -160,7 +161,7 @@ def _means(values: Float[np.ndarray, "seed query"], seed: int, resamples: int) -
     if not values.size:
         return np.empty(0)
     sums, rng = np.where(known, values, 0.0), np.random.default_rng(seed)
-    step = max(_CELLS // max(values.shape), 1)
+    step = max(CELLS // max(values.shape), 1)
     means = []
     for start in range(0, resamples, step):
         seeds, queries = (_counts(rng, min(step, resamples - start), n) for n in values.shape)

@@ -204,8 +204,6 @@ def refusal_rate(texts: Sequence[str]) -> float:
 # ---------------------------------------------------------------- all of them
 
 
-
-
 def floats(values: Sequence[Any] | np.ndarray) -> np.ndarray:
     return np.asarray(values, np.float64)  # None becomes nan
 

@@ -65,9 +65,7 @@ _QK = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
-# ---------------------------------------------------------------- rotary frequencies
-
-
+# ---------------------------------------------------------------- kinds of layers
 
 
 def _kind(raw: Raw, rope: Raw, window: int | None = None) -> LayerKind:
@@ -240,6 +238,9 @@ def _gpt_neox(raw: dict) -> dict[str, Any]:
         "o_bias": raw["attention_bias"],
         "mlp_bias": True,
     }
+
+
+# ---------------------------------------------------------------- the table
 
 
 _SMALL = {"rope_theta": 10000.0, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "hidden_act": "silu"}
@@ -419,6 +420,9 @@ FAMILIES["gemma3"] = Family(
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
+# ---------------------------------------------------------------- reading a config.json
+
+
 def read(raw: Raw, where: str) -> ModelConfig:
     """The `ModelConfig` of a Hugging Face config.json.
 
@@ -435,31 +439,8 @@ def read(raw: Raw, where: str) -> ModelConfig:
     try:
         text = {**family.defaults, **raw.get("text_config", raw)}
         raw = text | {ours: text[theirs] for ours, theirs in family.names.items() if theirs in text}
-        if raw["hidden_act"] not in _ACTIVATIONS:
-            raise UserError(f"activation {raw['hidden_act']!r} is not supported ({', '.join(_ACTIVATIONS)})")
-        heads, hidden = raw["num_attention_heads"], raw["hidden_size"]
-        fields = {
-            "vocab_size": raw["vocab_size"],
-            "hidden_size": hidden,
-            "intermediate_size": raw.get("intermediate_size") or 4 * hidden,
-            "num_layers": raw["num_hidden_layers"],
-            "num_heads": heads,
-            # what an older config.json leaves out
-            "num_kv_heads": raw.get("num_key_value_heads") or heads,
-            "head_dim": _head_dim(raw),
-            "query_scale": _head_dim(raw) ** -0.5,
-            "norms": tuple(family.norms),
-            "norm_eps": raw["rms_norm_eps"],
-            "activation": _ACTIVATIONS[raw["hidden_act"]],
-            "tie_embeddings": raw.get("tie_word_embeddings", False),
-            "max_positions": raw["max_position_embeddings"],
-        }
-        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
-        if wrong := [size for size in (*sizes, "max_positions") if type(fields[size]) is not int]:
-            raise TypeError(f"{wrong[0]} is {fields[wrong[0]]!r}")
-        if heads % fields["num_kv_heads"]:
-            raise UserError(f"{heads} attention heads do not divide into {fields['num_kv_heads']} KV heads")
-        return ModelConfig(family=name, **fields | family.features(dict(raw)))
+        fields = _numbers(raw) | {"norms": tuple(family.norms)} | family.features(dict(raw))
+        return ModelConfig(family=name, **fields)
     except KeyError as error:
         raise UserError(f"{where} has no {error.args[0]}; it is not a complete {name} config") from None
     except UserError as error:
@@ -468,6 +449,29 @@ def read(raw: Raw, where: str) -> ModelConfig:
         raise UserError(f"{where}: a setting has a value that it cannot have ({error})") from error
 
 
-# ---------------------------------------------------------------- names, shapes and layout of the weights
-
-
+def _numbers(raw: Raw) -> dict[str, Any]:
+    """What all families have, from a config.json under Llama's names."""
+    if raw["hidden_act"] not in _ACTIVATIONS:
+        raise UserError(f"activation {raw['hidden_act']!r} is not supported ({', '.join(_ACTIVATIONS)})")
+    heads, hidden = raw["num_attention_heads"], raw["hidden_size"]
+    fields = {
+        "vocab_size": raw["vocab_size"],
+        "hidden_size": hidden,
+        "intermediate_size": raw.get("intermediate_size") or 4 * hidden,
+        "num_layers": raw["num_hidden_layers"],
+        "num_heads": heads,
+        # what an older config.json leaves out
+        "num_kv_heads": raw.get("num_key_value_heads") or heads,
+        "head_dim": _head_dim(raw),
+        "query_scale": _head_dim(raw) ** -0.5,
+        "norm_eps": raw["rms_norm_eps"],
+        "activation": _ACTIVATIONS[raw["hidden_act"]],
+        "tie_embeddings": raw.get("tie_word_embeddings", False),
+        "max_positions": raw["max_position_embeddings"],
+    }
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
+    if wrong := [size for size in (*sizes, "max_positions") if type(fields[size]) is not int]:
+        raise TypeError(f"{wrong[0]} is {fields[wrong[0]]!r}")
+    if heads % fields["num_kv_heads"]:
+        raise UserError(f"{heads} attention heads do not divide into {fields['num_kv_heads']} KV heads")
+    return fields

@@ -22,7 +22,7 @@ from ple_jax.models.families import FAMILIES
 from ple_jax.models.layout import expected_shapes
 
 
-class _Reader(GGUFReader):
+class Reader(GGUFReader):
     """GGUFReader over a plain array: slicing np.memmap itself, twice per token, costs 1.5 s on a 49k vocabulary."""
 
     path: Path
@@ -62,7 +62,7 @@ def _decimal(value: float | np.float32) -> float:
 # ---------------------------------------------------------------- metadata -> config.json
 
 
-def _scaling(reader: _Reader) -> dict[str, Any] | None:
+def _scaling(reader: Reader) -> dict[str, Any] | None:
     """RoPE scaling as TextModel.set_gguf_parameters of llama.cpp's converter writes it."""
     kind = reader.number("rope.scaling.type", "none")
     if kind == "none" or (kind == "longrope" and reader.tensor(_LONG_SHORT[0])):
@@ -83,7 +83,7 @@ def _scaling(reader: _Reader) -> dict[str, Any] | None:
     return {"rope_type": kind} | {ours: reader.number(f"rope.scaling.{k}") for k, ours in names.items() if k in stored}
 
 
-def _llama(reader: _Reader) -> dict[str, Any]:
+def _llama(reader: Reader) -> dict[str, Any]:
     raw = {
         "attention_bias": reader.tensor("blk.0.attn_q.bias") is not None,
         "mlp_bias": reader.tensor("blk.0.ffn_up.bias") is not None,
@@ -106,7 +106,7 @@ def _llama(reader: _Reader) -> dict[str, Any]:
     return raw | {"rope_scaling": scaling}
 
 
-def _gemma(reader: _Reader, deep: int, period: int) -> dict[str, Any]:
+def _gemma(reader: Reader, deep: int, period: int) -> dict[str, Any]:
     """Gemma 2 and 3; the one with `deep` layers, 27B, has another scale of the queries, which the file does not tell."""
     layers, heads, head_dim = (reader.number(k) for k in ("block_count", "attention.head_count", "attention.key_length"))
     period = reader.number("attention.sliding_window_pattern", period)
@@ -120,14 +120,14 @@ def _gemma(reader: _Reader, deep: int, period: int) -> dict[str, Any]:
     }
 
 
-def _gemma2(reader: _Reader) -> dict[str, Any]:
+def _gemma2(reader: Reader) -> dict[str, Any]:
     return _gemma(reader, deep=46, period=2) | {
         "attn_logit_softcapping": reader.number("attn_logit_softcapping", 50.0),
         "final_logit_softcapping": reader.number("final_logit_softcapping", 30.0),
     }
 
 
-def _gemma3(reader: _Reader) -> dict[str, Any]:
+def _gemma3(reader: Reader) -> dict[str, Any]:
     return _gemma(reader, deep=62, period=6) | {
         "rope_theta": reader.number("rope.freq_base", 1_000_000.0),
         "rope_local_base_freq": reader.number("rope.freq_base_swa", 10000.0),
@@ -135,7 +135,7 @@ def _gemma3(reader: _Reader) -> dict[str, Any]:
     }
 
 
-def _phi3(reader: _Reader) -> dict[str, Any]:
+def _phi3(reader: Reader) -> dict[str, Any]:
     original, longest = reader.number("rope.scaling.original_context_length"), reader.number("context_length")
     raw = {
         "original_max_position_embeddings": original,
@@ -151,22 +151,22 @@ def _phi3(reader: _Reader) -> dict[str, Any]:
     return raw | {"rope_scaling": {"type": "longrope", "long_factor": long, "short_factor": short}}
 
 
-def _smollm3(reader: _Reader) -> dict[str, Any]:
+def _smollm3(reader: Reader) -> dict[str, Any]:
     # the file does not tell; llama.cpp has the same number built in
     return {"no_rope_layers": [int((i + 1) % 4 != 0) for i in range(reader.number("block_count"))]}
 
 
-def _olmo2(reader: _Reader) -> dict[str, Any]:
+def _olmo2(reader: Reader) -> dict[str, Any]:
     if reader.number("attention.sliding_window", 0):
         raise UserError(f"{reader.path} has sliding windows: this is OLMo 3, which is not supported")
     return {}
 
 
-def _gpt2(reader: _Reader) -> dict[str, Any]:
+def _gpt2(reader: Reader) -> dict[str, Any]:
     return dict.fromkeys(("num_key_value_heads", "head_dim", "rope_theta"))
 
 
-def _gpt_neox(reader: _Reader) -> dict[str, Any]:
+def _gpt_neox(reader: Reader) -> dict[str, Any]:
     return _gpt2(reader) | {
         "rotary_emb_base": reader.number("rope.freq_base", 10000.0),
         "use_parallel_residual": reader.number("use_parallel_residual"),
@@ -220,7 +220,7 @@ class _Architecture:
     arch: MODEL_ARCH
     model_type: str
     model_class: str
-    config: Callable[[_Reader], dict[str, Any]] = lambda reader: {}  # what differs from the common config; None: not there
+    config: Callable[[Reader], dict[str, Any]] = lambda reader: {}  # what differs from the common config; None: not there
     undo: Callable[[str, np.ndarray, ModelConfig], np.ndarray] = _as_stored
     tables: tuple[str, ...] = ()  # tensors that belong to the config
     epsilon: str = "layer_norm_rms_epsilon"
@@ -267,13 +267,13 @@ def read(path: str | Path) -> tuple[dict[str, Any], ModelConfig, Mapping[str, np
         UserError: not a GGUF file, truncated, another architecture or tokenizer, a tensor missing, unknown, of another
             shape or (where it is read) with values that are not finite.
     """
-    reader = _open(Path(path))
+    reader = open_file(Path(path))
     raw = read_config(reader)
     config = families.read(raw, str(path))
     return raw, config, _Tensors(reader, config), read_tokenizer(reader)
 
 
-def read_config(reader: _Reader) -> dict[str, Any]:
+def read_config(reader: Reader) -> dict[str, Any]:
     """The model's numbers as a config.json has them, from the metadata and the names of the tensors."""
     row, number = _architecture(reader), reader.number
     if number("expert_count", 0):
@@ -307,7 +307,7 @@ def read_config(reader: _Reader) -> dict[str, Any]:
 class _Tensors(Mapping[str, np.ndarray]):
     """The tensors under Hugging Face's names: names and shapes checked at once, data read and dequantised on access."""
 
-    def __init__(self, reader: _Reader, config: ModelConfig):
+    def __init__(self, reader: Reader, config: ModelConfig):
         self._row, self._path, self._config = _architecture(reader), reader.path, config
         stored = {tensor.name: tensor for tensor in reader.tensors}
         shapes, names = expected_shapes(config), get_tensor_name_map(self._row.arch, config.num_layers)
@@ -338,15 +338,20 @@ class _Tensors(Mapping[str, np.ndarray]):
         return len(self._tensors)
 
 
-def read_tokenizer(reader: _Reader) -> PreTrainedTokenizerFast:
+def read_tokenizer(reader: Reader) -> PreTrainedTokenizerFast:
     """The tokenizer and its chat template, from the `tokenizer.*` metadata."""
     keys = [key for key in reader.fields if key.startswith("tokenizer.") or key == "general.architecture"]
     return tokenizer.from_gguf({key: reader.value(key) for key in keys})
 
 
-def _open(path: Path) -> _Reader:
+def open_file(path: Path) -> Reader:
+    """A GGUF file whose header is read; `read_config` and `read_tokenizer` take it.
+
+    Raises:
+        UserError: it does not exist, is truncated or of another kind, or one of several files.
+    """
     try:
-        reader = _Reader(path)
+        reader = Reader(path)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except (ValueError, IndexError, KeyError, OverflowError) as error:  # what its array slicing meets in a cut file
@@ -357,14 +362,14 @@ def _open(path: Path) -> _Reader:
     return reader
 
 
-def _architecture(reader: _Reader) -> _Architecture:
+def _architecture(reader: Reader) -> _Architecture:
     name = reader.value("general.architecture")
     if name not in _ARCHITECTURES:
         raise UserError(f"{reader.path} holds architecture {name!r}; supported: {', '.join(sorted(_ARCHITECTURES))}")
     return _ARCHITECTURES[name]
 
 
-def _end(reader: _Reader) -> dict[str, Any]:
+def _end(reader: Reader) -> dict[str, Any]:
     """`eos_token_id` where more tokens than the tokenizer's own end a response (of a turn, of a message)."""
     keys = [f"tokenizer.ggml.{kind}_token_id" for kind in ("eos", "eot", "eom")]
     ids = dict.fromkeys(reader.value(key) for key in keys if key in reader.fields)

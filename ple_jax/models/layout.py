@@ -68,7 +68,7 @@ def active_weights(c: ModelConfig) -> int:
 
 
 def stack_experts(c: ModelConfig, kind: str, get: Callable[[str], np.ndarray]) -> np.ndarray:
-    """One leaf of `ple_jax.models.experts.Experts`: the router [in, experts], or a kernel of all experts [experts, in, out].
+    """One leaf of `backend.experts.Experts`: the router [in, experts], or a kernel of all experts [experts, in, out].
 
     Args:
         kind: router, gate, up or down.

@@ -39,6 +39,7 @@ class Module(NamedTuple):
     magnitude: Float[np.ndarray, " out"] | None  # DoRA's
 
 
+# one piece: a row of settings, each explained
 def write(
     directory: Path,
     adapter: Mapping[str, np.ndarray],
@@ -135,6 +136,13 @@ def read(directory: Path, *, head: str | None = None) -> tuple[dict[str, np.ndar
             adapter = {name: file.get_tensor(name) for name in file.keys()}
     except (ValueError, SafetensorError) as error:
         raise UserError(f"the adapter in {directory} is damaged ({error}); write it again") from error
+    _check_options(config, directory, head)
+    _check(adapter, config, directory / WEIGHTS)
+    return adapter, config
+
+
+def _check_options(config: Mapping[str, Any], directory: Path, head: str | None) -> None:
+    """Nothing is set that would mean something else than is understood here, and the head is the one that is wanted."""
     if (kind := config.get("peft_type")) != "LORA":
         raise UserError(f"the adapter in {directory} has peft_type {kind!r}; only 'LORA' is supported")
     used = [option for option, value in config.items() if value and option not in _OPTIONS]
@@ -149,8 +157,6 @@ def read(directory: Path, *, head: str | None = None) -> tuple[dict[str, np.ndar
         )
     if used:
         raise UserError(f"the adapter in {directory} sets {used[0]}={config[used[0]]!r}, which is not supported")
-    _check(adapter, config, directory / WEIGHTS)
-    return adapter, config
 
 
 def _check(adapter: Mapping[str, np.ndarray], config: Mapping[str, Any], file: Path) -> None:

@@ -43,6 +43,12 @@ _PRES = {
     **dict.fromkeys(("olmo", "mpt"), _Pre(_GPT2, nfc=True)),  # llama.cpp's converter takes GPT-NeoX's for these
 }
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # gguf.TokenType
+_SPECIAL = {  # transformers' name -> GGUF's key
+    "bos_token": "tokenizer.ggml.bos_token_id",
+    "eos_token": "tokenizer.ggml.eos_token_id",
+    "unk_token": "tokenizer.ggml.unknown_token_id",
+    "pad_token": "tokenizer.ggml.padding_token_id",
+}
 _BLANK = "▁"  # sentencepiece's space
 
 _BYTE_CHAT_TEMPLATE = (
@@ -72,33 +78,10 @@ def from_gguf(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
     needed = ("tokens", "token_type", "merges" if kind == "gpt2" else "scores")
     if missing := [k for k in needed if f"tokenizer.ggml.{k}" not in metadata]:
         raise UserError(f"GGUF tokenizer has no tokenizer.ggml.{missing[0]}; convert the model again with llama.cpp")
-    tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
     backend = _sentencepiece(metadata) if kind == "llama" else _byte_level(metadata)
-    vocab = backend.get_vocab()
-    strips = kind == "llama" and metadata["general.architecture"] == "phi3"
-    backend.add_tokens(
-        [
-            AddedToken(
-                token,
-                normalized=False,
-                special=role == _CONTROL,
-                # not in the file; llama.cpp knows it too
-                rstrip=strips and token not in ("<unk>", "<s>", "<|endoftext|>"),
-            )
-            for token, role in zip(tokens, types, strict=True)
-            if role in (_CONTROL, _USER_DEFINED) and token in vocab
-        ]
-    )
-    special = {
-        name: tokens[metadata[key]]
-        for name, key in (
-            ("bos_token", "tokenizer.ggml.bos_token_id"),
-            ("eos_token", "tokenizer.ggml.eos_token_id"),
-            ("unk_token", "tokenizer.ggml.unknown_token_id"),
-            ("pad_token", "tokenizer.ggml.padding_token_id"),
-        )
-        if key in metadata
-    }
+    backend.add_tokens(_added(metadata, backend.get_vocab()))
+    tokens = metadata["tokenizer.ggml.tokens"]
+    special = {name: tokens[metadata[key]] for name, key in _SPECIAL.items() if key in metadata}
     bos = metadata.get("tokenizer.ggml.add_bos_token", kind == "llama" or _PRES[str(pre)].bos)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -108,6 +91,22 @@ def from_gguf(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
         chat_template=metadata.get("tokenizer.chat_template"),
         **special,
     )
+
+
+def _added(metadata: Mapping[str, Any], vocab: Mapping[str, int]) -> list[AddedToken]:
+    """The tokens that are found in a text before it is cut into words: special ones and the user's own."""
+    phi3 = metadata["tokenizer.ggml.model"] == "llama" and metadata["general.architecture"] == "phi3"
+    return [
+        AddedToken(
+            token,
+            normalized=False,
+            special=role == _CONTROL,
+            # not in the file; llama.cpp knows it too
+            rstrip=phi3 and token not in ("<unk>", "<s>", "<|endoftext|>"),
+        )
+        for token, role in zip(metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"], strict=True)
+        if role in (_CONTROL, _USER_DEFINED) and token in vocab
+    ]
 
 
 def _byte_level(metadata: Mapping[str, Any]) -> Tokenizer:
@@ -135,7 +134,7 @@ def _sentencepiece(metadata: Mapping[str, Any]) -> Tokenizer:
         types = metadata["tokenizer.ggml.token_type"]
         told = {score for score, role in zip(scores, types, strict=True) if role == _NORMAL}
         ordered = architecture.startswith("gemma") or len(told) == 1
-        merges = _merges(tokens, range(len(tokens)) if ordered else [-score for score in scores])
+        merges = merges_of(tokens, range(len(tokens)) if ordered else [-score for score in scores])
     vocab = {token: i for i, token in enumerate(tokens)}
     backend = Tokenizer(models.BPE(vocab, merges, fuse_unk=True, byte_fallback=True))
     decoding = [decoders.Replace(_BLANK, " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -152,7 +151,7 @@ def _sentencepiece(metadata: Mapping[str, Any]) -> Tokenizer:
     return backend
 
 
-def _merges(tokens: Sequence[str], ranks: Sequence[float]) -> list[tuple[str, str]]:
+def merges_of(tokens: Sequence[str], ranks: Sequence[float]) -> list[tuple[str, str]]:
     """Every way to put a token together from two others: the lowest rank first, of one rank the longest left part."""
     vocab = set(tokens)
     pairs = [

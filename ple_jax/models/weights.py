@@ -29,7 +29,7 @@ _OTHER_FORMATS = ("*.bin", "*.pt", "*.pth", "*.gguf", "consolidated*.safetensors
 _HARMLESS = re.compile(
     r"\brotary_emb\.|\b(attn|attention)\.(bias|masked_bias)$|^(model\.)?(vision_tower|multi_modal_projector)\."
 )
-_TINY = {  # a config.json
+TINY = {  # the config.json of "tiny"
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
     "vocab_size": 258,
@@ -76,9 +76,9 @@ def load(path: str, revision: str | None = None) -> Loaded:
         raise UserError(f"model.revision {revision!r} goes with a model on a hub, which {path!r} is not; leave it unset")
     if path == "tiny":
         tokenizer = tokenizers.byte_tokenizer()
-        config = read(_TINY, "tiny")
+        config = read(TINY, "tiny")
         eos = tokenizers.eos_ids(tokenizer, None)
-        return Loaded(config, _random_weights(config), tokenizer, eos, path, dict(_TINY), None)
+        return Loaded(config, _random_weights(config), tokenizer, eos, path, dict(TINY), None)
     if path == smollm2.NAME:
         return _load_gguf(smollm2.file(), "HuggingFaceTB/SmolLM2-135M-Instruct")
     if Path(path).is_dir():

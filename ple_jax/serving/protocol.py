@@ -100,6 +100,7 @@ def models(content: bytes) -> list[dict[str, Any]]:
 
 
 def version(content: bytes) -> str:
+    """vLLM's, in the answer of /version."""
     found = json.loads(content)
     if not isinstance(found, dict) or "version" not in found:
         raise ValueError(f"this is no version: {str(found)[:100]}")

@@ -1,5 +1,6 @@
 """Files are written whole or not at all, and a damaged line is named."""
 
+import gzip
 import json
 import os
 from pathlib import Path
@@ -67,6 +68,8 @@ def test_lines_are_cut_at_newlines_alone_and_a_torn_one_can_be_dropped(tmp_path)
         assert files.read_jsonl(path, torn=True) == LINES[: data[:cut].count(b"\n")]
     path.write_bytes(data[:-1])  # whole, but for its end
     assert files.read_jsonl(path) == LINES
+    path.with_suffix(".jsonl.gz").write_bytes(gzip.compress(data))
+    assert files.read_jsonl(path.with_suffix(".jsonl.gz")) == LINES
 
 
 @pytest.mark.parametrize("line", [b'{"a": ', b"", b'"\xff"'])

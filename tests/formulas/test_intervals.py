@@ -131,7 +131,7 @@ def test_values_without_seeds_are_refused():
 def test_many_queries_are_resampled_in_pieces(monkeypatch):
     values = crossed(np.random.default_rng(0), 3, 50)
     whole = clustered_ci(values, seed=1, resamples=3000)
-    monkeypatch.setattr("ple_jax.formulas.intervals._CELLS", 50 * 7)  # 3000 = 428 * 7 + 4
+    monkeypatch.setattr("ple_jax.formulas.intervals.CELLS", 50 * 7)  # 3000 = 428 * 7 + 4
     np.testing.assert_allclose(clustered_ci(values, seed=1, resamples=3000), whole, atol=0.2)
     assert paired(values, values - 10, seed=1, resamples=3000).p == 2 / 3001
 

@@ -305,7 +305,7 @@ def test_config_equals_that_of_the_model_that_was_converted(case):
     _, theirs, path = case
     raw = json.loads(theirs.config.to_json_string(use_diff=False))
     expected = read_config(raw, "test")
-    read = read_config(gguf.read_config(gguf._open(path)), "test")
+    read = read_config(gguf.read_config(gguf.open_file(path)), "test")
     assert read == dataclasses.replace(expected, family=read.family)  # Mistral comes back as Llama
     assert read.family == expected.family or (read.family, expected.family) == ("llama", "mistral")
 
@@ -390,7 +390,7 @@ def test_head_dimension_that_the_file_states(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    raw = gguf.read_config(gguf._open(path))
+    raw = gguf.read_config(gguf.open_file(path))
     assert (raw["head_dim"], raw["num_key_value_heads"], raw["rope_theta"]) == (16, 4, 10000.0)
 
 
@@ -409,7 +409,7 @@ def config_of(path: Path, architecture: str, tensors: dict[str, np.ndarray] | No
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return gguf.read_config(gguf._open(path))
+    return gguf.read_config(gguf.open_file(path))
 
 
 @pytest.mark.parametrize(

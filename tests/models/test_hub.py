@@ -26,7 +26,7 @@ OLD, NEW = "a" * 40, "b" * 40
 
 def write_model(folder: Path, seed: int = 0, **changes) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    raw = weights._TINY | changes
+    raw = weights.TINY | changes
     rng = np.random.default_rng(seed)
     shapes = expected_shapes(weights.read(raw, "test"))
     save_file({n: rng.normal(size=s).astype(np.float32) for n, s in shapes.items()}, folder / "model.safetensors")

@@ -31,7 +31,7 @@ CHAT = [
 
 @pytest.fixture(scope="module")
 def ours() -> PreTrainedTokenizerFast:
-    return gguf.read_tokenizer(gguf._open(SMOLLM2))
+    return gguf.read_tokenizer(gguf.open_file(SMOLLM2))
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +179,7 @@ def write_gguf(folder: Path, fields: dict[str, Any], *, architecture="llama", pr
 def both(path: Path) -> tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast]:
     """The file as we read it, and as transformers does."""
     theirs = PreTrainedTokenizerFast.from_pretrained(str(path.parent), gguf_file=path.name)
-    return gguf.read_tokenizer(gguf._open(path)), theirs
+    return gguf.read_tokenizer(gguf.open_file(path)), theirs
 
 
 def assert_equal(ours, theirs, normalize=str) -> None:
@@ -219,7 +219,7 @@ def test_byte_level_normalises_as_the_model_does(byte_level, pre, reference, tmp
     merges = [tuple(merge.split(" ")) for merge in byte_level["merges"]]
     theirs = reference(vocab, merges, bos_token="<|begin|>", eos_token="<|endoftext|>", pad_token="<|endoftext|>")
     theirs.add_tokens("<think>")
-    read = gguf.read_tokenizer(gguf._open(write_gguf(tmp_path, byte_level, pre=pre)))
+    read = gguf.read_tokenizer(gguf.open_file(write_gguf(tmp_path, byte_level, pre=pre)))
     assert read.encode("e\u0301") == read.encode("\u00e9")
     assert_equal(read, theirs)
 
@@ -229,7 +229,7 @@ def test_whole_words_need_no_merge(byte_level, tmp_path):
     tokens = [*byte_level["tokens"], "Ġxqz"]
     fields = byte_level | {"tokens": tokens, "token_type": [*byte_level["token_type"], 1]}
     for pre, whole in (("llama-bpe", True), ("smaug-bpe", True), ("dbrx", False), ("qwen2", False)):
-        read = gguf.read_tokenizer(gguf._open(write_gguf(tmp_path, fields, pre=pre)))
+        read = gguf.read_tokenizer(gguf.open_file(write_gguf(tmp_path, fields, pre=pre)))
         assert (len(tokens) - 1 in read.encode("a xqz.")) == whole, pre
 
 
@@ -237,7 +237,7 @@ def test_whole_words_need_no_merge(byte_level, tmp_path):
     "pre, digits", [("llama-bpe", ["123", "45"]), ("dbrx", ["123", "45"]), ("qwen2", [*"12345"]), ("gpt-2", ["12345"])]
 )
 def test_digits_in_a_row(byte_level, pre, digits, tmp_path):
-    read = gguf.read_tokenizer(gguf._open(write_gguf(tmp_path, byte_level, pre=pre)))
+    read = gguf.read_tokenizer(gguf.open_file(write_gguf(tmp_path, byte_level, pre=pre)))
     split = read.backend_tokenizer.pre_tokenizer.pre_tokenize_str("in12345")
     assert [piece for piece, _ in split] == ["in", *digits]
 
@@ -267,14 +267,14 @@ def test_sentencepiece_equals_the_folder(sentencepiece, prefix, reference, tmp_p
     theirs.save_pretrained(tmp_path / "folder")
     more = {"merges": [" ".join(merge) for merge in merges], "add_space_prefix": prefix, "add_bos_token": True}
     path = write_gguf(tmp_path, sentencepiece, architecture="gemma3" if reference is GemmaTokenizer else "llama", **more)
-    assert_equal(gguf.read_tokenizer(gguf._open(path)), AutoTokenizer.from_pretrained(tmp_path / "folder"))
+    assert_equal(gguf.read_tokenizer(gguf.open_file(path)), AutoTokenizer.from_pretrained(tmp_path / "folder"))
 
 
 @given(st.dictionaries(st.text("ab", min_size=1, max_size=5), st.integers(-3, 0), min_size=5))
 def test_merges_from_scores_equal_transformers(scores):
     vocab = {token: i for i, token in enumerate(scores)}
     ranks = [-score for score in scores.values()]
-    assert tokenizer._merges(list(scores), ranks) == generate_merges(vocab, scores)
+    assert tokenizer.merges_of(list(scores), ranks) == generate_merges(vocab, scores)
 
 
 def test_tokens_of_blanks(sentencepiece, tmp_path):
@@ -290,14 +290,14 @@ def test_tokens_of_blanks(sentencepiece, tmp_path):
 def test_scores_that_say_nothing(sentencepiece, tmp_path):
     """As the converter writes them without a sentencepiece model at hand: the order of the tokens is left, and the same."""
     path = write_gguf(tmp_path, sentencepiece)
-    with_scores = gguf.read_tokenizer(gguf._open(path))
+    with_scores = gguf.read_tokenizer(gguf.open_file(path))
     path = write_gguf(tmp_path, sentencepiece | {"scores": [-1000.0] * len(sentencepiece["tokens"])})
-    assert_equal(gguf.read_tokenizer(gguf._open(path)), with_scores)
+    assert_equal(gguf.read_tokenizer(gguf.open_file(path)), with_scores)
 
 
 def test_blanks_after_phi_3s_tokens_go_with_them(sentencepiece, tmp_path):
     # "rstrip" of its tokenizer.json
-    read = gguf.read_tokenizer(gguf._open(write_gguf(tmp_path, sentencepiece, architecture="phi3")))
+    read = gguf.read_tokenizer(gguf.open_file(write_gguf(tmp_path, sentencepiece, architecture="phi3")))
     user = read.convert_tokens_to_ids("<|user|>")
     movie = read.encode("movie", add_special_tokens=False)
     assert read.encode("<|user|>\n movie<s>movie", add_special_tokens=False) == [user, *movie, 1, *movie]
@@ -308,7 +308,7 @@ def test_blanks_after_phi_3s_tokens_go_with_them(sentencepiece, tmp_path):
 @pytest.mark.parametrize("architecture, pre", [("llama", "llama-bpe"), ("qwen2", "qwen2"), ("phi3", None), ("gemma3", None)])
 def test_gguf_tokenizer_saved_as_a_folder(byte_level, sentencepiece, architecture, pre, tmp_path):
     path = write_gguf(tmp_path, byte_level if pre else sentencepiece, architecture=architecture, pre=pre)
-    read = gguf.read_tokenizer(gguf._open(path))
+    read = gguf.read_tokenizer(gguf.open_file(path))
     read.save_pretrained(tmp_path / "folder")
     assert_equal(tokenizer.from_folder(tmp_path / "folder"), read)
 
@@ -320,7 +320,7 @@ def test_gguf_tokenizer_saved_as_a_folder(byte_level, sentencepiece, architectur
 )  # fmt: skip
 def test_bos(byte_level, sentencepiece, pre, stated, added, tmp_path):
     stated = {} if stated is None else {"add_bos_token": stated}
-    read = gguf.read_tokenizer(gguf._open(write_gguf(tmp_path, byte_level if pre else sentencepiece, pre=pre, **stated)))
+    read = gguf.read_tokenizer(gguf.open_file(write_gguf(tmp_path, byte_level if pre else sentencepiece, pre=pre, **stated)))
     bare = read.encode("the movie", add_special_tokens=False)
     assert read.encode("the movie", add_special_tokens=True) == [read.bos_token_id] * added + bare
 

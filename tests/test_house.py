@@ -12,7 +12,6 @@ from scripts import house
 ROOT = Path(__file__).parents[1]
 KNOWN: dict[str, list[str]] = {
     "climbs": [
-        # files
     ],
     "functions over 40 lines without a reason": [
         # core
@@ -72,10 +71,6 @@ KNOWN: dict[str, list[str]] = {
         # pages
         "tests/export/test_export.py: modes._on_run",
         # files
-        "tests/test_chat.py: generate._first",
-        "tests/test_chat.py: generate._first._cache_size",
-        "tests/test_chat.py: generate._next",
-        "tests/test_chat.py: generate._next._cache_size",
         "tests/test_chat.py: modes._on_run",
     ],
     "hasattr on algorithms": [

@@ -5,7 +5,7 @@ model, the devices, LoRA of rank 8 and alpha 16 on all linear modules, tau_0 0.2
 dialogues to train on, 8.55K to test on (all four sets of preferences); a reviewer mentions eight iterations. Ours are the
 reward model, the learning rates, the sizes of iterations and batches, and the lengths.
 
-Command: scripts/ascend.sh --workdir runs/paper --config.sft.data=Anthropic/hh-rlhf
+Command: scripts/ascend.sh --workdir runs/paper --config.warm_up.data=Anthropic/hh-rlhf
 The warm-up (Algorithm 1, step 0) is on the chosen answers. The reward model is what this makes, or another:
     scripts/ascend.sh --config configs/reward_hh.py --workdir runs/reward_llama --config.mesh.data=8 \\
         --config.model.path=meta-llama/Meta-Llama-3-8B --config.model.dtype=bfloat16 --config.model.remat=full \\

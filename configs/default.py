@@ -144,9 +144,11 @@ def get_config() -> ConfigDict:
 
     c.reward_model = ConfigDict()  # of algorithm=reward: a reward model from the preference pairs of config.task
     c.reward_model.train = "lora"  # lora: adapter and head | head: the head alone, on a frozen model
-    c.reward_model.epochs = 1
     c.reward_model.max_tokens = 1024  # of a conversation with its response; the oldest tokens of a longer one are cut off
-    c.reward_model.eval_every = 50  # optimiser steps between evaluations and checkpoints
+
+    c.offline = ConfigDict()  # of algorithms that sample nothing (reward)
+    c.offline.epochs = 1  # passes over the examples
+    c.offline.eval_every = 50  # optimiser steps between evaluations and checkpoints
 
     c.optimizer = ConfigDict()
     c.optimizer.lr = 1e-3
@@ -157,10 +159,10 @@ def get_config() -> ConfigDict:
     c.optimizer.micro_queries = 8  # queries of one forward-backward pass; gradients accumulate over them
     c.optimizer.epochs = 1  # passes over an iteration's pairs
 
-    c.sft = ConfigDict()  # optional warm-up (Algorithm 1, step 0), before iteration 0
-    c.sft.data = config_dict.placeholder(str)  # records with completions, in config.task's format and of its train_split
-    c.sft.epochs = 1
-    c.sft.lr = 1e-4
+    c.warm_up = ConfigDict()  # optional supervised fine-tuning (Algorithm 1, step 0), before iteration 0
+    c.warm_up.data = config_dict.placeholder(str)  # records with completions, in config.task's format and of its train_split
+    c.warm_up.epochs = 1
+    c.warm_up.lr = 1e-4
 
     c.eval = ConfigDict()
     c.eval.every = 1  # iterations between evaluations; the first and the last are always evaluated

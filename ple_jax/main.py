@@ -20,7 +20,7 @@ from ml_collections.config_flags import config_flags
 
 from ple_jax.core import extras, shipped
 from ple_jax.core.backends import BACKENDS
-from ple_jax.core.config import OWN, flatten, validate
+from ple_jax.core.config import OWN, flatten, renamed, validate
 from ple_jax.core.errors import UserError, suggestion
 from ple_jax.core.version import VERSION
 from ple_jax.models import smollm2
@@ -167,6 +167,8 @@ def _override(config: ConfigDict, argv: Sequence[str]) -> ConfigDict:
         parent = match[1].rsplit(".", 1)[0]
         if parent in keys:
             raise UserError(f"unknown key in {argument!r}: override {parent} whole, --config.{parent}=\"{{'k': 1}}\"")
+        if says := renamed(match[1]):
+            raise UserError(says)
         raise UserError(f"unknown key in {argument!r}{suggestion(match[1], keys)} (all are in configs/default.py)")
     values = flags.FlagValues()
     values.set_gnu_getopt(True)

@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from ple_jax import algorithms
 from ple_jax import chat as chatting
-from ple_jax.algorithms import has_head, is_offline, load_algorithm
+from ple_jax.algorithms import Algorithm, OfflineAlgorithm
 from ple_jax.core import backends
 from ple_jax.core.errors import UserError
 from ple_jax.core.files import read_json, write_json
-from ple_jax.core.types import Sampling
 from ple_jax.evaluation import compare as comparison
 from ple_jax.evaluation import describe, responses
 from ple_jax.export import write
@@ -26,9 +26,11 @@ from ple_jax.models import peft
 from ple_jax.planning import describe as planning
 from ple_jax.reports import comparison_files, run_page
 from ple_jax.serving import commands
-from ple_jax.training import loop, measures, offline, prompting
+from ple_jax.training import loop, measures, offline
 from ple_jax.training.opening import open_run, read_inputs, resolved
 from ple_jax.training.run import Run
+from ple_jax.training.sampling import sampling_of
+from ple_jax.training.state import State, newest
 from ple_jax.training.workdir import check_config, lock
 
 _SHOWN = 8  # queries of which --mode=generate prints the responses
@@ -41,21 +43,21 @@ def train(config: Any, workdir: Path, backend: str) -> int:
         baselines.check(config)
     with lock(workdir):
         inputs = read_inputs(config, backend)
-        check_config(workdir, resolved(config, backend, inputs.digests))
+        check_config(workdir, resolved(inputs.config, backend, inputs.digests))
         if (done := read_json(workdir / "summary.json")) is not None:
             if not (workdir / "report.html").exists():  # ended between the summary and the report
                 run_page.write(workdir)
             print(f"{workdir} is finished: {_outcome(done)}; see {workdir / 'report.html'}")
             return 0
-        kind = offline if is_offline(inputs.algorithm) else loop
-        with open_run(config, workdir, backend, inputs) as run:
+        online = isinstance(inputs.algorithm, Algorithm)
+        with open_run(workdir, backend, inputs) as run:
             write_json(workdir / "environment.json", run.backend.environment())
-            state = (baselines or kind).train(run)
-            summary = (offline if kind is offline else measures).summary(run, backend, state)
-            write.write_adapter(run, state["iteration"], summary)
-        head = has_head(inputs.algorithm)
+            state = (baselines or (loop if online else offline)).train(run)
+            summary = (measures if online else offline).summary(run, backend, state)
+            write.write_adapter(run, state.iteration, summary)
+        head = _trains_scores(inputs.algorithm, config)
         if head:  # not before the run's own copy of the base is gone
-            write.write_merged(config, workdir, backend, state["iteration"], None, head=True)
+            write.write_merged(config, workdir, backend, state.iteration, None, head=True)
         write_json(workdir / "summary.json", summary)
         page = run_page.write(workdir)
     print(f"{_outcome(summary)} in {summary['wall_seconds']:.0f} s")
@@ -79,44 +81,49 @@ def _outcome(summary: Mapping[str, Any]) -> str:
     )
 
 
-def _restore(run: Run) -> dict[str, Any]:
-    state = run.backend.restore(run.workdir / "checkpoints")
-    if state is None:
-        raise UserError(f"{run.workdir / 'checkpoints'} holds no checkpoint yet; train first: --mode=train")
+def _trains_scores(algorithm: Algorithm | OfflineAlgorithm, config: Any) -> bool:
+    """Whether the result is a reward model."""
+    return algorithm.needs(config).head == "score"
+
+
+def _newest(run: Run[Any]) -> State:
+    checkpoints = run.session.workdir / "checkpoints"
+    if (state := newest(run.backend, checkpoints)) is None:
+        raise UserError(f"{checkpoints} holds no checkpoint yet; train first: --mode=train")
     return state
 
 
 @contextmanager
-def _on_run(config: Any, workdir: Path, backend: str, *, trained: bool = True) -> Iterator[tuple[Run, dict[str, Any]]]:
+def on_run(config: Any, workdir: Path, backend: str, *, trained: bool = True) -> Iterator[tuple[Run[Any], State]]:
     """A run at its newest checkpoint; or, not `trained`, at its start, which needs none."""
     if trained and not (workdir / "config.json").exists():
         raise UserError(f"--workdir={workdir} holds no run; train one first: --mode=train")
     with lock(workdir):
         inputs = read_inputs(config, backend)
-        check_config(workdir, resolved(config, backend, inputs.digests))
-        with open_run(config, workdir, backend, inputs) as run:
-            yield run, _restore(run) if trained else {}
+        check_config(workdir, resolved(inputs.config, backend, inputs.digests))
+        with open_run(workdir, backend, inputs) as run:
+            yield run, _newest(run) if trained else State(run.backend.environment())
 
 
 def _check_samples(config: Any, mode: str) -> None:
-    if is_offline(load_algorithm(config.algorithm)):
+    if not isinstance(algorithms.load(config.algorithm), Algorithm):
         raise UserError(f"--mode={mode} needs an algorithm that samples, and config.algorithm is {config.algorithm!r}")
 
 
 def evaluate(config: Any, workdir: Path, backend: str) -> int:
     """Scores the held-out queries with the newest checkpoint and prints the result; reuses what training evaluated."""
-    with _on_run(config, workdir, backend) as (run, state):
-        if is_offline(run.algorithm):
+    with on_run(config, workdir, backend) as (run, state):
+        if not isinstance(run.algorithm, Algorithm):
             found = offline.evaluate(run, offline.examples(run)[1])
             numbers = (f"{name} {value:.4f}" for name, value in found.items() if isinstance(value, float))
-            print(f"step {state['iteration']}: held-out {', '.join(numbers)}, over {len(run.heldout)} examples")
+            print(f"step {state.iteration}: held-out {', '.join(numbers)}, over {len(run.data.heldout)} examples")
             return 0
-        rollouts, _ = measures.evaluate(run, state["iteration"], prompting.renderer(run))
+        rollouts = measures.evaluate(run, state.iteration)
     reward = measures.mean_rewards(rollouts)
     reward = reward[~np.isnan(reward)]
     low, high = intervals.bootstrap_ci(reward, seed=config.seed)
     print(
-        f"iteration {state['iteration']}: held-out reward {reward.mean():.4f} (95% interval {low:.4f} to {high:.4f})"
+        f"iteration {state.iteration}: held-out reward {reward.mean():.4f} (95% interval {low:.4f} to {high:.4f})"
         f" over {len(reward)} queries x {config.eval.samples} samples"
     )
     return 0
@@ -132,8 +139,8 @@ def generate(config: Any, workdir: Path, backend: str) -> int:
     queries, second = responses.evaluation_set(config), responses.second_reward(config, backend)
     if any(query.completion for query in queries.queries):
         describe.check_installed()
-    with _on_run(config, workdir, backend, trained=trained) as (run, state):
-        path = responses.write(run, queries, second, backend=backend, iteration=state["iteration"] if trained else 0)
+    with on_run(config, workdir, backend, trained=trained) as (run, state):
+        path = responses.write(run, queries, second, backend=backend, iteration=state.iteration)
     found = responses.read(path.parent, int(path.stem[5:]))
     for rollout in found.rollouts[:_SHOWN]:
         print(f"\n{rollout.query_id}  {rollout.prompt}")
@@ -160,7 +167,7 @@ def export(config: Any, workdir: Path, backend: str) -> int:
 
     A reward model is always written merged: as such it is a reward.
     """
-    head = has_head(load_algorithm(config.algorithm))
+    head = _trains_scores(algorithms.load(config.algorithm), config)
     merge = config.export.merged or head
     if merge:  # refused before anything is loaded or written
         importlib.import_module("ple_jax.export.merged").check_folder(workdir / ("reward_model" if head else "merged"))
@@ -193,9 +200,9 @@ def export(config: Any, workdir: Path, backend: str) -> int:
 
 def _export_adapter(config: Any, workdir: Path, backend: str) -> tuple[Path, int, str]:
     # a function of its own: the base's weights are freed when it returns, before the merged model is written
-    with _on_run(config, workdir, backend) as (run, state):
+    with on_run(config, workdir, backend) as (run, state):
         summary = read_json(workdir / "summary.json") or {}
-        return write.write_adapter(run, state["iteration"], summary), state["iteration"], run.base_model
+        return write.write_adapter(run, state.iteration, summary), state.iteration, run.base.name
 
 
 def _use_reward(folder: Path) -> str:
@@ -206,17 +213,17 @@ def chat(config: Any, workdir: Path, backend: str) -> int:
     """A conversation on the terminal with the newest checkpoint, its base, or both; reads lines from a pipe too."""
     _check_samples(config, "chat")
     # nothing is written after this: another process may have the directory, and Ctrl-C ends an answer, not the program
-    with _on_run(config, workdir, backend) as (run, state):
+    with on_run(config, workdir, backend) as (run, state):
         talk = chatting.Chat(
             run.backend.stream,
-            run.tokenizer,
-            sampling=Sampling(eos=run.eos, **{key: config.sampling[key] for key in Sampling._fields if key != "eos"}),
-            principles=run.principles.text,
-            context=run.context,
+            run.base.tokenizer,
+            sampling=sampling_of(config, run.base.eos),
+            principles=run.prompts.principles.text,
+            context=run.base.context,
             seed=config.seed,
             write=functools.partial(print, end="", flush=True),
         )
-    print(f"iteration {state['iteration']} of {run.base_model}; /help lists the commands\n{talk.status()}", end="")
+    print(f"iteration {state.iteration} of {run.base.name}; /help lists the commands\n{talk.status()}", end="")
     if talk.options.template and not config.task.chat:
         print("this run was trained on plain text to be continued: /template off")
     if sys.stdin.isatty():
@@ -234,11 +241,10 @@ def plan(config: Any, workdir: Path, backend: str, topology: str | None = None) 
     With a topology: what every phase needs of its devices, which need not be there.
     """
     inputs = read_inputs(config, backend)
-    algorithm, found = inputs.algorithm, inputs.data
+    config, algorithm, found = inputs.config, inputs.algorithm, inputs.data
     algorithm.make_loss(config)
-    samples = not is_offline(algorithm)
     if topology:
-        if not samples:
+        if not isinstance(algorithm, Algorithm):
             raise UserError(f"--topology goes with an algorithm that samples, and config.algorithm is {config.algorithm!r}")
         backends.load_topology(backend).report(
             config, topology, algorithm=algorithm, train_set=found.train, heldout=found.heldout,
@@ -249,10 +255,9 @@ def plan(config: Any, workdir: Path, backend: str, topology: str | None = None) 
     loaded = module.load(config)
     parameters, adapter_parameters = module.count(config, loaded)
     sizes = {"tokenizer": loaded.tokenizer, "parameters": parameters, "adapter_parameters": adapter_parameters}
-    if not samples:
+    if isinstance(algorithm, Algorithm):
+        rules, reward = inputs.principles, inputs.reward
+        print(planning.describe(config, **sizes, found=found, rules=rules, reward=reward, algorithm=algorithm))
+    else:
         print(planning.describe_offline(config, **sizes, found=found, algorithm=algorithm))
-        return 0
-    print(
-        planning.describe(config, **sizes, found=found, rules=inputs.principles, reward=inputs.reward, algorithm=algorithm)
-    )
     return 0

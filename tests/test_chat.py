@@ -281,7 +281,7 @@ def test_mode_chat_on_a_pipe(run, monkeypatch, capsys):
     assert modes.chat(config, workdir, "jax") == 0
     said = capsys.readouterr().out
     assert "iteration 2 of tiny; /help lists the commands" in said and "trained on plain text" in said
-    with modes._on_run(config, workdir, "jax") as (opened, _):
+    with modes.on_run(config, workdir, "jax") as (opened, _):
         prompt, noise = list(b"Hello"), np.zeros((1, 12), np.float32)
         greedy = Sampling(12, opened.eos, temperature=0.0)
         show = functools.partial(opened.tokenizer.decode, skip_special_tokens=True)
@@ -339,7 +339,7 @@ def test_chat_frees_the_directory_and_outlives_ctrl_c(run):
         while "(stopped)" not in said:
             said += line()
             assert process.poll() is None
-        with modes._on_run(config, workdir, "jax"):
+        with modes.on_run(config, workdir, "jax"):
             pass
         say("/max 3\nagain\n/quit\n")
         assert process.wait() == 0

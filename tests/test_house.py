@@ -20,7 +20,6 @@ KNOWN: dict[str, list[str]] = {
         "ple_jax/planning/describe.py: describe",
         "ple_jax/planning/describe.py: describe_offline",
         "ple_jax/training/sampling.py: sample",
-        "ple_jax/training/steps.py: update",
         # backends
         "ple_jax/backend/forward.py: outputs",
         "ple_jax/backend/generate.py: generate",
@@ -54,7 +53,6 @@ KNOWN: dict[str, list[str]] = {
         "tests/torch_ascend/test_ops.py: ops._OPERATORS",
         "tests/torch_ascend/test_ops.py: ops._SDPA_DIM",
         "tests/torch_ascend/test_torch_reward_model.py: reward_model._ALONE",
-        "tests/torch_ascend/test_torch_run.py: modes._on_run",
         "tests/torch_ascend/test_torch_topology.py: ops._OPERATORS",
         "tests/torch_ascend/test_torch_topology.py: sharding._world",
         "tests/torch_ascend/test_torch_topology.py: topology._STEPS",
@@ -68,22 +66,6 @@ KNOWN: dict[str, list[str]] = {
         "torch_ascend/topology.py: backend._put",
         "torch_ascend/topology.py: backend._reference",
         "torch_ascend/topology.py: sharding._world",
-        # pages
-        "tests/export/test_export.py: modes._on_run",
-        # files
-        "tests/test_chat.py: modes._on_run",
-    ],
-    "hasattr on algorithms": [
-        # core
-        "ple_jax/algorithms/__init__.py: hasattr(algorithm, 'HEAD')",
-        "ple_jax/algorithms/__init__.py: hasattr(algorithm, 'encode')",
-        "ple_jax/algorithms/__init__.py: hasattr(module, function)",
-        "ple_jax/planning/outline.py: hasattr(algorithm, 'needs_old_logprobs')",
-        "ple_jax/planning/outline.py: hasattr(algorithm, 'needs_teacher')",
-        "ple_jax/planning/outline.py: hasattr(algorithm, 'prepare')",
-        "ple_jax/training/steps.py: hasattr(algorithm, 'needs_old_logprobs')",
-        "ple_jax/training/steps.py: hasattr(algorithm, 'needs_teacher')",
-        "ple_jax/training/steps.py: hasattr(algorithm, 'prepare')",
     ],
 }
 

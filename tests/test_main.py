@@ -56,7 +56,7 @@ class TestParse:
             "--config.reward.kwargs={'k': 1, 'words': ['a']}",
             "--config.lora.targets=('q_proj','v_proj')",
             "--config.ple.percentile=(0.5, 1)",
-            "--config.sft.data=warm.jsonl",
+            "--config.warm_up.data=warm.jsonl",
             f"--workdir={tmp_path}",
             "--mode=evaluate",
         )
@@ -68,7 +68,7 @@ class TestParse:
                 "optimizer.lr": 2e-3,
                 "lora.targets": ("q_proj", "v_proj"),
                 "ple.percentile": (0.5, 1),
-                "sft.data": "warm.jsonl",
+                "warm_up.data": "warm.jsonl",
             }
         )
         expected.reward.kwargs = {"k": 1, "words": ("a",)}

@@ -15,7 +15,7 @@ from jaxtyping import Float32
 from ml_collections import ConfigDict
 from torch import Tensor
 
-from ple_jax.algorithms import load_algorithm
+from ple_jax import algorithms
 from ple_jax.core.batches import decoding
 from ple_jax.core.errors import UserError
 from ple_jax.core.types import Batch, Loss, Outputs, Response, Sampling
@@ -312,7 +312,7 @@ def build(config: ConfigDict, loaded: weights.Loaded, *, head: str | None = None
 
 @sharding.together
 def _build(config: ConfigDict, head: str | None) -> TorchBackend:
-    load_algorithm(config.algorithm)  # the losses that process 0 sends may be of a module that only a config names
+    algorithms.load(config.algorithm)  # the losses that process 0 sends may be of a module that only a config names
     device, loaded = devices.resolve(config.model.device), load(config)
     made = assemble(config, loaded, device, ops.choose(config.model.ops, device), head=head)
     _load.cache_clear()

@@ -15,7 +15,7 @@ iteration at once, by transformers, with noise of its own from config.seed. Of t
 - of grpo.loss=dapo tokens are divided by the mean length in the iteration, where ours has that in the optimiser batch;
 - log-probabilities are taken at sampling.temperature, where ours are at 1.
 
-A warm-up (config.sft.data) is ours. TRL's telemetry and reports are off.
+A warm-up (config.warm_up.data) is ours. TRL's telemetry and reports are off.
 """
 
 import contextlib
@@ -34,15 +34,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, logging
 
 from ple_jax import prompts
+from ple_jax.algorithms import Algorithm, Context
 from ple_jax.core.errors import UserError
 from ple_jax.core.extras import need
 from ple_jax.core.types import Query, Response, Rollout
 from ple_jax.data.queries import draw
 from ple_jax.models import adapters
-from ple_jax.training import costs, loop, measures, prompting, scoring, steps
+from ple_jax.training import costs, loop, measures, scoring, steps
 from ple_jax.training.journal import Journal, read
 from ple_jax.training.run import Run
-from ple_jax.training.steps import check_finite
+from ple_jax.training.state import State
 from torch_ascend import backend, lora, sharding
 from torch_ascend import model as models
 
@@ -99,34 +100,26 @@ def _quiet() -> Iterator[None]:
 
 
 @_quiet()
-def train(run: Run) -> dict[str, Any]:
-    """Runs, or goes on with, all iterations; returns the totals of the run, as `training.loop.train` does."""
-    render = prompting.renderer(run)
-    state = loop.begin(run, render)
-    if state["iteration"] == run.config.iterations:
+def train(run: Run[Algorithm]) -> State:
+    """Runs, or goes on with, all iterations; returns where the run ends, as `training.loop.train` does."""
+    state = loop.begin(run)
+    if state.iteration == run.config.iterations:
         return state
     trl = Trl(run, state)
-    while state["iteration"] < run.config.iterations:
-        with loop.one_iteration(run, state, render) as values:
-            if run.config.algorithm in SAMPLE:
-                rollouts, found = trl.sample_and_update()
-                loop.count(run, rollouts, run.algorithm.collect(run.config), render, state)
-            else:
-                rollouts = loop.collect(run, state["iteration"], math.nan, render, state)
-                found = trl.update(rollouts)
-            trl.store()
-            trl.count(rollouts)
-            values |= found | measures.summarise(run, rollouts)
+    while state.iteration < run.config.iterations:
+        state = loop.one_iteration(run, state, trl.learn)
     return state
 
 
 class Trl:
     """TRL's side of a run: a PEFT model, its optimizer and its trainer, which stay from one iteration to the next."""
 
-    def __init__(self, run: Run, state: dict[str, Any]):
-        self.run, self.state, self.backend = run, state, run.backend
+    def __init__(self, run: Run[Algorithm], state: State):
+        self.run, self.backend = run, run.backend
+        self.state = state  # TRL calls back from the middle of an iteration: what that counts is counted here
         self.queries: list[Query] = []  # of the iteration, where TRL samples, and what it sampled
         self.rollouts: list[Rollout] = []
+        self.context = loop.context_of(run, state, math.nan)
         options = run.config.optimizer
         model = _peft_model(run)
         named = dict(model.named_parameters())
@@ -138,9 +131,9 @@ class Trl:
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=options.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=options.weight_decay
         )
-        done, warmup = state["step"], max(1, options.warmup_steps)
-        schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: min(1.0, (done + step + 1) / warmup))
-        self.watch = _Watch(run, state)
+        done = state.step
+        schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: steps.warmed_up(options, done + step))
+        self.watch = _Watch(self)
         self.trainer = _trainer(run, model, (self.optimizer, schedule), self)
         # while it has no state: accelerate would move Adam's counters to the device, where each is waited for
         self.trainer.optimizer = self.trainer.accelerator.prepare(self.optimizer)
@@ -173,27 +166,42 @@ class Trl:
 
     # ---------------------------------------------------------------- an iteration
 
+    def learn(self, state: State) -> tuple[State, list[Rollout], dict[str, float]]:
+        """One iteration of TRL's, as `loop.Learn`."""
+        self.state, run = state, self.run
+        context = loop.context_of(run, state, math.nan)
+        if run.config.algorithm in SAMPLE:
+            rollouts, found = self.sample_and_update(context)
+            slots = run.algorithm.collect(run.config)
+            self.state = self.state._replace(costs=loop.counted(run, rollouts, slots, self.state.costs))
+        else:
+            self.state, rollouts = loop.collect(run, context, state)
+            found = self.update(rollouts)
+        self.store()
+        self.count(rollouts)
+        return self.state, rollouts, found | measures.summarise(rollouts, run)
+
     def update(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
         """The iteration's optimiser steps on the records' own answers, in the order of `steps.update`; its metrics."""
         config = self.run.config
         parts = np.array_split(np.arange(len(rollouts)), -(-len(rollouts) // config.optimizer.batch_queries))
         groups = list(parts)
         for epoch in range(1, config.optimizer.epochs):
-            order = np.random.default_rng([config.seed, self.state["iteration"], epoch]).permutation(len(parts))
+            order = np.random.default_rng([config.seed, self.state.iteration, epoch]).permutation(len(parts))
             groups += [parts[i] for i in order]
-        self.run.progress.phase("update", len(groups))
+        self.run.session.progress.phase("update", len(groups))
         return self._train([_EXAMPLES[config.algorithm](rollouts[i]) for group in groups for i in group])
 
-    def sample_and_update(self) -> tuple[list[Rollout], dict[str, float]]:
+    def sample_and_update(self, context: Context) -> tuple[list[Rollout], dict[str, float]]:
         """What TRL samples of the iteration's queries, and the metrics of its optimiser steps."""
-        run, config, iteration = self.run, self.run.config, self.state["iteration"]
-        self.queries = draw(run.train, config.queries_per_iteration, seed=config.seed, iteration=iteration)
-        run.progress.phase("generate", 1)
+        run, config, iteration = self.run, self.run.config, self.state.iteration
+        self.context = context
+        self.queries = draw(run.data.train, config.queries_per_iteration, seed=config.seed, iteration=iteration)
+        run.session.progress.phase("generate", 1)
         values = self._train([{"prompt": str(i)} for i in range(len(self.queries))])
         # the backend still has the policy that sampled
-        some = run.algorithm.batch(self.rollouts[: config.eval.diagnostic_queries], config)
-        values |= steps.diagnose(run, some, with_loss=False)
-        return self.rollouts, values
+        some = run.algorithm.batch(self.rollouts[: config.eval.diagnostic_queries], context)
+        return self.rollouts, values | steps.diagnose(some, run)[1]
 
     def _train(self, rows: list[dict[str, Any]]) -> dict[str, float]:
         from datasets import Dataset
@@ -201,33 +209,38 @@ class Trl:
         self.trainer.train_dataset = Dataset.from_list(rows)
         self.watch.logged.clear()
         # on this alone depends all noise from here on, of sampling and dropout: an iteration that is begun again is the same
-        torch.manual_seed(np.random.SeedSequence([self.run.config.seed, self.state["iteration"]]).generate_state(1)[0])
-        seconds, started = self.state["seconds"], time.perf_counter()
-        elsewhere = sum(seconds.values())
+        torch.manual_seed(np.random.SeedSequence([self.run.config.seed, self.state.iteration]).generate_state(1)[0])
+        started, before = time.perf_counter(), sum(self.state.costs.seconds.values())
         self.trainer.train()
-        seconds["update"] += time.perf_counter() - started - (sum(seconds.values()) - elsewhere)  # with what TRL prepares
+        elsewhere = sum(self.state.costs.seconds.values()) - before
+        self.took("update", time.perf_counter() - started - elsewhere)  # with what TRL prepares
         logged = self.watch.logged
         return {name: float(np.mean([line[name] for line in logged])) for name in logged[0]} | {"lr": logged[-1]["lr"]}
 
     def count(self, rollouts: Sequence[Rollout]) -> None:
         """Adds what the updates cost to the state: tokens as `training.loop` counts them, operations as TRL does them."""
-        config, state, parameters = self.run.config, self.state, self.run.parameters
+        config, parameters = self.run.config, self.run.base.parameters
         epochs = config.optimizer.epochs
         responses = sum(len(r.tokens) for rollout in rollouts for r in rollout.responses)
-        state["training_tokens"] += epochs * (responses + sum(len(rollout.prompt_tokens) for rollout in rollouts))
+        trained = epochs * (responses + sum(len(rollout.prompt_tokens) for rollout in rollouts))
         # every response has the prompt to itself
         rows = responses + sum(len(rollout.prompt_tokens) * len(rollout.responses) for rollout in rollouts)
         moves = config.queries_per_iteration * epochs > config.optimizer.batch_queries  # before the last step
         compared = {  # how often log-probabilities are computed without a gradient
             "sft": 0, "dpo": epochs, "grpo": moves + (config.grpo.beta > 0), "rloo": 1 + (config.rloo.beta > 0),
         }[config.algorithm]  # fmt: skip
-        state["flops"] += costs.update_flops(parameters, rows) * epochs + costs.forward_flops(parameters, rows) * compared
+        flops = costs.update_flops(parameters, rows) * epochs + costs.forward_flops(parameters, rows) * compared
+        self.state = self.state._replace(costs=self.state.costs.plus(training_tokens=trained, flops=flops))
+
+    def took(self, phase: str, seconds: float) -> None:
+        """Counts seconds of a phase."""
+        self.state = self.state._replace(costs=self.state.costs.took(phase, seconds))
 
     # ---------------------------------------------------------------- what TRL asks for while it samples
 
     def prompt_ids(self, numbers: Sequence[str]) -> list[list[int]]:
         """Our tokens of prompts, which TRL knows by their number in the iteration."""
-        return [prompting.prompt_of(self.run, self.queries[int(i)], False)[1] for i in numbers]
+        return [self.run.prompts.of(self.queries[int(i)], False)[1] for i in numbers]
 
     def score(self, completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
         """TRL's reward function: the scores of all responses of an iteration, whose rollouts are written here.
@@ -236,30 +249,32 @@ class Trl:
             UserError: a reward that is not finite: TRL cannot leave a query out.
         """
         run, config = self.run, self.run.config
-        run.progress.advance(1, tokens=sum(map(len, completion_ids)))
+        run.session.progress.advance(1, tokens=sum(map(len, completion_ids)))
         count = len(completion_ids) // len(self.queries)
         groups = [completion_ids[i : i + count] for i in range(0, len(completion_ids), count)]
-        with costs.timed(self.state, "score"):
-            scored = scoring.score(run, [self._rollout(*of) for of in zip(self.queries, groups, strict=True)])
-            if bad := [(rollout, r) for rollout in scored for r in rollout.responses if math.isnan(r.reward)]:
-                raise UserError(
-                    f"reward {run.reward.name} is not finite for {len(bad)} responses, such as prompt"
-                    f" {bad[0][0].prompt[:80]!r}, response {bad[0][1].text[:80]!r}, and TRL leaves no query out: mend the"
-                    " reward and give the same command again, or leave config.trainer at own"
-                )
-            kept = scoring.transformed(scored, config.reward.transform)
-            journal = Journal(run.workdir / "rollouts", self.state["iteration"])
-            journal.complete(run.algorithm.label(kept, math.nan, self.state["iteration"], config))
-            self.rollouts = read(journal.path)
-        run.progress.phase("update", len(self.queries) * config.optimizer.epochs // config.optimizer.batch_queries)
+        started = time.perf_counter()
+        sampled = [self._rollout(*of) for of in zip(self.queries, groups, strict=True)]
+        scored = scoring.score(sampled, run.reward, run.session)
+        if bad := [(rollout, r) for rollout in scored for r in rollout.responses if math.isnan(r.reward)]:
+            raise UserError(
+                f"reward {run.reward.name} is not finite for {len(bad)} responses, such as prompt"
+                f" {bad[0][0].prompt[:80]!r}, response {bad[0][1].text[:80]!r}, and TRL leaves no query out: mend the"
+                " reward and give the same command again, or leave config.trainer at own"
+            )
+        kept = scoring.transformed(scored, config.reward.transform)
+        journal = Journal(run.session.workdir / "rollouts", self.state.iteration)
+        journal.complete(run.algorithm.label(kept, self.context))
+        self.rollouts = read(journal.path)
+        self.took("score", time.perf_counter() - started)
+        run.session.progress.phase("update", len(self.queries) * config.optimizer.epochs // config.optimizer.batch_queries)
         return [r.score for rollout in self.rollouts for r in rollout.responses]
 
     def _rollout(self, query: Query, sampled: Sequence[Sequence[int]]) -> Rollout:
         run, thinking = self.run, self.run.config.task.thinking
-        text, ids = prompting.prompt_of(run, query, False)
-        shown = [prompts.answer(tokens, run.tokenizer, prompt=text, thinking=thinking) for tokens in sampled]
+        text, ids = run.prompts.of(query, False)
+        shown = [prompts.answer(tokens, run.base.tokenizer, prompt=text, thinking=thinking) for tokens in sampled]
         responses = (
-            Response(tuple(tokens), tokens[-1] in run.eos, sample=i, text=shown[i]) for i, tokens in enumerate(sampled)
+            Response(tuple(tokens), tokens[-1] in run.base.eos, sample=i, text=shown[i]) for i, tokens in enumerate(sampled)
         )
         return Rollout(query.id, query.prompt, tuple(ids), tuple(responses))
 
@@ -271,30 +286,31 @@ class _Watch(TrainerCallback):
     # not of IPO, where ours are of means over tokens
     DPO = {"rewards/accuracies": "reward_accuracy", "rewards/margins": "reward_margin"}
 
-    def __init__(self, run: Run, state: dict[str, Any]):
-        self.run, self.state = run, state
-        self.names = self.NAMES | (self.DPO if run.config.dpo.loss == "sigmoid" else {})
+    def __init__(self, trl: Trl):
+        self.trl = trl
+        self.names = self.NAMES | (self.DPO if trl.run.config.dpo.loss == "sigmoid" else {})
         self.logged: list[dict[str, float]] = []
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self.run.stop.check()
+        self.trl.run.session.stop.check()
 
     def on_substep_end(self, *_: Any, **__: Any) -> None:
-        self.run.stop.check()
+        self.trl.run.session.stop.check()
 
     def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
         if "loss" not in logs:  # the totals of one call of `train`
             return
         values = {ours: float(logs[theirs]) for theirs, ours in self.names.items() if theirs in logs}
-        self.logged.append(check_finite(values, self.state["step"], values["lr"]))
-        self.state["step"] += 1
-        self.run.progress.advance(1)
+        step = self.trl.state.step
+        self.logged.append(steps.check_finite(values, step, values["lr"]))
+        self.trl.state = self.trl.state._replace(step=step + 1)
+        self.trl.run.session.progress.advance(1)
 
 
 # ---------------------------------------------------------------- the model
 
 
-def _peft_model(run: Run) -> Any:
+def _peft_model(run: Run[Algorithm]) -> Any:
     """transformers' model with a PEFT adapter in the places of the backend's, in fp32; what is in it does not matter yet."""
     from peft import LoraConfig, get_peft_model
 
@@ -303,12 +319,12 @@ def _peft_model(run: Run) -> Any:
         r=settings.rank, lora_alpha=settings.alpha, use_rslora=settings.rslora, use_dora=settings.dora,
         rank_pattern=dict(settings.rank_pattern), alpha_pattern=dict(settings.alpha_pattern),
         target_modules=list(dict.fromkeys(map(_module, run.backend._leaves))),  # whole paths: names could say too much
-        lora_dropout=settings.dropout, fan_in_fan_out=run.transposed, task_type="CAUSAL_LM",
+        lora_dropout=settings.dropout, fan_in_fan_out=run.base.transposed, task_type="CAUSAL_LM",
     )  # fmt: skip
     return get_peft_model(_base(run), config)
 
 
-def _base(run: Run) -> PreTrainedModel:
+def _base(run: Run[Algorithm]) -> PreTrainedModel:
     """The frozen base on the backend's device, with transformers' own attention and, as there, no dropout of its own."""
     loaded, own = backend.load(run.config), run.backend.model
     made = models.create(loaded.config, loaded.raw, dtype=own.dtype, device=own.device, ops=own.ops)
@@ -368,8 +384,10 @@ class _Ours:
         return self.ours.prompt_ids(prompts), None, {}
 
     def _generate(self, prompts: list[str]) -> Any:
-        with costs.timed(self.ours.state, "generate"):
-            return super()._generate(prompts)  # type: ignore[misc]
+        started = time.perf_counter()
+        generated = super()._generate(prompts)  # type: ignore[misc]
+        self.ours.took("generate", time.perf_counter() - started)
+        return generated
 
 
 def _recomputation(settings: type) -> str:
@@ -378,14 +396,14 @@ def _recomputation(settings: type) -> str:
     return "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
 
 
-def _trainer(run: Run, model: Any, optimizers: tuple[Any, Any], ours: Trl) -> Any:
+def _trainer(run: Run[Algorithm], model: Any, optimizers: tuple[Any, Any], ours: Trl) -> Any:
     """TRL's trainer of the config's algorithm. Its data come with every iteration; at first it has a row to look at."""
     import trl
     from datasets import Dataset
 
     config, name, cpu = run.config, run.config.algorithm, run.backend.model.device.type == "cpu"
-    if run.tokenizer.eos_token_id is None:
-        raise UserError(f"config.trainer is 'trl', which needs a tokenizer with an EOS token; {run.base_model}'s has none")
+    if run.base.tokenizer.eos_token_id is None:
+        raise UserError(f"config.trainer is 'trl', which needs a tokenizer with an EOS token; {run.base.name}'s has none")
     if name in SAMPLE and run.backend.model.config.family == "gpt2":
         raise UserError(
             f"config.trainer is 'trl', whose {name} counts the padding before a prompt among the positions that GPT-2 has"
@@ -394,13 +412,13 @@ def _trainer(run: Run, model: Any, optimizers: tuple[Any, Any], ours: Trl) -> An
     kind = {"sft": trl.SFTTrainer, "dpo": trl.DPOTrainer, "grpo": trl.GRPOTrainer, "rloo": trl.RLOOTrainer}[name]
     settings = {"sft": trl.SFTConfig, "dpo": trl.DPOConfig, "grpo": trl.GRPOConfig, "rloo": trl.RLOOConfig}[name]
     args = settings(
-        **_options(config, run.eos),
+        **_options(config, run.base.eos),
         gradient_accumulation_steps=config.optimizer.batch_queries // config.optimizer.micro_queries,
         max_grad_norm=config.optimizer.clip_norm, num_train_epochs=1, seed=config.seed,
         use_cpu=cpu, dataloader_pin_memory=not cpu,
         bf16=False,  # no mixed precision: config.model.dtype is the base's and the activations'
         activation_checkpointing=config.model.remat != "none", router_aux_loss_coef=0.0,
-        output_dir=str(run.workdir), save_strategy="no", report_to="none", disable_tqdm=True,  # nothing is written
+        output_dir=str(run.session.workdir), save_strategy="no", report_to="none", disable_tqdm=True,  # nothing is written
         logging_steps=1, logging_nan_inf_filter=False,  # `_Watch` looks at every step
     )  # fmt: skip
     args._n_gpu = min(args.n_gpu, 1)  # the backend's device: TRL refuses to run where a process sees several
@@ -410,13 +428,13 @@ def _trainer(run: Run, model: Any, optimizers: tuple[Any, Any], ours: Trl) -> An
         model=model,
         args=args,
         train_dataset=Dataset.from_list([_EXAMPLES[name](blank) if name in _EXAMPLES else {"prompt": ""}]),
-        processing_class=copy.deepcopy(run.tokenizer),  # which gets a padding token, if it has none
+        processing_class=copy.deepcopy(run.base.tokenizer),  # which gets a padding token, if it has none
         optimizers=optimizers,
         callbacks=[ours.watch],
         **({"reward_funcs": ours.score} if name in SAMPLE else {}),
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.ours, trainer.eos_token_ids = ours, list(run.eos)
+    trainer.ours, trainer.eos_token_ids = ours, list(run.base.eos)
     return trainer
 
 

@@ -9,7 +9,6 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +19,8 @@ from torch._subclasses import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from ple_jax.algorithms import head_of, load_algorithm
+from ple_jax import algorithms
+from ple_jax.algorithms import Algorithm
 from ple_jax.core.errors import UserError, suggestion
 from ple_jax.core.types import Batch, Query, Sampling
 from ple_jax.models import hub
@@ -163,7 +163,7 @@ def build(config: ConfigDict, source: Source, table: ops.Ops, device: torch.devi
     """The backend of one process, made as for training, of weights that are all zero."""
     given = Weights(source.config, config.model.dtype)
     loaded = Loaded(source.config, given, None, source.eos, config.model.path, dict(source.raw), None)
-    return backend.assemble(config, loaded, device, table, head=head_of(load_algorithm(config.algorithm)))
+    return backend.assemble(config, loaded, device, table, head=algorithms.load(config.algorithm).needs(config).head)
 
 
 def parts(backend: TorchBackend) -> dict[str, int]:
@@ -201,7 +201,7 @@ def reward_bytes(config: ConfigDict) -> int:
 
 
 def phases(
-    backend: TorchBackend, config: ConfigDict, source: Source, sizes: Lengths, algorithm: ModuleType
+    backend: TorchBackend, config: ConfigDict, source: Source, sizes: Lengths, algorithm: Algorithm
 ) -> Iterator[Phase]:
     """An iteration of a process, in the order in which things happen."""
     model, processes, place = backend.model, sharding.row_multiple(), {"device": backend.model.device}
@@ -235,7 +235,7 @@ def phases(
         return made, f"{-(-queries // processes)} rows x [{sizes.trained} prompt + {k} x {new} response tokens]"
 
     # of a whole optimiser batch where the loss needs the reference's
-    judged, about = batch(max(config.eval.diagnostic_queries, opt.batch_queries * algorithm.needs_reference(config)))
+    judged, about = batch(max(config.eval.diagnostic_queries, opt.batch_queries * algorithm.needs(config).reference))
 
     @torch.no_grad()
     def judge() -> None:
@@ -264,7 +264,7 @@ class Found(NamedTuple):
     notes: list[str]  # what the backend says when a run starts
 
 
-def count(config: ConfigDict, source: Source, target: Target, sizes: Lengths, algorithm: ModuleType) -> Found:
+def count(config: ConfigDict, source: Source, target: Target, sizes: Lengths, algorithm: Algorithm) -> Found:
     """What one process of the target's would hold, without memory."""
     reward, table = reward_bytes(config), fused_ops(config, target.chip)
     # tables of a module, made when it was imported, have their values
@@ -276,7 +276,7 @@ def count(config: ConfigDict, source: Source, target: Target, sizes: Lengths, al
     return found._replace(parts={**found.parts, "reward model": reward}, phases=stays)
 
 
-def measure(config: ConfigDict, source: Source, table: ops.Ops, sizes: Lengths, algorithm: ModuleType) -> Found:
+def measure(config: ConfigDict, source: Source, table: ops.Ops, sizes: Lengths, algorithm: Algorithm) -> Found:
     """Builds the backend of this process, takes it through an iteration, and counts; also with tensors that have memory."""
     with Counter() as counter:
         backend = build(config, source, table, torch.device("cpu"))
@@ -297,7 +297,7 @@ def report(
     config: ConfigDict,
     topology: str,
     *,
-    algorithm: ModuleType,
+    algorithm: Algorithm,
     train_set: Sequence[Query],
     heldout: Sequence[Query],
     principles: str,
@@ -307,7 +307,7 @@ def report(
 
     Args:
         topology: `910b:8`, `cpu:2` ...
-        algorithm: a module like ple_jax/algorithms/ple.py.
+        algorithm: as `algorithms.load` gives it.
         write: takes one line at a time.
 
     Raises:

@@ -1,41 +1,184 @@
-"""The algorithms: one file each. Here, what an algorithm is, and how one is found by name, path or dotted path."""
+"""The algorithms, one file each; here, what an algorithm is, and how one is found by its name or in a file of your own.
 
-from types import ModuleType
+An algorithm is a module of functions. One that samples has the functions of `Algorithm`, of which those without a default
+must be there; one that trains on the records alone has those of `OfflineAlgorithm`. `load` makes the tuple once, and nobody
+looks into the module again.
+"""
 
-from ple_jax.core.errors import UserError
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from ple_jax.core.config import names
+from ple_jax.core.errors import UserError, suggestion
 from ple_jax.core.plugins import load_module
+from ple_jax.core.rules import Rule
+from ple_jax.core.types import Array, Backend, Batch, Loss, Query, Rollout, Slot, Tokenizer
 
-_NEEDED = {  # functions of an algorithm that samples, and of one that trains on what the records hold
-    False: ("collect", "schedule", "label", "batch", "make_loss", "needs_reference"),
-    True: ("NEEDS", "HEAD", "encode", "batches", "batch", "make_loss", "needs_reference", "judge"),
+Config = Any  # the whole configuration, frozen
+Metrics = Mapping[str, float]
+
+
+class Needs(NamedTuple):
+    """What a loss compares with, of the policy before the iteration's first step, and what is trained beside the adapter."""
+
+    reference: bool = False  # data["reference_logprobs"] [query, k, response_len]: of the frozen reference
+    old_logprobs: bool = False  # data["old_logprobs"], and data["old_values"] where there is a head of values
+    teacher: bool = False  # data["teacher_logprobs"]: of the same tokens after the principled prompt
+    head: Literal["score", "value"] | None = None  # a reward model's, or PPO's
+
+
+class Context(NamedTuple):
+    """What an iteration knows beside its rollouts."""
+
+    config: Config
+    iteration: int = 0  # counted from 0
+    tau: float = math.nan  # the threshold of this iteration, in units of the score; nan without one
+    lengths: Metrics = {}  # mean tokens of an earlier sample's responses, by kind: of the iteration (or evaluation) before
+    controller: Metrics = {}  # what the algorithm carries from one iteration to the next (`Algorithm.control`)
+
+
+def no_threshold(config: Config) -> Callable[[int], float]:
+    """A schedule for algorithms without a threshold: nan, which is not logged."""
+    return lambda iteration: math.nan
+
+
+def needs_nothing(config: Config) -> Needs:
+    """A loss that reads nothing but the policy."""
+    return Needs()
+
+
+def as_it_is(batch: Batch, context: Context) -> Batch:
+    """Nothing to add."""
+    return batch
+
+
+def means_of_steps(means: Metrics, before: Mapping[str, Array], after: Mapping[str, Array]) -> dict[str, float]:
+    """The loss's own metrics, as the optimiser steps gave them."""
+    return dict(means)
+
+
+def starts_with_nothing(config: Config) -> Metrics:
+    """Nothing is carried."""
+    return {}
+
+
+def carries_on(controller: Metrics, metrics: Metrics, config: Config) -> Metrics:
+    """What is carried stays."""
+    return controller
+
+
+class Algorithm(NamedTuple):
+    """One that samples: what it asks for, how it labels, what it trains on, and with which loss."""
+
+    name: str  # as the config has it
+    about: str  # the first sentence of its file
+    collect: Callable[[Config], tuple[Slot, ...]]  # the responses to ask for of every query
+    label: Callable[[Sequence[Rollout], Context], list[Rollout]]  # fills tau, margin, decision and weights
+    batch: Callable[[Sequence[Rollout], Context], Batch]  # one optimiser batch of labelled rollouts
+    make_loss: Callable[[Config], Loss]  # called once a run
+    schedule: Callable[[Config], Callable[[int], float]] = no_threshold  # iteration -> tau
+    needs: Callable[[Config], Needs] = needs_nothing
+    prepare: Callable[[Batch, Context], Batch] = as_it_is  # a batch that has what `needs` asks for gets what follows from it
+    # (means over the steps, and of the diagnosed queries the loss's metrics [query] before and after them) -> metrics to log
+    measures: Callable[[Metrics, Mapping[str, Array], Mapping[str, Array]], dict[str, float]] = means_of_steps
+    controller: Callable[[Config], Metrics] = starts_with_nothing  # what is carried, at the start
+    control: Callable[[Metrics, Metrics, Config], Metrics] = carries_on  # (carried, the iteration's metrics) -> carried on
+    defaults: Mapping[str, Any] = {}  # DEFAULTS of its file: knobs of its own, set in config.algorithm_kwargs
+    rules: Mapping[str, Rule] = {}  # RULES of its file: what they may hold (`core.rules`)
+
+
+class OfflineAlgorithm(NamedTuple):
+    """One that samples nothing and trains on examples that it makes of the records (`training.offline`)."""
+
+    name: str
+    about: str
+    records: str  # RECORDS of its file, what a record must have: prompt, completion or pair
+    encode: Callable[[Query, Tokenizer, Config], Any]  # an example, or a text that says why the record cannot be one
+    batches: Callable[..., list[list[int]]]  # (examples, size, *, seed, epoch) -> which are trained on together
+    batch: Callable[[Sequence[Any]], Batch]
+    make_loss: Callable[[Config], Loss]
+    judge: Callable[[Backend, Sequence[Any], Config], dict[str, Any]]  # measures of held-out examples
+    needs: Callable[[Config], Needs] = needs_nothing
+    defaults: Mapping[str, Any] = {}
+    rules: Mapping[str, Rule] = {}
+
+
+_CONSTANTS = {"DEFAULTS": "defaults", "RULES": "rules", "RECORDS": "records"}  # of a file -> of the tuple
+_FORMER = {  # of files written for an earlier version -> what stands for it
+    "needs_reference": "needs(config) -> Needs(reference=True)",
+    "needs_old_logprobs": "needs(config) -> Needs(old_logprobs=True)",
+    "needs_teacher": "needs(config) -> Needs(teacher=True)",
+    "HEAD": 'needs(config) -> Needs(head="value")',
+    "NEEDS": "RECORDS",
 }
 
 
-def load_algorithm(name: str) -> ModuleType:
-    """The module of an algorithm: a name in ple_jax/algorithms, a Python file, or a dotted path.
+def load(name: str) -> Algorithm | OfflineAlgorithm:
+    """An algorithm by name (a file of ple_jax/algorithms), from a Python file, or by a dotted path.
 
     Raises:
-        UserError: it does not import, or lacks one of the functions that the loop calls.
+        UserError: it does not import, or lacks a function, or has one of an earlier version's.
     """
     own = name.endswith(".py") or "." in name
-    module = load_module(name if own else f"ple_jax.algorithms.{name}", "algorithm")
-    if missing := [function for function in _NEEDED[is_offline(module)] if not hasattr(module, function)]:
+    module = vars(load_module(name if own else f"ple_jax.algorithms.{name}", "algorithm"))
+    if former := [what for what in _FORMER if what in module]:
+        raise UserError(f"config.algorithm {name!r} has {former[0]}, which is now {_FORMER[former[0]]}; see docs/method.md")
+    about = next(iter((module["__doc__"] or "").strip().splitlines()), "")
+    found = {"name": name, "about": about}
+    found |= {ours: module[theirs] for theirs, ours in _CONSTANTS.items() if theirs in module}
+    kind = OfflineAlgorithm if "encode" in module else Algorithm
+    functions = [field for field in kind._fields if field not in ("name", "about", *_CONSTANTS.values())]
+    found |= {function: module[function] for function in functions if function in module}
+    if missing := [field for field in kind._fields if field not in found and field not in kind._field_defaults]:
         raise UserError(
             f"config.algorithm {name!r} lacks {', '.join(missing)}; start it with `from ple_jax.algorithms.ple import *`"
         )
-    return module
+    return kind(**found)  # type: ignore[arg-type]
 
 
-def is_offline(algorithm: ModuleType) -> bool:
-    """Whether it samples nothing and trains on examples that it encodes (`ple_jax.training.offline`)."""
-    return hasattr(algorithm, "encode")
+def sampling(name: str) -> Algorithm:
+    """`load`, of one that samples.
+
+    Raises:
+        UserError: it samples nothing.
+    """
+    found = load(name)
+    if not isinstance(found, Algorithm):
+        known = [other for other in names("algorithms", ".py") if isinstance(load(other), Algorithm)]
+        raise UserError(f"config.algorithm is {name!r}, which samples nothing; one of these does: {', '.join(known)}")
+    return found
 
 
-def has_head(algorithm: ModuleType) -> bool:
-    """Whether it trains a score head: the result is a reward model."""
-    return head_of(algorithm) == "score"
+def records(slots: Sequence[Slot]) -> str:
+    """What a record must have for an algorithm that samples: its own answers, where they are among the responses."""
+    sources = {slot.source for slot in slots}
+    return "pair" if "rejected" in sources else "completion" if "completion" in sources else "prompt"
 
 
-def head_of(algorithm: ModuleType) -> str | None:
-    """The head that is trained beside the adapter, where it has a `HEAD`: "score", or PPO's "value"."""
-    return algorithm.HEAD if hasattr(algorithm, "HEAD") else None
+def with_defaults(algorithm: Algorithm | OfflineAlgorithm, config: Config) -> Config:
+    """The config with the algorithm's own knobs filled in, where its file declares any.
+
+    Raises:
+        UserError: config.algorithm_kwargs has a knob that it does not declare, or a value that its rules refuse.
+    """
+    if not algorithm.defaults:
+        return config
+    given = config.algorithm_kwargs.to_dict()
+    known = list(algorithm.defaults)
+    for key in given:
+        if key not in known:
+            raise UserError(
+                f"config.algorithm_kwargs has {key!r}, and {Path(algorithm.name).name} declares {', '.join(known)}"
+                f"{suggestion(key, known)}"
+            )
+    filled = dict(algorithm.defaults) | given
+    for key, rule in algorithm.rules.items():
+        if says := rule(filled[key]):
+            raise UserError(f"config.algorithm_kwargs[{key!r}] is {filled[key]!r} but must be {says}")
+    whole = ConfigDict(config.to_dict())
+    whole.algorithm_kwargs = ConfigDict(filled)
+    return FrozenConfigDict(whole)

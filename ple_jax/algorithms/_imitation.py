@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from ple_jax import losses
+from ple_jax.algorithms import Context
 from ple_jax.algorithms._parts import pack_picks
 from ple_jax.core.types import Array, Batch, Loss, Outputs, Rollout
 
@@ -21,19 +22,15 @@ def marked(rollouts: Sequence[Rollout], picks: Sequence[int], decision: str) -> 
     ]
 
 
-def batch(rollouts: Sequence[Rollout], config: Any) -> Batch:
+def batch(rollouts: Sequence[Rollout], context: Context) -> Batch:
     """One optimiser batch of the responses with weight 1, k = 1.
 
     Its data, float32 per query: `normaliser`, the mean response length of the whole batch in tokens; `valid`, 1.
     """
     picks = [(int(np.argmax([r.weight for r in rollout.responses])),) for rollout in rollouts]
-    packed = pack_picks(rollouts, picks, config)
+    packed = pack_picks(rollouts, picks, context.config)
     length = packed.response_mask.sum() / len(rollouts)
     return packed._replace(data=packed.data | {"normaliser": np.full(len(rollouts), length, np.float32)})
-
-
-def needs_reference(config: Any) -> bool:
-    return False
 
 
 def make_loss(config: Any) -> Loss:

@@ -1,6 +1,6 @@
 """Small parts of which several algorithms are made."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -8,11 +8,6 @@ from jaxtyping import Float64
 
 from ple_jax.core.batches import pack
 from ple_jax.core.types import Batch, Rollout, Slot
-
-
-def no_threshold(config: Any) -> Callable[[int], float]:
-    """A schedule for algorithms without a threshold: nan, which is not logged."""
-    return lambda iteration: float("nan")
 
 
 def plain_samples(count: int) -> tuple[Slot, ...]:

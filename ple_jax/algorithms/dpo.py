@@ -11,12 +11,12 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from ple_jax import losses
-from ple_jax.algorithms._parts import no_threshold as schedule
+from ple_jax.algorithms import Context, Needs
 from ple_jax.algorithms._parts import pack_picks, plain_samples
 from ple_jax.core.errors import UserError
 from ple_jax.core.types import Array, Batch, Loss, Outputs, Rollout, Slot
 
-__all__ = ["batch", "collect", "label", "make_loss", "needs_reference", "schedule"]
+__all__ = ["batch", "collect", "label", "make_loss", "needs"]
 
 
 def collect(config: Any) -> tuple[Slot, ...]:
@@ -28,12 +28,12 @@ def collect(config: Any) -> tuple[Slot, ...]:
     return Slot("rejected", source="rejected"), Slot("chosen", source="completion")
 
 
-def label(rollouts: Sequence[Rollout], tau: float, iteration: int, config: Any) -> list[Rollout]:
+def label(rollouts: Sequence[Rollout], context: Context) -> list[Rollout]:
     """Decides "ranked", or "dropped" where no response is better than another; the winner has weight 1.
 
     `margin` is the winner's score minus the loser's; of the records' own pairs it decides nothing.
     """
-    labelled = []
+    labelled, config = [], context.config
     for rollout in rollouts:
         loser, winner = _pair(rollout, config)
         margin = rollout.responses[winner].score - rollout.responses[loser].score
@@ -52,20 +52,19 @@ def _pair(rollout: Rollout, config: Any) -> tuple[int, int]:
     return int(np.argmin(scores)), int(np.argmax(scores))
 
 
-def batch(rollouts: Sequence[Rollout], config: Any) -> Batch:
+def batch(rollouts: Sequence[Rollout], context: Context) -> Batch:
     """One optimiser batch of pairs (loser, winner), k = 2.
 
     Its data, float32 per query: `kept`, 0 for dropped pairs, and for the others what makes the mean over the batch that of
     the kept ones; `valid`, 1.
     """
-
-    packed = pack_picks(rollouts, [_pair(rollout, config) for rollout in rollouts], config)
+    packed = pack_picks(rollouts, [_pair(rollout, context.config) for rollout in rollouts], context.config)
     kept = np.array([rollout.decision == "ranked" for rollout in rollouts], np.float32)
     return packed._replace(data=packed.data | {"kept": kept * len(kept) / max(kept.sum(), 1)})
 
 
-def needs_reference(config: Any) -> bool:
-    return True
+def needs(config: Any) -> Needs:
+    return Needs(reference=True)
 
 
 def make_loss(config: Any) -> Loss:

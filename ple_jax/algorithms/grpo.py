@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from ple_jax import losses
-from ple_jax.algorithms._parts import no_threshold as schedule
+from ple_jax.algorithms import Context, Needs
 from ple_jax.algorithms._parts import pack_all, plain_samples, scores
 from ple_jax.core.types import Array, Batch, Loss, Outputs, Rollout, Slot
 from ple_jax.formulas.advantages import group_advantages
 
-__all__ = ["batch", "collect", "label", "make_loss", "needs_old_logprobs", "needs_reference", "schedule"]
+__all__ = ["batch", "collect", "label", "make_loss", "needs"]
 
 
 def collect(config: Any) -> tuple[Slot, ...]:
@@ -23,10 +23,10 @@ def collect(config: Any) -> tuple[Slot, ...]:
     return plain_samples(config.grpo.samples)
 
 
-def label(rollouts: Sequence[Rollout], tau: float, iteration: int, config: Any) -> list[Rollout]:
+def label(rollouts: Sequence[Rollout], context: Context) -> list[Rollout]:
     """Weights are the advantages, margin is best minus mean score. "dropped": all scores are equal, nothing is learned."""
     found = scores(rollouts)
-    weights = group_advantages(found, kind="dr_grpo" if config.grpo.loss == "dr_grpo" else "grpo")
+    weights = group_advantages(found, kind="dr_grpo" if context.config.grpo.loss == "dr_grpo" else "grpo")
     return [
         rollout._replace(
             margin=float(own.max() - own.mean()),
@@ -37,12 +37,13 @@ def label(rollouts: Sequence[Rollout], tau: float, iteration: int, config: Any) 
     ]
 
 
-def batch(rollouts: Sequence[Rollout], config: Any) -> Batch:
+def batch(rollouts: Sequence[Rollout], context: Context) -> Batch:
     """One optimiser batch of all responses, k = grpo.samples.
 
     Its data, float32: `advantages` and `normaliser` [query, k], tokens that a response's loss is divided by (`losses.grpo`);
     `valid`, 1 per query.
     """
+    config = context.config
     packed, limit = pack_all(rollouts, config), config.sampling.max_new_tokens
     lengths = packed.response_mask.sum(-1)
     normaliser = {"grpo": lengths, "dr_grpo": np.full_like(lengths, limit), "dapo": np.full(lengths.shape, lengths.mean())}
@@ -53,13 +54,9 @@ def batch(rollouts: Sequence[Rollout], config: Any) -> Batch:
     return packed._replace(data=packed.data | data)
 
 
-def needs_reference(config: Any) -> bool:
-    return config.grpo.beta > 0
-
-
-def needs_old_logprobs(config: Any) -> bool:
-    """True: data["old_logprobs"], those of the policy before the iteration's first step."""
-    return True
+def needs(config: Any) -> Needs:
+    """The policy before the iteration's first step, and the reference where grpo.beta is not 0."""
+    return Needs(reference=config.grpo.beta > 0, old_logprobs=True)
 
 
 def make_loss(config: Any) -> Loss:

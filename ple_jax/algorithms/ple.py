@@ -5,7 +5,7 @@ A variant is a file that starts with `from ple_jax.algorithms.ple import *` and 
 `formulas.threshold`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,12 +13,13 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from ple_jax import losses
+from ple_jax.algorithms import Context, Needs
 from ple_jax.algorithms._parts import pack_picks, plain_samples
 from ple_jax.core.errors import UserError
 from ple_jax.core.types import Array, Batch, Loss, Outputs, Rollout, Slot
 from ple_jax.formulas import pairing, threshold
 
-__all__ = ["batch", "collect", "label", "make_loss", "needs_reference", "schedule"]
+__all__ = ["batch", "collect", "label", "make_loss", "measures", "needs", "schedule"]
 
 
 def collect(config: Any) -> tuple[Slot, ...]:
@@ -35,14 +36,14 @@ def schedule(config: Any) -> Callable[[int], float]:
     )
 
 
-def label(rollouts: Sequence[Rollout], tau: float, iteration: int, config: Any) -> list[Rollout]:
+def label(rollouts: Sequence[Rollout], context: Context) -> list[Rollout]:
     """Decides every pair of an iteration (Alg. 1): fills tau, margin, decision and the weights of the responses.
 
     Args:
       rollouts: all queries of the iteration, responses in the order of `collect`, each with its score.
-      tau: the threshold of this iteration, in units of the score; selection=percentile does not use it.
-      iteration: counted from 0; selects the share of selection=percentile, whose last one serves all later iterations.
-      config: reads ple.selection, ple.blend and their options.
+      context: tau, in units of the score, which selection=percentile does not use; the iteration, which selects the share
+        of selection=percentile, whose last one serves all later iterations; of the config ple.selection, ple.blend and
+        their options.
 
     Returns:
       The same rollouts, labelled. `margin` is the score of the principled response minus that of the plain one.
@@ -53,11 +54,11 @@ def label(rollouts: Sequence[Rollout], tau: float, iteration: int, config: Any) 
     Raises:
       UserError: unknown selection or blend.
     """
-    ple = config.ple
+    ple, tau = context.config.ple, context.tau
     scores = np.array([[r.score for r in rollout.responses] for rollout in rollouts], np.float64)
     if ple.selection == "percentile":
         margin = scores.max(axis=1) - scores.min(axis=1)
-        share = ple.percentile[min(iteration, len(ple.percentile) - 1)]
+        share = ple.percentile[min(context.iteration, len(ple.percentile) - 1)]
         pair = pairing.percentile(margin, share=share, temperature=ple.percentile_temperature)
         decision = np.where(pair > 0, "ranked", "dropped")
         weights = pair[:, None] * (np.arange(scores.shape[1]) == scores.argmax(axis=1)[:, None])
@@ -86,12 +87,12 @@ def _ranked(selection: str, margin: np.ndarray, tau: float) -> np.ndarray:
     raise UserError(f"ple.selection = {selection!r}: choose threshold, symmetric or percentile")
 
 
-def needs_reference(config: Any) -> bool:
-    """True if the loss reads data["reference_logprobs"], [query, k, response_len], of the batch's own tokens."""
-    return config.ple.rank == "dpo"
+def needs(config: Any) -> Needs:
+    """The reference, where the ranking loss is DPO's."""
+    return Needs(reference=config.ple.rank == "dpo")
 
 
-def batch(rollouts: Sequence[Rollout], config: Any) -> Batch:
+def batch(rollouts: Sequence[Rollout], context: Context) -> Batch:
     """One optimiser batch, all its queries at once, from labelled rollouts.
 
     Row 0 of a query is its plain response and row 1 its principled one, except that with selection=symmetric a ranked
@@ -110,9 +111,9 @@ def batch(rollouts: Sequence[Rollout], config: Any) -> Batch:
     Raises:
       UserError: a response without tokens, or an unknown ple.length_norm or ple.percentile_weights.
     """
-    ple = config.ple
+    ple = context.config.ple
     picks = [_order(rollout, ple.selection) for rollout in rollouts]
-    packed = pack_picks(rollouts, picks, config)
+    packed = pack_picks(rollouts, picks, context.config)
     ranked = np.array([rollout.decision == "ranked" for rollout in rollouts])
     weights = np.array([[r.responses[i].weight for i in pick] for r, pick in zip(rollouts, picks, strict=True)])
     pair_weights = np.ones(len(rollouts))
@@ -185,6 +186,21 @@ def make_loss(config: Any) -> Loss:
         return value, metrics
 
     return loss
+
+
+def measures(
+    means: Mapping[str, float], before: Mapping[str, Array], after: Mapping[str, Array]
+) -> dict[str, float]:
+    """The loss's metrics; log-probabilities after the update, and active hinges before and after it, of the ranked pairs.
+
+    A satisfied hinge teaches nothing: how many are left is told by the difference. Log-probabilities are compared over
+    iterations, so all are of the policy that an iteration ends with.
+    """
+    found = {name: value for name, value in means.items() if name != "hinge_active"}
+    found |= {name: float(np.mean(after[name])) for name in ("lp_plain", "lp_principled")}
+    for when, said in (("before", before), ("after", after)):
+        found[f"hinge_active_{when}"] = float(said["hinge_active"].sum() / max(said["ranked"].sum(), 1))
+    return found
 
 
 def _rank_loss(name: str, *, margin: float, beta: float) -> Callable[[Outputs, Batch], Array]:

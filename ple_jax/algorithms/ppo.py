@@ -13,16 +13,12 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from ple_jax import losses
+from ple_jax.algorithms import Context, Needs
 from ple_jax.algorithms._parts import measured, pack_all, plain_samples, scores
-from ple_jax.algorithms._parts import no_threshold as schedule
 from ple_jax.core.types import Array, Batch, Loss, Outputs, Rollout, Slot
 from ple_jax.formulas.advantages import adaptive_kl, gae, kl_penalised, missing_eos_penalty, whiten
 
-__all__ = [
-    "HEAD", "batch", "collect", "label", "make_loss", "needs_old_logprobs", "needs_reference", "prepare", "schedule",
-]  # fmt: skip
-
-HEAD = "value"
+__all__ = ["batch", "collect", "control", "controller", "label", "make_loss", "needs", "prepare"]
 
 
 def collect(config: Any) -> tuple[Slot, ...]:
@@ -30,18 +26,18 @@ def collect(config: Any) -> tuple[Slot, ...]:
     return plain_samples(config.ppo.samples)
 
 
-def label(rollouts: Sequence[Rollout], tau: float, iteration: int, config: Any) -> list[Rollout]:
+def label(rollouts: Sequence[Rollout], context: Context) -> list[Rollout]:
     """Nothing is decided: every response is learned from. Margin is best minus mean score."""
     return measured(rollouts, "sampled")
 
 
-def batch(rollouts: Sequence[Rollout], config: Any) -> Batch:
+def batch(rollouts: Sequence[Rollout], context: Context) -> Batch:
     """One optimiser batch of all responses, k = ppo.samples.
 
     Its data, float32: `scores` and `finished` [query, k], `valid` [query], and `normaliser` [query, k], the mean response
     length of the batch in tokens.
     """
-    packed = pack_all(rollouts, config)
+    packed = pack_all(rollouts, context.config)
     lengths = packed.response_mask.sum(-1)
     data = {
         "scores": scores(rollouts).astype(np.float32),
@@ -51,23 +47,15 @@ def batch(rollouts: Sequence[Rollout], config: Any) -> Batch:
     return packed._replace(data=packed.data | data)
 
 
-def needs_reference(config: Any) -> bool:
-    return True
+def needs(config: Any) -> Needs:
+    """The reference, and the policy and its values before the iteration's first step."""
+    return Needs(reference=True, old_logprobs=True, head="value")
 
 
-def needs_old_logprobs(config: Any) -> bool:
-    """True: data["old_logprobs"] and data["old_values"], of the policy before the iteration's first step."""
-    return True
-
-
-def prepare(batch: Batch, config: Any, last: Mapping[str, float]) -> Batch:
-    """Adds `advantages` and `returns` [query, k, response_len], and what the KL coefficient is and was measured at.
-
-    Args:
-      last: the metrics of the iteration before, from which an adaptive coefficient goes on; {} in the first one.
-    """
-    options, data, mask = config.ppo, batch.data, batch.response_mask
-    coefficient = _coefficient(config, last)
+def prepare(batch: Batch, context: Context) -> Batch:
+    """Adds `advantages` and `returns` [query, k, response_len], and what the KL coefficient is and was measured at."""
+    options, data, mask = context.config.ppo, batch.data, batch.response_mask
+    coefficient = context.controller["kl_coefficient"]
     old, reference = data["old_logprobs"], data["reference_logprobs"]
     score = missing_eos_penalty(data["scores"], data["finished"] > 0, penalty=options.missing_eos_penalty)
     rewards = kl_penalised(score, old, reference, mask, coefficient=coefficient, estimator=options.kl_estimator)
@@ -86,17 +74,25 @@ def prepare(batch: Batch, config: Any, last: Mapping[str, float]) -> Batch:
     return batch._replace(data=data | added)
 
 
-def _coefficient(config: Any, last: Mapping[str, float]) -> float:
+def controller(config: Any) -> dict[str, float]:
+    """The coefficient of the KL penalty in the first iteration."""
+    return {"kl_coefficient": config.ppo.kl_coefficient}
+
+
+def control(controller: Mapping[str, float], metrics: Mapping[str, float], config: Any) -> Mapping[str, float]:
+    """The coefficient of the next iteration: an adaptive one follows the KL that this one's responses were sampled at."""
     options = config.ppo
-    if options.kl == "fixed" or not last:
-        return options.kl_coefficient
-    return adaptive_kl(
-        last["kl_coefficient"],
-        last["kl_response"],
-        config.queries_per_iteration * options.samples,
+    if options.kl == "fixed":
+        return controller
+    responses = config.queries_per_iteration * options.samples
+    coefficient = adaptive_kl(
+        controller["kl_coefficient"],
+        metrics["kl_response"],
+        responses,
         target=options.kl_target,
         horizon=options.kl_horizon,
     )
+    return {"kl_coefficient": coefficient}
 
 
 def make_loss(config: Any) -> Loss:

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ple_jax.algorithms._imitation import batch, make_loss, marked, needs_reference
+from ple_jax.algorithms import Context
+from ple_jax.algorithms._imitation import batch, make_loss, marked
 from ple_jax.algorithms._parts import measured, plain_samples, scores
-from ple_jax.algorithms._parts import no_threshold as schedule
 from ple_jax.core.types import Rollout, Slot
 
-__all__ = ["batch", "collect", "label", "make_loss", "needs_reference", "schedule"]
+__all__ = ["batch", "collect", "label", "make_loss"]
 
 
 def collect(config: Any) -> tuple[Slot, ...]:
@@ -16,6 +16,6 @@ def collect(config: Any) -> tuple[Slot, ...]:
     return plain_samples(config.raft.samples)
 
 
-def label(rollouts: Sequence[Rollout], tau: float, iteration: int, config: Any) -> list[Rollout]:
+def label(rollouts: Sequence[Rollout], context: Context) -> list[Rollout]:
     """The best response of every query gets weight 1, the first of equals; margin is best minus mean, in reward."""
     return measured(marked(rollouts, scores(rollouts).argmax(1).tolist(), "best"), "best")

@@ -12,11 +12,12 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from ple_jax import losses, prompts
+from ple_jax.algorithms import Needs
 from ple_jax.core.batches import bucket, pack
 from ple_jax.core.types import Array, Backend, Batch, Loss, Outputs, Query, Response, Rollout, Tokenizer
 from ple_jax.formulas.calibration import measures
 
-NEEDS, HEAD = "pair", "score"  # of config.task's records; the head that is trained
+RECORDS = "pair"  # of config.task
 _PROMPT, _RESPONSE = 64, 64  # smallest buckets, in tokens
 
 
@@ -98,8 +99,9 @@ def batches(pairs: Sequence[Pair], size: int, *, seed: int, epoch: int) -> list[
 # ---------------------------------------------------------------- loss and measures
 
 
-def needs_reference(config: Any) -> bool:
-    return False
+def needs(config: Any) -> Needs:
+    """A head of scores."""
+    return Needs(head="score")
 
 
 def make_loss(config: Any) -> Loss:

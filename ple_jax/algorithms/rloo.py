@@ -4,18 +4,18 @@
 mean of the other samples'.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from ple_jax import losses
+from ple_jax.algorithms import Context, Needs
 from ple_jax.algorithms._parts import measured, pack_all, plain_samples, scores
-from ple_jax.algorithms._parts import no_threshold as schedule
 from ple_jax.core.types import Array, Batch, Loss, Outputs, Rollout, Slot
 from ple_jax.formulas.advantages import group_advantages
 
-__all__ = ["batch", "collect", "label", "make_loss", "needs_old_logprobs", "needs_reference", "prepare", "schedule"]
+__all__ = ["batch", "collect", "label", "make_loss", "needs", "prepare"]
 
 
 def collect(config: Any) -> tuple[Slot, ...]:
@@ -23,31 +23,27 @@ def collect(config: Any) -> tuple[Slot, ...]:
     return plain_samples(config.rloo.samples)
 
 
-def label(rollouts: Sequence[Rollout], tau: float, iteration: int, config: Any) -> list[Rollout]:
+def label(rollouts: Sequence[Rollout], context: Context) -> list[Rollout]:
     """Margin is best minus mean score. The advantages also depend on the reference: `prepare` makes them."""
     return measured(rollouts, "compared")
 
 
-def batch(rollouts: Sequence[Rollout], config: Any) -> Batch:
+def batch(rollouts: Sequence[Rollout], context: Context) -> Batch:
     """One optimiser batch of all responses, k = rloo.samples; its data: `scores` [query, k], `valid` [query], float32."""
-    packed = pack_all(rollouts, config)
+    packed = pack_all(rollouts, context.config)
     return packed._replace(data=packed.data | {"scores": scores(rollouts).astype(np.float32)})
 
 
-def needs_reference(config: Any) -> bool:
-    return True
+def needs(config: Any) -> Needs:
+    """The reference, and the policy before the iteration's first step."""
+    return Needs(reference=True, old_logprobs=True)
 
 
-def needs_old_logprobs(config: Any) -> bool:
-    """True: data["old_logprobs"], those of the policy before the iteration's first step."""
-    return True
-
-
-def prepare(batch: Batch, config: Any, last: Mapping[str, float]) -> Batch:
+def prepare(batch: Batch, context: Context) -> Batch:
     """Adds `advantages` [query, k], once old and reference log-probabilities are there."""
     data = batch.data
     ratio = losses.sum_logprob(np.float64(data["old_logprobs"]) - data["reference_logprobs"], batch.response_mask)
-    advantages = group_advantages(data["scores"] - config.rloo.beta * ratio, kind="rloo")
+    advantages = group_advantages(data["scores"] - context.config.rloo.beta * ratio, kind="rloo")
     return batch._replace(data=data | {"advantages": advantages.astype(np.float32)})
 
 

@@ -8,13 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from ple_jax import losses
-from ple_jax.algorithms._imitation import batch, marked, needs_reference
-from ple_jax.algorithms._parts import no_threshold as schedule
+from ple_jax.algorithms import Context, Needs
+from ple_jax.algorithms._imitation import batch, marked
 from ple_jax.core.types import Array, Batch, Loss, Outputs, Rollout, Slot
 
-__all__ = [
-    "batch", "collect", "label", "make_loss", "needs_old_logprobs", "needs_reference", "needs_teacher", "schedule",
-]  # fmt: skip
+__all__ = ["batch", "collect", "label", "make_loss", "needs"]
 
 
 def collect(config: Any) -> tuple[Slot, ...]:
@@ -22,18 +20,13 @@ def collect(config: Any) -> tuple[Slot, ...]:
     return (Slot("plain"),)
 
 
-def label(rollouts: Sequence[Rollout], tau: float, iteration: int, config: Any) -> list[Rollout]:
+def label(rollouts: Sequence[Rollout], context: Context) -> list[Rollout]:
     return marked(rollouts, [0] * len(rollouts), "distilled")
 
 
-def needs_old_logprobs(config: Any) -> bool:
-    """True: data["old_logprobs"], those of the policy before the iteration's first step."""
-    return True
-
-
-def needs_teacher(config: Any) -> bool:
-    """True: data["teacher_logprobs"], of the same tokens after the principled prompt, before the iteration's first step."""
-    return True
+def needs(config: Any) -> Needs:
+    """The policy before the iteration's first step, after the plain prompt and, as the teacher, after the principled one."""
+    return Needs(old_logprobs=True, teacher=True)
 
 
 def make_loss(config: Any) -> Loss:

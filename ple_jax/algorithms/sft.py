@@ -6,11 +6,11 @@ A longer answer is cut to sampling.max_new_tokens, without EOS then, so that all
 from collections.abc import Sequence
 from typing import Any
 
-from ple_jax.algorithms._imitation import batch, make_loss, marked, needs_reference
-from ple_jax.algorithms._parts import no_threshold as schedule
+from ple_jax.algorithms import Context
+from ple_jax.algorithms._imitation import batch, make_loss, marked
 from ple_jax.core.types import Rollout, Slot
 
-__all__ = ["batch", "collect", "label", "make_loss", "needs_reference", "schedule"]
+__all__ = ["batch", "collect", "label", "make_loss"]
 
 
 def collect(config: Any) -> tuple[Slot, ...]:
@@ -18,5 +18,5 @@ def collect(config: Any) -> tuple[Slot, ...]:
     return (Slot("reference", source="completion"),)
 
 
-def label(rollouts: Sequence[Rollout], tau: float, iteration: int, config: Any) -> list[Rollout]:
+def label(rollouts: Sequence[Rollout], context: Context) -> list[Rollout]:
     return marked(rollouts, [0] * len(rollouts), "imitated")

@@ -88,7 +88,7 @@ def pack(rollouts: Sequence[Rollout], picks: Sequence[Sequence[int]], *, prompt_
                 )
             response[i, j, : len(tokens)] = tokens
             response_mask[i, j, : len(tokens)] = True
-    own = [[rollout.responses[i].kind == "plain" for i in chosen] for rollout, chosen in zip(rollouts, picks, strict=True)]
+    own = [[rollout.responses[i].own for i in chosen] for rollout, chosen in zip(rollouts, picks, strict=True)]
     data = {"valid": np.ones(queries, np.float32), "own": np.array(own, np.float32)}
     return Batch(prompt, prompt_mask, response, response_mask, data)
 

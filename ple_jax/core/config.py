@@ -1,15 +1,30 @@
 """Validation of a config before anything expensive: what every key may hold, in one table."""
 
-import importlib.util
 import json
 import math
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from ple_jax.core.errors import UserError, suggestion
+from ple_jax.core.rules import (
+    Rule,
+    choice,
+    flag,
+    free,
+    many,
+    named,
+    not_negative,
+    optional,
+    patterns,
+    positive,
+    real,
+    share,
+    text,
+    whole,
+)
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -24,10 +39,17 @@ EXECUTION = (
     "sampling.server_sleep", "mesh.data", "mesh.fsdp", "mesh.tensor", "checkpoint.keep",
 )  # fmt: skip
 
+# keys of earlier versions -> their names now
+RENAMED = {
+    "sft.data": "warm_up.data",
+    "sft.epochs": "warm_up.epochs",
+    "sft.lr": "warm_up.lr",
+    "reward_model.epochs": "offline.epochs",
+    "reward_model.eval_every": "offline.eval_every",
+}
+
 # keys that one backend alone reads, all of them "auto" by default
 OWN = {"model.layers": "jax", "model.attention": "jax", "model.device": "torch", "model.ops": "torch"}
-
-Rule = Callable[[Any], str]  # value -> what it must be instead, or "" when it is fine
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "", *, whole: Collection[str] = FREE) -> dict[str, Any]:
@@ -57,97 +79,11 @@ def find(folder: str, suffix: str, name: str) -> Path | None:
     return PACKAGE / folder / f"{name}{suffix}" if name in names(folder, suffix) else None
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _whole(low: int, high: float = math.inf) -> Rule:
-    says = f"a whole number, at least {low}" + (f" and below {high}" if high < math.inf else "")
-    return lambda v: "" if type(v) is int and low <= v < high else says
-
-
-def _real(test: Callable[[float], bool], says: str, *, infinite: bool = False) -> Rule:
-    # NaN fails here: it is not finite, and no comparison with it holds
-    return lambda v: "" if _is_number(v) and test(v) and (infinite or math.isfinite(v)) else f"a number {says}"
-
-
-def _choice(*options: str) -> Rule:
-    return lambda v: "" if v in options else f"one of {', '.join(options)}{suggestion(str(v), options)}"
-
-
-def _tuple(each: Rule, *, empty: bool = False) -> Rule:
-    def rule(value: Any) -> str:
-        if not isinstance(value, tuple | list) or not (value or empty):
-            return "a tuple" if empty else "a tuple with at least one entry"
-        wrong = next(((v, says) for v in value if (says := each(v))), None)
-        return f"a tuple such as \"('a','b')\", where its entry {wrong[0]!r} must be {wrong[1]}" if wrong else ""
-
-    return rule
-
-
-def _optional(rule: Rule) -> Rule:
-    """Unset, or what `rule` allows."""
-    return lambda value: "" if value is None else rule(value)
-
-
-def _flag(value: Any) -> str:
-    return "" if isinstance(value, bool) else "True or False"
-
-
-def _text(value: Any) -> str:
-    return "" if isinstance(value, str) and value else "a name"
-
-
-def _free(value: Any) -> str:
-    says = "a dictionary of plain values without NaN, by argument name: \"{'k': 1}\""
-    if not isinstance(value, Mapping) or not all(isinstance(k, str) for k in value):
-        return says
-    try:
-        json.dumps(value, allow_nan=False)
-        return ""
-    except (TypeError, ValueError):
-        return says
-
-
-def _is_path(value: str) -> bool:
-    return "/" in value or bool(Path(value).suffix)
-
-
-def _named(known: list[str], *, file: str = "", folder: bool = False, code: bool = False) -> Rule:
-    """One of the `known` names, or a path.
-
-    Args:
-      known: names that need no path.
-      file: what a path leads to, in words; without it paths are not allowed.
-      folder: whether it may lead to a folder.
-      code: whether `package.module`, `package.module:function`, `file.py` and `file.py:function` are allowed.
-    """
-
-    def rule(value: Any) -> str:
-        if not isinstance(value, str):
-            return f"one of {', '.join(known)}"
-        if value in known or (file and value and (Path(value).is_file() or (folder and Path(value).is_dir()))):
-            return ""
-        module = value.split(":", 1)[0]
-        if code and module.endswith(".py"):
-            return "" if Path(module).is_file() else f"an existing Python file (looked in {Path.cwd()})"
-        # only the first part is looked up: finding a submodule would import its package
-        if code and ("." in module or ":" in value) and all(part.isidentifier() for part in module.split(".")):
-            found = importlib.util.find_spec(module.split(".", 1)[0]) is not None
-            return "" if found else f"a dotted path into an installed package; {module.split('.', 1)[0]!r} is not one"
-        if file and _is_path(value):
-            return f"an existing {file} (looked in {Path.cwd()}), or one of {', '.join(known)}"
-        more = "a Python file, a dotted path" if code else f"the path of a {file}"
-        return f"one of {', '.join(known)}, or {more}{suggestion(value, known)}"
-
-    return rule
-
-
 def _source(value: Any) -> str:
     """A hub is asked when the records are loaded."""
     if isinstance(value, str) and is_hub_id(value) and not value.endswith((".jsonl", ".json", ".csv", ".parquet", ".gz")):
         return ""
-    local = _named(names("data", ".jsonl"), file="file of records", folder=True)(value)
+    local = named(names("data", ".jsonl"), file="file of records", folder=True)(value)
     return f"{local}, or a data set on a hub, user/name" if local else ""
 
 
@@ -167,7 +103,7 @@ def _columns(value: Any) -> str:
 
 def _principles(value: Any) -> str:
     """Several are joined with +, unless that is a file's name."""
-    rule = _named(names("prompts/principles", ".txt"), file="text file")
+    rule = named(names("prompts/principles", ".txt"), file="text file")
     if not isinstance(value, str) or Path(value).is_file():
         return rule(value)
     return next((says for part in value.split("+") if (says := rule(part.strip()))), "")
@@ -185,24 +121,6 @@ def _targets(value: Any) -> str:
     if not names or ("all-linear" in value and len(value) > 1):
         return "a tuple of module names, \"('q_proj','v_proj')\", or \"('all-linear',)\""
     return ""
-
-
-def _patterns(each: Rule) -> Rule:
-    says = "a tuple of (regular expression, value) pairs: \"(('mlp.down_proj', 16),)\""  # ConfigDict has no keys with dots
-
-    def rule(value: Any) -> str:
-        if not isinstance(value, tuple | list) or not all(isinstance(v, tuple | list) and len(v) == 2 for v in value):
-            return says
-        for key, number in value:
-            try:
-                re.compile(key)
-            except (TypeError, re.error) as error:
-                return f"{says}; {key!r} is no regular expression ({error})"
-            if wrong := each(number):
-                return f"{says}, where {key!r} must have {wrong}"
-        return ""
-
-    return rule
 
 
 def is_hub_id(value: str) -> bool:
@@ -238,7 +156,7 @@ def _model(value: Any) -> str:
     """A hub is asked when the model is loaded."""
     if isinstance(value, str) and is_hub_id(value):
         return ""
-    local = _named(["smollm2-135m", "tiny", *PUBLISHED], file=".gguf file or Hugging Face folder", folder=True)(value)
+    local = named(["smollm2-135m", "tiny", *PUBLISHED], file=".gguf file or Hugging Face folder", folder=True)(value)
     return f"{local}, or a model on a hub, user/name" if local else ""
 
 
@@ -247,156 +165,153 @@ def _revision(value: Any) -> str:
     return "" if fine else "unset or a branch, tag or commit of a model on a hub"
 
 
-_reward = _named(names("rewards", ".py"), code=True)
+_reward = named(names("rewards", ".py"), code=True)
 # well-known models of which only the config.json is here: for planning
 PUBLISHED = names("models/published", ".json")
-_positive = _real(lambda v: v > 0, "above 0")
-_not_negative = _real(lambda v: v >= 0, "of at least 0")
-_share = _real(lambda v: 0 <= v <= 1, "from 0 to 1")
 
 RULES: dict[str, Rule] = {
-    "seed": _whole(0, 2**32),
-    "algorithm": _named(names("algorithms", ".py"), code=True),
-    "algorithm_kwargs": _free,
-    "trainer": _choice("own", "trl"),
-    "iterations": _whole(1),
-    "queries_per_iteration": _whole(1),
+    "seed": whole(0, 2**32),
+    "algorithm": named(names("algorithms", ".py"), code=True),
+    "algorithm_kwargs": free,
+    "trainer": choice("own", "trl"),
+    "iterations": whole(1),
+    "queries_per_iteration": whole(1),
     "model.path": _model,
     "model.revision": _revision,
-    "model.dtype": _choice("float32", "bfloat16"),
-    "model.quantize": _choice("none", "int8", "nf4"),
-    "model.layers": _choice("auto", "scan", "unroll"),
-    "model.attention": _choice("auto", "xla", "cudnn", "splash"),
-    "model.remat": _choice("none", "dots", "full"),
-    "model.device": _choice("auto", "cpu", "cuda", "npu"),
-    "model.ops": _choice("auto", "reference", "npu"),
+    "model.dtype": choice("float32", "bfloat16"),
+    "model.quantize": choice("none", "int8", "nf4"),
+    "model.layers": choice("auto", "scan", "unroll"),
+    "model.attention": choice("auto", "xla", "cudnn", "splash"),
+    "model.remat": choice("none", "dots", "full"),
+    "model.device": choice("auto", "cpu", "cuda", "npu"),
+    "model.ops": choice("auto", "reference", "npu"),
     "model.adapter": _optional_adapter,
-    "lora.rank": _whole(1),
-    "lora.alpha": _positive,
+    "lora.rank": whole(1),
+    "lora.alpha": positive,
     "lora.targets": _targets,
-    "lora.rank_pattern": _patterns(_whole(1)),
-    "lora.alpha_pattern": _patterns(_positive),
-    "lora.rslora": _flag,
-    "lora.dora": _flag,
-    "lora.dropout": _real(lambda v: 0 <= v < 1, "of at least 0 and below 1"),
+    "lora.rank_pattern": patterns(whole(1)),
+    "lora.alpha_pattern": patterns(positive),
+    "lora.rslora": flag,
+    "lora.dora": flag,
+    "lora.dropout": real(lambda v: 0 <= v < 1, "of at least 0 and below 1"),
     "task.train": _source,
     "task.heldout": _source,
-    "task.train_split": _text,
-    "task.heldout_split": _text,
-    "task.subsets": _tuple(_text, empty=True),
-    "task.format": _choice("records", "hh", "imdb", "tldr"),
+    "task.train_split": text,
+    "task.heldout_split": text,
+    "task.subsets": many(text, empty=True),
+    "task.format": choice("records", "hh", "imdb", "tldr"),
     "task.columns": _columns,
     "task.words": _words,
-    "task.streaming": _flag,
-    "task.max_train": _whole(0),
-    "task.max_heldout": _whole(0),
-    "task.max_bad_share": _share,
-    "task.chat": _flag,
-    "task.thinking": _flag,
-    "task.max_prompt_tokens": _whole(1),
+    "task.streaming": flag,
+    "task.max_train": whole(0),
+    "task.max_heldout": whole(0),
+    "task.max_bad_share": share,
+    "task.chat": flag,
+    "task.thinking": flag,
+    "task.max_prompt_tokens": whole(1),
     "principles": _principles,
-    "principles_per_query": _whole(0),
+    "principles_per_query": whole(0),
     "reward.name": _reward,
-    "reward.kwargs": _free,
-    "reward.max_bad_share": _share,
-    "reward.transform": _choice("none", "sigmoid", "zscore", "minmax"),
-    "sampling.max_new_tokens": _whole(1),
-    "sampling.temperature": _real(lambda v: v == 0 or v >= 1e-6, "of at least 1e-6, or 0 (0 is greedy)"),
-    "sampling.top_k": _whole(0),
-    "sampling.top_p": _real(lambda v: 0 < v <= 1, "above 0 and at most 1 (1 is off)"),
-    "sampling.min_p": _real(lambda v: 0 <= v < 1, "of at least 0 and below 1 (0 is off)"),
-    "sampling.width": _whole(1),
-    "sampling.bucket": _whole(1),
+    "reward.kwargs": free,
+    "reward.max_bad_share": share,
+    "reward.transform": choice("none", "sigmoid", "zscore", "minmax"),
+    "sampling.max_new_tokens": whole(1),
+    "sampling.temperature": real(lambda v: v == 0 or v >= 1e-6, "of at least 1e-6, or 0 (0 is greedy)"),
+    "sampling.top_k": whole(0),
+    "sampling.top_p": real(lambda v: 0 < v <= 1, "above 0 and at most 1 (1 is off)"),
+    "sampling.min_p": real(lambda v: 0 <= v < 1, "of at least 0 and below 1 (0 is off)"),
+    "sampling.width": whole(1),
+    "sampling.bucket": whole(1),
     "sampling.server": _optional_server,
     "sampling.server_key_env": _optional_variable,
-    "sampling.server_sleep": _flag,
-    "ple.schedule": _choice("exponential", "constant", "linear", "cosine"),
+    "sampling.server_sleep": flag,
+    "ple.schedule": choice("exponential", "constant", "linear", "cosine"),
     # below 0 a worse response would be ranked above a better one
-    "ple.tau_0": _real(lambda v: v >= 0, "of at least 0 (inf blends every pair)", infinite=True),
-    "ple.alpha": _real(lambda v: 0 < v <= 1, "above 0 and at most 1 (1 keeps the threshold constant)"),
-    "ple.selection": _choice("threshold", "symmetric", "percentile"),
-    "ple.rank": _choice("hinge", "hinge_prob", "sigmoid", "dpo"),
-    "ple.rank_margin": _not_negative,
-    "ple.rank_beta": _positive,
-    "ple.rank_weight": _not_negative,
-    "ple.rank_sft_weight": _not_negative,
-    "ple.blend": _choice("softmax", "sigmoid", "uniform", "best"),
-    "ple.blend_temperature": _positive,
-    "ple.blend_weight": _not_negative,
-    "ple.length_norm": _choice("batch", "response"),
-    "ple.percentile": _tuple(_real(lambda v: 0 < v <= 1, "above 0 and at most 1")),
-    "ple.percentile_temperature": _positive,
-    "ple.percentile_weights": _choice("as_intended", "as_released"),
-    "ple.samples": _whole(2),
-    "raft.samples": _whole(2),
-    "dpo.samples": _whole(0),
-    "dpo.loss": _choice("sigmoid", "ipo"),
-    "dpo.beta": _positive,
-    "dpo.label_smoothing": _real(lambda v: 0 <= v < 0.5, "of at least 0 and below 0.5"),
-    "grpo.samples": _whole(2),
-    "grpo.loss": _choice("grpo", "dr_grpo", "dapo"),
-    "grpo.beta": _not_negative,
-    "grpo.clip_low": _positive,
-    "grpo.clip_high": _positive,
-    "rloo.samples": _whole(2),
-    "rloo.beta": _not_negative,
-    "rloo.clip": _positive,
-    "ppo.samples": _whole(1),
-    "ppo.clip": _positive,
-    "ppo.value_clip": _positive,
-    "ppo.value_weight": _not_negative,
-    "ppo.gamma": _share,
-    "ppo.lam": _share,
-    "ppo.kl": _choice("fixed", "adaptive"),
-    "ppo.kl_coefficient": _not_negative,
-    "ppo.kl_estimator": _choice("k1", "k2", "k3"),
-    "ppo.kl_target": _positive,
-    "ppo.kl_horizon": _whole(1),
-    "ppo.whiten_rewards": _flag,
-    "ppo.whiten_advantages": _flag,
-    "ppo.missing_eos_penalty": _not_negative,
-    "self_distillation.clip": _positive,
-    "reward_model.train": _choice("lora", "head"),
-    "reward_model.epochs": _whole(1),
-    "reward_model.max_tokens": _whole(2),
-    "reward_model.eval_every": _whole(1),
-    "optimizer.lr": _positive,
-    "optimizer.warmup_steps": _whole(0),
-    "optimizer.weight_decay": _not_negative,
-    "optimizer.clip_norm": _positive,
-    "optimizer.batch_queries": _whole(1),
-    "optimizer.micro_queries": _whole(1),
-    "optimizer.epochs": _whole(1),
-    "sft.data": _optional(_source),
-    "sft.epochs": _whole(1),
-    "sft.lr": _positive,
-    "eval.every": _whole(1),
-    "eval.samples": _whole(1),
-    "eval.diagnostic_queries": _whole(1),
-    "generate.policy": _choice("trained", "start"),
-    "generate.principled": _flag,
-    "generate.data": _optional(_source),
-    "generate.split": _text,
-    "generate.max_queries": _whole(0),
-    "generate.samples": _whole(1),
-    "generate.second_reward": _optional(_reward),
-    "generate.second_kwargs": _free,
-    "compare.baseline": _optional(_text),
-    "compare.judge": _named(["reward", "endpoint", "model"], code=True),
-    "compare.judge_kwargs": _free,
-    "compare.judge_queries": _whole(0),
-    "compare.judge_samples": _whole(0),
-    "compare.examples": _whole(0),
-    "mesh.data": _whole(1),
-    "mesh.fsdp": _whole(1),
-    "mesh.tensor": _whole(1),
-    "checkpoint.keep": _whole(1),
-    "export.merged": _flag,
-    "export.dtype": _choice("keep", "float32", "bfloat16", "float16"),
-    "export.shard_gb": _positive,
+    "ple.tau_0": real(lambda v: v >= 0, "of at least 0 (inf blends every pair)", infinite=True),
+    "ple.alpha": real(lambda v: 0 < v <= 1, "above 0 and at most 1 (1 keeps the threshold constant)"),
+    "ple.selection": choice("threshold", "symmetric", "percentile"),
+    "ple.rank": choice("hinge", "hinge_prob", "sigmoid", "dpo"),
+    "ple.rank_margin": not_negative,
+    "ple.rank_beta": positive,
+    "ple.rank_weight": not_negative,
+    "ple.rank_sft_weight": not_negative,
+    "ple.blend": choice("softmax", "sigmoid", "uniform", "best"),
+    "ple.blend_temperature": positive,
+    "ple.blend_weight": not_negative,
+    "ple.length_norm": choice("batch", "response"),
+    "ple.percentile": many(real(lambda v: 0 < v <= 1, "above 0 and at most 1")),
+    "ple.percentile_temperature": positive,
+    "ple.percentile_weights": choice("as_intended", "as_released"),
+    "ple.samples": whole(2),
+    "raft.samples": whole(2),
+    "dpo.samples": whole(0),
+    "dpo.loss": choice("sigmoid", "ipo"),
+    "dpo.beta": positive,
+    "dpo.label_smoothing": real(lambda v: 0 <= v < 0.5, "of at least 0 and below 0.5"),
+    "grpo.samples": whole(2),
+    "grpo.loss": choice("grpo", "dr_grpo", "dapo"),
+    "grpo.beta": not_negative,
+    "grpo.clip_low": positive,
+    "grpo.clip_high": positive,
+    "rloo.samples": whole(2),
+    "rloo.beta": not_negative,
+    "rloo.clip": positive,
+    "ppo.samples": whole(1),
+    "ppo.clip": positive,
+    "ppo.value_clip": positive,
+    "ppo.value_weight": not_negative,
+    "ppo.gamma": share,
+    "ppo.lam": share,
+    "ppo.kl": choice("fixed", "adaptive"),
+    "ppo.kl_coefficient": not_negative,
+    "ppo.kl_estimator": choice("k1", "k2", "k3"),
+    "ppo.kl_target": positive,
+    "ppo.kl_horizon": whole(1),
+    "ppo.whiten_rewards": flag,
+    "ppo.whiten_advantages": flag,
+    "ppo.missing_eos_penalty": not_negative,
+    "self_distillation.clip": positive,
+    "reward_model.train": choice("lora", "head"),
+    "reward_model.max_tokens": whole(2),
+    "offline.epochs": whole(1),
+    "offline.eval_every": whole(1),
+    "optimizer.lr": positive,
+    "optimizer.warmup_steps": whole(0),
+    "optimizer.weight_decay": not_negative,
+    "optimizer.clip_norm": positive,
+    "optimizer.batch_queries": whole(1),
+    "optimizer.micro_queries": whole(1),
+    "optimizer.epochs": whole(1),
+    "warm_up.data": optional(_source),
+    "warm_up.epochs": whole(1),
+    "warm_up.lr": positive,
+    "eval.every": whole(1),
+    "eval.samples": whole(1),
+    "eval.diagnostic_queries": whole(1),
+    "generate.policy": choice("trained", "start"),
+    "generate.principled": flag,
+    "generate.data": optional(_source),
+    "generate.split": text,
+    "generate.max_queries": whole(0),
+    "generate.samples": whole(1),
+    "generate.second_reward": optional(_reward),
+    "generate.second_kwargs": free,
+    "compare.baseline": optional(text),
+    "compare.judge": named(["reward", "endpoint", "model"], code=True),
+    "compare.judge_kwargs": free,
+    "compare.judge_queries": whole(0),
+    "compare.judge_samples": whole(0),
+    "compare.examples": whole(0),
+    "mesh.data": whole(1),
+    "mesh.fsdp": whole(1),
+    "mesh.tensor": whole(1),
+    "checkpoint.keep": whole(1),
+    "export.merged": flag,
+    "export.dtype": choice("keep", "float32", "bfloat16", "float16"),
+    "export.shard_gb": positive,
     "export.push": _optional_repository,
-    "export.private": _flag,
-    "sinks": _tuple(_choice("jsonl", "tensorboard", "wandb", "mlflow", "trackio"), empty=True),
+    "export.private": flag,
+    "sinks": many(choice("jsonl", "tensorboard", "wandb", "mlflow", "trackio"), empty=True),
 }
 
 _MULTIPLES = (  # (key, the keys whose product divides it, why)
@@ -411,6 +326,15 @@ _MULTIPLES = (  # (key, the keys whose product divides it, why)
 )
 
 
+def renamed(key: str) -> str:
+    """Where a key or a section of an earlier version is now, as a sentence; nothing of any other."""
+    now = [new for old, new in RENAMED.items() if old == key or old.startswith(f"{key}.")]
+    if not now:
+        return ""
+    name = now[0] if key in RENAMED else now[0].split(".")[0]
+    return f"config.{key} is now config.{name}: rename it, in files and on the command line"
+
+
 def validate(config: "ConfigDict") -> None:
     """Checks every key, then the keys that must fit one another; reads no file and imports nothing heavy.
 
@@ -423,7 +347,8 @@ def validate(config: "ConfigDict") -> None:
     flat = flatten(config.to_dict())
     for key in flat:
         if key not in RULES:
-            raise UserError(f"config.{key} is not a known key{suggestion(key, RULES)} (all are in configs/default.py)")
+            says = f"config.{key} is not a known key{suggestion(key, RULES)} (all are in configs/default.py)"
+            raise UserError(renamed(key) or says)
     for key, rule in RULES.items():
         if key not in flat:
             raise UserError(f"config.{key} is missing; start the config file from configs/default.py's get_config()")

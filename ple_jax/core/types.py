@@ -47,6 +47,13 @@ class Response(NamedTuple):
     score: float = float("nan")  # transformed reward: what selection and weights use
     weight: float = float("nan")  # weight in the blended loss
     parts: Mapping[str, float] = {}  # a combined reward's components, as they were given
+    principled: bool = False  # of the slot that asked for it: whether the principles were in the prompt
+    source: str = "policy"  # of that slot too: who gave it, the policy or the record
+
+    @property
+    def own(self) -> bool:
+        """Whether the policy gave it to the plain prompt: what a KL estimate may be made from."""
+        return self.source == "policy" and not self.principled
 
 
 class Rollout(NamedTuple):

@@ -38,8 +38,8 @@ def load_heldout(config: Any) -> QuerySet:
 
 
 def load_warm_up(config: Any) -> QuerySet:
-    """The records of the warm-up, config.sft.data, in the format of config.task."""
-    return _read(config, config.sft.data, config.task.train_split, 0, "completion")
+    """The records of the warm-up, config.warm_up.data, in the format of config.task."""
+    return _read(config, config.warm_up.data, config.task.train_split, 0, "completion")
 
 
 def _read(config: Any, source: str, split: str, limit: int, needs: str) -> QuerySet:

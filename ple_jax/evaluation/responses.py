@@ -27,18 +27,19 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ple_jax import rewards
-from ple_jax.core import noise
+from ple_jax.algorithms import Algorithm
 from ple_jax.core.batches import bucket, left_padded, pack
 from ple_jax.core.config import differing, flatten
 from ple_jax.core.errors import UserError
 from ple_jax.core.files import read_json, read_jsonl, write_json, write_jsonl
+from ple_jax.core.noise import RESPONSES
 from ple_jax.core.types import Batch, Query, Response, Reward, Rollout, Slot
 from ple_jax.data.left_out import QuerySet
-from ple_jax.data.load import load_heldout
+from ple_jax.data.load import Data, load_heldout
 from ple_jax.data.queries import digest
 from ple_jax.training.journal import Journal
 from ple_jax.training.journal import read as read_journal
-from ple_jax.training.prompting import fitted, renderer
+from ple_jax.training.opening import fitted
 from ple_jax.training.run import Run
 from ple_jax.training.sampling import given, sample
 from ple_jax.training.scoring import score
@@ -108,7 +109,7 @@ def second_reward(config: Any, backend: str) -> Reward | None:
         raise UserError(str(error).replace("config.reward.", "config.generate.second_")) from error
 
 
-def write(run: Run, queries: QuerySet, second: Reward | None, *, backend: str, iteration: int) -> Path:
+def write(run: Run[Algorithm], queries: QuerySet, second: Reward | None, *, backend: str, iteration: int) -> Path:
     """Samples and scores the run's policy as it is now; what was finished before is not done again.
 
     Returns:
@@ -117,12 +118,13 @@ def write(run: Run, queries: QuerySet, second: Reward | None, *, backend: str, i
     Raises:
         UserError: responses with other settings are there.
     """
-    options, path = run.config.generate, folder(run.workdir, run.config)
+    options, path = run.config.generate, folder(run.session.workdir, run.config)
     path.mkdir(parents=True, exist_ok=True)
-    seen = {query.prompt for query in run.train}
+    seen = {query.prompt for query in run.data.train}
     if options.policy == "trained" and (both := sum(query.prompt in seen for query in queries.queries)):
-        run.progress.log(f"warning: {both} of {len(queries.queries)} queries are among those that were trained on")
-    run = fitted(run._replace(heldout=queries.queries, bad={"train": [], "heldout": queries.bad}, workdir=path))
+        run.session.progress.log(f"warning: {both} of {len(queries.queries)} queries are among those that were trained on")
+    data = Data(run.data.train, queries.queries, {"train": [], "heldout": queries.bad})
+    run = fitted(run._replace(data=data, session=run.session._replace(workdir=path)))
     journal, kind = Journal(path, iteration), "principled" if options.principled else "plain"
     settings = _settings(run, second, backend=backend, iteration=iteration)
     kept = read_json(journal.path.with_suffix(".json"))
@@ -132,19 +134,18 @@ def write(run: Run, queries: QuerySet, second: Reward | None, *, backend: str, i
             f"{path} holds responses of iteration {iteration} with other settings ({keys}); move or delete that folder"
         )
     write_json(journal.path.with_suffix(".json"), settings)
-    render = renderer(run)
     if (rollouts := journal.read()) is None:
         slots = [Slot(kind, options.principled, number) for number in range(options.samples)]
-        rollouts = score(run, sample(run, run.heldout, slots, journal, noise.RESPONSES, render))
+        rollouts = score(sample(run, run.data.heldout, slots, journal, RESPONSES), run.reward, run.session)
         journal.complete(rollouts)
     scored = journal.path.with_suffix(".scores.jsonl")
     if not scored.exists():
-        lines = list(_scores(run, rollouts, second, [render(query, options.principled).whole for query in run.heldout]))
-        write_jsonl(scored, lines, ascii=True)
+        asked = [run.prompts.render(query, options.principled).whole for query in run.data.heldout]
+        write_jsonl(scored, list(_scores(run, rollouts, second, asked)), ascii=True)
     return journal.path
 
 
-def _settings(run: Run, second: Reward | None, *, backend: str, iteration: int) -> dict[str, Any]:
+def _settings(run: Run[Algorithm], second: Reward | None, *, backend: str, iteration: int) -> dict[str, Any]:
     config, options = run.config, run.config.generate
     settings = {
         "algorithm": config.algorithm,
@@ -155,12 +156,12 @@ def _settings(run: Run, second: Reward | None, *, backend: str, iteration: int) 
         "policy": options.policy,
         "principled": options.principled,
         "principles": config.principles if options.principled else None,
-        "model": run.base_model,
+        "model": run.base.name,
         "adapter": config.model.adapter,
         "weights_digest": _digest(run),
         "data": options.data or config.task.heldout,
-        "data_digest": digest(run.heldout),
-        "queries": len(run.heldout),
+        "data_digest": digest(run.data.heldout),
+        "queries": len(run.data.heldout),
         "samples": options.samples,
         "max_new_tokens": config.sampling.max_new_tokens,
         "sampling": {key: config.sampling[key] for key in ("temperature", "top_k", "top_p", "min_p")},
@@ -171,7 +172,7 @@ def _settings(run: Run, second: Reward | None, *, backend: str, iteration: int) 
     return json.loads(json.dumps(settings))
 
 
-def _digest(run: Run) -> str:
+def _digest(run: Run[Algorithm]) -> str:
     """Of the policy's adapter: the same iteration of another training is another policy."""
     found = hashlib.sha256()
     for name, tensor in sorted(run.backend.adapter().items()):
@@ -180,14 +181,14 @@ def _digest(run: Run) -> str:
 
 
 def _scores(
-    run: Run, rollouts: Sequence[Rollout], second: Reward | None, prompts: Sequence[tuple[int, ...]]
+    run: Run[Algorithm], rollouts: Sequence[Rollout], second: Reward | None, prompts: Sequence[tuple[int, ...]]
 ) -> Iterator[dict[str, Any]]:
     """The lines beside the journal; `prompts` are those that the responses were sampled from."""
     samples, size = len(rollouts[0].responses), run.config.optimizer.micro_queries
     values = _values(run, rollouts, second)
-    run.progress.phase("log-probabilities", len(rollouts))
+    run.session.progress.phase("log-probabilities", len(rollouts))
     for start in range(0, len(rollouts), size):
-        run.stop.check()
+        run.session.stop.check()
         some = rollouts[start : start + size]
         plain = _packed(run, some, [range(samples)] * len(some), run.config.sampling.max_new_tokens)
         asked = left_padded(prompts[start : start + size], run.config.sampling.bucket)
@@ -195,34 +196,38 @@ def _scores(
         base = run.backend.logprobs(plain, base=True).logprobs
         policy, base = (np.where(plain.response_mask, x, 0.0).astype(np.float64) for x in (policy, base))
         kl = (np.expm1(base - policy) - (base - policy)).sum(-1)
-        references = _references(run, run.heldout[start : start + size], some)
+        references = _references(run, run.data.heldout[start : start + size], some)
         for i, rollout in enumerate(some):
-            line: dict[str, Any] = {"query_id": rollout.query_id, "reference": run.heldout[start + i].completion}
+            line: dict[str, Any] = {"query_id": rollout.query_id, "reference": run.data.heldout[start + i].completion}
             if values is not None:
                 line["second"] = values[start + i]
             line |= {"logprob": policy[i].sum(-1).tolist(), "base_logprob": base[i].sum(-1).tolist(), "kl": kl[i].tolist()}
             yield {**line, "reference_logprob": references[i][0], "reference_tokens": references[i][1]}
-        run.progress.advance(len(some))
+        run.session.progress.advance(len(some))
 
 
-def _packed(run: Run, rollouts: Sequence[Rollout], picks: Sequence[Sequence[int]], length: int) -> Batch:
+def _packed(run: Run[Algorithm], rollouts: Sequence[Rollout], picks: Sequence[Sequence[int]], length: int) -> Batch:
     return pack(rollouts, picks, prompt_multiple=run.config.sampling.bucket, response_len=length)
 
 
-def _values(run: Run, rollouts: Sequence[Rollout], second: Reward | None) -> list[list[float | None]] | None:
+def _values(run: Run[Algorithm], rollouts: Sequence[Rollout], second: Reward | None) -> list[list[float | None]] | None:
     """A second reward's values of every response; null where it gave nothing finite."""
     if second is None:
         return None
     texts = [(rollout.prompt, r.text) for rollout in rollouts for r in rollout.responses]
-    found = rewards.score(second, [prompt for prompt, _ in texts], [text for _, text in texts], cache=run.cache).values
+    asked, said = [prompt for prompt, _ in texts], [text for _, text in texts]
+    found = rewards.score(second, asked, said, cache=run.session.cache).values
     numbers = iter(float(value) if math.isfinite(value) else None for value in found)
     return [[next(numbers) for _ in rollout.responses] for rollout in rollouts]
 
 
-def _references(run: Run, queries: Sequence[Query], rollouts: Sequence[Rollout]) -> list[tuple[float | None, int]]:
+def _references(
+    run: Run[Algorithm], queries: Sequence[Query], rollouts: Sequence[Rollout]
+) -> list[tuple[float | None, int]]:
     """Log-probability and tokens of the records' own answers under the base."""
-    own = [given(run, query, Slot("reference", source="completion")) if query.completion else None for query in queries]
-    room = [run.context - len(rollout.prompt_tokens) for rollout in rollouts]
+    slot = Slot("reference", source="completion")
+    own = [given(query, slot, run.config, run.base) if query.completion else None for query in queries]
+    room = [run.base.context - len(rollout.prompt_tokens) for rollout in rollouts]
     own = [answer if answer and len(answer.tokens) <= most else None for answer, most in zip(own, room, strict=True)]
     if not any(own):
         return [(None, 0)] * len(own)

@@ -8,7 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ple_jax.algorithms import is_offline, load_algorithm
+from ple_jax import algorithms
+from ple_jax.algorithms import Algorithm
 from ple_jax.core.config import flatten
 from ple_jax.core.files import read_json, read_jsonl
 from ple_jax.models.hub import is_remote
@@ -79,12 +80,12 @@ def _said(workdir: Path, tree: Mapping[str, Any], defaults: Mapping[str, Any]) -
     from ple_jax.models.weights import gguf_file  # here: it imports transformers, for which no other mode should wait
 
     config, plain = flatten(tree), flatten(json.loads(json.dumps(dict(defaults))))
-    algorithm = load_algorithm(config["algorithm"])
+    algorithm = algorithms.load(config["algorithm"])
     unserved = (config[f"lora.{key}"] for key in ("dora", "rank_pattern", "alpha_pattern"))
     return {
         "config": config,
-        "about": _sentence(algorithm.__doc__ or ""),
-        "guided": not is_offline(algorithm) and _guided(algorithm, tree),
+        "about": _sentence(algorithm.about),
+        "guided": isinstance(algorithm, Algorithm) and _guided(algorithm, tree),
         "settings": {k: v for k, v in config.items() if k in plain and plain[k] != v and not k.startswith("export.")},
         "versions": _versions(workdir),
         "rank": rank_limit(config["lora.rank"], *unserved),
@@ -104,12 +105,12 @@ def _body(template: str, **values: Any) -> str:
     return re.sub(r"\n{3,}", "\n\n", environment.get_template(template).render(values)).strip() + "\n"
 
 
-def _guided(algorithm: Any, tree: Mapping[str, Any]) -> bool:
+def _guided(algorithm: Algorithm, tree: Mapping[str, Any]) -> bool:
     """Whether principles have a part in training, for responses or for a teacher."""
     from ml_collections import ConfigDict
 
     config = ConfigDict(tree)
-    return any(slot.principled for slot in algorithm.collect(config)) or "needs_teacher" in vars(algorithm)
+    return any(slot.principled for slot in algorithm.collect(config)) or algorithm.needs(config).teacher
 
 
 def _spelled(algorithm: str) -> str:

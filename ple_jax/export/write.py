@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ple_jax.algorithms import has_head
 from ple_jax.core import backends
 from ple_jax.core.files import read_json, write_text
 from ple_jax.export import card
@@ -15,24 +14,24 @@ from ple_jax.training.run import Run
 HEAD = "score"  # what transformers calls a classifier's head
 
 
-def write_adapter(run: Run, iteration: int, summary: Mapping[str, Any]) -> Path:
+def write_adapter(run: Run[Any], iteration: int, summary: Mapping[str, Any]) -> Path:
     """The adapter in PEFT's layout and its model card, in the work directory; `summary` is {} for an unfinished run.
 
     A head that was trained alone is written the same way, without a LoRA matrix: PEFT has no such thing, `write_merged`
     reads it.
     """
-    folder = run.workdir / "adapter"
-    head = HEAD if has_head(run.algorithm) else None
+    workdir, base = run.session.workdir, run.base
+    folder, head = workdir / "adapter", run.algorithm.needs(run.config).head == "score"
     write_peft(
         folder,
         run.backend.adapter(),
         lora=run.config.lora,
-        base_model=run.base_model,
-        transposed=run.transposed,
-        head=head,
+        base_model=base.name,
+        transposed=base.transposed,
+        head=HEAD if head else None,
     )
     push = run.config.export.push
-    readme = _card(run.workdir, "peft", run.base_model, iteration, summary, push, head=has_head(run.algorithm))
+    readme = _card(workdir, "peft", base.name, iteration, summary, push, head=head)
     write_text(folder / "README.md", readme)
     return folder
 

@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 from ple_jax import prompts
+from ple_jax.algorithms import Algorithm, OfflineAlgorithm
 from ple_jax.core.batches import bucket
 from ple_jax.core.types import Query, Reward, Tokenizer
 from ple_jax.data.left_out import counts, fit
@@ -73,7 +73,7 @@ def describe(
     found: Data,
     rules: principles.Principles,
     reward: Reward,
-    algorithm: ModuleType,
+    algorithm: Algorithm,
 ) -> str:
     """Describes the run of a config: model, records, shapes, steps, tokens, thresholds, principles and prompts.
 
@@ -144,7 +144,7 @@ def describe(
         "The whole run\n"
         + _table(
             [
-                ("optimiser steps", f"{config.iterations * steps:,}{' after the warm-up' if config.sft.data else ''}"),
+                ("optimiser steps", f"{config.iterations * steps:,}{' after the warm-up' if config.warm_up.data else ''}"),
                 ("evaluations", f"{evaluations} of {len(heldout)} x {config.eval.samples} ({config.task.heldout})"),
                 (
                     "generated tokens",
@@ -170,10 +170,10 @@ def describe_offline(
     parameters: int,
     adapter_parameters: int,
     found: Data,
-    algorithm: ModuleType,
+    algorithm: OfflineAlgorithm,
 ) -> str:
     """Describes the run of an algorithm that samples nothing; arguments as `describe`."""
-    settings, optimizer = config.reward_model, config.optimizer
+    settings, optimizer = config.offline, config.optimizer
     examples, bad = fit(found.train, lambda query: algorithm.encode(query, tokenizer, config), kind="unfit")
     steps = math.ceil(len(examples) / optimizer.batch_queries) * settings.epochs
     batches = algorithm.batches(examples, optimizer.batch_queries, seed=config.seed, epoch=0)

@@ -5,18 +5,17 @@ Both `topology.py` start from it, JAX's and torch's.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from ple_jax import prompts
-from ple_jax.algorithms import head_of
+from ple_jax.algorithms import Algorithm, Context
 from ple_jax.core.batches import bucket
 from ple_jax.core.config import PACKAGE, PUBLISHED
 from ple_jax.core.errors import UserError
-from ple_jax.core.types import Batch, Query, Response, Rollout, Tokenizer
+from ple_jax.core.types import Batch, Query, Response, Rollout, Slot, Tokenizer
 from ple_jax.models import families, hub, weights
 from ple_jax.models import tokenizer as tokenizers
 from ple_jax.models.config import ModelConfig
@@ -87,27 +86,30 @@ def check_positions(config: ConfigDict, sizes: Lengths, model: ModelConfig) -> N
         )
 
 
-def example_batch(config: ConfigDict, algorithm: ModuleType, rows: int, sizes: Lengths, vocab: int) -> Batch:
+def example_batch(config: ConfigDict, algorithm: Algorithm, rows: int, sizes: Lengths, vocab: int) -> Batch:
     """A batch of the algorithm's own making, of `rows` queries with the longest prompts."""
     slots = algorithm.collect(config)
 
-    def response(place: int, slot: Any) -> Response:
-        return Response((1,), False, slot.kind, slot.sample, reward=float(place), score=float(place))
+    def response(place: int, slot: Slot) -> Response:
+        value = float(place)
+        said = Response((1,), False, slot.kind, slot.sample, reward=value, score=value)
+        return said._replace(principled=slot.principled, source=slot.source)
 
     made = [
         Rollout(str(i), "", (vocab - 1,) * sizes.trained, tuple(response(j, slot) for j, slot in enumerate(slots)))
         for i in range(rows)
     ]
-    batch = algorithm.batch(algorithm.label(made, algorithm.schedule(config)(0), 0, config), config)
+    context = Context(config, tau=algorithm.schedule(config)(0), controller=algorithm.controller(config))
+    batch, needs = algorithm.batch(algorithm.label(made, context), context), algorithm.needs(config)
     compared = {
-        "reference_logprobs": algorithm.needs_reference(config),
-        "teacher_logprobs": hasattr(algorithm, "needs_teacher") and algorithm.needs_teacher(config),
-        "old_logprobs": hasattr(algorithm, "needs_old_logprobs") and algorithm.needs_old_logprobs(config),
-        "old_values": head_of(algorithm) == "value",
+        "reference_logprobs": needs.reference,
+        "teacher_logprobs": needs.teacher,
+        "old_logprobs": needs.old_logprobs,
+        "old_values": needs.head == "value",
     }
     zeros = np.zeros(batch.response.shape, np.float32)
     batch.data.update({name: zeros for name, needed in compared.items() if needed})
-    return algorithm.prepare(batch, config, {}) if hasattr(algorithm, "prepare") else batch
+    return algorithm.prepare(batch, context)
 
 
 def readable(count: float) -> str:

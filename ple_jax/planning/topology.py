@@ -8,7 +8,6 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from ple_jax.algorithms import head_of
+from ple_jax.algorithms import Algorithm
 from ple_jax.backend import backend, generate, lora, sharding, train
 from ple_jax.backend import quantize as quantization
 from ple_jax.backend.model import Model, quantized_axis
@@ -93,14 +92,14 @@ class Phase(NamedTuple):
 
 
 def phases(
-    config: ConfigDict, model: Model, mesh: Mesh, sizes: Lengths, algorithm: ModuleType, eos: tuple[int, ...]
+    config: ConfigDict, model: Model, mesh: Mesh, sizes: Lengths, algorithm: Algorithm, eos: tuple[int, ...]
 ) -> Iterator[Phase]:
     """Everything a run compiles, in the order in which it happens."""
     c, opt = model.config, config.optimizer
     settings = adapters.settings(config)
     transform = train.optimizer(clip_norm=opt.clip_norm, weight_decay=opt.weight_decay)
     fresh = adapters.init(c, settings, seed=config.seed)
-    if head := head_of(algorithm):
+    if head := algorithm.needs(config).head:
         fresh = adapters.with_head(config, fresh, c, head)
     places = train.placement(fresh, transform, mesh)
     made = train.programs(model, fresh, mesh, transform=transform, settings=settings)
@@ -185,7 +184,7 @@ def phases(
         return about, forward(queries, time_, time_, k * new)
 
     # log-probabilities are taken of a whole optimiser batch where the loss needs the reference's
-    judged = batch(max(config.eval.diagnostic_queries, opt.batch_queries * algorithm.needs_reference(config)))
+    judged = batch(max(config.eval.diagnostic_queries, opt.batch_queries * algorithm.needs(config).reference))
     about, flops = packed(judged)
     yield Phase(
         "log-probs", about, policy, resident, sum(flops.values()),
@@ -265,7 +264,7 @@ def report(
     config: ConfigDict,
     topology: str,
     *,
-    algorithm: ModuleType,
+    algorithm: Algorithm,
     train_set: Sequence[Query],
     heldout: Sequence[Query],
     principles: str,
@@ -275,7 +274,7 @@ def report(
 
     Args:
         topology: `v5e:2x4`, `cpu:8` ...
-        algorithm: a module like ple_jax/algorithms/ple.py.
+        algorithm: as `algorithms.load` gives it.
         write: takes one line at a time.
 
     Returns:

@@ -4,31 +4,45 @@ Seconds are those of the process that committed an iteration: what a killed one 
 that was read from the journal afterwards, are in none of them.
 """
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Mapping
+from typing import NamedTuple
 
 from ple_jax.core.types import Batch
 
-# counters of a run's state: since the start of training, evaluations apart
-COUNTERS = (
-    "queries", "generated_tokens", "prompt_tokens", "principle_tokens", "reward_calls", "training_tokens", "flops",
-)  # fmt: skip
 PHASES = ("generate", "score", "prepare", "update", "evaluate")
 
 
-def fresh() -> dict[str, Any]:
-    """The counters of a run that has done nothing."""
-    return {**dict.fromkeys(COUNTERS, 0), "seconds": dict.fromkeys(PHASES, 0.0)}
+class Costs(NamedTuple):
+    """Counters since the start of training, evaluations apart, and seconds by phase."""
+
+    queries: int = 0
+    generated_tokens: int = 0
+    prompt_tokens: int = 0
+    principle_tokens: int = 0
+    reward_calls: int = 0
+    training_tokens: int = 0
+    flops: int = 0
+    seconds: Mapping[str, float] = dict.fromkeys(PHASES, 0.0)
+
+    def plus(self, **more: int) -> "Costs":
+        """Counters raised by so much."""
+        return self._replace(**{name: getattr(self, name) + n for name, n in more.items()})
+
+    def took(self, phase: str, seconds: float) -> "Costs":
+        """Seconds added to a phase."""
+        return self._replace(seconds={**self.seconds, phase: self.seconds[phase] + seconds})
+
+    def counters(self) -> dict[str, int]:
+        """All but the seconds."""
+        return {name: value for name, value in self._asdict().items() if name != "seconds"}
+
+    def totals(self) -> dict[str, float]:
+        """Counters and seconds without evaluation, for a line of metrics.jsonl: what curves are drawn against."""
+        seconds = sum(spent for phase, spent in self.seconds.items() if phase != "evaluate")
+        return {**{f"total_{name}": value for name, value in self.counters().items()}, "total_seconds": seconds}
 
 
-@contextmanager
-def timed(state: dict[str, Any], phase: str) -> Iterator[None]:
-    """Adds the seconds spent inside to a phase; nothing if it ends in an error, whose work is not kept."""
-    started = time.perf_counter()
-    yield
-    state["seconds"][phase] += time.perf_counter() - started
+COUNTERS = tuple(name for name in Costs._fields if name != "seconds")
 
 
 def tokens(batch: Batch) -> int:
@@ -52,9 +66,3 @@ def update_flops(parameters: int, tokens: int) -> int:
     Recomputation (config.model.remat) and the adapter's own operations, a hundredth of that, are left out.
     """
     return 2 * forward_flops(parameters, tokens)
-
-
-def totals(state: dict[str, Any]) -> dict[str, float]:
-    """The counters and the seconds without evaluation, for a line of metrics.jsonl: what curves are drawn against."""
-    seconds = sum(spent for phase, spent in state["seconds"].items() if phase != "evaluate")
-    return {**{f"total_{name}": state[name] for name in COUNTERS}, "total_seconds": seconds}

@@ -1,8 +1,7 @@
 """The journal of rollouts: what was sampled, written once, atomically, and read by resume, report and evaluation.
 
 While an iteration is being sampled its finished chunks are appended to iter_0003.partial.jsonl; when it is complete and
-labelled, iter_0003.jsonl takes its place. Also here: how the rows of an iteration are cut into chunks, and the noise
-they are sampled with. All of it depends on the config and the data alone, never on what happens to remain.
+labelled, iter_0003.jsonl takes its place.
 """
 
 import json
@@ -16,6 +15,7 @@ from ple_jax.core import files
 from ple_jax.core.conversation import Conversation
 from ple_jax.core.errors import UserError
 from ple_jax.core.types import Response, Rollout
+from ple_jax.training.workdir import FORMAT
 
 
 class Journal:
@@ -93,6 +93,7 @@ def read(path: Path) -> list[Rollout]:
 def _line(rollout: Rollout) -> dict[str, Any]:
     turns = rollout.prompt if isinstance(rollout.prompt, Conversation) else None
     return {
+        "format": FORMAT,
         "query_id": rollout.query_id,
         "prompt": rollout.prompt if turns is None else list(turns.messages),
         **({"tools": list(turns.tools)} if turns is not None and turns.tools else {}),
@@ -107,6 +108,8 @@ def _line(rollout: Rollout) -> dict[str, Any]:
 def _plain(response: Response) -> dict[str, Any]:
     return {
         "kind": response.kind,
+        "principled": response.principled,
+        "source": response.source,
         "sample": response.sample,
         "tokens": list(response.tokens),
         "text": response.text,
@@ -119,9 +122,14 @@ def _plain(response: Response) -> dict[str, Any]:
 
 
 def _response(raw: dict[str, Any]) -> Response:
-    numbers = {name: _number(raw[name]) for name in ("reward", "score", "weight")}
     parts = {name: _number(value) for name, value in raw.get("parts", {}).items()}
-    return Response(tuple(raw["tokens"]), raw["finished"], raw["kind"], raw["sample"], raw["text"], **numbers, parts=parts)
+    said = tuple(raw["tokens"]), raw["finished"], raw["kind"], raw["sample"], raw["text"]
+    values = _number(raw["reward"]), _number(raw["score"]), _number(raw["weight"]), parts
+    if "source" in raw:
+        return Response(*said, *values, raw["principled"], raw["source"])
+    # of format 1, where the names of kinds told who gave a response
+    records = {"reference": "completion", "chosen": "completion", "rejected": "rejected"}
+    return Response(*said, *values, raw["kind"] == "principled", records.get(raw["kind"], "policy"))
 
 
 def _number(value: float | str | None) -> float:

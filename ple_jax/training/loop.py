@@ -5,121 +5,126 @@ after. What is on disk decides where a run stands: the newest checkpoint (the co
 iteration that was being sampled.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+import functools
+import time
+from collections.abc import Callable, Sequence
 
-from ple_jax.core.types import Query, Rollout, Slot
+from ple_jax.algorithms import Algorithm, Context
+from ple_jax.core.types import Rollout, Slot
 from ple_jax.data.queries import draw
 from ple_jax.training import costs
 from ple_jax.training.journal import Journal, read
-from ple_jax.training.measures import finish, summarise, warn_of_leak
-from ple_jax.training.prompting import Rendered, renderer
+from ple_jax.training.measures import evaluate, log_iteration, mean_lengths, summarise, warn_of_leak
 from ple_jax.training.run import Run
 from ple_jax.training.sampling import sample
 from ple_jax.training.scoring import quarantine, score, transformed
 from ple_jax.training.sinks import truncate_jsonl
-from ple_jax.training.state import commit, restore
+from ple_jax.training.state import State, changed, commit, newest
 from ple_jax.training.steps import update
 from ple_jax.training.warm_up import warm_up
 
-# ---------------------------------------------------------------- the loop
+# what an iteration learns: the state after it, its rollouts, and its metrics
+Learn = Callable[[State], tuple[State, list[Rollout], dict[str, float]]]
 
 
-def train(run: Run) -> dict[str, Any]:
-    """Runs, or goes on with, the whole of Algorithm 1; returns the totals of the run."""
-    render, schedule = renderer(run), run.algorithm.schedule(run.config)
-    state = begin(run, render)
-    while state["iteration"] < run.config.iterations:
-        with one_iteration(run, state, render) as values:
-            rollouts = collect(run, state["iteration"], float(schedule(state["iteration"])), render, state)
-            values |= summarise(run, rollouts)
-            warn_of_leak(run, values)
-            values |= update(run, rollouts, state)
+def train(run: Run[Algorithm]) -> State:
+    """Runs, or goes on with, the whole of Algorithm 1; returns where the run ends."""
+    learn = functools.partial(learn_from_samples, run, run.algorithm.schedule(run.config))
+    state = begin(run)
+    while state.iteration < run.config.iterations:
+        state = one_iteration(run, state, learn)
     return state
 
 
-def begin(run: Run, render: Callable[[Query, bool], Rendered]) -> dict[str, Any]:
+def begin(run: Run[Algorithm]) -> State:
     """Where the run stands, evaluated: a fresh one after its warm-up, or its newest checkpoint."""
-    state = restore(run, fresh=warm_up)
-    run.progress.iteration(state["iteration"])
-    truncate_jsonl(run.workdir / "metrics.jsonl", state["iteration"])
-    finish(run, state, render)
-    return state
+    here = run.backend.environment()
+    state = newest(run.backend, run.session.workdir / "checkpoints")
+    if state is None:
+        fresh = State(here, controller=run.algorithm.controller(run.config))
+        state = commit(warm_up(run, fresh), run.backend, run.session, keep=run.config.checkpoint.keep)
+    elif said := changed(state.environment, here):
+        run.session.progress.log(said)
+    run.session.progress.iteration(state.iteration)
+    truncate_jsonl(run.session.workdir / "metrics.jsonl", state.iteration)
+    state = log_iteration(run, state)
+    return state if state.iteration else state._replace(lengths=mean_lengths(evaluate(run, 0)))
 
 
-@contextmanager
-def one_iteration(
-    run: Run, state: dict[str, Any], render: Callable[[Query, bool], Rendered]
-) -> Iterator[dict[str, float]]:
-    """One iteration, whatever updates inside: its metrics go into what this gives, and its end commits and evaluates.
-
-    The metrics get what the iteration cost, as the counters of `state` say. An error inside leaves the last commit in force.
-    """
-    run.progress.iteration(state["iteration"] + 1)
-    before = {**state, "seconds": dict(state["seconds"])}
-    values: dict[str, float] = {}
-    yield values
-    phases = [phase for phase in costs.PHASES if phase != "evaluate"]
-    spent = {phase: state["seconds"][phase] - before["seconds"][phase] for phase in phases}
-    new = {name: state[name] - before[name] for name in ("generated_tokens", "training_tokens")}
+def one_iteration(run: Run[Algorithm], state: State, learn: Learn) -> State:
+    """One iteration, whatever it learns by: its end commits and evaluates. An error leaves the last commit in force."""
+    run.session.progress.iteration(state.iteration + 1)
+    after, rollouts, values = learn(state)
+    spent = {name: after.costs.seconds[name] - state.costs.seconds[name] for name in costs.PHASES if name != "evaluate"}
+    new = {name: getattr(after.costs, name) - getattr(state.costs, name) for name in ("generated_tokens", "training_tokens")}
     if spent["generate"]:  # and not read from the journal
         values["generate_tokens_per_second"] = new["generated_tokens"] / spent["generate"]
     values["train_tokens_per_second"] = new["training_tokens"] / max(spent["update"], 1e-9)
-    state["iteration"] += 1
-    state["metrics"] = {**values, **new, **{f"seconds_{name}": s for name, s in spent.items()}}
-    commit(run, state)
-    finish(run, state, render)
+    after = after._replace(
+        iteration=state.iteration + 1,
+        controller=run.algorithm.control(state.controller, values, run.config),
+        lengths=mean_lengths(rollouts),
+        metrics={**values, **new, **{f"seconds_{name}": s for name, s in spent.items()}},
+    )
+    return log_iteration(run, commit(after, run.backend, run.session, keep=run.config.checkpoint.keep))
 
 
-def collect(
-    run: Run, iteration: int, tau: float, render: Callable[[Query, bool], Rendered], state: dict[str, Any]
-) -> list[Rollout]:
+def learn_from_samples(
+    run: Run[Algorithm], schedule: Callable[[int], float], state: State
+) -> tuple[State, list[Rollout], dict[str, float]]:
+    """Algorithm 1, lines 1 to 6."""
+    context = context_of(run, state, float(schedule(state.iteration)))
+    state, rollouts = collect(run, context, state)
+    values = summarise(rollouts, run)
+    if warning := warn_of_leak(values):
+        run.session.progress.log(warning)
+    state, learned = update(run, rollouts, context, state)
+    return state, rollouts, values | learned
+
+
+def context_of(run: Run[Algorithm], state: State, tau: float) -> Context:
+    """What the algorithm is told of the iteration that `state` stands before."""
+    return Context(run.config, state.iteration, tau, state.lengths, state.controller)
+
+
+def collect(run: Run[Algorithm], context: Context, state: State) -> tuple[State, list[Rollout]]:
     """Algorithm 1, lines 1 to 5: the iteration's labelled rollouts, from the journal where it is complete."""
-    config, journal = run.config, Journal(run.workdir / "rollouts", iteration)
-    slots = run.algorithm.collect(config)
+    config, session, iteration = run.config, run.session, context.iteration
+    journal, slots = Journal(session.workdir / "rollouts", iteration), run.algorithm.collect(config)
     if (rollouts := journal.read()) is None:
-        queries = draw(run.train, config.queries_per_iteration, seed=config.seed, iteration=iteration)
-        with costs.timed(state, "generate"):
-            sampled = sample(run, queries, slots, journal, iteration, render)
-        with costs.timed(state, "score"):
-            kept = transformed(quarantine(run, score(run, sampled), f"iter_{iteration:04d}"), config.reward.transform)
-        journal.complete(run.algorithm.label(kept, tau, iteration, config))
+        queries = draw(run.data.train, config.queries_per_iteration, seed=config.seed, iteration=iteration)
+        started = time.perf_counter()
+        sampled = sample(run, queries, slots, journal, iteration)
+        scoring = time.perf_counter()
+        scored = score(sampled, run.reward, session)
+        kept = quarantine(scored, journal.path.stem, run.reward, session, limit=config.reward.max_bad_share)
+        spent = state.costs.took("generate", scoring - started).took("score", time.perf_counter() - scoring)
+        state = state._replace(costs=spent)
+        journal.complete(run.algorithm.label(transformed(kept, config.reward.transform), context))
         # training reads what is on disk, here as after a resume
         rollouts = read(journal.path)
-    quarantined = run.workdir / "quarantine" / journal.path.name
+    quarantined = session.workdir / "quarantine" / journal.path.name
     bad = read(quarantined) if quarantined.exists() else []  # was sampled and scored too
-    count(run, [*rollouts, *bad], [slot for slot in slots if slot.source == "policy"], render, state)
-    return rollouts
+    return state._replace(costs=counted(run, [*rollouts, *bad], slots, state.costs)), rollouts
 
 
-def count(
-    run: Run,
-    rollouts: Sequence[Rollout],
-    slots: Sequence[Slot],
-    render: Callable[[Query, bool], Rendered],
-    state: dict[str, Any],
-) -> None:
-    """Adds what an iteration's sampling and scoring cost to the state; what principles add to prompts is counted apart."""
-    kinds, queries = {slot.kind for slot in slots}, {query.id: query for query in run.train}
-    state["queries"] += len(rollouts)
+def counted(
+    run: Run[Algorithm], rollouts: Sequence[Rollout], slots: Sequence[Slot], spent: costs.Costs
+) -> costs.Costs:
+    """The costs with an iteration's sampling and scoring; what principles add to prompts is counted apart."""
+    queries = {query.id: query for query in run.data.train}
+    asked = [slot for slot in slots if slot.source == "policy"]
     for rollout in rollouts:
-        sampled = [len(r.tokens) for r in rollout.responses if r.kind in kinds]
-        plain = len(rollout.prompt_tokens) * len(slots)
-        guided = [render(queries[rollout.query_id], True).whole for slot in slots if slot.principled]
+        sampled = sum(len(r.tokens) for r in rollout.responses if r.source == "policy")
+        plain = len(rollout.prompt_tokens) * len(asked)
+        guided = [run.prompts.render(queries[rollout.query_id], True).whole for slot in asked if slot.principled]
         added = sum(map(len, guided)) - len(rollout.prompt_tokens) * len(guided)
-        state["generated_tokens"] += sum(sampled)
-        state["prompt_tokens"] += plain
-        state["principle_tokens"] += added
-        state["reward_calls"] += len(rollout.responses)
-        state["flops"] += costs.forward_flops(run.parameters, sum(sampled) + plain + added)
-
-
-# ---------------------------------------------------------------- training
-
-
-
-
-# ---------------------------------------------------------------- metrics and evaluation
-
-
+        spent = spent.plus(
+            queries=1,
+            generated_tokens=sampled,
+            prompt_tokens=plain,
+            principle_tokens=added,
+            reward_calls=len(rollout.responses),
+            flops=costs.forward_flops(run.base.parameters, sampled + plain + added),
+        )
+    return spent

@@ -2,47 +2,38 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from ple_jax import rewards
-from ple_jax.core import noise
+from ple_jax.algorithms import Algorithm
 from ple_jax.core.batches import pack
-from ple_jax.core.types import Query, Response, Rollout, Slot
-from ple_jax.formulas import intervals
-from ple_jax.formulas import texts as measure
-from ple_jax.training import costs
+from ple_jax.core.noise import HELDOUT
+from ple_jax.core.types import Response, Rollout, Slot
+from ple_jax.formulas import intervals, texts
 from ple_jax.training.journal import Journal, read
-from ple_jax.training.prompting import Rendered
 from ple_jax.training.run import Run
 from ple_jax.training.sampling import sample
 from ple_jax.training.scoring import quarantine, raw_rewards, score
-from ple_jax.training.state import logged, peak_memory
+from ple_jax.training.state import State, logged, spent
 from ple_jax.training.steps import diagnose
 
 _LEAK = 0.1  # share of trigrams above which principles are said to leak
 
 
-def summarise(run: Run, rollouts: Sequence[Rollout]) -> dict[str, float]:
+# ---------------------------------------------------------------- rollouts
+
+
+def summarise(rollouts: Sequence[Rollout], run: Run[Algorithm]) -> dict[str, float]:
     """The rollout metrics of one iteration."""
     limit, transform = run.config.sampling.max_new_tokens, run.config.reward.transform
-    by_kind: dict[str, list[Response]] = {}
-    for rollout in rollouts:
-        for response in rollout.responses:
-            by_kind.setdefault(response.kind, []).append(response)
-    text = run.tokenizer.encode(run.principles.text, add_special_tokens=False)
+    by_kind = _by_kind(rollouts)
+    principles = run.base.tokenizer.encode(run.prompts.principles.text, add_special_tokens=False)
     values: dict[str, float] = {}
     for kind, responses in by_kind.items():
-        tokens = [r.tokens for r in responses]
-        values[f"reward_{kind}"] = float(np.mean([r.reward for r in responses]))
-        values[f"score_{kind}"] = float(np.mean([r.score for r in responses]))
-        for part in responses[0].parts:
-            values[f"reward_{part}_{kind}"] = float(np.mean([r.parts[part] for r in responses]))
-        values[f"length_{kind}"] = float(np.mean([len(t) for t in tokens]))
-        values[f"distinct_2_{kind}"] = measure.distinct_n(tokens, 2)
-        values[f"overlap_{kind}"] = float(np.mean([measure.ngram_overlap(t, text, 3) for t in tokens]))
+        values |= {f"{name}_{kind}": value for name, value in _of_one_kind(responses, principles).items()}
     everything = [r for responses in by_kind.values() for r in responses]
     margins = np.array([rollout.margin for rollout in rollouts])
     values |= {
@@ -52,81 +43,122 @@ def summarise(run: Run, rollouts: Sequence[Rollout]) -> dict[str, float]:
         "ranked_share": float(np.mean([rollout.decision == "ranked" for rollout in rollouts])),
         "truncated_share": float(np.mean([not r.finished and len(r.tokens) == limit for r in everything])),
     }
-    if "principled" in by_kind and "plain" in by_kind:
-        values["leak"] = values["overlap_principled"] - values["overlap_plain"]
+    guided = [kind for kind, responses in by_kind.items() if responses[0].principled]
+    plain = [kind for kind, responses in by_kind.items() if responses[0].own]
+    if guided and plain:
+        values["leak"] = values[f"overlap_{guided[0]}"] - values[f"overlap_{plain[0]}"]
     pooled = rewards.statistics(raw_rewards(rollouts), transform)
     return values | {f"transform_{name}": value for name, value in pooled.items()}
 
 
-def warn_of_leak(run: Run, values: dict[str, float]) -> None:
-    """Says where principled responses repeat the principles more than plain ones do: the text would be learned with them."""
-    if values.get("leak", 0.0) > _LEAK:
-        run.progress.log(
-            f"warning: {values['overlap_principled']:.0%} of the trigrams of principled responses stand in the principles"
-            f" ({values['overlap_plain']:.0%} of the plain ones'): the policy quotes them, and training would teach it to;"
-            " shorten or rephrase them"
-        )
+def _by_kind(rollouts: Sequence[Rollout]) -> dict[str, list[Response]]:
+    by_kind: dict[str, list[Response]] = {}
+    for rollout in rollouts:
+        for response in rollout.responses:
+            by_kind.setdefault(response.kind, []).append(response)
+    return by_kind
 
 
-def evaluate(run: Run, iteration: int, render: Callable[[Query, bool], Rendered]) -> tuple[list[Rollout], int]:
-    """Responses to the held-out queries as the policy now is, scored; and how many tokens were sampled for it.
+def _of_one_kind(responses: Sequence[Response], principles: Sequence[int]) -> dict[str, float]:
+    tokens = [r.tokens for r in responses]
+    parts = {f"reward_{part}": float(np.mean([r.parts[part] for r in responses])) for part in responses[0].parts}
+    return {
+        "reward": float(np.mean([r.reward for r in responses])),
+        "score": float(np.mean([r.score for r in responses])),
+        **parts,
+        "length": float(np.mean([len(t) for t in tokens])),
+        "distinct_2": texts.distinct_n(tokens, 2),
+        "overlap": float(np.mean([texts.ngram_overlap(t, principles, 3) for t in tokens])),
+    }
+
+
+def mean_lengths(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Mean tokens of a response, by kind."""
+    return {kind: float(np.mean([len(r.tokens) for r in some])) for kind, some in _by_kind(rollouts).items()}
+
+
+def warn_of_leak(values: dict[str, float]) -> str:
+    """What to say where principled responses repeat the principles more than plain ones do: training would teach it too."""
+    if values.get("leak", 0.0) <= _LEAK:
+        return ""
+    return (
+        f"warning: {values['overlap_principled']:.0%} of the trigrams of principled responses stand in the principles"
+        f" ({values['overlap_plain']:.0%} of the plain ones'): the policy quotes them, and training would teach it to;"
+        " shorten or rephrase them"
+    )
+
+
+# ---------------------------------------------------------------- held-out queries
+
+
+def evaluate(run: Run[Algorithm], iteration: int) -> list[Rollout]:
+    """Responses to the held-out queries as the policy now is, scored.
 
     Noise is the same at every evaluation, so that differences between evaluations are paired. Before training the
     principled prompt is evaluated too: what the principles buy without any training.
     """
-    journal = Journal(run.workdir / "evaluations", iteration)
+    journal = Journal(run.session.workdir / "evaluations", iteration)
     if (rollouts := journal.read()) is None:
         slots = [Slot("plain", False, s) for s in range(run.config.eval.samples)]
         if iteration == 0:
             slots += [Slot("principled", True, s) for s in range(run.config.eval.samples)]
-        rollouts = score(run, sample(run, run.heldout, slots, journal, noise.HELDOUT, render))
+        rollouts = score(sample(run, run.data.heldout, slots, journal, HELDOUT), run.reward, run.session)
         # those without a reward stay where they are: evaluations are of the same queries
-        quarantine(run, rollouts, f"heldout_{iteration:04d}")
+        limit = run.config.reward.max_bad_share
+        quarantine(rollouts, f"heldout_{iteration:04d}", run.reward, run.session, limit=limit)
         journal.complete(rollouts)
-    return rollouts, sum(len(r.tokens) for rollout in rollouts for r in rollout.responses)
+    return rollouts
 
 
-def mean_rewards(rollouts: Sequence[Rollout], kind: str = "plain") -> np.ndarray:
-    """Mean reward of every query over its responses of one kind that have one; nan where none has."""
-    found = [[r.reward for r in rollout.responses if r.kind == kind] for rollout in rollouts]
-    kept = [[reward for reward in rewards_ if not math.isnan(reward)] for rewards_ in found]
-    return np.array([np.mean(rewards_) if rewards_ else math.nan for rewards_ in kept])
+def mean_rewards(rollouts: Sequence[Rollout], *, principled: bool = False) -> np.ndarray:
+    """Mean reward of every query over its plain (or principled) responses that have one; nan where none has."""
+    found = [[r.reward for r in rollout.responses if r.principled is principled] for rollout in rollouts]
+    kept = [[reward for reward in some if not math.isnan(reward)] for some in found]
+    return np.array([np.mean(some) if some else math.nan for some in kept])
 
 
-def finish(run: Run, state: dict[str, Any], render: Callable[[Query, bool], Rendered]) -> None:
+def log_iteration(run: Run[Algorithm], state: State) -> State:
     """Evaluates where it is due and writes the metrics line of the iteration that `state` stands at, unless it is there."""
-    iteration, config = state["iteration"], run.config
-    if iteration in logged(run.workdir / "metrics.jsonl"):
-        return
-    values = {**state["metrics"], **costs.totals(state)}
+    iteration, config = state.iteration, run.config
+    if iteration in logged(run.session.workdir / "metrics.jsonl"):
+        return state
+    values = {**state.metrics, **state.costs.totals()}
     if iteration % config.eval.every == 0 or iteration == config.iterations:
         started = time.perf_counter()
-        rollouts, _ = evaluate(run, iteration, render)
-        values["heldout_reward"] = float(np.nanmean(mean_rewards(rollouts)))
-        if iteration == 0:
-            values["heldout_reward_principled"] = float(np.nanmean(mean_rewards(rollouts, "principled")))
-        picks = [range(config.eval.samples)] * config.eval.diagnostic_queries
-        few = rollouts[: config.eval.diagnostic_queries]
-        shape = {"prompt_multiple": config.sampling.bucket, "response_len": config.sampling.max_new_tokens}
-        policy = diagnose(run, pack(few, picks[: len(few)], **shape), with_loss=False)
-        values |= {f"heldout_{name}": value for name, value in policy.items()}
+        values |= heldout_metrics(run, evaluate(run, iteration))
         values["seconds_evaluate"] = time.perf_counter() - started
-        state["seconds"]["evaluate"] += values["seconds_evaluate"]
-    for sink in run.sinks:
+        state = state._replace(costs=state.costs.took("evaluate", values["seconds_evaluate"]))
+    for sink in run.session.sinks:
         sink(values, iteration)
-    run.progress.metrics(values)
+    run.session.progress.metrics(values)
+    return state
 
 
-def summary(run: Run, backend: str, state: dict[str, Any]) -> dict[str, Any]:
-    """summary.json: what a run did, in a few numbers."""
+def heldout_metrics(run: Run[Algorithm], rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Mean rewards of an evaluation, and KL and entropy of the policy on some of it."""
     config = run.config
-    before = mean_rewards(read(Journal(run.workdir / "evaluations", 0).path))
-    after = mean_rewards(read(Journal(run.workdir / "evaluations", config.iterations).path))
+    values = {"heldout_reward": float(np.nanmean(mean_rewards(rollouts)))}
+    if any(r.principled for r in rollouts[0].responses):
+        values["heldout_reward_principled"] = float(np.nanmean(mean_rewards(rollouts, principled=True)))
+    few = rollouts[: config.eval.diagnostic_queries]
+    shape = {"prompt_multiple": config.sampling.bucket, "response_len": config.sampling.max_new_tokens}
+    _, policy = diagnose(pack(few, [range(config.eval.samples)] * len(few), **shape), run)
+    return values | {f"heldout_{name}": value for name, value in policy.items()}
+
+
+# ---------------------------------------------------------------- the end
+
+
+def summary(run: Run[Algorithm], backend: str, state: State) -> dict[str, Any]:
+    """summary.json: what a run did, in a few numbers."""
+    config, evaluations = run.config, run.session.workdir / "evaluations"
+    before = mean_rewards(read(Journal(evaluations, 0).path))
+    after = mean_rewards(read(Journal(evaluations, config.iterations).path))
     both = ~np.isnan(before + after)
     before, after = before[both], after[both]
     evaluated = sum(
         len(r.tokens)
-        for path in sorted((run.workdir / "evaluations").glob("iter_*.jsonl"))
+        for path in sorted(evaluations.glob("iter_*.jsonl"))
         if not path.name.endswith(".partial.jsonl")
         for rollout in read(path)
         for r in rollout.responses
@@ -141,9 +173,8 @@ def summary(run: Run, backend: str, state: dict[str, Any]) -> dict[str, Any]:
         "heldout_gain_ci95": list(intervals.bootstrap_ci(after - before, seed=config.seed)),
         "heldout_queries": len(before),
         "iterations": config.iterations,
-        **{name: state[name] for name in costs.COUNTERS},
+        **state.costs.counters(),
         "evaluation_tokens": evaluated,
-        "seconds": state["seconds"],
-        "wall_seconds": state["wall_seconds"] + run.clock.lap(),
-        "peak_memory_bytes": max(state["peak_memory_bytes"], peak_memory()),
+        "seconds": state.costs.seconds,
+        **spent(state, run.session),
     }

@@ -1,16 +1,19 @@
-"""From queries to prompts, and which queries fit the model."""
+"""From queries to prompts: rendered, cut to what the model takes, and what all principled ones share."""
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from ple_jax import prompts
 from ple_jax.core.batches import left_padded
 from ple_jax.core.errors import UserError
-from ple_jax.core.types import Batch, Query
+from ple_jax.core.types import Batch, Query, Tokenizer
 from ple_jax.data.formats import shorten
-from ple_jax.data.left_out import QuerySet, check_share, fit, note
+from ple_jax.data.left_out import QuerySet, check_share, fit
+from ple_jax.data.load import Data
 from ple_jax.prompts import principles
-from ple_jax.training.run import Run
+from ple_jax.training.progress import Progress
+
+_LOOKED_AT = 64  # queries whose principled prompts tell what all of them share, and which is the longest
 
 
 class Rendered(NamedTuple):
@@ -22,86 +25,84 @@ class Rendered(NamedTuple):
     text: str
 
 
-def prompt_of(run: Run, query: Query, principled: bool) -> tuple[str, list[int]]:
-    """The prompt of a query as text and tokens."""
-    config = run.config
-    text = None
-    if principled:
-        k = config.principles_per_query
-        text = principles.choose(run.principles, k, seed=config.seed, query_id=query.id)
-    return prompts.render(query, text, run.tokenizer, chat=config.task.chat, thinking=config.task.thinking)
+class Prompts(NamedTuple):
+    """How queries become prompts: config.task's chat and thinking, config.principles_per_query, config.seed."""
+
+    config: Any
+    tokenizer: Tokenizer
+    principles: principles.Principles
+    prefix: tuple[int, ...] = ()  # what the principled prompts share: computed once a call of generate, not once a row
+
+    def of(self, query: Query, principled: bool) -> tuple[str, list[int]]:
+        """The prompt of a query as text and tokens."""
+        config, text = self.config, None
+        if principled:
+            k = config.principles_per_query
+            text = principles.choose(self.principles, k, seed=config.seed, query_id=query.id)
+        return prompts.render(query, text, self.tokenizer, chat=config.task.chat, thinking=config.task.thinking)
+
+    def render(self, query: Query, principled: bool) -> Rendered:
+        """The same for a backend."""
+        text, ids = self.of(query, principled)
+        whole, n = tuple(ids), len(self.prefix)
+        if principled and n and whole[:n] == self.prefix and len(whole) > n:
+            return Rendered(self.prefix, whole[n:], whole, text)
+        return Rendered((), whole, whole, text)
+
+    def sharing(self, queries: Sequence[Query]) -> "Prompts":
+        """These prompts, with what the principled ones of some queries share as their prefix."""
+        some = [self.of(query, True)[1] for query in queries[:_LOOKED_AT]]
+        return self._replace(prefix=tuple(prompts.common_prefix(some)) if len(some) > 1 else ())
+
+    def after_principles(self, batch: Batch, queries: Sequence[Query]) -> Batch:
+        """The same responses after the principled prompts of their queries."""
+        tokens, mask = left_padded([self.of(query, True)[1] for query in queries], self.config.sampling.bucket)
+        return batch._replace(prompt=tokens, prompt_mask=mask)
 
 
-def fitted(run: Run) -> Run:
-    """The run without queries whose plain prompt is too long; of format=tldr those are cut between paragraphs instead.
+def fitted(data: Data, rendering: Prompts, progress: Progress) -> Data:
+    """The data without queries whose plain prompt is too long; of format=tldr those are cut between paragraphs instead.
 
     Raises:
-        UserError: more of them than config.task.max_bad_share, or a prompt with its response is more than the model takes.
+        UserError: there are more of them than config.task.max_bad_share.
     """
-    limit = run.config.task.max_prompt_tokens
+    task = rendering.config.task
 
-    def length(query: Query, principled: bool = False) -> int:
-        return len(prompt_of(run, query, principled)[1])
+    def length(query: Query) -> int:
+        return len(rendering.of(query, False)[1])
 
     def judge(query: Query) -> Query | str:
+        limit = task.max_prompt_tokens
         if (n := length(query)) <= limit:
             return query
-        if run.config.task.format == "tldr":
+        if task.format == "tldr":
             shorter = shorten(query.prompt, lambda text: length(query._replace(prompt=text)) <= limit)
             if shorter is not None:
                 return query._replace(prompt=shorter)
         return f"has {n} tokens, above task.max_prompt_tokens={limit}; raise --config.task.max_prompt_tokens"
 
-    def kept(which: str, queries: list[Query]) -> list[Query]:
-        run.progress.phase(f"check {which}", len(queries))
-        good, bad = fit(queries, judge, kind="over-long")
-        run.bad[which] += bad
-        check_share(QuerySet(good, bad), f"config.task.{which}", run.config.task.max_bad_share)
-        run.progress.advance(len(queries))
-        return good
+    found: Mapping[str, QuerySet] = {}
+    for which, queries in (("train", data.train), ("heldout", data.heldout)):
+        progress.phase(f"check {which}", len(queries))
+        kept = QuerySet(*fit(queries, judge, kind="over-long"))
+        check_share(kept, f"config.task.{which}", task.max_bad_share)
+        found = {**found, which: kept}
+        progress.advance(len(queries))
+    bad = {**data.bad, **{which: [*data.bad[which], *kept.bad] for which, kept in found.items()}}
+    return Data(found["train"].queries, found["heldout"].queries, bad)
 
-    run = run._replace(train=kept("train", run.train), heldout=kept("heldout", run.heldout))
-    write_bad(run)
+
+def longest(data: Data, rendering: Prompts) -> int:
+    """Tokens of the longest principled prompt."""
     # principles add about as many tokens to every prompt: the longest of the principled is among the longest of the plain
-    longest = sorted((*run.train, *run.heldout), key=lambda query: -len(query.prompt))[:64]
-    needed = max(length(query, True) for query in longest) + run.config.sampling.max_new_tokens
-    check_context(run, run.train, needed)
-    return run
+    some = sorted((*data.train, *data.heldout), key=lambda query: -len(query.prompt))[:_LOOKED_AT]
+    return max(len(rendering.of(query, True)[1]) for query in some)
 
 
-def write_bad(run: Run) -> None:
-    """Lists what was left out in the work directory, and says so."""
-    if listed := note(run.bad, run.workdir):
-        run.progress.log(listed)
-
-
-def renderer(run: Run) -> Callable[[Query, bool], Rendered]:
-    """(query, principled) -> its prompt."""
-    # what the principled prompts share is computed once per call of generate instead of once per row
-    some = [prompt_of(run, query, True)[1] for query in run.heldout[:64]]
-    prefix = tuple(prompts.common_prefix(some)) if len(some) > 1 else ()
-
-    def render(query: Query, principled: bool) -> Rendered:
-        text, ids = prompt_of(run, query, principled)
-        whole = tuple(ids)
-        if principled and prefix and whole[: len(prefix)] == prefix and len(whole) > len(prefix):
-            return Rendered(prefix, whole[len(prefix) :], whole, text)
-        return Rendered((), whole, whole, text)
-
-    return render
-
-
-def after_principles(run: Run, batch: Batch, ids: Sequence[str]) -> Batch:
-    """The same responses after the principled prompts of their queries, which are train ones."""
-    queries = {query.id: query for query in run.train}
-    tokens, mask = left_padded([prompt_of(run, queries[name], True)[1] for name in ids], run.config.sampling.bucket)
-    return batch._replace(prompt=tokens, prompt_mask=mask)
-
-
-def check_context(run: Run, queries: Sequence[Query], tokens: int) -> None:
+def check_context(tokens: int, queries: int, *, model: str, context: int) -> None:
     """Raises a UserError if the longest prompt and response together are more than the model was trained to see."""
-    if tokens > run.context:
+    if tokens > context:
         raise UserError(
-            f"the longest of {len(queries)} prompts and its response are {tokens} tokens, and {run.base_model} takes"
-            f" {run.context}; shorten prompts, principles or --config.sampling.max_new_tokens"
+            f"the longest of {queries} prompts and its response are {tokens} tokens, and {model} takes"
+            f" {context}; shorten prompts, principles or --config.sampling.max_new_tokens"
         )

@@ -1,44 +1,29 @@
-"""What a run is made of, and what every loop does with it: where it stands, its commits, its steps."""
+"""What a run is made of: a few small tuples, made once when it is opened. A stage takes those that it reads."""
 
 import time
 from pathlib import Path
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from ple_jax.core.answers import Cache
-from ple_jax.core.types import Backend, Loss, Query, Reward, Sink, Tokenizer
-from ple_jax.data.left_out import Bad
-from ple_jax.prompts.principles import Principles
+from ple_jax.core.types import Backend, Loss, Reward, Sink, Tokenizer
+from ple_jax.data.load import Data
 from ple_jax.training.interrupt import Stop
 from ple_jax.training.progress import Progress
+from ple_jax.training.prompting import Prompts
 
 _START = time.time()
+A = TypeVar("A")  # Algorithm or OfflineAlgorithm
 
 
-class Run(NamedTuple):
-    """Everything a run needs, made once by the entry."""
+class Base(NamedTuple):
+    """What is known of the frozen model, whatever computes it."""
 
-    config: Any
-    workdir: Path
-    backend: Backend
+    name: str
     tokenizer: Tokenizer
     eos: tuple[int, ...]
-    base_model: str
-    context: int  # tokens that the model was trained to see at once
+    context: int  # tokens that it was trained to see at once
     transposed: bool  # its linear weights are [in, out], which PEFT wants to know
-    parameters: int  # of the base, that a token is multiplied with
-    algorithm: ModuleType
-    loss: Loss
-    reward: Reward
-    cache: Cache
-    principles: Principles
-    train: list[Query]
-    heldout: list[Query]
-    bad: dict[str, list[Bad]]  # records left out, by which set
-    sinks: list[Sink]
-    progress: Progress
-    stop: Stop
-    clock: "Clock"
+    parameters: int  # that a token is multiplied with
 
 
 class Clock:
@@ -54,16 +39,26 @@ class Clock:
         return elapsed
 
 
-# ---------------------------------------------------------------- where it stands
+class Session(NamedTuple):
+    """This process at work on a directory: where it writes, what it shows, and when it is to stop."""
+
+    workdir: Path
+    sinks: list[Sink]
+    cache: Cache
+    progress: Progress
+    stop: Stop
+    clock: Clock
 
 
+class Run(NamedTuple, Generic[A]):
+    """Everything that `modes` open and loops pass on."""
 
-
-# ---------------------------------------------------------------- steps
-
-
-
-
-# ---------------------------------------------------------------- the machine
-
-
+    config: Any
+    base: Base
+    backend: Backend
+    algorithm: A
+    loss: Loss
+    data: Data
+    prompts: Prompts
+    reward: Reward
+    session: Session

@@ -7,16 +7,16 @@ import numpy as np
 
 from ple_jax import rewards
 from ple_jax.core.errors import UserError
-from ple_jax.core.types import Response, Rollout
+from ple_jax.core.types import Response, Reward, Rollout
 from ple_jax.training.journal import write
-from ple_jax.training.run import Run
+from ple_jax.training.run import Session
 
 
-def score(run: Run, rollouts: Sequence[Rollout]) -> list[Rollout]:
+def score(rollouts: Sequence[Rollout], reward: Reward, session: Session) -> list[Rollout]:
     """Fills rewards, on the plain query, whatever the prompt was; nan where the reward gave nothing finite."""
-    run.progress.phase("score", 1)
+    session.progress.phase("score", 1)
     pairs = [(rollout.prompt, r.text) for rollout in rollouts for r in rollout.responses]
-    found = rewards.score(run.reward, [p for p, _ in pairs], [t for _, t in pairs], cache=run.cache)
+    found = rewards.score(reward, [p for p, _ in pairs], [t for _, t in pairs], cache=session.cache)
     values, at = np.where(np.isfinite(found.values), found.values, np.nan), iter(range(len(pairs)))
 
     def fill(response: Response) -> Response:
@@ -25,34 +25,37 @@ def score(run: Run, rollouts: Sequence[Rollout]) -> list[Rollout]:
         return response._replace(reward=float(values[i]), parts=parts)
 
     scored = [rollout._replace(responses=tuple(fill(r) for r in rollout.responses)) for rollout in rollouts]
-    run.progress.advance(1)
+    session.progress.advance(1)
     return scored
 
 
-def quarantine(run: Run, rollouts: Sequence[Rollout], name: str) -> list[Rollout]:
+def quarantine(rollouts: Sequence[Rollout], name: str, reward: Reward, session: Session, *, limit: float) -> list[Rollout]:
     """The rollouts all of whose rewards are finite; the others go to quarantine/`name`.jsonl with their texts.
 
+    Args:
+        limit: the largest share of the others, config.reward.max_bad_share.
+
     Raises:
-        UserError: they are more than config.reward.max_bad_share of all.
+        UserError: there are more of them.
     """
     good = [rollout for rollout in rollouts if not any(math.isnan(r.reward) for r in rollout.responses)]
     bad = [rollout for rollout in rollouts if any(math.isnan(r.reward) for r in rollout.responses)]
     if not bad:
         return good
-    path = run.workdir / "quarantine" / f"{name}.jsonl"
+    path = session.workdir / "quarantine" / f"{name}.jsonl"
     write(path, bad)
-    share, first = run.config.reward.max_bad_share, bad[0]
+    first = bad[0]
     text = next(r.text for r in first.responses if math.isnan(r.reward))
     says = (
-        f"reward {run.reward.name} is not finite for {len(bad)} of {len(rollouts)} queries ({path}), such as prompt"
+        f"reward {reward.name} is not finite for {len(bad)} of {len(rollouts)} queries ({path}), such as prompt"
         f" {first.prompt[:80]!r}, response {text[:80]!r}"
     )
-    if len(bad) > share * len(rollouts) or not good:
+    if len(bad) > limit * len(rollouts) or not good:
         raise UserError(
-            f"{says}; that is more than reward.max_bad_share={share}: mend the reward and give the same command again (what"
+            f"{says}; that is more than reward.max_bad_share={limit}: mend the reward and give the same command again (what"
             " was sampled is kept), or raise --config.reward.max_bad_share"
         )
-    run.progress.log(f"{says}; they are left out")
+    session.progress.log(f"{says}; they are left out")
     return good
 
 

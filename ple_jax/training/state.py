@@ -1,42 +1,53 @@
-"""Where a run stands, and its commits."""
+"""Where a run stands: a small frozen tuple, threaded through the loop, and its commits to disk."""
 
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ple_jax.core.files import read_jsonl
-from ple_jax.training import costs
-from ple_jax.training.run import Run
+from ple_jax.core.types import Backend
+from ple_jax.training.costs import Costs
+from ple_jax.training.run import Session
+from ple_jax.training.workdir import FORMAT
 
 
-def restore(run: Run, *, fresh: Callable[[Run, dict[str, Any]], None] | None = None) -> dict[str, Any]:
-    """Where the run stands: the newest checkpoint, or a first one, before which `fresh` is called."""
-    state = run.backend.restore(run.workdir / "checkpoints")
-    if state is None:
-        state = {
-            "iteration": 0,
-            "step": 0,
-            **costs.fresh(),
-            "wall_seconds": 0.0,
-            "metrics": {},
-        }
-        state["environment"] = run.backend.environment()
-        if fresh is not None:
-            fresh(run, state)
-        commit(run, state)
-    elif state["environment"] != run.backend.environment():
-        run.progress.log(_changed(state["environment"], run.backend.environment()))
-    return state
+class State(NamedTuple):
+    """Where a run stands, beside the weights; it is kept with them, in every checkpoint."""
+
+    environment: Mapping[str, Any] = {}  # versions, devices and flags, of the process that began the run
+    iteration: int = 0  # finished ones; of an algorithm that samples nothing, optimiser steps
+    step: int = 0  # optimiser steps taken
+    costs: Costs = Costs()
+    controller: Mapping[str, float] = {}  # what the algorithm carries from one iteration to the next
+    lengths: Mapping[str, float] = {}  # mean tokens of the newest sample's responses, by kind
+    metrics: Mapping[str, float] = {}  # of the newest iteration, for the line that is written after its evaluation
+    examples: Mapping[str, int] = {}  # of an algorithm that samples nothing: how many there are of each set
+    wall_seconds: float = 0.0
+    peak_memory_bytes: int = 0
 
 
-def commit(run: Run, state: dict[str, Any]) -> None:
+def newest(backend: Backend, checkpoints: Path) -> State | None:
+    """The state of the newest checkpoint, which the backend takes up; None if there is none."""
+    meta = backend.restore(checkpoints)
+    if meta is None:
+        return None
+    kept = {name: value for name, value in meta.items() if name in State._fields}
+    # of format 1 the counters stand beside the others
+    costs = meta.get("costs", {name: value for name, value in meta.items() if name in Costs._fields})
+    return State(**(kept | {"costs": Costs(**costs)}))
+
+
+def commit(state: State, backend: Backend, session: Session, *, keep: int) -> State:
     """The commit point: from here on this state is where the run stands."""
-    state["wall_seconds"] += run.clock.lap()
-    state["peak_memory_bytes"] = max(state.get("peak_memory_bytes", 0), peak_memory())
-    keep = run.config.checkpoint.keep
-    run.backend.save(run.workdir / "checkpoints", state["iteration"], state, keep=keep)
+    state = state._replace(
+        wall_seconds=state.wall_seconds + session.clock.lap(),
+        peak_memory_bytes=max(state.peak_memory_bytes, peak_memory()),
+    )
+    meta = {"format": FORMAT, **state._asdict(), "costs": state.costs._asdict()}
+    backend.save(session.workdir / "checkpoints", state.iteration, meta, keep=keep)
+    return state
 
 
 def logged(path: Path) -> set[int]:
@@ -46,13 +57,22 @@ def logged(path: Path) -> set[int]:
     return {line["iteration"] for line in read_jsonl(path)}
 
 
+def spent(state: State, session: Session) -> dict[str, float]:
+    """Seconds and bytes of a run that ends here, for summary.json."""
+    return {
+        "wall_seconds": state.wall_seconds + session.clock.lap(),
+        "peak_memory_bytes": max(state.peak_memory_bytes, peak_memory()),
+    }
+
+
 def peak_memory() -> int:
     """Largest resident size of this process so far, in bytes."""
     size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return size if sys.platform == "darwin" else size * 1024
 
 
-def _changed(old: dict[str, Any], new: dict[str, Any]) -> str:
+def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """A warning where a run goes on in another environment; nothing in the same one."""
     keys = [k for k in {**old, **new} if old.get(k) != new.get(k)]
     changes = ", ".join(f"{k} {old.get(k)!r} -> {new.get(k)!r}" for k in keys)
-    return f"warning: the run began in another environment ({changes}); results need not be bit-identical"
+    return f"warning: the run began in another environment ({changes}); results need not be bit-identical" if keys else ""

@@ -1,90 +1,90 @@
 """Optimiser steps: what a loss compares with, the steps of an iteration, and what is diagnosed beside them."""
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from ple_jax.algorithms import Algorithm, Context, Needs
 from ple_jax.core.batches import micro_batches
 from ple_jax.core.errors import UserError
-from ple_jax.core.types import Batch, Rollout
+from ple_jax.core.types import Array, Backend, Batch, Outputs, Rollout
 from ple_jax.training import costs
-from ple_jax.training.prompting import after_principles
 from ple_jax.training.run import Run
+from ple_jax.training.state import State
 
 
-def update(run: Run, rollouts: Sequence[Rollout], state: dict[str, Any]) -> dict[str, float]:
-    """Algorithm 1, line 6: the iteration's optimiser steps, and diagnostics from before and after them."""
-    config, optimizer = run.config, run.config.optimizer
-    size = optimizer.batch_queries
-    last = state["metrics"]
-    diagnosed = optimiser_batch(run, rollouts[: config.eval.diagnostic_queries], last)
-    before = diagnose(run, diagnosed, with_loss=True)
-    # where queries were quarantined, batches differ by one at most: none weighs much more than another
-    steps = -(-len(rollouts) // size)
-    groups = [[rollouts[i] for i in some] for some in np.array_split(np.arange(len(rollouts)), steps)]
-    run.progress.phase("prepare", len(groups))
-    batches = []
-    with costs.timed(state, "prepare"):
-        for group in groups:  # before the first step: what a loss compares with is of the policy that sampled
-            run.stop.check()
-            batches.append(optimiser_batch(run, group, last))
-            compared = sum(name.endswith("_logprobs") for name in batches[-1].data)
-            state["flops"] += costs.forward_flops(run.parameters, compared * costs.tokens(batches[-1]))
-            run.progress.advance(1)
-    run.progress.phase("update", len(groups) * optimizer.epochs)
-    collected: list[dict[str, float]] = []
-    with costs.timed(state, "update"):
-        for epoch in range(optimizer.epochs):
-            # the first pass takes the queries as drawn, which is already a random order
-            order = np.random.default_rng([config.seed, state["iteration"], epoch]).permutation(len(groups))
-            for index in order if epoch else range(len(groups)):
-                run.stop.check()
-                batch = batches[index]
-                lr = optimizer.lr * min(1.0, (state["step"] + 1) / max(1, optimizer.warmup_steps))
-                values = run.backend.update(micro_batches(batch, optimizer.micro_queries), run.loss, lr=lr)
-                collected.append({**check_finite(values, state["step"], lr), "lr": lr})
-                state["step"] += 1
-                trained = costs.tokens(batch)
-                state["training_tokens"] += trained
-                state["flops"] += costs.update_flops(run.parameters, trained)
-                run.progress.advance(1, tokens=trained)
-    after = diagnose(run, diagnosed, with_loss=True)
+def update(
+    run: Run[Algorithm], rollouts: Sequence[Rollout], context: Context, state: State
+) -> tuple[State, dict[str, float]]:
+    """Algorithm 1, line 6: the iteration's optimiser steps; its metrics, with diagnostics from before and after them."""
+    few = optimiser_batch(run, rollouts[: run.config.eval.diagnostic_queries], context)
+    said, kl = diagnose(few, run)
+    before = run.loss(said, few)[1]
+    started = time.perf_counter()
+    batches, compared = prepare(run, rollouts, context)
+    prepared = time.perf_counter()
+    collected = steps(run, batches, state.iteration, state.step)
+    updated = time.perf_counter()
+    after = run.loss(diagnose(few, run)[0], few)[1]
+    trained = run.config.optimizer.epochs * sum(map(costs.tokens, batches))
+    spent = state.costs.plus(
+        training_tokens=trained,
+        flops=costs.forward_flops(run.base.parameters, compared) + costs.update_flops(run.base.parameters, trained),
+    )
+    spent = spent.took("prepare", prepared - started).took("update", updated - prepared)
     means = {name: float(np.mean([m[name] for m in collected])) for name in collected[0]}
-    # the policy that sampled these responses is the one before the update; log-probabilities are compared over iterations
-    named: dict[str, float] = {name: before[name] for name in ("kl", "entropy") if name in before}
-    named |= {name: after[name] for name in ("lp_plain", "lp_principled") if name in after}
-    if "hinge_active" in before:
-        means.pop("hinge_active")
-        named |= {"hinge_active_before": before["hinge_active"], "hinge_active_after": after["hinge_active"]}
-    return {**means, **named, "lr": collected[-1]["lr"]}
+    # the policy that sampled these responses is the one before the update
+    metrics = {**run.algorithm.measures(means, before, after), **kl, "lr": collected[-1]["lr"]}
+    return state._replace(step=state.step + len(collected), costs=spent), metrics
 
 
-def optimiser_batch(run: Run, rollouts: Sequence[Rollout], last: Mapping[str, float]) -> Batch:
-    """The algorithm's batch of these rollouts, with what its loss compares with, of the policy as it is now."""
-    batch, algorithm = run.algorithm.batch(rollouts, run.config), run.algorithm
-    if hasattr(algorithm, "needs_teacher") and algorithm.needs_teacher(run.config):
-        teacher = run.backend.logprobs(after_principles(run, batch, [rollout.query_id for rollout in rollouts]))
-        batch.data["teacher_logprobs"] = teacher.logprobs
-    return prepared(run, batch, last)
+def prepare(run: Run[Algorithm], rollouts: Sequence[Rollout], context: Context) -> tuple[list[Batch], int]:
+    """The optimiser batches of an iteration, whole before the first step, and tokens whose log-probabilities that took.
 
-
-def prepared(run: Run, batch: Batch, last: Mapping[str, float]) -> Batch:
-    """The batch with what the algorithm's loss compares with, of the policy as it is now.
-
-    `reference_logprobs` where it `needs_reference`, `old_logprobs` where it `needs_old_logprobs` (optional), beside them
-    `old_values` where it trains a head of values, and what its `prepare` (optional) makes of them: a batch, the config and
-    the metrics of the iteration before (`last`, {} in the first) give a batch.
+    What a loss compares with is of the policy that sampled. Where queries were quarantined, batches differ by one at most:
+    none weighs much more than another.
     """
-    algorithm, config = run.algorithm, run.config
-    if algorithm.needs_reference(config):
-        batch.data["reference_logprobs"] = run.backend.logprobs(batch, reference=True).logprobs
-    if hasattr(algorithm, "needs_old_logprobs") and algorithm.needs_old_logprobs(config):
-        old = run.backend.logprobs(batch)
-        batch.data["old_logprobs"] = old.logprobs
-        if old.values is not None:
-            batch.data["old_values"] = old.values
-    return algorithm.prepare(batch, config, last) if hasattr(algorithm, "prepare") else batch
+    count = -(-len(rollouts) // run.config.optimizer.batch_queries)
+    groups = [[rollouts[i] for i in some] for some in np.array_split(np.arange(len(rollouts)), count)]
+    run.session.progress.phase("prepare", len(groups))
+    batches, compared = [], 0
+    for group in groups:
+        run.session.stop.check()
+        batch = optimiser_batch(run, group, context)
+        compared += costs.tokens(batch) * sum(name.endswith("_logprobs") for name in batch.data)
+        batches.append(batch)
+        run.session.progress.advance(1)
+    return batches, compared
+
+
+def steps(run: Run[Algorithm], batches: Sequence[Batch], iteration: int, done: int) -> list[dict[str, float]]:
+    """The metrics of every optimiser step of an iteration, `done` of which were taken before."""
+    epochs = run.config.optimizer.epochs
+    found: list[dict[str, float]] = []
+    run.session.progress.phase("update", len(batches) * epochs)
+    for epoch in range(epochs):
+        # the first pass takes the queries as drawn, which is already a random order
+        order = np.random.default_rng([run.config.seed, iteration, epoch]).permutation(len(batches))
+        for index in order if epoch else range(len(batches)):
+            found.append(step(run, batches[index], done + len(found)))
+            run.session.progress.advance(1, tokens=costs.tokens(batches[index]))
+    return found
+
+
+def step(run: Run[Any], batch: Batch, number: int) -> dict[str, float]:
+    """Optimiser step `number` of the run: the metrics of its batch, and its learning rate."""
+    run.session.stop.check()
+    options = run.config.optimizer
+    lr = options.lr * warmed_up(options, number)
+    values = run.backend.update(micro_batches(batch, options.micro_queries), run.loss, lr=lr)
+    return {**check_finite(values, number, lr), "lr": lr}
+
+
+def warmed_up(options: Any, step: int) -> float:
+    """The share of optimizer.lr that a step gets, counted from 0: linear up to 1 over optimizer.warmup_steps."""
+    return min(1.0, (step + 1) / max(1, options.warmup_steps))
 
 
 def check_finite(values: dict[str, float], step: int, lr: float) -> dict[str, float]:
@@ -98,29 +98,55 @@ def check_finite(values: dict[str, float], step: int, lr: float) -> dict[str, fl
     return values
 
 
-def diagnose(run: Run, batch: Batch, *, with_loss: bool) -> dict[str, float]:
-    """What the policy says of a few queries: KL to the reference and entropy per token, and the loss's own metrics.
+# ---------------------------------------------------------------- batches
+
+
+def optimiser_batch(run: Run[Algorithm], rollouts: Sequence[Rollout], context: Context) -> Batch:
+    """The algorithm's batch of these rollouts, with what its loss compares with, of the policy as it is now."""
+    batch, needs = run.algorithm.batch(rollouts, context), run.algorithm.needs(run.config)
+    if needs.teacher:
+        queries = {query.id: query for query in run.data.train}
+        asked = run.prompts.after_principles(batch, [queries[rollout.query_id] for rollout in rollouts])
+        batch.data["teacher_logprobs"] = run.backend.logprobs(asked).logprobs
+    return run.algorithm.prepare(compared(batch, run.backend, needs), context)
+
+
+def compared(batch: Batch, backend: Backend, needs: Needs) -> Batch:
+    """A batch with the log-probabilities (and values) that a loss compares with, of the policy as it is now."""
+    if needs.reference:
+        batch.data["reference_logprobs"] = backend.logprobs(batch, reference=True).logprobs
+    if needs.old_logprobs:
+        old = backend.logprobs(batch)
+        batch.data["old_logprobs"] = old.logprobs
+        if old.values is not None:
+            batch.data["old_values"] = old.values
+    return batch
+
+
+# ---------------------------------------------------------------- diagnostics
+
+
+def diagnose(batch: Batch, run: Run[Any]) -> tuple[Outputs, dict[str, float]]:
+    """What the policy says of a few queries, and from it KL to the reference and entropy, both in nats per token.
 
     KL is the mean over response tokens of r - 1 - log r with r = reference / policy: unbiased where the tokens are the
     policy's own, never negative, of low variance (Schulman, "Approximating KL divergence", 2020). Principled responses were
     sampled under another prompt, and a record's by nobody: they are left out of it, and where there are no others it is.
     """
-    run.progress.phase("diagnose", 1)
+    run.session.progress.phase("diagnose", 1)
     policy, reference = run.backend.logprobs(batch), batch.data.get("reference_logprobs")
     if reference is None:  # a batch that is trained on may hold them already
         reference = run.backend.logprobs(batch, reference=True).logprobs
-    run.progress.advance(1)
-    mask = batch.response_mask & (batch.data["own"] > 0)[..., None]
+    run.session.progress.advance(1)
+    return policy, divergence(policy, reference, batch.response_mask & (batch.data["own"] > 0)[..., None])
+
+
+def divergence(policy: Outputs, reference: Array, mask: np.ndarray) -> dict[str, float]:
+    """`kl` and `entropy` of the tokens of a mask, in nats per token; nothing where there is none."""
+    if not mask.any():
+        return {}
     log_ratio = np.asarray(reference - policy.logprobs, np.float64)[mask]
-    values: dict[str, float] = {}
-    if mask.any():
-        values = {
-            "kl": float((np.expm1(log_ratio) - log_ratio).mean()),
-            "entropy": float(np.asarray(policy.entropy)[mask].mean()),
-        }
-    if with_loss:
-        _, own = run.loss(policy, batch)
-        values |= {name: float(np.mean(value)) for name, value in own.items()}
-        if "hinge_active" in own and "ranked" in own:  # a share of the ranked pairs
-            values["hinge_active"] = float(own["hinge_active"].sum() / max(own["ranked"].sum(), 1))
-    return values
+    return {
+        "kl": float((np.expm1(log_ratio) - log_ratio).mean()),
+        "entropy": float(np.asarray(policy.entropy)[mask].mean()),
+    }

@@ -16,6 +16,7 @@ from ple_jax.core.config import EXECUTION, differing
 from ple_jax.core.errors import UserError
 from ple_jax.core.files import plain, read_json
 
+FORMAT = 2  # of config.json, journals and checkpoints; 1 had other keys, and none of this name
 _FILES = (
     "rollouts", "evaluations", "checkpoints", "adapter", "reward_model", "responses", "metrics.jsonl", "summary.json",
     "report.html",
@@ -52,6 +53,8 @@ def lock(workdir: Path) -> Iterator[None]:
 def check_config(workdir: Path, wanted: Mapping[str, Any]) -> None:
     """Raises a UserError unless the directory is new or its config.json is the `wanted` one; names the differing keys."""
     found = read_json(workdir / "config.json")
+    if found is not None and found.get("format", 1) != FORMAT:
+        found = _upgraded(found, wanted, workdir)
     work = [name for name in _FILES if (workdir / name).exists()]
     if found is None:
         if work:
@@ -62,3 +65,24 @@ def check_config(workdir: Path, wanted: Mapping[str, Any]) -> None:
             f"--workdir={workdir} belongs to another config, differing in {', '.join(keys)};"
             " give the same config or another --workdir"
         )
+
+
+def _upgraded(found: Mapping[str, Any], wanted: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
+    """The config of a finished run of format 1 as it would be written today.
+
+    Raises:
+        UserError: the run is not finished, or of a later format: it cannot go on here.
+    """
+    if found.get("format", 1) > FORMAT or not (workdir / "summary.json").exists():
+        raise UserError(
+            f"--workdir={workdir} holds a run of format {found.get('format', 1)}, and this version goes on with format"
+            f" {FORMAT}: finish it with the version that began it, or give another --workdir"
+        )
+    inputs = {**found["inputs"], "reward": wanted["inputs"].get("reward")}  # versions of rewards were digests of files
+    if "sft" in inputs:
+        inputs["warm_up"] = inputs.pop("sft")
+    upgraded = {**found, "format": FORMAT, "inputs": {k: v for k, v in inputs.items() if v is not None}}
+    upgraded["warm_up"] = upgraded.pop("sft")
+    upgraded["reward_model"] = dict(upgraded["reward_model"])
+    upgraded["offline"] = {name: upgraded["reward_model"].pop(name) for name in ("epochs", "eval_every")}
+    return upgraded

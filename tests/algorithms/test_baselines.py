@@ -9,10 +9,11 @@ from ml_collections import FrozenConfigDict
 
 from configs import tiny as tiny_config
 from ple_jax import algorithms, modes
+from ple_jax.algorithms import Context
 from ple_jax.core.config import validate
 from ple_jax.core.errors import UserError
 from ple_jax.core.types import Outputs, Response, Rollout
-from ple_jax.training import loop, prompting, steps
+from ple_jax.training import prompting, steps
 
 ONLINE = ("context_distillation", "self_distillation", "raft", "grpo", "rloo")
 ALL = ("sft", *ONLINE, "dpo")
@@ -37,8 +38,8 @@ def rollouts(count: int = 4, kind: str = "plain") -> list[Rollout]:
 
 
 def labelled(algorithm: str, c, given):
-    module = algorithms.load_algorithm(algorithm)
-    return module, module.label(given, module.schedule(c)(0), 0, c)
+    module = algorithms.load(algorithm)
+    return module, module.label(given, Context(c, tau=module.schedule(c)(0)))
 
 
 def outputs(batch, seed: int = 0) -> Outputs:
@@ -47,16 +48,16 @@ def outputs(batch, seed: int = 0) -> Outputs:
 
 
 def test_what_is_sampled_and_what_is_the_records():
-    collected = {name: algorithms.load_algorithm(name).collect(config(name)) for name in ALL}
+    collected = {name: algorithms.load(name).collect(config(name)) for name in ALL}
     sources = {name: [slot.source for slot in slots] for name, slots in collected.items()}
     assert sources["sft"] == ["completion"] and sources["dpo"] == ["rejected", "completion"]
     assert all(set(sources[name]) == {"policy"} for name in ONLINE)
     assert [len(collected[name]) for name in ONLINE] == [1, 1, 4, 4, 4]
     assert [slot.principled for slot in collected["context_distillation"]] == [True]
     assert not any(slot.principled for name in ("self_distillation", "raft", "grpo", "rloo") for slot in collected[name])
-    assert len(algorithms.load_algorithm("dpo").collect(config("dpo", dpo__samples=3))) == 3
+    assert len(algorithms.load("dpo").collect(config("dpo", dpo__samples=3))) == 3
     with pytest.raises(UserError, match="a pair needs two responses"):
-        algorithms.load_algorithm("dpo").collect(config("dpo", dpo__samples=1))
+        algorithms.load("dpo").collect(config("dpo", dpo__samples=1))
 
 
 def test_raft_imitates_the_best():
@@ -64,7 +65,7 @@ def test_raft_imitates_the_best():
     module, rows = labelled("raft", c, rollouts())
     assert [[r.weight for r in row.responses] for row in rows] == [[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1]]
     np.testing.assert_allclose([row.margin for row in rows], [0.5, 0.0, 1.5])
-    batch = module.batch(rows, c)
+    batch = module.batch(rows, Context(c))
     assert batch.response.shape == (3, 1, 8) and batch.response_mask.sum(-1)[:, 0].tolist() == [8, 2, 6]
     found = outputs(batch)
     value, metrics = module.make_loss(c)(found, batch)
@@ -78,7 +79,7 @@ def test_dpo_ranks_best_over_worst_and_drops_ties():
     module, rows = labelled("dpo", c, rollouts())
     assert [row.decision for row in rows] == ["ranked", "dropped", "ranked"]
     assert [row.margin for row in rows] == [0.8, 0.0, 3.0]
-    batch = module.batch(rows, c)
+    batch = module.batch(rows, Context(c))
     assert batch.response_mask.sum(-1).tolist() == [[3, 8], [2, 2], [7, 6]]  # loser, winner
     batch.data["reference_logprobs"] = outputs(batch, 1).logprobs
     found = outputs(batch)
@@ -95,13 +96,13 @@ def test_offline_dpo_takes_the_records_word():
     c = config("dpo")
     module, rows = labelled("dpo", c, rollouts(2))  # the third one's chosen answer has the lower reward
     assert {row.decision for row in rows} == {"ranked"} and rows[2].margin == -2.0
-    assert module.batch(rows, c).response_mask.sum(-1).tolist() == [[3, 8], [2, 2], [1, 7]]
+    assert module.batch(rows, Context(c)).response_mask.sum(-1).tolist() == [[3, 8], [2, 2], [1, 7]]
 
 
 def test_ipo_regresses_the_margin_per_token():
     c = config("dpo", dpo__loss="ipo", dpo__beta=0.2)
     module, rows = labelled("dpo", c, rollouts(2))
-    batch = module.batch(rows, c)
+    batch = module.batch(rows, Context(c))
     batch.data["reference_logprobs"] = outputs(batch, 1).logprobs
     found = outputs(batch)
     gain = (found.logprobs - batch.data["reference_logprobs"]).sum(-1) / batch.response_mask.sum(-1)
@@ -117,7 +118,7 @@ def test_grpo_at_the_first_step_is_reinforce_with_the_groups_advantages(kind):
     scores = np.array(SCORES)
     centred = scores - scores.mean(1, keepdims=True)
     deviation = 1 if kind == "dr_grpo" else scores.std(1, ddof=1, keepdims=True) + 1e-4
-    batch = module.batch(rows, c)
+    batch = module.batch(rows, Context(c))
     np.testing.assert_allclose(batch.data["advantages"], centred / deviation, rtol=1e-5, atol=1e-6)
     assert batch.response.shape == (3, 4, 8)
     lengths = np.array(LENGTHS)
@@ -135,9 +136,9 @@ def test_grpo_at_the_first_step_is_reinforce_with_the_groups_advantages(kind):
 def test_rloo_pays_for_leaving_the_reference():
     c = config("rloo", rloo__beta=0.5)
     module, rows = labelled("rloo", c, rollouts())
-    batch = module.batch(rows, c)
+    batch = module.batch(rows, Context(c))
     batch.data["old_logprobs"], batch.data["reference_logprobs"] = outputs(batch).logprobs, outputs(batch, 1).logprobs
-    ready = module.prepare(batch, c, {})
+    ready = module.prepare(batch, Context(c))
     ratio = (batch.data["old_logprobs"] - batch.data["reference_logprobs"]).sum(-1)
     net = np.array(SCORES) - 0.5 * ratio
     expected = net - (net.sum(1, keepdims=True) - net) / 3
@@ -149,7 +150,7 @@ def test_rloo_pays_for_leaving_the_reference():
 def test_self_distillation_pulls_to_the_policy_with_the_principles():
     c = config("self_distillation")
     module, rows = labelled("self_distillation", c, rollouts(1))
-    batch = module.batch(rows, c)
+    batch = module.batch(rows, Context(c))
     policy, teacher = outputs(batch).logprobs, outputs(batch, 1).logprobs
     batch.data.update(old_logprobs=policy, teacher_logprobs=teacher)
     value, metrics = module.make_loss(c)(outputs(batch), batch)
@@ -163,21 +164,21 @@ def test_self_distillation_pulls_to_the_policy_with_the_principles():
 
 def test_the_teacher_reads_the_principles_and_the_same_tokens(tmp_path, monkeypatch):
     seen = []
-    whole = prompting.after_principles
+    whole = prompting.Prompts.after_principles
 
-    def watched(run, batch, ids):
-        seen.append((run, batch, whole(run, batch, ids), ids))
+    def watched(self, batch, queries):
+        seen.append((self.tokenizer, batch, whole(self, batch, queries), queries))
         return seen[-1][2]
 
-    monkeypatch.setattr(loop, "after_principles", watched)
+    monkeypatch.setattr(prompting.Prompts, "after_principles", watched)
     c = config("self_distillation", iterations=1)
     assert modes.train(FrozenConfigDict(c), tmp_path / "run", "torch") == 0
-    run_, plain, principled, ids = seen[-1]
+    tokenizer, plain, principled, queries = seen[-1]
     np.testing.assert_array_equal(plain.response, principled.response)
-    text = run_.tokenizer.decode(principled.prompt[0][principled.prompt_mask[0]].tolist(), skip_special_tokens=False)
-    query = next(query for query in run_.train if query.id == ids[0])
+    text = tokenizer.decode(principled.prompt[0][principled.prompt_mask[0]].tolist(), skip_special_tokens=False)
+    query = queries[0]
     assert text.endswith(query.prompt) and "love, joy and praise" in text
-    assert run_.tokenizer.decode(plain.prompt[0][plain.prompt_mask[0]].tolist(), skip_special_tokens=False) == query.prompt
+    assert tokenizer.decode(plain.prompt[0][plain.prompt_mask[0]].tolist(), skip_special_tokens=False) == query.prompt
 
 
 def test_what_is_needed_is_there_before_the_first_step():
@@ -189,7 +190,7 @@ def test_what_is_needed_is_there_before_the_first_step():
         c = config(name)
         module, rows = labelled(name, c, rollouts())
         stand = type("Stand", (), {"algorithm": module, "config": c, "backend": Backend()})()
-        batch = steps.prepared(stand, module.batch(rows, c), {})
+        batch = steps.optimiser_batch(stand, rows, Context(c))
         assert needed <= set(batch.data)
         np.testing.assert_array_equal(batch.data["old_logprobs"], outputs(batch).logprobs)
 

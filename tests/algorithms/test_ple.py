@@ -12,7 +12,7 @@ import reference
 import torch
 
 from configs.default import get_config
-from ple_jax.algorithms import ple
+from ple_jax.algorithms import Context, ple
 from ple_jax.core.batches import pack
 from ple_jax.core.errors import UserError
 from ple_jax.core.types import Batch, Outputs, Response, Rollout, Slot
@@ -73,7 +73,7 @@ def test_schedule_reads_the_config():
 
 @pytest.mark.parametrize("selection", RANKED)
 def test_labels(selection):
-    labelled = ple.label(make_rollouts(), TAU, 0, settings(selection=selection, blend_temperature=0.5))
+    labelled = ple.label(make_rollouts(), Context(settings(selection=selection, blend_temperature=0.5), 0, TAU))
     assert [i for i, r in enumerate(labelled) if r.decision == "ranked"] == RANKED[selection]
     for rollout, rewards in zip(labelled, REWARDS, strict=True):
         assert rollout.tau == TAU
@@ -92,19 +92,19 @@ def test_labels(selection):
 
 def test_labels_go_by_the_transformed_rewards():
     rollout = Rollout("q", "x", (1,), (response(1, 0.0)._replace(reward=9.0), response(1, 1.0)._replace(reward=-9.0)))
-    (labelled,) = ple.label([rollout], 0.2, 0, settings())
+    (labelled,) = ple.label([rollout], Context(settings(), 0, 0.2))
     assert (labelled.decision, labelled.margin) == ("ranked", 1.0)
     assert [r.reward for r in labelled.responses] == [9.0, -9.0]
 
 
 def test_an_infinite_threshold_blends_every_pair():
-    assert {r.decision for r in ple.label(make_rollouts(), math.inf, 0, settings())} == {"blended"}
+    assert {r.decision for r in ple.label(make_rollouts(), Context(settings(), 0, math.inf))} == {"blended"}
 
 
 def test_a_batch_holds_the_tokens_as_they_were_sampled():
     config = settings()
-    labelled = ple.label(make_rollouts(), TAU, 0, config)
-    batch = ple.batch(labelled, config)
+    labelled = ple.label(make_rollouts(), Context(config, 0, TAU))
+    batch = ple.batch(labelled, Context(config))
     assert batch.prompt.shape == (6, 8) and batch.response.shape == (
         6,
         2,
@@ -124,7 +124,7 @@ def test_a_batch_holds_the_tokens_as_they_were_sampled():
 
 def test_symmetric_puts_the_loser_first():
     config = settings(selection="symmetric")
-    batch = ple.batch(ple.label(make_rollouts(), TAU, 0, config), config)
+    batch = ple.batch(ple.label(make_rollouts(), Context(config, 0, TAU)), Context(config))
     assert batch.response[:, 0, 0].tolist() == [10, 10, 10, 30, 10, 10]
     assert batch.response[:, 1, 0].tolist() == [30, 30, 30, 10, 30, 30]
     assert batch.data["swapped"].tolist() == [0, 0, 0, 1, 0, 0]
@@ -162,10 +162,10 @@ def convert(batch: Batch, array) -> Batch:
 def test_loss_and_gradient_are_those_of_the_oracle_in_all_three_libraries(name):
     config = settings(**CASES[name])
     rollouts = make_rollouts()
-    batch = ple.batch(ple.label(rollouts, TAU, 0, config), config)
+    batch = ple.batch(ple.label(rollouts, Context(config, 0, TAU)), Context(config))
     logprobs = token_logprobs(batch, 0)
-    assert ple.needs_reference(config) == (config.ple.rank == "dpo")
-    if ple.needs_reference(config):
+    assert ple.needs(config).reference == (config.ple.rank == "dpo")
+    if ple.needs(config).reference:
         batch.data["reference_logprobs"] = token_logprobs(batch, 1).astype(np.float32)
     options = {ORACLE_NAMES.get(k, k): v for k, v in CASES[name].items()}
     pairs = as_pairs(rollouts, 0)
@@ -203,19 +203,19 @@ def test_loss_and_gradient_are_those_of_the_oracle_in_all_three_libraries(name):
 def test_ablations_leave_out_what_they_say():
     pairs, rewards = as_pairs(make_rollouts(), 0), REWARDS
     config = settings(rank_weight=0.0)
-    batch = ple.batch(ple.label(make_rollouts(), TAU, 0, config), config)
+    batch = ple.batch(ple.label(make_rollouts(), Context(config, 0, TAU)), Context(config))
     value, _ = ple.make_loss(config)(Outputs(token_logprobs(batch, 0)), batch)
     assert (value[[0, 5]] == 0).all() and (value[1:5] > 0).all()
     everything = settings(rank_weight=0.0, tau_0=math.inf)
-    batch = ple.batch(ple.label(make_rollouts(), math.inf, 0, everything), everything)
+    batch = ple.batch(ple.label(make_rollouts(), Context(everything, 0, math.inf)), Context(everything))
     value, _ = ple.make_loss(everything)(Outputs(token_logprobs(batch, 0)), batch)
     assert value.mean() == pytest.approx(reference.batch_loss(pairs, rewards, tau=math.inf), rel=1e-6)
 
 
 def test_metrics():
     config = settings(rank_margin=0.2)
-    rollouts = ple.label(make_rollouts(), TAU, 0, config)
-    batch = ple.batch(rollouts, config)
+    rollouts = ple.label(make_rollouts(), Context(config, 0, TAU))
+    batch = ple.batch(rollouts, Context(config))
     logprobs = np.where(batch.response_mask, -1.0, 0.0)
     logprobs[5, 1] *= 0.5  # the winner of query 5 leads by 0.5 nats a token, that of query 0 by nothing
     value, metrics = ple.make_loss(config)(Outputs(logprobs), batch)
@@ -233,7 +233,7 @@ def test_metrics():
 @pytest.mark.parametrize("case", ["default", "dpo", "response_length"])
 def test_rows_that_only_fill_the_shape_change_nothing(case):
     config = settings(**CASES[case])
-    batch = ple.batch(ple.label(make_rollouts(), TAU, 0, config), config)
+    batch = ple.batch(ple.label(make_rollouts(), Context(config, 0, TAU)), Context(config))
     batch.data["reference_logprobs"] = token_logprobs(batch, 1).astype(np.float32)
     filled = convert(batch, lambda x: jnp.asarray(np.concatenate([x, np.zeros_like(x[:2])])))
     batch = convert(batch, jnp.asarray)
@@ -265,7 +265,7 @@ def percentile_rollouts() -> list[Rollout]:
 @pytest.mark.parametrize("how", ["as_intended", "as_released"])
 def test_percentile_ranks_the_best_over_the_worst(how):
     config = settings(selection="percentile", rank="dpo", rank_beta=0.5, percentile=(0.1, 0.4), percentile_weights=how)
-    labelled = ple.label(percentile_rollouts(), 0.2, 7, config)  # beyond the list: its last share, floor(0.4 * 3) = 1
+    labelled = ple.label(percentile_rollouts(), Context(config, 7, 0.2))  # after the last: floor(0.4 * 3) = 1
     assert [r.decision for r in labelled] == ["ranked", "ranked", "dropped", "ranked"]
     assert [r.margin for r in labelled] == [2.0, 5.0, 0.0, 1.0]
     weights = [1 / (1 + math.exp(-0.2)), 1.0, 0.0, 1 / (1 + math.exp(-0.1))]
@@ -273,7 +273,7 @@ def test_percentile_ranks_the_best_over_the_worst(how):
     for rollout, w, b in zip(labelled, weights, best, strict=True):
         assert [r.weight for r in rollout.responses] == pytest.approx([w if j == b else 0.0 for j in range(3)])
 
-    batch = ple.batch(labelled, config)
+    batch = ple.batch(labelled, Context(config))
     assert batch.response[[0, 1, 3], 0, 0].tolist() == [10, 20, 10]  # the worst
     assert batch.response[[0, 1, 3], 1, 0].tolist() == [20, 10, 30]  # the best
     logprobs, ref = token_logprobs(batch, 0), token_logprobs(batch, 1)
@@ -303,14 +303,14 @@ def test_percentile_ranks_the_best_over_the_worst(how):
 
 def test_percentile_shares_follow_the_iterations():
     config = settings(selection="percentile", percentile=(0.1, 0.4, 1.0))
-    ones = [[r.responses for r in ple.label(percentile_rollouts(), 0.2, i, config)] for i in range(4)]
+    ones = [[r.responses for r in ple.label(percentile_rollouts(), Context(config, i, 0.2))] for i in range(4)]
     assert [sum(x.weight == 1.0 for row in rows for x in row) for rows in ones] == [0, 1, 3, 3]
 
 
 def test_a_batch_whose_pairs_were_all_dropped_has_no_gradient():
     config = settings(selection="percentile")
-    dropped = ple.label([percentile_rollouts()[2]], 0.2, 0, config)
-    batch = ple.batch(dropped, config)
+    dropped = ple.label([percentile_rollouts()[2]], Context(config, 0, 0.2))
+    batch = ple.batch(dropped, Context(config))
     assert ple.make_loss(config)(Outputs(token_logprobs(batch, 0)), batch)[0].tolist() == [0.0]
 
 
@@ -390,7 +390,7 @@ def test_normalising_each_response_by_its_own_length_shortens_responses():
 def test_unknown_names_are_refused_with_the_known_ones(options, message):
     config = settings(**options)
     with pytest.raises(UserError, match=message):
-        ple.batch(ple.label(make_rollouts(), TAU, 0, config), config)
+        ple.batch(ple.label(make_rollouts(), Context(config, 0, TAU)), Context(config))
         ple.make_loss(config)
 
 
@@ -422,7 +422,7 @@ def test_a_variant_is_one_short_file():
     assert (focal.collect, focal.batch) == (ple.collect, ple.batch)
 
     config = settings(rank="sigmoid", rank_weight=0.5, algorithm_kwargs={"gamma": 2.0})
-    batch = focal.batch(focal.label(make_rollouts(), TAU, 0, config), config)
+    batch = focal.batch(focal.label(make_rollouts(), Context(config, 0, TAU)), Context(config))
     logprobs = token_logprobs(batch, 0)
     value, metrics = jax.jit(focal.make_loss(config))(
         Outputs(jnp.asarray(logprobs, jnp.float32)), convert(batch, jnp.asarray)

@@ -19,19 +19,20 @@ from test_torch_model import one_thread  # noqa: F401  (a fixture of the whole m
 from test_torch_train import assert_gradients, backend, first_gradients
 
 from ple_jax import modes
+from ple_jax.algorithms import Context
 from ple_jax.backend import forward as jax_forward
 from ple_jax.backend import lora as jax_lora
 from ple_jax.models import adapters
 from torch_ascend import lora
 
 
-def ready(c, last=None, seed: int = 3):
+def ready(c, carried=None, seed: int = 3):
     module, rows = labelled("ppo", c, rollouts(c.ppo.samples))
-    batch = module.batch(rows, c)
+    batch = module.batch(rows, Context(c))
     batch.data.update(old_logprobs=outputs(batch).logprobs, reference_logprobs=outputs(batch, 1).logprobs)
     values = np.random.default_rng(seed).normal(size=batch.response.shape)
     batch.data["old_values"] = np.where(batch.response_mask, values, 0.0)
-    return module, module.prepare(batch, c, last or {})
+    return module, module.prepare(batch, Context(c, controller=carried or module.controller(c)))
 
 
 def advantages_by_hand(batch, i: int, k: int, *, beta: float, lam: float) -> tuple[np.ndarray, np.ndarray]:
@@ -73,23 +74,25 @@ def test_a_response_that_was_cut_off_pays():
     cut = [row._replace(responses=(row.responses[0]._replace(finished=i != 1),)) for i, row in enumerate(rows)]
     found = []
     for given in (rows, cut):
-        batch = module.batch(given, c)
+        batch = module.batch(given, Context(c))
         zeros = np.zeros(batch.response.shape)
         batch.data.update(old_logprobs=zeros, reference_logprobs=zeros, old_values=zeros)
-        found.append(module.prepare(batch, c, {}).data["returns"][:, 0])
+        found.append(module.prepare(batch, Context(c, controller=module.controller(c))).data["returns"][:, 0])
     last = [length[0] - 1 for length in LENGTHS]
     assert [(b - a)[n] for a, b, n in zip(*found, last, strict=True)] == [0, -2, 0]
 
 
 def test_the_coefficient_goes_on_from_the_last_iteration():
     c = config("ppo", ppo__kl="adaptive", ppo__kl_target=2.0, ppo__kl_horizon=80)
-    assert set(ready(c)[1].data["kl_coefficient"]) == {np.float32(0.05)}
-    far, near = ({"kl_coefficient": 0.4, "kl_response": kl} for kl in (9.0, 1.9))
+    module, batch = ready(c)
+    assert set(batch.data["kl_coefficient"]) == {np.float32(0.05)}
+    far, near = (module.control({"kl_coefficient": 0.4}, {"kl_response": kl}, c) for kl in (9.0, 1.9))
     # eight responses of a horizon of 80, an error that is cut at a fifth: up by 2%; and by -5% of a tenth
-    assert ready(c, far)[1].data["kl_coefficient"][0] == pytest.approx(0.4 * 1.02)
-    assert ready(c, near)[1].data["kl_coefficient"][0] == pytest.approx(0.4 * (1 - 0.05 / 10))
+    assert far["kl_coefficient"] == pytest.approx(0.4 * 1.02)
+    assert near["kl_coefficient"] == pytest.approx(0.4 * (1 - 0.05 / 10))
+    assert ready(c, far)[1].data["kl_coefficient"][0] == np.float32(far["kl_coefficient"])
     c.ppo.kl = "fixed"
-    assert ready(c, far)[1].data["kl_coefficient"][0] == np.float32(0.05)
+    assert module.control({"kl_coefficient": 0.05}, {"kl_response": 9.0}, c) == {"kl_coefficient": 0.05}
 
 
 def test_the_loss_at_the_first_step():

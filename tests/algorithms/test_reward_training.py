@@ -36,7 +36,7 @@ TOKENIZER = byte_tokenizer()
 def config(**changes):
     c = tiny_config.get_config()
     c.algorithm, c.sinks, c.task.format = "reward", (), "hh"
-    c.reward_model.max_tokens, c.reward_model.eval_every = 128, 4
+    c.reward_model.max_tokens, c.offline.eval_every = 128, 4
     for key, value in changes.items():
         c.update_from_flattened_dict({key.replace("__", "."): value})
     return c
@@ -246,7 +246,7 @@ def run(workdir: Path, mode=modes.train, **changes) -> ConfigDict:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, files):
     workdir = tmp_path_factory.mktemp("runs") / "reward"
-    return workdir, run(workdir, **files, reward_model__epochs=3)
+    return workdir, run(workdir, **files, offline__epochs=3)
 
 
 def summary(workdir: Path) -> dict:
@@ -359,7 +359,7 @@ def test_the_other_modes(trained, files, capsys):
 
 
 def test_the_head_alone(tmp_path, files):
-    run(tmp_path, **files, reward_model__train="head", reward_model__epochs=3, optimizer__lr=5e-2)
+    run(tmp_path, **files, reward_model__train="head", offline__epochs=3, optimizer__lr=5e-2)
     tensors = load_file(tmp_path / "adapter" / peft.WEIGHTS)
     assert list(tensors) == ["base_model.model.score.weight"]
     assert summary(tmp_path)["heldout_accuracy"] > 0.9
@@ -380,8 +380,8 @@ def test_an_interrupted_run_goes_on_from_its_last_evaluation(trained, files, tmp
 
     monkeypatch.setattr(jax_backend.JaxBackend, "update", failing)
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, **files, reward_model__epochs=3)
-    run(tmp_path, **files, reward_model__epochs=3)
+        run(tmp_path, **files, offline__epochs=3)
+    run(tmp_path, **files, offline__epochs=3)
     assert len(calls) == 11 + 30 - 8  # steps 9 and 10 are done again
     for file in ("adapter/adapter_model.safetensors", "metrics.jsonl", "reward_model/model.safetensors"):
         assert (tmp_path / file).read_bytes() == (workdir / file).read_bytes()
@@ -392,7 +392,7 @@ def test_pairs_that_are_none_stop_the_run(tmp_path, files):
     long = json.dumps({"chosen": transcript("Well?", "y" * 200), "rejected": transcript("Well?", "No.")})
     bad.write_text(Path(files["task__train"]).read_text() + long + "\n")
     changed = files | {"task__train": str(bad)}
-    run(tmp_path / "few", **changed, reward_model__eval_every=100)
+    run(tmp_path / "few", **changed, offline__eval_every=100)
     listed = [json.loads(line) for line in (tmp_path / "few" / "bad_records.jsonl").read_text().splitlines()]
     assert [(line["set"], line["kind"]) for line in listed] == [("train", "unfit")]
     assert "more than the 128 tokens of config.reward_model.max_tokens" in listed[0]["reason"]

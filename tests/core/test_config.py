@@ -4,9 +4,11 @@ import math
 import re
 
 import pytest
+from ml_collections import ConfigDict
 
 from configs import default, quickstart, tiny
-from ple_jax.core.config import RULES, differing, flatten, validate
+from configs.default import get_config
+from ple_jax.core.config import RENAMED, RULES, differing, flatten, renamed, validate
 from ple_jax.core.errors import UserError, suggestion
 
 
@@ -122,10 +124,10 @@ INVALID = [
     ({"principles_per_query": -1}, "at least 0"),
     ({"reward__max_bad_share": math.nan}, "from 0 to 1"),
     ({"reward_model__train": "full"}, "lora, head"),
-    ({"reward_model__epochs": 0}, "at least 1"),
+    ({"offline__epochs": 0}, "at least 1"),
     ({"algorithm": "pel"}, "did you mean 'ple'?"),
     ({"algorithm": "nowhere.py"}, "an existing Python file"),
-    ({"sft__data": "nowhere.jsonl"}, "an existing file of records"),
+    ({"warm_up__data": "nowhere.jsonl"}, "an existing file of records"),
     ({"sinks": ("jsonl", "tensorbord")}, "did you mean 'tensorboard'?"),
     ({"reward__kwargs": {"k": math.nan}}, "without NaN"),
     ({"reward__kwargs": {"k": {1, 2}}}, "plain values"),
@@ -172,7 +174,7 @@ def test_paths_of_files_that_exist(tmp_path):
     for name in ("queries.jsonl", "rules.txt", "variant.py"):
         (tmp_path / name).write_text("")
     queries, rules, variant = (str(tmp_path / name) for name in ("queries.jsonl", "rules.txt", "variant.py"))
-    changes = {"task__train": queries, "sft__data": queries, "principles": rules, "algorithm": variant}
+    changes = {"task__train": queries, "warm_up__data": queries, "principles": rules, "algorithm": variant}
     validate(edited(**changes, model__path=str(tmp_path), reward__name=f"{variant}:score"))
 
 
@@ -200,3 +202,17 @@ def test_differing():
     assert differing(a, {"x": 1, "s": {"t": [1, 2], "u": math.inf}, "reward": {"kwargs": {}}}) == []
     b = {"x": 2, "s": {"t": [1, 3], "v": None}, "reward": {"kwargs": {"k": 1}}}
     assert differing(a, b) == ["reward.kwargs", "s.t", "s.u", "s.v", "x"]
+
+
+@pytest.mark.parametrize(("old", "new"), [*RENAMED.items(), ("sft", "warm_up")])
+def test_a_key_of_an_earlier_version_is_told_its_new_name(old, new):
+    assert renamed(old) == f"config.{old} is now config.{new}: rename it, in files and on the command line"
+    c = get_config()
+    *parents, name = old.split(".")
+    node = c
+    for parent in parents:
+        node[parent] = node.get(parent, ConfigDict())
+        node = node[parent]
+    node[name] = 1
+    with pytest.raises(UserError, match=f"config.{old} is now config.{new}: "):
+        validate(c)

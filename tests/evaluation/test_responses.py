@@ -112,7 +112,7 @@ def test_log_probabilities_and_kl_by_hand(data, trained):
     modes.generate(c, trained, "torch")
     found = responses.read(trained / "responses" / "trained", 1)
     inputs = opening.read_inputs(c, "torch")
-    with opening.open_run(c, trained, "torch", inputs) as run:
+    with opening.open_run(trained, "torch", inputs) as run:
         assert run.backend.restore(trained / "checkpoints") is not None
         for rollout, line in zip(found.rollouts, found.scores, strict=True):
             for k in range(3):

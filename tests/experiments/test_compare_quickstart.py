@@ -40,7 +40,7 @@ def test_every_method_has_the_same_budget(out, name):
     job = compare_quickstart.training(settings(out), name, "1e-3", "1")
     asked = parsed(job.arguments)
     config, method = asked.config, methods.METHODS[name]
-    slots = algorithms.load_algorithm(config.algorithm).collect(config)
+    slots = algorithms.load(config.algorithm).collect(config)
     sampled = [slot for slot in slots if slot.source == "policy"]
     assert config.iterations * config.queries_per_iteration * len(sampled) == (0 if method.data else 480)
     assert config.queries_per_iteration == (48 if method.data else 96 // len(sampled))

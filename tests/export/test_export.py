@@ -320,7 +320,7 @@ def a_run(workdir: Path, **overrides):
         config.update_from_flattened_dict({key.replace("__", "."): value})
     frozen = FrozenConfigDict(config)
     workdir.mkdir()
-    with opening.open_run(frozen, workdir, "jax", opening.read_inputs(frozen, "jax")) as run:
+    with opening.open_run(workdir, "jax", opening.read_inputs(frozen, "jax")) as run:
         run.backend._adapter = jax.tree.map(
             lambda new, old: jax.device_put(new, old.sharding),
             tiny.random_adapter(run.backend.model.config),
@@ -392,7 +392,7 @@ def test_merged_model_says_what_the_run_says(run):
     model = AutoModelForCausalLM.from_pretrained(workdir / "merged")
     prompt = list(b"Once upon a time")
     out = model.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False, eos_token_id=256, pad_token_id=257)
-    with modes._on_run(config, workdir, "jax") as (opened, _):
+    with modes.on_run(config, workdir, "jax") as (opened, _):
         sampling = Sampling(16, (256,), temperature=0)
         ours = opened.backend.generate([prompt], np.zeros((1, 16), np.float32), sampling=sampling)[0]
     assert list(ours.tokens) == out[0, len(prompt) :].tolist()

@@ -137,7 +137,7 @@ def test_a_run_that_was_interrupted_drops_what_it_would_have(tmp_path, monkeypat
     records = tmp_path / "sft.jsonl"
     lines = [json.dumps({"prompt": f"{i} is", "completion": f" {i + 1} less one"}) + "\n" for i in range(6)]
     records.write_text("".join(lines))
-    options["sft__data"] = str(records)
+    options["warm_up__data"] = str(records)
     c = config(**options)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert modes.train(c, whole, "torch") == 0
@@ -192,8 +192,8 @@ def test_exported_weights_say_what_the_backend_says(ours, capsys):
     assert modes.export(config(export__merged=True), ours, "torch") == 0
     assert "merged weights:" in capsys.readouterr().out and (ours / WEIGHTS).read_bytes() == before
     ids = torch.tensor([list(b"Hello, and once more")])
-    with modes._on_run(config(), ours, "torch") as (opened, state), torch.no_grad():
-        assert state["iteration"] == 3
+    with modes.on_run(config(), ours, "torch") as (opened, state), torch.no_grad():
+        assert state.iteration == 3
         model, time = opened.backend.model, torch.arange(ids.shape[1])[None]
         wanted, base = (
             model.logits(model.apply(adapter, ids, positions=time, mask=(time <= time.mT)[None]))
@@ -213,7 +213,7 @@ def test_chat_streams_what_generate_says(ours, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO("/temperature 0\n/max 12\n/template off\n/both\nHello\n"))
     assert modes.chat(config(), ours, "torch") == 0
     said = capsys.readouterr().out
-    with modes._on_run(config(), ours, "torch") as (opened, _):
+    with modes.on_run(config(), ours, "torch") as (opened, _):
         prompt, noise = list(b"Hello"), np.zeros((1, 12), np.float32)
         greedy = Sampling(12, opened.eos, temperature=0.0)
         show = functools.partial(opened.tokenizer.decode, skip_special_tokens=True)
@@ -286,7 +286,7 @@ def test_an_interrupted_reward_model_goes_on_from_its_last_evaluation(reward_mod
 
 
 def test_the_head_alone(files, tmp_path):
-    reward(tmp_path, "torch", **files, reward_model__train="head", reward_model__epochs=3, optimizer__lr=5e-2)
+    reward(tmp_path, "torch", **files, reward_model__train="head", offline__epochs=3, optimizer__lr=5e-2)
     assert list(load_file(tmp_path / WEIGHTS)) == ["base_model.model.score.weight"]
     assert summary(tmp_path)["heldout_accuracy"] > 0.9
 

@@ -18,13 +18,12 @@ from test_torch_model import build_tiny, one_thread, to_torch  # noqa: F401  (a 
 from test_train import random_batch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ple_jax.algorithms import ple, reward
+from ple_jax.algorithms import Context, ple, reward, sft
 from ple_jax.backend import forward as jax_forward
 from ple_jax.backend import lora as jax_lora
 from ple_jax.core.types import Batch, Outputs, Sampling
 from ple_jax.models import adapters
 from ple_jax.models.adapters import Lora
-from ple_jax.training.warm_up import sft_loss
 from torch_ascend import backend as torch_backend
 from torch_ascend import forward, lora
 from torch_ascend.model import Model
@@ -107,7 +106,8 @@ def head() -> dict[str, Any]:
 
 
 def ple_batch(config) -> Batch:
-    batch = ple.batch(ple.label(test_ple.make_rollouts(), test_ple.TAU, 0, config), config)
+    context = Context(config, tau=test_ple.TAU)
+    batch = ple.batch(ple.label(test_ple.make_rollouts(), context), context)
     batch.data["reference_logprobs"] = test_ple.token_logprobs(batch, 1).astype(np.float32)
     return batch
 
@@ -115,7 +115,7 @@ def ple_batch(config) -> Batch:
 @pytest.mark.parametrize("name", [*test_ple.CASES, "sft", "reward"])
 def test_every_loss_and_its_gradient_are_those_of_jax(name, on_jax):
     config = test_ple.settings(**test_ple.CASES.get(name, {}))
-    losses = {"sft": sft_loss, "reward": reward.make_loss(None)}
+    losses = {"sft": sft.make_loss(None), "reward": reward.make_loss(None)}
     loss, batch, adapter = losses.get(name) or ple.make_loss(config), ple_batch(config), tiny.random_adapter(tiny.CONFIG)
     wanted, gradient = on_jax.gradient(adapter | head(), batch, loss)
     if name == "reward":

@@ -130,7 +130,7 @@ VARIANTS = {
     }),
     "DoRA and epochs": ("sft", {"lora__dora": True, "optimizer__epochs": 2, "optimizer__weight_decay": 0.1}),
     "recomputation": ("dpo", {"model__remat": "full", "optimizer__clip_norm": 0.05, "dpo__loss": "ipo"}),
-    "warm-up and chat": ("sft", {"sft__data": "train", "task__chat": True, "lora__targets": ("q_proj", "v_proj")}),
+    "warm-up and chat": ("sft", {"warm_up__data": "train", "task__chat": True, "lora__targets": ("q_proj", "v_proj")}),
     "another start": ("dpo", {"model__adapter": "start", "optimizer__epochs": 2}),
 }  # fmt: skip
 
@@ -140,7 +140,7 @@ VARIANTS = {
 def test_options_mean_what_they_mean_to_us(variant, records, start, tmp_path):
     algorithm, options = VARIANTS[variant]
     options |= {"model__adapter": start} if "model__adapter" in options else {}
-    options |= {"sft__data": records["task__train"]} if "sft__data" in options else {}
+    options |= {"warm_up__data": records["task__train"]} if "warm_up__data" in options else {}
     theirs = train(tmp_path / "trl", algorithm, records, **options)
     ours = train(tmp_path / "own", algorithm, records, **options, trainer="own")
     for name in ("loss", "grad_norm", "heldout_kl"):
@@ -321,9 +321,9 @@ def test_a_run_that_was_stopped_goes_on(algorithm, options, records, start, tmp_
 
     def stopping(self, *args, **kwargs):
         log(self, *args, **kwargs)
-        if self.state["iteration"] == 1 and not stopped:
-            stopped.append(self.state["step"])
-            self.run.stop._number = signal.SIGTERM
+        if self.trl.state.iteration == 1 and not stopped:
+            stopped.append(self.trl.state.step)
+            self.trl.run.session.stop._number = signal.SIGTERM
 
     monkeypatch.setattr(baselines._Watch, "on_log", stopping)
     with pytest.raises(Interrupted):

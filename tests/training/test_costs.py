@@ -69,14 +69,12 @@ def test_curves_have_what_they_are_drawn_against(finished):
     assert sum(spent.values()) < said["wall_seconds"]
 
 
-def test_seconds_of_what_failed_are_not_kept():
-    state = costs.fresh()
-    with pytest.raises(KeyError), costs.timed(state, "update"):
-        raise KeyError
-    assert state["seconds"]["update"] == 0
-    with costs.timed(state, "update"):
-        pass
-    assert state["seconds"]["update"] > 0
+def test_costs_are_added_up_and_never_written_into():
+    before = costs.Costs()
+    after = before.plus(queries=2, flops=10).plus(flops=5).took("update", 1.5).took("evaluate", 4.0).took("update", 0.5)
+    assert (after.queries, after.flops, after.seconds["update"], after.seconds["evaluate"]) == (2, 15, 2.0, 4.0)
+    assert before == costs.Costs() and not any(before.seconds.values())
+    assert after.totals()["total_seconds"] == 2.0 and after.totals()["total_flops"] == 15
 
 
 def test_what_was_quarantined_was_paid_for_too(tmp_path):
@@ -99,7 +97,7 @@ def test_a_warm_up_takes_time(tmp_path):
     file = tmp_path / "sft.jsonl"
     file.write_text("".join(json.dumps({"prompt": f"{i}: ", "completion": " yes"}) + "\n" for i in range(4)))
     c = config("ple", iterations=1)
-    c.sft.data = str(file)
+    c.warm_up.data = str(file)
     assert modes.train(FrozenConfigDict(c), tmp_path / "run", "torch") == 0
     first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
     assert first["total_training_tokens"] == sum(len(f"{i}: ") + len(" yes") + 1 for i in range(4))

@@ -60,10 +60,11 @@ def test_the_line_of_a_rollout(tmp_path):
     journal = Journal(tmp_path, 12)
     journal.complete([Rollout("q-1", "The", (1, 2), (scored,), math.inf, -0.5, "blended"), Rollout("q-2", "A", (3,), ())])
     assert (tmp_path / "iter_0012.jsonl").read_bytes().decode() == (
-        '{"query_id": "q-1", "prompt": "The", "prompt_tokens": [1, 2], "tau": "inf", "responses": '
-        '[{"kind": "plain", "sample": 0, "tokens": [5, 2], "text": "é\u2028", "finished": true, '
+        '{"format": 2, "query_id": "q-1", "prompt": "The", "prompt_tokens": [1, 2], "tau": "inf", "responses": '
+        '[{"kind": "plain", "principled": false, "source": "policy", "sample": 0, '
+        '"tokens": [5, 2], "text": "é\u2028", "finished": true, '
         '"reward": 0.5, "score": 0.25, "weight": null}], "margin": -0.5, "decision": "blended"}\n'
-        '{"query_id": "q-2", "prompt": "A", "prompt_tokens": [3], "tau": null, "responses": [], '
+        '{"format": 2, "query_id": "q-2", "prompt": "A", "prompt_tokens": [3], "tau": null, "responses": [], '
         '"margin": null, "decision": ""}\n'
     )
     first, second = journal.read()

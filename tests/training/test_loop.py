@@ -3,14 +3,13 @@
 import json
 import shutil
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from configs import tiny as tiny_config
-from ple_jax import modes
+from ple_jax import algorithms, modes
 from ple_jax.core.config import validate
 from ple_jax.core.errors import UserError
 from ple_jax.core.files import write_json
@@ -127,19 +126,19 @@ def test_a_variant_is_one_file(default_run, tmp_path):
 def test_a_broken_variant_is_named(tmp_path, code, says):
     (tmp_path / "mine.py").write_text(code)
     with pytest.raises(UserError, match=says):
-        modes.load_algorithm(str(tmp_path / "mine.py"))
+        algorithms.load(str(tmp_path / "mine.py"))
 
 
 def test_warm_up_makes_another_reference(tmp_path):
     data = tmp_path / "sft.jsonl"
     rows = [{"prompt": f"query {i}", "completion": "abc" * (i % 3)} for i in range(9)]  # a third are empty
     data.write_text("\n".join(map(json.dumps, rows)))
-    sft = {"sft.data": str(data), "sft.epochs": 2, "sft.lr": 0.02}
+    sft = {"warm_up.data": str(data), "warm_up.epochs": 2, "warm_up.lr": 0.02}
     with pytest.raises(UserError, match="sft.jsonl:1: the answer is empty.*3 of 9 records .*max_bad_share"):
         train(tmp_path / "run", **sft)
     lines = train(tmp_path / "run", **sft, **{"task.max_bad_share": 0.4})
     listed = [json.loads(line) for line in (tmp_path / "run" / "bad_records.jsonl").read_text().splitlines()]
-    assert [line["set"] for line in listed] == ["sft"] * 3 and listed[0]["where"].endswith("sft.jsonl:1")
+    assert [line["set"] for line in listed] == ["warm_up"] * 3 and listed[0]["where"].endswith("sft.jsonl:1")
     assert lines[0]["heldout_kl"] == 0  # the reference is the policy as it stood after the warm-up
     assert lines[0]["heldout_reward"] != train(tmp_path / "cold")[0]["heldout_reward"]
 
@@ -272,7 +271,7 @@ def test_conversations_reach_the_policy_the_reward_and_the_journal(tmp_path):
     files = {f"task.{which}": str(tmp_path / f"{which}.jsonl") for which in ("train", "heldout")}
     settings = {"task.chat": True, "principles": "honest+concise", "principles_per_query": 2}
     seen = {"reward.name": "test_loop:counting", "reward.kwargs": {"log": str(tmp_path / "log")}}
-    train(tmp_path / "run", **files, **settings, **seen, **{"sft.data": files["task.train"]})
+    train(tmp_path / "run", **files, **settings, **seen, **{"warm_up.data": files["task.train"]})
     line = rollouts(tmp_path / "run")[0]
     assert line["prompt"][0] == turns[0] and len(line["prompt"]) == 4
     shown = bytes(line["prompt_tokens"]).decode()
@@ -284,18 +283,10 @@ def test_conversations_reach_the_policy_the_reward_and_the_journal(tmp_path):
     assert "Human: Hi" in page and "&#39;role&#39;" not in page
 
 
-def test_principles_that_are_quoted_are_warned_of(capsys):
-    class Progress:
-        def log(self, text):
-            print(text)
-
-    class Run(NamedTuple):
-        progress: Progress
-
-    measures.warn_of_leak(Run(Progress()), {"leak": 0.3, "overlap_principled": 0.35, "overlap_plain": 0.05})
-    assert "warning: 35% of the trigrams" in capsys.readouterr().out
-    measures.warn_of_leak(Run(Progress()), {"leak": 0.02, "overlap_principled": 0.05, "overlap_plain": 0.03})
-    assert capsys.readouterr().out == ""
+def test_principles_that_are_quoted_are_warned_of():
+    said = measures.warn_of_leak({"leak": 0.3, "overlap_principled": 0.35, "overlap_plain": 0.05})
+    assert said.startswith("warning: 35% of the trigrams")
+    assert measures.warn_of_leak({"leak": 0.02, "overlap_principled": 0.05, "overlap_plain": 0.03}) == ""
 
 
 def test_files_of_someone_else_are_not_touched(tmp_path):

@@ -8,6 +8,9 @@ from array_api_compat import array_namespace
 from ple_jax import losses
 from ple_jax.algorithms import ple
 from ple_jax.algorithms.ple import *  # noqa: F403
+from ple_jax.core import rules
+
+DEFAULTS, RULES = {"gamma": 2.0}, {"gamma": rules.not_negative}  # of config.algorithm_kwargs
 
 
 def make_loss(config):

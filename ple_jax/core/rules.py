@@ -1,0 +1,134 @@
+"""What a key of a config may hold: small rules, of which the table in `config.py` is made, and an algorithm's own (RULES).
+
+A rule takes a value and gives what it must be instead, in words, or "" where it is fine.
+"""
+
+import importlib.util
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ple_jax.core.errors import suggestion
+
+Rule = Callable[[Any], str]  # value -> what it must be instead, or "" where it is fine
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def whole(low: int, high: float = math.inf) -> Rule:
+    """A whole number from `low` on, and below `high`."""
+    says = f"a whole number, at least {low}" + (f" and below {high}" if high < math.inf else "")
+    return lambda v: "" if type(v) is int and low <= v < high else says
+
+
+def real(test: Callable[[float], bool], says: str, *, infinite: bool = False) -> Rule:
+    """A number that passes `test`; `says` is what it must be."""
+    # NaN fails here: it is not finite, and no comparison with it holds
+    return lambda v: "" if _is_number(v) and test(v) and (infinite or math.isfinite(v)) else f"a number {says}"
+
+
+def choice(*options: str) -> Rule:
+    """One of the options."""
+    return lambda v: "" if v in options else f"one of {', '.join(options)}{suggestion(str(v), options)}"
+
+
+def many(each: Rule, *, empty: bool = False) -> Rule:
+    """A tuple of what `each` allows."""
+
+    def rule(value: Any) -> str:
+        if not isinstance(value, tuple | list) or not (value or empty):
+            return "a tuple" if empty else "a tuple with at least one entry"
+        wrong = next(((v, says) for v in value if (says := each(v))), None)
+        return f"a tuple such as \"('a','b')\", where its entry {wrong[0]!r} must be {wrong[1]}" if wrong else ""
+
+    return rule
+
+
+def optional(rule: Rule) -> Rule:
+    """Unset, or what `rule` allows."""
+    return lambda value: "" if value is None else rule(value)
+
+
+def flag(value: Any) -> str:
+    """True or False."""
+    return "" if isinstance(value, bool) else "True or False"
+
+
+def text(value: Any) -> str:
+    """A text that is not empty."""
+    return "" if isinstance(value, str) and value else "a name"
+
+
+def free(value: Any) -> str:
+    """A dictionary of plain values, by name."""
+    says = "a dictionary of plain values without NaN, by argument name: \"{'k': 1}\""
+    if not isinstance(value, Mapping) or not all(isinstance(k, str) for k in value):
+        return says
+    try:
+        json.dumps(value, allow_nan=False)
+        return ""
+    except (TypeError, ValueError):
+        return says
+
+
+def _is_path(value: str) -> bool:
+    return "/" in value or bool(Path(value).suffix)
+
+
+def named(known: list[str], *, file: str = "", folder: bool = False, code: bool = False) -> Rule:
+    """One of the `known` names, or a path.
+
+    Args:
+      known: names that need no path.
+      file: what a path leads to, in words; without it paths are not allowed.
+      folder: whether it may lead to a folder.
+      code: whether `package.module`, `package.module:function`, `file.py` and `file.py:function` are allowed.
+    """
+
+    def rule(value: Any) -> str:
+        if not isinstance(value, str):
+            return f"one of {', '.join(known)}"
+        if value in known or (file and value and (Path(value).is_file() or (folder and Path(value).is_dir()))):
+            return ""
+        module = value.split(":", 1)[0]
+        if code and module.endswith(".py"):
+            return "" if Path(module).is_file() else f"an existing Python file (looked in {Path.cwd()})"
+        # only the first part is looked up: finding a submodule would import its package
+        if code and ("." in module or ":" in value) and all(part.isidentifier() for part in module.split(".")):
+            found = importlib.util.find_spec(module.split(".", 1)[0]) is not None
+            return "" if found else f"a dotted path into an installed package; {module.split('.', 1)[0]!r} is not one"
+        if file and _is_path(value):
+            return f"an existing {file} (looked in {Path.cwd()}), or one of {', '.join(known)}"
+        more = "a Python file, a dotted path" if code else f"the path of a {file}"
+        return f"one of {', '.join(known)}, or {more}{suggestion(value, known)}"
+
+    return rule
+
+
+def patterns(each: Rule) -> Rule:
+    """Pairs of a regular expression and what `each` allows."""
+    says = "a tuple of (regular expression, value) pairs: \"(('mlp.down_proj', 16),)\""  # ConfigDict has no keys with dots
+
+    def rule(value: Any) -> str:
+        if not isinstance(value, tuple | list) or not all(isinstance(v, tuple | list) and len(v) == 2 for v in value):
+            return says
+        for key, number in value:
+            try:
+                re.compile(key)
+            except (TypeError, re.error) as error:
+                return f"{says}; {key!r} is no regular expression ({error})"
+            if wrong := each(number):
+                return f"{says}, where {key!r} must have {wrong}"
+        return ""
+
+    return rule
+
+
+positive = real(lambda v: v > 0, "above 0")
+not_negative = real(lambda v: v >= 0, "of at least 0")
+share = real(lambda v: 0 <= v <= 1, "from 0 to 1")

@@ -1,0 +1,113 @@
+"""What an algorithm is: the tuple that is made of a file, its defaults, its own knobs, and what it is told."""
+
+import json
+
+import pytest
+from ml_collections import ConfigDict, FrozenConfigDict
+from test_baselines import config
+
+from ple_jax import algorithms, modes
+from ple_jax.algorithms import Algorithm, Context, OfflineAlgorithm
+from ple_jax.core.config import names
+from ple_jax.core.errors import UserError
+from ple_jax.training.journal import read
+
+PLE = "from ple_jax.algorithms.ple import *\n"
+
+
+def written(tmp_path, code: str) -> str:
+    (tmp_path / "mine.py").write_text(code)
+    return str(tmp_path / "mine.py")
+
+
+@pytest.mark.parametrize("name", names("algorithms", ".py"))
+def test_every_algorithm_says_what_it_is(name):
+    found = algorithms.load(name)
+    assert isinstance(found, OfflineAlgorithm if name == "reward" else Algorithm)
+    assert found.name == name and found.about.endswith((".", ":")) or len(found.about) > 30
+
+
+def test_what_a_file_does_not_say_has_a_default(tmp_path):
+    code = "def collect(config): return ()\ndef label(rollouts, context): return rollouts\n"
+    code += "def batch(rollouts, context): return None\ndef make_loss(config): return None\n"
+    found = algorithms.load(written(tmp_path, code))
+    assert isinstance(found, Algorithm) and found.about == ""
+    tau = found.schedule(None)(3)
+    assert tau != tau  # nan: it has no threshold
+    assert found.needs(None) == (False, False, False, None)
+    assert found.prepare("batch", None) == "batch" and found.controller(None) == {}
+    assert found.control({"a": 1.0}, {"a": 2.0}, None) == {"a": 1.0}
+    assert found.measures({"loss": 1.0}, {}, {}) == {"loss": 1.0}
+
+
+def test_a_file_of_an_earlier_version_is_told_what_to_write(tmp_path):
+    with pytest.raises(UserError, match=r"has needs_reference, which is now needs\(config\) -> Needs\(reference=True\)"):
+        algorithms.load(written(tmp_path, PLE + "def needs_reference(config): return True\n"))
+
+
+def test_an_algorithm_that_samples_is_asked_for():
+    assert algorithms.sampling("ppo").needs(config("ppo")).head == "value"
+    with pytest.raises(UserError, match="'reward', which samples nothing; one of these does: context_distillation, dpo"):
+        algorithms.sampling("reward")
+
+
+KNOBS = "from ple_jax.core import rules\nDEFAULTS = {'gamma': 2.0, 'sides': 3}\nRULES = {'gamma': rules.positive}\n"
+
+
+def test_knobs_of_its_own_stand_in_its_file(tmp_path):
+    found = algorithms.load(written(tmp_path, PLE + KNOBS))
+    c = config("ple", algorithm_kwargs=ConfigDict({"gamma": 0.5}))
+    filled = algorithms.with_defaults(found, FrozenConfigDict(c))
+    assert filled.algorithm_kwargs.to_dict() == {"gamma": 0.5, "sides": 3}
+    assert filled.ple.tau_0 == c.ple.tau_0 and c.algorithm_kwargs.to_dict() == {"gamma": 0.5}
+    c.algorithm_kwargs = ConfigDict({"gamm": 0.5})
+    with pytest.raises(UserError, match="has 'gamm', and mine.py declares gamma, sides; did you mean 'gamma'"):
+        algorithms.with_defaults(found, c)
+    c.algorithm_kwargs = ConfigDict({"gamma": -1.0})
+    with pytest.raises(UserError, match=r"algorithm_kwargs\['gamma'\] is -1.0 but must be a number above 0"):
+        algorithms.with_defaults(found, c)
+
+
+def test_without_declared_knobs_they_are_free():
+    c = FrozenConfigDict(config("ple", algorithm_kwargs=ConfigDict({"whatever": 1})))
+    assert algorithms.with_defaults(algorithms.load("ple"), c) is c
+
+
+SPY = """
+import json, pathlib
+from ple_jax.algorithms import ple
+KEPT = pathlib.Path({path!r})
+
+def label(rollouts, context):
+    line = [context.iteration, context.tau, dict(context.lengths), dict(context.controller)]
+    with KEPT.open("a") as file:
+        file.write(json.dumps(line) + "\\n")
+    return ple.label(rollouts, context)
+
+def controller(config):
+    return {{"count": 0.0}}
+
+def control(carried, metrics, config):
+    return {{"count": carried["count"] + (metrics["grad_norm"] > 0)}}
+"""
+
+
+def test_what_an_iteration_is_told(tmp_path):
+    """Threshold, mean lengths of the sample before (of the evaluation, at first), and what the algorithm carries."""
+    name = written(tmp_path, PLE + SPY.format(path=str(tmp_path / "seen")))
+    c, run = config(name, iterations=3), tmp_path / "run"
+    assert modes.train(FrozenConfigDict(c), run, "torch") == 0
+    seen = [json.loads(line) for line in (tmp_path / "seen").read_text().splitlines()]
+    assert [line[0] for line in seen] == [0, 1, 2]
+    assert [line[1] for line in seen] == pytest.approx([c.ple.tau_0 * c.ple.alpha**i for i in range(3)])
+    assert [line[3] for line in seen] == [{"count": 0.0}, {"count": 1.0}, {"count": 2.0}]
+    before = ["evaluations/iter_0000", "rollouts/iter_0000", "rollouts/iter_0001"]
+    for line, file in zip(seen, before, strict=True):
+        for kind in ("plain", "principled"):
+            sampled = [r for rollout in read(run / f"{file}.jsonl") for r in rollout.responses if r.kind == kind]
+            assert line[2][kind] == pytest.approx(sum(len(r.tokens) for r in sampled) / len(sampled))
+
+
+def test_a_context_needs_the_config_alone():
+    context = Context(config("ple"))
+    assert context.iteration == 0 and context.tau != context.tau and context.lengths == {} == context.controller

@@ -4,7 +4,6 @@ import json
 import re
 import shlex
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from ple_jax import algorithms
 from ple_jax.algorithms import Algorithm
 from ple_jax.core.config import flatten
 from ple_jax.core.files import read_json, read_jsonl
+from ple_jax.core.version import VERSION
 from ple_jax.models.hub import is_remote
 from ple_jax.serving.commands import rank_limit
 
@@ -138,11 +138,7 @@ def _metrics(workdir: Path, iteration: int) -> list[tuple[str, float, float]]:
 
 def _versions(workdir: Path) -> dict[str, str]:
     found = read_json(workdir / "environment.json") or {}
-    try:
-        ours = {"ple_jax": version("ple_jax")}
-    except PackageNotFoundError:  # run from a source tree that was never installed
-        ours = {}
-    return ours | {name: found[name] for name in _PACKAGES if name in found}
+    return {"ple_jax": VERSION} | {name: found[name] for name in _PACKAGES if name in found}
 
 
 def _prose(text: str) -> str:

@@ -81,6 +81,10 @@ def test_the_command_of_the_model_is_that_of_make():
     assert f"MODEL := {pinned}\n" in (ROOT / "Makefile").read_text()
 
 
+def test_the_version_is_that_of_the_citation():
+    assert f"\nversion: {ple_jax.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
 # ---------------------------------------------------------------- what is installed
 
 

@@ -26,8 +26,15 @@ UNAVAILABLE = {
 }
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+QUICK = pytest.StashKey[dict[str, bool]]()  # test file -> whether any of its tests is quick
+
+
+@pytest.hookimpl(tryfirst=True)  # before those that are not asked for are taken out
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    files = config.stash.setdefault(QUICK, {})
     for item in items:
+        file = item.nodeid.split("::")[0]
+        files[file] = files.get(file, False) or not item.get_closest_marker("slow")
         for marker, reason in UNAVAILABLE.items():
             if reason and item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tiny
 from patience import LAST_RESORT
+from speed import quick
 from test_export import a_run
 from test_train import backend
 
@@ -70,7 +71,7 @@ def test_stream_ends_with_eos(policy):
     assert list(policy.stream(prompt, noise, sampling=GREEDY._replace(eos=(10_000, whole[6])))) == whole[: first + 1]
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", quick([False, True], True))
 def test_stream_on_a_mesh(policy, scan):
     prompt, noise = prompt_of(9), np.zeros(20, np.float32)
     spread = backend(mesh=sharding.make_mesh(data=2, fsdp=2, tensor=2), scan=scan)
@@ -298,6 +299,7 @@ def test_a_line_that_is_no_utf8(run, monkeypatch, capsys):
     assert "temperature 0," in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_chat_frees_the_directory_and_outlives_ctrl_c(run):
     """A real signal in the middle of a long answer: the conversation goes on, and others may use the run meanwhile."""
     config, workdir = run

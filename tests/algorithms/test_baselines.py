@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ml_collections import FrozenConfigDict
+from speed import quick
 
 from configs import tiny as tiny_config
 from ple_jax import algorithms, modes
@@ -208,7 +209,7 @@ def records(tmp_path_factory) -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize("algorithm", ALL)
+@pytest.mark.parametrize("algorithm", quick(ALL, "self_distillation", "grpo"))
 def test_each_runs_through_the_loop(algorithm, records, tmp_path):
     c = config(algorithm, iterations=1, task__train=records["train"], task__heldout=records["heldout"])
     c.optimizer.epochs = 2
@@ -232,7 +233,7 @@ def test_each_runs_through_the_loop(algorithm, records, tmp_path):
     assert (tmp_path / "run" / "report.html").exists()
 
 
-@pytest.mark.parametrize("algorithm", ["sft", "dpo"])
+@pytest.mark.parametrize("algorithm", quick(["sft", "dpo"], "sft"))
 def test_held_out_queries_need_no_answer(algorithm, records, tmp_path):
     """They are answered by the policy, whatever it is trained on."""
     c = config(algorithm, iterations=1, task__train=records["train"])  # held out: prompts alone

@@ -18,6 +18,7 @@ import pytest
 import tiny
 from jax.sharding import NamedSharding, PartitionSpec
 from qwix import QArray
+from speed import quick
 
 from ple_jax.backend import sharding
 from ple_jax.backend.model import Model, fill
@@ -79,7 +80,7 @@ def test_values_and_dtypes(scan, dtype, stored):
 
 
 @pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
-@pytest.mark.parametrize("kind", ["none", "int8", "nf4"])
+@pytest.mark.parametrize("kind", quick(["none", "int8", "nf4"], "nf4"))
 def test_a_stack_is_sharded_as_one_array_would_be(mesh, kind):
     """Also its values and scales; the dimension of the layers is whole everywhere."""
     mesh, tensors = sharding.make_mesh(**mesh), tiny.weights(CONFIG)
@@ -137,7 +138,7 @@ class Counted(Mapping):
 
 
 @pytest.mark.parametrize(("stored", "dtype"), [(np.float32, np.float32), (ml_dtypes.bfloat16, ml_dtypes.bfloat16)])
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", quick([False, True], True))
 def test_one_kernel_on_the_host(scan, stored, dtype):
     """numpy's own memory at its peak: some copies of the largest kernel, of a model that is 45 times as large."""
     config = read(tiny.RAW | {"hidden_size": 128, "intermediate_size": 512, "head_dim": 32, "num_hidden_layers": 24}, "test")
@@ -187,6 +188,7 @@ def test_the_stack_of_a_single_device_stays_there():
     assert all(leaf.devices() == {device} for leaf in jax.tree.leaves(base))
 
 
+@pytest.mark.slow
 def test_the_script_that_measures_it(tmp_path):
     """At this size the interpreter's own memory weighs too much to demand a ratio."""
     load_memory.write(tmp_path / "model", "bfloat16", 0.15)

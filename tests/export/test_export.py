@@ -385,6 +385,7 @@ def test_a_foreign_folder_is_refused_before_anything_is_written(run):
         kept.rename(workdir / "merged")
 
 
+@pytest.mark.slow
 def test_merged_model_says_what_the_run_says(run):
     """Greedy tokens of our own decoder with the adapter, and of transformers on the merged folder."""
     config, workdir = run

@@ -18,6 +18,7 @@ from families import HEAD_DIM
 from gguf import GGMLQuantizationType, GGUFWriter, RopeScalingType
 from gguf.quants import quantize
 from safetensors.numpy import save_file
+from speed import quick
 from transformers import AutoModelForCausalLM
 
 from ple_jax.backend.model import Model, fill
@@ -270,7 +271,10 @@ def convert(model: Any, architecture: str, path: Path, extra: dict[str, np.ndarr
     return path
 
 
-@pytest.fixture(scope="module", params=CASES)
+QUICK = "llama-llama3", "gemma3", "gpt2"
+
+
+@pytest.fixture(scope="module", params=quick(CASES, *QUICK))
 def case(request, tmp_path_factory) -> tuple[Case, Any, Path]:
     """The case, transformers' random model, and its file."""
     case = CASES[request.param]
@@ -321,7 +325,7 @@ def test_transformers_takes_the_config_and_the_weights(case, tmp_path):
     np.testing.assert_allclose(torch_logits(again, TOKENS), torch_logits(theirs, TOKENS), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("case", [name for name, case in CASES.items() if case.reader], indirect=True)
+@pytest.mark.parametrize("case", quick([name for name, case in CASES.items() if case.reader], *QUICK), indirect=True)
 def test_weights_equal_those_of_transformers_gguf_reader(case):
     """Given the right config: what it makes of the metadata itself leaves much out."""
     _, model, path = case

@@ -12,6 +12,7 @@ import pytest
 from gguf import GGUFWriter
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from speed import quick
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, GemmaTokenizer, GPTNeoXTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
@@ -205,7 +206,7 @@ def strip_after_tokens(text: str) -> str:
     return re.sub(r"(<think>|<\|user\|>)\s+", r"\1", text)
 
 
-@pytest.mark.parametrize("pre", PRES)
+@pytest.mark.parametrize("pre", quick(PRES, "gpt-2", "llama-bpe"))
 def test_byte_level_equals_transformers_gguf_reader(byte_level, pre, tmp_path):
     # which leaves out the normalisation of the tokenizer.json: hence normalised texts
     assert_equal(*both(write_gguf(tmp_path, byte_level, pre=pre, add_bos_token=True)), nfc)
@@ -242,7 +243,7 @@ def test_digits_in_a_row(byte_level, pre, digits, tmp_path):
     assert [piece for piece, _ in split] == ["in", *digits]
 
 
-@pytest.mark.parametrize("architecture", SENTENCEPIECE)
+@pytest.mark.parametrize("architecture", quick(SENTENCEPIECE, "gemma3"))
 def test_sentencepiece_equals_transformers_gguf_reader(sentencepiece, architecture, tmp_path):
     gemma = architecture.startswith("gemma")
     fields = sentencepiece | (

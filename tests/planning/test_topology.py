@@ -367,6 +367,7 @@ def test_a_program_that_the_tpu_compiler_refuses(restored_cache):
     assert m.temporaries >= 64 * GIB  # the first product is as large as its argument
 
 
+@pytest.mark.slow
 def test_the_command_on_simulated_devices(tmp_path):
     """The whole command line, two devices, gradients accumulated over two micro-batches."""
     folder = _folder(tmp_path / "m")

@@ -139,6 +139,7 @@ def responses(workdir: Path) -> dict[str, list]:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_greedy_run_is_the_one_in_process(vllm, tmp_path):
     """The same tokens, hence the same weights to the last bit: every iteration samples from the adapter of that moment."""
     greedy = {"iterations": 2, "sampling.temperature": 0.0, "ple.tau_0": 0.0}
@@ -164,6 +165,7 @@ class Killed(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_with_the_adapter_of_its_checkpoint(vllm, tmp_path, monkeypatch):
     server = vllm()
     train(tmp_path / "whole", iterations=2, **{"sampling.server": server.url})
@@ -498,6 +500,7 @@ def test_the_server_sleeps_while_something_is_computed_here(vllm, tmp_path):
     assert not server.asleep and not server.registry
 
 
+@pytest.mark.slow
 def test_a_whole_run_with_a_server_that_sleeps(vllm, tmp_path):
     server = vllm()
     awake = train(tmp_path / "awake", **{"sampling.server": server.url})

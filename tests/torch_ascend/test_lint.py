@@ -122,6 +122,7 @@ def test_the_operators_are_clean(table):
     assert not lint.violations and not lint.sync_sites
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(simulator.unavailable()), reason=simulator.unavailable())
 @pytest.mark.slow
 def test_copies_to_the_host_are_syncs():

@@ -35,6 +35,7 @@ def random(*size, seed=0):
 # ---------------------------------------------------------------- the device
 
 
+@pytest.mark.slow
 @inside(NPU_SIM_DEVICES="4", NPU_SIM_MEMORY=str(2**30))
 def test_devices_are_counted_chosen_and_described():
     import torch_npu
@@ -62,6 +63,7 @@ def test_devices_are_counted_chosen_and_described():
     torch.npu.synchronize()
 
 
+@pytest.mark.slow
 @inside(NPU_SIM_DEVICES="0")
 def test_there_may_be_no_device():
     assert not torch.npu.is_available() and torch.npu.device_count() == 0
@@ -69,6 +71,7 @@ def test_there_may_be_no_device():
         torch.zeros(1, device="npu")
 
 
+@pytest.mark.slow
 @inside()
 def test_tensors_of_different_devices_do_not_mix():
     x, i = random(4, 6), torch.zeros(4, 2, dtype=torch.int64)
@@ -98,6 +101,7 @@ def test_tensors_of_different_devices_do_not_mix():
         torch.randn(2, device="npu", generator=torch.Generator())
 
 
+@pytest.mark.slow
 @inside(NPU_SIM_MEMORY=str(10_000))
 def test_memory_is_counted_and_runs_out():
     def held():
@@ -123,6 +127,7 @@ def test_memory_is_counted_and_runs_out():
     torch.npu.empty_cache()
 
 
+@pytest.mark.slow
 @inside()
 def test_random_numbers_are_each_devices_own():
     host = torch.get_rng_state()
@@ -244,6 +249,7 @@ class Square(torch.autograd.Function):
         return 2 * x * gradient
 
 
+@pytest.mark.slow
 @inside(NPU_SIM_FUSED="1")
 def test_operators_of_other_libraries():
     x = torch.tensor([3.0, 4.0], device="npu", requires_grad=True)
@@ -300,6 +306,7 @@ def losses(model, tokens, mask, steps=3):
         yield loss.item()
 
 
+@pytest.mark.slow
 @inside()
 def test_a_language_model_trains_to_the_cpus_losses():
     model = llama().eval()
@@ -327,6 +334,7 @@ def test_a_language_model_trains_to_the_cpus_losses():
     assert found[0] == found[1] and found[0] != pytest.approx(wanted, abs=1e-5)
 
 
+@pytest.mark.slow
 @inside()
 def test_copies_and_files():
     x, there = random(3, 8), torch.zeros(3, 8, device="npu")
@@ -364,6 +372,7 @@ def start_ranks() -> tuple[int, object]:
     return dist.get_rank(), dist.group.WORLD._get_backend(torch.device("npu"))
 
 
+@pytest.mark.slow
 @inside(ranks=2)
 def test_collectives():
     rank, hccl = start_ranks()
@@ -493,6 +502,7 @@ def test_fully_sharded():
 # ---------------------------------------------------------------- the means
 
 
+@pytest.mark.slow
 def test_a_failing_script_fails_the_test():
     with pytest.raises(AssertionError, match="exit code 3\nprinted\n"):
         simulator.run("print('printed'); raise SystemExit(3)")

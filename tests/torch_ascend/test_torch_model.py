@@ -16,6 +16,7 @@ import tiny
 import torch
 from families import VARIANTS
 from peft import get_peft_model_state_dict
+from speed import quick
 from test_families import LENGTHS, LORA, WIDTH, jit, padded, random_batch, seen, separate_logprobs, torch_logits
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -97,7 +98,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
+@pytest.fixture(scope="module", params=quick(VARIANTS, "gpt2", "gemma3_text", "qwen3_moe"))
 def family(request, tmp_path_factory) -> Family:
     """One variant, saved by transformers and read by us."""
     theirs, folder = families.build(VARIANTS[request.param]), tmp_path_factory.mktemp(request.param)
@@ -210,7 +211,7 @@ def raw_of(name: str) -> dict[str, Any]:
     return json.loads(test_lora.bare(name).config.to_json_string())
 
 
-@pytest.mark.parametrize("name", test_lora.CASES)
+@pytest.mark.parametrize("name", quick(test_lora.CASES, "patterns", "everything"))
 def test_every_option_of_lora_equals_peft(name):
     """Scales, patterns, some modules alone, DoRA: logits and gradients."""
     kind, options = test_lora.CASES[name]

@@ -20,10 +20,7 @@ from torch_ascend import backend as torch_backend
 from torch_ascend import device as devices
 from torch_ascend import model, ops, sharding
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(bool(simulator.unavailable()), reason=simulator.unavailable()),
-]
+pytestmark = pytest.mark.skipif(bool(simulator.unavailable()), reason=simulator.unavailable())
 ROOT = Path(__file__).parents[2]
 TINY = f"--config {ROOT / 'configs' / 'tiny.py'} --backend=torch --config.optimizer.micro_queries=4"
 
@@ -72,6 +69,7 @@ def on_cpu(tmp_path_factory) -> Path:
     return workdir
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "options"),
     [
@@ -120,6 +118,7 @@ def likelihood(outputs, batch):
     return -outputs.logprobs.sum((1, 2)), {}
 
 
+@pytest.mark.slow
 @simulator.inside(NPU_SIM_FUSED="1")
 def test_nothing_is_dispatched_that_an_npu_does_badly():
     for dtype in (torch.float32, torch.bfloat16):
@@ -142,6 +141,7 @@ def test_nothing_is_dispatched_that_an_npu_does_badly():
         assert not lint.violations, lint.violations
 
 
+@pytest.mark.slow
 @simulator.inside(NPU_SIM_FUSED="1", NPU_SIM_MEMORY=str(2**20))
 def test_a_base_that_does_not_fit_is_noticed_before_it_is_read():
     device = devices.resolve("npu")

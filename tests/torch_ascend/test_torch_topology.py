@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from patience import LAST_RESORT
+from speed import quick
 from torch._subclasses import FakeTensorMode
 
 from configs import tiny as tiny_config
@@ -111,6 +112,7 @@ def test_a_gpu_needs_no_second_head(tmp_path):
     assert stays(config, "h100:1")["head in fp32"] == 0 < stays(config, "910b:1")["head in fp32"]
 
 
+@pytest.mark.slow
 def test_fsdp_spreads_the_layers(tmp_path):
     whole, spread = planned("cpu:8", mesh__data=8), planned("cpu:8", mesh__fsdp=8)
     assert whole.parts["base"] == 4 * (OUTSIDE + 2 * LAYER) + ROTARY
@@ -155,7 +157,9 @@ def test_the_reward_model_stays_too(tmp_path):
 
 @pytest.mark.parametrize(
     "overrides",
-    [{}, {"model.remat": "full", "optimizer.micro_queries": 4, "model.dtype": "bfloat16"}, {"model.remat": "dots"}],
+    quick(
+        [{}, {"model.remat": "full", "optimizer.micro_queries": 4, "model.dtype": "bfloat16"}, {"model.remat": "dots"}], {}
+    ),
 )
 def test_real_tensors_need_as_much(tmp_path, overrides):
     """The same count where everything is computed."""
@@ -186,6 +190,7 @@ def as_one_of_two(path: str, folder: Path, rank: int) -> list[topology.Found]:
         dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_need_as_much(tmp_path):
     """And where two processes send each other what they have: whole bases, and FSDP2's."""
     path = write(tmp_path / "m")
@@ -223,12 +228,14 @@ def test_the_allocator_of_a_gpu_says_the_same(tmp_path):
         assert torch.cuda.max_memory_allocated() - held == pytest.approx(besides(expected)[phase.name], rel=0.03)
 
 
+@pytest.mark.slow
 def test_more_tokens_need_no_more(tmp_path, monkeypatch):
     few = besides(planned("910b:1"))
     monkeypatch.setattr(topology, "_STEPS", 8)
     assert besides(count(make(write(tmp_path / "m")), "910b:1")) == few
 
 
+@pytest.mark.slow
 def test_the_cache_and_what_a_layer_leaves_behind(tmp_path):
     """What two layers more need: their keys and values, and of their inputs one each, as the rest is computed again."""
     config = make(write(tmp_path / "m", num_hidden_layers=4), **{"model.remat": "full"})
@@ -328,6 +335,7 @@ def test_the_stand_ins_are_gone_afterwards(tmp_path):
 # ---------------------------------------------------------------- the paper's model
 
 
+@pytest.mark.slow
 def test_what_stays_of_llama_3_8b():
     """By hand: 8,030,261,248 weights of two bytes, of which 32 layers of 218,112,000; LoRA of rank 8 on all of them."""
     replicated, spread = (
@@ -345,6 +353,7 @@ def test_what_stays_of_llama_3_8b():
     assert sum(spread.values()) / GIB == pytest.approx(5.85, abs=0.01)
 
 
+@pytest.mark.slow
 def test_peaks_of_two_layers_of_llama_3_8b(tmp_path):
     """8 rows a device of 512 + 256 tokens: the band in which the largest tensors, counted by hand, put the peak."""
     raw = json.loads((outline.SHAPES / "llama-3-8b.json").read_text())
@@ -430,6 +439,7 @@ def test_a_base_that_does_not_fit_is_spread(tmp_path, monkeypatch):
     assert "Too large" in lines[-1]
 
 
+@pytest.mark.slow
 def test_the_command_needs_no_jax(tmp_path):
     """The whole command line, eight NPUs."""
     script = (

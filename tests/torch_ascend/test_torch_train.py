@@ -129,6 +129,7 @@ def test_every_loss_and_its_gradient_are_those_of_jax(name, on_jax):
     assert_gradients(first_gradients(policy), gradient, 1e-5)
 
 
+@pytest.mark.slow
 def test_the_gradient_of_options_is_jaxs():
     """DoRA with a scale of rsLoRA's, ranks and scales by module."""
     options = Lora(4, 8.0, rank_pattern={"q_proj": 2, "1.mlp.down_proj": 6}, alpha_pattern={"o_proj": 3.0}, rslora=True,
@@ -235,6 +236,7 @@ def test_logits_of_all_tokens_never_exist():
 # ---------------------------------------------------------------- updates
 
 
+@pytest.mark.slow
 def test_ten_updates_are_those_of_jax():
     """Accumulated over micro-batches, clipped (the norm is far above one), with weight decay and a rate that changes."""
     ours, theirs = backend(), test_train.backend()

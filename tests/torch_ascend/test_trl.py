@@ -16,6 +16,7 @@ import test_torch_run
 import torch
 from ml_collections import FrozenConfigDict
 from safetensors.numpy import load_file
+from speed import quick
 from test_baselines import config as configured
 from test_resume import curve, outcome
 from test_torch_model import one_thread  # noqa: F401  (a fixture of the whole module)
@@ -220,7 +221,7 @@ def watched():
         yield made
 
 
-@pytest.mark.parametrize("algorithm", ["grpo", "rloo"])
+@pytest.mark.parametrize("algorithm", quick(["grpo", "rloo"], "grpo"))
 def test_rollouts_are_what_trl_sampled_and_learns_from(algorithm, records, tmp_path):
     """Two optimiser steps of two passes each, an iteration."""
     options = {"sampling__temperature": 0.7, "sampling__top_p": 0.9, "sampling__min_p": 0.001, "sampling__top_k": 99}
@@ -262,6 +263,7 @@ def test_rollouts_are_what_trl_sampled_and_learns_from(algorithm, records, tmp_p
     assert len(set(made.seeds)) == 2
 
 
+@pytest.mark.slow
 def test_the_likeliest_tokens_are_those_of_our_sampler(records, tmp_path):
     """With top_k=1 nothing is left to chance."""
     options = {"iterations": 1, "sampling__top_k": 1}
@@ -283,6 +285,7 @@ def test_a_reward_that_is_not_finite_is_named(records, tmp_path):
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["0"]
 
 
+@pytest.mark.slow
 def test_what_was_quarantined_is_not_trained_on(records, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("def reward(prompts, responses):\n    return [float('nan') if '7' in p else 1.0 for p in prompts]\n")
@@ -304,6 +307,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(records, tmp_path):
 # ---------------------------------------------------------------- stopped, killed and continued
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("algorithm", "options"),
     [
@@ -366,6 +370,7 @@ def command(flags: list[str], workdir: Path, *extra: str) -> list[str]:
     return ["--config", str(root / "configs" / "tiny.py"), "--workdir", str(workdir), *extra, *flags]
 
 
+@pytest.mark.slow
 def test_other_modes_on_such_a_run(records, tmp_path, capsys):
     workdir = train(tmp_path / "run", "sft", records)
     capsys.readouterr()

@@ -75,16 +75,16 @@ def test_metrics_are_all_there(default_run):
 @pytest.mark.parametrize(
     ("override", "ranked"),
     [
-        ({"ple.rank_weight": 0.0}, None),
+        pytest.param({"ple.rank_weight": 0.0}, None, marks=pytest.mark.slow),
         ({"ple.tau_0": float("inf")}, 0.0),
-        ({"ple.blend_weight": 0.0}, None),
+        pytest.param({"ple.blend_weight": 0.0}, None, marks=pytest.mark.slow),
         ({"ple.alpha": 1.0}, None),
-        ({"ple.blend": "uniform"}, None),
-        ({"ple.rank": "dpo", "ple.rank_beta": 0.1}, None),
-        ({"ple.selection": "symmetric"}, None),
+        pytest.param({"ple.blend": "uniform"}, None, marks=pytest.mark.slow),
+        pytest.param({"ple.rank": "dpo", "ple.rank_beta": 0.1}, None, marks=pytest.mark.slow),
+        pytest.param({"ple.selection": "symmetric"}, None, marks=pytest.mark.slow),
         ({"ple.selection": "percentile", "ple.rank": "dpo", "ple.samples": 3}, None),
-        ({"reward.transform": "zscore", "ple.rank": "sigmoid"}, None),
-        ({"reward.kwargs": {"letters": "xyz"}}, None),
+        pytest.param({"reward.transform": "zscore", "ple.rank": "sigmoid"}, None, marks=pytest.mark.slow),
+        pytest.param({"reward.kwargs": {"letters": "xyz"}}, None, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -247,6 +247,7 @@ def test_prompts_that_are_too_long_are_counted(tmp_path):
     assert all(len(line["prompt_tokens"]) <= 8 for line in rollouts(tmp_path))
 
 
+@pytest.mark.slow
 def test_long_posts_are_cut_between_paragraphs(tmp_path):
     post = "One line.\nAnother line.\n" + "A last line that is long. " * 4
     row = {"prompt": f"SUBREDDIT: r/a\n\nTITLE: t\n\nPOST: {post}\n\nTL;DR:", "completion": "Short."}
@@ -261,6 +262,7 @@ def test_long_posts_are_cut_between_paragraphs(tmp_path):
     assert not (tmp_path / "run" / "bad_records.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_conversations_reach_the_policy_the_reward_and_the_journal(tmp_path):
     """HH's transcripts in the chat template, with principles, a system turn of its own, and the warm-up on the answers."""
     turns = [{"role": "system", "content": "Be a pirate."}, {"role": "user", "content": "Hi"}]
@@ -302,6 +304,7 @@ def test_a_lost_report_is_made_again(default_run, tmp_path):
     assert (tmp_path / "copy" / "report.html").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", [{"mesh.data": 2}, {"mesh.fsdp": 2}, {"mesh.tensor": 2}], ids=str)
 def test_a_whole_run_on_a_mesh(axes, default_run, tmp_path):
     """The same loss as on one device, to rounding."""
@@ -310,6 +313,7 @@ def test_a_whole_run_on_a_mesh(axes, default_run, tmp_path):
     assert ours[1]["ranked_share"] == default_run[1][1]["ranked_share"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [

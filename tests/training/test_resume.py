@@ -155,6 +155,7 @@ def test_no_principle_at_training(uninterrupted):
         assert bytes(rollout["prompt_tokens"]).decode() == rollout["prompt"]
 
 
+@pytest.mark.slow
 def test_modes_on_a_finished_run(uninterrupted):
     for mode, said in {"evaluate": "held-out reward", "generate": "kept in", "export": "PEFT layout"}.items():
         result = run(uninterrupted, f"--mode={mode}")

@@ -34,9 +34,6 @@ KNOWN: dict[str, list[str]] = {
         "torch_ascend/topology.py: report",
         # pages
         "ple_jax/evaluation/model_judges.py: endpoint",
-        # files
-        "ple_jax/data/prepare.py: prepare",
-        "ple_jax/rewards/combine.py: make",
     ],
     "private names of another file": [
         # core

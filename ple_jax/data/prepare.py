@@ -48,13 +48,11 @@ def prepare(
     sets = {"train": clean(load(train, **options))}
     if test:
         sets["test"] = clean(load(test, **options | {"split": test_split}))
-        left, exact, normal = apart(sets["train"].queries, sets["test"].queries)
-        counted = {"exactly in test too": exact, "normalised in test too": normal}
-        sets["train"] = _Set(left, sets["train"].bad, sets["train"].counts | counted)
+        sets["train"] = _apart(sets["train"], sets["test"])
     else:
         left, drawn = divide(sets["train"].queries, share=test_share, seed=seed)
         sets = {"train": sets["train"]._replace(queries=left), "test": _Set(drawn, [], {})}
-    counts = {name: one.counts | _written(one, name) for name, one in sets.items()}
+    counts = {name: one.counts | _described(one, name) for name, one in sets.items()}
     out.mkdir(parents=True, exist_ok=True)
     for name, one in sets.items():
         write(out / f"{name}.jsonl", one.queries, needs=needs)
@@ -85,7 +83,13 @@ def _clean(found: QuerySet, *, max_words: int, needs: str) -> _Set:
     return _Set(kept, bad, counts)
 
 
-def _written(one: _Set, name: str) -> dict[str, Any]:
+def _apart(train: _Set, test: _Set) -> _Set:
+    """Without what is in the test set too."""
+    left, exact, normal = apart(train.queries, test.queries)
+    return _Set(left, train.bad, train.counts | {"exactly in test too": exact, "normalised in test too": normal})
+
+
+def _described(one: _Set, name: str) -> dict[str, Any]:
     """What the summary says of the records that are written; a UserError if there is none."""
     if not one.queries:
         first = f"; the first bad record: {one.bad[0].reason}" if one.bad else ""

@@ -42,23 +42,18 @@ def make(
     Raises:
         UserError: a part that cannot be loaded, weights that are not finite or all 0, or a veto without a value.
     """
-    if how not in _HOW:
-        raise UserError(f"{WHERE} how = {how!r}: choose {' or '.join(_HOW)}")
-    if not (math.isfinite(length_penalty) and length_penalty >= 0):
-        raise UserError(f"{WHERE} {_PENALTY} = {length_penalty}: give a number of at least 0")
     loaded = {key: _part(key, part, backend=backend, mesh=mesh) for key, part in parts.items()}
     weights = {key: weight for key, part in parts.items() if (weight := part.get("weight", 1.0))}
     vetoes = {key: below for key, part in parts.items() if (below := part.get("veto_below")) is not None}
     if not weights:
         raise UserError(f"{WHERE} parts: give at least one part, of a weight that is not 0")
-    if length_penalty:
-        loaded[_PENALTY] = _penalty(length_penalty)
+    loaded |= _penalty(length_penalty)
     low, high = _scale(loaded, weights, how)
     veto = low if veto_value is None else veto_value
     if vetoes:
-        if veto == -math.inf and veto_value is None:
-            raise UserError(f"{WHERE} veto_value is missing: this combination has no lowest value; give what a veto costs")
         low, high = min(low, veto), max(high, veto)
+        if veto_value is None and veto == -math.inf:
+            raise UserError(f"{WHERE} veto_value is missing: this combination has no lowest value; give what a veto costs")
     versions = [(key, part.name, part.version) for key, part in loaded.items()]
     version = f"{VERSION} {digest(versions, weights, vetoes, how, length_penalty, veto_value)}"
     combine = functools.partial(_combined, weights=weights, vetoes=vetoes, how=how, veto=veto)
@@ -82,18 +77,23 @@ def _part(key: str, part: Any, *, backend: str, mesh: Mapping[str, int] | None) 
         raise UserError(f"{of}: {error}") from error
 
 
-def _penalty(each: float) -> Reward:
-    """What the words of a response cost."""
-    return Reward(
+def _penalty(each: float) -> dict[str, Reward]:
+    """What the words of a response cost, as one more part; none where they cost nothing."""
+    if not (math.isfinite(each) and each >= 0):
+        raise UserError(f"{WHERE} {_PENALTY} = {each}: give a number of at least 0")
+    cost = Reward(
         _PENALTY,
         lambda prompts, responses: [-each * len(response.split()) for response in responses],
         version=f"{VERSION} {each!r}",
         scale=(-math.inf, 0.0),
     )
+    return {_PENALTY: cost} if each else {}
 
 
 def _scale(parts: Mapping[str, Reward], weights: Mapping[str, float], how: str) -> tuple[float, float]:
     """Lowest and highest value without vetoes."""
+    if how not in _HOW:
+        raise UserError(f"{WHERE} how = {how!r}: choose {' or '.join(_HOW)}")
     ends = [sorted(weight * end for end in parts[key].scale) for key, weight in weights.items()]
     low, high = ((sum if how == "sum" else min)(end) for end in zip(*ends, strict=True))
     return (-math.inf if _PENALTY in parts else low), high

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from ple_jax.core.config import names
 from ple_jax.core.errors import UserError, suggestion
-from ple_jax.core.plugins import load_module
+from ple_jax.core.plugins import built_in, load_module
 from ple_jax.core.rules import Rule
 from ple_jax.core.types import Array, Backend, Batch, Loss, Query, Rollout, Slot, Tokenizer
 
@@ -123,8 +123,7 @@ def load(name: str) -> Algorithm | OfflineAlgorithm:
     Raises:
         UserError: it does not import, or lacks a function, or has one of an earlier version's.
     """
-    own = name.endswith(".py") or "." in name
-    module = vars(load_module(name if own else f"ple_jax.algorithms.{name}", "algorithm"))
+    module = vars(built_in("algorithms", name) or load_module(name, "algorithm"))
     if former := [what for what in _FORMER if what in module]:
         raise UserError(f"config.algorithm {name!r} has {former[0]}, which is now {_FORMER[former[0]]}; see docs/method.md")
     about = next(iter((module["__doc__"] or "").strip().splitlines()), "")

@@ -75,6 +75,16 @@ def append_line(path: Path, value: str) -> None:
         os.fsync(file.fileno())
 
 
+def cut_torn_line(path: Path) -> None:
+    """Cuts off a last line that has no end, as a kill leaves it: appending goes on after it."""
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        with path.open("r+b") as file:
+            file.truncate(whole)
+            os.fsync(file.fileno())
+
+
 def to_disk(path: Path) -> None:
     """Waits until what was written to a file, or the names in a folder, are on disk."""
     handle = os.open(path, os.O_RDONLY)

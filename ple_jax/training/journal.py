@@ -6,7 +6,6 @@ labelled, iter_0003.jsonl takes its place.
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,15 +32,10 @@ class Journal:
         return read(self.path)
 
     def finished_chunks(self) -> dict[int, list[Response]]:
-        """The chunks that were finished before. A torn last line is cut off the file: appending goes on after it."""
+        """The chunks that were finished before; one that was not is cut off the file."""
         if not self.partial.exists():
             return {}
-        data = self.partial.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) < len(data):
-            with self.partial.open("r+b") as file:
-                file.truncate(len(whole))
-                os.fsync(file.fileno())
+        files.cut_torn_line(self.partial)
         lines = files.read_jsonl(self.partial)
         return {line["chunk"]: [_response(r) for r in line["responses"]] for line in lines}
 

@@ -66,6 +66,8 @@ def test_lines_are_cut_at_newlines_alone_and_a_torn_one_can_be_dropped(tmp_path)
     for cut in range(len(data)):
         path.write_bytes(data[:cut])
         assert files.read_jsonl(path, torn=True) == LINES[: data[:cut].count(b"\n")]
+        files.cut_torn_line(path)
+        assert path.read_bytes() == data[: data[:cut].rfind(b"\n") + 1]
     path.write_bytes(data[:-1])  # whole, but for its end
     assert files.read_jsonl(path) == LINES
     path.with_suffix(".jsonl.gz").write_bytes(gzip.compress(data))

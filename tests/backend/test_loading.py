@@ -61,7 +61,7 @@ def by_hand(tensors, layer: int) -> dict[str, np.ndarray]:
     }
 
 
-@pytest.mark.parametrize("stored", [np.float32, ml_dtypes.bfloat16, np.float16])
+@pytest.mark.parametrize("stored", quick([np.float32, ml_dtypes.bfloat16, np.float16], ml_dtypes.bfloat16))
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("scan", [False, True])
 def test_values_and_dtypes(scan, dtype, stored):
@@ -79,7 +79,7 @@ def test_values_and_dtypes(scan, dtype, stored):
         np.testing.assert_array_equal(layer["pre_mlp_norm"]["scale"], norm.astype(dtype))
 
 
-@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
+@pytest.mark.parametrize("mesh", quick(MESHES.values(), MESHES["fsdp and tensor"]), ids=MESHES)
 @pytest.mark.parametrize("kind", quick(["none", "int8", "nf4"], "nf4"))
 def test_a_stack_is_sharded_as_one_array_would_be(mesh, kind):
     """Also its values and scales; the dimension of the layers is whole everywhere."""
@@ -98,7 +98,7 @@ def test_a_stack_is_sharded_as_one_array_would_be(mesh, kind):
     jax.tree.map(np.testing.assert_array_equal, base["layers"], stacked)
 
 
-@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("kind", quick(["int8", "nf4"], "int8"))
 @pytest.mark.parametrize("scan", [False, True])
 def test_quantised_while_loading_is_quantised_afterwards(scan, kind):
     tensors, model = tiny.weights(CONFIG), Model.create(CONFIG, dtype=jnp.bfloat16, scan=scan)
@@ -137,7 +137,10 @@ class Counted(Mapping):
         return len(self.shapes)
 
 
-@pytest.mark.parametrize(("stored", "dtype"), [(np.float32, np.float32), (ml_dtypes.bfloat16, ml_dtypes.bfloat16)])
+@pytest.mark.parametrize(
+    ("stored", "dtype"),
+    [(np.float32, np.float32), pytest.param(ml_dtypes.bfloat16, ml_dtypes.bfloat16, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("scan", quick([False, True], True))
 def test_one_kernel_on_the_host(scan, stored, dtype):
     """numpy's own memory at its peak: some copies of the largest kernel, of a model that is 45 times as large."""

@@ -263,7 +263,12 @@ def test_a_fresh_adapter_is_the_base_bit_for_bit(family, scan):
 
 @pytest.mark.parametrize(
     ("dtype", "quantize", "scan"),
-    [("float32", "none", True), ("bfloat16", "none", False), ("float32", "int8", False), ("bfloat16", "nf4", True)],
+    [
+        ("float32", "none", True),
+        pytest.param("bfloat16", "none", False, marks=pytest.mark.slow),
+        pytest.param("float32", "int8", False, marks=pytest.mark.slow),
+        pytest.param("bfloat16", "nf4", True, marks=pytest.mark.slow),
+    ],
 )
 def test_a_fresh_dora_is_the_base_as_it_is_held(dtype, quantize, scan):
     """Rounded or quantised: the norms of the stored weights would change what the model says from the first step on."""
@@ -458,6 +463,7 @@ def test_every_layer_and_kernel_has_a_draw_of_its_own():
     assert keys[False] == keys[True] and len(keys[True]) == 4 * tiny.CONFIG.num_layers
 
 
+@pytest.mark.slow
 def test_gradients_under_dropout():
     """The same key gives the same, however layers are arranged and whatever is recomputed; another key another."""
     options = replace(tiny.LORA, dropout=0.25)

@@ -13,6 +13,7 @@ import pytest
 import tiny
 from hypothesis import given
 from hypothesis import strategies as st
+from speed import quick
 
 from ple_jax.core import answers, backends
 from ple_jax.core.answers import Cache
@@ -777,7 +778,7 @@ def log_odds_of_transformers(text):
     return found[0] - found[1]
 
 
-@pytest.mark.parametrize("backend", ["jax", "torch"])
+@pytest.mark.parametrize("backend", quick(["jax", "torch"], "torch"))
 def test_likelihoods_are_transformers(cache, backend):
     a, b = ["a", "bb", "ccc", "d" * 60, "e"], ["one", "two", "three", "four", "five five"]
     odds = []
@@ -797,7 +798,7 @@ def test_likelihoods_are_transformers(cache, backend):
     check(compare(judge, [*PROMPTS, "t"], a, b, cache=cache), first=expected[:5], second=-expected[5:])
 
 
-@pytest.mark.parametrize("backend", ["jax", "torch"])
+@pytest.mark.parametrize("backend", quick(["jax", "torch"], "torch"))
 def test_a_local_model_writes(cache, backend):
     """A random model writes anything, and no verdict."""
     judge = load_judge.load_judge("model", {"path": "tiny", "mode": "text", "width": 2, "max_tokens": 4}, backend=backend)

@@ -63,6 +63,7 @@ def digits_apart(text: str) -> list[str]:
     return [piece for piece in marked.split("\ue000") if piece]
 
 
+@pytest.mark.slow
 def test_ids_equal_transformers_on_a_thousand_texts(ours, theirs):
     # transformers' GGUF reader ignores pre=smollm, so it is asked about every stretch between digits by itself
     texts = varied_texts(1000)

@@ -18,6 +18,7 @@ import tiny
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from speed import quick
 
 from configs import tiny as tiny_config
 from ple_jax.algorithms import ple
@@ -131,7 +132,7 @@ SMALL = read(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", quick(["none", "full"], "none"))
 def test_flops_against_xla(remat):
     """XLA counts right where nothing is in a loop: layers unrolled, one chunk of logits, one device."""
     rows, prompt, k, new = 2, 32, 2, 16

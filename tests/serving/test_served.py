@@ -214,6 +214,7 @@ def test_a_server_that_is_gone_costs_no_rollouts(vllm, tmp_path, monkeypatch):
     train(tmp_path, iterations=2, **{"sampling.server": second.url, "sampling.server_sleep": True})
 
 
+@pytest.mark.slow
 def test_a_finished_run_needs_no_server(vllm, tmp_path):
     server = vllm()
     train(tmp_path, **{"sampling.server": server.url})

@@ -89,7 +89,7 @@ ROTARY = 2 * 4 * DIM // 2  # the inverse frequencies, and transformers' copy of 
 # ---------------------------------------------------------------- what stays
 
 
-@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), pytest.param("bfloat16", 2, marks=pytest.mark.slow)])
 def test_weights_and_optimizer(tmp_path, dtype, size):
     shapes = expected_shapes(outline.read_source(write(tmp_path / "m")).config)
     assert sum(map(math.prod, shapes.values())) == OUTSIDE + 2 * LAYER
@@ -430,6 +430,7 @@ def test_advice_follows_what_dominates():
 # ---------------------------------------------------------------- the whole report
 
 
+@pytest.mark.slow
 def test_a_base_that_does_not_fit_is_spread(tmp_path, monkeypatch):
     monkeypatch.setitem(topology.CHIPS, "910b", topology.Chip("npu", 1e-4))
     config, lines = make(write(tmp_path / "m"), **{"mesh.data": 8}), []

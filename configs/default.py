@@ -6,6 +6,7 @@ Override any of them on the command line: `--config.ple.tau_0=0.1 --config.optim
 from ml_collections import ConfigDict, config_dict
 
 
+# one piece: the list of all knobs
 def get_config() -> ConfigDict:
     c = ConfigDict()
     c.seed = 0

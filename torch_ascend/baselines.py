@@ -133,8 +133,8 @@ class Trl:
         )
         done = state.step
         schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: steps.warmed_up(options, done + step))
-        self.watch = _Watch(self)
-        self.trainer = _trainer(run, model, (self.optimizer, schedule), self)
+        self.watch = Watch(self)
+        self.trainer = trainer(run, model, (self.optimizer, schedule), self)
         # while it has no state: accelerate would move Adam's counters to the device, where each is waited for
         self.trainer.optimizer = self.trainer.accelerator.prepare(self.optimizer)
         self._load(self.backend._leaves)
@@ -279,7 +279,7 @@ class Trl:
         return Rollout(query.id, query.prompt, tuple(ids), tuple(responses))
 
 
-class _Watch(TrainerCallback):
+class Watch(TrainerCallback):
     """Stops where a stop was asked for, and keeps what every optimiser step logs, under the names of our loop."""
 
     NAMES = {"loss": "loss", "grad_norm": "grad_norm", "learning_rate": "lr", "clip_ratio/region_mean": "clipped"}
@@ -396,7 +396,7 @@ def _recomputation(settings: type) -> str:
     return "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
 
 
-def _trainer(run: Run[Algorithm], model: Any, optimizers: tuple[Any, Any], ours: Trl) -> Any:
+def trainer(run: Run[Algorithm], model: Any, optimizers: tuple[Any, Any], ours: Trl) -> Any:
     """TRL's trainer of the config's algorithm. Its data come with every iteration; at first it has a row to look at."""
     import trl
     from datasets import Dataset
@@ -419,12 +419,12 @@ def _trainer(run: Run[Algorithm], model: Any, optimizers: tuple[Any, Any], ours:
         bf16=False,  # no mixed precision: config.model.dtype is the base's and the activations'
         activation_checkpointing=config.model.remat != "none", router_aux_loss_coef=0.0,
         output_dir=str(run.session.workdir), save_strategy="no", report_to="none", disable_tqdm=True,  # nothing is written
-        logging_steps=1, logging_nan_inf_filter=False,  # `_Watch` looks at every step
+        logging_steps=1, logging_nan_inf_filter=False,  # `Watch` looks at every step
     )  # fmt: skip
     args._n_gpu = min(args.n_gpu, 1)  # the backend's device: TRL refuses to run where a process sees several
     kind = type(kind.__name__, (_Ours, kind), {})
     blank = Rollout("", "", (0,), (Response((0,), True),) * 2)
-    trainer = kind(
+    made = kind(
         model=model,
         args=args,
         train_dataset=Dataset.from_list([_EXAMPLES[name](blank) if name in _EXAMPLES else {"prompt": ""}]),
@@ -433,9 +433,9 @@ def _trainer(run: Run[Algorithm], model: Any, optimizers: tuple[Any, Any], ours:
         callbacks=[ours.watch],
         **({"reward_funcs": ours.score} if name in SAMPLE else {}),
     )
-    trainer.remove_callback(PrinterCallback)
-    trainer.ours, trainer.eos_token_ids = ours, list(run.base.eos)
-    return trainer
+    made.remove_callback(PrinterCallback)
+    made.ours, made.eos_token_ids = ours, list(run.base.eos)
+    return made
 
 
 def _options(config: Any, eos: Sequence[int]) -> dict[str, Any]:

@@ -143,6 +143,7 @@ def _order(rollout: Rollout, selection: str) -> tuple[int, int]:
     return (1, 0) if rollout.decision == "ranked" and rollout.margin < 0 else (0, 1)
 
 
+# one piece: its docstring says every metric, and the loss is one formula
 def make_loss(config: Any) -> Loss:
     """The loss of `batch`, to be made once per run: what changes from step to step travels in the batch's data.
 

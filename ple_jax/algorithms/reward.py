@@ -46,7 +46,7 @@ def encode(query: Query, tokenizer: Tokenizer, config: Any) -> Pair | str:
     """
     max_tokens, pad = config.reward_model.max_tokens, tokenizer.pad_token_id
     chosen, rejected = (
-        _without_end(prompts.dialogue(query.prompt, text, tokenizer), pad) for text in (query.completion, query.rejected)
+        without_end(prompts.dialogue(query.prompt, text, tokenizer), pad) for text in (query.completion, query.rejected)
     )
     if chosen == rejected:
         return "both responses are the same"
@@ -62,7 +62,7 @@ def encode(query: Query, tokenizer: Tokenizer, config: Any) -> Pair | str:
     return Pair(query.id, tuple(shared), tuple(ends[0]), tuple(ends[1]))
 
 
-def _without_end(tokens: list[int], pad: int | None) -> list[int]:
+def without_end(tokens: list[int], pad: int | None) -> list[int]:
     end = len(tokens)
     while end > 1 and tokens[end - 1] == pad:
         end -= 1

@@ -1,16 +1,17 @@
 """What a run would do, in words and numbers: the text of `--mode=plan`."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ple_jax import prompts
 from ple_jax.algorithms import Algorithm, OfflineAlgorithm
 from ple_jax.core.batches import bucket
-from ple_jax.core.types import Query, Reward, Tokenizer
+from ple_jax.core.types import Batch, Query, Reward, Slot, Tokenizer
 from ple_jax.data.left_out import counts, fit
 from ple_jax.data.load import Data
 from ple_jax.prompts import principles
+from ple_jax.training.prompting import Prompts
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -78,89 +79,98 @@ def describe(
     """Describes the run of a config: model, records, shapes, steps, tokens, thresholds, principles and prompts.
 
     Args:
-      config: a validated config.
-      tokenizer: the model's.
-      parameters: number of parameters of the base model.
-      adapter_parameters: number of parameters of the LoRA adapter, which are the ones trained.
+      parameters: of the base model.
+      adapter_parameters: of the LoRA adapter, which are the ones trained.
       found: what iterations draw from, and what evaluations are of.
-      rules: the principles.
-      reward: what is optimised.
-      algorithm: one that samples.
-
-    Returns:
-      Text of several lines, without a line break at its end.
     """
+    rendering = Prompts(config, tokenizer, rules)
+    blocks = [
+        _model(config, parameters, adapter_parameters),
+        _records(config, found),
+        _iteration(config, found, reward, algorithm, rendering),
+        _whole_run(config, found, algorithm),
+        f"Principles ({rules.version}{_chosen(config, rules)})\n{_visible(rules.text)}",
+    ]
+    for principled, word in _WORDS.items():
+        text, ids = rendering.of(found.train[0], principled)
+        blocks.append(f"First query, {word} prompt: {len(ids)} tokens\n{_visible(text)}")
+    return "\n\n".join(blocks)
+
+
+def _chosen(config: "ConfigDict", rules: principles.Principles) -> str:
+    k = config.principles_per_query
+    return f", {k} of {len(rules.rules)} for every query" if k else ""
+
+
+def _steps(config: "ConfigDict") -> int:
+    """Optimiser steps of an iteration."""
+    return config.queries_per_iteration // config.optimizer.batch_queries * config.optimizer.epochs
+
+
+def _sampled(algorithm: Algorithm, config: "ConfigDict") -> list[Slot]:
+    return [slot for slot in algorithm.collect(config) if slot.source == "policy"]
+
+
+def _iteration(
+    config: "ConfigDict", found: Data, reward: Reward, algorithm: Algorithm, rendering: Prompts
+) -> str:
+    """What every iteration samples, scores and trains on."""
     sampling, optimizer = config.sampling, config.optimizer
-    new, train, heldout = sampling.max_new_tokens, found.train, found.heldout
-    collected, schedule = algorithm.collect(config), algorithm.schedule(config)
-    slots = [slot for slot in collected if slot.source == "policy"]
-    taus = [schedule(i) for i in range(config.iterations)]
-
-    def prompt(query: Query, principled: bool) -> tuple[str, list[int]]:
-        k, text = config.principles_per_query, None
-        if principled:
-            text = principles.choose(rules, k, seed=config.seed, query_id=query.id)
-        return prompts.render(query, text, tokenizer, chat=config.task.chat, thinking=config.task.thinking)
-
-    def tokens(queries: Sequence[Query], principled: bool) -> list[Sequence[int]]:
-        return [prompt(query, principled)[1] for query in queries]
+    collected, slots = algorithm.collect(config), _sampled(algorithm, config)
 
     def buckets(lengths: Iterable[int]) -> str:
         return " or ".join(str(size) for size in sorted({bucket(n, sampling.bucket) for n in lengths}))
 
-    def sampled(principled: bool) -> str:
+    def tokens(queries: Sequence[Query], principled: bool) -> list[int]:
+        return [len(rendering.of(query, principled)[1]) for query in queries]
+
+    def asked(principled: bool) -> str:
         rows = config.queries_per_iteration * sum(slot.principled is principled for slot in slots)
         # the loop computes what all principled prompts share once, and pads only the rest
-        shared = len(prompts.common_prefix(tokens(heldout[:64], True))) if principled and len(heldout) > 1 else 0
-        rest = buckets(len(ids) - shared for ids in tokens(train, principled))
+        shared = len(rendering.sharing(found.heldout).prefix) if principled else 0
+        rest = buckets(n - shared for n in tokens(found.train, principled))
         prompt = f"{shared} shared + {rest}" if shared else rest
-        return f"{rows} rows, {sampling.width} at once, each [{prompt} prompt tokens + {new} new]"
+        return f"{rows} rows, {sampling.width} at once, each [{prompt} prompt tokens + {sampling.max_new_tokens} new]"
 
-    steps = config.queries_per_iteration // optimizer.batch_queries * optimizer.epochs
+    passes = optimizer.batch_queries // optimizer.micro_queries
+    width = f"{buckets(tokens(found.train, False))} prompt tokens + up to {len(collected)} x {sampling.max_new_tokens}"
+    return f"Every iteration ({config.iterations} of {config.algorithm})\n" + _table(
+        [
+            ("queries", f"{config.queries_per_iteration} of the {len(found.train)} of {config.task.train}"),
+            *((f"generate {_WORDS[kind]}", asked(kind)) for kind in sorted({s.principled for s in slots})),
+            ("reward", f"{reward.name} ({_scale(reward)}), transform {config.reward.transform}"),
+            *((f"  its part {name}", f"{part.name} ({_scale(part)})") for name, part in reward.parts.items()),
+            (
+                "update",
+                f"{_steps(config)} optimiser steps of {optimizer.batch_queries} queries, each "
+                f"{passes} x [{optimizer.micro_queries} queries x ({width})]",
+            ),
+        ]
+    )
+
+
+def _whole_run(config: "ConfigDict", found: Data, algorithm: Algorithm) -> str:
+    """Steps, evaluations, tokens and reward calls of all iterations together."""
+    heldout, new = found.heldout, config.sampling.max_new_tokens
     evaluations = 1 + math.ceil(config.iterations / config.eval.every)
-    training_rows = config.iterations * config.queries_per_iteration * len(slots)
+    training_rows = config.iterations * config.queries_per_iteration * len(_sampled(algorithm, config))
     # the first evaluation samples principled responses too
     evaluation_rows = (evaluations + 1) * len(heldout) * config.eval.samples
-    passes = optimizer.batch_queries // optimizer.micro_queries
-    chosen = f", {config.principles_per_query} of {len(rules.rules)} for every query" if config.principles_per_query else ""
-    blocks = [
-        _model(config, parameters, adapter_parameters),
-        _records(config, found),
-        f"Every iteration ({config.iterations} of {config.algorithm})\n"
-        + _table(
-            [
-                ("queries", f"{config.queries_per_iteration} of the {len(train)} of {config.task.train}"),
-                *((f"generate {_WORDS[kind]}", sampled(kind)) for kind in sorted({s.principled for s in slots})),
-                ("reward", f"{reward.name} ({_scale(reward)}), transform {config.reward.transform}"),
-                *((f"  its part {name}", f"{part.name} ({_scale(part)})") for name, part in reward.parts.items()),
-                (
-                    "update",
-                    f"{steps} optimiser steps of {optimizer.batch_queries} queries, each "
-                    f"{passes} x [{optimizer.micro_queries} queries x "
-                    f"({buckets(map(len, tokens(train, False)))} prompt tokens + up to {len(collected)} x {new})]",
-                ),
-            ]
-        ),
-        "The whole run\n"
-        + _table(
-            [
-                ("optimiser steps", f"{config.iterations * steps:,}{' after the warm-up' if config.warm_up.data else ''}"),
-                ("evaluations", f"{evaluations} of {len(heldout)} x {config.eval.samples} ({config.task.heldout})"),
-                (
-                    "generated tokens",
-                    f"at most {(training_rows + evaluation_rows) * new:,}"
-                    f" ({training_rows * new:,} to train on, {evaluation_rows * new:,} to evaluate)",
-                ),
-                ("reward calls", f"{training_rows + evaluation_rows:,}"),
-                *([("tau", ", ".join(f"{tau:.4g}" for tau in taus))] if not any(map(math.isnan, taus)) else []),
-            ]
-        ),
-        f"Principles ({rules.version}{chosen})\n{_visible(rules.text)}",
-    ]
-    for principled, word in _WORDS.items():
-        text, ids = prompt(train[0], principled)
-        blocks.append(f"First query, {word} prompt: {len(ids)} tokens\n{_visible(text)}")
-    return "\n\n".join(blocks)
+    taus = [algorithm.schedule(config)(i) for i in range(config.iterations)]
+    warmed = " after the warm-up" if config.warm_up.data else ""
+    return "The whole run\n" + _table(
+        [
+            ("optimiser steps", f"{config.iterations * _steps(config):,}{warmed}"),
+            ("evaluations", f"{evaluations} of {len(heldout)} x {config.eval.samples} ({config.task.heldout})"),
+            (
+                "generated tokens",
+                f"at most {(training_rows + evaluation_rows) * new:,}"
+                f" ({training_rows * new:,} to train on, {evaluation_rows * new:,} to evaluate)",
+            ),
+            ("reward calls", f"{training_rows + evaluation_rows:,}"),
+            *([("tau", ", ".join(f"{tau:.4g}" for tau in taus))] if not any(map(math.isnan, taus)) else []),
+        ]
+    )
 
 
 def describe_offline(
@@ -176,32 +186,36 @@ def describe_offline(
     settings, optimizer = config.offline, config.optimizer
     examples, bad = fit(found.train, lambda query: algorithm.encode(query, tokenizer, config), kind="unfit")
     steps = math.ceil(len(examples) / optimizer.batch_queries) * settings.epochs
-    batches = algorithm.batches(examples, optimizer.batch_queries, seed=config.seed, epoch=0)
-    shapes: dict[str, int] = {}
-    for some in batches:
-        batch = algorithm.batch([examples[i] for i in some])
-        name = f"{batch.prompt.shape[1]} + {batch.response.shape[1]} x {batch.response.shape[2]}"
-        shapes[name] = shapes.get(name, 0) + 1
-    first = algorithm.batch(examples[:1])
-    rows = [("shared", first.prompt[0][first.prompt_mask[0]])]
-    rows += [(f"end {j + 1}", first.response[0, j][first.response_mask[0, j]]) for j in range(first.response.shape[1])]
-    shown = "\n".join(
-        f"  {name}, {len(ids)} tokens\n{_visible(tokenizer.decode(ids.tolist(), skip_special_tokens=False))}"
-        for name, ids in rows
-    )
+    rows = [
+        ("examples", f"{len(examples):,}" + (f", {len(bad):,} cannot be used" if bad else "")),
+        ("optimiser steps", f"{steps:,} of {optimizer.batch_queries} examples, {settings.epochs} epochs"),
+        ("evaluations", f"{math.ceil(steps / settings.eval_every) + 1} of {len(found.heldout):,} examples"),
+        ("batches by tokens", _shapes(config, algorithm, examples)),
+    ]
     return "\n\n".join(
         [
             _model(config, parameters, adapter_parameters),
             _records(config, found),
-            f"The whole run ({config.algorithm})\n"
-            + _table(
-                [
-                    ("examples", f"{len(examples):,}" + (f", {len(bad):,} cannot be used" if bad else "")),
-                    ("optimiser steps", f"{steps:,} of {optimizer.batch_queries} examples, {settings.epochs} epochs"),
-                    ("evaluations", f"{math.ceil(steps / settings.eval_every) + 1} of {len(found.heldout):,} examples"),
-                    ("batches by tokens", ", ".join(f"{n} of [{name}]" for name, n in sorted(shapes.items()))),
-                ]
-            ),
-            f"First example\n{shown}",
+            f"The whole run ({config.algorithm})\n{_table(rows)}",
+            f"First example\n{_example(algorithm.batch(examples[:1]), tokenizer)}",
         ]
+    )
+
+
+def _shapes(config: "ConfigDict", algorithm: OfflineAlgorithm, examples: Sequence[Any]) -> str:
+    """How many batches of the first epoch have which shape."""
+    shapes: Counter[str] = Counter()
+    for some in algorithm.batches(examples, config.optimizer.batch_queries, seed=config.seed, epoch=0):
+        batch = algorithm.batch([examples[i] for i in some])
+        shapes[f"{batch.prompt.shape[1]} + {batch.response.shape[1]} x {batch.response.shape[2]}"] += 1
+    return ", ".join(f"{n} of [{name}]" for name, n in sorted(shapes.items()))
+
+
+def _example(first: Batch, tokenizer: Tokenizer) -> str:
+    """The parts of a batch's first row, as the model sees them."""
+    rows = [("shared", first.prompt[0][first.prompt_mask[0]])]
+    rows += [(f"end {j + 1}", first.response[0, j][first.response_mask[0, j]]) for j in range(first.response.shape[1])]
+    return "\n".join(
+        f"  {name}, {len(ids)} tokens\n{_visible(tokenizer.decode(ids.tolist(), skip_special_tokens=False))}"
+        for name, ids in rows
     )

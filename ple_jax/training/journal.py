@@ -39,7 +39,7 @@ class Journal:
         lines = files.read_jsonl(self.partial)
         return {line["chunk"]: [_response(r) for r in line["responses"]] for line in lines}
 
-    def append(self, chunk: int, responses: Sequence[Response]) -> None:
+    def keep(self, chunk: int, responses: Sequence[Response]) -> None:
         """One finished chunk; on return it is on disk."""
         self.partial.parent.mkdir(parents=True, exist_ok=True)
         line = {"chunk": chunk, "responses": [_plain(r) for r in responses]}

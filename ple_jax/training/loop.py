@@ -5,7 +5,6 @@ after. What is on disk decides where a run stands: the newest checkpoint (the co
 iteration that was being sampled.
 """
 
-import functools
 import time
 from collections.abc import Callable, Sequence
 
@@ -14,12 +13,11 @@ from ple_jax.core.types import Rollout, Slot
 from ple_jax.data.queries import draw
 from ple_jax.training import costs
 from ple_jax.training.journal import Journal, read
-from ple_jax.training.measures import evaluate, log_iteration, mean_lengths, summarise, warn_of_leak
+from ple_jax.training.measures import evaluate, log_iteration, mean_lengths, summarise
 from ple_jax.training.run import Run
 from ple_jax.training.sampling import sample
-from ple_jax.training.scoring import quarantine, score, transformed
-from ple_jax.training.sinks import truncate_jsonl
-from ple_jax.training.state import State, changed, commit, newest
+from ple_jax.training.scoring import sorted_out
+from ple_jax.training.state import State, commit, resume
 from ple_jax.training.steps import update
 from ple_jax.training.warm_up import warm_up
 
@@ -29,7 +27,11 @@ Learn = Callable[[State], tuple[State, list[Rollout], dict[str, float]]]
 
 def train(run: Run[Algorithm]) -> State:
     """Runs, or goes on with, the whole of Algorithm 1; returns where the run ends."""
-    learn = functools.partial(learn_from_samples, run, run.algorithm.schedule(run.config))
+    schedule = run.algorithm.schedule(run.config)
+
+    def learn(state: State) -> tuple[State, list[Rollout], dict[str, float]]:
+        return learn_from_samples(run, state, context_of(run, state, float(schedule(state.iteration))))
+
     state = begin(run)
     while state.iteration < run.config.iterations:
         state = one_iteration(run, state, learn)
@@ -38,15 +40,11 @@ def train(run: Run[Algorithm]) -> State:
 
 def begin(run: Run[Algorithm]) -> State:
     """Where the run stands, evaluated: a fresh one after its warm-up, or its newest checkpoint."""
-    here = run.backend.environment()
-    state = newest(run.backend, run.session.workdir / "checkpoints")
+    state = resume(run.backend, run.session)
     if state is None:
-        fresh = State(here, controller=run.algorithm.controller(run.config))
-        state = commit(warm_up(run, fresh), run.backend, run.session, keep=run.config.checkpoint.keep)
-    elif said := changed(state.environment, here):
-        run.session.progress.log(said)
+        fresh = State(run.backend.environment(), controller=run.algorithm.controller(run.config))
+        state = commit(warm_up(run, fresh), run.backend, run.session)
     run.session.progress.iteration(state.iteration)
-    truncate_jsonl(run.session.workdir / "metrics.jsonl", state.iteration)
     state = log_iteration(run, state)
     return state if state.iteration else state._replace(lengths=mean_lengths(evaluate(run, 0)))
 
@@ -66,18 +64,15 @@ def one_iteration(run: Run[Algorithm], state: State, learn: Learn) -> State:
         lengths=mean_lengths(rollouts),
         metrics={**values, **new, **{f"seconds_{name}": s for name, s in spent.items()}},
     )
-    return log_iteration(run, commit(after, run.backend, run.session, keep=run.config.checkpoint.keep))
+    return log_iteration(run, commit(after, run.backend, run.session))
 
 
 def learn_from_samples(
-    run: Run[Algorithm], schedule: Callable[[int], float], state: State
+    run: Run[Algorithm], state: State, context: Context
 ) -> tuple[State, list[Rollout], dict[str, float]]:
     """Algorithm 1, lines 1 to 6."""
-    context = context_of(run, state, float(schedule(state.iteration)))
     state, rollouts = collect(run, context, state)
     values = summarise(rollouts, run)
-    if warning := warn_of_leak(values):
-        run.session.progress.log(warning)
     state, learned = update(run, rollouts, context, state)
     return state, rollouts, values | learned
 
@@ -96,11 +91,10 @@ def collect(run: Run[Algorithm], context: Context, state: State) -> tuple[State,
         started = time.perf_counter()
         sampled = sample(run, queries, slots, journal, iteration)
         scoring = time.perf_counter()
-        scored = score(sampled, run.reward, session)
-        kept = quarantine(scored, journal.path.stem, run.reward, session, limit=config.reward.max_bad_share)
+        _, kept = sorted_out(sampled, journal.path.stem, config, run.reward, session)
         spent = state.costs.took("generate", scoring - started).took("score", time.perf_counter() - scoring)
         state = state._replace(costs=spent)
-        journal.complete(run.algorithm.label(transformed(kept, config.reward.transform), context))
+        journal.complete(run.algorithm.label(kept, context))
         # training reads what is on disk, here as after a resume
         rollouts = read(journal.path)
     quarantined = session.workdir / "quarantine" / journal.path.name

@@ -16,7 +16,7 @@ from ple_jax.formulas import intervals, texts
 from ple_jax.training.journal import Journal, read
 from ple_jax.training.run import Run
 from ple_jax.training.sampling import sample
-from ple_jax.training.scoring import quarantine, raw_rewards, score
+from ple_jax.training.scoring import raw_rewards, sorted_out
 from ple_jax.training.state import State, logged, spent
 from ple_jax.training.steps import diagnose
 
@@ -27,7 +27,7 @@ _LEAK = 0.1  # share of trigrams above which principles are said to leak
 
 
 def summarise(rollouts: Sequence[Rollout], run: Run[Algorithm]) -> dict[str, float]:
-    """The rollout metrics of one iteration."""
+    """The rollout metrics of one iteration; says where principles leak."""
     limit, transform = run.config.sampling.max_new_tokens, run.config.reward.transform
     by_kind = _by_kind(rollouts)
     principles = run.base.tokenizer.encode(run.prompts.principles.text, add_special_tokens=False)
@@ -47,6 +47,8 @@ def summarise(rollouts: Sequence[Rollout], run: Run[Algorithm]) -> dict[str, flo
     plain = [kind for kind, responses in by_kind.items() if responses[0].own]
     if guided and plain:
         values["leak"] = values[f"overlap_{guided[0]}"] - values[f"overlap_{plain[0]}"]
+        if says := warn_of_leak(values):
+            run.session.progress.log(says)
     pooled = rewards.statistics(raw_rewards(rollouts), transform)
     return values | {f"transform_{name}": value for name, value in pooled.items()}
 
@@ -102,10 +104,9 @@ def evaluate(run: Run[Algorithm], iteration: int) -> list[Rollout]:
         slots = [Slot("plain", False, s) for s in range(run.config.eval.samples)]
         if iteration == 0:
             slots += [Slot("principled", True, s) for s in range(run.config.eval.samples)]
-        rollouts = score(sample(run, run.data.heldout, slots, journal, HELDOUT), run.reward, run.session)
+        sampled = sample(run, run.data.heldout, slots, journal, HELDOUT)
         # those without a reward stay where they are: evaluations are of the same queries
-        limit = run.config.reward.max_bad_share
-        quarantine(rollouts, f"heldout_{iteration:04d}", run.reward, run.session, limit=limit)
+        rollouts, _ = sorted_out(sampled, f"heldout_{iteration:04d}", run.config, run.reward, run.session)
         journal.complete(rollouts)
     return rollouts
 

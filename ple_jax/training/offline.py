@@ -15,8 +15,7 @@ from ple_jax.core.types import Query
 from ple_jax.data.left_out import Bad, QuerySet, check_share, fit, note
 from ple_jax.training import costs
 from ple_jax.training.run import Run
-from ple_jax.training.sinks import truncate_jsonl
-from ple_jax.training.state import State, changed, commit, logged, newest, spent
+from ple_jax.training.state import State, commit, logged, resume, spent
 from ple_jax.training.steps import compared, step
 
 JUDGEMENT = "judgement.json"  # the newest evaluation, whole
@@ -55,25 +54,19 @@ def train(run: Run[OfflineAlgorithm]) -> State:
         for some in run.algorithm.batches(trained, config.optimizer.batch_queries, seed=config.seed, epoch=epoch)
     ]
     state = begin(run)._replace(examples={"train": len(trained), "heldout": len(heldout)})
-    truncate_jsonl(session.workdir / "metrics.jsonl", state.iteration)
     log(run, state, heldout)
     while state.iteration < len(batches):
         end = min(state.iteration + every, len(batches))
         session.progress.iteration(-(-end // every))
-        state = commit(update(run, batches[state.iteration : end], state), run.backend, session, keep=config.checkpoint.keep)
+        state = commit(update(run, batches[state.iteration : end], state), run.backend, session)
         log(run, state, heldout)
     return state
 
 
 def begin(run: Run[OfflineAlgorithm]) -> State:
     """Where the run stands: its newest checkpoint, or a first one."""
-    here = run.backend.environment()
-    state = newest(run.backend, run.session.workdir / "checkpoints")
-    if state is None:
-        return commit(State(here), run.backend, run.session, keep=run.config.checkpoint.keep)
-    if said := changed(state.environment, here):
-        run.session.progress.log(said)
-    return state
+    state = resume(run.backend, run.session)
+    return state or commit(State(run.backend.environment()), run.backend, run.session)
 
 
 def update(run: Run[OfflineAlgorithm], batches: Sequence[Sequence[Any]], state: State) -> State:

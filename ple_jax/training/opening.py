@@ -127,7 +127,8 @@ def open_run(workdir: Path, backend: str, inputs: Inputs) -> Iterator[Run[Any]]:
         # not before everything above was found in order: a mistake mended should not need another directory
         files.write_json(workdir / "config.json", resolved(config, backend, inputs.digests))
         cache = stack.enter_context(Cache(workdir / "rewards.sqlite"))
-        session = Session(workdir, sinks.make(names, workdir, config.to_dict()), cache, progress, stop, Clock())
+        outputs = sinks.make(names, workdir, config.to_dict())
+        session = Session(workdir, outputs, config.checkpoint.keep, cache, progress, stop, Clock())
         prompts = prompting.Prompts(config, base.tokenizer, inputs.principles)
         run: Run[Any] = Run(config, base, built, algorithm, loss, inputs.data, prompts, inputs.reward, session)
         yield fitted(run) if isinstance(algorithm, Algorithm) else run

@@ -44,6 +44,7 @@ class Session(NamedTuple):
 
     workdir: Path
     sinks: list[Sink]
+    keep: int  # newest checkpoints that stay
     cache: Cache
     progress: Progress
     stop: Stop

@@ -10,7 +10,10 @@ from ple_jax.core.batches import bucket, plan_chunks
 from ple_jax.core.noise import uniforms
 from ple_jax.core.types import Query, Response, Rollout, Sampling, Slot
 from ple_jax.training.journal import Journal
+from ple_jax.training.prompting import Rendered
 from ple_jax.training.run import Base, Run
+
+Row = tuple[Query, Slot]  # one response that is asked for
 
 
 def sample(
@@ -21,46 +24,40 @@ def sample(
     Args:
         stream: of the noise: the iteration, or one of those of `core.noise` that are none.
     """
-    config, render, progress = run.config, run.prompts.render, run.session.progress
+    config, progress, k = run.config, run.session.progress, len(slots)
     limit = config.sampling.max_new_tokens
     rows = [(query, slot) for query in queries for slot in slots]
-    responses = {
-        i: given(query, slot, config, run.base, limit=limit)
-        for i, (query, slot) in enumerate(rows)
-        if slot.source != "policy"
-    }
-    sampled = [i for i in range(len(rows)) if i not in responses]
-    rendered = {i: render(rows[i][0], rows[i][1].principled) for i in sampled}
-    groups = [(rendered[i].prefix, bucket(len(rendered[i].tokens), config.sampling.bucket)) for i in sampled]
-    chunks = [[sampled[j] for j in chunk] for chunk in plan_chunks(groups, config.sampling.width)]
+    responses = {i: given(*row, config, run.base, limit=limit) for i, row in enumerate(rows) if row[1].source != "policy"}
+    asked = [i for i in range(len(rows)) if i not in responses]
+    rendered = {i: run.prompts.render(rows[i][0], rows[i][1].principled) for i in asked}
+    groups = [(rendered[i].prefix, bucket(len(rendered[i].tokens), config.sampling.bucket)) for i in asked]
+    chunks = [[asked[j] for j in chunk] for chunk in plan_chunks(groups, config.sampling.width)]
     finished = journal.finished_chunks()
-    settings = sampling_of(config, run.base.eos)
     progress.phase("generate" if stream >= 0 else "evaluate", len(chunks))
     for number, chunk in enumerate(chunks):
         run.session.stop.check()
         if number not in finished:
-            noise = np.stack([_noise(config, stream, *rows[i]) for i in chunk])
-            prefix = rendered[chunk[0]].prefix
-            drawn = run.backend.generate([rendered[i].tokens for i in chunk], noise, sampling=settings, prefix=prefix)
-            texts = [
-                prompts.answer(r.tokens, run.base.tokenizer, prompt=rendered[i].text, thinking=config.task.thinking)
-                for i, r in zip(chunk, drawn, strict=True)
-            ]
-            finished[number] = [
-                _for_slot(r, rows[i][1], text) for i, r, text in zip(chunk, drawn, texts, strict=True)
-            ]
-            journal.append(number, finished[number])
+            finished[number] = _drawn(run, [rows[i] for i in chunk], [rendered[i] for i in chunk], stream)
+            journal.keep(number, finished[number])
         responses |= dict(zip(chunk, finished[number], strict=True))
         progress.advance(1, tokens=sum(len(r.tokens) for r in finished[number]))
     return [
-        Rollout(
-            query.id,
-            query.prompt,
-            render(query, False).whole,
-            tuple(responses[i * len(slots) + j] for j in range(len(slots))),
-        )
-        for i, query in enumerate(queries)
+        Rollout(q.id, q.prompt, run.prompts.render(q, False).whole, tuple(responses[i * k + j] for j in range(k)))
+        for i, q in enumerate(queries)
     ]
+
+
+def _drawn(run: Run[Any], rows: Sequence[Row], rendered: Sequence[Rendered], stream: int) -> list[Response]:
+    """The responses of one chunk, whose prompts share their prefix."""
+    settings, thinking = sampling_of(run.config, run.base.eos), run.config.task.thinking
+    noise = np.stack([_noise(run.config, stream, *row) for row in rows])
+    tokens, prefix = [prompt.tokens for prompt in rendered], rendered[0].prefix
+    drawn = run.backend.generate(tokens, noise, sampling=settings, prefix=prefix)
+    texts = [
+        prompts.answer(response.tokens, run.base.tokenizer, prompt=prompt.text, thinking=thinking)
+        for response, prompt in zip(drawn, rendered, strict=True)
+    ]
+    return [_for_slot(response, slot, text) for response, (_, slot), text in zip(drawn, rows, texts, strict=True)]
 
 
 def sampling_of(config: Any, eos: tuple[int, ...]) -> Sampling:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -10,6 +11,15 @@ from ple_jax.core.errors import UserError
 from ple_jax.core.types import Response, Reward, Rollout
 from ple_jax.training.journal import write
 from ple_jax.training.run import Session
+
+
+def sorted_out(
+    rollouts: Sequence[Rollout], name: str, config: Any, reward: Reward, session: Session
+) -> tuple[list[Rollout], list[Rollout]]:
+    """All rollouts with their rewards, and those of them that can be used, with their scores too; see `quarantine`."""
+    scored = score(rollouts, reward, session)
+    kept = quarantine(scored, name, reward, session, limit=config.reward.max_bad_share)
+    return scored, transformed(kept, config.reward.transform)
 
 
 def score(rollouts: Sequence[Rollout], reward: Reward, session: Session) -> list[Rollout]:

@@ -10,6 +10,7 @@ from ple_jax.core.files import read_jsonl
 from ple_jax.core.types import Backend
 from ple_jax.training.costs import Costs
 from ple_jax.training.run import Session
+from ple_jax.training.sinks import truncate_jsonl
 from ple_jax.training.workdir import FORMAT
 
 
@@ -39,14 +40,25 @@ def newest(backend: Backend, checkpoints: Path) -> State | None:
     return State(**(kept | {"costs": Costs(**costs)}))
 
 
-def commit(state: State, backend: Backend, session: Session, *, keep: int) -> State:
+def resume(backend: Backend, session: Session) -> State | None:
+    """Where a run stands that was begun before: its newest checkpoint. What was logged after it is dropped: it comes again."""
+    state = newest(backend, session.workdir / "checkpoints")
+    if state is None:
+        return None
+    if said := changed(state.environment, backend.environment()):
+        session.progress.log(said)
+    truncate_jsonl(session.workdir / "metrics.jsonl", state.iteration)
+    return state
+
+
+def commit(state: State, backend: Backend, session: Session) -> State:
     """The commit point: from here on this state is where the run stands."""
     state = state._replace(
         wall_seconds=state.wall_seconds + session.clock.lap(),
         peak_memory_bytes=max(state.peak_memory_bytes, peak_memory()),
     )
     meta = {"format": FORMAT, **state._asdict(), "costs": state.costs._asdict()}
-    backend.save(session.workdir / "checkpoints", state.iteration, meta, keep=keep)
+    backend.save(session.workdir / "checkpoints", state.iteration, meta, keep=session.keep)
     return state
 
 

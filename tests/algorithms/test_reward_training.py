@@ -93,9 +93,9 @@ def test_pairs_that_cannot_be_used():
 
 
 def test_the_end_is_read_before_the_padding_token():
-    assert reward._without_end([5, 257, 6, 257, 257], 257) == [5, 257, 6]
-    assert reward._without_end([257, 257], 257) == [257]
-    assert reward._without_end([5, 257], None) == [5, 257]
+    assert reward.without_end([5, 257, 6, 257, 257], 257) == [5, 257, 6]
+    assert reward.without_end([257, 257], 257) == [257]
+    assert reward.without_end([5, 257], None) == [5, 257]
 
 
 @given(st.lists(st.tuples(st.integers(1, 300), st.integers(1, 200), st.integers(1, 200)), min_size=1, max_size=40),

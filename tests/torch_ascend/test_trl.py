@@ -214,7 +214,7 @@ class Made(list):
 
 @contextlib.contextmanager
 def watched():
-    made, trainer, ids = Made(), baselines._trainer, baselines.Trl.prompt_ids
+    made, trainer, ids = Made(), baselines.trainer, baselines.Trl.prompt_ids
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(baselines, "_trainer", lambda *args: made.append(trainer(*args)) or made[-1])
         patch.setattr(baselines.Trl, "prompt_ids", lambda *args: made.seeds.append(torch.initial_seed()) or ids(*args))
@@ -321,7 +321,7 @@ def test_a_run_that_was_stopped_goes_on(algorithm, options, records, start, tmp_
     """After the first step of the second iteration; not a bit differs from a run that was not stopped."""
     options = options | ({"model__adapter": start} if "model__adapter" in options else {})
     whole, cut = train(tmp_path / "whole", algorithm, records, **options), tmp_path / "cut"
-    log, stopped = baselines._Watch.on_log, []
+    log, stopped = baselines.Watch.on_log, []
 
     def stopping(self, *args, **kwargs):
         log(self, *args, **kwargs)
@@ -329,7 +329,7 @@ def test_a_run_that_was_stopped_goes_on(algorithm, options, records, start, tmp_
             stopped.append(self.trl.state.step)
             self.trl.run.session.stop._number = signal.SIGTERM
 
-    monkeypatch.setattr(baselines._Watch, "on_log", stopping)
+    monkeypatch.setattr(baselines.Watch, "on_log", stopping)
     with pytest.raises(Interrupted):
         train(cut, algorithm, records, **options)
     assert stopped == [2 * options.get("optimizer__epochs", 1) + 1]

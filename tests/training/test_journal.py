@@ -75,8 +75,8 @@ def test_the_line_of_a_rollout(tmp_path):
 def test_from_chunks_to_the_complete_file(tmp_path):
     journal = Journal(tmp_path / "rollouts", 0)
     assert journal.finished_chunks() == {} and journal.read() is None
-    journal.append(2, RESPONSES)
-    journal.append(0, RESPONSES[:1])
+    journal.keep(2, RESPONSES)
+    journal.keep(0, RESPONSES[:1])
     again = Journal(tmp_path / "rollouts", 0)
     assert {k: sampled(v) for k, v in again.finished_chunks().items()} == {2: sampled(RESPONSES), 0: sampled(RESPONSES[:1])}
     assert again.read() is None
@@ -89,14 +89,14 @@ def test_cut_at_every_byte(tmp_path, monkeypatch):
     """Whole lines survive, a torn one is cut off, and appending goes on after them."""
     journal = Journal(tmp_path, 0)
     for chunk in range(2):
-        journal.append(chunk, RESPONSES)
+        journal.keep(chunk, RESPONSES)
     data = journal.partial.read_bytes()
     monkeypatch.setattr(os, "fsync", lambda _: None)  # a thousand of them take seconds
     for cut in range(len(data) + 1):
         journal.partial.write_bytes(data[:cut])
         whole = data[:cut].count(b"\n")
         assert list(journal.finished_chunks()) == list(range(whole))
-        journal.append(9, RESPONSES)
+        journal.keep(9, RESPONSES)
         found = journal.finished_chunks()
         assert list(found) == [*range(whole), 9]
         assert all(sampled(chunk) == sampled(RESPONSES) for chunk in found.values())
@@ -108,7 +108,7 @@ def test_cut_anywhere(chunks, data):
     with tempfile.TemporaryDirectory() as folder:
         journal = Journal(Path(folder), 0)
         for number, chunk in enumerate(chunks):
-            journal.append(number, chunk)
+            journal.keep(number, chunk)
         content = journal.partial.read_bytes()
         cut = data.draw(st.integers(0, len(content)))
         journal.partial.write_bytes(content[:cut])
@@ -117,7 +117,7 @@ def test_cut_anywhere(chunks, data):
 
 def test_killed_before_the_final_name(tmp_path, monkeypatch):
     journal = Journal(tmp_path, 0)
-    journal.append(0, RESPONSES)
+    journal.keep(0, RESPONSES)
 
     def killed(*_):
         raise KeyboardInterrupt
@@ -132,7 +132,7 @@ def test_killed_before_the_final_name(tmp_path, monkeypatch):
 
 def test_killed_after_the_final_name(tmp_path, monkeypatch):
     journal = Journal(tmp_path, 0)
-    journal.append(0, RESPONSES)
+    journal.keep(0, RESPONSES)
 
     def killed(*_, **__):
         raise KeyboardInterrupt

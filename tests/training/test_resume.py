@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 ROOT = Path(__file__).parents[2]
 # one device: what is compared must not depend on the eight that other tests simulate
 ENVIRONMENT = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-NEVER = ("ple_jax.training.journal:Journal.append", 0, "before")
+NEVER = ("ple_jax.training.journal:Journal.keep", 0, "before")
 
 
 def command(workdir: Path, *extra: str) -> list[str]:
@@ -59,7 +59,7 @@ def uninterrupted(tmp_path_factory) -> Path:
     ("where", "n", "when"),
     [
         # 4 chunks of the first evaluation, then 2 an iteration: the first of iteration 1 is on disk, the second is not
-        pytest.param("ple_jax.training.journal:Journal.append", 9, "after", id="inside the sampling of an iteration"),
+        pytest.param("ple_jax.training.journal:Journal.keep", 9, "after", id="inside the sampling of an iteration"),
         pytest.param("ple_jax.backend.backend:JaxBackend.update", 4, "after", id="between the optimiser steps"),
         pytest.param("orbax.checkpoint:CheckpointManager.wait_until_finished", 3, "before", id="around a commit"),
         pytest.param("ple_jax.training.measures:evaluate", 3, "before", id="after a commit, before its evaluation"),

@@ -41,7 +41,7 @@ def newest(backend: Backend, checkpoints: Path) -> State | None:
 
 
 def resume(backend: Backend, session: Session) -> State | None:
-    """Where a run stands that was begun before: its newest checkpoint. What was logged after it is dropped: it comes again."""
+    """Where a run stands that was begun before, its newest checkpoint; what was logged after it is dropped."""
     state = newest(backend, session.workdir / "checkpoints")
     if state is None:
         return None

@@ -53,9 +53,9 @@ def lock(workdir: Path) -> Iterator[None]:
 def check_config(workdir: Path, wanted: Mapping[str, Any]) -> None:
     """Raises a UserError unless the directory is new or its config.json is the `wanted` one; names the differing keys."""
     found = read_json(workdir / "config.json")
-    if found is not None and found.get("format", 1) != FORMAT:
-        found = _upgraded(found, wanted, workdir)
     work = [name for name in _FILES if (workdir / name).exists()]
+    if found is not None and work and found.get("format", 1) != FORMAT:
+        found = _upgraded(found, wanted, workdir)
     if found is None:
         if work:
             raise UserError(f"--workdir={workdir} holds {work[0]} but no config.json; give an empty folder")

@@ -15,7 +15,7 @@ from ple_jax.core.errors import UserError
 from ple_jax.core.files import write_json
 from ple_jax.models import peft
 from ple_jax.training import measures, opening
-from ple_jax.training.workdir import check_config
+from ple_jax.training.workdir import FORMAT, check_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -367,7 +367,7 @@ def test_a_mistake_mended_does_not_need_another_directory(overrides, says, tmp_p
 
 
 def test_how_a_run_is_computed_may_change_and_what_may_not(tmp_path):
-    config = tiny_config.get_config().to_dict()
+    config = {"format": FORMAT, **tiny_config.get_config().to_dict()}
     write_json(tmp_path / "config.json", config)
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     config["model"] |= {"remat": "full", "layers": "scan", "attention": "xla"}

@@ -79,6 +79,11 @@ def test_a_run_that_cannot_go_on_is_refused_in_one_line(tmp_path, finished, chan
         check_config(tmp_path, NEW)
 
 
+def test_a_directory_without_any_work_may_change_hands(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(OLD))
+    check_config(tmp_path, NEW | {"seed": 1})
+
+
 def test_a_journal_of_format_1_tells_who_gave_a_response_by_its_kind(tmp_path):
     response = {"sample": 0, "tokens": [1], "text": "", "finished": True, "reward": 1.0, "score": None, "weight": None}
     line = {"query_id": "a", "prompt": "p", "prompt_tokens": [1], "tau": None, "margin": None, "decision": ""}

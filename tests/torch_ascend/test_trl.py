@@ -216,7 +216,7 @@ class Made(list):
 def watched():
     made, trainer, ids = Made(), baselines.trainer, baselines.Trl.prompt_ids
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(baselines, "_trainer", lambda *args: made.append(trainer(*args)) or made[-1])
+        patch.setattr(baselines, "trainer", lambda *args: made.append(trainer(*args)) or made[-1])
         patch.setattr(baselines.Trl, "prompt_ids", lambda *args: made.seeds.append(torch.initial_seed()) or ids(*args))
         yield made
 

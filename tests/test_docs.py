@@ -30,13 +30,6 @@ SUFFIXES = (".py", ".md", ".sh", ".svg", ".json", ".jsonl", ".html", ".sqlite", 
 _FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _INLINE = re.compile(r"`([^`\n]+(?:\n[^`\n]+)?)`")  # it may be broken over two lines
 
-# soon: the pages are written for the second design of the house. While a part of it is not here, the old name counts; from
-# then on what is marked "soon" does nothing, and can go.
-RENAMED = {} if "warm_up.data" in KEYS else {"warm_up.": "sft.", "offline.": "reward_model."}
-KEYS |= {key.replace(old, new) for new, old in RENAMED.items() for key in KEYS if key.startswith(old)}
-BY_NAME = "init" in entry.MODES
-ROOMS = all((ROOT / "ple_jax" / room).is_dir() for room in ("backend", "experiments", "export", "planning", "training"))
-
 
 def pages() -> list:
     return [pytest.param(page, id=page.name) for page in PAGES]
@@ -183,16 +176,8 @@ def test_commands_are_understood(monkeypatch, page, command):
     """By the program's own parser, config and overrides included."""
     monkeypatch.chdir(ROOT)
     arguments = list(command.arguments)
-    if not BY_NAME:  # soon
-        if command.mode == "init":
-            return
-        arguments = [f"configs/{word}.py" if before == "--config" and (ROOT / f"configs/{word}.py").exists() else word
-                     for before, word in zip(["", *arguments], arguments, strict=False)]  # fmt: skip
-    for new, old in RENAMED.items():  # soon
-        arguments = [word.replace(f"--config.{new}", f"--config.{old}") for word in arguments]
     if (config := command.flag("config")) in made(page):
-        start = "quickstart" if BY_NAME else "configs/quickstart.py"  # soon: quickstart
-        arguments = [word.replace(config, start) for word in arguments]
+        arguments = [word.replace(config, "quickstart") for word in arguments]
     run = entry.parse(["ple_jax", *arguments])
     assert run.mode == command.mode
     assert run.backend == "torch" or page.name != "ascend.md"
@@ -349,10 +334,7 @@ def missing_files(text: str) -> Iterator[str]:
 
 @pytest.mark.parametrize("page", pages())
 def test_files_that_are_named_exist(page):
-    found = list(missing_files(page.read_text(encoding="utf-8")))
-    if not ROOMS:  # soon
-        found = [path for path in found if not path.startswith("ple_jax/")]
-    assert [path for path in found if path != "scripts/test_bounds.sh"] == []  # soon: that script
+    assert list(missing_files(page.read_text(encoding="utf-8"))) == []
 
 
 @pytest.mark.parametrize(
@@ -396,13 +378,11 @@ def extras() -> Mapping[str, list[str]]:
 
 
 def test_tables_name_all_there_is():
-    assert names("configs.md", "`--mode=`") == {*entry.MODES, "init"}  # soon: init
+    assert names("configs.md", "`--mode=`") == {*entry.MODES, "init"}
     assert names("configs.md", "name") == modules("configs") - {"default"}
-    assert names("install.md", "extra") == {*extras(), "data", "jax"} - {"dev"}  # soon: data, jax
+    assert names("install.md", "extra") == set(extras()) - {"dev"}
     assert names("method.md", "algorithm") == modules("ple_jax/algorithms") - {"ple"}
-    assert names("rewards.md", "name") - {"mine.py:score", "package.module:function"} == modules(
-        "ple_jax/rewards" if (ROOT / "ple_jax" / "rewards").is_dir() else "ple_jax/core/rewards"  # soon
-    )
+    assert names("rewards.md", "name") - {"mine.py:score", "package.module:function"} == modules("ple_jax/rewards")
     sets = {file.stem for file in (ROOT / "ple_jax").rglob("principles/*.txt")}
     assert len(sets) == 5 and sets <= set(spans((DOCS / "method.md").read_text(encoding="utf-8")))
 

@@ -190,6 +190,15 @@ def test_the_package_says_its_version(installed):
 
 
 @slow
+@pytest.mark.parametrize(
+    ("name", "given"), [("sweep", ["--grid", "ple.tau0=1"]), ("compare_quickstart", ["--", "--config.ple.tau0=1"])]
+)
+def test_experiments_find_the_configs_of_a_wheel(name, given, installed):
+    found = installed.run("python", "-m", f"ple_jax.experiments.{name}", "--config", "tiny", "--out", name, *given)
+    assert found.returncode == 2 and "did you mean 'ple.tau_0'?" in found.stderr
+
+
+@slow
 def test_both_backends_train_from_a_wheel(installed):
     """By both doors, each config once by its name and once by the path that it has in a checkout."""
     command = installed.run("ple_jax", "--config", "tiny", "--workdir", "runs/jax")

@@ -1,6 +1,6 @@
 """The house, drawn from its imports: its rooms, circles and climbs, and what the style card forbids.
 
-    python scripts/house.py [--before REVISION] [--list]
+    python scripts/house.py [--before REVISION] [--way] [--list]
 
 --before shows another revision beside it. --list names every file and line that is counted, not only how many there are.
 An import counts wherever it stands, in a function too, and so does `importlib.import_module("...")`; a table of strings,
@@ -9,7 +9,11 @@ as the lazy `ple_jax/__init__.py` and `core/backends.py` have it, is none. tests
 
 import argparse
 import ast
+import contextlib
+import importlib
 import itertools
+import json
+import os
 import re
 import subprocess
 import sys
@@ -18,8 +22,10 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
+from types import CodeType, FrameType
 from typing import NamedTuple
 
+ROOT = Path(__file__).resolve().parents[1]
 HOUSE = ("configs", "ple_jax", "torch_ascend")
 BESIDE = ("scripts", "tests")
 # from the bottom up: a room imports from itself and from those above it in this list. The longest path that fits holds
@@ -351,59 +357,81 @@ class Way(NamedTuple):
 
     stays: int
     files: int
+    loop: int  # stays in loop.py itself
 
     @property
     def returns(self) -> int:
         return self.stays - self.files
 
+    def __str__(self) -> str:
+        return f"{self.stays} stays, {self.files} files, {self.returns} returns"
 
-def way(house: House) -> Way:
-    """The way of whoever reads the loop from `train` on, and every function of ours where it is first called.
 
-    Calls are followed in the order in which they are evaluated, by name: `function()` and `module.function()`, in the same
-    file or in another, each function once and then back to where it was called. What a name does not say, a method or a
-    function that is passed about, is not followed, nor is a class that is only made.
+def way(root: Path) -> Way:
+    """The way of whoever reads along while configs/tiny.py trains for one iteration, from loop.py's `train` on.
+
+    A function of ours is read where it is first called, whoever calls it and by whatever name, and from it one goes back to
+    where it was called. What is known is not read again. Files that import jax or torch are behind the backend's door and
+    are not entered.
     """
-    loops = [path for path in house.rooms if path.endswith("/loop.py")]
-    functions = {
-        path: {node.name: node for node in file.tree.body if isinstance(node, ast.FunctionDef)}
-        for path, file in house.files.items()
-    }
-    names = {file.path: bindings(house, file) for file in house.inside}
-
-    def found(path: str, called: str) -> tuple[str, str] | None:
-        if called in functions[path]:
-            return path, called
-        start, dot, rest = called.partition(".")
-        of, _, name = (names[path].get(start, "") + dot + rest).rpartition(".")
-        to = house.modules.get(of, path)
-        if to == path or to not in house.rooms:
-            return None
-        return (to, name) if name in functions[to] else found(to, name) if name in names[to] else None
-
-    seen: set[tuple[str, str]] = set()
-    passed: list[str] = []
-
-    def follow(path: str, name: str) -> None:
-        seen.add((path, name))
-        passed.append(path)
-        for statement in functions[path][name].body:
-            for called in calls(statement):
-                if (to := found(path, called)) and to not in seen:
-                    follow(*to)
-                    passed.append(path)
-
-    follow(loops[0], "train")
-    stays = [path for path, _ in itertools.groupby(passed)]
-    return Way(len(stays), len(set(stays)))
+    with tempfile.TemporaryDirectory() as workdir:
+        environment = os.environ | {"PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+        line = [sys.executable, __file__, "--walk", workdir]
+        found = subprocess.run(line, cwd=root, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+    stays = json.loads(found.splitlines()[-1])
+    return Way(len(stays), len(set(stays)), sum(path.endswith("/loop.py") for path in stays))
 
 
-def calls(node: ast.AST) -> Iterator[str]:
-    """The names that are called, arguments before the call that takes them."""
-    for child in ast.iter_child_nodes(node):
-        yield from calls(child)
-    if isinstance(node, ast.Call) and (name := dotted(node.func)):
-        yield name
+def walk(root: Path, workdir: str) -> list[str]:
+    """Runs `train` under `root`, in this process; the files in the order in which they are entered."""
+    house = read(root)
+    walker = _Walker({str(root / file.path): file.path for file in house.inside if not _is_behind_the_door(house, file)})
+    sys.argv = ["ple_jax.main", "--config=configs/tiny.py", f"--workdir={workdir}", "--config.iterations=1"]
+    entry = importlib.import_module("ple_jax.main")
+    sys.setprofile(walker.profile)
+    try:
+        entry.cli()
+    except SystemExit as ended:
+        if ended.code:
+            raise
+    finally:
+        sys.setprofile(None)
+    return [path for path, _ in itertools.groupby(walker.passed)]
+
+
+class _Walker:
+    """Follows a run from `train` on; `paths` are ours by the names that frames have for them."""
+
+    def __init__(self, paths: Mapping[str, str]):
+        self._paths = paths
+        self._seen: set[CodeType] = set()
+        self._open: list[FrameType] = []  # functions that are being read
+        self.passed: list[str] = []
+
+    def profile(self, frame: FrameType, event: str, _: object) -> None:
+        path = self._paths.get(frame.f_code.co_filename)
+        if path is None:
+            return
+        begins = not self._open and not self._seen and path.endswith("/loop.py") and frame.f_code.co_name == "train"
+        if event == "call" and (self._open or begins) and frame.f_code not in self._seen:
+            self._seen.add(frame.f_code)
+            self._open.append(frame)
+            self.passed += [path] if begins else [self._caller(frame), path]
+        elif event == "return" and self._open and frame is self._open[-1]:
+            self._open.pop()
+            self.passed += [self._caller(frame)] if self._open else []
+
+    def _caller(self, frame: FrameType) -> str:
+        """The nearest file of ours below a frame; there is one, `train`'s."""
+        below = frame.f_back
+        while below is not None and below.f_code.co_filename not in self._paths:
+            below = below.f_back
+        return self._paths[below.f_code.co_filename] if below is not None else ""
+
+
+def _is_behind_the_door(house: House, file: File) -> bool:
+    packages = set().union(*FRAMEWORKS.values())
+    return any(name.split(".")[0] in packages for _, name in imports(house, file))
 
 
 # ---------------------------------------------------------------- the table
@@ -429,44 +457,51 @@ def sheet(house: House) -> list[str]:
 
 
 def numbers(house: House) -> dict[str, str]:
-    found = way(house)
     counted = {name: str(len(measure(house))) for name, measure in MEASURES.items()}
     if house.order != tuple(ROOMS):  # no table says what is neutral
         counted["jax or torch in neutral rooms"] = "-"
-    return {
-        **counted,
-        "the way through the loop": f"{found.stays} stays, {found.files} files, {found.returns} returns",
-    }
+    return counted
 
 
-def at(revision: str, root: Path) -> House:
-    """The house of another revision."""
-    archive = subprocess.run(["git", "archive", revision], cwd=root, check=True, stdout=subprocess.PIPE).stdout
+@contextlib.contextmanager
+def at(revision: str) -> Iterator[Path]:
+    """The tree of another revision, in a folder that does not stay."""
+    archive = subprocess.run(["git", "archive", revision], cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout
     with tempfile.TemporaryDirectory() as folder, tarfile.open(fileobj=BytesIO(archive)) as tar:
         tar.extractall(folder, filter="data")
-        return read(Path(folder))
+        yield Path(folder).resolve()
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--before", metavar="REVISION", help="of git, shown beside the tree as it is")
-    parser.add_argument("--list", action="store_true", help="every place that is counted")
-    options = parser.parse_args()
-    root = Path(__file__).parents[1]
-    houses = {"now": read(root)}
-    if options.before:
-        houses = {options.before: at(options.before, root), **houses}
+def show(roots: Mapping[str, Path], *, ways: bool, listed: bool) -> None:
+    houses = {name: read(root) for name, root in roots.items()}
     print("".join(f"{name:<38}" for name in houses).rstrip())
     for row in itertools.zip_longest(*map(sheet, houses.values()), fillvalue=""):
         print("".join(f"{part:<38}" for part in row).rstrip())
     print()
     found = [numbers(house) for house in houses.values()]
+    if ways:
+        for values, root in zip(found, roots.values(), strict=True):
+            seen = way(root)
+            values |= {"the way through the loop": str(seen), "of it, stays in loop.py": str(seen.loop)}
     for name in found[0]:
         print(f"{name:<44}" + "".join(f"{values[name]:<38}" for values in found).rstrip())
-    if options.list:
-        for name, measure in MEASURES.items():
-            print(f"\n{name}:")
-            print("\n".join(f"  {place}" for place in measure(houses["now"])))
+    for name, measure in MEASURES.items() if listed else ():
+        print("\n".join([f"\n{name}:", *(f"  {place}" for place in measure(houses["now"]))]))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--before", metavar="REVISION", help="of git, shown beside the tree as it is")
+    parser.add_argument("--way", action="store_true", help="also the way of a run through the loop, which takes a run")
+    parser.add_argument("--list", action="store_true", help="every place that is counted")
+    parser.add_argument("--walk", metavar="WORKDIR", help=argparse.SUPPRESS)  # in a process of its own, for `way`
+    options = parser.parse_args()
+    if options.walk:
+        print(json.dumps(walk(Path.cwd(), options.walk)))
+        return 0
+    with at(options.before) if options.before else contextlib.nullcontext() as before:
+        roots = {options.before: before} if before else {}
+        show({**roots, "now": ROOT}, ways=options.way, listed=options.list)
     return 0
 
 

@@ -195,7 +195,7 @@ def test_the_way_enters_a_file_again_for_every_new_call(tmp_path):
     ]
     files = {
         "ple_jax/training/loop.py": "\n".join(loop),
-        "ple_jax/main.py": "from ple_jax.training.loop import train\ndef cli():\n    other()\n    train()\ndef other(): ...\n",
+        "ple_jax/main.py": "from ple_jax.training.loop import train\ndef cli():\n    f()\n    train()\ndef f(): ...\n",
         "ple_jax/core/files.py": "from ple_jax.core.noise import noise\ndef read(x):\n    noise()\ndef write(): ...\n",
         "ple_jax/core/noise.py": "def noise(): ...\n",
         "ple_jax/backend/model.py": "def need():\n    import jax\ndef apply(write):\n    write()\n",

@@ -65,6 +65,7 @@ def _word() -> re.Pattern[str]:
 
 
 def ngrams(tokens: Sequence[Hashable], n: int) -> list[tuple[Hashable, ...]]:
+    """All runs of n tokens, in their order."""
     return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
 
 
@@ -205,7 +206,8 @@ def refusal_rate(texts: Sequence[str]) -> float:
 
 
 def floats(values: Sequence[Any] | np.ndarray) -> np.ndarray:
-    return np.asarray(values, np.float64)  # None becomes nan
+    """As float64; None becomes nan."""
+    return np.asarray(values, np.float64)
 
 
 def mean(values: Sequence[float] | np.ndarray) -> float:

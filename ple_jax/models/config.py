@@ -14,6 +14,8 @@ class LayerKind(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelConfig:
+    """A decoder: its sizes, and what it does differently."""
+
     family: str  # of ple_jax.models.families.FAMILIES: names and layout of the weights
     vocab_size: int
     hidden_size: int

@@ -23,6 +23,8 @@ class Module(NamedTuple):
 
 @dataclass(frozen=True)
 class Family:
+    """What a family has of its own: how its config.json is read, and the names and the layout of its weights."""
+
     features: Callable[[dict], dict[str, Any]]  # a config.json -> fields of ModelConfig that are this family's own
     modules: tuple[Module, ...]
     norms: Mapping[str, str]  # ours -> theirs, below the layer

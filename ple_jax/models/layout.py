@@ -24,6 +24,7 @@ def module_shapes(c: ModelConfig) -> Iterator[tuple[str, Module, int, int]]:
 
 
 def has_bias(c: ModelConfig, kernel: str) -> bool:
+    """Whether the modules of a kernel have one."""
     return {"qkv": c.qkv_bias, "o": c.o_bias, "gate_up": c.mlp_bias, "down": c.mlp_bias}[kernel]
 
 

@@ -20,14 +20,16 @@ from ple_jax.core.batches import decoding
 from ple_jax.core.errors import UserError
 from ple_jax.core.types import Batch, Loss, Outputs, Response, Sampling
 from ple_jax.models import adapters, weights
+from ple_jax.models.config import ModelConfig
 from ple_jax.models.families import FAMILIES
 from ple_jax.models.layout import expected_shapes, module_shapes
-from torch_ascend import checkpoint, generate, lora, ops, sharding
+from torch_ascend import checkpoint, generate, lora, ops, sharding, train
 from torch_ascend import device as devices
 from torch_ascend import model as models
-from torch_ascend.forward import Lazy, hidden_states, outputs
+from torch_ascend.forward import hidden_states, outputs
 from torch_ascend.model import Model
 from torch_ascend.ops import Ops
+from torch_ascend.sharding import ALONE, Place, World
 
 
 class TorchBackend:
@@ -45,19 +47,14 @@ class TorchBackend:
         seed: int = 0,
         sharded: bool = False,
         notes: Sequence[str] = (),
+        world: World = ALONE,
     ):
         self.model, self.width, self.bucket, self.clip_norm, self.seed = model, width, bucket, clip_norm, seed
-        self.sharded, self.notes, self.steps = sharded, list(notes), 0
-        self._adapter = lora.trainable(adapter, model.device)
-        self._leaves = lora.leaves(self._adapter)
-        self._optimizer = torch.optim.AdamW(
-            self._leaves.values(), lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay, foreach=True
-        )
-        for leaf in self._leaves.values():  # as it will be after the first step: a checkpoint always holds the same tensors
-            self._optimizer.state[leaf] = {
-                "step": torch.tensor(0.0), "exp_avg": torch.zeros_like(leaf), "exp_avg_sq": torch.zeros_like(leaf),
-            }  # fmt: skip
-        self._reference = lora.frozen(self._adapter)  # the start adapter; a fresh one is the base itself
+        self.sharded, self.notes, self.world, self.steps = sharded, list(notes), world, 0
+        self.policy = lora.trainable(adapter, model.device)
+        self.leaves = lora.leaves(self.policy)
+        self.optimizer = train.optimizer(self.leaves, weight_decay=weight_decay)
+        self.reference = lora.frozen(self.policy)  # the start adapter; a fresh one is the base itself
 
     # -------------------------------------------------------------- Backend
 
@@ -72,12 +69,12 @@ class TorchBackend:
     ) -> list[Response]:
         """One response per prompt, decoded `width` rows at a time, which are spread over the processes."""
         responses: list[Response] = []
-        done = functools.partial(sharding.all_done, whole=self.sharded)
-        own, able = sharding.own_rows(self.width), devices.capabilities(self.model.device)
+        done = functools.partial(sharding.all_done, self.world, whole=self.sharded)
+        own, able = sharding.own_rows(self.world, self.width), self.model.able
         for count, tokens, mask, noise in decoding(prompts, uniforms, width=self.width, smallest=self.bucket):
             out, lengths = generate.generate(
                 self.model,
-                self._adapter,
+                self.policy,
                 self._to_device(tokens[own].astype(np.int64)),
                 self._to_device(mask[own]),
                 self._to_device(np.asarray(prefix, np.int64)),
@@ -88,7 +85,7 @@ class TorchBackend:
                 # collectives are not recorded, nor experts, whose kernels ask the host
                 recorded=able.records and not self.sharded and not self.model.config.experts,
             )
-            out, lengths = sharding.gather(out), sharding.gather(lengths)
+            out, lengths = (sharding.gather(self.world, x) for x in (out, lengths))
             for ids, n in zip(out[:count].tolist(), lengths[:count].tolist(), strict=True):
                 responses.append(Response(tuple(ids[:n]), finished=ids[n - 1] in sampling.eos))
         return responses
@@ -105,56 +102,43 @@ class TorchBackend:
         if self.sharded:
             raise UserError("a chat needs the whole base on one device; start it without torchrun, --config.mesh.fsdp=1")
         noise = self._to_device(np.asarray(uniforms, np.float32))
-        return generate.stream(self.model, {} if base else self._adapter, prompt, noise, sampling=sampling)
+        return generate.stream(self.model, {} if base else self.policy, prompt, noise, sampling=sampling)
 
     @sharding.together
-    @torch.no_grad()
     def logprobs(self, batch: Batch, *, reference: bool = False, base: bool = False) -> Outputs:
         """Log-probabilities and entropy of a batch's response tokens under the policy, the frozen reference or the base."""
-        adapter, rows = {} if base else self._reference if reference else self._adapter, len(batch.prompt)
-        found = outputs(self.model, adapter, self._put(batch, rows), entropy=True)
-        whole = [None if x is None else sharding.gather(x)[:rows].numpy() for x in found]
+        adapter, rows = {} if base else self.reference if reference else self.policy, len(batch.prompt)
+        with torch.no_grad():
+            found = outputs(self.model, adapter, self.put(batch, rows), entropy=True)
+        whole = [None if x is None else sharding.gather(self.world, x)[:rows].numpy() for x in found]
         return Outputs(*whole)
 
     @sharding.together
-    @torch.no_grad()
     def scores(self, batch: Batch) -> Float32[np.ndarray, "query k"]:
         """What the head says of every response."""
         rows = len(batch.prompt)
-        _, found, _ = hidden_states(self.model, self._adapter, self._put(batch, rows))
-        return sharding.gather(found)[:rows].numpy()
+        with torch.no_grad():
+            _, found, _ = hidden_states(self.model, self.policy, self.put(batch, rows))
+        return sharding.gather(self.world, found)[:rows].numpy()
 
     @sharding.together
     def update(self, batches: Sequence[Batch], loss: Loss, *, lr: float) -> dict[str, float]:
         """One optimizer step on the mean loss over all rows of `batches`, gradients accumulated over them."""
-        rows = max(len(b.prompt) for b in batches)
-        share = 1 / sum(float(b.data["valid"].sum()) for b in batches)
-        metrics: dict[str, Tensor] = {}
-        for i, batch in enumerate(batches):
-            part = self._put(batch, rows)
-            # dropout depends on the number of steps taken, which a checkpoint holds: a resumed run draws the same
-            torch.manual_seed(np.random.SeedSequence([self.seed, self.steps, i]).generate_state(1)[0])
-            said: Any = Lazy(self.model, self._adapter, part)
-            value, named = loss(said, part)
-            reduced = {name: (m * part.data["valid"]).sum() * share for name, m in {"loss": value, **named}.items()}
-            reduced["loss"].backward()
-            for name, m in reduced.items():
-                metrics[name] = metrics.get(name, 0.0) + m.detach().to(torch.float32)
-        return self._apply(metrics, lr)
+        return self.step(self.accumulate(batches, loss), lr=lr)
 
     @sharding.together
     def freeze_reference(self) -> None:
         """The policy as it is now becomes the reference: the same base with a frozen copy of the adapter."""
-        self._reference = lora.frozen(self._adapter)
+        self.reference = lora.frozen(self.policy)
 
     def adapter(self) -> dict[str, np.ndarray]:
         """The adapter, and the head where there is one, under PEFT's names and in its layout."""
-        host = {path: {k: x.detach().cpu().numpy() for k, x in module.items()} for path, module in self._adapter.items()}
+        host = {path: {k: x.detach().cpu().numpy() for k, x in module.items()} for path, module in self.policy.items()}
         return adapters.to_peft(host)
 
     def save(self, path: Path, step: int, meta: dict[str, Any], *, keep: int) -> None:
         """Commits a checkpoint; process 0 has all that is in it."""
-        checkpoint.save(path, step, self._tensors(), {**meta, "optimizer_steps": self.steps}, keep=keep)
+        checkpoint.save(path, step, self.tensors(), {**meta, "optimizer_steps": self.steps}, keep=keep)
 
     @sharding.together
     def restore(self, path: Path) -> dict[str, Any] | None:
@@ -163,13 +147,13 @@ class TorchBackend:
         if found is None:
             return None
         tensors, meta = found
-        own = self._tensors()
+        own = self.tensors()
         checkpoint.check(tensors, own, path)
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(tensors[name])
         self.steps = meta.pop("optimizer_steps")
-        for state in self._optimizer.state.values():
+        for state in self.optimizer.state.values():
             state["step"].fill_(self.steps)
         return meta
 
@@ -181,51 +165,54 @@ class TorchBackend:
             "device": devices.description(self.model.device),
             "platform": self.model.device.type,
             "ops": self.model.ops.name,
-            "processes": sharding.row_multiple(),
+            "processes": self.world.size,
             "threads": torch.get_num_threads(),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         }
 
     # -------------------------------------------------------------- inside
 
-    def _apply(self, metrics: dict[str, Tensor], lr: float) -> dict[str, float]:
-        """Clips the accumulated gradients by their global norm, and takes an AdamW step."""
-        for leaf in self._leaves.values():
-            leaf.grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-        grads = [leaf.grad for leaf in self._leaves.values()]
-        values = torch.stack(list(metrics.values()))
-        sharding.add_up(grads)
-        sharding.add_up([values])
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
-        # as optax clips, without an epsilon in the denominator
-        torch._foreach_mul_(grads, torch.where(norm < self.clip_norm, 1.0, self.clip_norm / norm))
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        self.steps += 1
-        *numbers, norm = torch.cat([values, norm[None]]).tolist()
-        return {**dict(zip(metrics, numbers, strict=True)), "grad_norm": norm}
+    def accumulate(self, batches: Sequence[Batch], loss: Loss) -> dict[str, Tensor]:
+        """The first half of an update: leaves the gradients of this process's rows in the leaves; their metrics' part."""
+        rows = max(len(b.prompt) for b in batches)
+        share = 1 / sum(float(b.data["valid"].sum()) for b in batches)
+        metrics: dict[str, Tensor] = {}
+        for i, batch in enumerate(batches):
+            part = self.put(batch, rows)
+            # dropout depends on the number of steps taken, which a checkpoint holds: a resumed run draws the same
+            torch.manual_seed(np.random.SeedSequence([self.seed, self.steps, i]).generate_state(1)[0])
+            for name, value in train.gradients(self.model, loss, self.policy, part, share).items():
+                metrics[name] = metrics.get(name, 0.0) + value
+        return metrics
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def step(self, metrics: dict[str, Tensor], *, lr: float) -> dict[str, float]:
+        """The second half: an AdamW step on what all processes have gathered, and all their metrics, read at once."""
+        values = torch.stack(list(metrics.values()))
+        norm = train.apply_gradients(self.optimizer, self.leaves, clip_norm=self.clip_norm, lr=lr, world=self.world)
+        sharding.add_up(self.world, [values])
+        self.steps += 1
+        *numbers, grad_norm = torch.cat([values, norm[None]]).tolist()
+        return {**dict(zip(metrics, numbers, strict=True)), "grad_norm": grad_norm}
+
+    def tensors(self) -> dict[str, Tensor]:
         """Everything that training needs to go on."""
-        tensors = {f"adapter/{name}": leaf for name, leaf in self._leaves.items()}
-        tensors |= {f"reference/{name}": leaf for name, leaf in lora.leaves(self._reference).items()}
-        for name, leaf in self._leaves.items():
-            state = self._optimizer.state[leaf]
+        tensors = {f"adapter/{name}": leaf for name, leaf in self.leaves.items()}
+        tensors |= {f"reference/{name}": leaf for name, leaf in lora.leaves(self.reference).items()}
+        for name, leaf in self.leaves.items():
+            state = self.optimizer.state[leaf]
             tensors |= {f"{moment}/{name}": state[moment] for moment in ("exp_avg", "exp_avg_sq")}
         return tensors
 
     def _to_device(self, x: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(x)).to(self.model.device)
 
-    def _put(self, batch: Batch, rows: int) -> Batch:
+    def put(self, batch: Batch, rows: int) -> Batch:
         """This process's rows of the batch on its device, after filling up with copies of the first row that are not valid.
 
         Copies and not zeros: a loss that divides by its data would make NaN of zeros, and 0 * NaN is NaN.
         """
-        rows = _round_up(rows, sharding.row_multiple())
-        own = sharding.own_rows(rows)
+        rows = _round_up(rows, sharding.row_multiple(self.world))
+        own = sharding.own_rows(self.world, rows)
 
         def placed(x: np.ndarray) -> Tensor:
             # as JAX has them: no float64, which NPUs lack; token ids index, so they are int64
@@ -243,16 +230,6 @@ def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def check(config: ConfigDict, fsdp: int) -> None:
-    """Refuses what a config may ask for and this backend has not, where the base is spread over `fsdp` devices."""
-    sharding.check_tensor(config.mesh)
-    if config.model.quantize != "none" and fsdp > 1:
-        raise UserError(
-            f"config.model.quantize is {config.model.quantize!r} and the base is to be spread over {fsdp} devices: the torch"
-            " backend keeps a quantised base whole; set --config.mesh.fsdp=1, or --config.model.quantize=none"
-        )
-
-
 def load(config: ConfigDict) -> weights.Loaded:
     """Weights, model config and tokenizer of the base model; a device that is not there is refused before."""
     check(config, config.mesh.fsdp)
@@ -265,18 +242,25 @@ def _load(path: str, revision: str | None) -> weights.Loaded:
     return weights.load(path, revision)
 
 
+def forget() -> None:
+    """Lets the host's copy of the base that was loaded last go."""
+    _load.cache_clear()
+
+
+def check(config: ConfigDict, fsdp: int) -> None:
+    """Refuses what a config may ask for and this backend has not, where the base is spread over `fsdp` devices."""
+    sharding.check_tensor(config.mesh)
+    if config.model.quantize != "none" and fsdp > 1:
+        raise UserError(
+            f"config.model.quantize is {config.model.quantize!r} and the base is to be spread over {fsdp} devices: the torch"
+            " backend keeps a quantised base whole; set --config.mesh.fsdp=1, or --config.model.quantize=none"
+        )
+
+
 def count(config: ConfigDict, loaded: weights.Loaded) -> tuple[int, int]:
     """Parameters of the base and of the adapter."""
     base = sum(math.prod(shape) for shape in expected_shapes(loaded.config).values())
     return base, adapters.count(adapters.start(config, loaded.config))
-
-
-def base_bytes(config: ConfigDict, loaded: weights.Loaded) -> int:
-    """What the base takes on a device; of a quantised one the layers' linear modules are smaller."""
-    whole = getattr(torch, config.model.dtype).itemsize
-    linear = sum(inp * out for *_, inp, out in module_shapes(loaded.config))
-    others = sum(math.prod(shape) for shape in expected_shapes(loaded.config).values()) - linear
-    return int(others * whole + linear * {"none": whole, "int8": 1, "nf4": 4.25 / 8}[config.model.quantize])
 
 
 def transposed(loaded: weights.Loaded) -> bool:
@@ -284,25 +268,27 @@ def transposed(loaded: weights.Loaded) -> bool:
     return FAMILIES[loaded.config.family].transposed
 
 
-def notes(backend: TorchBackend) -> list[str]:
-    """What a user should know before the run starts."""
-    return backend.notes
-
-
-def make_model(config: ConfigDict, loaded: weights.Loaded, device: torch.device, table: Ops) -> Model:
+def make_model(config: ConfigDict, loaded: weights.Loaded, place: Place, table: Ops) -> Model:
     """The decoder a config asks for, without weights, its linear modules ready for an adapter."""
     made = models.create(
         loaded.config,
         loaded.raw,
         dtype=getattr(torch, config.model.dtype),
-        device=device,
+        device=place.device,
         ops=table,
+        able=place.able,
         remat=config.model.remat,
     )
     if config.model.quantize != "none":
         models.quantize(made, config.model.quantize)
-    models.adapt(made, adapters.settings(config), adapters.resolve(loaded.config, config.lora.targets))
+    paths = adapters.resolve(loaded.config, config.lora.targets)
+    models.adapt(made, adapters.settings(config), paths, world=place.world)
     return made
+
+
+def notes(backend: TorchBackend) -> list[str]:
+    """What a user should know before the run starts."""
+    return backend.notes
 
 
 def build(config: ConfigDict, loaded: weights.Loaded, *, head: str | None = None) -> TorchBackend:
@@ -314,29 +300,51 @@ def build(config: ConfigDict, loaded: weights.Loaded, *, head: str | None = None
 def _build(config: ConfigDict, head: str | None) -> TorchBackend:
     algorithms.load(config.algorithm)  # the losses that process 0 sends may be of a module that only a config names
     device, loaded = devices.resolve(config.model.device), load(config)
-    made = assemble(config, loaded, device, ops.choose(config.model.ops, device), head=head)
-    _load.cache_clear()
+    place = choose_place(
+        config, loaded.config, device, devices.capabilities(device), devices.total_memory(device), sharding.world()
+    )
+    made = assemble(config, loaded, place, ops.choose(config.model.ops, device), head=head)
+    forget()
     return sharding.shared(made)
 
 
-def assemble(
-    config: ConfigDict, loaded: weights.Loaded, device: torch.device, table: Ops, *, head: str | None
-) -> TorchBackend:
-    """The backend on a device, with the operators of `table`; as `build`."""
+def choose_place(
+    config: ConfigDict,
+    model_config: ModelConfig,
+    device: torch.device,
+    able: devices.Capabilities,
+    memory: int | None,
+    world: World,
+) -> Place:
+    """Where this process builds its part: a base that does not fit into a device's `memory` is spread over all."""
+    data, fsdp, note = sharding.choose(config.mesh, base_bytes(config, model_config), memory)
+    check(config, fsdp)
+    mesh = sharding.make_mesh(device, data=data, fsdp=fsdp) if fsdp > 1 else None
+    return Place(device, able, world, mesh, note)
+
+
+def base_bytes(config: ConfigDict, model_config: ModelConfig) -> int:
+    """What the base takes on a device; of a quantised one the layers' linear modules are smaller."""
+    whole = getattr(torch, config.model.dtype).itemsize
+    linear = sum(inp * out for *_, inp, out in module_shapes(model_config))
+    others = sum(math.prod(shape) for shape in expected_shapes(model_config).values()) - linear
+    return int(others * whole + linear * {"none": whole, "int8": 1, "nf4": 4.25 / 8}[config.model.quantize])
+
+
+def assemble(config: ConfigDict, loaded: weights.Loaded, place: Place, table: Ops, *, head: str | None) -> TorchBackend:
+    """The backend in its place, with the operators of `table`; as `build`."""
     settings = adapters.settings(config)
     adapter = adapters.start(config, loaded.config)  # before the weights are read: it may be refused
-    model = make_model(config, loaded, device, table)
-    said = [f"operators: {table.name}"] if device.type == "npu" else []
-    weigh = base_bytes(config, loaded)
-    data, fsdp, note = sharding.choose(config.mesh, weigh, device)
-    check(config, fsdp)
-    mesh = sharding.device_mesh(data, fsdp, device) if fsdp > 1 else None
-    models.fill(model, loaded.weights, layer_done=mesh and functools.partial(sharding.shard_layer, mesh=mesh))
-    if mesh is not None:
-        sharding.shard_root(model.decoder, mesh)
-    replaced = ops.install(model.module, table)
+    model = make_model(config, loaded, place, table)
+    said = [f"operators: {table.name}"] if place.device.type == "npu" else []
+    shard = None if place.mesh is None else functools.partial(sharding.shard_layer, mesh=place.mesh)
+    models.fill(model, loaded.weights, layer_done=shard)
+    if place.mesh is not None:
+        sharding.shard_root(model.decoder, place.mesh)
+    if replaced := ops.install(model.module, table):
+        said.append(f"fused: {', '.join(replaced)}")
     if settings.dora and config.model.adapter is None:
-        adapter = models.magnitudes(model, adapter)
+        adapter = lora.magnitudes(model.module, adapter, model.device)
     if head:
         adapter = adapters.with_head(config, adapter, loaded.config, head)
     return TorchBackend(
@@ -347,6 +355,7 @@ def assemble(
         clip_norm=config.optimizer.clip_norm,
         weight_decay=config.optimizer.weight_decay,
         seed=config.seed,
-        sharded=fsdp > 1,
-        notes=[*said, *([f"fused: {', '.join(replaced)}"] if replaced else []), *([note] if note else [])],
+        sharded=place.mesh is not None,
+        notes=[*said, *([place.note] if place.note else [])],
+        world=place.world,
     )

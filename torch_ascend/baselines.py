@@ -76,7 +76,7 @@ def check(config: Any) -> None:
         f"model.quantize={config.model.quantize}": config.model.quantize != "none",
         "sampling.server, as TRL samples by itself": config.sampling.server is not None,
         "several processes or a config.mesh of several": (
-            math.prod(config.mesh.to_dict().values()) > 1 or sharding.row_multiple() > 1
+            math.prod(config.mesh.to_dict().values()) > 1 or sharding.world().size > 1
         ),
     }
     if found := [what for what, present in wrong.items() if present]:
@@ -125,9 +125,9 @@ class Trl:
         named = dict(model.named_parameters())
         self.parameters = {  # "path/kind", as the backend calls it -> PEFT's
             leaf: named[f"base_model.model.{_module(leaf)}.{_PEFT[leaf.rpartition('/')[2]]}"]
-            for leaf in self.backend._leaves
+            for leaf in self.backend.leaves
         }
-        self._load(lora.leaves(self.backend._reference))  # TRL's reference is what the model is when the trainer is made
+        self._load(lora.leaves(self.backend.reference))  # TRL's reference is what the model is when the trainer is made
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=options.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=options.weight_decay
         )
@@ -137,9 +137,9 @@ class Trl:
         self.trainer = trainer(run, model, (self.optimizer, schedule), self)
         # while it has no state: accelerate would move Adam's counters to the device, where each is waited for
         self.trainer.optimizer = self.trainer.accelerator.prepare(self.optimizer)
-        self._load(self.backend._leaves)
+        self._load(self.backend.leaves)
         for own, parameter in self._pairs():
-            moments = self.backend._optimizer.state[own]
+            moments = self.backend.optimizer.state[own]
             self.optimizer.state[parameter] = {
                 "step": torch.tensor(float(self.backend.steps)),
                 **{name: _turned(moments[name]).clone() for name in ("exp_avg", "exp_avg_sq")},
@@ -147,7 +147,7 @@ class Trl:
 
     def _pairs(self) -> Iterator[tuple[Tensor, nn.Parameter]]:
         """Every trained tensor of the backend, and TRL's."""
-        return zip(self.backend._leaves.values(), self.parameters.values(), strict=True)
+        return zip(self.backend.leaves.values(), self.parameters.values(), strict=True)
 
     @torch.no_grad()
     def _load(self, leaves: dict[str, Tensor]) -> None:
@@ -158,7 +158,7 @@ class Trl:
     def store(self) -> None:
         """What TRL trained becomes the backend's policy, and its moments the backend's."""
         for own, parameter in self._pairs():
-            moments, found = self.backend._optimizer.state[own], self.optimizer.state[parameter]
+            moments, found = self.backend.optimizer.state[own], self.optimizer.state[parameter]
             own.copy_(_turned(parameter))
             for name in ("exp_avg", "exp_avg_sq", "step"):
                 moments[name].copy_(_turned(found[name]))
@@ -318,7 +318,7 @@ def _peft_model(run: Run[Algorithm]) -> Any:
     config = LoraConfig(
         r=settings.rank, lora_alpha=settings.alpha, use_rslora=settings.rslora, use_dora=settings.dora,
         rank_pattern=dict(settings.rank_pattern), alpha_pattern=dict(settings.alpha_pattern),
-        target_modules=list(dict.fromkeys(map(_module, run.backend._leaves))),  # whole paths: names could say too much
+        target_modules=list(dict.fromkeys(map(_module, run.backend.leaves))),  # whole paths: names could say too much
         lora_dropout=settings.dropout, fan_in_fan_out=run.base.transposed, task_type="CAUSAL_LM",
     )  # fmt: skip
     return get_peft_model(_base(run), config)
@@ -329,7 +329,7 @@ def _base(run: Run[Algorithm]) -> PreTrainedModel:
     loaded, own = backend.load(run.config), run.backend.model
     made = models.create(loaded.config, loaded.raw, dtype=own.dtype, device=own.device, ops=own.ops)
     models.fill(made, loaded.weights)
-    backend._load.cache_clear()  # the host's copy may go
+    backend.forget()  # the host's copy may go
     base = made.module
     base.set_attn_implementation("sdpa" if base._supports_sdpa else "eager")
     for part in base.modules():
@@ -345,7 +345,7 @@ _PEFT = {"a": "lora_A.default.weight", "b": "lora_B.default.weight", "m": "lora_
 
 def _module(leaf: str) -> str:
     """Path of a leaf's module in transformers' tree."""
-    return models._our_names(leaf.rpartition("/")[0])
+    return models.our_names(leaf.rpartition("/")[0])
 
 
 def _turned(x: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ def _missing_cuda() -> str:
     return "is not here: torch sees no CUDA device (a CPU wheel of torch, or no driver; see nvidia-smi)"
 
 
-def _import_torch_npu() -> str:
+def import_torch_npu() -> str:
     """Imports torch_npu; what keeps it from that, if anything does."""
     if importlib.util.find_spec("torch_npu") is None:
         return f"needs the package torch-npu, which is not installed: {_INSTALL}"
@@ -85,13 +85,13 @@ def _import_torch_npu() -> str:
     return ""
 
 
-_TORCH_NPU = _import_torch_npu()
+TORCH_NPU = import_torch_npu()
 
 
 def _missing_npu() -> str:
     """Why there is no NPU; empty if there is one."""
     if not hasattr(torch, "npu"):
-        return _TORCH_NPU
+        return TORCH_NPU
     if not torch.npu.is_available():
         return "is not here: torch-npu and CANN are, but no device; see npu-smi info (driver, firmware, container options)"
     return ""

@@ -9,21 +9,9 @@ import ml_dtypes
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from ple_jax.models.config import ModelConfig
 from ple_jax.models.layout import expected_shapes
-
-
-def with_values(function: Callable) -> Callable:
-    """A function whose own tensors have values: of a mesh, who is where."""
-
-    @functools.wraps(function)
-    def call(*args: Any) -> Any:
-        with _disable_current_modes():
-            return function(*args)
-
-    return call
 
 
 @contextlib.contextmanager

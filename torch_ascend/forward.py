@@ -12,7 +12,7 @@ from ple_jax.models import adapters
 from torch_ascend import lora
 from torch_ascend.model import Model
 
-_CHUNK = 512  # tokens whose logits exist at one time: 100 MB in fp32 at a vocabulary of 49152
+CHUNK = 512  # tokens whose logits exist at one time: 100 MB in fp32 at a vocabulary of 49152
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -25,7 +25,7 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, model: Model) -> Tensor:
         value, gradient = [], []
-        for h, y in zip(hidden.split(_CHUNK), targets.split(_CHUNK), strict=True):
+        for h, y in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
             logits = model.logits(h)
             logprob, normaliser = model.ops.token_logprob(logits, y)
             value.append(logprob)
@@ -57,7 +57,7 @@ def token_logprobs(
 def token_entropy(model: Model, hidden: Float[Tensor, "*batch hidden"]) -> Float32[Tensor, "*batch"]:
     """Entropy in nats of the next-token distribution, chunked like `token_logprobs`; not differentiated."""
     parts = []
-    for h in hidden.reshape(-1, hidden.shape[-1]).split(_CHUNK):
+    for h in hidden.reshape(-1, hidden.shape[-1]).split(CHUNK):
         logp = model.logits(h).log_softmax(-1)
         parts.append(-(logp.exp() * logp).sum(-1))
     return torch.cat(parts).view(hidden.shape[:-1])

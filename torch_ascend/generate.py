@@ -1,12 +1,15 @@
-"""Sampling: prefill, then decode with a KV cache of one size, the noise given as data. The twin of `ple_jax.generate`.
+"""Sampling: prefill, then decode with a KV cache of one size, the noise given as data.
 
-Tokens are drawn by inverting the CDF in the same order of additions as there, so that both backends draw the same ones.
+Its twin is `ple_jax/backend/generate.py`. Tokens are drawn by inverting the CDF in the same order of additions as there, so
+that both backends draw the same ones.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float32, Int64
+from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
 from ple_jax.core.types import Sampling
@@ -106,14 +109,59 @@ def generate(
         steps_per_sync: tokens decoded between two calls of `all_done`.
         recorded: whether the device records a step and repeats it (a CUDA graph), so that it waits for no launch.
     """
-    rows, length = prompt.shape
-    shared, new = prefix.shape[0], uniforms.shape[1]
+    new = uniforms.shape[1]
+    hidden, cache, sources = _prefill(model, adapter, prompt, prompt_mask, prefix, new)
+    rows = _Rows(uniforms, sampling)
+    token = rows.take(model.logits(hidden[:, -1]))
+    decode: Callable[[], None] = functools.partial(_decode, model, adapter, token, cache, sources, rows)
+    repeat = decode
+    for i in range(1, new):
+        if i % steps_per_sync == 0 and all_done(rows.done):
+            break
+        if i == 2 and recorded:
+            repeat = devices.record(decode, model.device)
+        repeat()
+    return rows.out, rows.lengths
+
+
+class Sources(NamedTuple):
+    """What a row attends to while it is decoded: [prefix | padded prompt | generated]."""
+
+    there: Bool[Tensor, "row source"]  # of all until now; written in place
+    places: Int64[Tensor, "row source"]  # position of each
+    begin: int  # index of the first generated token
+
+
+class _Rows:
+    """What was sampled until now, in tensors that are written in place."""
+
+    def __init__(self, uniforms: Float32[Tensor, "row max_new"], sampling: Sampling):
+        rows, place = len(uniforms), {"device": uniforms.device}
+        self.uniforms, self.sampling = uniforms, sampling
+        self.eos = torch.tensor(sampling.eos, **place)
+        self.out = torch.zeros(uniforms.shape, dtype=torch.int64, **place)
+        self.lengths = torch.zeros(rows, dtype=torch.int64, **place)
+        self.done = torch.zeros(rows, dtype=torch.bool, **place)
+        self.step = torch.zeros(1, dtype=torch.int64, **place)
+
+    def take(self, logits: Float32[Tensor, "row vocab"]) -> Int64[Tensor, " row"]:
+        """Draws the tokens of this step and writes them down."""
+        token = sample_token(logits, self.uniforms.index_select(1, self.step)[:, 0], sampling=self.sampling)
+        self.out.index_copy_(1, self.step, torch.where(self.done, 0, token)[:, None])
+        self.lengths.add_((~self.done).to(torch.int64))
+        self.done.logical_or_((token[:, None] == self.eos[None]).any(-1))
+        return token
+
+
+def _prefill(
+    model: Model, adapter: Adapter, prompt: Tensor, prompt_mask: Tensor, prefix: Tensor, new: int
+) -> tuple[Float[Tensor, "row prompt_len hidden"], Cache, Sources]:
+    """Hidden states of the prompts, and a cache with room for `new` tokens after them."""
+    (rows, length), shared = prompt.shape, prefix.shape[0]
     total, place = shared + length + new, {"device": prompt.device}
     cache = Cache.empty(model.config, rows, total, dtype=model.dtype, **place)
     if shared:
         _prefill_prefix(model, adapter, prefix, cache)
-
-    # source positions: [prefix | padded prompt | generated]
     ones = torch.ones((rows, shared), dtype=torch.bool, **place)
     source = torch.cat([ones, prompt_mask, torch.zeros((rows, new), dtype=torch.bool, **place)], 1)
     causal = torch.arange(total, **place)[None] <= shared + torch.arange(length, **place)[:, None]
@@ -124,41 +172,19 @@ def generate(
         adapter, prompt, positions=position, mask=source[:, None] & causal[None], source_positions=places, cache=cache,
         index=shared,
     )  # fmt: skip
-    eos = torch.tensor(sampling.eos, **place)
-    out = torch.zeros((rows, new), dtype=torch.int64, **place)
-    lengths = torch.zeros(rows, dtype=torch.int64, **place)
-    done = torch.zeros(rows, dtype=torch.bool, **place)
-    step = torch.zeros(1, dtype=torch.int64, **place)
+    return hidden, cache, Sources(source, places, shared + length)
 
-    def take(hidden: Tensor) -> Tensor:
-        """Draws the tokens of this step and writes them down."""
-        token = sample_token(model.logits(hidden[:, -1]), uniforms.index_select(1, step)[:, 0], sampling=sampling)
-        out.index_copy_(1, step, torch.where(done, 0, token)[:, None])
-        lengths.add_((~done).to(torch.int64))
-        done.logical_or_((token[:, None] == eos[None]).any(-1))
-        return token
 
-    token = take(hidden)
-
-    def decode() -> None:
-        """One step, of tensors alone and in place: what a device records it can repeat."""
-        index = step + (shared + length)
-        source.index_fill_(1, index, True)
-        at = places.index_select(1, index)
-        hidden = model.apply(
-            adapter, token[:, None], positions=at, mask=source[:, None], source_positions=places, cache=cache, index=index
-        )
-        step.add_(1)
-        token.copy_(take(hidden))
-
-    repeat = decode
-    for i in range(1, new):
-        if i % steps_per_sync == 0 and all_done(done):
-            break
-        if i == 2 and recorded:
-            repeat = devices.record(decode, model.device)
-        repeat()
-    return out, lengths
+def _decode(model: Model, adapter: Adapter, token: Tensor, cache: Cache, sources: Sources, rows: _Rows) -> None:
+    """One step, of tensors alone and in place: what a device records it can repeat."""
+    index = rows.step + sources.begin
+    sources.there.index_fill_(1, index, True)
+    hidden = model.apply(
+        adapter, token[:, None], positions=sources.places.index_select(1, index), mask=sources.there[:, None],
+        source_positions=sources.places, cache=cache, index=index,
+    )  # fmt: skip
+    rows.step.add_(1)
+    token.copy_(rows.take(model.logits(hidden[:, -1])))
 
 
 def _prefill_prefix(model: Model, adapter: Adapter, prefix: Int64[Tensor, " prefix_len"], cache: Cache) -> None:

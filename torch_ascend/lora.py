@@ -13,21 +13,42 @@ from torch.distributed.tensor import DTensor
 
 from ple_jax.models.adapters import Adapter, Lora
 from torch_ascend import sharding
+from torch_ascend.sharding import ALONE, World
+
+
+def magnitudes(module: nn.Module, adapter: Adapter, device: torch.device) -> Adapter:
+    """A DoRA adapter with the norms of W + scale A B as its magnitudes, on the host: what it does is LoRA's, for now."""
+    found = {}
+    for part in module.modules():
+        if isinstance(part, Linear):
+            own = {kind: torch.tensor(x, device=device) for kind, x in adapter[part.path].items()}
+            found[part.path] = {**adapter[part.path], "m": part.norm(own).cpu().numpy()}
+    return {path: found[path] for path in adapter}
 
 
 class Linear(nn.Module):
     """A frozen linear module and the adapter's share: y = W x + scale * B A x, of which B A x is in fp32."""
 
-    def __init__(self, base: nn.Module, path: str, settings: Lora, current: Callable[[], Adapter], *, transposed: bool):
+    def __init__(
+        self,
+        base: nn.Module,
+        path: str,
+        settings: Lora,
+        current: Callable[[], Adapter],
+        *,
+        transposed: bool,
+        world: World = ALONE,
+    ):
         """
         Args:
             base: nn.Linear, or a module whose weight is [in, out] (`transposed`).
             path: its name in adapters.
             current: gives the adapter in hand.
+            world: the processes that the rows are spread over.
         """
         super().__init__()
         self.base, self.path, self.current, self.transposed = base, path, current, transposed
-        self.scale, self.rate = settings.scale_of(path), settings.dropout
+        self.scale, self.rate, self.world = settings.scale_of(path), settings.dropout, world
 
     def forward(self, x: Float[Tensor, "*batch inp"]) -> Float[Tensor, "*batch out"]:
         y = self.base(x)
@@ -36,7 +57,7 @@ class Linear(nn.Module):
             return y
         h = x.to(module["a"].dtype)
         # only gradients are dropped for: sampling and log-probabilities see the whole input
-        h = _dropped(h, self.rate) if self.rate and torch.is_grad_enabled() else h
+        h = _dropped(h, self.rate, self.world) if self.rate and torch.is_grad_enabled() else h
         low = (h @ module["a"]) @ module["b"]
         if "m" not in module:
             if torch.is_grad_enabled():  # not in place: what recomputation keeps of the forward pass (remat=dots) is this y
@@ -61,10 +82,10 @@ class Linear(nn.Module):
         return ((w * w).sum(0) + 2 * cross + square).sqrt()
 
 
-def _dropped(h: Float[Tensor, "row time inp"], rate: float) -> Float[Tensor, "row time inp"]:
+def _dropped(h: Float[Tensor, "row time inp"], rate: float, world: World) -> Float[Tensor, "row time inp"]:
     # drawn for the rows of all processes, so that how many there are changes nothing
-    noise = torch.rand((len(h) * sharding.row_multiple(), *h.shape[1:]), device=h.device)
-    kept = noise[sharding.own_rows(len(noise))] >= rate
+    noise = torch.rand((len(h) * sharding.row_multiple(world), *h.shape[1:]), device=h.device)
+    kept = noise[sharding.own_rows(world, len(noise))] >= rate
     return torch.where(kept, h / (1 - rate), 0.0)
 
 

@@ -26,6 +26,7 @@ from torch_ascend import device as devices
 from torch_ascend import lora
 from torch_ascend.ops import Ops
 from torch_ascend.quantize import Quantized
+from torch_ascend.sharding import ALONE, World
 
 _ATTENTION = "ple_ops"  # our function's name among transformers' attention implementations
 
@@ -46,8 +47,10 @@ class Cache(NamedTuple):
 class Model:
     """A frozen decoder on one device (or sharded over several), and how it is called."""
 
-    def __init__(self, module: PreTrainedModel, config: ModelConfig, ops: Ops, device: torch.device):
-        self.module, self.config, self.ops, self.device = module, config, ops, device
+    def __init__(
+        self, module: PreTrainedModel, config: ModelConfig, ops: Ops, device: torch.device, able: devices.Capabilities
+    ):
+        self.module, self.config, self.ops, self.device, self.able = module, config, ops, device, able
         self.decoder = getattr(module, module.base_model_prefix)
         self.dtype = module.dtype
         self.windowed = any(kind.window is not None for kind in config.kinds)
@@ -59,7 +62,7 @@ class Model:
     def head(self) -> Float[Tensor, "vocab hidden"]:
         """The output matrix; in fp32 where a matmul of bfloat16 cannot give fp32 logits."""
         weight = self.module.get_output_embeddings().weight
-        return weight if devices.capabilities(self.device).mixed_matmul else weight.float()
+        return weight if self.able.mixed_matmul else weight.float()
 
     def logits(self, hidden: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch vocab"]:
         """fp32, whatever the weights are: rounded to bfloat16, a logit of 20 would be off by 0.06."""
@@ -122,7 +125,7 @@ class Model:
         return self.ops.attention(query, key, value, visible, scale=scale, softcap=softcap)
 
     def layers(self) -> nn.ModuleList:
-        return self.module.get_submodule(_our_names(FAMILIES[self.config.family].layers))
+        return self.module.get_submodule(our_names(FAMILIES[self.config.family].layers))
 
 
 def _attention(
@@ -153,12 +156,14 @@ def create(
     dtype: torch.dtype,
     device: torch.device,
     ops: Ops,
+    able: devices.Capabilities | None = None,
     remat: str = "none",
 ) -> Model:
     """The decoder of a config.json with its parameters on the meta device: `fill` gives them weights.
 
     Args:
         raw: the config.json.
+        able: what the device can do; it is looked up if it is not given.
         remat: what the backward pass recomputes: none | dots (all but matmuls) | full.
     """
     read = AutoConfig.for_model(**raw.get("text_config", raw))  # of a model with images, the language model
@@ -166,7 +171,7 @@ def create(
     with _parameters_on_meta(dtype):
         module = AutoModelForCausalLM.from_config(read, attn_implementation=_ATTENTION, dtype=dtype)
     module.eval()  # no dropout of the base's own
-    model = Model(module.requires_grad_(False), config, ops, device)
+    model = Model(module.requires_grad_(False), config, ops, device, able or devices.capabilities(device))
     for part in module.modules():
         if hasattr(part, "layer_idx"):
             part.owner = model
@@ -212,12 +217,13 @@ def _checkpointed(forward: Callable[..., Tensor], remat: str) -> Callable[..., T
     return recomputed
 
 
-def adapt(model: Model, settings: Lora, paths: Iterable[str]) -> None:
-    """Puts `lora.Linear` in the place of the modules with these paths."""
+def adapt(model: Model, settings: Lora, paths: Iterable[str], *, world: World = ALONE) -> None:
+    """Puts `lora.Linear` in the place of the modules with these paths; rows are spread over the processes of `world`."""
     transposed = FAMILIES[model.config.family].transposed
     for path in paths:
         make = functools.partial(
-            lora.Linear, path=path, settings=settings, current=lambda: model.adapter, transposed=transposed
+            lora.Linear, path=path, settings=settings, current=lambda: model.adapter, transposed=transposed,
+            world=world,
         )
         _replace(model, path, make)
 
@@ -235,29 +241,19 @@ def quantize(model: Model, kind: str) -> None:
 
 
 def _replace(model: Model, path: str, make: Callable[[nn.Module], nn.Module]) -> None:
-    name = _our_names(path)
+    name = our_names(path)
     parent, _, last = name.rpartition(".")
     setattr(model.module.get_submodule(parent), last, make(model.module.get_submodule(name)))
-
-
-def magnitudes(model: Model, adapter: Adapter) -> Adapter:
-    """A DoRA adapter with the norms of W + scale A B as its magnitudes, on the host: what it does is LoRA's, for now."""
-    found = {}
-    for part in model.module.modules():
-        if isinstance(part, lora.Linear):
-            own = {kind: torch.tensor(x, device=model.device) for kind, x in adapter[part.path].items()}
-            found[part.path] = {**adapter[part.path], "m": part.norm(own).cpu().numpy()}
-    return {path: found[path] for path in adapter}
 
 
 def fill(model: Model, weights: Mapping[str, np.ndarray], *, layer_done: Callable[[nn.Module], None] | None = None) -> None:
     """Gives every parameter its weights, in the model's dtype and on its device; the host holds few at a time.
 
     Args:
-        weights: Hugging Face's names, as `ple_jax.models.checkpoint.load` gives them.
+        weights: Hugging Face's names, as `ple_jax.models.weights.load` gives them.
         layer_done: called with every layer as soon as it is whole, and before the next one is read. It may shard it.
     """
-    own, family = {_our_names(name): name for name in weights}, FAMILIES[model.config.family]
+    own, family = {our_names(name): name for name in weights}, FAMILIES[model.config.family]
     head = next(n for n, part in model.module.named_modules() if part is model.module.get_output_embeddings())
 
     def place(module: nn.Module, prefix: str) -> None:
@@ -274,7 +270,7 @@ def fill(model: Model, weights: Mapping[str, np.ndarray], *, layer_done: Callabl
             module.get_submodule(parent).register_parameter(last, filled)
 
     for i, layer in enumerate(model.layers()):
-        place(layer, f"{_our_names(family.layers)}.{i}.")
+        place(layer, f"{our_names(family.layers)}.{i}.")
         if layer_done is not None:
             layer_done(layer)
     place(model.module, "")
@@ -288,7 +284,7 @@ def fill(model: Model, weights: Mapping[str, np.ndarray], *, layer_done: Callabl
             setattr(part, name, buffer.to(model.device))
 
 
-def _our_names(name: str) -> str:
+def our_names(name: str) -> str:
     """A path of the checkpoint in the module tree: the language model of one with images stands alone here."""
     return name.replace(".language_model", "")
 

@@ -25,7 +25,7 @@ from transformers.models.phi3 import modeling_phi3
 
 from ple_jax.core.errors import UserError
 
-_SDPA_DIM = 512  # the widest head of torch_npu's scaled_dot_product_attention
+SDPA_DIM = 512  # the widest head of torch_npu's scaled_dot_product_attention
 
 
 class Ops(NamedTuple):
@@ -83,7 +83,7 @@ def _attention(
     # some devices' kernels give NaN to a query that sees nothing
     seen = visible.any(-1, keepdim=True)
     mask = (visible | ~seen)[:, :, None].expand(-1, -1, group, -1, -1).reshape(-1, 1, group * time, source)
-    if softcap is None and dim <= _SDPA_DIM:
+    if softcap is None and dim <= SDPA_DIM:
         out = F.scaled_dot_product_attention(packed, k, v, attn_mask=mask, scale=scale)
     else:
         scores = (packed @ k.transpose(-1, -2)).float() * scale
@@ -153,7 +153,7 @@ def _npu_token_logprob(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]
 
 
 NPU = Ops("npu", _npu_rms_norm, _npu_rope, _npu_swiglu, _npu_attention, _npu_token_logprob)
-_OPERATORS = ("npu_rms_norm", "npu_rotary_mul", "npu_swiglu", "npu_fusion_attention", "npu_cross_entropy_loss")
+OPERATORS = ("npu_rms_norm", "npu_rotary_mul", "npu_swiglu", "npu_fusion_attention", "npu_cross_entropy_loss")
 
 
 def npu() -> Ops:
@@ -162,7 +162,7 @@ def npu() -> Ops:
     Raises:
         UserError: torch_npu is not imported, or has not all of them.
     """
-    if absent := [name for name in _OPERATORS if not hasattr(torch.ops.npu, name)]:
+    if absent := [name for name in OPERATORS if not hasattr(torch.ops.npu, name)]:
         raise UserError(
             f"torch has no operators {', '.join(absent)}: install the torch-npu of torch {torch.__version__}, or take the"
             " reference operators"
@@ -184,7 +184,7 @@ def choose(name: str, device: torch.device) -> Ops:
     if name == "reference" or (name == "auto" and device.type != "npu"):
         return REFERENCE
     ops, key = npu(), {"npu": "PrivateUse1"}.get(device.type, device.type.upper())
-    if not all(torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"npu::{name}", key) for name in _OPERATORS):
+    if not all(torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"npu::{name}", key) for name in OPERATORS):
         raise UserError(f"operators 'npu' do not run on device {device}: take 'auto' or 'reference'")
     return ops
 

@@ -1,6 +1,6 @@
 """Sequence classifiers (reward models, sentiment classifiers) of transformers, behind `ple_jax.rewards.model`.
 
-Its twin is `ple_jax/reward_model.py`.
+Its twin is `ple_jax/backend/reward_model.py`.
 """
 
 import re
@@ -20,7 +20,7 @@ from torch_ascend import sharding
 # what some of them were saved with, and no classifier without it in its class uses
 _HARMLESS = re.compile(r"(^|\.)(pooler|lm_head)\.")
 # they mix all positions, padding too; and a batch of an encoder-decoder must have as many EOS in every row
-_ALONE = ("canine", "convbert", "fnet", "funnel", "mobilebert", "nystromformer", "xlnet")
+ALONE = ("canine", "convbert", "fnet", "funnel", "mobilebert", "nystromformer", "xlnet")
 
 
 def classifier(
@@ -54,17 +54,18 @@ class _Classifier:
 
     def __init__(self, model: PreTrainedModel, device: torch.device):
         self.model, self.device = model.to(device), device
-        self.alone = model.config.is_encoder_decoder or model.config.model_type in _ALONE
+        self.alone = model.config.is_encoder_decoder or model.config.model_type in ALONE
         self.settings = model.config.get_text_config()
         self.stated_pad = self.settings.pad_token_id
 
     @sharding.together
     def classify(self, ids: Sequence[Sequence[int]]) -> Float32[np.ndarray, "n labels"]:
-        count = -(-len(ids) // sharding.row_multiple()) * sharding.row_multiple()
-        rows = [*ids, *[ids[0]] * (count - len(ids))][sharding.own_rows(count)]
+        world = sharding.world()
+        count = -(-len(ids) // sharding.row_multiple(world)) * sharding.row_multiple(world)
+        rows = [*ids, *[ids[0]] * (count - len(ids))][sharding.own_rows(world, count)]
         width = max(map(len, ids))  # of all processes' rows: how many they are should not change a digit
         own = torch.cat([self._logits([row], len(row)) for row in rows]) if self.alone else self._logits(rows, width)
-        return sharding.gather(own)[: len(ids)].numpy()
+        return sharding.gather(world, own)[: len(ids)].numpy()
 
     @torch.no_grad()
     def _logits(self, ids: Sequence[Sequence[int]], width: int) -> Float32[torch.Tensor, "n labels"]:

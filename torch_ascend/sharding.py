@@ -17,7 +17,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import cloudpickle
 import torch
@@ -30,6 +30,7 @@ from ple_jax.core.errors import UserError
 from torch_ascend import device as devices
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable)
 _FITS = 0.8  # share of a device's memory that a base may take before it is sharded
 _WAIT = datetime.timedelta(days=30)  # for process 0, which may score for hours
 
@@ -42,9 +43,15 @@ class World(NamedTuple):
     control: Any = None  # the group in which process 0 says what to do: gloo, of bytes
 
 
-_world = World()
+ALONE = World()
+_world = ALONE  # of this process, as torchrun started it
 _busy = False  # whether process 0 is in a call that all make
 _objects: list[Any] = []  # whose methods are called together; every process makes the same ones in the same order
+
+
+def world() -> World:
+    """This process among those that torchrun started."""
+    return _world
 
 
 # ---------------------------------------------------------------- one leads
@@ -86,7 +93,7 @@ def processes(config: Any) -> Iterator[bool]:
             raise
         _tell(None)
     dist.destroy_process_group()
-    _world = World()
+    _world = ALONE
     _objects.clear()
 
 
@@ -117,11 +124,11 @@ def _told() -> Any:
     return cloudpickle.loads(box[0])
 
 
-def together(function: Callable[..., T]) -> Callable[..., T]:
+def together(function: F) -> F:
     """Decorates a function of a module, or a method of a `shared` object: where process 0 calls it, all do."""
 
     @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> T:
+    def call(*args: Any, **kwargs: Any) -> Any:
         global _busy
         if _world.size == 1:
             return function(*args, **kwargs)
@@ -133,7 +140,7 @@ def together(function: Callable[..., T]) -> Callable[..., T]:
         _busy = False
         return result
 
-    return call
+    return cast(F, call)
 
 
 def shared(made: T) -> T:
@@ -146,30 +153,30 @@ def shared(made: T) -> T:
 # ---------------------------------------------------------------- rows
 
 
-def row_multiple() -> int:
-    """What the number of rows of a batch must be a multiple of."""
-    return _world.size
+def row_multiple(world: World) -> int:
+    """Rows of a batch must be a multiple of this."""
+    return world.size
 
 
-def own_rows(count: int) -> slice:
+def own_rows(world: World, count: int) -> slice:
     """The rows of a batch that are this process's."""
-    part = count // _world.size
-    return slice(_world.rank * part, (_world.rank + 1) * part)
+    part = count // world.size
+    return slice(world.rank * part, (world.rank + 1) * part)
 
 
-def gather(values: Tensor) -> Tensor:
+def gather(world: World, values: Tensor) -> Tensor:
     """All processes' rows, in order, on the CPU of each."""
     values = values.cpu()
-    if _world.size == 1:
+    if world.size == 1:
         return values
-    parts = [torch.empty_like(values) for _ in range(_world.size)]
-    dist.all_gather(parts, values.contiguous(), group=_world.control)
+    parts = [torch.empty_like(values) for _ in range(world.size)]
+    dist.all_gather(parts, values.contiguous(), group=world.control)
     return torch.cat(parts)
 
 
-def add_up(tensors: Sequence[Tensor]) -> None:
+def add_up(world: World, tensors: Sequence[Tensor]) -> None:
     """Sums tensors of one device over all processes, in place and in one message."""
-    if _world.size == 1 or not tensors:
+    if world.size == 1 or not tensors:
         return
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
     dist.all_reduce(flat)
@@ -177,10 +184,10 @@ def add_up(tensors: Sequence[Tensor]) -> None:
         tensor.copy_(part.view_as(tensor))
 
 
-def all_done(done: Tensor, *, whole: bool) -> bool:
+def all_done(world: World, done: Tensor, *, whole: bool) -> bool:
     """Whether every row has ended; of all processes if `whole`, as it must be where a forward pass is a collective."""
     open_rows = (~done).sum()
-    if whole and _world.size > 1:
+    if whole and world.size > 1:
         dist.all_reduce(open_rows)
     return int(open_rows) == 0
 
@@ -225,20 +232,34 @@ def mesh_size(mesh: Any, size: int) -> None:
         )
 
 
-def choose(mesh: Mapping[str, int], base_bytes: int, device: torch.device) -> tuple[int, int, str]:
-    """Copies of the base, devices that share one, and a note if that is not what the mesh says: a base that does not fit."""
-    data, fsdp, memory = mesh["data"], mesh["fsdp"], devices.total_memory(device)
+def choose(mesh: Mapping[str, int], base_bytes: int, memory: int | None) -> tuple[int, int, str]:
+    """Copies of the base, devices that share one, and a note if that is not what the mesh says: a base that does not fit.
+
+    Args:
+        memory: bytes of a device; None: not ours to know.
+    """
+    data, fsdp = mesh["data"], mesh["fsdp"]
     if memory is None or base_bytes <= _FITS * memory * fsdp or data == 1:
         return data, fsdp, ""
     size = f"{base_bytes / 2**30:.1f} GiB of base weights do not fit {fsdp} x {memory / 2**30:.1f} GiB"
     return 1, data * fsdp, f"{size}: they are spread over all {data * fsdp} devices (FSDP2), as with mesh.fsdp={data * fsdp}"
 
 
-def device_mesh(data: int, fsdp: int, device: torch.device) -> DeviceMesh:
+def make_mesh(device: torch.device, *, data: int, fsdp: int) -> DeviceMesh:
     """The devices over which layers are spread: one dimension, or two where there are several copies."""
     if data == 1:
         return init_device_mesh(device.type, (fsdp,), mesh_dim_names=("fsdp",))
     return init_device_mesh(device.type, (data, fsdp), mesh_dim_names=("data", "fsdp"))
+
+
+class Place(NamedTuple):
+    """Where a process builds its part of a backend."""
+
+    device: torch.device
+    able: devices.Capabilities  # of the device
+    world: World
+    mesh: DeviceMesh | None = None  # over which the layers are spread; None: the base is whole
+    note: str = ""  # where that is not what the config says
 
 
 def shard_layer(layer: nn.Module, mesh: DeviceMesh) -> None:

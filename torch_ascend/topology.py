@@ -9,7 +9,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -27,17 +27,19 @@ from ple_jax.models import hub
 from ple_jax.models.config import ModelConfig
 from ple_jax.models.layout import expected_shapes
 from ple_jax.models.weights import Loaded
-from ple_jax.planning.outline import Lengths, Source, check_positions, example_batch, lengths, read_source, readable
+from ple_jax.planning import sheet
+from ple_jax.planning.outline import Lengths, Source, check_positions, example_batch, lengths, read_source
+from ple_jax.reports.formats import readable_bytes
 from torch_ascend import backend, forward, generate, lora, ops, sharding
 from torch_ascend import device as devices
 from torch_ascend.backend import TorchBackend
 from torch_ascend.counting import Counter, count_bytes
-from torch_ascend.fakes import FUSED, Weights, replaced, with_values
+from torch_ascend.fakes import FUSED, Weights, replaced
 from torch_ascend.model import Cache
+from torch_ascend.sharding import Place, World
 
-GIB = 2**30
 _FULL = 0.9  # of a device's memory; the rest is left to what is not counted
-_STEPS = 3  # tokens decoded: the cache has its whole size from the start, so that more of them need no more
+STEPS = 3  # tokens decoded: the cache has its whole size from the start, so that more of them need no more
 
 
 # ---------------------------------------------------------------- devices
@@ -64,7 +66,7 @@ class Target(NamedTuple):
 
     name: str
     chip: Chip
-    count: int
+    devices: int
 
 
 def open_target(topology: str) -> Target:
@@ -84,7 +86,7 @@ def open_target(topology: str) -> Target:
 
 def check_mesh(mesh: Any, target: Target) -> None:
     """Raises a UserError unless the mesh takes exactly the target's devices."""
-    count = target.count
+    count = target.devices
     if mesh.tensor != 1 or mesh.data * mesh.fsdp != count:
         raise UserError(
             f"mesh data={mesh.data} x fsdp={mesh.fsdp} x tensor={mesh.tensor} is {mesh.data * mesh.fsdp * mesh.tensor}"
@@ -95,26 +97,22 @@ def check_mesh(mesh: Any, target: Target) -> None:
 
 
 @contextlib.contextmanager
-def as_process_of(target: Target) -> Iterator[None]:
-    """In here this is process 0 of the target's: its tensors are on the "CPU", which is what the chip is.
+def process_of(target: Target, config: ConfigDict, model: ModelConfig) -> Iterator[Place]:
+    """In here there are stand-ins for the target's devices, and for its operators; the place of process 0 among them.
 
-    A tensor without memory may be on any device, but only one that this build of torch has can be differentiated on.
+    Its tensors are on the "CPU", which can do what the chip can: a tensor without memory may be on any device, but only
+    one that this build of torch has can be differentiated on.
     """
-    chip, memory = target.chip, target.chip.memory
+    chip = target.chip
+    memory = None if chip.memory is None else int(chip.memory * sheet.GIB)
     with contextlib.ExitStack() as stack:
-        # the chip's properties, asked of the stand-in
-        capabilities = devices.CAPABILITIES | {"cpu": devices.CAPABILITIES[chip.kind]}
-        stack.enter_context(replaced(devices, "CAPABILITIES", capabilities))
-        total = None if memory is None else int(memory * GIB)
-        stack.enter_context(replaced(devices, "total_memory", lambda device: total))
         for name, operator in FUSED.items() if chip.kind == "npu" else ():
             stack.enter_context(replaced(torch.ops.npu, name, operator))
-        if target.count > 1:
-            dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=target.count)
+        if target.devices > 1:
+            dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=target.devices)
             stack.callback(dist.destroy_process_group)
-        stack.enter_context(replaced(sharding, "_world", sharding.World(0, target.count)))
-        stack.enter_context(replaced(sharding, "device_mesh", with_values(sharding.device_mesh)))
-        yield
+        able, world = devices.CAPABILITIES[chip.kind], World(0, target.devices)
+        yield backend.choose_place(config, model, torch.device("cpu"), able, memory, world)
 
 
 def fused_ops(config: ConfigDict, chip: Chip) -> ops.Ops:
@@ -159,11 +157,11 @@ class Measured(NamedTuple):
         return self.held + self.besides
 
 
-def build(config: ConfigDict, source: Source, table: ops.Ops, device: torch.device) -> TorchBackend:
+def build(config: ConfigDict, source: Source, table: ops.Ops, place: Place) -> TorchBackend:
     """The backend of one process, made as for training, of weights that are all zero."""
-    given = Weights(source.config, config.model.dtype)
-    loaded = Loaded(source.config, given, None, source.eos, config.model.path, dict(source.raw), None)
-    return backend.assemble(config, loaded, device, table, head=algorithms.load(config.algorithm).needs(config).head)
+    given, tokenizer = Weights(source.config, config.model.dtype), cast(Any, None)
+    loaded = Loaded(source.config, given, tokenizer, source.eos, config.model.path, dict(source.raw), None)
+    return backend.assemble(config, loaded, place, table, head=algorithms.load(config.algorithm).needs(config).head)
 
 
 def parts(backend: TorchBackend) -> dict[str, int]:
@@ -183,9 +181,9 @@ def _parts(backend: TorchBackend) -> dict[str, list[Tensor]]:
     return {
         "base": [*module.parameters(), *module.buffers(), *quantized],
         "head in fp32": [backend.model.head],  # made when it is first asked for; on some devices the base's own
-        "adapter": [*backend._leaves.values()],
-        "reference": [*lora.leaves(backend._reference).values()],
-        "optimizer": [x for moments in backend._optimizer.state.values() for x in moments.values()],
+        "adapter": [*backend.leaves.values()],
+        "reference": [*lora.leaves(backend.reference).values()],
+        "optimizer": [x for moments in backend.optimizer.state.values() for x in moments.values()],
     }
 
 
@@ -204,30 +202,42 @@ def phases(
     backend: TorchBackend, config: ConfigDict, source: Source, sizes: Lengths, algorithm: Algorithm
 ) -> Iterator[Phase]:
     """An iteration of a process, in the order in which things happen."""
-    model, processes, place = backend.model, sharding.row_multiple(), {"device": backend.model.device}
-    s, opt, rows = config.sampling, config.optimizer, config.sampling.width // sharding.row_multiple()
-    total = sizes.prefix + sizes.sampled + sizes.new
+    if config.sampling.server is None:
+        yield _sampling(backend, config, source, sizes)
+    yield from _training(backend, config, source, sizes, algorithm)
+
+
+def _sampling(backend: TorchBackend, config: ConfigDict, source: Source, sizes: Lengths) -> Phase:
+    """A few tokens of this process's rows."""
+    model, s, place = backend.model, config.sampling, {"device": backend.model.device}
+    rows = s.width // sharding.row_multiple(backend.world)
 
     def sample() -> None:
-        steps = iter(range(_STEPS))
+        steps = iter(range(STEPS))
         generate.generate(
             model,
-            backend._adapter,
+            backend.policy,
             torch.ones((rows, sizes.sampled), dtype=torch.int64, **place),
             torch.ones((rows, sizes.sampled), dtype=torch.bool, **place),
             torch.ones(sizes.prefix, dtype=torch.int64, **place),
             torch.zeros((rows, sizes.new), **place),
             sampling=Sampling(sizes.new, source.eos, s.temperature, s.top_k, s.top_p, s.min_p),
-            all_done=lambda _: next(steps) == _STEPS - 1,
+            all_done=lambda _: next(steps) == STEPS - 1,
         )
 
+    total = sizes.prefix + sizes.sampled + sizes.new
     cache = Cache.empty(source.config, rows, total, dtype=model.dtype, **place)
-    size = readable(count_bytes([*cache.keys, *cache.values]))
-    del cache
+    size = readable_bytes(count_bytes([*cache.keys, *cache.values]))
     shared = f"{sizes.prefix} shared + " if sizes.prefix else ""
     about = f"{rows} rows x [{shared}{sizes.sampled} prompt + {sizes.new} new tokens], KV cache {size}"
-    if config.sampling.server is None:
-        yield Phase("generate", about, sample)
+    return Phase("generate", about, sample)
+
+
+def _training(
+    backend: TorchBackend, config: ConfigDict, source: Source, sizes: Lengths, algorithm: Algorithm
+) -> Iterator[Phase]:
+    """Log-probabilities, and an update in its two halves."""
+    opt, processes = config.optimizer, sharding.row_multiple(backend.world)
 
     def batch(queries: int) -> tuple[Batch, str]:
         made = example_batch(config, algorithm, queries, sizes, source.config.vocab_size)
@@ -237,23 +247,22 @@ def phases(
     # of a whole optimiser batch where the loss needs the reference's
     judged, about = batch(max(config.eval.diagnostic_queries, opt.batch_queries * algorithm.needs(config).reference))
 
-    @torch.no_grad()
     def judge() -> None:
-        forward.outputs(model, backend._adapter, backend._put(judged, len(judged.prompt)), entropy=True)
+        with torch.no_grad():
+            forward.outputs(backend.model, backend.policy, backend.put(judged, len(judged.prompt)), entropy=True)
 
     yield Phase("log-probs", about, judge)
     micro, about = batch(opt.micro_queries)
-    passes, loss, found = opt.batch_queries // opt.micro_queries, algorithm.make_loss(config), {}
+    passes, loss = opt.batch_queries // opt.micro_queries, algorithm.make_loss(config)
+    found: dict[str, Tensor] = {}
 
     def gradients() -> None:
-        backend._apply = lambda metrics, lr: found.update(metrics)  # type: ignore[method-assign]
         # the second pass has the gradients of the first beside it
-        TorchBackend.update.__wrapped__(backend, [micro] * min(passes, 2), loss, lr=0.0)
-        del backend._apply
+        found.update(backend.accumulate([micro] * min(passes, 2), loss))
 
     yield Phase("gradients", about + (f", {passes} times a step" if passes > 1 else ""), gradients)
-    trained = sum(x.numel() for x in backend._leaves.values())
-    yield Phase("step", f"AdamW on {trained:,} parameters", lambda: backend._apply(found, 0.0))
+    trained = sum(x.numel() for x in backend.leaves.values())
+    yield Phase("step", f"AdamW on {trained:,} parameters", lambda: backend.step(found, lr=0.0))
 
 
 class Found(NamedTuple):
@@ -268,18 +277,20 @@ def count(config: ConfigDict, source: Source, target: Target, sizes: Lengths, al
     """What one process of the target's would hold, without memory."""
     reward, table = reward_bytes(config), fused_ops(config, target.chip)
     # tables of a module, made when it was imported, have their values
-    with as_process_of(target), FakeTensorMode(allow_non_fake_inputs=True):
-        found = measure(config, source, table, sizes, algorithm)
+    with process_of(target, config, source.config) as place, FakeTensorMode(allow_non_fake_inputs=True):
+        found = measure(config, source, table, sizes, algorithm, place)
     if not reward:
         return found
     stays = [(phase, m._replace(held=m.held + reward)) for phase, m in found.phases]
     return found._replace(parts={**found.parts, "reward model": reward}, phases=stays)
 
 
-def measure(config: ConfigDict, source: Source, table: ops.Ops, sizes: Lengths, algorithm: Algorithm) -> Found:
+def measure(
+    config: ConfigDict, source: Source, table: ops.Ops, sizes: Lengths, algorithm: Algorithm, place: Place
+) -> Found:
     """Builds the backend of this process, takes it through an iteration, and counts; also with tensors that have memory."""
     with Counter() as counter:
-        backend = build(config, source, table, torch.device("cpu"))
+        backend = build(config, source, table, place)
         own, found = parts(backend), []
         counter.add(x for tensors in _parts(backend).values() for x in tensors)
         for phase in phases(backend, config, source, sizes, algorithm):
@@ -301,17 +312,11 @@ def report(
     train_set: Sequence[Query],
     heldout: Sequence[Query],
     principles: str,
-    write: Callable[[str], None] = lambda line: print(line, flush=True),
+    write: sheet.Write = lambda line: print(line, flush=True),
 ) -> Found:
-    """Counts what every phase holds on a device of the topology, and writes whether it fits.
+    """Counts what every phase holds on a device of the topology (`910b:8`, `cpu:2` ...), and writes whether it fits.
 
-    Args:
-        topology: `910b:8`, `cpu:2` ...
-        algorithm: as `algorithms.load` gives it.
-        write: takes one line at a time.
-
-    Raises:
-        UserError: an unknown topology, a mesh that does not take its devices, a model that is not supported.
+    As `TopologyModule.report`.
     """
     target = open_target(topology)
     backend.check(config, config.mesh.fsdp)
@@ -319,75 +324,29 @@ def report(
     source = read_source(config.model.path, config.model.revision)
     sizes = lengths(config, source.tokenizer, train_set, heldout, principles)
     check_positions(config, sizes, source.config)
-    chip, mesh = target.chip, config.mesh
+    table, there = fused_ops(config, target.chip), on_sheet(target)
+    notes = [
+        "the code that trains, run on tensors without memory; what kernels, collectives and libraries take is not counted",
+        f"operators: {table.name}; attention: {attention(table, source.config)}",
+    ]
     parameters = sum(math.prod(shape) for shape in expected_shapes(source.config).values())
-    write(f"{config.model.path}: {parameters:,} parameters, {config.model.dtype}, remat {config.model.remat}")
-    memory = f", {chip.memory:g} GiB each" if chip.memory else ""
-    write(f"{target.name}: {target.count} devices, data {mesh.data} x fsdp {mesh.fsdp}{memory}")
-    write("the code that trains, run on tensors without memory; what kernels, collectives and libraries take is not counted")
-    table = fused_ops(config, chip)
-    write(f"operators: {table.name}; attention: {attention(table, source.config)}")
-    if source.tokenizer is None:
-        write(f"no tokenizer: every prompt counts as {sizes.sampled} tokens (task.max_prompt_tokens), principles included")
+    sheet.head(config, there, parameters=parameters, sizes=sizes, tokenizer=source.tokenizer, notes=notes, write=write)
     found = count(config, source, target, sizes, algorithm)
     for note in found.notes:
         write(note)
     write("\nWhat stays on a device")
     for name, size in (*found.parts.items(), ("together", sum(found.parts.values()))):
-        write(f"{name:<14}{readable(size):>10}")
-    write("\nAnd the most that a phase holds besides, for a while")
-    write(f"{'':<14}{'besides':>10}{'total':>10}{'of memory':>11}{'counted in':>12}")
-    limit = chip.memory * GIB if chip.memory else math.inf
-    for phase, m in found.phases:
-        share = f"{m.total / limit:.0%}" if chip.memory else ""
-        write(f"{phase.name:<14}{readable(m.besides):>10}{readable(m.total):>10}{share:>11}{m.seconds:>10.1f} s")
-    write("")
-    for phase, _ in found.phases:
-        write(f"{phase.name}: {phase.about}")
-    write("")
-    for line in verdict(config, target, found.phases):
-        write(line)
+        write(f"{name:<14}{readable_bytes(size):>10}")
+    title = "And the most that a phase holds besides, for a while"
+    sheet.body(config, there, title, [row(phase, m) for phase, m in found.phases], write)
     return found
 
 
-def verdict(config: ConfigDict, target: Target, results: Sequence[tuple[Phase, Measured]]) -> list[str]:
-    """Which phase is the largest, and for each that does not fit what to change."""
-    name, total = max(((phase.name, m.total) for phase, m in results), key=lambda pair: pair[1])
-    if target.chip.memory is None:
-        return [f"The largest phase is {name}: {readable(total)} a device."]
-    limit = target.chip.memory * GIB
-    lines = [f"The largest phase is {name}: {readable(total)} of {target.chip.memory:g} GiB ({total / limit:.0%})."]
-    over: dict[str, list[str]] = {}
-    for phase, m in results:
-        if m.total > _FULL * limit:
-            over.setdefault(advice(config, phase, m), []).append(phase.name)
-    lines += [f"Too large ({_FULL:.0%} may be filled): {', '.join(names)}: {what}." for what, names in over.items()]
-    return lines if over else [*lines, f"Everything fits on {target.name}."]
+def on_sheet(target: Target) -> sheet.Target:
+    """The target as the sheet knows it."""
+    return sheet.Target(target.name, target.devices, target.chip.memory, full=_FULL, spreads_quantized=False)
 
 
-def advice(config: ConfigDict, phase: Phase, m: Measured) -> str:
-    """What to change, from what takes most of the memory."""
-    mesh, opt = config.mesh, config.optimizer
-    devices = mesh.data * mesh.fsdp
-    if m.held >= m.besides:
-        steps = ["--config.model.dtype=bfloat16"] if config.model.dtype == "float32" else []
-        if config.model.quantize == "none" and mesh.fsdp == 1:  # a quantised base cannot be spread
-            steps.append("--config.model.quantize=nf4")
-        if mesh.data > 1:
-            steps.append(f"--config.mesh.data=1 --config.mesh.fsdp={devices}, which spreads the layers over all devices")
-        else:
-            steps.append(f"more devices, --config.mesh.fsdp={2 * devices}")
-        return f"weights and state dominate ({readable(m.held)}); try {' or '.join(steps)}"
-    steps = []
-    if phase.name == "gradients":
-        if config.model.remat != "full":
-            steps.append("--config.model.remat=full")
-        if opt.micro_queries > devices:
-            smaller = [n for n in range(devices, opt.micro_queries, devices) if opt.batch_queries % n == 0]
-            steps.append(f"--config.optimizer.micro_queries={smaller[-1]}")
-    elif phase.name == "log-probs":
-        steps.append("a smaller --config.eval.diagnostic_queries (or optimizer.batch_queries with a reference)")
-    elif config.sampling.width > devices:
-        steps.append(f"--config.sampling.width={max(devices, config.sampling.width // 2 // devices * devices)}")
-    steps.append("shorter --config.task.max_prompt_tokens and --config.sampling.max_new_tokens")
-    return f"what the phase makes dominates ({readable(m.besides)}); try {', then '.join(steps)}"
+def row(phase: Phase, m: Measured) -> sheet.Row:
+    """The line of a phase."""
+    return sheet.Row(phase.name, phase.about, {"besides": m.besides}, m.held, m.besides, m.total, m.seconds)

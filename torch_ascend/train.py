@@ -1,22 +1,59 @@
-"""The training step, and `TorchBackend`, the only holder of state. The twin of `ple_jax.backend.train`."""
+"""The training step. Its twin is `ple_jax/backend/train.py`; what is returned there is left in the leaves' `.grad` here."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ple_jax.core.types import Batch, Loss
+from ple_jax.models import adapters
+from torch_ascend import sharding
+from torch_ascend.forward import Lazy
+from torch_ascend.model import Model
+from torch_ascend.sharding import World
 
 
-
-# ---------------------------------------------------------------- log-probabilities of response tokens
-
-
-
-
-# ---------------------------------------------------------------- the packed row [prompt | response 1 | ... | response K]
-
-
-
-
-# ---------------------------------------------------------------- the backend
+def optimizer(leaves: Mapping[str, Tensor], *, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW with all its state from the start: clipping comes before it, and the learning rate with every step."""
+    made = torch.optim.AdamW(
+        leaves.values(), lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay, foreach=True
+    )
+    for leaf in leaves.values():  # as it will be after the first step: a checkpoint always holds the same tensors
+        made.state[leaf] = {
+            "step": torch.tensor(0.0), "exp_avg": torch.zeros_like(leaf), "exp_avg_sq": torch.zeros_like(leaf),
+        }  # fmt: skip
+    return made
 
 
+def gradients(model: Model, loss: Loss, adapter: adapters.Adapter, batch: Batch, share: float) -> dict[str, Tensor]:
+    """Adds to the leaves' gradients those of the mean loss over the optimiser batch, this micro-batch's part; its metrics.
+
+    Args:
+        adapter: of leaves that gather gradients.
+        batch: of tensors on the model's device.
+        share: 1 / the real rows of the optimiser batch.
+    """
+    said: Any = Lazy(model, adapter, batch)
+    value, metrics = loss(said, batch)
+    reduced = {name: (m * batch.data["valid"]).sum() * share for name, m in {"loss": value, **metrics}.items()}
+    reduced["loss"].backward()
+    return {name: m.detach().to(torch.float32) for name, m in reduced.items()}
 
 
-# ---------------------------------------------------------------- from a config
-
-
+def apply_gradients(
+    made: torch.optim.AdamW, leaves: Mapping[str, Tensor], *, clip_norm: float, lr: float, world: World
+) -> Tensor:
+    """One AdamW step on the gradients of all processes, clipped by their global norm; that norm before clipping."""
+    for leaf in leaves.values():
+        leaf.grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+    grads = [leaf.grad for leaf in leaves.values()]
+    sharding.add_up(world, grads)
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+    # as optax clips, without an epsilon in the denominator
+    torch._foreach_mul_(grads, torch.where(norm < clip_norm, 1.0, clip_norm / norm))
+    for group in made.param_groups:
+        group["lr"] = lr
+    made.step()
+    made.zero_grad()
+    return norm

@@ -47,13 +47,12 @@ class JaxBackend:
         self.model, self.mesh, self.base, self.width, self.bucket = model, mesh, base, width, bucket
         transform = optimizer(clip_norm=clip_norm, weight_decay=weight_decay)
         place, state_place = placement(adapter, transform, mesh)
-        self._adapter = jax.device_put(adapter, place)
+        self.policy = jax.device_put(adapter, place)
         with jax.numpy_dtype_promotion("standard"):
-            self._state = jax.jit(transform.init, out_shardings=state_place)(self._adapter)
+            self.state = jax.jit(transform.init, out_shardings=state_place)(self.policy)
         self.freeze_reference()  # the start adapter; a fresh one is the base itself
         self._key = jax.random.key(seed)
-        made = programs(model, adapter, mesh, transform=transform, settings=settings)
-        self._generate, self._outputs, self._scores, self._gradients, self._accumulate, self._apply = made
+        self.programs = programs(model, adapter, mesh, transform=transform, settings=settings)
         self._fuse = jax.jit(lambda base, adapter: lora.fuse(model, adapter, settings, base=base))
 
     # -------------------------------------------------------------- Backend
@@ -72,7 +71,7 @@ class JaxBackend:
             tokens, mask, noise = sharding.put_rows(self.mesh, chunk)
             shared = jax.device_put(np.asarray(prefix, np.int32), sharding.replicated(self.mesh))
             out, lengths = jax.device_get(
-                self._generate(self.base, self._adapter, tokens, mask, shared, noise, sampling=sampling)
+                self.programs.generate(self.base, self.policy, tokens, mask, shared, noise, sampling=sampling)
             )
             for ids, n in zip(out[:count], lengths[:count], strict=True):
                 chosen = tuple(int(t) for t in ids[:n])
@@ -88,20 +87,20 @@ class JaxBackend:
         base: bool = False,
     ) -> Iterator[int]:
         """The tokens of one response as they are sampled; of the base without the adapter, if `base`."""
-        fused = {} if base else self._fuse(self.base, self._adapter)
+        fused = {} if base else self._fuse(self.base, self.policy)
         return generate.stream(self.model, self.base, fused, np.asarray(prompt, np.int32), uniforms, sampling=sampling)
 
     def logprobs(self, batch: Batch, *, reference: bool = False, base: bool = False) -> Outputs:
         """Log-probabilities and entropy of a batch's response tokens under the policy, the frozen reference or the base."""
-        adapter = {} if base else self._reference if reference else self._adapter
+        adapter = {} if base else self.reference if reference else self.policy
         rows = len(batch.prompt)
-        result = self._outputs(self.base, adapter, self._put(batch, _round_up(rows, self._multiple)), entropy=True)
+        result = self.programs.outputs(self.base, adapter, self.put(batch, _round_up(rows, self._multiple)), entropy=True)
         return jax.tree.map(lambda x: np.asarray(x)[:rows], jax.device_get(result))
 
     def scores(self, batch: Batch) -> Float32[np.ndarray, "query k"]:
         """What the head says of every response."""
-        part = self._put(batch, _round_up(len(batch.prompt), self._multiple))
-        return np.asarray(jax.device_get(self._scores(self.base, self._adapter, part)))[: len(batch.prompt)]
+        part = self.put(batch, _round_up(len(batch.prompt), self._multiple))
+        return np.asarray(jax.device_get(self.programs.scores(self.base, self.policy, part)))[: len(batch.prompt)]
 
     def update(self, batches: Sequence[Batch], loss: Loss, *, lr: float) -> dict[str, float]:
         """One optimizer step on the mean loss over all rows of `batches`, gradients accumulated over them."""
@@ -111,23 +110,23 @@ class JaxBackend:
         grads: Any = None
         metrics: dict[str, float] = {}
         # dropout depends on the number of steps taken, which a checkpoint holds: a resumed run draws the same
-        step = jax.random.fold_in(self._key, optax.tree.get(self._state, "count"))
+        step = jax.random.fold_in(self._key, optax.tree.get(self.state, "count"))
         for i, batch in enumerate(batches):
-            part = self._put(batch, _round_up(rows, self._multiple))
+            part = self.put(batch, _round_up(rows, self._multiple))
             key = jax.random.fold_in(step, i)
-            new, values = self._gradients(self.base, self._adapter, part, share, key, loss=loss)
-            grads = new if grads is None else self._accumulate(grads, new)
+            new, values = self.programs.gradients(self.base, self.policy, part, share, key, loss=loss)
+            grads = new if grads is None else self.programs.accumulate(grads, new)
             for name, value in values.items():
                 metrics[name] = metrics.get(name, 0.0) + float(value)
-        self._adapter, self._state, norm = self._apply(self._adapter, self._state, grads, jnp.float32(lr))
+        self.policy, self.state, norm = self.programs.apply(self.policy, self.state, grads, jnp.float32(lr))
         return {**metrics, "grad_norm": float(norm)}
 
     def freeze_reference(self) -> None:
         """The policy as it is now becomes the reference: the same base with a frozen copy of the adapter."""
-        self._reference = jax.tree.map(jnp.copy, self._adapter)
+        self.reference = jax.tree.map(jnp.copy, self.policy)
 
     def adapter(self) -> dict[str, np.ndarray]:
-        return adapters.to_peft(jax.device_get(self._adapter))
+        return adapters.to_peft(jax.device_get(self.policy))
 
     def save(self, path: Path, step: int, meta: dict[str, Any], *, keep: int) -> None:
         checkpoint.save(path, step, self._trees(), meta, keep=keep)
@@ -138,7 +137,7 @@ class JaxBackend:
         if found is None:
             return None
         trees, meta = found
-        self._adapter, self._state, self._reference = trees["adapter"], trees["optimizer"], trees["reference"]
+        self.policy, self.state, self.reference = trees["adapter"], trees["optimizer"], trees["reference"]
         return meta
 
     def environment(self) -> dict[str, Any]:
@@ -160,9 +159,9 @@ class JaxBackend:
         return sharding.row_multiple(self.mesh)
 
     def _trees(self) -> dict[str, Any]:
-        return {"adapter": self._adapter, "optimizer": self._state, "reference": self._reference}
+        return {"adapter": self.policy, "optimizer": self.state, "reference": self.reference}
 
-    def _put(self, batch: Batch, rows: int) -> Batch:
+    def put(self, batch: Batch, rows: int) -> Batch:
         """The batch on the devices, filled up to `rows` with copies of its first row that are not valid.
 
         Copies and not zeros: a loss that divides by its data would make NaN of zeros, and 0 * NaN is NaN.
@@ -181,16 +180,6 @@ def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def use_scan(setting: str, platform: str | None = None) -> bool:
-    """Whether layers are scanned: on GPU and TPU by default, not on CPU, where scanning copies the weights.
-
-    Args:
-        setting: config.model.layers.
-        platform: where the programs will run; jax's default backend if it is not given.
-    """
-    return (platform or jax.default_backend()) != "cpu" if setting == "auto" else setting == "scan"
-
-
 def load(config: ConfigDict) -> weights.Loaded:
     """Weights, model config and tokenizer of the base model; a mesh that does not fit is refused before."""
     sharding.make_mesh(**config.mesh)
@@ -206,6 +195,16 @@ def count(config: ConfigDict, loaded: weights.Loaded) -> tuple[int, int]:
 def transposed(loaded: weights.Loaded) -> bool:
     """Whether the base keeps its linear weights as [in, out]."""
     return FAMILIES[loaded.config.family].transposed
+
+
+def use_scan(setting: str, platform: str | None = None) -> bool:
+    """Whether layers are scanned: on GPU and TPU by default, not on CPU, where scanning copies the weights.
+
+    Args:
+        setting: config.model.layers.
+        platform: where the programs will run; jax's default backend if it is not given.
+    """
+    return (platform or jax.default_backend()) != "cpu" if setting == "auto" else setting == "scan"
 
 
 def make_model(config: ConfigDict, model_config: ModelConfig, mesh: Mesh, *, platform: str | None = None) -> Model:

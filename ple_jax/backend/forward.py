@@ -13,7 +13,7 @@ from ple_jax.backend.model import Model, head_logits
 from ple_jax.core.types import Batch, Outputs
 from ple_jax.models import adapters
 
-_CHUNK = 512  # tokens whose logits exist at one time: 100 MB in fp32 at a vocabulary of 49152
+CHUNK = 512  # tokens whose logits exist at one time: 100 MB in fp32 at a vocabulary of 49152
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -46,7 +46,7 @@ def _chunk(head: Array, hidden: Array, targets: Array, softcap: float | None) ->
 def _over_time(f: Any, hidden: Array, targets: Array, shards: int) -> Any:
     rows, time = targets.shape
     # chunks along time only: rows may be spread over devices
-    size = max(1, min(time, _CHUNK * shards // rows))
+    size = max(1, min(time, CHUNK * shards // rows))
     pad = -time % size
     h = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0))).reshape(rows, -1, size, hidden.shape[-1]).swapaxes(0, 1)
     y = jnp.pad(targets, ((0, 0), (0, pad))).reshape(rows, -1, size).swapaxes(0, 1)
@@ -113,6 +113,30 @@ def pack(batch: Batch) -> tuple[Array, Array, Array]:
     return tokens, position, (causal & own)[None] & valid[:, None]
 
 
+def hidden_states(
+    model: Model, base: Any, fused: Any, batch: Batch, score: Float[Array, "hidden 1"] | None = None
+) -> tuple[Float[Array, "row k response_len hidden"], Float32[Array, "row k"] | None, Float[Array, "row 1 hidden"]]:
+    """Of every response token; a reward model's scores, where there is a head for them; of the last prompt token."""
+    rows, k, r = batch.response.shape
+    tokens, position, mask = pack(batch)
+    hidden, _ = model.apply(base, fused, tokens, positions=position, mask=mask)
+    p = batch.prompt.shape[1]
+    responses = hidden[:, p:].reshape(rows, k, r, -1)
+    scores = None
+    if score is not None:
+        last = jnp.maximum(batch.response_mask.astype(jnp.int32).sum(-1) - 1, 0)
+        scores = _read(score, jnp.take_along_axis(responses, last[..., None, None], 2)[:, :, 0])
+    return responses, scores, hidden[:, p - 1 : p]
+
+
+def predicting(
+    responses: Float[Array, "row k response_len hidden"], first: Float[Array, "row 1 hidden"]
+) -> Float[Array, "row k response_len hidden"]:
+    """The hidden states that predict each response token: the last prompt token's is that of every first one."""
+    rows, k, _, size = responses.shape
+    return jnp.concatenate([jnp.broadcast_to(first[:, None], (rows, k, 1, size)), responses[:, :, :-1]], 2)
+
+
 def outputs(
     model: Model,
     base: Any,
@@ -130,14 +154,9 @@ def outputs(
         value: PPO's head, read where each token is predicted.
     """
     rows, k, r = batch.response.shape
-    tokens, position, mask = pack(batch)
-    hidden, _ = model.apply(base, fused, tokens, positions=position, mask=mask)
-    p = batch.prompt.shape[1]
-    # the last prompt token predicts the first token of every response
-    first = jnp.broadcast_to(hidden[:, None, p - 1 : p], (rows, k, 1, hidden.shape[-1]))
-    responses = hidden[:, p:].reshape(rows, k, r, -1)
-    predicting = jnp.concatenate([first, responses[:, :, :-1]], 2).reshape(rows, k * r, -1)
-    head, shards = model.head(base), 1
+    responses, scores, first = hidden_states(model, base, fused, batch, score)
+    hidden = predicting(responses, first).reshape(rows, k * r, -1)
+    head, shards, softcap = model.head(base), 1, model.config.logits_softcap
     if model.mesh is not None:
         # once: the loop over chunks would gather it in every turn
         head = sharding.gathered("head", head, model.mesh)
@@ -146,14 +165,9 @@ def outputs(
     def shaped(x: Array) -> Array:
         return jnp.where(batch.response_mask, x.reshape(rows, k, r), 0.0)
 
-    scores = None
-    if score is not None:
-        last = jnp.maximum(batch.response_mask.astype(jnp.int32).sum(-1) - 1, 0)
-        scores = _read(score, jnp.take_along_axis(responses, last[..., None, None], 2)[:, :, 0])
-    softcap = model.config.logits_softcap
-    logprobs = shaped(token_logprobs(head, predicting, batch.response.reshape(rows, k * r), softcap, shards))
-    spread = shaped(token_entropy(head, predicting, softcap, shards)) if entropy else None
-    values = None if value is None else shaped(_read(value, predicting))
+    logprobs = shaped(token_logprobs(head, hidden, batch.response.reshape(rows, k * r), softcap, shards))
+    spread = shaped(token_entropy(head, hidden, softcap, shards)) if entropy else None
+    values = None if value is None else shaped(_read(value, hidden))
     return Outputs(logprobs, spread, values, scores)
 
 

@@ -6,12 +6,12 @@ depends on its own uniforms and not on its place in a batch.
 
 import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float32, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from ple_jax.backend.model import Cache, Model
 from ple_jax.core.batches import bucket
@@ -103,28 +103,12 @@ def generate(
     """Responses and their lengths (EOS counted, where it was sampled). Pure; jit it with model and sampling static.
 
     Args:
-        lora: a fused adapter (`ple_jax.lora.fuse`).
+        lora: a fused adapter (`ple_jax.backend.lora.fuse`).
         prompt: left-padded; every row has at least one token.
         prefix: tokens that stand before every prompt (the principles); computed once and shared by all rows.
     """
-    rows, length = prompt.shape
-    shared, new = prefix.shape[0], uniforms.shape[1]
-    total = shared + length + new
-    cache = model.empty_cache(rows, total, base["embed"].dtype)
-    if shared:
-        cache = _prefill_prefix(model, base, lora, prefix, cache)
-
-    # source positions: [prefix | padded prompt | generated]
-    source = jnp.concatenate([jnp.ones((rows, shared), bool), prompt_mask, jnp.zeros((rows, new), bool)], 1)
-    causal = jnp.arange(total)[None] <= shared + jnp.arange(length)[:, None]
-    position = shared + jnp.cumsum(prompt_mask.astype(jnp.int32), 1) - 1
-    mask = source[:, None] & causal[None]
-    coming = position[:, -1:] + 1 + jnp.arange(new)[None]
-    before = jnp.broadcast_to(jnp.arange(shared)[None], (rows, shared))
-    places = jnp.concatenate([before, position, coming], 1)
-    hidden, cache = model.apply(
-        base, lora, prompt, positions=position, mask=mask, cache=cache, index=shared, source_positions=places
-    )
+    rows, new = uniforms.shape
+    hidden, cache, sources = _prefill(model, base, lora, prompt, prompt_mask, prefix, new)
     eos = jnp.asarray(sampling.eos, jnp.int32)
 
     def draw(hidden: Array, u: Array) -> Array:
@@ -135,33 +119,66 @@ def generate(
         out = jax.lax.dynamic_update_slice(out, jnp.where(done, 0, token)[:, None], (0, i))
         lengths = lengths + (~done).astype(jnp.int32)
         done = done | (token[:, None] == eos[None]).any(-1)
-        index = shared + length + i
-        seen = source | ((jnp.arange(total) >= shared + length) & (jnp.arange(total) <= index))[None]
-        hidden, cache = model.apply(
-            base,
-            lora,
-            token[:, None],
-            positions=position[:, -1:] + 1 + i,
-            mask=seen[:, None],
-            cache=cache,
-            index=index,
-            source_positions=places,
-        )
+        hidden, cache = _decode(model, base, lora, token, i, cache, sources)
         u = jax.lax.dynamic_slice_in_dim(uniforms, jnp.minimum(i + 1, new - 1), 1, 1)[:, 0]
         return i + 1, draw(hidden, u), cache, out, lengths, done
 
     # the last token needs no forward pass after it: the loop makes new - 1 and the end is written below
-    state = (
-        jnp.int32(0),
-        draw(hidden, uniforms[:, 0]),
-        cache,
-        jnp.zeros((rows, new), jnp.int32),
-        jnp.zeros((rows,), jnp.int32),
-        jnp.zeros((rows,), bool),
-    )
+    nothing = jnp.zeros((rows, new), jnp.int32), jnp.zeros((rows,), jnp.int32), jnp.zeros((rows,), bool)
+    state = (jnp.int32(0), draw(hidden, uniforms[:, 0]), cache, *nothing)
     i, token, _, out, lengths, done = jax.lax.while_loop(lambda s: (s[0] < new - 1) & ~s[-1].all(), step, state)
     out = jax.lax.dynamic_update_slice(out, jnp.where(done, 0, token)[:, None], (0, i))
     return out, lengths + (~done).astype(jnp.int32)
+
+
+class Sources(NamedTuple):
+    """What a row attends to while it is decoded: [prefix | padded prompt | generated]."""
+
+    there: Bool[Array, "row source"]  # of prefix and prompt
+    places: Int32[Array, "row source"]  # position of each
+    begin: int  # index of the first generated token
+    position: Int32[Array, "row 1"]  # of the prompt's last token
+
+
+def _prefill(
+    model: Model, base: Any, lora: Any, prompt: Array, prompt_mask: Array, prefix: Array, new: int
+) -> tuple[Float[Array, "row prompt_len hidden"], Cache, Sources]:
+    """Hidden states of the prompts, and a cache with room for `new` tokens after them."""
+    rows, length = prompt.shape
+    shared = prefix.shape[0]
+    total = shared + length + new
+    cache = model.empty_cache(rows, total, base["embed"].dtype)
+    if shared:
+        cache = _prefill_prefix(model, base, lora, prefix, cache)
+    source = jnp.concatenate([jnp.ones((rows, shared), bool), prompt_mask, jnp.zeros((rows, new), bool)], 1)
+    causal = jnp.arange(total)[None] <= shared + jnp.arange(length)[:, None]
+    position = shared + jnp.cumsum(prompt_mask.astype(jnp.int32), 1) - 1
+    mask = source[:, None] & causal[None]
+    coming = position[:, -1:] + 1 + jnp.arange(new)[None]
+    before = jnp.broadcast_to(jnp.arange(shared)[None], (rows, shared))
+    places = jnp.concatenate([before, position, coming], 1)
+    hidden, cache = model.apply(
+        base, lora, prompt, positions=position, mask=mask, cache=cache, index=shared, source_positions=places
+    )
+    return hidden, cache, Sources(source, places, shared + length, position[:, -1:])
+
+
+def _decode(
+    model: Model, base: Any, lora: Any, token: Int32[Array, " row"], i: Array, cache: Cache, sources: Sources
+) -> tuple[Float[Array, "row 1 hidden"], Cache]:
+    """Hidden states of the i-th generated token, which is written to the cache."""
+    index, places = sources.begin + i, jnp.arange(sources.there.shape[1])
+    seen = sources.there | ((places >= sources.begin) & (places <= index))[None]
+    return model.apply(
+        base,
+        lora,
+        token[:, None],
+        positions=sources.position + 1 + i,
+        mask=seen[:, None],
+        cache=cache,
+        index=index,
+        source_positions=sources.places,
+    )
 
 
 def _prefill_prefix(model: Model, base: Any, lora: Any, prefix: Int32[Array, " prefix_len"], cache: Cache) -> Cache:
@@ -200,7 +217,7 @@ def stream(
     Shapes come in buckets, so that the turns of a conversation share their compiled programs.
 
     Args:
-        lora: a fused adapter (`ple_jax.lora.fuse`), or `{}` for the base alone.
+        lora: a fused adapter (`ple_jax.backend.lora.fuse`), or `{}` for the base alone.
         uniforms: the noise of every token.
     """
     length, new = len(prompt), len(uniforms)
@@ -208,17 +225,17 @@ def stream(
     padded[0, :length] = prompt
     options = sampling._replace(max_new_tokens=0, eos=())  # neither needs another compilation
     size = bucket(length + new, _CACHE_BUCKET)
-    token, cache = _first(model, base, lora, padded, np.int32(length), uniforms[:1], size=size, sampling=options)
+    token, cache = first_token(model, base, lora, padded, np.int32(length), uniforms[:1], size=size, sampling=options)
     for i in range(1, new + 1):
         yield (chosen := int(token[0]))
         if chosen in sampling.eos or i == new:
             return
         index = np.int32(length + i - 1)
-        token, cache = _next(model, base, lora, token, index, cache, uniforms[i : i + 1], sampling=options)
+        token, cache = next_token(model, base, lora, token, index, cache, uniforms[i : i + 1], sampling=options)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "size", "sampling"))
-def _first(
+def first_token(
     model: Model,
     base: Any,
     lora: Any,
@@ -247,7 +264,7 @@ def _first(
 
 
 @functools.partial(jax.jit, static_argnames=("model", "sampling"), donate_argnames="cache")
-def _next(
+def next_token(
     model: Model,
     base: Any,
     lora: Any,

@@ -1,7 +1,7 @@
 """One decoder for every family, in Flax NNX; everything outside sees only the pure `Model.apply`.
 
 Weights of a layer that read the same input are fused at load: q, k, v into `qkv` and gate, up into `gate_up` (see
-`ple_jax.models.families.fuse`). Adapters stay canonical (see `ple_jax.lora`) and arrive here fused the same way.
+`ple_jax.models.families.fuse`). Adapters stay canonical (see `ple_jax.backend.lora`) and arrive here fused the same way.
 """
 
 import functools
@@ -260,44 +260,63 @@ class Model:
             index: where in the cache this call writes.
             source_positions: position of everything `mask` speaks of; with a cache a sliding window needs it.
         """
-        c = self.config
         decoder = self._bind(base)
-        x = decoder.embed[...][tokens]
-        if c.embed_scale != 1.0:
-            x = x * jnp.asarray(c.embed_scale, x.dtype)
-        if c.learned_positions:  # padding may lie anywhere
-            x = x + decoder.positions[...][jnp.clip(positions, 0, c.max_positions - 1)]
-        if cache is not None and source_positions is None and any(k.window for k in c.kinds):
-            raise ValueError("a sliding window over a cache needs source_positions")
-        back = positions[:, :, None] - (positions if source_positions is None else source_positions)[:, None]
-        kinds = [Kind(*rope(positions, k), mask & (back < k.window) if k.window else mask) for k in c.kinds]
+        x = self._embedded(decoder, tokens, positions)
+        kinds = self._kinds(positions, mask, cache, source_positions)
 
         def layer(block: Block, x: Array, lora: dict, kind: Kind, cache: tuple | None) -> tuple:
             return block(x, lora, kind, cache, index)
 
         if self.remat != "none" and cache is None:
             layer = self._rematerialised(layer)
-        if self.scan:
-            graph, stacked = nnx.split(decoder.layers)
-            every = jax.tree.map(lambda *x: jnp.stack(x), *kinds)
-
-            def step(x: Array, part: tuple) -> tuple:
-                state, lora, cache, i = part
-                kind = kinds[0] if len(kinds) == 1 else jax.tree.map(lambda x: x[i], every)
-                x, new = layer(nnx.merge(graph, state), x, lora, kind, cache)
-                return x, new if cache is not None else None
-
-            parts = (stacked, lora.get("layers", {}), tuple(cache) if cache else None, jnp.asarray(c.pattern, jnp.int32))
-            x, new = jax.lax.scan(step, x, parts)
-            cache = Cache(*new) if cache else None
-        else:
-            loras = lora.get("layers", [{}] * c.num_layers)
-            new = []
-            for i, block in enumerate(decoder.layers):
-                x, kv = layer(block, x, loras[i], kinds[c.pattern[i]], (cache.key[i], cache.value[i]) if cache else None)
-                new.append(kv)
-            cache = Cache(tuple(k for k, _ in new), tuple(v for _, v in new)) if cache else None
+        run = self._scanned if self.scan else self._unrolled
+        x, cache = run(decoder, layer, x, lora.get("layers"), kinds, cache)
         return decoder.norm(x), cache
+
+    def _embedded(self, decoder: Decoder, tokens: Array, positions: Array) -> Float[Array, "row time hidden"]:
+        c = self.config
+        x = decoder.embed[...][tokens]
+        if c.embed_scale != 1.0:
+            x = x * jnp.asarray(c.embed_scale, x.dtype)
+        if c.learned_positions:  # padding may lie anywhere
+            x = x + decoder.positions[...][jnp.clip(positions, 0, c.max_positions - 1)]
+        return x
+
+    def _kinds(self, positions: Array, mask: Array, cache: Cache | None, source_positions: Array | None) -> list[Kind]:
+        """What differs between the kinds of layers: rotary angles, and what a window leaves of the mask."""
+        kinds = self.config.kinds
+        if cache is not None and source_positions is None and any(k.window for k in kinds):
+            raise ValueError("a sliding window over a cache needs source_positions")
+        back = positions[:, :, None] - (positions if source_positions is None else source_positions)[:, None]
+        return [Kind(*rope(positions, k), mask & (back < k.window) if k.window else mask) for k in kinds]
+
+    def _scanned(
+        self, decoder: Decoder, layer: Callable, x: Array, loras: Tree, kinds: list[Kind], cache: Cache | None
+    ) -> tuple[Array, Cache | None]:
+        """All layers by one compiled body: their weights, adapters and caches are stacks."""
+        graph, stacked = nnx.split(decoder.layers)
+        every = jax.tree.map(lambda *x: jnp.stack(x), *kinds)
+
+        def step(x: Array, part: tuple) -> tuple:
+            state, lora, cache, i = part
+            kind = kinds[0] if len(kinds) == 1 else jax.tree.map(lambda x: x[i], every)
+            x, new = layer(nnx.merge(graph, state), x, lora, kind, cache)
+            return x, new if cache is not None else None
+
+        pattern = jnp.asarray(self.config.pattern, jnp.int32)
+        x, new = jax.lax.scan(step, x, (stacked, loras or {}, tuple(cache) if cache else None, pattern))
+        return x, Cache(*new) if cache else None
+
+    def _unrolled(
+        self, decoder: Decoder, layer: Callable, x: Array, loras: Tree, kinds: list[Kind], cache: Cache | None
+    ) -> tuple[Array, Cache | None]:
+        """Layer after layer: of each a tree of its own."""
+        new = []
+        for i, block in enumerate(decoder.layers):
+            kind, own = kinds[self.config.pattern[i]], (cache.key[i], cache.value[i]) if cache else None
+            x, kv = layer(block, x, loras[i] if loras else {}, kind, own)
+            new.append(kv)
+        return x, Cache(tuple(k for k, _ in new), tuple(v for _, v in new)) if cache else None
 
     def _rematerialised(self, layer: Callable) -> Callable:
         """The layer, keeping for the backward pass its input ("full") or the results of its weight matmuls ("dots")."""
@@ -357,23 +376,14 @@ def fill(
     one kernel of one layer, never a stack of layers.
 
     Args:
-        put: `put(name, array)` places one array on the devices; names are those of `ple_jax.sharding`: "layers/qkv/kernel"
-            ... A scanned layer's arrays are placed like an unrolled one's, and then written into their stack, which is
-            sharded in the same way.
-        quantize: "int8" or "nf4" for the kernels of the layers (see `ple_jax.quantize`), whose values and scales are
+        put: `put(name, array)` places one array on the devices; names are those of `ple_jax.backend.sharding`:
+            "layers/qkv/kernel" ... A scanned layer's arrays are placed like an unrolled one's, and then written into their
+            stack, which is sharded in the same way.
+        quantize: "int8" or "nf4" for the kernels of the layers (see `ple_jax.backend.quantize`), whose values and scales are
             placed under the kernel's name; "none" leaves everything in the model's dtype.
     """
     c = model.config
-    dtype = model.shapes["embed"].dtype
-
-    def place(path: list[str], array: np.ndarray, shape: tuple[int, ...]) -> Tree:
-        name = "/".join(part for part in path if not part.isdigit())
-        if quantize != "none" and (axis := quantized_axis(name)) is not None:
-            parts = quantization.quantize(array.reshape(shape), quantize, axis=axis)
-        else:
-            parts = np.ascontiguousarray(array.reshape(shape), dtype)
-        # transfers are asynchronous: without waiting, every array still under way would be on the host at once
-        return jax.block_until_ready(jax.tree.map(lambda part: put(name, part), parts))
+    place = functools.partial(_placed, put, model.shapes["embed"].dtype, quantize)
 
     def leaf(keys: tuple, leaf: jax.ShapeDtypeStruct) -> Tree:
         path = [str(k.key) for k in keys]
@@ -385,6 +395,17 @@ def fill(
         return _stack(parts, c.num_layers)
 
     return jax.tree_util.tree_map_with_path(leaf, model.shapes)
+
+
+def _placed(put: Callable, dtype: Any, quantize: str, path: list[str], array: np.ndarray, shape: tuple[int, ...]) -> Tree:
+    """One weight on the devices, in the model's dtype or quantised."""
+    name = "/".join(part for part in path if not part.isdigit())
+    if quantize != "none" and (axis := quantized_axis(name)) is not None:
+        parts = quantization.quantize(array.reshape(shape), quantize, axis=axis)
+    else:
+        parts = np.ascontiguousarray(array.reshape(shape), dtype)
+    # transfers are asynchronous: without waiting, every array still under way would be on the host at once
+    return jax.block_until_ready(jax.tree.map(lambda part: put(name, part), parts))
 
 
 def _stack(parts: Iterable[Tree], count: int) -> Tree:

@@ -39,7 +39,7 @@ def classifier(
         token that is not the padding token of config.json.
 
     Raises:
-        UserError: as `checkpoint.load`; a checkpoint without a head.
+        UserError: as `weights.load_classifier`; a checkpoint without a head.
     """
     devices = sharding.make_mesh(**mesh)
     loaded = weights.load_classifier(folder)
@@ -54,17 +54,21 @@ def classifier(
         return pooled(model, base, tokens, mask, last) @ head.T
 
     def classify(ids: Sequence[Sequence[int]]) -> Float32[np.ndarray, "n labels"]:
-        # few shapes, so that few programs are compiled
-        tokens = np.zeros((height, bucket(max(map(len, ids)), _BUCKET)), np.int32)
-        mask, last = np.zeros(tokens.shape, bool), np.zeros(height, np.int32)
-        for row, own in enumerate(ids):
-            tokens[row, : len(own)], mask[row, : len(own)] = own, True
-            last[row] = last_token(own, pad)
         with jax.default_matmul_precision("highest" if dtype == "float32" else None):
-            found = logits(base, head, *sharding.put_rows(devices, (tokens, mask, last)))
+            found = logits(base, head, *sharding.put_rows(devices, _padded(ids, height, pad)))
         return np.asarray(jax.device_get(found))[: len(ids)]
 
     return classify
+
+
+def _padded(ids: Sequence[Sequence[int]], height: int, pad: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens, their mask and the place that is scored; few shapes, so that few programs are compiled."""
+    tokens = np.zeros((height, bucket(max(map(len, ids)), _BUCKET)), np.int32)
+    mask, last = np.zeros(tokens.shape, bool), np.zeros(height, np.int32)
+    for row, own in enumerate(ids):
+        tokens[row, : len(own)], mask[row, : len(own)] = own, True
+        last[row] = last_token(own, pad)
+    return tokens, mask, last
 
 
 def last_token(ids: Sequence[int], pad: int | None) -> int:

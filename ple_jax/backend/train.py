@@ -1,4 +1,4 @@
-"""The pure training step, and `JaxBackend`, the only holder of state."""
+"""The pure training step, and the compiled programs of a run. Its twin is `torch_ascend/train.py`."""
 
 import functools
 from typing import Any, NamedTuple
@@ -12,20 +12,8 @@ from jaxtyping import Array
 from ple_jax.backend import generate, lora, sharding
 from ple_jax.backend.forward import heads, outputs
 from ple_jax.backend.model import Model
-from ple_jax.core.types import Batch, Loss
+from ple_jax.core.types import Batch, Loss, Outputs, Sampling
 from ple_jax.models import adapters
-
-# ---------------------------------------------------------------- log-probabilities of response tokens
-
-
-
-
-# ---------------------------------------------------------------- the packed row [prompt | response 1 | ... | response K]
-
-
-
-
-# ---------------------------------------------------------------- the step
 
 
 def optimizer(*, clip_norm: float, weight_decay: float) -> optax.GradientTransformation:
@@ -94,29 +82,20 @@ def programs(
     def fuse(base: Any, adapter: Any) -> Any:
         return lora.fuse(model, adapter, settings, base=base)
 
+    def sample(base: Any, adapter: Any, *data: Array, sampling: Sampling) -> tuple[Array, Array]:
+        return generate.generate(model, base, fuse(base, adapter), *data, sampling=sampling)
+
+    def say(base: Any, adapter: Any, batch: Batch, entropy: bool = False) -> Outputs:
+        return outputs(model, base, fuse(base, adapter), batch, entropy=entropy, **heads(adapter))
+
+    def slope(base: Any, adapter: Any, batch: Batch, share: Array, key: Array, loss: Loss) -> tuple[Any, dict[str, Array]]:
+        return gradients(model, settings, loss, base, adapter, batch, share, key)
+
     return Programs(
-        generate=jax.jit(
-            lambda base, adapter, *data, sampling: generate.generate(
-                model, base, fuse(base, adapter), *data, sampling=sampling
-            ),
-            static_argnames="sampling",
-        ),
-        outputs=jax.jit(
-            lambda base, adapter, batch, entropy: outputs(
-                model, base, fuse(base, adapter), batch, entropy=entropy, **heads(adapter)
-            ),
-            static_argnames="entropy",
-        ),
-        scores=jax.jit(
-            lambda base, adapter, batch: outputs(model, base, fuse(base, adapter), batch, **heads(adapter)).scores
-        ),
-        gradients=jax.jit(
-            lambda base, adapter, batch, share, key, loss: gradients(
-                model, settings, loss, base, adapter, batch, share, key
-            ),
-            static_argnames="loss",
-            out_shardings=(place[0], sharding.replicated(mesh)),
-        ),
+        generate=jax.jit(sample, static_argnames="sampling"),
+        outputs=jax.jit(say, static_argnames="entropy"),
+        scores=jax.jit(lambda base, adapter, batch: say(base, adapter, batch).scores),
+        gradients=jax.jit(slope, static_argnames="loss", out_shardings=(place[0], sharding.replicated(mesh))),
         accumulate=jax.jit(functools.partial(jax.tree.map, jnp.add), donate_argnums=0),
         apply=jax.jit(
             functools.partial(apply_gradients, transform),

@@ -60,7 +60,12 @@ class TopologyModule(Protocol):
         principles: str,
         write: Callable[[str], None] = ...,
     ) -> Any:
-        """Writes, a line at a time, what every phase needs of a device and whether it fits; returns what was counted.
+        """Writes what every phase needs of a device and whether it fits; returns what was counted.
+
+        Args:
+            topology: kind and number of devices, as the module knows them.
+            algorithm: as `algorithms.load` gives it.
+            write: takes one line at a time.
 
         Raises:
             UserError: an unknown topology, a mesh that does not take its devices, a model that is not supported.

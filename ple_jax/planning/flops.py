@@ -2,12 +2,13 @@
 
 from ple_jax.models import layout
 from ple_jax.models.config import ModelConfig
+from ple_jax.training.costs import forward_flops
 
 
-def forward_flops(c: ModelConfig, *, rows: int, tokens: int, source: int, predicted: int, adapter: int) -> dict[str, float]:
+def forward_parts(c: ModelConfig, *, rows: int, tokens: int, source: int, predicted: int, adapter: int) -> dict[str, float]:
     """Multiplications and additions of one forward pass over all rows, by part.
 
-    XLA's own count takes the body of a loop once, so this is a formula: 2 per weight and token, and for attention
+    XLA's own count takes the body of a loop once, so this is a formula: a run's own for weights, and for attention
     4 * heads * head_dim per token and source position, masked or not.
 
     Args:
@@ -18,10 +19,10 @@ def forward_flops(c: ModelConfig, *, rows: int, tokens: int, source: int, predic
     """
     each = rows * tokens
     return {
-        "base": 2.0 * each * layout.active_weights(c),
-        "adapter": 2.0 * each * adapter,
+        "base": forward_flops(layout.active_weights(c), each),
+        "adapter": forward_flops(adapter, each),
         "attention": 4.0 * each * source * c.num_layers * c.num_heads * c.head_dim,
-        "head": 2.0 * rows * predicted * c.vocab_size * c.hidden_size,
+        "head": forward_flops(c.vocab_size * c.hidden_size, rows * predicted),
     }
 
 
@@ -29,7 +30,7 @@ def gradient_flops(forward: dict[str, float], remat: str) -> float:
     """Operations of a gradient step with a frozen base: no gradients of its weights.
 
     Backward costs once the forward pass for the base and twice for adapter and attention. The head's part is two matmuls
-    (`train.token_logprobs`). What is recomputed comes on top: with remat=full all layers, with dots the attention.
+    (`forward.token_logprobs`). What is recomputed comes on top: with remat=full all layers, with dots the attention.
     """
     base, adapter, attention, head = (forward[part] for part in ("base", "adapter", "attention", "head"))
     again = {"none": 0.0, "dots": attention, "full": base + adapter + attention}[remat]

@@ -110,12 +110,3 @@ def example_batch(config: ConfigDict, algorithm: Algorithm, rows: int, sizes: Le
     zeros = np.zeros(batch.response.shape, np.float32)
     batch.data.update({name: zeros for name, needed in compared.items() if needed})
     return algorithm.prepare(batch, context)
-
-
-def readable(count: float) -> str:
-    """Bytes for reading: 512 B, 1.50 MiB."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            break
-        count /= 1024
-    return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.3g} {unit}"

@@ -1,7 +1,7 @@
 """`--mode=plan --topology=v5e:2x4`: what every phase of a run needs of a device, from the compiler, without the devices.
 
 The programs are those that train (`train.programs`); weights are shapes with shardings. libtpu compiles for a slice of
-TPUs on any machine; where it is not installed the same report is made on simulated CPU devices.
+TPUs on any machine; where it is not installed the same sheet is made on simulated CPU devices.
 """
 
 import math
@@ -22,13 +22,11 @@ from ple_jax.backend import quantize as quantization
 from ple_jax.backend.model import Model, quantized_axis
 from ple_jax.core.types import Batch, Query, Sampling
 from ple_jax.models import adapters
-from ple_jax.planning import hlo
-from ple_jax.planning.flops import forward_flops, gradient_flops
-from ple_jax.planning.outline import Lengths, check_positions, example_batch, lengths, read_source, readable
+from ple_jax.planning import hlo, sheet
+from ple_jax.planning.flops import forward_parts, gradient_flops
+from ple_jax.planning.outline import Lengths, check_positions, example_batch, lengths, read_source
 from ple_jax.planning.targets import Target, make_mesh, open_target
-
-GIB = 2**30
-
+from ple_jax.reports.formats import readable_bytes
 
 # ---------------------------------------------------------------- shapes on devices
 
@@ -72,12 +70,59 @@ def device_bytes(tree: Any) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * jax.dtypes.itemsize_bits(x.dtype) for x in leaves) // 8
 
 
-# ---------------------------------------------------------------- floating-point operations, by formula
-
-
-
-
 # ---------------------------------------------------------------- the phases
+
+
+class Spread(NamedTuple):
+    """A run's arrays and programs on the devices of a mesh, of shapes alone."""
+
+    config: ConfigDict
+    model: Model
+    mesh: Mesh
+    sizes: Lengths
+    sampling: Sampling
+    made: train.Programs
+    base: Any
+    adapter: Any
+    state: Any
+    numbers: int  # parameters of the adapter
+
+    def whole(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        """An array that every device has."""
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.replicated(self.mesh))
+
+    def rows(self, *shape: int, dtype: Any) -> jax.ShapeDtypeStruct:
+        """An array whose rows are spread."""
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.rows(self.mesh, len(shape)))
+
+    def forward(self, rows: int, tokens: int, source: int, predicted: int) -> dict[str, float]:
+        """Operations of a forward pass, by part."""
+        counts = {"rows": rows, "tokens": tokens, "source": source, "predicted": predicted}
+        return forward_parts(self.model.config, **counts, adapter=self.numbers)
+
+
+def spread(
+    config: ConfigDict, model: Model, mesh: Mesh, sizes: Lengths, algorithm: Algorithm, eos: tuple[int, ...]
+) -> Spread:
+    """Everything as it is when training starts."""
+    opt, s, settings = config.optimizer, config.sampling, adapters.settings(config)
+    transform = train.optimizer(clip_norm=opt.clip_norm, weight_decay=opt.weight_decay)
+    fresh = adapters.init(model.config, settings, seed=config.seed)
+    if head := algorithm.needs(config).head:
+        fresh = adapters.with_head(config, fresh, model.config, head)
+    places = train.placement(fresh, transform, mesh)
+    return Spread(
+        config,
+        model,
+        mesh,
+        sizes,
+        Sampling(sizes.new, eos, s.temperature, s.top_k, s.top_p, s.min_p),
+        train.programs(model, fresh, mesh, transform=transform, settings=settings),
+        abstract_base(model, mesh, config.model.quantize),
+        _abstract(fresh, places[0]),
+        _abstract(jax.eval_shape(transform.init, fresh), places[1]),
+        adapters.count(fresh),
+    )
 
 
 class Phase(NamedTuple):
@@ -95,124 +140,116 @@ def phases(
     config: ConfigDict, model: Model, mesh: Mesh, sizes: Lengths, algorithm: Algorithm, eos: tuple[int, ...]
 ) -> Iterator[Phase]:
     """Everything a run compiles, in the order in which it happens."""
-    c, opt = model.config, config.optimizer
-    settings = adapters.settings(config)
-    transform = train.optimizer(clip_norm=opt.clip_norm, weight_decay=opt.weight_decay)
-    fresh = adapters.init(c, settings, seed=config.seed)
-    if head := algorithm.needs(config).head:
-        fresh = adapters.with_head(config, fresh, c, head)
-    places = train.placement(fresh, transform, mesh)
-    made = train.programs(model, fresh, mesh, transform=transform, settings=settings)
-    base = abstract_base(model, mesh, config.model.quantize)
-    adapter = _abstract(fresh, places[0])
-    state = _abstract(jax.eval_shape(transform.init, fresh), places[1])
-    frozen, trained, moments = map(device_bytes, (base, adapter, state))  # the reference is as large as the adapter
+    on = spread(config, model, mesh, sizes, algorithm, eos)
+    yield from _sampling(on)
+    yield from _training(on, algorithm)
 
-    def whole(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.replicated(mesh))
 
-    def spread(*shape: int, dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.rows(mesh, len(shape)))
-
-    def forward(rows: int, tokens: int, source: int, predicted: int) -> dict[str, float]:
-        return forward_flops(c, rows=rows, tokens=tokens, source=source, predicted=predicted, adapter=adapters.count(fresh))
-
-    s, width = config.sampling, config.sampling.width
-    sampling = Sampling(sizes.new, eos, s.temperature, s.top_k, s.top_p, s.min_p)
+def _sampling(on: Spread) -> Iterator[Phase]:
+    sizes, width = on.sizes, on.config.sampling.width
     total = sizes.prefix + sizes.sampled + sizes.new
-
-    def generation(new: int) -> Any:
-        prompt = spread(width, sizes.sampled, dtype=jnp.int32), spread(width, sizes.sampled, dtype=jnp.bool_)
-        noise = spread(width, new, dtype=jnp.float32)
-        return made.generate.lower(base, adapter, *prompt, whole((sizes.prefix,), jnp.int32), noise, sampling=sampling)
-
-    def decode() -> Any:
-        fuse = jax.jit(lambda base, adapter: lora.fuse(model, adapter, settings, base=base))
-        # fused before the loop in generate: where the compiler puts it is where the loop finds it
-        fused = _abstract(jax.eval_shape(fuse, base, adapter), fuse.lower(base, adapter).compile().output_shardings)
-        cache = jax.eval_shape(lambda: model.empty_cache(width, total, jnp.dtype(config.model.dtype)))
-        heads = "tensor" if c.num_kv_heads % mesh.shape["tensor"] == 0 else None
-        cached = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(
-                x.shape,
-                x.dtype,
-                sharding=NamedSharding(mesh, PartitionSpec(*[None] * (x.ndim - 4), sharding.BATCH, heads, None, None)),
-            ),
-            cache,
-        )
-
-        def step(
-            base: Any, fused: Any, cache: Any, token: Any, position: Any, mask: Any, places: Any, index: Any, u: Any
-        ) -> Any:
-            hidden, cache = model.apply(
-                base,
-                fused,
-                token,
-                positions=position,
-                mask=mask,
-                cache=cache,
-                index=index,
-                source_positions=places,
-            )
-            return generate.sample_token(model.logits(base, hidden[:, -1]), u, sampling=sampling), cache
-
-        token, position = spread(width, 1, dtype=jnp.int32), spread(width, 1, dtype=jnp.int32)
-        mask, u = spread(width, 1, total, dtype=jnp.bool_), spread(width, dtype=jnp.float32)
-        places, index = spread(width, total, dtype=jnp.int32), whole((), jnp.int32)
-        return jax.jit(step, donate_argnums=2).lower(base, fused, cached, token, position, mask, places, index, u)
-
-    policy = frozen + trained
-    resident = trained + moments  # the reference and the optimizer's moments
-    first = sum(forward(width, sizes.sampled, total, 1).values())
-    first += sum(forward(1, sizes.prefix, sizes.prefix, 0).values())
-    one = sum(forward(width, 1, total, 1).values())
+    policy = device_bytes(on.base) + device_bytes(on.adapter)
+    resident = device_bytes(on.adapter) + device_bytes(on.state)  # the reference and the optimizer's moments
+    first = sum(on.forward(width, sizes.sampled, total, 1).values())
+    first += sum(on.forward(1, sizes.prefix, sizes.prefix, 0).values())
+    one = sum(on.forward(width, 1, total, 1).values())
     rows = f"{width} rows x [{f'{sizes.prefix} shared + ' if sizes.prefix else ''}{sizes.sampled} prompt"
-    yield Phase("prefill", f"{rows} tokens]", policy, resident, first, lambda: generation(1))
-    yield Phase("decode step", f"{width} rows x 1 token over {total} positions", policy, resident, one, decode)
+    yield Phase("prefill", f"{rows} tokens]", policy, resident, first, lambda: _generation(on, 1))
+    yield Phase(
+        "decode step", f"{width} rows x 1 token over {total} positions", policy, resident, one, lambda: _decoding(on, total)
+    )
     yield Phase(
         "generate", f"{rows} + {sizes.new} new tokens]", policy, resident, first + (sizes.new - 1) * one,
-        lambda: generation(sizes.new),
+        lambda: _generation(on, sizes.new),
     )  # fmt: skip
 
-    def batch(queries: int) -> Batch:
-        return _rows(mesh, example_batch(config, algorithm, queries, sizes, c.vocab_size))
 
-    def packed(b: Batch) -> tuple[str, dict[str, float]]:
-        queries, k, new = b.response.shape
-        time_ = b.prompt.shape[1] + k * new
-        about = f"{queries} rows x [{b.prompt.shape[1]} prompt + {k} x {new} response tokens]"
-        return about, forward(queries, time_, time_, k * new)
+def _generation(on: Spread, new: int) -> Any:
+    """`train.programs`' generate, lowered for `new` tokens."""
+    width, length = on.config.sampling.width, on.sizes.sampled
+    prompt = on.rows(width, length, dtype=jnp.int32), on.rows(width, length, dtype=jnp.bool_)
+    prefix, noise = on.whole((on.sizes.prefix,), jnp.int32), on.rows(width, new, dtype=jnp.float32)
+    return on.made.generate.lower(on.base, on.adapter, *prompt, prefix, noise, sampling=on.sampling)
+
+
+def _decoding(on: Spread, total: int) -> Any:
+    """One token of every row, lowered: the body of generate's loop."""
+    model, mesh, width, rows = on.model, on.mesh, on.config.sampling.width, on.rows
+    settings = adapters.settings(on.config)
+    fuse = jax.jit(lambda base, adapter: lora.fuse(model, adapter, settings, base=base))
+    # fused before the loop in generate: where the compiler puts it is where the loop finds it
+    places = fuse.lower(on.base, on.adapter).compile().output_shardings
+    fused = _abstract(jax.eval_shape(fuse, on.base, on.adapter), places)
+
+    def step(
+        base: Any, fused: Any, cache: Any, token: Any, position: Any, mask: Any, places: Any, index: Any, u: Any
+    ) -> Any:
+        hidden, cache = model.apply(
+            base, fused, token, positions=position, mask=mask, cache=cache, index=index, source_positions=places
+        )
+        return generate.sample_token(model.logits(base, hidden[:, -1]), u, sampling=on.sampling), cache
+
+    token, position = rows(width, 1, dtype=jnp.int32), rows(width, 1, dtype=jnp.int32)
+    mask, u = rows(width, 1, total, dtype=jnp.bool_), rows(width, dtype=jnp.float32)
+    whole, index = rows(width, total, dtype=jnp.int32), on.whole((), jnp.int32)
+    cache = _cache(model, mesh, width, total, jnp.dtype(on.config.model.dtype))
+    return jax.jit(step, donate_argnums=2).lower(on.base, fused, cache, token, position, mask, whole, index, u)
+
+
+def _cache(model: Model, mesh: Mesh, rows: int, length: int, dtype: Any) -> Any:
+    """Keys and values where generate's loop has them: rows spread, and heads where they divide."""
+    heads = "tensor" if model.config.num_kv_heads % mesh.shape["tensor"] == 0 else None
+
+    def placed(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        place = PartitionSpec(*[None] * (x.ndim - 4), sharding.BATCH, heads, None, None)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, place))
+
+    return jax.tree.map(placed, jax.eval_shape(lambda: model.empty_cache(rows, length, dtype)))
+
+
+def _training(on: Spread, algorithm: Algorithm) -> Iterator[Phase]:
+    config, opt = on.config, on.config.optimizer
+    frozen, trained, moments = map(device_bytes, (on.base, on.adapter, on.state))  # the reference is as large as the adapter
+    policy, resident = frozen + trained, trained + moments
+
+    def batch(queries: int) -> tuple[Any, str, dict[str, float]]:
+        made = _rows(on.mesh, example_batch(config, algorithm, queries, on.sizes, on.model.config.vocab_size))
+        return made, *_packed(on, made)
 
     # log-probabilities are taken of a whole optimiser batch where the loss needs the reference's
-    judged = batch(max(config.eval.diagnostic_queries, opt.batch_queries * algorithm.needs(config).reference))
-    about, flops = packed(judged)
+    compared = opt.batch_queries * algorithm.needs(config).reference
+    judged, about, flops = batch(max(config.eval.diagnostic_queries, compared))
     yield Phase(
         "log-probs", about, policy, resident, sum(flops.values()),
-        lambda: made.outputs.lower(base, adapter, judged, entropy=True),
+        lambda: on.made.outputs.lower(on.base, on.adapter, judged, entropy=True),
     )  # fmt: skip
-    micro, loss = batch(opt.micro_queries), algorithm.make_loss(config)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    about, flops = packed(micro)
+    micro, about, flops = batch(opt.micro_queries)
+    key, loss = jax.eval_shape(lambda: jax.random.key(0)), algorithm.make_loss(config)
     passes = opt.batch_queries // opt.micro_queries
     accumulated = trained if passes > 1 else 0
     yield Phase(
-        "gradients",
-        about + (f", {passes} times a step" if passes > 1 else ""),
-        policy,
-        resident + accumulated,
+        "gradients", about + (f", {passes} times a step" if passes > 1 else ""), policy, resident + accumulated,
         gradient_flops(flops, config.model.remat),
-        lambda: made.gradients.lower(base, adapter, micro, whole((), jnp.float32), key, loss=loss),
-    )
-    numbers = adapters.count(fresh)
+        lambda: on.made.gradients.lower(on.base, on.adapter, micro, on.whole((), jnp.float32), key, loss=loss),
+    )  # fmt: skip
     if passes > 1:
         yield Phase(
-            "accumulate", f"{numbers:,} gradients", 2 * trained, policy + resident, numbers,
-            lambda: made.accumulate.lower(adapter, adapter),
+            "accumulate", f"{on.numbers:,} gradients", 2 * trained, policy + resident, on.numbers,
+            lambda: on.made.accumulate.lower(on.adapter, on.adapter),
         )  # fmt: skip
     yield Phase(
-        "apply", f"AdamW on {numbers:,} parameters", 2 * trained + moments, policy, 20.0 * numbers,
-        lambda: made.apply.lower(adapter, state, adapter, whole((), jnp.float32)),
+        "apply", f"AdamW on {on.numbers:,} parameters", 2 * trained + moments, policy, 20.0 * on.numbers,
+        lambda: on.made.apply.lower(on.adapter, on.state, on.adapter, on.whole((), jnp.float32)),
     )  # fmt: skip
+
+
+def _packed(on: Spread, batch: Batch) -> tuple[str, dict[str, float]]:
+    """Shape and operations of a batch in packed rows."""
+    queries, k, new = batch.response.shape
+    prompt = batch.prompt.shape[1]
+    time_ = prompt + k * new
+    about = f"{queries} rows x [{prompt} prompt + {k} x {new} response tokens]"
+    return about, on.forward(queries, time_, time_, k * new)
 
 
 # ---------------------------------------------------------------- what the compiler says
@@ -268,64 +305,46 @@ def report(
     train_set: Sequence[Query],
     heldout: Sequence[Query],
     principles: str,
-    write: Callable[[str], None] = lambda line: print(line, flush=True),
+    write: sheet.Write = lambda line: print(line, flush=True),
 ) -> dict[str, Measured]:
-    """Compiles every phase for the topology and writes, as it goes, what each needs and whether it fits.
+    """Compiles every phase for the topology (`v5e:2x4`, `cpu:8` ...) and writes, as it goes, what each needs of a device.
 
-    Args:
-        topology: `v5e:2x4`, `cpu:8` ...
-        algorithm: as `algorithms.load` gives it.
-        write: takes one line at a time.
-
-    Returns:
-        What was measured, by phase.
-
-    Raises:
-        UserError: an unknown topology, a mesh that does not take its devices, a model that is not supported.
+    As `TopologyModule.report`; returns what was measured, by phase.
     """
     target = open_target(topology)
     mesh = make_mesh(target, **config.mesh)
     source = read_source(config.model.path, config.model.revision)
-    c = source.config
     sizes = lengths(config, source.tokenizer, train_set, heldout, principles)
-    check_positions(config, sizes, c)
-    model = backend.make_model(config, c, mesh, platform=target.platform)
-    count = sum(math.prod(x.shape) for x in jax.tree.leaves(model.shapes))
-    limit = target.chip.hbm * GIB if target.chip else math.inf
-    axes = " x ".join(f"{axis} {n}" for axis, n in mesh.shape.items())
-    write(f"{config.model.path}: {count:,} parameters, {config.model.dtype}, remat {config.model.remat}")
-    memory = f", {target.chip.hbm:g} GiB each" if target.chip else ""
-    write(f"{target.name}: {len(target.devices)} devices, {axes}{memory}")
-    write(target.note)
-    for line in sharding.notes(mesh, kv_heads=c.num_kv_heads):
-        write(line)
-    if source.tokenizer is None:
-        write(f"no tokenizer: every prompt counts as {sizes.sampled} tokens (task.max_prompt_tokens), principles included")
-    write("\nMemory of one device: a program's arguments, outputs and temporaries, and what stays there besides")
-    write(f"{'':<12}{'args':>10}{'out':>10}{'temp':>10}{'held':>10}{'total':>10}{'of HBM':>8}{'FLOPs':>10}{'compile':>9}")
-    results: dict[str, tuple[Phase, Measured]] = {}
-    for phase in phases(config, model, mesh, sizes, algorithm, source.eos):
-        m = measure(phase)
-        results[phase.name] = (phase, m)
-        write(_row(phase, m, limit))
-    write("")
-    for phase, m in results.values():
-        write(f"{phase.name}: {phase.about}")
-        for line in ["not compiled"] if m.refused else _collectives(m.collectives):
-            write(f"    {line}")
-    write("")
-    for line in verdict(config, target, [*results.values()]):
-        write(line)
-    return {name: m for name, (_, m) in results.items()}
+    check_positions(config, sizes, source.config)
+    model = backend.make_model(config, source.config, mesh, platform=target.platform)
+    parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(model.shapes))
+    notes = [target.note, *sharding.notes(mesh, kv_heads=source.config.num_kv_heads)]
+    there = on_sheet(target)
+    sheet.head(config, there, parameters=parameters, sizes=sizes, tokenizer=source.tokenizer, notes=notes, write=write)
+    results: dict[str, Measured] = {}
+
+    def rows() -> Iterator[sheet.Row]:
+        for phase in phases(config, model, mesh, sizes, algorithm, source.eos):
+            results[phase.name] = measure(phase)
+            yield row(phase, results[phase.name])
+
+    title = "Memory of one device: a program's arguments, outputs and temporaries, and what stays there besides"
+    sheet.body(config, there, title, rows(), write)
+    return results
 
 
-def _row(phase: Phase, m: Measured, limit: float) -> str:
-    parts = [readable(n) for n in (m.arguments, m.outputs, m.temporaries)]
-    total = m.peak + phase.held
-    share = f"{total / limit:.0%}" if limit < math.inf else ""
-    cells = "".join(f"{cell:>10}" for cell in (*parts, readable(phase.held), readable(total)))
-    return f"{phase.name:<12}{cells}{share:>8}{phase.flops:>10.2e}{m.seconds:>7.1f} s" + (
-        "  the compiler refuses" if m.refused else ""
+def on_sheet(target: Target) -> sheet.Target:
+    """The target as the sheet knows it."""
+    return sheet.Target(target.name, len(target.devices), target.chip.hbm if target.chip else None)
+
+
+def row(phase: Phase, m: Measured) -> sheet.Row:
+    """The line of a phase."""
+    cells = {"args": m.arguments, "out": m.outputs, "temp": m.temporaries, "held": phase.held}
+    lines = ["not compiled"] if m.refused else _collectives(m.collectives)
+    stays, passing = m.arguments + phase.held, m.temporaries + m.outputs
+    return sheet.Row(
+        phase.name, phase.about, cells, stays, passing, m.peak + phase.held, m.seconds, phase.flops, m.refused, lines
     )
 
 
@@ -336,52 +355,6 @@ def _collectives(found: Sequence[hlo.Collective]) -> list[str]:
         terms = [f"{sum(not x.looped for x in mine)}"] if any(not x.looped for x in mine) else []
         for times in sorted({x.times for x in mine if x.looped}):
             terms.append(f"{sum(x.looped and x.times == times for x in mine)} in a loop of {times}")
-        moved = readable(sum(x.bytes * x.times for x in mine))
+        moved = readable_bytes(sum(x.bytes * x.times for x in mine))
         lines.append(f"{kind}: {sum(x.times for x in mine)} ({' + '.join(terms)}), {moved}")
     return lines or ["no collectives"]
-
-
-def verdict(config: ConfigDict, target: Target, results: Sequence[tuple[Phase, Measured]]) -> list[str]:
-    """Which phase is the largest, and for each that does not fit what to change."""
-    name, total = max(((phase.name, m.peak + phase.held) for phase, m in results), key=lambda pair: pair[1])
-    if target.chip is None:
-        return [f"The largest phase is {name}: {readable(total)} a device."]
-    limit = target.chip.hbm * GIB
-    lines = [f"The largest phase is {name}: {readable(total)} of {target.chip.hbm:g} GiB ({total / limit:.0%})."]
-    over: dict[str, list[str]] = {}
-    for phase, m in results:
-        if m.refused or m.peak + phase.held > limit:
-            over.setdefault(advice(config, phase, m, limit), []).append(phase.name)
-    lines += [f"Too large: {', '.join(names)}: {what}." for what, names in over.items()]
-    return lines if over else [*lines, f"Everything fits on {target.name}."]
-
-
-def advice(config: ConfigDict, phase: Phase, m: Measured, limit: float) -> str:
-    """What to change, from what takes most of the memory; `limit` in bytes."""
-    mesh, opt = config.mesh, config.optimizer
-    multiple = mesh.data * mesh.fsdp
-    larger = mesh.fsdp  # if all of it is spread as the weights are
-    while (m.peak + phase.held) * mesh.fsdp > limit * larger:
-        larger *= 2
-    slice_ = f"{larger // mesh.fsdp} times the chips with --config.mesh.fsdp={larger}"
-    if m.arguments + phase.held >= m.temporaries + m.outputs:
-        steps = ["--config.model.dtype=bfloat16"] if config.model.dtype == "float32" else []
-        if config.model.quantize == "none":
-            steps.append("--config.model.quantize=nf4")
-        if mesh.data > 1:
-            steps.append(f"--config.mesh.data=1 --config.mesh.fsdp={multiple}, which spreads the weights too")
-        steps.append(slice_)
-        return f"weights and state dominate ({readable(m.arguments + phase.held)}); try {' or '.join(steps)}"
-    steps = []
-    if phase.name in ("gradients", "log-probs"):
-        if phase.name == "gradients" and config.model.remat != "full":
-            steps.append("--config.model.remat=full")
-        if phase.name == "gradients" and opt.micro_queries > multiple:
-            smaller = [n for n in range(multiple, opt.micro_queries, multiple) if opt.batch_queries % n == 0]
-            steps.append(f"--config.optimizer.micro_queries={smaller[-1]}")
-        if phase.name == "log-probs":
-            steps.append("a smaller --config.eval.diagnostic_queries (or optimizer.batch_queries with a reference)")
-    elif config.sampling.width > multiple:
-        steps.append(f"--config.sampling.width={max(multiple, config.sampling.width // 2 // multiple * multiple)}")
-    steps += ["shorter --config.task.max_prompt_tokens and --config.sampling.max_new_tokens", slice_]
-    return f"temporaries dominate; try {', then '.join(steps)}"

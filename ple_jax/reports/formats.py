@@ -44,7 +44,12 @@ def duration(seconds: float) -> str:
 
 
 def readable_bytes(count: float) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+    """512 B, 1.50 MiB, 128 GiB: three significant digits."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            break
+        count /= 1024
+    return f"{count:.0f} {unit}" if unit == "B" or count >= 99.95 else f"{count:#.3g} {unit}"
 
 
 def is_number(value: Any) -> bool:

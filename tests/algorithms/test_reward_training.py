@@ -183,14 +183,14 @@ def test_scores_of_packed_rows_are_those_of_single_ones():
     backend = jax_backend.build(c, loaded, head="score")
     adapter = tiny.random_adapter(loaded.config, rank=8)
     weight = np.random.default_rng(5).normal(size=(32, 1)).astype(np.float32)
-    backend._adapter = jax.tree.map(jnp.asarray, adapter | {adapters.SCORE: {"w": weight}})
+    backend.policy = jax.tree.map(jnp.asarray, adapter | {adapters.SCORE: {"w": weight}})
     pairs = [pair(), pair("A longer answer.", "Another one!"), pair("a", "b", prompt="Long prompt " * 5)]
     found = backend.scores(reward.batch(pairs))
     settings = adapters.settings(c)
     for i, one in enumerate(pairs):
         for j, end in enumerate((one.chosen, one.rejected)):
             ids = jnp.array([[*one.shared, *end]])
-            fused = lora.fuse(backend.model, backend._adapter, settings, base=backend.base)
+            fused = lora.fuse(backend.model, backend.policy, settings, base=backend.base)
             mask = jnp.tril(jnp.ones((1, ids.shape[1], ids.shape[1]), bool))
             hidden, _ = backend.model.apply(backend.base, fused, ids, positions=jnp.arange(ids.shape[1])[None], mask=mask)
             assert found[i, j] == pytest.approx(float(hidden[0, -1] @ weight[:, 0]), abs=1e-4)

@@ -697,7 +697,7 @@ def test_a_run_with_every_option_and_a_run_from_its_adapter(tmp_path):
     assert np.abs(after - before).max() > 1e-2
     made = jax_backend.build(first, loaded)
     made.restore(tmp_path / "first" / "checkpoints")
-    fused = lora.fuse(made.model, made._adapter, adapters.settings(first), base=made.base)
+    fused = lora.fuse(made.model, made.policy, adapters.settings(first), base=made.base)
     np.testing.assert_allclose(logits(made.model, made.base, fused), after, atol=1e-4, rtol=0)
 
     (tmp_path / "start").mkdir()
@@ -710,7 +710,7 @@ def test_a_run_with_every_option_and_a_run_from_its_adapter(tmp_path):
     made = jax_backend.build(second, loaded)
     np.testing.assert_equal(made.adapter(), stored)
     made.restore(tmp_path / "second" / "checkpoints")
-    np.testing.assert_equal(adapters.to_peft(jax.device_get(made._reference)), stored)
+    np.testing.assert_equal(adapters.to_peft(jax.device_get(made.reference)), stored)
     assert all(np.abs(value - stored[name]).max() > 0 for name, value in made.adapter().items())
     # another adapter in the same folder is another run
     other = adapters.from_peft({name: value + 1 for name, value in stored.items()})

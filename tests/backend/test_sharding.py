@@ -22,8 +22,8 @@ def test_loss_and_gradients_equal_one_device(axes, scan):
     one, many = backend(scan=scan), backend(sharding.make_mesh(**axes), scan=scan)
 
     def gradients(b):
-        grads, metrics = b._gradients(
-            b.base, b._adapter, b._put(batch, 8), jnp.float32(1 / 8), jax.random.key(0), loss=negative_likelihood
+        grads, metrics = b.programs.gradients(
+            b.base, b.policy, b.put(batch, 8), jnp.float32(1 / 8), jax.random.key(0), loss=negative_likelihood
         )
         return jax.device_get(grads), float(metrics["loss"])
 

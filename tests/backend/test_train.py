@@ -12,6 +12,7 @@ from test_model import build
 
 from ple_jax.backend import backend as jax_backend
 from ple_jax.backend import forward, lora, sharding, train
+from ple_jax.backend.model import Model, fill
 from ple_jax.core.errors import UserError
 from ple_jax.core.types import Batch
 from ple_jax.models import adapters
@@ -36,7 +37,7 @@ def negative_likelihood(outputs, batch):
 def backend(mesh=None, tensors=None, adapter=None, scan=False, width=4):
     mesh = mesh or sharding.make_mesh()
     tensors = tensors or tiny.weights()
-    model = train.Model.create(tiny.CONFIG, scan=scan)
+    model = Model.create(tiny.CONFIG, scan=scan)
 
     def put(name, array):
         place = sharding.spec(name, array.shape, mesh, kv_heads=tiny.CONFIG.num_kv_heads)
@@ -44,7 +45,7 @@ def backend(mesh=None, tensors=None, adapter=None, scan=False, width=4):
 
     return jax_backend.JaxBackend(
         model,
-        train.fill(model, tensors, put),
+        fill(model, tensors, put),
         tiny.random_adapter(tiny.CONFIG) if adapter is None else adapter,
         mesh,
         settings=tiny.LORA,
@@ -143,7 +144,7 @@ def test_logits_of_all_tokens_never_exist():
         for dims in re.findall(r"f32\[([\d,]+)\]", text)
         if str(vocab) in dims.split(",")
     ]
-    assert max(sizes) <= forward._CHUNK * vocab < 8 * 2 * 128 * vocab
+    assert max(sizes) <= forward.CHUNK * vocab < 8 * 2 * 128 * vocab
 
 
 @pytest.mark.parametrize("softcap", [None, 30.0])
@@ -176,7 +177,7 @@ def test_accumulated_micro_batches_equal_one_batch():
     assert three["loss"] == pytest.approx(one["loss"], rel=1e-6)
     assert three["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
     # Adam's mean of the gradient, not the step: that divides a gradient by itself, rounding where it is nearly zero and all
-    means, expected = (jax.device_get(optax.tree.get(b._state, "mu")) for b in (split, whole))
+    means, expected = (jax.device_get(optax.tree.get(b.state, "mu")) for b in (split, whole))
     scale = max(np.abs(x).max() for x in jax.tree.leaves(expected))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * scale), means, expected)
 

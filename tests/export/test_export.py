@@ -321,10 +321,10 @@ def a_run(workdir: Path, **overrides):
     frozen = FrozenConfigDict(config)
     workdir.mkdir()
     with opening.open_run(workdir, "jax", opening.read_inputs(frozen, "jax")) as run:
-        run.backend._adapter = jax.tree.map(
+        run.backend.policy = jax.tree.map(
             lambda new, old: jax.device_put(new, old.sharding),
             tiny.random_adapter(run.backend.model.config),
-            run.backend._adapter,
+            run.backend.policy,
         )
         run.backend.save(workdir / "checkpoints", 2, {"iteration": 2}, keep=1)
     return frozen

@@ -28,7 +28,8 @@ from ple_jax.core.config import validate
 from ple_jax.core.errors import UserError
 from ple_jax.data.queries import Query, load_queries
 from ple_jax.models.families import read
-from ple_jax.planning import flops, hlo, outline, targets, topology
+from ple_jax.planning import flops, hlo, outline, sheet, targets, topology
+from ple_jax.planning.sheet import GIB
 
 ROOT = Path(__file__).parents[2]
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
@@ -145,7 +146,7 @@ def test_flops_against_xla(remat):
     adapter = topology.adapters.init(SMALL, settings, seed=0)
     made = topology.train.programs(model, adapter, mesh, transform=transform, settings=settings)
     batch = test_train.random_batch(rows=rows, k=k, prompt_len=prompt, response_len=new, vocab=512)
-    forward = flops.forward_flops(
+    forward = flops.forward_parts(
         SMALL, rows=rows, tokens=time, source=time, predicted=k * new, adapter=topology.adapters.count(adapter)
     )
 
@@ -274,8 +275,6 @@ def test_without_libtpu_devices_are_simulated(monkeypatch):
 
 # ---------------------------------------------------------------- what to change
 
-GIB = topology.GIB
-
 
 def _phase(name, held=0.0):
     return topology.Phase(name, "", 0, int(held * GIB), 0.0, lambda: None)
@@ -292,13 +291,14 @@ def test_advice_follows_what_dominates():
     v5e = targets.Target("v5e:2x4", (), targets.CHIPS["v5e"], "tpu", "")
 
     def lines(phase, m):
-        return "\n".join(topology.verdict(config, v5e, [(_phase("apply"), _measured(1, 1)), (phase, m)]))
+        rows = [topology.row(_phase("apply"), _measured(1, 1)), topology.row(phase, m)]
+        return "\n".join(sheet.verdict(config, topology.on_sheet(v5e), rows))
 
     assert "Everything fits" in lines(_phase("gradients"), _measured(8, 7))
     state = lines(_phase("gradients", held=9), _measured(8, 1))
-    assert "largest phase is gradients: 18 GiB of 15.75" in state and "weights and state dominate" in state
+    assert "largest phase is gradients: 18.0 GiB of 15.75" in state and "weights and state dominate" in state
     assert "model.dtype=bfloat16" in state and "model.quantize=nf4" in state and "mesh.data=1 --config.mesh.fsdp=2" in state
-    assert "2 times the chips with --config.mesh.fsdp=2" in state  # 18 GiB into 2 x 15.75
+    assert "2 times the devices with --config.mesh.fsdp=2" in state  # 18 GiB into 2 x 15.75
     temporary = lines(_phase("gradients"), _measured(2, 30))
     assert "model.remat=full" in temporary and "optimizer.micro_queries=4" in temporary
     config.model.remat = "full"
@@ -398,7 +398,7 @@ def test_a_sliding_window_is_planned(tmp_path):
     source = outline.read_source(str(folder))
     assert source.config.kinds[0].window == 8
     mesh = sharding.make_mesh()
-    model = topology.train.make_model(c, source.config, mesh)
+    model = topology.backend.make_model(c, source.config, mesh)
     train_set = load_queries(c.task.train).queries
     sizes = outline.lengths(c, source.tokenizer, train_set, load_queries(c.task.heldout).queries, "")
     for phase in topology.phases(c, model, mesh, sizes, ple, source.eos):

@@ -122,7 +122,7 @@ def test_no_cuda(machine):
 
 def test_no_wheel(machine, monkeypatch):
     machine(cuda=1)
-    monkeypatch.setattr(device, "_TORCH_NPU", device._import_torch_npu())
+    monkeypatch.setattr(device, "TORCH_NPU", device.import_torch_npu())
     with pytest.raises(UserError, match=r"device 'npu' needs the package torch-npu.*pip install 'ple_jax\[ascend\]'"):
         device.resolve("npu")
 
@@ -146,7 +146,7 @@ def test_a_wheel_that_does_not_import(error, says, machine, monkeypatch, tmp_pat
     machine()
     monkeypatch.delitem(sys.modules, "torch_npu")
     monkeypatch.syspath_prepend(fake(tmp_path, f"raise {error}\n"))
-    monkeypatch.setattr(device, "_TORCH_NPU", device._import_torch_npu())
+    monkeypatch.setattr(device, "TORCH_NPU", device.import_torch_npu())
     says = "device 'npu' needs .*" + says.replace("TORCH", re.escape(torch.__version__))
     with pytest.raises(UserError, match=says) as raised:
         device.resolve("npu")

@@ -113,7 +113,7 @@ def test_queries_that_see_nothing_give_zeros_and_no_gradient(table, softcap, dty
 
 def test_heads_too_wide_for_sdpa_are_computed_all_the_same(monkeypatch):
     q, k, v = qkv()
-    monkeypatch.setattr(ops, "_SDPA_DIM", DIM - 1)
+    monkeypatch.setattr(ops, "SDPA_DIM", DIM - 1)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)
     out = REFERENCE.attention(q, k, v, mask(), scale=0.7)
     np.testing.assert_allclose(out, softmax_attention(q, k, v, mask(), 0.7, None), rtol=1e-5, atol=1e-6)
@@ -267,7 +267,7 @@ def test_auto_is_npu_on_an_npu_alone():
 
 
 def test_absent_operators_are_an_error(monkeypatch):
-    monkeypatch.setattr(ops, "_OPERATORS", ("npu_rms_norm", "npu_layer_norm"))
+    monkeypatch.setattr(ops, "OPERATORS", ("npu_rms_norm", "npu_layer_norm"))
     with pytest.raises(UserError, match="no operators npu_layer_norm: install the torch-npu of torch 2"):
         ops.choose("npu", torch.device("cpu"))
 
@@ -276,7 +276,7 @@ def test_operators_of_another_device_are_an_error(monkeypatch):
     library = torch.library.Library("npu", "FRAGMENT")
     library.define("elsewhere(Tensor x) -> Tensor")
     library.impl("elsewhere", lambda x: x, "PrivateUse1")
-    monkeypatch.setattr(ops, "_OPERATORS", ("elsewhere",))
+    monkeypatch.setattr(ops, "OPERATORS", ("elsewhere",))
     assert ops.choose("npu", SimpleNamespace(type="npu")) is NPU
     with pytest.raises(UserError, match="operators 'npu' do not run on device cpu: take 'auto' or 'reference'"):
         ops.choose("npu", torch.device("cpu"))

@@ -43,8 +43,8 @@ def test_it_brings_back_everything(tmp_path):
     assert again.restore(tmp_path) == meta
     said = [[b.update([batch], negative_likelihood, lr=0.01) for batch in BATCHES[1:]] for b in (ours, again)]
     assert said[0] == said[1]
-    for name, leaf in lora.leaves(ours._adapter).items():
-        assert torch.equal(lora.leaves(again._adapter)[name], leaf), name
+    for name, leaf in lora.leaves(ours.policy).items():
+        assert torch.equal(lora.leaves(again.policy)[name], leaf), name
     np.testing.assert_array_equal(
         again.logprobs(BATCHES[0], reference=True).logprobs, ours.logprobs(BATCHES[0], reference=True).logprobs
     )
@@ -156,10 +156,10 @@ def test_one_of_another_config_is_refused(settings, says, tmp_path):
     some = Lora(rank=4, targets=("q_proj", "o_proj"))
     backend(adapters.init(tiny.CONFIG, some, seed=0), some).save(tmp_path, 0, {}, keep=1)
     other = backend(adapters.init(tiny.CONFIG, settings, seed=0), settings)
-    before = {name: x.clone() for name, x in other._tensors().items()}
+    before = {name: x.clone() for name, x in other.tensors().items()}
     with pytest.raises(UserError, match=f"{says}.*empty --workdir"):
         other.restore(tmp_path)
-    assert all(torch.equal(x, before[name]) for name, x in other._tensors().items())
+    assert all(torch.equal(x, before[name]) for name, x in other.tensors().items())
 
 
 def test_meta_is_plain_json(tmp_path):

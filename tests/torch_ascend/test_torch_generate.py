@@ -20,7 +20,7 @@ from test_torch_train import backend
 from ple_jax.backend import generate as jax_generate
 from ple_jax.core.types import Response, Sampling
 from ple_jax.models import adapters, weights
-from torch_ascend import device, generate
+from torch_ascend import generate
 
 # ---------------------------------------------------------------- from a distribution to a token
 
@@ -159,8 +159,7 @@ def test_how_often_the_device_is_asked_changes_nothing(way, ours, monkeypatch):
     """Whether all have ended is asked every token or every few: what is decoded beyond the end is not there."""
     found = {}
     for steps in (1, 16):
-        able = dataclasses.replace(device.CAPABILITIES["cpu"], steps_per_sync=steps)
-        monkeypatch.setitem(device.CAPABILITIES, "cpu", able)
+        monkeypatch.setattr(ours.model, "able", dataclasses.replace(ours.model.able, steps_per_sync=steps))
         found[steps] = ours.generate(PROMPTS, NOISE, sampling=WAYS[way], prefix=PREFIX)
     assert found[1] == found[16]
 
@@ -179,7 +178,7 @@ def test_decoding_stops_when_all_have_ended(steps, ours):
         return asked[-1]
 
     _, found = generate.generate(
-        ours.model, ours._adapter, prompt, prompt > 0, torch.zeros(0, dtype=torch.int64), torch.tensor(NOISE[:3]),
+        ours.model, ours.policy, prompt, prompt > 0, torch.zeros(0, dtype=torch.int64), torch.tensor(NOISE[:3]),
         sampling=sampling, all_done=all_done, steps_per_sync=steps,
     )  # fmt: skip
     assert found.tolist() == lengths and 3 < max(lengths) <= 11

@@ -241,7 +241,7 @@ def test_magnitudes_are_the_norms_of_what_is_adapted(kind):
     """Of W where b is zero, so that a fresh DoRA adapter is the base; of W + scale A B where it is not."""
     config, weights, options = test_lora.CONFIGS[kind], test_lora.weights(kind), Lora(4, 6.0, dora=True)
     model, axis = build(config, raw_of(kind), weights, options), 0 if kind == "gpt2" else 1
-    fresh = models.magnitudes(model, adapters.init(config, options, seed=0))
+    fresh = lora.magnitudes(model.module, adapters.init(config, options, seed=0), CPU)
     for path, module in fresh.items():
         exact = np.linalg.norm(weights[f"{path}.weight"].astype(np.float64), axis=axis)
         np.testing.assert_allclose(module["m"], exact, rtol=1e-6)
@@ -250,7 +250,7 @@ def test_magnitudes_are_the_norms_of_what_is_adapted(kind):
     np.testing.assert_allclose(logits(model, tokens, mask, lora.trainable(fresh, CPU))[mask], plain[mask], atol=1e-5)
     rng = np.random.default_rng(0)
     some = {p: m | {"b": rng.normal(0, 0.2, m["b"].shape).astype(np.float32)} for p, m in fresh.items()}
-    for path, module in models.magnitudes(model, some).items():
+    for path, module in lora.magnitudes(model.module, some, CPU).items():
         low = 1.5 * (module["a"].astype(np.float64) @ module["b"])
         exact = np.linalg.norm(weights[f"{path}.weight"] + (low if axis == 0 else low.T), axis=axis)
         np.testing.assert_allclose(module["m"], exact, rtol=1e-5)
@@ -262,7 +262,7 @@ def test_an_output_without_weights_has_a_gradient_under_dora():
     weights["model.layers.1.mlp.up_proj.weight"] *= (np.arange(48) != 5)[:, None]
     options = Lora(4, dora=True, targets=("up_proj",))
     model = build_tiny(options, weights)
-    leaves = lora.trainable(models.magnitudes(model, adapters.init(tiny.CONFIG, options, seed=0)), CPU)
+    leaves = lora.trainable(lora.magnitudes(model.module, adapters.init(tiny.CONFIG, options, seed=0), CPU), CPU)
     tokens, mask = padded("left")
     positions, visible = mask_of(mask)
     hidden = model.apply(leaves, torch.tensor(tokens % 101).long(), positions=positions, mask=visible)

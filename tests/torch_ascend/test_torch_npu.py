@@ -28,18 +28,18 @@ TINY = f"--config {ROOT / 'configs' / 'tiny.py'} --backend=torch --config.optimi
 WATCHED = """
 import os, sys, torch, torch.distributed as dist
 from ple_jax import main
-from torch_ascend import sharding, train
+from torch_ascend import backend as torch_backend
 
 def say(line):
     sys.stdout.flush()
     os.write(1, f"\\n{{line}}\\n".encode())  # whole, and on a line of its own: both processes write to one pipe
 
 made = []
-of = train.TorchBackend.__init__
+of = torch_backend.TorchBackend.__init__
 def remember(self, *args, **kwargs):
     of(self, *args, **kwargs)
     made.append(self)
-train.TorchBackend.__init__ = remember
+torch_backend.TorchBackend.__init__ = remember
 destroy = dist.destroy_process_group
 def last_words():
     backend = dist.group.WORLD._get_backend(torch.device("npu"))
@@ -52,7 +52,7 @@ try:
 finally:
     (backend,) = made
     model = backend.model.module
-    tensors = [*model.parameters(), *model.buffers(), *backend._tensors().values()]
+    tensors = [*model.parameters(), *model.buffers(), *backend.tensors().values()]
     for tensor in tensors:
         local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
         assert local.device.type == "npu", (tensor.shape, tensor.device)
@@ -146,7 +146,7 @@ def test_nothing_is_dispatched_that_an_npu_does_badly():
 def test_a_base_that_does_not_fit_is_noticed_before_it_is_read():
     device = devices.resolve("npu")
     assert devices.total_memory(device) == 2**20
-    data, fsdp, note = sharding.choose({"data": 2, "fsdp": 1}, 2**20, device)
+    data, fsdp, note = sharding.choose({"data": 2, "fsdp": 1}, 2**20, devices.total_memory(device))
     assert (data, fsdp) == (1, 2) and "do not fit" in note
 
 

@@ -158,4 +158,4 @@ def test_code_of_a_checkpoint_is_not_run(folder, tmp_path):
 
 
 def test_every_family_that_goes_alone_is_one_of_transformers():
-    assert set(reward_model._ALONE) <= set(transformers.CONFIG_MAPPING)
+    assert set(reward_model.ALONE) <= set(transformers.CONFIG_MAPPING)

@@ -114,7 +114,7 @@ def test_killed_and_continued(ours, tmp_path):
     """Between a step's gradients and the step, then while a checkpoint is being written: the same bytes in the end."""
     workdir = tmp_path / "killed"
     # the fourth update is the second one of iteration 1
-    assert run(workdir, at=("torch_ascend.backend:TorchBackend._apply", 4, "before")).returncode == -signal.SIGKILL
+    assert run(workdir, at=("torch_ascend.backend:TorchBackend.step", 4, "before")).returncode == -signal.SIGKILL
     assert not (workdir / WEIGHTS).exists()
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["0", "1"]
     # files and folder of the first commit of this process, which is iteration 1's
@@ -197,7 +197,7 @@ def test_exported_weights_say_what_the_backend_says(ours, capsys):
         model, time = opened.backend.model, torch.arange(ids.shape[1])[None]
         wanted, base = (
             model.logits(model.apply(adapter, ids, positions=time, mask=(time <= time.mT)[None]))
-            for adapter in (opened.backend._adapter, {})
+            for adapter in (opened.backend.policy, {})
         )
         merged = transformers.AutoModelForCausalLM.from_pretrained(ours / "merged")
         torch.testing.assert_close(merged(ids).logits, wanted, atol=1e-4, rtol=0)
@@ -218,7 +218,7 @@ def test_chat_streams_what_generate_says(ours, monkeypatch, capsys):
         greedy = Sampling(12, opened.eos, temperature=0.0)
         show = functools.partial(opened.tokenizer.decode, skip_special_tokens=True)
         adapter = show(opened.backend.generate([prompt], noise, sampling=greedy)[0].tokens)
-        opened.backend._adapter = {}
+        opened.backend.policy = {}
         base = show(opened.backend.generate([prompt], noise, sampling=greedy)[0].tokens)
     assert said.endswith(f"base: {base}\nadapter: {adapter}\n\n") and base != adapter
 

@@ -24,12 +24,13 @@ from ple_jax.algorithms import ple
 from ple_jax.core.config import validate
 from ple_jax.core.errors import UserError
 from ple_jax.models.layout import expected_shapes
-from ple_jax.planning import outline
-from torch_ascend import counting, fakes, ops, sharding, topology
+from ple_jax.planning import outline, sheet
+from ple_jax.planning.sheet import GIB
+from torch_ascend import counting, device, fakes, ops, sharding, topology
 from torch_ascend.model import Cache
+from torch_ascend.sharding import ALONE, Place, World
 
 ROOT = Path(__file__).parents[2]
-GIB = 2**30
 HIDDEN, INNER, VOCAB, HEADS, KV_HEADS, DIM = 64, 96, 136, 4, 2, 16
 NPU_FOLDER = ROOT / "tests" / "npu"
 
@@ -70,8 +71,14 @@ def planned(name: str, **overrides) -> topology.Found:
 def stays(config, name: str) -> dict[str, int]:
     """What stays on a device, without the phases."""
     source, target = outline.read_source(config.model.path), topology.open_target(name)
-    with topology.as_process_of(target), FakeTensorMode(allow_non_fake_inputs=True):
-        return topology.parts(topology.build(config, source, topology.fused_ops(config, target.chip), torch.device("cpu")))
+    table = topology.fused_ops(config, target.chip)
+    with topology.process_of(target, config, source.config) as place, FakeTensorMode(allow_non_fake_inputs=True):
+        return topology.parts(topology.build(config, source, table, place))
+
+
+def on_cpu(world: World = ALONE, mesh=None) -> Place:
+    """A process of this machine, with tensors that have memory."""
+    return Place(torch.device("cpu"), device.CAPABILITIES["cpu"], world, mesh)
 
 
 def besides(found: topology.Found) -> dict[str, int]:
@@ -165,7 +172,7 @@ def test_real_tensors_need_as_much(tmp_path, overrides):
     """The same count where everything is computed."""
     config = make(write(tmp_path / "m"), **overrides)
     source = outline.read_source(config.model.path)
-    real = topology.measure(config, source, ops.REFERENCE, outline.lengths(config, None, [], [], ""), ple)
+    real = topology.measure(config, source, ops.REFERENCE, outline.lengths(config, None, [], [], ""), ple, on_cpu())
     expected = planned("cpu:1", **{key.replace(".", "__"): value for key, value in overrides.items()})
     assert real.parts == expected.parts
     assert besides(real) == besides(expected)
@@ -179,13 +186,15 @@ def as_one_of_two(path: str, folder: Path, rank: int) -> list[topology.Found]:
     """What a process counts that computes everything together with another."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     try:
-        with fakes.replaced(sharding, "_world", sharding.World(rank, 2)):
-            source, found = outline.read_source(path), []
-            for mesh in MESHES:
-                config = make(path, **mesh)
-                sizes = outline.lengths(config, None, [], [], "")
-                found.append(topology.measure(config, source, ops.REFERENCE, sizes, ple))
-            return found
+        source, found = outline.read_source(path), []
+        for axes in MESHES:
+            config = make(path, **axes)
+            sizes = outline.lengths(config, None, [], [], "")
+            spread = config.mesh.fsdp > 1
+            mesh = sharding.make_mesh(torch.device("cpu"), data=1, fsdp=2) if spread else None
+            place = on_cpu(World(rank, 2), mesh)
+            found.append(topology.measure(config, source, ops.REFERENCE, sizes, ple, place))
+        return found
     finally:
         dist.destroy_process_group()
 
@@ -217,7 +226,9 @@ def test_the_allocator_of_a_gpu_says_the_same(tmp_path):
     config = make(write(tmp_path / "m", **large), **{"model.dtype": "bfloat16", "task.max_prompt_tokens": 128})
     source = outline.read_source(config.model.path)
     sizes = outline.lengths(config, None, [], [], "")
-    backend = topology.build(config, source, ops.REFERENCE, torch.device("cuda", 0))
+    backend = topology.build(
+        config, source, ops.REFERENCE, Place(torch.device("cuda", 0), device.CAPABILITIES["cuda"], ALONE)
+    )
     expected = topology.count(config, source, topology.open_target("h100:1"), sizes, ple)
     assert topology.parts(backend) == expected.parts
     for phase in topology.phases(backend, config, source, sizes, ple):
@@ -231,7 +242,7 @@ def test_the_allocator_of_a_gpu_says_the_same(tmp_path):
 @pytest.mark.slow
 def test_more_tokens_need_no_more(tmp_path, monkeypatch):
     few = besides(planned("910b:1"))
-    monkeypatch.setattr(topology, "_STEPS", 8)
+    monkeypatch.setattr(topology, "STEPS", 8)
     assert besides(count(make(write(tmp_path / "m")), "910b:1")) == few
 
 
@@ -251,7 +262,7 @@ def test_the_cache_and_what_a_layer_leaves_behind(tmp_path):
 def test_rows_are_spread_over_the_devices():
     one, eight = planned("910b:1"), planned("910b:8", mesh__data=8)
     assert "8 rows x [32 prompt + 8 new tokens], KV cache 160 KiB" in one.phases[0][0].about
-    assert "1 rows x [32 prompt + 8 new tokens], KV cache 20 KiB" in eight.phases[0][0].about
+    assert "1 rows x [32 prompt + 8 new tokens], KV cache 20.0 KiB" in eight.phases[0][0].about
     assert besides(eight)["gradients"] < besides(one)["gradients"]
     # of the message in which gradients are added up
     assert besides(eight)["step"] >= one.parts["adapter"]
@@ -297,7 +308,7 @@ def test_the_stand_ins_have_the_real_operators_arguments_and_results():
     kernels = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(kernels)
     schemas = json.loads((NPU_FOLDER / "npu_schemas.json").read_text())["schemas"]
-    assert sorted(fakes.FUSED) == sorted(ops._OPERATORS)
+    assert sorted(fakes.FUSED) == sorted(ops.OPERATORS)
     x, q, kv = torch.ones(2, 3, 8), torch.ones(2, 4, 3, 8).bfloat16(), torch.ones(2, 2, 5, 8).bfloat16()
     mask, logits = torch.zeros(2, 1, 3, 5, dtype=torch.bool), torch.ones(6, 11)
     given = {
@@ -325,11 +336,9 @@ def test_the_stand_ins_have_the_real_operators_arguments_and_results():
 
 def test_the_stand_ins_are_gone_afterwards(tmp_path):
     before = {name: vars(torch.ops.npu).get(name) for name in fakes.FUSED}
-    held = dict(topology.devices.CAPABILITIES), topology.sharding._world
     count(make(write(tmp_path / "m"), **{"mesh.data": 2}), "910b:2")  # not `planned`, which may have been asked before
     assert {name: vars(torch.ops.npu).get(name) for name in fakes.FUSED} == before
-    assert (dict(topology.devices.CAPABILITIES), topology.sharding._world) == held
-    assert not torch.distributed.is_initialized() and not topology.sharding._objects
+    assert sharding.world() == ALONE and not torch.distributed.is_initialized()
 
 
 # ---------------------------------------------------------------- the paper's model
@@ -404,19 +413,20 @@ def test_advice_follows_what_dominates():
     config = tiny_config.get_config()
     config.mesh.data, config.sampling.width = 2, 8
     config.optimizer.micro_queries = config.optimizer.batch_queries = 8
-    target = topology.open_target("910b:2")
+    target = topology.on_sheet(topology.open_target("910b:2"))
 
     def lines(name, held, besides):
         phases = [("step", 1, 1), (name, held, besides)]
         made = [
-            (topology.Phase(n, "", lambda: None), topology.Measured(int(h * GIB), int(b * GIB), 0)) for n, h, b in phases
+            topology.row(topology.Phase(n, "", lambda: None), topology.Measured(int(h * GIB), int(b * GIB), 0))
+            for n, h, b in phases
         ]
-        return "\n".join(topology.verdict(config, target, made))
+        return "\n".join(sheet.verdict(config, target, made))
 
     assert "Everything fits on 910b:2." in lines("gradients", 30, 20)
     assert "Too large" in lines("gradients", 30, 26)  # 56 of 60.97 GiB: a tenth is to be left
     state = lines("gradients", 60, 10)
-    assert "largest phase is gradients: 70 GiB of 60.97" in state and "weights and state dominate (60 GiB)" in state
+    assert "largest phase is gradients: 70.0 GiB of 60.97" in state and "weights and state dominate (60.0 GiB)" in state
     assert "model.dtype=bfloat16" in state and "mesh.data=1 --config.mesh.fsdp=2" in state and "quantize=nf4" in state
     temporary = lines("gradients", 2, 70)
     assert "model.remat=full" in temporary and "optimizer.micro_queries=4" in temporary
@@ -424,7 +434,8 @@ def test_advice_follows_what_dominates():
     assert "remat" not in lines("gradients", 2, 70)
     assert "sampling.width=4" in lines("generate", 2, 70)
     config.mesh.data, config.mesh.fsdp = 1, 2
-    assert "more devices, --config.mesh.fsdp=4" in lines("generate", 60, 10) and "nf4" not in lines("generate", 60, 10)
+    more = lines("generate", 60, 10)  # 70 GiB, spread over 2 devices now, into 4 x 54.9
+    assert "2 times the devices with --config.mesh.fsdp=4" in more and "nf4" not in more
 
 
 # ---------------------------------------------------------------- the whole report
@@ -455,10 +466,10 @@ def test_the_command_needs_no_jax(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     text = done.stdout
-    assert "910b:8: 8 devices, data 8 x fsdp 1, 60.97 GiB each\n" in text
+    assert "910b:8: 8 devices, data 8 x fsdp 1 x tensor 1, 60.97 GiB each\n" in text
     assert "operators: npu; attention: npu_fusion_attention keeps its output and 64 bytes" in text
     assert "fused: rms_norm in LlamaRMSNorm: 5, rope in LlamaAttention: 2, swiglu in LlamaMLP: 2\n" in text
     assert "no tokenizer: every prompt counts as 16 tokens" in text and "Everything fits on 910b:8." in text
-    rows = [line[:14].strip() for line in text.splitlines() if line.endswith(" s")]
+    rows = [line[:12].strip() for line in text.splitlines() if line.endswith(" s")]
     assert rows == ["generate", "log-probs", "gradients", "step"]
     assert "gradients: 1 rows x [16 prompt + 2 x 8 response tokens], 2 times a step" in text

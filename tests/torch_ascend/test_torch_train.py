@@ -51,7 +51,7 @@ def part(batch: Batch, rows: slice) -> Batch:
 def first_gradients(policy: torch_backend.TorchBackend) -> dict[str, np.ndarray]:
     """The gradients of the only update so far: a tenth of them is Adam's mean."""
     assert policy.steps == 1
-    return {name: 10 * policy._optimizer.state[leaf]["exp_avg"].numpy() for name, leaf in policy._leaves.items()}
+    return {name: 10 * policy.optimizer.state[leaf]["exp_avg"].numpy() for name, leaf in policy.leaves.items()}
 
 
 def total(arrays: dict[str, np.ndarray]) -> float:
@@ -230,7 +230,7 @@ def test_logits_of_all_tokens_never_exist():
     model, adapter = build_tiny(), lora.trainable(tiny.random_adapter(tiny.CONFIG), torch.device("cpu"))
     with Largest() as largest:
         forward.outputs(model, adapter, batch, entropy=True).logprobs.sum().backward()
-    assert largest.found == forward._CHUNK * tiny.CONFIG.vocab_size < 8 * 2 * 128 * tiny.CONFIG.vocab_size
+    assert largest.found == forward.CHUNK * tiny.CONFIG.vocab_size < 8 * 2 * 128 * tiny.CONFIG.vocab_size
 
 
 # ---------------------------------------------------------------- updates
@@ -258,11 +258,11 @@ def test_ten_updates_are_those_of_jax():
 def test_weight_decay_and_clipping_by_hand():
     """One step from a closed form: Adam's first step is the sign, times the rate; decay takes its share of the weight."""
     policy = backend(clip_norm=1e-3, weight_decay=0.3)
-    before = {name: leaf.detach().clone() for name, leaf in policy._leaves.items()}
+    before = {name: leaf.detach().clone() for name, leaf in policy.leaves.items()}
     said = policy.update([random_batch()], negative_likelihood, lr=0.1)
     gradients = first_gradients(policy)
     assert said["grad_norm"] > 1 and total(gradients) == pytest.approx(1e-3, rel=1e-5)
-    for name, leaf in policy._leaves.items():
+    for name, leaf in policy.leaves.items():
         g = gradients[name].astype(np.float64)
         step = g / (np.abs(g) + 1e-8)
         exact = before[name].numpy() * (1 - 0.1 * 0.3) - 0.1 * step
@@ -405,7 +405,7 @@ def test_a_head_gives_scores():
         time = torch.arange(len(ids))[None]
         with torch.no_grad():
             hidden = policy.model.apply(
-                policy._adapter, torch.tensor(ids).long()[None], positions=time, mask=(time <= time.mT)[None]
+                policy.policy, torch.tensor(ids).long()[None], positions=time, mask=(time <= time.mT)[None]
             )
         assert found[i, k] == pytest.approx((hidden[0, -1] @ torch.tensor(head()["score"]["w"])).item(), abs=1e-4)
 

@@ -225,17 +225,17 @@ def stream(
     padded[0, :length] = prompt
     options = sampling._replace(max_new_tokens=0, eos=())  # neither needs another compilation
     size = bucket(length + new, _CACHE_BUCKET)
-    token, cache = first_token(model, base, lora, padded, np.int32(length), uniforms[:1], size=size, sampling=options)
+    token, cache = _first(model, base, lora, padded, np.int32(length), uniforms[:1], size=size, sampling=options)
     for i in range(1, new + 1):
         yield (chosen := int(token[0]))
         if chosen in sampling.eos or i == new:
             return
         index = np.int32(length + i - 1)
-        token, cache = next_token(model, base, lora, token, index, cache, uniforms[i : i + 1], sampling=options)
+        token, cache = _next(model, base, lora, token, index, cache, uniforms[i : i + 1], sampling=options)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "size", "sampling"))
-def first_token(
+def _first(
     model: Model,
     base: Any,
     lora: Any,
@@ -264,7 +264,7 @@ def first_token(
 
 
 @functools.partial(jax.jit, static_argnames=("model", "sampling"), donate_argnames="cache")
-def next_token(
+def _next(
     model: Model,
     base: Any,
     lora: Any,

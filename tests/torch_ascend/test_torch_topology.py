@@ -204,7 +204,7 @@ def test_two_processes_need_as_much(tmp_path):
     """And where two processes send each other what they have: whole bases, and FSDP2's."""
     path = write(tmp_path / "m")
     other = f"import pathlib, test_torch_topology as t; t.as_one_of_two({path!r}, pathlib.Path({str(tmp_path)!r}), 1)"
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{Path(__file__).parent}", "OMP_NUM_THREADS": "1"}
     with subprocess.Popen([sys.executable, "-c", other], env=environment) as process:
         try:
             real = as_one_of_two(path, tmp_path, 0)

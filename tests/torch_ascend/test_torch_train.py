@@ -4,6 +4,7 @@ import dataclasses
 import json
 from typing import Any
 
+import exact
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -125,8 +126,10 @@ def test_every_loss_and_its_gradient_are_those_of_jax(name, on_jax):
     policy = backend(adapter, clip_norm=1e9)
     said = policy.update([batch], loss, lr=0.0)
     del said["grad_norm"]
-    assert said == pytest.approx(wanted, rel=1e-5, abs=1e-6)
-    assert_gradients(first_gradients(policy), gradient, 1e-5)
+    known = exact.Exact(adapter).gradient(batch, loss)
+    for metrics, found in ((said, first_gradients(policy)), (wanted, gradient)):
+        exact.assert_metrics_near(metrics, known)
+        exact.assert_near(found, known)
 
 
 @pytest.mark.slow
@@ -150,30 +153,35 @@ def test_the_gradient_of_options_is_jaxs():
 
     value, wanted = jit(jax.value_and_grad(loss))(adapter, batch)
     policy = backend(adapter, options, clip_norm=1e9)
-    assert policy.update([batch], negative_likelihood, lr=0.0)["loss"] == pytest.approx(float(value), rel=1e-5)
-    assert_gradients(first_gradients(policy), lora.leaves(wanted), 1e-5)
+    said = policy.update([batch], negative_likelihood, lr=0.0)["loss"]
+    known = exact.Exact(adapter, options).gradient(batch, lambda *both: (negative_likelihood(*both)[0], {}))
+    for loss_, found in ((said, first_gradients(policy)), (float(value), lora.leaves(wanted))):
+        exact.assert_metrics_near({"loss": loss_}, known)
+        exact.assert_near(found, known)
 
 
 def test_packed_rows_equal_separate_rows_in_peft():
+    """Rows of their own, in float64; and so near to it PEFT is in float32 too."""
     batch = random_batch()
     theirs, adapter = test_train.peft_model()
+    known = exact.Exact(adapter).gradient(batch, negative_likelihood)
     expected = test_train.separate_logprobs(theirs, batch)
     policy = backend(adapter, clip_norm=1e9)
     found = policy.logprobs(batch).logprobs
-    np.testing.assert_allclose(found, expected.detach().numpy(), atol=1e-5)
+    for logprobs in (found, expected.detach().numpy()):
+        exact.assert_logprobs_near(logprobs, known)
     assert not found[~batch.response_mask].any()
     (-expected.sum() / 4).backward()
+    named = {name.replace(".default", ""): p.grad.numpy() for name, p in theirs.named_parameters() if p.grad is not None}
+    exact.assert_near(lora.leaves(adapters.from_peft(named)), known)
     said = policy.update([batch], negative_likelihood, lr=0.0)
-    assert said["loss"] == pytest.approx(-expected.sum().item() / 4, rel=1e-5)
+    norm = said.pop("grad_norm")
+    exact.assert_metrics_near(said, known)
     assert said["tokens"] == batch.response_mask.sum() / 4
-    named = {name.replace(".default", ""): p.grad for name, p in theirs.named_parameters() if p.grad is not None}
-    ours: dict[str, dict] = {}
-    for name, gradient in first_gradients(policy).items():
-        path, _, kind = name.rpartition("/")
-        ours.setdefault(path, {})[kind] = gradient
-    assert_gradients(adapters.to_peft(ours), {name: gradient.numpy() for name, gradient in named.items()}, 1e-5)
-    norm = torch.linalg.vector_norm(torch.stack([gradient.norm() for gradient in named.values()]))
-    assert said["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+    gradients = first_gradients(policy)
+    exact.assert_near(gradients, known)
+    assert list(policy.adapter()) == list(named)
+    assert norm == pytest.approx(total(gradients), rel=1e-5)
 
 
 # ---------------------------------------------------------------- log-probabilities of tokens

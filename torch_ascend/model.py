@@ -58,23 +58,6 @@ class Model:
         self._cache: Cache | None = None
         self._index: int | Tensor = 0
 
-    @functools.cached_property
-    def head(self) -> Float[Tensor, "vocab hidden"]:
-        """The output matrix; in fp32 where a matmul of bfloat16 cannot give fp32 logits."""
-        weight = self.module.get_output_embeddings().weight
-        return weight if self.able.mixed_matmul else weight.float()
-
-    def logits(self, hidden: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch vocab"]:
-        """fp32, whatever the weights are: rounded to bfloat16, a logit of 20 would be off by 0.06."""
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        if self.head.dtype == torch.float32:
-            out = flat.float() @ self.head.T
-        else:
-            out = torch.mm(flat, self.head.T, out_dtype=torch.float32)
-        if (cap := self.config.logits_softcap) is not None:
-            out = cap * torch.tanh(out / cap)
-        return out.reshape(*hidden.shape[:-1], -1)
-
     def apply(
         self,
         adapter: Adapter,
@@ -106,6 +89,23 @@ class Model:
         finally:
             self._cache = None  # the adapter stays: recomputation in the backward pass reads it
         return out.last_hidden_state
+
+    @functools.cached_property
+    def head(self) -> Float[Tensor, "vocab hidden"]:
+        """The output matrix; in fp32 where a matmul of bfloat16 cannot give fp32 logits."""
+        weight = self.module.get_output_embeddings().weight
+        return weight if self.able.mixed_matmul else weight.float()
+
+    def logits(self, hidden: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch vocab"]:
+        """fp32, whatever the weights are: rounded to bfloat16, a logit of 20 would be off by 0.06."""
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        if self.head.dtype == torch.float32:
+            out = flat.float() @ self.head.T
+        else:
+            out = torch.mm(flat, self.head.T, out_dtype=torch.float32)
+        if (cap := self.config.logits_softcap) is not None:
+            out = cap * torch.tanh(out / cap)
+        return out.reshape(*hidden.shape[:-1], -1)
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scale: float, softcap: float | None

@@ -150,65 +150,6 @@ def shared(made: T) -> T:
     return made
 
 
-# ---------------------------------------------------------------- rows
-
-
-def row_multiple(world: World) -> int:
-    """Rows of a batch must be a multiple of this."""
-    return world.size
-
-
-def own_rows(world: World, count: int) -> slice:
-    """The rows of a batch that are this process's."""
-    part = count // world.size
-    return slice(world.rank * part, (world.rank + 1) * part)
-
-
-def gather(world: World, values: Tensor) -> Tensor:
-    """All processes' rows, in order, on the CPU of each."""
-    values = values.cpu()
-    if world.size == 1:
-        return values
-    parts = [torch.empty_like(values) for _ in range(world.size)]
-    dist.all_gather(parts, values.contiguous(), group=world.control)
-    return torch.cat(parts)
-
-
-def add_up(world: World, tensors: Sequence[Tensor]) -> None:
-    """Sums tensors of one device over all processes, in place and in one message."""
-    if world.size == 1 or not tensors:
-        return
-    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    dist.all_reduce(flat)
-    for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
-        tensor.copy_(part.view_as(tensor))
-
-
-def all_done(world: World, done: Tensor, *, whole: bool) -> bool:
-    """Whether every row has ended; of all processes if `whole`, as it must be where a forward pass is a collective."""
-    open_rows = (~done).sum()
-    if whole and world.size > 1:
-        dist.all_reduce(open_rows)
-    return int(open_rows) == 0
-
-
-def from_first(make: Callable[[], T]) -> T:
-    """What process 0 makes, for all; what a user can mend is an error of all."""
-    if _world.size == 1:
-        return make()
-    made: Any = None
-    if _world.rank == 0:
-        try:
-            made = make()
-        except UserError as error:
-            made = error
-    box = [cloudpickle.dumps(made)]
-    dist.broadcast_object_list(box, 0, group=_world.control)
-    if isinstance(made := cloudpickle.loads(box[0]), UserError):
-        raise made
-    return made
-
-
 # ---------------------------------------------------------------- the base
 
 
@@ -271,3 +212,62 @@ def shard_root(decoder: nn.Module, mesh: DeviceMesh) -> None:
     """Makes the layers one unit, so that the next is gathered while one computes; what is outside them stays whole."""
     outside = {parameter for parameter in decoder.parameters() if not hasattr(parameter, "placements")}
     fully_shard(decoder, mesh=mesh, ignored_params=outside)
+
+
+# ---------------------------------------------------------------- rows
+
+
+def row_multiple(world: World) -> int:
+    """Rows of a batch must be a multiple of this."""
+    return world.size
+
+
+def own_rows(world: World, count: int) -> slice:
+    """The rows of a batch that are this process's."""
+    part = count // world.size
+    return slice(world.rank * part, (world.rank + 1) * part)
+
+
+def gather(world: World, values: Tensor) -> Tensor:
+    """All processes' rows, in order, on the CPU of each."""
+    values = values.cpu()
+    if world.size == 1:
+        return values
+    parts = [torch.empty_like(values) for _ in range(world.size)]
+    dist.all_gather(parts, values.contiguous(), group=world.control)
+    return torch.cat(parts)
+
+
+def add_up(world: World, tensors: Sequence[Tensor]) -> None:
+    """Sums tensors of one device over all processes, in place and in one message."""
+    if world.size == 1 or not tensors:
+        return
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    dist.all_reduce(flat)
+    for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+def all_done(world: World, done: Tensor, *, whole: bool) -> bool:
+    """Whether every row has ended; of all processes if `whole`, as it must be where a forward pass is a collective."""
+    open_rows = (~done).sum()
+    if whole and world.size > 1:
+        dist.all_reduce(open_rows)
+    return int(open_rows) == 0
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What process 0 makes, for all; what a user can mend is an error of all."""
+    if _world.size == 1:
+        return make()
+    made: Any = None
+    if _world.rank == 0:
+        try:
+            made = make()
+        except UserError as error:
+            made = error
+    box = [cloudpickle.dumps(made)]
+    dist.broadcast_object_list(box, 0, group=_world.control)
+    if isinstance(made := cloudpickle.loads(box[0]), UserError):
+        raise made
+    return made

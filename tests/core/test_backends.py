@@ -1,7 +1,9 @@
 """Both backends are what the modes take them for: mypy reads this file."""
 
+import ast
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -31,3 +33,37 @@ def test_a_backend_is_imported_when_it_is_asked_for(monkeypatch: pytest.MonkeyPa
     other = types.ModuleType("a_module_of_another")
     monkeypatch.setitem(sys.modules, "a_module_of_another", other)
     assert backends.load("other") is other
+
+
+def names(file: Path) -> list[str]:
+    """Functions and classes of a file, and the methods of its classes, in their order."""
+    found = []
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found.append(node.name.replace("JaxBackend", "TorchBackend"))
+        if isinstance(node, ast.ClassDef):
+            found += [f"{found[-1]}.{part.name}" for part in node.body if isinstance(part, ast.FunctionDef)]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("file", "shared"),
+    [
+        ("backend", ["load", "count", "transposed", "make_model", "notes", "build"]),
+        ("checkpoint", ["save", "restore"]),
+        ("forward", ["token_logprobs", "token_entropy", "pack", "hidden_states", "predicting", "outputs"]),
+        ("generate", ["filter_probabilities", "invert_cdf", "sample_token", "generate", "stream"]),
+        ("lora", ["magnitudes"]),
+        ("model", ["Cache", "Model", "fill"]),
+        ("reward_model", ["classifier"]),
+        ("sharding", ["make_mesh", "row_multiple"]),
+        ("train", ["optimizer", "gradients", "apply_gradients"]),
+    ],
+)
+def test_the_backends_are_twins(file: str, shared: list[str]) -> None:
+    """Files of the same names, and in them what does the same under the same name, in the same order."""
+    root = Path(__file__).parents[2]
+    on_jax, on_torch = (names(root / folder / f"{file}.py") for folder in ("ple_jax/backend", "torch_ascend"))
+    both = [name for name in on_jax if name in on_torch]
+    assert both == [name for name in on_torch if name in on_jax]
+    assert [name for name in both if name in shared] == shared

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from speed import quick
 
 from configs import tiny as tiny_config
-from ple_jax.algorithms import ple
+from ple_jax import algorithms
 from ple_jax.backend import sharding
 from ple_jax.backend.model import Model
 from ple_jax.core.config import validate
@@ -31,6 +31,7 @@ from ple_jax.models.families import read
 from ple_jax.planning import flops, hlo, outline, sheet, targets, topology
 from ple_jax.planning.sheet import GIB
 
+PLE = algorithms.sampling("ple")
 ROOT = Path(__file__).parents[2]
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 needs_libtpu = pytest.mark.skipif(not HAS_LIBTPU, reason="needs the TPU's compiler: pip install 'ple_jax[tpu]'")
@@ -333,7 +334,7 @@ def _config(folder, **mesh):
 
 def _report(config, name):
     lines = []
-    found = topology.report(config, name, algorithm=ple, train_set=[], heldout=[], principles="be kind", write=lines.append)
+    found = topology.report(config, name, algorithm=PLE, train_set=[], heldout=[], principles="be kind", write=lines.append)
     return found, "\n".join(lines)
 
 
@@ -401,7 +402,7 @@ def test_a_sliding_window_is_planned(tmp_path):
     model = topology.backend.make_model(c, source.config, mesh)
     train_set = load_queries(c.task.train).queries
     sizes = outline.lengths(c, source.tokenizer, train_set, load_queries(c.task.heldout).queries, "")
-    for phase in topology.phases(c, model, mesh, sizes, ple, source.eos):
+    for phase in topology.phases(c, model, mesh, sizes, PLE, source.eos):
         phase.lower()
 
 

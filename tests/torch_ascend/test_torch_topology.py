@@ -20,7 +20,7 @@ from speed import quick
 from torch._subclasses import FakeTensorMode
 
 from configs import tiny as tiny_config
-from ple_jax.algorithms import ple
+from ple_jax import algorithms
 from ple_jax.core.config import validate
 from ple_jax.core.errors import UserError
 from ple_jax.models.layout import expected_shapes
@@ -30,6 +30,7 @@ from torch_ascend import counting, device, fakes, ops, sharding, topology
 from torch_ascend.model import Cache
 from torch_ascend.sharding import ALONE, Place, World
 
+PLE = algorithms.sampling("ple")
 ROOT = Path(__file__).parents[2]
 HIDDEN, INNER, VOCAB, HEADS, KV_HEADS, DIM = 64, 96, 136, 4, 2, 16
 NPU_FOLDER = ROOT / "tests" / "npu"
@@ -58,7 +59,7 @@ def make(path: str, **overrides):
 
 def count(config, name: str) -> topology.Found:
     source = outline.read_source(config.model.path)
-    return topology.count(config, source, topology.open_target(name), outline.lengths(config, None, [], [], ""), ple)
+    return topology.count(config, source, topology.open_target(name), outline.lengths(config, None, [], [], ""), PLE)
 
 
 @functools.cache
@@ -172,7 +173,7 @@ def test_real_tensors_need_as_much(tmp_path, overrides):
     """The same count where everything is computed."""
     config = make(write(tmp_path / "m"), **overrides)
     source = outline.read_source(config.model.path)
-    real = topology.measure(config, source, ops.REFERENCE, outline.lengths(config, None, [], [], ""), ple, on_cpu())
+    real = topology.measure(config, source, ops.REFERENCE, outline.lengths(config, None, [], [], ""), PLE, on_cpu())
     expected = planned("cpu:1", **{key.replace(".", "__"): value for key, value in overrides.items()})
     assert real.parts == expected.parts
     assert besides(real) == besides(expected)
@@ -193,7 +194,7 @@ def as_one_of_two(path: str, folder: Path, rank: int) -> list[topology.Found]:
             spread = config.mesh.fsdp > 1
             mesh = sharding.make_mesh(torch.device("cpu"), data=1, fsdp=2) if spread else None
             place = on_cpu(World(rank, 2), mesh)
-            found.append(topology.measure(config, source, ops.REFERENCE, sizes, ple, place))
+            found.append(topology.measure(config, source, ops.REFERENCE, sizes, PLE, place))
         return found
     finally:
         dist.destroy_process_group()
@@ -229,9 +230,9 @@ def test_the_allocator_of_a_gpu_says_the_same(tmp_path):
     backend = topology.build(
         config, source, ops.REFERENCE, Place(torch.device("cuda", 0), device.CAPABILITIES["cuda"], ALONE)
     )
-    expected = topology.count(config, source, topology.open_target("h100:1"), sizes, ple)
+    expected = topology.count(config, source, topology.open_target("h100:1"), sizes, PLE)
     assert topology.parts(backend) == expected.parts
-    for phase in topology.phases(backend, config, source, sizes, ple):
+    for phase in topology.phases(backend, config, source, sizes, PLE):
         for _ in range(2):  # the first time libraries take memory for themselves
             torch.cuda.reset_peak_memory_stats()
             held = torch.cuda.memory_allocated()
@@ -445,7 +446,7 @@ def test_advice_follows_what_dominates():
 def test_a_base_that_does_not_fit_is_spread(tmp_path, monkeypatch):
     monkeypatch.setitem(topology.CHIPS, "910b", topology.Chip("npu", 1e-4))
     config, lines = make(write(tmp_path / "m"), **{"mesh.data": 8}), []
-    found = topology.report(config, "910b:8", algorithm=ple, train_set=[], heldout=[], principles="", write=lines.append)
+    found = topology.report(config, "910b:8", algorithm=PLE, train_set=[], heldout=[], principles="", write=lines.append)
     assert found.parts["base"] == 4 * (OUTSIDE + 2 * LAYER // 8) + ROTARY
     assert any("they are spread over all 8 devices (FSDP2)" in line for line in lines)
     assert "Too large" in lines[-1]

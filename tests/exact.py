@@ -24,6 +24,11 @@ EPS = float(np.finfo(np.float32).eps)
 ROUNDINGS = 8  # of every weight that a result in float32 may be away; measured are up to 3, see `Exact`
 
 
+def negative_likelihood(outputs: Outputs, batch: Batch) -> tuple[Any, dict[str, Any]]:
+    """A loss for all libraries: a sum over all tokens."""
+    return -outputs.logprobs.sum((1, 2)), {}
+
+
 class Known(NamedTuple):
     """A loss in float64. Its units are the most that one rounding of all weights changes."""
 
@@ -33,6 +38,16 @@ class Known(NamedTuple):
     units: dict[str, float]  # of the metrics
     unit: float  # of an entry of the gradient
     logprob_unit: float
+
+    @property
+    def share(self) -> float:
+        """Of the largest entry of the gradient, how far an entry in float32 may be off."""
+        return ROUNDINGS * self.unit / max(np.abs(x).max() for x in self.gradient.values())
+
+    @property
+    def loss_share(self) -> float:
+        """Of the loss, how far it may be off in float32."""
+        return ROUNDINGS * (self.units["loss"] / abs(self.metrics["loss"]) + EPS)
 
 
 def norm(module: Any, x: Tensor) -> Tensor:
@@ -47,6 +62,20 @@ def angles(x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
     turned = position_ids[..., None].double() * inverse
     both = torch.cat([turned, turned], -1)
     return both.cos(), both.sin()
+
+
+def leaves(adapter: adapters.Adapter) -> dict[str, Any]:
+    """Every array by "path/kind"."""
+    return {f"{path}/{kind}": x for path, module in adapter.items() for kind, x in module.items()}
+
+
+def tree(named: dict[str, Any]) -> adapters.Adapter:
+    """The inverse of `leaves`."""
+    found: adapters.Adapter = {}
+    for name, x in named.items():
+        path, _, kind = name.rpartition("/")
+        found.setdefault(path, {})[kind] = x
+    return found
 
 
 class Exact:
@@ -109,7 +138,7 @@ class Exact:
         value, metrics = loss(found, Batch(*map(torch.tensor, batch[:4]), data))
         value.mean().backward()
         grads = {name: np.zeros(p.shape) if p.grad is None else p.grad.numpy() for name, p in self.trained.items()}
-        named = {f"{path}/{kind}": x for path, module in adapters.from_peft(grads).items() for kind, x in module.items()}
+        named = leaves(adapters.from_peft(grads))
         heads = {f"{name}/w": p.grad.numpy() for name, p in self.head.items() if p.grad is not None}
         means = {"loss": value.mean().item(), **{n: m.double().mean().item() for n, m in metrics.items()}}
         return means, named | heads, found.logprobs.detach().numpy()
@@ -146,7 +175,7 @@ def assert_metrics_near(found: dict[str, float], known: Known) -> None:
 def assert_near(found: dict[str, np.ndarray], known: Known) -> None:
     """A gradient in float32 is the exact one of weights a few roundings away."""
     assert found.keys() == known.gradient.keys()
-    assert 0 < ROUNDINGS * known.unit < 1e-3 * max(np.abs(x).max() for x in known.gradient.values())  # else it shows nothing
+    assert 0 < known.share < 1e-3  # else it shows nothing
     for name, exact in known.gradient.items():
         np.testing.assert_allclose(found[name], exact, atol=ROUNDINGS * known.unit, rtol=0, err_msg=name)
 

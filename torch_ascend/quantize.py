@@ -1,6 +1,7 @@
 """A quantised base, QLoRA style: linear weights stored in 8 or 4 bits, expanded where they are used. arXiv:2305.14314.
 
-The twin of `ple_jax.backend.quantize`: the same levels and scales, so that a model quantised by either backend is the same one.
+The twin of `ple_jax.backend.quantize`: the same levels and scales, so that a model quantised by either backend is the same
+one.
 
 | kind | values | scales | bits a weight |
 |---|---|---|---|

@@ -181,7 +181,7 @@ def test_packed_rows_equal_separate_rows_in_peft():
     gradients = first_gradients(policy)
     exact.assert_near(gradients, known)
     assert list(policy.adapter()) == list(named)
-    assert norm == pytest.approx(total(gradients), rel=1e-5)
+    assert norm == pytest.approx(total(gradients), rel=1e-5)  # the same numbers, added up in another order
 
 
 # ---------------------------------------------------------------- log-probabilities of tokens
@@ -284,8 +284,9 @@ def test_accumulated_micro_batches_equal_one_batch(sizes):
     parts = [part(batch, slice(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
     whole, split = backend(), backend()
     one, several = (b.update(x, negative_likelihood, lr=0.01) for b, x in ((whole, [batch]), (split, parts)))
-    assert several == pytest.approx(one, rel=1e-5)
-    assert_gradients(first_gradients(split), first_gradients(whole), 1e-5)
+    known = exact.Exact(tiny.random_adapter(tiny.CONFIG)).gradient(batch, negative_likelihood)
+    assert several == pytest.approx(one, rel=max(known.share, known.loss_share))
+    assert_gradients(first_gradients(split), first_gradients(whole), known.share)
 
 
 def test_rows_that_are_not_valid_do_not_count():

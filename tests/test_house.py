@@ -12,47 +12,10 @@ from scripts import house
 ROOT = Path(__file__).parents[1]
 KNOWN: dict[str, list[str]] = {
     "functions over 40 lines without a reason": [
-        # core
-        # backends
-        "ple_jax/backend/forward.py: outputs",
-        "ple_jax/backend/generate.py: generate",
-        "ple_jax/backend/model.py: apply",
-        "ple_jax/backend/model.py: fill",
-        "ple_jax/backend/reward_model.py: classifier",
-        "ple_jax/backend/train.py: programs",
-        "ple_jax/planning/topology.py: phases",
-        "ple_jax/planning/topology.py: report",
-        "torch_ascend/generate.py: generate",
-        "torch_ascend/topology.py: phases",
-        "torch_ascend/topology.py: report",
         # pages
         "ple_jax/evaluation/model_judges.py: endpoint",
     ],
     "private names of another file": [
-        # core
-        "torch_ascend/baselines.py: backend._load",
-        "torch_ascend/baselines.py: models._our_names",
-        # backends
-        "tests/backend/test_train.py: forward._CHUNK",
-        "tests/torch_ascend/test_device.py: device._TORCH_NPU",
-        "tests/torch_ascend/test_device.py: device._import_torch_npu",
-        "tests/torch_ascend/test_npu_schemas.py: ops._OPERATORS",
-        "tests/torch_ascend/test_ops.py: ops._OPERATORS",
-        "tests/torch_ascend/test_ops.py: ops._SDPA_DIM",
-        "tests/torch_ascend/test_torch_reward_model.py: reward_model._ALONE",
-        "tests/torch_ascend/test_torch_topology.py: ops._OPERATORS",
-        "tests/torch_ascend/test_torch_topology.py: sharding._world",
-        "tests/torch_ascend/test_torch_topology.py: topology._STEPS",
-        "tests/torch_ascend/test_torch_topology.py: topology.sharding._objects",
-        "tests/torch_ascend/test_torch_topology.py: topology.sharding._world",
-        "tests/torch_ascend/test_torch_train.py: forward._CHUNK",
-        "torch_ascend/topology.py: backend._adapter",
-        "torch_ascend/topology.py: backend._apply",
-        "torch_ascend/topology.py: backend._leaves",
-        "torch_ascend/topology.py: backend._optimizer",
-        "torch_ascend/topology.py: backend._put",
-        "torch_ascend/topology.py: backend._reference",
-        "torch_ascend/topology.py: sharding._world",
     ],
 }
 

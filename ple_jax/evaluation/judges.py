@@ -1,7 +1,7 @@
 """Who of two responses to a prompt is better: judges, their questions in both orders, and win rates.
 
-A verdict is a float: 1 the first is better, 0 neither is, -1 the second is, nan where there is none. `load` makes a judge;
-`compare` asks it what the cache does not hold yet; `win_rate` counts.
+A verdict is a float: 1 the first is better, 0 neither is, -1 the second is, nan where there is none. `load_judge`
+makes a judge; `compare` asks it what the cache does not hold yet; `win_rate` counts.
 """
 
 import json
@@ -42,9 +42,6 @@ class Outcomes(NamedTuple):
     first: Float64[np.ndarray, " n"]  # a was shown first
     second: Float64[np.ndarray, " n"]  # a was shown second
     combined: Float64[np.ndarray, " n"]  # sign of their mean: orders that disagree are a tie; of one alone where one is nan
-
-
-# ---------------------------------------------------------------- loading
 
 
 # ---------------------------------------------------------------- a reward as the judge

@@ -9,6 +9,7 @@ from ple_jax.core.answers import digest
 from ple_jax.core.errors import UserError
 from ple_jax.core.plugins import load_function
 from ple_jax.evaluation.judges import WHERE, Judge, by_reward
+from ple_jax.evaluation.model_judges import endpoint, local
 
 
 def load_judge(name: str, kwargs: Mapping[str, Any], *, backend: str) -> Judge:
@@ -25,8 +26,6 @@ def load_judge(name: str, kwargs: Mapping[str, Any], *, backend: str) -> Judge:
     Raises:
         UserError: no such judge, or keyword arguments that it does not take.
     """
-    from ple_jax.evaluation.model_judges import endpoint, local  # which need what stands here
-
     makers: dict[str, tuple[Callable[..., Judge], dict[str, Any]]] = {
         "reward": (by_reward, {"backend": backend}),
         "endpoint": (endpoint, {}),

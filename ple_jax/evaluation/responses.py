@@ -84,7 +84,7 @@ def evaluation_set(config: Any) -> QuerySet:
     """The queries of config.generate. What a seed chooses of them is chosen by seed 0: the same for every run.
 
     Raises:
-        UserError: as `data.load`.
+        UserError: as `load_heldout`.
     """
     from ml_collections import ConfigDict
 

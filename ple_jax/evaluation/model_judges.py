@@ -5,7 +5,7 @@ import importlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,6 +78,7 @@ def verdict(text: Any) -> float:
 # ---------------------------------------------------------------- behind an address
 
 
+# one piece: its arguments are what a user may set in judge_kwargs, and are described here
 def endpoint(
     url: str,
     model: str,
@@ -129,20 +130,28 @@ def endpoint(
         **http,
     )
 
-    def decide(prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> list[float]:
+    what = digest(_TASK, _TEXTS, version or url, model, rubric, more)
+    return Judge(name or model, what, _Again(ask, asks), batch=4 * concurrency)
+
+
+@dataclass(frozen=True)
+class _Again:
+    """Decides by `ask`, which is given a prompt and a pair of responses, and asks again where it got no verdict."""
+
+    ask: Callable[[Sequence[str], Sequence[str]], Sequence[float]]
+    asks: int
+
+    def __call__(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> list[float]:
         pairs = [pair(*both) for both in zip(first, second, strict=True)]
         said = np.full(len(pairs), _UNCLEAR)
-        for _ in range(asks):
+        for _ in range(self.asks):
             left = [i for i, value in enumerate(said) if value == _UNCLEAR]
             try:
-                said[left] = ask([prompts[i] for i in left], [pairs[i] for i in left])
+                said[left] = self.ask([prompts[i] for i in left], [pairs[i] for i in left])
             except Incomplete as error:
                 said[left] = error.values
                 raise Incomplete(str(error), _clear(said)) from error
         return _clear(said).tolist()
-
-    what = digest(_TASK, _TEXTS, version or url, model, rubric, more)
-    return Judge(name or model, what, decide, batch=4 * concurrency)
 
 
 def _clear(said: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:

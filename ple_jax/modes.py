@@ -18,6 +18,7 @@ from ple_jax.algorithms import Algorithm, OfflineAlgorithm
 from ple_jax.core import backends
 from ple_jax.core.errors import UserError
 from ple_jax.core.files import read_json, write_json
+from ple_jax.core.identity import run_keys
 from ple_jax.evaluation import compare as comparison
 from ple_jax.evaluation import describe, responses
 from ple_jax.export import write
@@ -27,7 +28,7 @@ from ple_jax.planning import describe as planning
 from ple_jax.reports import comparison_files, run_page
 from ple_jax.serving import commands
 from ple_jax.training import loop, measures, offline
-from ple_jax.training.opening import open_run, read_inputs, resolved
+from ple_jax.training.opening import open_run, read_inputs
 from ple_jax.training.run import Run
 from ple_jax.training.sampling import sampling_of
 from ple_jax.training.state import State, newest
@@ -43,7 +44,7 @@ def train(config: Any, workdir: Path, backend: str) -> int:
         baselines.check(config)
     with lock(workdir):
         inputs = read_inputs(config, backend)
-        check_config(workdir, resolved(inputs.config, backend, inputs.digests))
+        check_config(workdir, run_keys(inputs.config, backend, inputs.digests))
         if (done := read_json(workdir / "summary.json")) is not None:
             if not (workdir / "report.html").exists():  # ended between the summary and the report
                 run_page.write(workdir)
@@ -100,7 +101,7 @@ def on_run(config: Any, workdir: Path, backend: str, *, trained: bool = True) ->
         raise UserError(f"--workdir={workdir} holds no run; train one first: --mode=train")
     with lock(workdir):
         inputs = read_inputs(config, backend)
-        check_config(workdir, resolved(inputs.config, backend, inputs.digests))
+        check_config(workdir, run_keys(inputs.config, backend, inputs.digests))
         with open_run(workdir, backend, inputs) as run:
             yield run, _newest(run) if trained else State(run.backend.environment())
 

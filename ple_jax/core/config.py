@@ -33,12 +33,6 @@ PACKAGE = Path(__file__).parent.parent
 # dictionaries of the user's own, overridden whole
 FREE = ("algorithm_kwargs", "reward.kwargs", "task.columns", "generate.second_kwargs", "compare.judge_kwargs")
 
-# how a run is computed and not what: a run may go on, or be exported, with others
-EXECUTION = (
-    "model.layers", "model.attention", "model.remat", "model.device", "model.ops", "sampling.server_key_env",
-    "sampling.server_sleep", "mesh.data", "mesh.fsdp", "mesh.tensor", "checkpoint.keep",
-)  # fmt: skip
-
 # keys of earlier versions -> their names now
 RENAMED = {
     "sft.data": "warm_up.data",

@@ -10,16 +10,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float64
 
-from ple_jax.core.config import EXECUTION, flatten
+from ple_jax.core import identity
+from ple_jax.core.config import flatten
 from ple_jax.core.errors import UserError
 from ple_jax.core.files import read_json, read_jsonl
 from ple_jax.evaluation import responses
 
 MEASURED = ("reward", "reward_second", "kl")  # measures with a value of every response
 SAME = ("data_digest", "samples", "max_new_tokens", "sampling", "reward", "reward_version", "second_reward")
-# keys of a config that make no other method of it
-_NO_METHOD = (*EXECUTION, "seed", "sinks")
-_NO_METHOD_GROUPS = ("eval.", "generate.", "compare.", "export.")
 # the keys that a model before any training depends on
 _START = ("backend", "model.", "task.chat", "task.thinking", "inputs.model", "inputs.adapter")
 
@@ -110,7 +108,9 @@ def read(label: str, folder: Path) -> Entry:
     if generated.settings["policy"] == "trained" and (workdir / "metrics.jsonl").exists():
         lines = read_jsonl(workdir / "metrics.jsonl", torn=True)  # a run may be writing it
     summary = read_json(workdir / "summary.json") or {}
-    return Entry(label, folder, generated, flatten(read_json(workdir / "config.json") or {}), summary, lines)
+    kept = read_json(workdir / "config.json")
+    config = {} if kept is None else flatten(identity.upgraded(kept))
+    return Entry(label, folder, generated, config, summary, lines)
 
 
 def labelled(runs: Sequence[Entry]) -> list[Entry]:
@@ -147,9 +147,7 @@ def _name(run: Entry) -> str:
 
 def method_keys(run: Entry) -> dict[str, Any]:
     """What of a run's config makes it the method that it is."""
-    config = {k: v for k, v in run.config.items() if k not in _NO_METHOD and not k.startswith(_NO_METHOD_GROUPS)}
-    if run.config.get("task.max_train") or run.config.get("task.max_heldout"):  # chosen by seed
-        config = {k: v for k, v in config.items() if k not in ("inputs.train", "inputs.heldout")}
+    config = identity.method_keys(run.config)
     if run.trained:
         return config
     # the directory may since have been trained in with another set

@@ -17,7 +17,6 @@ The sum of the tokens' estimates is unbiased for the KL divergence of whole resp
 it (Schulman, "Approximating KL divergence", 2020); that is where responses are sampled at temperature 1, without truncation.
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -28,6 +27,7 @@ import numpy as np
 
 from ple_jax import rewards
 from ple_jax.algorithms import Algorithm
+from ple_jax.core import identity
 from ple_jax.core.batches import bucket, left_padded, pack
 from ple_jax.core.config import differing, flatten
 from ple_jax.core.errors import UserError
@@ -174,10 +174,7 @@ def _settings(run: Run[Algorithm], second: Reward | None, *, backend: str, itera
 
 def _digest(run: Run[Algorithm]) -> str:
     """Of the policy's adapter: the same iteration of another training is another policy."""
-    found = hashlib.sha256()
-    for name, tensor in sorted(run.backend.adapter().items()):
-        found.update(name.encode() + tensor.tobytes())
-    return found.hexdigest()[:16]
+    return identity.digest(name.encode() + tensor.tobytes() for name, tensor in sorted(run.backend.adapter().items()))
 
 
 def _scores(

@@ -13,8 +13,8 @@ from typing import Any
 from ple_jax.core import files
 from ple_jax.core.conversation import Conversation
 from ple_jax.core.errors import UserError
+from ple_jax.core.identity import FORMAT
 from ple_jax.core.types import Response, Rollout
-from ple_jax.training.workdir import FORMAT
 
 
 class Journal:

@@ -1,15 +1,14 @@
 """From a config to a run: what it names is read and checked, cheap things first, and the backend is built."""
 
 import contextlib
-import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ple_jax import algorithms, rewards
 from ple_jax.algorithms import Algorithm, OfflineAlgorithm
-from ple_jax.core import backends, files
+from ple_jax.core import backends, files, identity
 from ple_jax.core.answers import Cache
 from ple_jax.core.errors import UserError
 from ple_jax.core.types import Reward
@@ -22,7 +21,6 @@ from ple_jax.training import prompting, sinks
 from ple_jax.training.interrupt import Stop
 from ple_jax.training.progress import Progress
 from ple_jax.training.run import Base, Clock, Run, Session
-from ple_jax.training.workdir import FORMAT
 
 
 class Inputs(NamedTuple):
@@ -68,35 +66,15 @@ def _digests(config: Any, data: Data, rules: principles.Principles | None, rewar
         texts |= {"reward": json.dumps(_versions(reward)), "principles": rules.text}
         if config.warm_up.data is not None:
             digests["warm_up"] = digest(load_warm_up(config).queries)
-    digests |= {name: hashlib.sha256(content.encode()).hexdigest()[:16] for name, content in texts.items()}
+    digests |= {name: identity.digest([content.encode()]) for name, content in texts.items()}
     if config.model.adapter is not None:
         parts = [Path(config.model.adapter) / name for name in (peft.CONFIG, peft.WEIGHTS)]
-        digests["adapter"] = hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()[:16]
+        digests["adapter"] = identity.digest(part.read_bytes() for part in parts)
     return {**digests, "model": hub.identity(config.model.path, config.model.revision)}
 
 
 def _versions(reward: Reward) -> list[str]:
     return [version for part in reward.parts.values() for version in _versions(part)] or [reward.version]
-
-
-def resolved(config: Any, backend: str, digests: Mapping[str, str]) -> dict[str, Any]:
-    """What config.json holds: the backend, every key with a part in what a run computes, and the digests of the inputs."""
-    keys = config.to_dict()
-    for mode in ("export", "generate", "compare"):
-        del keys[mode]
-    del keys["model"]["revision"]  # the commit that it stands for is among the inputs
-    # whether a server samples is a part of it, for its noise is another; where it is, is none
-    keys["sampling"]["server"] = None if config.sampling.server is None else "vllm"
-    keys["reward"]["kwargs"] = _without(keys["reward"]["kwargs"], _HOW)
-    return {"format": FORMAT, "backend": backend, **keys, "inputs": dict(digests)}
-
-
-# of a reward's kwargs: how it is computed and not what, so that a run may go on after a server was too slow
-_HOW = ("timeout", "retries", "backoff", "max_failures", "concurrency", "batch", "api_key_env", "headers", "rows", "device")
-
-
-def _without(tree: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
-    return {k: _without(v, keys) if isinstance(v, Mapping) else v for k, v in tree.items() if k not in keys}
 
 
 @contextlib.contextmanager
@@ -125,7 +103,7 @@ def open_run(workdir: Path, backend: str, inputs: Inputs) -> Iterator[Run[Any]]:
             stack.callback(built.close)
         stop.check()
         # not before everything above was found in order: a mistake mended should not need another directory
-        files.write_json(workdir / "config.json", resolved(config, backend, inputs.digests))
+        files.write_json(workdir / "config.json", identity.run_keys(config, backend, inputs.digests))
         cache = stack.enter_context(Cache(workdir / "rewards.sqlite"))
         outputs = sinks.make(names, workdir, config.to_dict())
         session = Session(workdir, outputs, config.checkpoint.keep, cache, progress, stop, Clock())

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ple_jax.core.files import read_jsonl
+from ple_jax.core.identity import FORMAT
 from ple_jax.core.types import Backend
 from ple_jax.training.costs import Costs
 from ple_jax.training.run import Session
 from ple_jax.training.sinks import truncate_jsonl
-from ple_jax.training.workdir import FORMAT
 
 
 class State(NamedTuple):

@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ple_jax.core.config import EXECUTION, differing
+from ple_jax.core.config import differing
 from ple_jax.core.errors import UserError
 from ple_jax.core.files import plain, read_json
+from ple_jax.core.identity import EXECUTION, FORMAT, upgraded
 
-FORMAT = 2  # of config.json, journals and checkpoints; 1 had other keys, and none of this name
 _FILES = (
     "rollouts", "evaluations", "checkpoints", "adapter", "reward_model", "responses", "metrics.jsonl", "summary.json",
     "report.html",
@@ -78,11 +78,6 @@ def _upgraded(found: Mapping[str, Any], wanted: Mapping[str, Any], workdir: Path
             f"--workdir={workdir} holds a run of format {found.get('format', 1)}, and this version goes on with format"
             f" {FORMAT}: finish it with the version that began it, or give another --workdir"
         )
-    inputs = {**found["inputs"], "reward": wanted["inputs"].get("reward")}  # versions of rewards were digests of files
-    if "sft" in inputs:
-        inputs["warm_up"] = inputs.pop("sft")
-    upgraded = {**found, "format": FORMAT, "inputs": {k: v for k, v in inputs.items() if v is not None}}
-    upgraded["warm_up"] = upgraded.pop("sft")
-    upgraded["reward_model"] = dict(upgraded["reward_model"])
-    upgraded["offline"] = {name: upgraded["reward_model"].pop(name) for name in ("epochs", "eval_every")}
-    return upgraded
+    now = upgraded(found)
+    inputs = {**now["inputs"], "reward": wanted["inputs"].get("reward")}  # versions of rewards were digests of files
+    return {**now, "inputs": {k: v for k, v in inputs.items() if v is not None}}

@@ -44,7 +44,8 @@ def write_run(
     for mode in ("generate", "compare", "export"):
         del tree[mode]
     workdir.mkdir(parents=True, exist_ok=True)
-    write_json(workdir / "config.json", {"backend": "jax", **tree, "inputs": inputs or {"train": "a", "model": "m"}})
+    kept = {"format": 2, "backend": "jax", **tree, "inputs": inputs or {"train": "a", "model": "m"}}
+    write_json(workdir / "config.json", kept)
     iteration = 5 if policy == "trained" else 0
     folder = workdir / "responses" / (policy + ("_principled" if principled else ""))
     kept = {
@@ -445,6 +446,20 @@ def test_start_models_of_other_weights_are_told_apart_and_others_are_not(tmp_pat
         write_run(tmp_path / name, const(1.0), policy="start", seed="abc".index(name),
                   overrides={"model.path": "tiny", **overrides})  # fmt: skip
     assert labels([tmp_path / name for name in "abc"]) == ["start", "start model.path=smollm2-135m", "start"]
+
+
+def test_a_run_of_format_1_is_a_seed_of_the_same_method(tmp_path):
+    for seed in range(2):
+        write_run(tmp_path / f"a{seed}", const(1.0), seed=seed)
+    path = tmp_path / "a0" / "config.json"
+    old = json.loads(path.read_text())
+    old["sft"] = old.pop("warm_up")
+    old["reward_model"] |= old.pop("offline")
+    del old["format"]
+    path.write_text(json.dumps(old))
+    result = compare(tmp_path, [tmp_path / "a?"])
+    assert [(method["label"], method["seeds"]) for method in result["methods"]] == [("ple", [0, 1])]
+    assert not [text for text in result["warnings"] if "differ" in text]
 
 
 @pytest.mark.parametrize("limit", [0, 100])

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import families
 import huggingface_hub
-import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -318,14 +317,12 @@ def a_run(workdir: Path, **overrides):
     config.lora.rank, config.lora.alpha = 4, 6.0
     for key, value in overrides.items():
         config.update_from_flattened_dict({key.replace("__", "."): value})
+    start, targets = adapters.to_peft(tiny.random_adapter(weights.load(config.model.path).config)), list(config.lora.targets)
+    config.model.adapter = str(workdir.with_name(f"{workdir.name} adapter"))
+    peft.write(Path(config.model.adapter), start, rank=4, alpha=6.0, targets=targets, base_model="tiny")
     frozen = FrozenConfigDict(config)
     workdir.mkdir()
     with opening.open_run(workdir, "jax", opening.read_inputs(frozen, "jax")) as run:
-        run.backend.policy = jax.tree.map(
-            lambda new, old: jax.device_put(new, old.sharding),
-            tiny.random_adapter(run.backend.model.config),
-            run.backend.policy,
-        )
         run.backend.save(workdir / "checkpoints", 2, {"iteration": 2}, keep=1)
     return frozen
 

@@ -10,12 +10,14 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from configs import tiny as tiny_config
 from ple_jax import algorithms, modes
+from ple_jax.core import identity
 from ple_jax.core.config import validate
 from ple_jax.core.errors import UserError
 from ple_jax.core.files import write_json
+from ple_jax.core.identity import FORMAT
 from ple_jax.models import peft
-from ple_jax.training import measures, opening
-from ple_jax.training.workdir import FORMAT, check_config
+from ple_jax.training import measures
+from ple_jax.training.workdir import check_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -222,7 +224,7 @@ def test_nothing_is_scored_twice(tmp_path):
 def test_how_a_reward_is_computed_may_change(tmp_path):
     config = tiny_config.get_config()
     config.reward.kwargs = {"letters": "abc", "timeout": 3, "parts": {"a": {"kwargs": {"retries": 2, "k": 1}}}}
-    found = opening.resolved(config, "jax", {})["reward"]["kwargs"]
+    found = identity.run_keys(config, "jax", {})["reward"]["kwargs"]
     assert found == {"letters": "abc", "parts": {"a": {"kwargs": {"k": 1}}}}
 
 

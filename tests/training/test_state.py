@@ -5,11 +5,12 @@ import json
 import pytest
 
 from ple_jax.core.errors import UserError
+from ple_jax.core.identity import FORMAT
 from ple_jax.training.costs import Costs
 from ple_jax.training.journal import read
 from ple_jax.training.run import Clock, Session
 from ple_jax.training.state import State, changed, commit, newest
-from ple_jax.training.workdir import FORMAT, check_config
+from ple_jax.training.workdir import check_config
 
 
 class Backend:

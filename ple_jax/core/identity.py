@@ -1,0 +1,67 @@
+"""What identifies a run, and a method: the keys of a config that have a part in the result, and digests of what is read.
+
+A run goes on only under the config that it began with: its config.json holds what `run_keys` leaves of one, and no more than
+`EXECUTION` may differ. Runs are seeds of one method where `method_keys` leaves the same of both.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+FORMAT = 2  # of config.json, journals and checkpoints; 1 had other keys, and none of this name
+# how a run is computed and not what: a run may go on, or be exported, with others
+EXECUTION = (
+    "model.layers", "model.attention", "model.remat", "model.device", "model.ops", "sampling.server_key_env",
+    "sampling.server_sleep", "mesh.data", "mesh.fsdp", "mesh.tensor", "checkpoint.keep",
+)  # fmt: skip
+# what other modes do with a finished run
+_MODES = ("export", "generate", "compare")
+# of a reward's kwargs: how it is computed and not what, so that a run may go on after a server was too slow
+_HOW = ("timeout", "retries", "backoff", "max_failures", "concurrency", "batch", "api_key_env", "headers", "rows", "device")
+# keys that make no other method of a run
+_NO_METHOD = (*EXECUTION, "format", "seed", "sinks")
+_NO_METHOD_GROUPS = tuple(f"{group}." for group in ("eval", *_MODES))
+
+
+def run_keys(config: Any, backend: str, digests: Mapping[str, str]) -> dict[str, Any]:
+    """What config.json holds: the backend, every key with a part in what a run computes, and the digests of the inputs."""
+    keys = config.to_dict()
+    for mode in _MODES:
+        del keys[mode]
+    del keys["model"]["revision"]  # the commit that it stands for is among the inputs
+    # whether a server samples is a part of it, for its noise is another; where it is, is none
+    keys["sampling"]["server"] = None if config.sampling.server is None else "vllm"
+    keys["reward"]["kwargs"] = _without(keys["reward"]["kwargs"], _HOW)
+    return {"format": FORMAT, "backend": backend, **keys, "inputs": dict(digests)}
+
+
+def _without(tree: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    return {k: _without(v, keys) if isinstance(v, Mapping) else v for k, v in tree.items() if k not in keys}
+
+
+def upgraded(kept: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json of an earlier format with the keys that it would have today; one of this format as it is."""
+    if kept.get("format", 1) != 1:
+        return dict(kept)
+    found = {**kept, "format": FORMAT, "inputs": dict(kept["inputs"]), "reward_model": dict(kept["reward_model"])}
+    if "sft" in found["inputs"]:
+        found["inputs"]["warm_up"] = found["inputs"].pop("sft")
+    found["warm_up"] = found.pop("sft")
+    found["offline"] = {name: found["reward_model"].pop(name) for name in ("epochs", "eval_every")}
+    return found
+
+
+def method_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a run's flat config makes it the method that it is, whatever its seed."""
+    kept = {k: v for k, v in config.items() if k not in _NO_METHOD and not k.startswith(_NO_METHOD_GROUPS)}
+    if config.get("task.max_train") or config.get("task.max_heldout"):  # chosen by seed
+        kept = {k: v for k, v in kept.items() if k not in ("inputs.train", "inputs.heldout")}
+    return kept
+
+
+def digest(parts: Iterable[bytes]) -> str:
+    """16 digits that stand for the parts, one after the other."""
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part)
+    return found.hexdigest()[:16]

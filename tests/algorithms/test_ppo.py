@@ -15,7 +15,6 @@ from ml_collections import FrozenConfigDict
 from safetensors.numpy import load_file
 from test_baselines import LENGTHS, SCORES, config, labelled, outputs, rollouts
 from test_families import jit
-from test_torch_model import one_thread  # noqa: F401  (a fixture of the whole module)
 from test_torch_train import assert_gradients, backend, first_gradients
 
 from ple_jax import modes

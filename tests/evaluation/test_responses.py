@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from ml_collections import FrozenConfigDict
 from test_baselines import config
-from test_torch_model import one_thread  # noqa: F401  (a fixture of the whole module)
 
 from ple_jax import modes
 from ple_jax.core.batches import pack

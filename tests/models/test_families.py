@@ -51,15 +51,6 @@ class Family(NamedTuple):
         return list(VARIANTS).index(self.name) % 2 == 0
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """For matrices this small torch's other threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module", params=quick(VARIANTS, "gpt2", "gemma3_text"))
 def family(request, tmp_path_factory) -> Family:
     """One variant, saved by transformers and read by us."""

@@ -10,7 +10,6 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
-from test_torch_model import one_thread  # noqa: F401  (a fixture of the whole module)
 from test_torch_train import backend, head, negative_likelihood
 from test_train import random_batch
 

@@ -19,7 +19,7 @@ from ple_jax.core.errors import UserError
 from torch_ascend import sharding
 
 ROOT = Path(__file__).parents[2]
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
 TINY = (
     f"--config {ROOT / 'configs' / 'tiny.py'} --backend=torch --config.model.device=cpu --config.optimizer.micro_queries=4"
 )

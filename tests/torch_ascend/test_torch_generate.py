@@ -14,7 +14,7 @@ import torch
 import transformers.generation.logits_process as process
 from families import VARIANTS, WINDOW
 from test_families import LENGTHS, LORA, decisive_prompts
-from test_torch_model import build, one_thread  # noqa: F401  (a fixture of the whole module)
+from test_torch_model import build
 from test_torch_train import backend
 
 from ple_jax.backend import generate as jax_generate

@@ -90,15 +90,6 @@ def jax_logits(loaded: weights.Loaded, tokens: np.ndarray, mask: np.ndarray) -> 
     return np.asarray(ours(base, tokens, mask))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """For matrices this small torch's other threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module", params=quick(VARIANTS, "gpt2", "gemma3_text", "qwen3_moe"))
 def family(request, tmp_path_factory) -> Family:
     """One variant, saved by transformers and read by us."""

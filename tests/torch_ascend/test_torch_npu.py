@@ -65,7 +65,7 @@ finally:
 def on_cpu(tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("cpu") / "run"
     command = [sys.executable, "-m", "ple_jax.main", *TINY.split(), "--workdir", str(workdir), "--config.model.device=cpu"]
-    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, cwd=ROOT)
+    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, cwd=ROOT)
     return workdir
 
 

@@ -18,7 +18,6 @@ from ml_collections import FrozenConfigDict
 from peft import PeftModel
 from safetensors.numpy import load_file
 from test_resume import NEVER, curve, outcome, rows
-from test_torch_model import one_thread  # noqa: F401  (a fixture of the whole module)
 
 from configs import tiny as tiny_config
 from ple_jax import modes
@@ -30,10 +29,8 @@ WEIGHTS = Path("adapter") / "adapter_model.safetensors"
 
 
 def run(workdir: Path, backend: str = "torch", at: tuple[str, int, str] = NEVER) -> subprocess.CompletedProcess[str]:
-    """configs/tiny.py in a process of its own; for matrices this small torch's other threads only wait for each other."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(test_resume.ENVIRONMENT, "OMP_NUM_THREADS", "1")
-        return test_resume.run(workdir, f"--backend={backend}", at=at)
+    """configs/tiny.py in a process of its own."""
+    return test_resume.run(workdir, f"--backend={backend}", at=at)
 
 
 def summary(workdir: Path) -> dict:

@@ -205,7 +205,7 @@ def test_two_processes_need_as_much(tmp_path):
     """And where two processes send each other what they have: whole bases, and FSDP2's."""
     path = write(tmp_path / "m")
     other = f"import pathlib, test_torch_topology as t; t.as_one_of_two({path!r}, pathlib.Path({str(tmp_path)!r}), 1)"
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{Path(__file__).parent}", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{Path(__file__).parent}"}
     with subprocess.Popen([sys.executable, "-c", other], env=environment) as process:
         try:
             real = as_one_of_two(path, tmp_path, 0)
@@ -464,7 +464,7 @@ def test_the_command_needs_no_jax(tmp_path):
         "--config.model.dtype=bfloat16", "--config.queries_per_iteration=16", "--config.optimizer.batch_queries=16",
         "--config.optimizer.micro_queries=8",
     ]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     text = done.stdout
     assert "910b:8: 8 devices, data 8 x fsdp 1 x tensor 1, 60.97 GiB each\n" in text

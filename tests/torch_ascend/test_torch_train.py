@@ -15,7 +15,7 @@ import test_train
 import tiny
 import torch
 from test_families import jit
-from test_torch_model import build_tiny, one_thread, to_torch  # noqa: F401  (a fixture of the whole module)
+from test_torch_model import build_tiny, to_torch
 from test_train import random_batch
 from torch.utils._python_dispatch import TorchDispatchMode
 

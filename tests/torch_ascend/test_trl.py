@@ -19,7 +19,6 @@ from safetensors.numpy import load_file
 from speed import quick
 from test_baselines import config as configured
 from test_resume import curve, outcome
-from test_torch_model import one_thread  # noqa: F401  (a fixture of the whole module)
 from test_torch_run import WEIGHTS, summary, total
 
 from ple_jax import modes

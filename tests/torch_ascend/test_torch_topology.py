@@ -205,7 +205,8 @@ def test_two_processes_need_as_much(tmp_path):
     """And where two processes send each other what they have: whole bases, and FSDP2's."""
     path = write(tmp_path / "m")
     other = f"import pathlib, test_torch_topology as t; t.as_one_of_two({path!r}, pathlib.Path({str(tmp_path)!r}), 1)"
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{Path(__file__).parent}"}
+    folders = (ROOT, ROOT / "tests", Path(__file__).parent)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, folders))}
     with subprocess.Popen([sys.executable, "-c", other], env=environment) as process:
         try:
             real = as_one_of_two(path, tmp_path, 0)

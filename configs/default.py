@@ -78,9 +78,9 @@ def get_config() -> ConfigDict:
     c.sampling.top_k = 0  # 0: off
     c.sampling.top_p = 1.0
     c.sampling.min_p = 0.0
-    c.sampling.width = 64  # rows decoded at once; part of the result (see README, determinism)
+    c.sampling.width = 64  # rows decoded at once; part of the result (see docs/promises.md)
     c.sampling.bucket = 16  # prompts are padded to this many tokens or its next doubling: 16, 32, 64 ...
-    c.sampling.server = config_dict.placeholder(str)  # a vLLM that samples (README), http://host:port; unset: this process
+    c.sampling.server = config_dict.placeholder(str)  # a vLLM that samples, http://host:port (docs/serving.md)
     c.sampling.server_key_env = config_dict.placeholder(str)  # the environment variable with its API key
     c.sampling.server_sleep = False  # put it to sleep while this process trains, where they share devices
 
@@ -183,7 +183,7 @@ def get_config() -> ConfigDict:
 
     c.compare = ConfigDict()  # of --mode=compare
     c.compare.baseline = config_dict.placeholder(str)  # the method that others are tested against; unset: the first
-    c.compare.judge = "reward"  # reward | endpoint | model (a local one), or a function of your own; see README
+    c.compare.judge = "reward"  # reward | endpoint | model (a local one), or a function of your own; docs/compare.md
     c.compare.judge_kwargs = {}
     c.compare.judge_queries = 0  # queries that are judged (0: all)
     c.compare.judge_samples = 0  # responses to each that are judged (0: all)

@@ -1,4 +1,4 @@
-"""Every method on one task, at one budget, with one tuning and one evaluation: the README's evidence, by one command.
+"""Every method on one task, at one budget, with one tuning, one evaluation: the evidence of docs/compare.md in one command.
 
     python -m ple_jax.experiments.compare_quickstart --out runs/compare [--jobs 2] [--methods all] [--seeds 0,1,2]
         [--lrs 3e-4,1e-3,3e-3,1e-2] [--backend jax] [--config quickstart] [-- --config.KEY=VALUE ...]

@@ -37,7 +37,7 @@ class ModelConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
-    experts: int = 0  # the MLP is a mixture of this many, each of `intermediate_size` (see ple_jax.models.experts)
+    experts: int = 0  # the MLP is a mixture of this many, each of `intermediate_size` (see ple_jax.backend.experts)
     experts_per_token: int = 0
     normalize_experts: bool = True  # a token's experts' probabilities sum to one
     query_scale: float = 1.0  # factor on q k^T

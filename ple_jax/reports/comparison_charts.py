@@ -49,7 +49,7 @@ def strips(result: Mapping[str, Any]) -> Iterator[Strips]:
         values = [x for m in methods if m for x in (*_bounds(m, measure), *_of_seeds(m, measure))]
         if not values:
             continue
-        along = drawing.scale(values, 3, 97)
+        along = drawing.scale(values, 7, 93)  # room for the first and the last label
         at = along.at
         cells: list[Strip | None] = []
         for method in methods:

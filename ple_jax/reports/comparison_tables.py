@@ -91,9 +91,13 @@ def _rewards(result: Mapping[str, Any], measure: str, name: str) -> Table:
     least = max((2 * len(everything) / (row["resamples"] + 1) for row in everything), default=0.0)
     note = "Mean over seeds with its 95% interval, seeds and queries resampled"
     if everything:
+        n, least_p = len(everything), f"{least:.2g} is as small as it gets"
+        adjusted = (
+            f"p adjusted for all {n} pairs of methods (Holm; {least_p})" if n > 1 else f"p of the one pair ({least_p})"
+        )
         note += (
-            f"; difference to {baseline} on the same seeds and queries; p adjusted for all {len(everything)} pairs of"
-            f" methods (Holm; {least:.2g} is as small as it gets); p of seeds: t-test of the seeds' means alone, unadjusted"
+            f"; difference to {baseline} on the same seeds and queries; {adjusted}; p of seeds: t-test of the seeds' means"
+            " alone, unadjusted"
         )
     if wins:
         asked = f"on {result['judge']['samples']} responses to each of {result['judge']['queries']} queries"

@@ -203,7 +203,7 @@ def test_queries_that_were_trained_on_are_told(trained, tmp_path, capsys):
 @pytest.mark.parametrize(("package", "measure"), [("sacrebleu", "BLEU"), ("rouge_score", "ROUGE")])
 def test_what_references_need_is_asked_for_before_anything_is_sampled(package, measure, data, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(UserError, match=f"{measure} needs the package {package}"):
+    with pytest.raises(UserError, match=rf"{measure} needs {package}, .*: pip install 'ple_jax\[eval\]'"):
         modes.generate(settings(data, **SECOND, generate__policy="start"), tmp_path / "start", "torch")
     assert not (tmp_path / "start").exists()
     c = settings("tiny_heldout", **SECOND, generate__policy="start")  # without references nothing needs it

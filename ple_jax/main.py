@@ -317,7 +317,7 @@ def cli() -> None:
     # app.run insists on absl's own flags, of which this program offers none
     flags.FLAGS.mark_as_parsed()
     # warnings only: absl's default of INFO lets Orbax report every step of a checkpoint
-    flags.FLAGS["verbosity"].value = -1
+    flags.FLAGS.verbosity = -1  # type: ignore[assignment]  # to absl a flag is of any type
     app.run(one_line_errors()(main), flags_parser=one_line_errors()(parse))
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+import logging
 import os
 import subprocess
 import sys
@@ -315,6 +316,12 @@ def test_mistakes_of_a_real_command(arguments, says, tmp_path):
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     assert says in result.stderr and "Traceback" not in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_libraries_log_warnings_alone():
+    """With absl's default of INFO, JAX says that it found no TPU, and Orbax every step of a checkpoint."""
+    code = "import logging; from ple_jax import main; main.main = lambda run: print(logging.root.level); main.cli()"
+    assert python("-c", code, "--config=tiny", "--mode=plan").stdout == f"{logging.WARNING}\n"
 
 
 def test_a_mistake_imports_nothing_heavy():

@@ -62,8 +62,10 @@ def build() -> Path:
 
 def environment(**others: str) -> dict[str, str]:
     """Of a process in which `import torch_npu` gives the simulated NPU, and the project and these tests can be imported."""
-    path = [str(HERE / "path"), str(ROOT), str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"} | others
+    tests = HERE.parent
+    folders = [folder for folder in sorted(tests.iterdir()) if folder.is_dir() and folder != HERE]
+    path = [*map(str, [HERE / "path", ROOT, tests, *folders]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(path)} | others
 
 
 def run(

@@ -284,8 +284,8 @@ def test_mode_chat_on_a_pipe(run, monkeypatch, capsys):
     assert "iteration 2 of tiny; /help lists the commands" in said and "trained on plain text" in said
     with modes.on_run(config, workdir, "jax") as (opened, _):
         prompt, noise = list(b"Hello"), np.zeros((1, 12), np.float32)
-        greedy = Sampling(12, opened.eos, temperature=0.0)
-        show = functools.partial(opened.tokenizer.decode, skip_special_tokens=True)
+        greedy = Sampling(12, opened.base.eos, temperature=0.0)
+        show = functools.partial(opened.base.tokenizer.decode, skip_special_tokens=True)
         adapter = show(opened.backend.generate([prompt], noise, sampling=greedy)[0].tokens)
         base = show(list(opened.backend.stream(prompt, noise[0], sampling=greedy, base=True)))
     assert said.endswith(f"base: {base}\nadapter: {adapter}\n\n") and base != adapter

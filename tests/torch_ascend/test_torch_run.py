@@ -212,8 +212,8 @@ def test_chat_streams_what_generate_says(ours, monkeypatch, capsys):
     said = capsys.readouterr().out
     with modes.on_run(config(), ours, "torch") as (opened, _):
         prompt, noise = list(b"Hello"), np.zeros((1, 12), np.float32)
-        greedy = Sampling(12, opened.eos, temperature=0.0)
-        show = functools.partial(opened.tokenizer.decode, skip_special_tokens=True)
+        greedy = Sampling(12, opened.base.eos, temperature=0.0)
+        show = functools.partial(opened.base.tokenizer.decode, skip_special_tokens=True)
         adapter = show(opened.backend.generate([prompt], noise, sampling=greedy)[0].tokens)
         opened.backend.policy = {}
         base = show(opened.backend.generate([prompt], noise, sampling=greedy)[0].tokens)

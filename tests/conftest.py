@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
@@ -20,6 +21,10 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", os.environ["HF_HUB_OFFLINE"])
+
+# how long an example takes says something of the machine and of what else it does, nothing of the code
+settings.register_profile("without deadlines", deadline=None)
+settings.load_profile("without deadlines")
 
 UNAVAILABLE = {
     "gpu": "" if os.environ["JAX_PLATFORMS"] != "cpu" else "needs a GPU: set JAX_PLATFORMS=cuda",

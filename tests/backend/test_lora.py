@@ -328,7 +328,7 @@ def kernels(model: Model, base: Any, fused: Any) -> list[dict[str, jax.Array]]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(deadline=None, max_examples=3)
+@settings(max_examples=3)
 @given(data=st.data(), dora=st.booleans(), seed=st.integers(0, 99))
 def test_merging_is_applying(family, data, dora, seed):
     options = data.draw(options_of(family, dora=dora))
@@ -352,7 +352,7 @@ def test_merging_is_applying(family, data, dora, seed):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(data=st.data(), seed=st.integers(0, 99))
 def test_unmerging_gives_the_base_back(family, data, seed):
     options = data.draw(options_of(family))
@@ -366,7 +366,7 @@ def test_unmerging_gives_the_base_back(family, data, seed):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(data=st.data(), seed=st.integers(0, 99))
 def test_stacking_adds_up_and_commutes(family, data, seed):
     config, tensors = CONFIGS[family], weights(family)

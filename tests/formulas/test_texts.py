@@ -74,7 +74,7 @@ def test_words(text, expected):
 
 
 @given(st.text(max_size=40))
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_words_of_equivalent_texts_are_equal(text):
     assert words(unicodedata.normalize("NFD", text)) == words(unicodedata.normalize("NFC", text))
 
@@ -225,7 +225,7 @@ def test_rouge_by_hand():
 
 
 @given(ASCII | ENGLISH, ASCII | ENGLISH)
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_rouge_is_the_librarys_of_ascii_text(response, reference):
     kinds = ["rouge1", "rouge2", "rougeL"]
     theirs = rouge_scorer.RougeScorer(kinds, use_stemmer=True).score(reference, response)

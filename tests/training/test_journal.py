@@ -40,7 +40,7 @@ def sampled(chunk):
     return [(r.tokens, r.finished, r.kind, r.sample, r.text) for r in chunk]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(rollout, max_size=3))
 def test_what_is_written_is_read(written):
     with tempfile.TemporaryDirectory() as folder:
@@ -102,7 +102,7 @@ def test_cut_at_every_byte(tmp_path, monkeypatch):
         assert all(sampled(chunk) == sampled(RESPONSES) for chunk in found.values())
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.lists(response, max_size=3), min_size=1, max_size=3), st.data())
 def test_cut_anywhere(chunks, data):
     with tempfile.TemporaryDirectory() as folder:
@@ -176,7 +176,7 @@ def test_uniforms_never_change():
     assert (noise * 2**24).tolist() == [14782245, 3274150, 4385452, 13007021]
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(0, 2**40), st.integers(-1, 100), st.text(), st.text(), st.integers(0, 64), st.integers(0, 9))
 def test_uniforms_are_the_top_24_bits_of_philox(seed, iteration, query_id, kind, sample, n):
     name = json.dumps([seed, iteration, query_id, kind, sample]).encode()

@@ -314,6 +314,7 @@ def test_chat_frees_the_directory_and_outlives_ctrl_c(run):
         "    while sampling.max_new_tokens > 3: time.sleep(0.01)\n"  # an answer that does not end by itself
         "backend.JaxBackend.stream = endless\n"
         "c = tiny.get_config(); c.sinks = (); c.lora.rank, c.lora.alpha = 4, 6.0\n"
+        f"c.model.adapter = {config.model.adapter!r}\n"
         f"sys.exit(modes.chat(FrozenConfigDict(c), Path({str(workdir)!r}), 'jax'))\n"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

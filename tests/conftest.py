@@ -33,6 +33,12 @@ UNAVAILABLE = {
 }
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """A quick run compiles twice as fast what it runs once or twice; the slow tests run what users run."""
+    if config.option.markexpr == "not slow":
+        os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
+
+
 QUICK = pytest.StashKey[dict[str, bool]]()  # test file -> whether any of its tests is quick
 
 

@@ -171,6 +171,7 @@ def test_the_base_is_what_is_left_without_an_adapter():
         assert found.values is None and np.abs(found.logprobs - adapted.logprobs(batch).logprobs).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_the_head_is_trained_kept_and_not_exported(tmp_path):
     c = config("ppo", iterations=2)
     c.optimizer.epochs = 2
@@ -198,6 +199,7 @@ def test_a_head_learns_the_return_of_a_constant_reward():
     assert losses[0] == pytest.approx(0.5, rel=1e-5) and losses[-1] < 0.1
 
 
+@pytest.mark.slow
 def test_a_plan_has_the_head_and_all_that_the_loss_reads(tmp_path, capsys):
     c = config("ppo")
     for name, algorithm in (("jax", "ppo"), ("torch", "ppo"), ("torch", "rloo"), ("torch", "self_distillation")):

@@ -176,6 +176,7 @@ def test_measures_of_ties_and_of_certainty():
 # ---------------------------------------------------------------- the head in the backend
 
 
+@pytest.mark.slow
 def test_scores_of_packed_rows_are_those_of_single_ones():
     """A batch of pairs on the backend against the hidden state of each conversation by itself."""
     c = config(model__path="tiny")
@@ -196,6 +197,7 @@ def test_scores_of_packed_rows_are_those_of_single_ones():
             assert found[i, j] == pytest.approx(float(hidden[0, -1] @ weight[:, 0]), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_the_gradient_reaches_head_and_adapter():
     c = config(optimizer__lr=1e-2)
     backend = jax_backend.build(c, jax_backend.load(c), head="score")

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
+from speed import quick
 from test_quantize import normal_float_levels
 
 from ple_jax.backend import lora, sharding
@@ -122,7 +123,7 @@ def definition(x, router, gate, up, down, *, per_token: int, normalize: bool) ->
 
 
 @pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("per_token", [1, 2, 6])
+@pytest.mark.parametrize("per_token", quick([1, 2, 6], 2))
 def test_a_layer_and_its_gradient_are_the_definition(per_token, normalize):
     x, *rest = layer_inputs()
     options = {"per_token": per_token, "normalize": normalize}
@@ -144,7 +145,13 @@ def test_a_layer_and_its_gradient_are_the_definition(per_token, normalize):
 
 
 @pytest.mark.parametrize(
-    ("axes", "scan", "rows"), [(MESHES[0], True, 8), (MESHES[1], False, 8), (MESHES[2], True, 1)], ids=str
+    ("axes", "scan", "rows"),
+    [
+        (MESHES[1], False, 8),
+        pytest.param(MESHES[0], True, 8, marks=pytest.mark.slow),
+        pytest.param(MESHES[2], True, 1, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_meshes_give_the_numbers_of_one_device(axes, scan, rows):
     """The last has one row for eight devices, as a prefix that all prompts share."""
@@ -177,7 +184,7 @@ def test_what_is_recomputed():
     assert_equal(gradients(*build("mixtral", remat="dots"), tokens_of(4)), on_one_device("mixtral", 4))
 
 
-@pytest.mark.parametrize(("kind", "axes"), [("int8", None), ("nf4", MESHES[1])], ids=str)
+@pytest.mark.parametrize(("kind", "axes"), [("int8", None), pytest.param("nf4", MESHES[1], marks=pytest.mark.slow)], ids=str)
 def test_quantised_experts(kind, axes):
     """The numbers of a model that holds the expanded kernels in their place; every expert has scales of its own."""
     mesh = sharding.make_mesh(**axes) if axes else None

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from speed import quick
 from test_model import build
 
 from ple_jax.backend import backend as jax_backend
@@ -87,7 +88,7 @@ def peft_model(rank=4):
     return model, adapter
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", quick([False, True], False))
 def test_packed_rows_equal_separate_rows_in_peft(scan):
     """Log-probabilities and LoRA gradients of [prompt | y1 | y2] in one row, against PEFT on rows of their own."""
     batch = random_batch()

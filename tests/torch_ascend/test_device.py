@@ -155,6 +155,7 @@ def test_a_wheel_that_does_not_import(error, says, machine, monkeypatch, tmp_pat
     assert importlib.util.find_spec("torch_npu") is None  # nobody else stumbles over it
 
 
+@pytest.mark.slow
 def test_one_line_of_a_real_command(tmp_path):
     """With the wheel and without CANN: importing torch would fail, and transformers, had they not been told to leave it."""
     broken = fake(tmp_path, f"raise ImportError({NO_CANN!r})\n")

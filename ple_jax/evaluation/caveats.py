@@ -86,8 +86,7 @@ def notes(methods: Sequence[Method]) -> list[str]:
     few = sorted({len(method.runs) for method in methods if method.trained and 1 < len(method.runs) < 5})
     if few:
         found.append(
-            f"{' or '.join(map(str, few))} seeds show only roughly what another would do: intervals and p are too sure of it"
-            " (p of the seeds alone is not), so look at every seed"
+            f"{' or '.join(map(str, few))} seeds show only roughly what another would do, so look at every seed"
         )
     if start := [method.label for method in methods if not method.trained and len(method.runs) == 1]:
         found.append(f"{', '.join(start)}: one run, which stands beside every seed of the others")

@@ -1,7 +1,7 @@
 """The comparison of methods: the responses of several runs to one set of queries, under one evaluation, whatever made them.
 
 What is estimated. A method's mean is the mean over its seeds of means over queries of means over samples; responses without
-a finite reward are left out and counted. Intervals and tests resample seeds and queries (`formulas.intervals`): what is
+a finite reward are left out and counted. Intervals and tests take seeds and queries as draws (`formulas.intervals`): what is
 shared by a seed or a query does not pass for evidence. Methods are tested against each other on the same queries and the
 same seeds; where one has fewer seeds, on those that both have. A start model was not trained and has no seed in that sense:
 its one run stands beside every seed of the others, whose spread it then does not add to. p-values are adjusted for all pairs
@@ -30,7 +30,7 @@ def results(entries: Sequence[str], out: Path, *, config: Any, backend: str) -> 
         entries: `path` or `label=path`, globs allowed: a work directory or a folder of its responses. Methods keep the
             order in which they are named.
         out: an existing folder, where a judge's answers are kept.
-        config: its `seed` (of resampling) and `compare`.
+        config: its `seed` (of resampling and of what is judged) and `compare`.
         backend: what a judge computes with, if it is a model.
 
     Raises:

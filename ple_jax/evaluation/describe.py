@@ -39,7 +39,7 @@ def describe(generated: Generated) -> dict[str, float]:
 
     | key | of |
     |---|---|
-    | reward, reward_second | mean of the finite rewards: the one trained on, and the one held out |
+    | reward, reward_second | mean over queries of the mean of its finite rewards: the one trained on, and the one held out |
     | bad_reward | share of responses without a finite reward |
     | perplexity, perplexity_references | of responses and of references under the base model and the plain prompt |
     | kl, kl_token | KL(policy, base), nats, mean per response and per token |
@@ -66,8 +66,9 @@ def _per_response(generated: Generated, key: str) -> np.ndarray:
 
 
 def _rewards(generated: Generated) -> dict[str, float]:
-    reward = [r.reward for rollout in generated.rollouts for r in rollout.responses]
-    return {"reward": mean(reward), "reward_second": mean(_per_response(generated, "second"))}
+    reward = [[r.reward for r in rollout.responses] for rollout in generated.rollouts]
+    second = [line.get("second", []) for line in generated.scores]
+    return {"reward": mean([mean(some) for some in reward]), "reward_second": mean([mean(some) for some in second])}
 
 
 def _likelihoods(generated: Generated) -> dict[str, float]:

@@ -68,7 +68,7 @@ def judged(
             if not isinstance(judge, Stored):  # which takes its time
                 print(f"judged {a.label} against {b.label}: {len(cells)} pairs of responses", flush=True)
             rate = mean(found.combined.reshape(len(both), len(queries), samples)) / 2 + 0.5
-            low, high = intervals.clustered_ci(rate, seed=config.seed)
+            low, high = np.clip(intervals.clustered_ci(rate, seed=config.seed), 0.0, 1.0).tolist()
             for method, against, outcomes, interval in (
                 (a, b, found, (low, high)),
                 (b, a, _turned(found), (1 - high, 1 - low)),

@@ -37,7 +37,7 @@ def measures(margins: Float[np.ndarray, " pairs"], *, seed: int) -> dict[str, An
         margins: score of the preferred response minus that of the other.
 
     Returns:
-        accuracy (ties count half) with its 95% bootstrap interval, log_loss and brier of sigmoid(margin), the expected
+        accuracy (ties count half) with its 95% interval, log_loss and brier of sigmoid(margin), the expected
         calibration error (arXiv:1706.04599, eq. 3), and its bins.
     """
     margins = np.asarray(margins, np.float64)
@@ -46,7 +46,7 @@ def measures(margins: Float[np.ndarray, " pairs"], *, seed: int) -> dict[str, An
     wrong = np.exp(-np.logaddexp(0.0, margins))  # 1 - sigmoid(margin)
     return {
         "accuracy": float(right.mean()),
-        "accuracy_ci95": list(intervals.bootstrap_ci(right, seed=seed)),
+        "accuracy_ci95": np.clip(intervals.bootstrap_ci(right, seed=seed), 0.0, 1.0).tolist(),
         "log_loss": float(np.logaddexp(0.0, -margins).mean()),
         "brier": float((wrong**2).mean()),
         "calibration_error": sum(b.pairs * abs(b.confidence - b.accuracy) for b in bins) / len(margins),

@@ -221,6 +221,6 @@ def _difference(row: Mapping[str, Any], sign: int, widest: float, digits: int) -
     pair = (row["method"], row["against"])[::sign]
     tip = (
         f"{pair[0]} - {pair[1]}: {value:+.4g}, 95% interval {low:+.4g} to {high:+.4g}, p {p_value(row['p'])}, adjusted"
-        f" {p_value(row['p_holm'])}, of the seeds alone {p_value(row['p_seeds'])}; seeds {', '.join(map(str, row['seeds']))}"
+        f" {p_value(row['p_holm'])}; seeds {', '.join(map(str, row['seeds']))}"
     )
     return Cell(f"{value:+.{digits}f}", round(70 * abs(value) / widest), value > 0, tip, row["p_holm"] < 0.05)

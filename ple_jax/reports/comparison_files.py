@@ -12,8 +12,8 @@ from ple_jax.evaluation.numbers import TESTED
 from ple_jax.reports import comparison_page
 from ple_jax.reports import comparison_tables as layout
 
-_ENDS = ("_low", "_high", "_difference", "_p_holm", "_p_seeds", "_difference_low", "_difference_high")
-_TESTS = ("measure", "method", "against", "seeds", "difference", "low", "high", "p", "p_holm", "p_seeds", "p_seeds_holm")
+_ENDS = ("_low", "_high", "_difference", "_p_holm", "_difference_low", "_difference_high")
+_TESTS = ("measure", "method", "against", "seeds", "difference", "low", "high", "p", "p_holm")
 _WINS = (
     "method", "against", "seeds", "win", "tie", "loss", "win_rate", "low", "high", "position_bias", "consistency", "judged",
     "failed",
@@ -68,7 +68,7 @@ def _methods(result: Mapping[str, Any]) -> list[dict[str, Any]]:
             row |= {f"{key}_low": low, f"{key}_high": high}
         for key in TESTED:
             if (test := with_baseline.get((method["label"], key))) and test["difference"] is not None:
-                row |= {f"{key}_{part}": test[part] for part in ("difference", "p_holm", "p_seeds")}
+                row |= {f"{key}_{part}": test[part] for part in ("difference", "p_holm")}
                 row |= {f"{key}_difference_{part}": test[part] for part in ("low", "high")}
         if win := won.get(method["label"]):
             row |= {"win_rate": win["win_rate"], "win_rate_low": win["low"], "win_rate_high": win["high"]}

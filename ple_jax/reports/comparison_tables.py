@@ -80,29 +80,23 @@ def _rewards(result: Mapping[str, Any], measure: str, name: str) -> Table:
         ]
         test, win = tested.get(label), won.get(label)
         if test is None or test["difference"] is None:
-            row += ["baseline" if label == baseline else MISSING, MISSING, MISSING]
+            row += ["baseline" if label == baseline else MISSING, MISSING]
         else:
             difference = interval(test["difference"], (test["low"], test["high"]), digits, "+")
-            row += [difference, p_value(test["p_holm"]), p_value(test["p_seeds"])]
+            row += [difference, p_value(test["p_holm"])]
         if wins:
             row += [interval(win["win_rate"], (win["low"], win["high"]), 3) if win else MISSING]
         rows.append(row)
     everything = [row for row in result["tests"] if row["measure"] == measure and row["p"] is not None]
-    least = max((2 * len(everything) / (row["resamples"] + 1) for row in everything), default=0.0)
-    note = "Mean over seeds with its 95% interval, seeds and queries resampled"
+    note = "Mean over seeds with its 95% interval, seeds and queries both draws"
     if everything:
-        n, least_p = len(everything), f"{least:.2g} is as small as it gets"
-        adjusted = (
-            f"p adjusted for all {n} pairs of methods (Holm; {least_p})" if n > 1 else f"p of the one pair ({least_p})"
-        )
-        note += (
-            f"; difference to {baseline} on the same seeds and queries; {adjusted}; p of seeds: t-test of the seeds' means"
-            " alone, unadjusted"
-        )
+        n = len(everything)
+        adjusted = f"p adjusted for all {n} pairs of methods (Holm)" if n > 1 else "p of the one pair"
+        note += f"; difference to {baseline} on the same seeds and queries; {adjusted}"
     if wins:
         asked = f"on {result['judge']['samples']} responses to each of {result['judge']['queries']} queries"
         note += f". Win rate against {baseline}, a tie is half a win; judge: {judge(result)}, {asked}"
-    head = ["method", "seeds", name, "difference", "p", "p of seeds", *(["win rate"] if wins else [])]
+    head = ["method", "seeds", name, "difference", "p", *(["win rate"] if wins else [])]
     return Table(measure, name.capitalize(), f"{note}.", head, rows)
 
 

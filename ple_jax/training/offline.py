@@ -7,8 +7,6 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from ple_jax.algorithms import OfflineAlgorithm
 from ple_jax.core.files import write_json
 from ple_jax.core.types import Query
@@ -16,7 +14,7 @@ from ple_jax.data.left_out import Bad, QuerySet, check_share, fit, note
 from ple_jax.training import costs
 from ple_jax.training.run import Run
 from ple_jax.training.state import State, commit, logged, resume, spent
-from ple_jax.training.steps import compared, step
+from ple_jax.training.steps import compared, over_queries, step
 
 JUDGEMENT = "judgement.json"  # the newest evaluation, whole
 
@@ -72,16 +70,17 @@ def begin(run: Run[OfflineAlgorithm]) -> State:
 def update(run: Run[OfflineAlgorithm], batches: Sequence[Sequence[Any]], state: State) -> State:
     """The optimiser steps up to the next evaluation."""
     run.session.progress.phase("update", len(batches))
-    needs, collected, trained = run.algorithm.needs(run.config), [], 0
+    needs, collected, sizes, trained = run.algorithm.needs(run.config), [], [], 0
     for number, some in enumerate(batches, state.iteration):
         batch = compared(run.algorithm.batch(some), run.backend, needs)
         collected.append(step(run, batch, number))
+        sizes.append(len(batch.prompt))
         run.session.progress.advance(1, tokens=costs.tokens(batch))
         trained += costs.tokens(batch)
     return state._replace(
         iteration=state.iteration + len(batches),
         costs=state.costs.plus(training_tokens=trained),
-        metrics={f"train_{name}": float(np.mean([m[name] for m in collected])) for name in collected[0]},
+        metrics={f"train_{name}": value for name, value in over_queries(collected, sizes).items()},
     )
 
 

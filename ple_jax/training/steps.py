@@ -1,7 +1,7 @@
 """Optimiser steps: what a loss compares with, the steps of an iteration, and what is diagnosed beside them."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ def update(
     started = time.perf_counter()
     batches, compared = prepare(run, rollouts, context)
     prepared = time.perf_counter()
-    collected = steps(run, batches, state.iteration, state.step)
+    collected, sizes = steps(run, batches, state.iteration, state.step)
     updated = time.perf_counter()
     after = run.loss(diagnose(few, run)[0], few)[1]
     trained = run.config.optimizer.epochs * sum(map(costs.tokens, batches))
@@ -34,7 +34,7 @@ def update(
         flops=costs.forward_flops(run.base.parameters, compared) + costs.update_flops(run.base.parameters, trained),
     )
     spent = spent.took("prepare", prepared - started).took("update", updated - prepared)
-    means = {name: float(np.mean([m[name] for m in collected])) for name in collected[0]}
+    means = over_queries(collected, sizes)
     # the policy that sampled these responses is the one before the update
     metrics = {**run.algorithm.measures(means, before, after), **kl, "lr": collected[-1]["lr"]}
     return state._replace(step=state.step + len(collected), costs=spent), metrics
@@ -59,18 +59,32 @@ def prepare(run: Run[Algorithm], rollouts: Sequence[Rollout], context: Context) 
     return batches, compared
 
 
-def steps(run: Run[Algorithm], batches: Sequence[Batch], iteration: int, done: int) -> list[dict[str, float]]:
-    """The metrics of every optimiser step of an iteration, `done` of which were taken before."""
+def steps(
+    run: Run[Algorithm], batches: Sequence[Batch], iteration: int, done: int
+) -> tuple[list[dict[str, float]], list[int]]:
+    """The metrics of every optimiser step of an iteration, `done` of which were taken before, and the queries of each."""
     epochs = run.config.optimizer.epochs
     found: list[dict[str, float]] = []
+    sizes: list[int] = []
     run.session.progress.phase("update", len(batches) * epochs)
     for epoch in range(epochs):
         # the first pass takes the queries as drawn, which is already a random order
         order = np.random.default_rng([run.config.seed, iteration, epoch]).permutation(len(batches))
         for index in order if epoch else range(len(batches)):
             found.append(step(run, batches[index], done + len(found)))
+            sizes.append(len(batches[index].prompt))
             run.session.progress.advance(1, tokens=costs.tokens(batches[index]))
-    return found
+    return found, sizes
+
+
+def over_queries(collected: Sequence[Mapping[str, float]], sizes: Sequence[int]) -> dict[str, float]:
+    """The mean of every metric over the queries of all steps: where some were quarantined, batches are of unequal size.
+
+    Args:
+        collected: of every step, means over its queries.
+        sizes: the queries of every step.
+    """
+    return {name: float(np.average([metrics[name] for metrics in collected], weights=sizes)) for name in collected[0]}
 
 
 def step(run: Run[Any], batch: Batch, number: int) -> dict[str, float]:

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from ml_collections import ConfigDict, FrozenConfigDict
+from scipy import stats
 from test_run_page import HOSTILE, Page
 
 from configs import default
@@ -137,6 +138,11 @@ def two(tmp_path):
     return tmp_path
 
 
+def students(values) -> list[float]:
+    """The 95% interval of a mean."""
+    return list(stats.ttest_1samp(values, 0.0).confidence_interval(0.95))
+
+
 def test_means_are_over_seeds_of_queries_of_samples(two):
     # a: seed 0 (1 + 2) / 2 (all responses together would give 5/3), seed 1 (3 + 0.5) / 2; b: (5 + 2) / 2 and 7
     result = compare(two, [two / "a0", two / "a1", two / "b?"])
@@ -165,18 +171,19 @@ def test_intervals_and_tests_are_those_of_the_seed_by_query_matrix(two):
     (row,) = (row for row in table(two / "out" / "tests.csv") if row["measure"] == "reward")
     expected = intervals.paired(b, a, seed=0)
     assert (row["method"], row["against"], row["seeds"]) == ("raft", "ple", "0 1")
-    assert numbers(row, "difference", "low", "high", "p", "p_seeds") == list(expected)
+    assert numbers(row, "difference", "low", "high", "p") == list(expected)
     assert expected.difference == (4 + 0 + 4) / 3
-    # Student's t of the seeds' differences, 2 and 4, with one degree of freedom: t = 3 / 1, p = 1 - 2 atan(t) / pi
-    assert float(row["p_seeds"]) == pytest.approx(1 - 2 * math.atan(3) / math.pi)
-    assert (row["p_holm"], row["p_seeds_holm"]) == (row["p"], row["p_seeds"])
+    # the seeds' means are 2 and 4, the queries' 4 and 0: variance 1 + 4, of 1 / (1/25 + 16/25) degrees
+    assert float(row["p"]) == pytest.approx(2 * stats.t.sf(8 / 3 / math.sqrt(5), 25 / 17), abs=1e-6)
+    assert row["p_holm"] == row["p"] and not any("p_seeds" in key for key in row)
 
 
-def test_an_interval_of_seeds_that_agree_on_all_queries_is_from_the_lowest_to_the_highest(tmp_path):
+def test_an_interval_of_seeds_that_agree_on_all_queries_is_students_of_the_seeds(tmp_path):
     for seed, value in enumerate((1.0, 2.0, 4.0)):
         write_run(tmp_path / f"a{seed}", const(value, 8), seed=seed)
     (method,) = compare(tmp_path, [tmp_path / "a*"])["methods"]
-    assert method["measures"]["reward"] == pytest.approx(7 / 3) and method["intervals"]["reward"] == [1.0, 4.0]
+    assert method["measures"]["reward"] == pytest.approx(7 / 3)
+    assert method["intervals"]["reward"] == pytest.approx(students([1.0, 2.0, 4.0]))
 
 
 def test_costs_are_of_the_summary_and_of_a_start_model_nothing(two):
@@ -249,7 +256,8 @@ def test_methods_with_other_seeds_are_tested_on_those_that_both_have(tmp_path):
     result = compare(tmp_path, [tmp_path / "a?", tmp_path / "b?", tmp_path / "c"])
     row = by(result["tests"], measure="reward", method="raft", against="ple")
     # seeds 1 and 2: (4 - 2 + 5 - 9) / 2
-    assert (row["seeds"], row["difference"], row["low"], row["high"]) == ([1, 2], -1.0, -4.0, 2.0)
+    assert (row["seeds"], row["difference"]) == ([1, 2], -1.0)
+    assert (row["low"], row["high"]) == pytest.approx(students([2.0, -4.0]))
     assert result["methods"][1]["seeds"] == [1, 2, 3] and result["methods"][1]["measures"]["reward"] == 109 / 3
     none = by(result["tests"], measure="reward", method="grpo", against="ple")
     assert (none["seeds"], none["difference"], none["p"], none["p_holm"]) == ([], None, None, None)
@@ -266,7 +274,9 @@ def test_the_one_run_of_a_start_model_stands_beside_every_seed(tmp_path):
     for entries, sign in (([tmp_path / "s", tmp_path / "a?"], 1), ([tmp_path / "a?", tmp_path / "s"], -1)):
         result = compare(tmp_path, entries)
         (row,) = (row for row in result["tests"] if row["measure"] == "reward")
-        assert row["difference"] == sign * 4 / 3 and sorted((sign * row["low"], sign * row["high"])) == [0.0, 3.0]
+        low, high = students([0.0, 1.0, 3.0])
+        assert row["difference"] == sign * 4 / 3
+        assert sorted((sign * row["low"], sign * row["high"])) == pytest.approx([low, high])
         assert row["seeds"] == [0, 1, 2]
         win = by(result["wins"], method="ple", against="start")
         assert (win["win"], win["tie"], win["judged"]) == (2 / 3, 1 / 3, 9)
@@ -279,7 +289,7 @@ def test_a_start_model_that_was_sampled_with_several_seeds_is_paired_by_them(tmp
         write_run(tmp_path / f"s{seed}", const(start, 3), policy="start", seed=seed)
         write_run(tmp_path / f"a{seed}", const(trained, 3), seed=seed)
     (row,) = (r for r in compare(tmp_path, [tmp_path / "s?", tmp_path / "a?"])["tests"] if r["measure"] == "reward")
-    assert (row["low"], row["difference"], row["high"]) == (1.0, 5.5, 10.0)
+    assert row["difference"] == 5.5 and (row["low"], row["high"]) == pytest.approx(students([1.0, 10.0]))
 
 
 # ---------------------------------------------------------------- win rates
@@ -295,7 +305,8 @@ def test_win_rates_by_the_stored_rewards(tmp_path):
     # first samples: y wins twice, one tie, loses once, and once x has no reward
     assert numbers(rows["y", "x"], "win", "tie", "loss", "win_rate", "judged", "failed") == [0.5, 0.25, 0.25, 0.625, 4, 1]
     assert numbers(rows["x", "y"], "win", "tie", "loss", "win_rate", "judged", "failed") == [0.25, 0.25, 0.5, 0.375, 4, 1]
-    low, high = intervals.clustered_ci(np.array([[1.0, 0.5, 0.0, np.nan, 1.0]]), seed=0)
+    low, high = 0.0, 1.0  # Student's interval of four such rates is wider than all rates
+    assert students([1.0, 0.5, 0.0, 1.0])[0] < low and students([1.0, 0.5, 0.0, 1.0])[1] > high
     assert numbers(rows["y", "x"], "low", "high") == [low, high]
     assert numbers(rows["x", "y"], "low", "high") == [1 - high, 1 - low]
     assert "the judge gave no verdict on 1 of 5 pairs" in result["warnings"]
@@ -734,6 +745,7 @@ def test_points_and_strips_lie_where_the_numbers_say(tmp_path):
         write_run(tmp_path / f"a{seed}", const(reward), kl=const(kl), seed=seed)
     write_run(tmp_path / "s", const(0.0), kl=const(0.0), policy="start")
     result = compare(tmp_path, [tmp_path / "s", tmp_path / "a?"])
+    result["methods"][1]["intervals"] = {"reward": [1.0, 3.0], "kl": [4.0, 8.0]}
     (chart,) = comparison_charts.scatter(result)
     start, ple = chart.points
     x, y = ({label: place for place, label in ticks} for ticks in (chart.xticks, chart.yticks))
@@ -897,10 +909,10 @@ def test_the_markdown_table_has_the_rewards_with_their_intervals(two, capsys):
     assert text in capsys.readouterr().out
     lines = text.split("**Second")[0].splitlines()
     rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in lines if line[:1] == "|"]
-    assert rows[0] == ["method", "seeds", "training reward", "difference", "p", "p of seeds", "win rate"]
-    assert rows[2][:2] == ["ple", "2"] and rows[2][2].startswith("1.62 [") and rows[2][3:] == ["baseline", "–", "–", "–"]
-    assert rows[3][2].startswith("5.25 [") and rows[3][3].startswith("+2.67 [") and rows[3][6].startswith("1.000 [")
-    assert rows[3][5] == "0.205"
+    assert rows[0] == ["method", "seeds", "training reward", "difference", "p", "win rate"]
+    assert rows[2][:2] == ["ple", "2"] and rows[2][2].startswith("1.62 [") and rows[2][3:] == ["baseline", "–", "–"]
+    assert rows[3][2].startswith("5.25 [") and rows[3][3].startswith("+2.67 [") and rows[3][5].startswith("1.000 [")
+    assert rows[3][4] == f"{2 * stats.t.sf(8 / 3 / math.sqrt(5), 25 / 17):.3f}"
     widths = {len(line) for line in lines if line[:1] == "|"}
     assert len(widths) == 1  # aligned as it is printed
 

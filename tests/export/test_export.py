@@ -467,7 +467,7 @@ def test_card_of_an_adapter(tmp_path):
     for part in (
         "| held-out reward (mean) | 0 | 0.3 |",
         "| KL to the reference (nats per token) | 0 | 0.05 |",
-        "95% bootstrap interval over 40 queries:\n0.1235 to 0.5",
+        "95% interval over 40 queries:\n0.1235 to 0.5",
         "| `lora.rank` | `12` |",
         r"| `task.train` | `queries \| mine.jsonl` |",
         'AutoPeftModelForCausalLM.from_pretrained("me/mine")',
@@ -558,7 +558,7 @@ def test_card_of_a_reward_model(tmp_path):
         for part in (
             "\n# A reward model from some/base\n", line,
             "A reward model from preference pairs: a scalar head on the model, trained with Bradley-Terry's loss.",
-            "Accuracy on 9 held-out pairs 0.625 (95% bootstrap interval\n0.5 to 0.75)",
+            "Accuracy on 9 held-out pairs 0.625 (95% interval\n0.5 to 0.75)",
         ):  # fmt: skip
             assert part in text, part
         assert "PLE" not in text and "\n\n\n" not in text

@@ -1,12 +1,19 @@
-"""Intervals and p-values against every resample written out, closed forms, scipy, and the errors that they promise."""
-
-import itertools
+"""Intervals and p-values against closed forms, scipy, and the coverage and the errors that they promise."""
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from ple_jax.formulas.intervals import Paired, bootstrap_ci, clustered_ci, holm, paired
+from ple_jax.formulas.intervals import (
+    FEW,
+    Paired,
+    bootstrap_ci,
+    clustered_ci,
+    holm,
+    paired,
+    student_p,
+    student_quantile,
+)
 
 NAN = float("nan")
 
@@ -17,11 +24,21 @@ def crossed(rng, seeds, queries, *, by_seed=1.0, by_query=1.0, rest=1.0):
     return by_seed * normal((seeds, 1)) + by_query * normal((1, queries)) + rest * normal((seeds, queries))
 
 
-def every_resample(values):
-    """The mean of every equally probable resample of rows and of columns."""
-    seeds, queries = (list(itertools.product(range(n), repeat=n)) for n in values.shape)
-    means = [np.nanmean(values[np.ix_(s, q)]) for s in seeds for q in queries if not np.isnan(values[np.ix_(s, q)]).all()]
-    return np.array(means)
+# ---------------------------------------------------------------- Student's t
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 3, 7, 62, 1000])
+def test_students_t_is_scipys(freedom):
+    for t in (0.0, 0.1, 1.0, 3.0, 30.0):
+        assert student_p(t, freedom) == student_p(-t, freedom) == pytest.approx(2 * stats.t.sf(t, freedom), abs=1e-12)
+    for level in (0.5, 0.95, 0.99):
+        assert student_quantile(level, freedom) == pytest.approx(stats.t.ppf((1 + level) / 2, freedom), rel=1e-9)
+
+
+@pytest.mark.parametrize("freedom", [1.3, 2.9, 7.7])
+def test_students_t_of_no_whole_number(freedom):
+    assert student_p(2.0, freedom) == pytest.approx(2 * stats.t.sf(2.0, freedom), abs=1e-6)
+    assert student_quantile(0.95, freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=1e-6)
 
 
 # ---------------------------------------------------------------- bootstrap_ci
@@ -36,75 +53,81 @@ def test_bootstrap_approaches_the_normal_interval(level):
 
 
 def test_bootstrap_equals_scipys_on_skewed_values():
-    values = np.random.default_rng(0).exponential(size=30)
+    values = np.random.default_rng(0).exponential(size=FEW)
     theirs = stats.bootstrap((values,), np.mean, method="percentile", n_resamples=10_000, rng=2).confidence_interval
     np.testing.assert_allclose(bootstrap_ci(values, seed=1), theirs, atol=0.02)
 
 
-@pytest.mark.parametrize("interval", [bootstrap_ci, lambda x, **kw: clustered_ci(x.reshape(5, 8), **kw)])
+@pytest.mark.parametrize("level", [0.5, 0.95])
+def test_the_interval_of_few_values_is_students(level):
+    values = np.random.default_rng(0).exponential(size=FEW - 1)
+    theirs = stats.ttest_1samp(values, 0.0).confidence_interval(level)
+    np.testing.assert_allclose(bootstrap_ci(values, seed=1, level=level), theirs, rtol=1e-9)
+
+
+@pytest.mark.parametrize("interval", [bootstrap_ci, lambda x, **kw: clustered_ci(x[None], **kw)])
 def test_an_interval_depends_on_the_seed_alone(interval):
-    values = np.random.default_rng(0).normal(size=40)
+    values = np.random.default_rng(0).normal(size=FEW)
     assert interval(values, seed=1) == interval(values.copy(), seed=1)
     assert interval(values, seed=1) != interval(values, seed=2)
 
 
-@pytest.mark.parametrize("values", [[0.25], [0.1] * 7])
-def test_bootstrap_without_spread_has_no_width(values):
+@pytest.mark.parametrize("values", [[0.25], [0.1] * 7, [0.1] * 100, [0.0] * 8, [1e-300, 1e-300]])
+def test_an_interval_without_spread_has_no_width(values):
     np.testing.assert_allclose(bootstrap_ci(values, seed=0), [values[0]] * 2, rtol=1e-12)
     np.testing.assert_allclose(clustered_ci(np.array([values, values]), seed=0), [values[0]] * 2, rtol=1e-12)
+
+
+DRAWS = {  # (draws, their mean): of several kinds, each with the coverage that is promised of 8, 16, 32 and 63 of them
+    "normal": (lambda rng, shape: rng.standard_normal(shape), 0.0, (0.94, 0.94, 0.94, 0.93)),
+    "skewed": (lambda rng, shape: rng.exponential(size=shape), 1.0, (0.88, 0.89, 0.92, 0.92)),
+    "two values": (lambda rng, shape: (rng.random(shape) < 0.5) * 1.0, 0.5, (0.92, 0.92, 0.93, 0.93)),
+    "three values": (lambda rng, shape: rng.choice([-1.0, 0, 1], shape, p=[0.2, 0.6, 0.2]), 0.0, (0.94, 0.93, 0.93, 0.93)),
+}
+
+
+@pytest.mark.parametrize("kind", DRAWS)
+def test_the_interval_holds_the_mean_as_often_as_it_says(kind):
+    """The percentile bootstrap of 8 normal values holds it in 88%."""
+    draw, mean, promised = DRAWS[kind]
+    rng = np.random.default_rng(7)
+    for n, least in zip((8, 16, 32, 63), promised, strict=True):
+        found = np.array([bootstrap_ci(values, seed=0) for values in draw(rng, (600, n))])
+        held = ((found[:, 0] <= mean) & (mean <= found[:, 1])).mean()
+        assert least - 0.015 <= held <= 0.985, (n, held)
 
 
 # ---------------------------------------------------------------- clustered_ci
 
 
+@pytest.mark.parametrize("size", [8, 100])
 @pytest.mark.parametrize("turned", [False, True], ids=["one seed", "one query"])
-def test_with_one_seed_the_queries_alone_are_resampled(turned):
-    values = np.random.default_rng(0).exponential(size=40)
-    table = values[:, None] if turned else values[None]
-    np.testing.assert_allclose(clustered_ci(table, seed=1), bootstrap_ci(values, seed=2), atol=0.02)
+def test_with_one_seed_the_queries_alone_count(turned, size):
+    values = np.random.default_rng(0).exponential(size=size)
+    assert clustered_ci(values[:, None] if turned else values[None], seed=1) == bootstrap_ci(values, seed=1)
 
 
-TABLE = np.array([[0.0, 1.0, 5.0, 2.5], [2.0, 2.25, 4.0, 9.0], [-1.0, 0.5, 3.0, 3.125]])
-HOLES = np.array([[0.0, NAN, 5.0, NAN], [2.0, 2.25, NAN, NAN], [NAN, 0.5, 3.0, 3.125]])
+def test_clustered_interval_by_hand():
+    """Seeds' means 1 and 3, queries' 1, 2, 3: variance 2 / 2 + 1 / 3, of 1 / (9/16 + 1/16 / 2) = 32/19 degrees."""
+    values = np.array([[0.0, 1.0, 2.0], [2.0, 3.0, 4.0]])
+    half = stats.t.ppf(0.975, 32 / 19) * np.sqrt(4 / 3)
+    np.testing.assert_allclose(clustered_ci(values, seed=0), [2 - half, 2 + half], rtol=1e-6)
 
 
-@pytest.mark.parametrize("values", [TABLE, HOLES, TABLE.T, HOLES.T])
-@pytest.mark.parametrize("level", [0.5, 0.9])
-def test_clustered_interval_is_that_of_every_resample(values, level):
-    every = every_resample(values)
-    expected = np.quantile(every, [(1 - level) / 2, (1 + level) / 2])
-    found = clustered_ci(values, seed=1, resamples=40_000, level=level)
-    np.testing.assert_allclose(found, expected, atol=0.1)  # which of two neighbouring means is chance
-
-
-def test_clustered_variance_is_owens():
-    """E w_s w_s' = [s = s'] + 1 - 1/S of multinomial counts; rows and columns independent; normal from there."""
-    values = crossed(np.random.default_rng(0), 30, 40, by_query=2.0)
-    rows, columns = (np.eye(n) + 1 - 1 / n for n in values.shape)
-    variance = (values * (rows @ values @ columns)).sum() / values.size**2 - values.mean() ** 2
-    low, high = clustered_ci(values, seed=3, resamples=20_000)
-    assert (high - low) / (2 * stats.norm.ppf(0.975)) == pytest.approx(np.sqrt(variance), rel=0.02)
-    assert (high + low) / 2 == pytest.approx(values.mean(), abs=0.02)
-
-
-def test_clustered_interval_holds_the_mean_as_often_as_it_says():
-    rng, hits, naive = np.random.default_rng(0), 0, 0
-    for seed in range(300):
-        values = crossed(rng, 20, 20)
-        low, high = clustered_ci(values, seed=seed, resamples=500)
-        hits += low <= 0 <= high
-        low, high = bootstrap_ci(values.ravel(), seed=seed, resamples=200)
-        naive += low <= 0 <= high
-    assert 0.91 <= hits / 300 <= 0.98  # resampling seeds or queries alone would give 0.83
-    assert naive / 300 < 0.5
-
-
-def test_three_seeds_that_differ_give_the_lowest_and_the_highest():
-    """All draws of one seed have probability 1/27, more than 2.5%: so says the file's first page."""
+def test_seeds_that_agree_on_all_queries_are_students_seeds():
     values = np.repeat([[1.0], [2.0], [4.0]], 50, axis=1)
-    assert clustered_ci(values, seed=0) == (1.0, 4.0)
-    low, high = clustered_ci(values, seed=0, level=0.9)
-    assert 1 < low < high < 4
+    theirs = stats.ttest_1samp([1.0, 2.0, 4.0], 0.0).confidence_interval(0.95)
+    np.testing.assert_allclose(clustered_ci(values, seed=0), theirs, rtol=1e-9)
+
+
+@pytest.mark.parametrize(("seeds", "queries"), [(3, 8), (5, 32)])
+@pytest.mark.parametrize("effects", [(0, 1, 1), (1, 0, 0.5), (1, 1, 1), (0, 0, 1)], ids=str)
+def test_clustered_interval_holds_the_mean_as_often_as_it_says(seeds, queries, effects):
+    rng, (by_seed, by_query, rest) = np.random.default_rng(0), effects
+    found = [
+        clustered_ci(crossed(rng, seeds, queries, by_seed=by_seed, by_query=by_query, rest=rest), seed=0) for _ in range(200)
+    ]
+    assert np.mean([low <= 0 <= high for low, high in found]) >= 0.89  # resampled, three seeds held it in 75%
 
 
 def test_unknown_values_are_left_out():
@@ -116,24 +139,9 @@ def test_unknown_values_are_left_out():
     assert np.isnan(clustered_ci(np.empty((0, 3)), seed=0)).all()
 
 
-def test_a_resample_of_unknown_values_alone_has_no_mean():
-    """An eighth of them, drawn from one seed and the other's query."""
-    values = np.array([[5.0, NAN], [NAN, 5.0]])
-    assert clustered_ci(values, seed=0) == (5.0, 5.0)
-    assert paired(values, values - 1, seed=0, resamples=1000).p < 2 / 800  # of as many as there are
-
-
 def test_values_without_seeds_are_refused():
     with pytest.raises(ValueError, match=r"\(3,\).*one row a seed"):
         clustered_ci(np.ones(3), seed=0)
-
-
-def test_many_queries_are_resampled_in_pieces(monkeypatch):
-    values = crossed(np.random.default_rng(0), 3, 50)
-    whole = clustered_ci(values, seed=1, resamples=3000)
-    monkeypatch.setattr("ple_jax.formulas.intervals.CELLS", 50 * 7)  # 3000 = 428 * 7 + 4
-    np.testing.assert_allclose(clustered_ci(values, seed=1, resamples=3000), whole, atol=0.2)
-    assert paired(values, values - 10, seed=1, resamples=3000).p == 2 / 3001
 
 
 # ---------------------------------------------------------------- paired
@@ -147,12 +155,21 @@ def test_paired_difference_and_interval_are_those_of_the_differences():
     np.testing.assert_allclose((found.low, found.high), clustered_ci(a - b, seed=3, level=0.9), rtol=1e-12)
 
 
-def test_p_is_that_of_every_resample():
-    a = TABLE - 1.0
-    every = every_resample(a)
-    expected = 2 * min((every <= 0).mean(), (every >= 0).mean())
-    assert 0.1 < expected < 0.5
-    assert paired(a, np.zeros_like(a), seed=1, resamples=40_000).p == pytest.approx(expected, abs=0.01)
+def test_p_is_where_the_interval_ends_at_zero():
+    rng = np.random.default_rng(1)
+    a, b = crossed(rng, 3, 40) + 1.0, crossed(rng, 3, 40)
+    p = paired(a, b, seed=0).p
+    assert 0 < p < 1
+    low, high = clustered_ci(a - b, seed=0, level=1 - p)
+    assert min(abs(low), abs(high)) == pytest.approx(0, abs=1e-9)
+
+
+def test_p_of_one_seed_is_that_of_scipys_paired_test():
+    rng = np.random.default_rng(4)
+    a, b = rng.normal(size=(1, 40)) + 0.3, rng.normal(size=(1, 40))
+    assert paired(a, b, seed=0).p == pytest.approx(stats.ttest_rel(a[0], b[0]).pvalue, rel=1e-9)
+    assert paired(a.T, b.T, seed=0).p == paired(a, b, seed=0).p  # seeds of one query
+    assert np.isnan(paired(a[:, :1], b[:, :1], seed=0).p)  # one seed of one query: no test
 
 
 def test_paired_turns_with_its_arguments():
@@ -172,39 +189,30 @@ def test_pairing_takes_out_what_both_share():
     assert paired(a, b[:, ::-1], seed=0).p > 0.5
 
 
-def test_equal_arrays_do_not_differ():
+def test_equal_arrays_do_not_differ_and_constant_differences_are_certain():
     values = crossed(np.random.default_rng(0), 3, 20)
-    assert paired(values, values.copy(), seed=0) == Paired(0.0, 0.0, 0.0, 1.0, 1.0)
+    assert paired(values, values.copy(), seed=0) == Paired(0.0, 0.0, 0.0, 1.0)
+    found = paired(values + 1, values, seed=0)
+    np.testing.assert_allclose(found, (1.0, 1.0, 1.0, 0.0), atol=1e-9)
 
 
-@pytest.mark.parametrize("resamples", [99, 1999])
-def test_p_has_a_floor(resamples):
-    a, b = np.full((3, 5), 2.0), np.ones((3, 5))
-    for x, y in ((a, b), (b, a)):
-        assert paired(x, y, seed=0, resamples=resamples).p == 2 / (resamples + 1)
+@pytest.mark.parametrize(("seeds", "queries"), [(3, 8), (5, 32), (8, 32)])
+@pytest.mark.parametrize("effects", [(0, 1, 1), (0, 1, 0), (1, 0, 0.5), (1, 1, 1)], ids=str)
+def test_equal_methods_seldom_differ_whatever_has_an_effect(seeds, queries, effects):
+    """Type-I error at 0.05; the seeds' means alone err in 0.34 to 0.70 of cases where queries have effects of their own."""
+    rng, (by_seed, by_query, rest) = np.random.default_rng(0), effects
+    zero = np.zeros((seeds, queries))
+    p = [
+        paired(crossed(rng, seeds, queries, by_seed=by_seed, by_query=by_query, rest=rest), zero, seed=0).p
+        for _ in range(300)
+    ]
+    assert np.mean(np.array(p) <= 0.05) <= 0.09
 
 
-def test_ties_count_on_both_sides():
-    a = np.array([[1.0, -1.0]])  # means -1, 0, 1 with probabilities 1/4, 1/2, 1/4
-    assert paired(a, np.zeros((1, 2)), seed=0).p == 1.0
-    a = np.array([[1.0, 0.0]])  # 0, 1/2, 1: at most 0 in 1/4
-    assert paired(a, np.zeros((1, 2)), seed=0).p == pytest.approx(0.5, abs=0.03)
-
-
-def test_p_under_no_difference_is_uniform():
-    rng = np.random.default_rng(2)
-    p = np.array([paired(crossed(rng, 20, 20), crossed(rng, 20, 20), seed=seed, resamples=400).p for seed in range(400)])
-    assert stats.kstest(p, "uniform").statistic < 0.1
-    assert 0.02 <= (p <= 0.05).mean() <= 0.09
-
-
-def test_three_seeds_agree_by_chance_in_a_quarter_of_cases():
-    """The warning at the top of the file, and its figure for five seeds."""
+def test_a_difference_that_is_there_is_found():
     rng = np.random.default_rng(0)
-    for seeds, chance in ((3, 0.25), (5, 0.0625)):
-        effects = rng.standard_normal((300, seeds, 1))
-        floor = np.mean([paired(x, np.zeros_like(x), seed=0, resamples=500).p == 2 / 501 for x in effects])
-        assert floor == pytest.approx(chance, abs=0.06)
+    p = [paired(crossed(rng, 5, 32) + 2.5, np.zeros((5, 32)), seed=0).p for _ in range(100)]
+    assert np.mean(np.array(p) <= 0.05) > 0.9
 
 
 def test_a_pair_with_an_unknown_half_is_left_out():
@@ -264,28 +272,3 @@ def test_holm_rejects_what_the_step_down_procedure_rejects():
             rejected.add(int(i))
         assert {i for i, adjusted in enumerate(holm(p.tolist())) if adjusted <= alpha} == rejected
         assert 0 < len(rejected) < 12
-
-
-def test_the_t_test_over_seeds_is_scipys():
-    rng = np.random.default_rng(4)
-    a, b = rng.normal(size=(5, 40)) + 0.3, rng.normal(size=(5, 40))
-    found = paired(a, b, seed=0)
-    assert found.p_seeds == pytest.approx(stats.ttest_rel(a.mean(1), b.mean(1)).pvalue, rel=1e-12)
-    assert paired(b, a, seed=0).p_seeds == found.p_seeds
-    assert np.isnan(paired(a[:1], b[:1], seed=0).p_seeds)
-    # all seeds agree exactly: a constant difference is certain, none is none
-    assert paired(a + 1, a, seed=0).p_seeds == pytest.approx(0, abs=1e-9) and paired(a, a, seed=0).p_seeds == 1
-    a[0] = np.nan  # a seed of which nothing is known does not count
-    assert paired(a, b, seed=0).p_seeds == pytest.approx(stats.ttest_rel(a[1:].mean(1), b[1:].mean(1)).pvalue, rel=1e-12)
-
-
-def test_the_t_test_keeps_its_level_where_seeds_decide():
-    """Three seeds, only they differ: the bootstrap's p is at most 0.05 in a quarter of equal pairs, this one's in 5%."""
-    rng = np.random.default_rng(0)
-    small = []
-    for _ in range(400):
-        effects = rng.normal(size=(3, 1)) * np.ones((1, 8))
-        found = paired(effects, np.zeros((3, 8)), seed=0, resamples=200)
-        small.append((found.p <= 0.05, found.p_seeds <= 0.05))
-    bold, right = np.mean(small, 0)
-    assert bold > 0.2 and 0.02 < right < 0.09

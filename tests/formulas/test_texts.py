@@ -397,7 +397,7 @@ def test_describe_by_hand():
     )
     expected = {
         "reward": -0.25,
-        "reward_second": 3.0,
+        "reward_second": 3.75,  # of the queries 1.5 and 6: all three responses together would give 3
         "perplexity": 4.0,  # 20 bits over 10 tokens
         "perplexity_references": 3 ** (6 / 4),
         "kl": 1.5,

@@ -97,7 +97,7 @@ def get_config() -> ConfigDict:
     c.ple.blend = "softmax"  # softmax | sigmoid | uniform | best
     c.ple.blend_temperature = 1.0
     c.ple.blend_weight = 1.0  # 0: blended pairs are skipped (an ablation)
-    c.ple.length_norm = "batch"  # batch (mean response length of the optimiser batch) | response (shortens answers)
+    c.ple.length_norm = "mean"  # mean (response length of the sample before) | response (a response's own: shortens answers)
     c.ple.percentile = (0.1, 0.2, 0.3, 0.4, 0.5)  # of selection=percentile: the share with weight 1, per iteration
     c.ple.percentile_temperature = 10.0
     c.ple.percentile_weights = "as_intended"  # as_intended | as_released (the weights cancel)

@@ -209,8 +209,9 @@ def blend(
     Args:
       sumlp: `sum_logprob` of each response, nats.
       weights: weight of each response, usually summing to 1 over k.
-      normaliser: the mean response length C of the whole optimiser batch, in tokens. Not each response's own length: on
-        a model's own samples that has an expected gradient towards shorter responses, where a fixed C has none.
+      normaliser: C, a mean response length in tokens that does not come from these responses (an earlier sample's). On a
+        model's own samples a fixed C has no expected gradient towards any length. Each response's own length has one
+        towards shorter responses, and so has the mean length of the very batch, E[1 / mean] being above 1 / E[mean].
 
     >>> import numpy as np
     >>> blend(np.array([[-8.0, -4.0]]), np.array([[0.25, 0.75]]), normaliser=2.0).tolist()
@@ -231,8 +232,8 @@ def nll(
     Args:
       logprobs: log pi(y_t | x, y_<t) in nats.
       mask: true on response tokens.
-      normaliser: the mean response length of the optimiser batch, in tokens: the mean over the batch is then the mean
-        over its tokens.
+      normaliser: a mean response length in tokens, as in `blend`: the mean over the batch is then in nats per token of an
+        average response. TRL divides by the tokens of the optimiser batch itself.
     """
     return -sum_logprob(logprobs, mask) / normaliser
 
@@ -501,7 +502,7 @@ def distillation(
       old_logprobs: the same under the policy that sampled, constant.
       mask: true on response tokens.
       clip_low, clip_high: as in `clipped_policy`.
-      normaliser: the mean response length of the optimiser batch, in tokens.
+      normaliser: a mean response length in tokens, as in `blend`.
 
     Returns:
       The loss of each response, and the share of its tokens that were clipped.

@@ -31,7 +31,7 @@ from ple_jax.training import loop, measures, offline
 from ple_jax.training.opening import open_run, read_inputs
 from ple_jax.training.run import Run
 from ple_jax.training.sampling import sampling_of
-from ple_jax.training.state import State, newest
+from ple_jax.training.state import CHECKPOINTS, State, newest
 from ple_jax.training.workdir import check_config, lock
 
 _SHOWN = 8  # queries of which --mode=generate prints the responses
@@ -88,7 +88,7 @@ def _trains_scores(algorithm: Algorithm | OfflineAlgorithm, config: Any) -> bool
 
 
 def _newest(run: Run[Any]) -> State:
-    checkpoints = run.session.workdir / "checkpoints"
+    checkpoints = run.session.workdir / CHECKPOINTS
     if (state := newest(run.backend, checkpoints)) is None:
         raise UserError(f"{checkpoints} holds no checkpoint yet; train first: --mode=train")
     return state

@@ -39,7 +39,7 @@ def rank_loss(pair: Pair, *, rank: str, margin: float, beta: float, reference: P
 
 
 def likelihood_loss(logprobs: Sequence[float], *, mean_length: float, length_norm: str) -> float:
-    return -sumlp(logprobs) / (mean_length if length_norm == "batch" else len(logprobs))
+    return -sumlp(logprobs) / (mean_length if length_norm == "mean" else len(logprobs))
 
 
 def blend_weights(rewards: Sequence[float], *, blend: str, temperature: float) -> list[float]:
@@ -59,6 +59,7 @@ def batch_loss(
     rewards: Sequence[Sequence[float]],
     *,
     tau: float,
+    mean_length: float,
     selection: str = "threshold",
     rank: str = "hinge",
     margin: float = 0.0,
@@ -68,12 +69,10 @@ def batch_loss(
     blend: str = "softmax",
     temperature: float = 1.0,
     blend_weight: float = 1.0,
-    length_norm: str = "batch",
+    length_norm: str = "mean",
     references: Sequence[Pair] | None = None,
 ) -> float:
     """The loss of one optimiser batch, from token log-probabilities and rewards, both as (plain, principled)."""
-    lengths = [len(response) for pair in pairs for response in pair]
-    mean_length = sum(lengths) / len(lengths)
     total = 0.0
     for i, (pair, (r_plain, r_principled)) in enumerate(zip(pairs, rewards, strict=True)):
         reference = references[i] if references else None

@@ -105,11 +105,13 @@ class TorchBackend:
         return generate.stream(self.model, {} if base else self.policy, prompt, noise, sampling=sampling)
 
     @sharding.together
-    def logprobs(self, batch: Batch, *, reference: bool = False, base: bool = False) -> Outputs:
+    def logprobs(
+        self, batch: Batch, *, reference: bool = False, base: bool = False, temperature: float = 1.0
+    ) -> Outputs:
         """Log-probabilities and entropy of a batch's response tokens under the policy, the frozen reference or the base."""
         adapter, rows = {} if base else self.reference if reference else self.policy, len(batch.prompt)
         with torch.no_grad():
-            found = outputs(self.model, adapter, self.put(batch, rows), entropy=True)
+            found = outputs(self.model, adapter, self.put(batch, rows), entropy=True, temperature=temperature)
         whole = [None if x is None else sharding.gather(self.world, x)[:rows].numpy() for x in found]
         return Outputs(*whole)
 
@@ -122,14 +124,22 @@ class TorchBackend:
         return sharding.gather(self.world, found)[:rows].numpy()
 
     @sharding.together
-    def update(self, batches: Sequence[Batch], loss: Loss, *, lr: float) -> dict[str, float]:
+    def update(
+        self, batches: Sequence[Batch], loss: Loss, *, lr: float, temperature: float = 1.0
+    ) -> dict[str, float]:
         """One optimizer step on the mean loss over all rows of `batches`, gradients accumulated over them."""
-        return self.step(self.accumulate(batches, loss), lr=lr)
+        return self.step(self.accumulate(batches, loss, temperature), lr=lr)
 
     @sharding.together
     def freeze_reference(self) -> None:
-        """The policy as it is now becomes the reference: the same base with a frozen copy of the adapter."""
-        self.reference = lora.frozen(self.policy)
+        """The policy as it is now becomes the reference: the same base with a frozen copy of the adapter.
+
+        The optimiser starts afresh: moments of what was learned before would move the policy off it without any gradient.
+        """
+        self.reference, self.steps = lora.frozen(self.policy), 0
+        for state in self.optimizer.state.values():
+            for moment in state.values():
+                moment.zero_()
 
     def adapter(self) -> dict[str, np.ndarray]:
         """The adapter, and the head where there is one, under PEFT's names and in its layout."""
@@ -172,7 +182,7 @@ class TorchBackend:
 
     # -------------------------------------------------------------- inside
 
-    def accumulate(self, batches: Sequence[Batch], loss: Loss) -> dict[str, Tensor]:
+    def accumulate(self, batches: Sequence[Batch], loss: Loss, temperature: float = 1.0) -> dict[str, Tensor]:
         """The first half of an update: leaves the gradients of this process's rows in the leaves; their metrics' part."""
         rows = max(len(b.prompt) for b in batches)
         share = 1 / sum(float(b.data["valid"].sum()) for b in batches)
@@ -181,7 +191,7 @@ class TorchBackend:
             part = self.put(batch, rows)
             # dropout depends on the number of steps taken, which a checkpoint holds: a resumed run draws the same
             torch.manual_seed(np.random.SeedSequence([self.seed, self.steps, i]).generate_state(1)[0])
-            for name, value in train.gradients(self.model, loss, self.policy, part, share).items():
+            for name, value in train.gradients(self.model, loss, self.policy, part, share, temperature).items():
                 metrics[name] = metrics.get(name, 0.0) + value
         return metrics
 

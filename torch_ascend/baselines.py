@@ -7,13 +7,13 @@ run needs to go on, held-out queries are answered by one sampler whoever trains,
 memory: the base is on the device twice.
 
 The same as in our own loop: the start, the reference, the order of the data, every token, AdamW, its schedule and clipping,
-and the losses of SFT (a mean over the tokens of an optimiser batch) and DPO; so their loss curves are the same, to rounding.
+and the losses of SFT and DPO; so DPO's curve is the same, to rounding. SFT's differs in what a step is divided by: TRL takes
+the tokens of the optimiser batch, ours as many answers of the mean length of all records.
 (Where queries were quarantined, batches are cut elsewhere.) GRPO and RLOO learn from what TRL samples: all responses of an
 iteration at once, by transformers, with noise of its own from config.seed. Of their losses this is TRL's:
 
 - an optimiser batch is of responses: those of a query need not be in one, and all epochs have the same batches;
-- of grpo.loss=dapo tokens are divided by the mean length in the iteration, where ours has that in the optimiser batch;
-- log-probabilities are taken at sampling.temperature, where ours are at 1.
+- of grpo.loss=dapo tokens are divided by the mean length in the iteration, where ours has that in the optimiser batch.
 
 A warm-up (config.warm_up.data) is ours. TRL's telemetry and reports are off.
 """
@@ -46,6 +46,7 @@ from ple_jax.training.run import Run
 from ple_jax.training.state import State
 from torch_ascend import backend, lora, sharding
 from torch_ascend import model as models
+from torch_ascend.train import decaying
 
 VERSION = "1.16"  # of TRL: what is overridden here is no public interface
 SAMPLE = ("grpo", "rloo")
@@ -129,7 +130,7 @@ class Trl:
         }
         self._load(lora.leaves(self.backend.reference))  # TRL's reference is what the model is when the trainer is made
         self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=options.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=options.weight_decay
+            decaying(self.parameters, options.weight_decay), lr=options.lr, betas=(0.9, 0.999), eps=1e-8
         )
         done = state.step
         schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: steps.warmed_up(options, done + step))
@@ -200,8 +201,7 @@ class Trl:
         run.session.progress.phase("generate", 1)
         values = self._train([{"prompt": str(i)} for i in range(len(self.queries))])
         # the backend still has the policy that sampled
-        some = run.algorithm.batch(self.rollouts[: config.eval.diagnostic_queries], context)
-        return self.rollouts, values | steps.diagnose(some, run)[1]
+        return self.rollouts, values | steps.diagnose(run, self.rollouts[: config.eval.diagnostic_queries])
 
     def _train(self, rows: list[dict[str, Any]]) -> dict[str, float]:
         from datasets import Dataset
@@ -302,7 +302,7 @@ class Watch(TrainerCallback):
             return
         values = {ours: float(logs[theirs]) for theirs, ours in self.names.items() if theirs in logs}
         step = self.trl.state.step
-        self.logged.append(steps.check_finite(values, step, values["lr"]))
+        self.logged.append(steps.check_finite(values, f"optimiser step {step}", values["lr"], "optimizer.lr"))
         self.trl.state = self.trl.state._replace(step=step + 1)
         self.trl.run.session.progress.advance(1)
 

@@ -16,17 +16,17 @@ CHUNK = 512  # tokens whose logits exist at one time: 100 MB in fp32 at a vocabu
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """log softmax(logits)[target], chunked over tokens: [token, vocab] never exists, forward or backward.
+    """log softmax(logits / temperature)[target], chunked over tokens: [token, vocab] never exists, forward or backward.
 
     The gradient is with respect to `hidden` alone (the head is frozen) and is computed beside the value, so that the
     backward pass needs neither the logits nor a second pass over the vocabulary.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, model: Model) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, model: Model, temperature: float) -> Tensor:
         value, gradient = [], []
         for h, y in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
-            logits = model.logits(h)
+            logits = _tempered(model.logits(h), temperature)
             logprob, normaliser = model.ops.token_logprob(logits, y)
             value.append(logprob)
             if ctx.needs_input_grad[0]:
@@ -35,30 +35,37 @@ class _TokenLogprobs(torch.autograd.Function):
                 error = (logits - normaliser[:, None]).exp_().neg_()
                 error.scatter_add_(1, y[:, None], torch.ones_like(error[:, :1]))
                 if (cap := model.config.logits_softcap) is not None:  # d tanh
-                    error = error * (1 - (logits / cap) ** 2)
+                    error = error * (1 - (logits * temperature / cap) ** 2)
+                error = _tempered(error, temperature)
                 gradient.append((error.to(model.head.dtype) @ model.head).to(hidden.dtype))
         ctx.gradient = torch.cat(gradient) if gradient else None
         return torch.cat(value)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
-        return (g[:, None] * ctx.gradient).to(ctx.gradient.dtype), None, None
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
+        return (g[:, None] * ctx.gradient).to(ctx.gradient.dtype), None, None, None
+
+
+def _tempered(x: Tensor, temperature: float) -> Tensor:
+    return x if temperature == 1 else x / temperature
 
 
 def token_logprobs(
-    model: Model, hidden: Float[Tensor, "*batch hidden"], targets: Int64[Tensor, "*batch"]
+    model: Model, hidden: Float[Tensor, "*batch hidden"], targets: Int64[Tensor, "*batch"], temperature: float = 1.0
 ) -> Float32[Tensor, "*batch"]:
-    """log softmax(logits)[target] in nats, of hidden states; see `_TokenLogprobs`."""
-    flat = _TokenLogprobs.apply(hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), model)
+    """log softmax(logits / temperature)[target] in nats, of hidden states; see `_TokenLogprobs`."""
+    flat = _TokenLogprobs.apply(hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), model, temperature)
     return flat.view(targets.shape)
 
 
 @torch.no_grad()
-def token_entropy(model: Model, hidden: Float[Tensor, "*batch hidden"]) -> Float32[Tensor, "*batch"]:
-    """Entropy in nats of the next-token distribution, chunked like `token_logprobs`; not differentiated."""
+def token_entropy(
+    model: Model, hidden: Float[Tensor, "*batch hidden"], temperature: float = 1.0
+) -> Float32[Tensor, "*batch"]:
+    """Entropy in nats of softmax(logits / temperature), chunked like `token_logprobs`; not differentiated."""
     parts = []
     for h in hidden.reshape(-1, hidden.shape[-1]).split(CHUNK):
-        logp = model.logits(h).log_softmax(-1)
+        logp = _tempered(model.logits(h), temperature).log_softmax(-1)
         parts.append(-(logp.exp() * logp).sum(-1))
     return torch.cat(parts).view(hidden.shape[:-1])
 
@@ -119,12 +126,14 @@ def response_values(adapter: adapters.Adapter, batch: Batch, hidden: Tensor) -> 
     return torch.where(batch.response_mask, (hidden.float() * head[:, 0]).sum(-1), 0.0)
 
 
-def outputs(model: Model, adapter: adapters.Adapter, batch: Batch, *, entropy: bool = False) -> Outputs:
-    """What the model says of a batch of tensors."""
+def outputs(
+    model: Model, adapter: adapters.Adapter, batch: Batch, *, entropy: bool = False, temperature: float = 1.0
+) -> Outputs:
+    """What the model says of a batch of tensors; logits are divided by `temperature`, above 0."""
     responses, scores, first = hidden_states(model, adapter, batch)
     hidden = predicting(responses, first)
-    logprobs = torch.where(batch.response_mask, token_logprobs(model, hidden, batch.response), 0.0)
-    spread = torch.where(batch.response_mask, token_entropy(model, hidden), 0.0) if entropy else None
+    logprobs = torch.where(batch.response_mask, token_logprobs(model, hidden, batch.response, temperature), 0.0)
+    spread = torch.where(batch.response_mask, token_entropy(model, hidden, temperature), 0.0) if entropy else None
     return Outputs(logprobs, spread, response_values(adapter, batch, hidden), scores)
 
 
@@ -133,13 +142,13 @@ class Lazy:
 
     entropy = None
 
-    def __init__(self, model: Model, adapter: adapters.Adapter, batch: Batch):
-        self._model, self._batch = model, batch
+    def __init__(self, model: Model, adapter: adapters.Adapter, batch: Batch, temperature: float = 1.0):
+        self._model, self._batch, self._temperature = model, batch, temperature
         responses, self.scores, first = hidden_states(model, adapter, batch)
         self._hidden = predicting(responses, first)
         self.values = response_values(adapter, batch, self._hidden)
 
     @functools.cached_property
     def logprobs(self) -> Float32[Tensor, "query k response_len"]:
-        logprobs = token_logprobs(self._model, self._hidden, self._batch.response)
+        logprobs = token_logprobs(self._model, self._hidden, self._batch.response, self._temperature)
         return torch.where(self._batch.response_mask, logprobs, 0.0)

@@ -15,9 +15,13 @@ from torch_ascend.sharding import World
 
 
 def optimizer(leaves: Mapping[str, Tensor], *, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW with all its state from the start: clipping comes before it, and the learning rate with every step."""
+    """AdamW with all its state from the start: clipping comes before it, and the learning rate with every step.
+
+    Weight decay is of the low-rank matrices alone: what it would pull to 0 of DoRA's magnitudes is the base, and of a head
+    what it has learned.
+    """
     made = torch.optim.AdamW(
-        leaves.values(), lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay, foreach=True
+        decaying(leaves, weight_decay), lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, foreach=True
     )
     for leaf in leaves.values():  # as it will be after the first step: a checkpoint always holds the same tensors
         made.state[leaf] = {
@@ -26,15 +30,26 @@ def optimizer(leaves: Mapping[str, Tensor], *, weight_decay: float) -> torch.opt
     return made
 
 
-def gradients(model: Model, loss: Loss, adapter: adapters.Adapter, batch: Batch, share: float) -> dict[str, Tensor]:
+def decaying(leaves: Mapping[str, Tensor], weight_decay: float) -> list[dict[str, Any]]:
+    """The leaves, "path/kind", as groups for torch's optimizers: those that decay, and the others, where there are any."""
+    groups: dict[bool, list[Tensor]] = {True: [], False: []}
+    for name, leaf in leaves.items():
+        groups[name.rpartition("/")[2] in adapters.DECAYED].append(leaf)
+    return [{"params": own, "weight_decay": weight_decay * decays} for decays, own in groups.items() if own]
+
+
+def gradients(
+    model: Model, loss: Loss, adapter: adapters.Adapter, batch: Batch, share: float, temperature: float = 1.0
+) -> dict[str, Tensor]:
     """Adds to the leaves' gradients those of the mean loss over the optimiser batch, this micro-batch's part; its metrics.
 
     Args:
         adapter: of leaves that gather gradients.
         batch: of tensors on the model's device.
         share: 1 / the real rows of the optimiser batch.
+        temperature: what the logits are divided by.
     """
-    said: Any = Lazy(model, adapter, batch)
+    said: Any = Lazy(model, adapter, batch, temperature)
     value, metrics = loss(said, batch)
     reduced = {name: (m * batch.data["valid"]).sum() * share for name, m in {"loss": value, **metrics}.items()}
     reduced["loss"].backward()

@@ -16,7 +16,7 @@ from ple_jax.core.config import names
 from ple_jax.core.errors import UserError, suggestion
 from ple_jax.core.plugins import built_in, load_module
 from ple_jax.core.rules import Rule
-from ple_jax.core.types import Array, Backend, Batch, Loss, Query, Rollout, Slot, Tokenizer
+from ple_jax.core.types import Array, Backend, Batch, Loss, Query, Response, Rollout, Slot, Tokenizer
 
 Config = Any  # the whole configuration, frozen
 Metrics = Mapping[str, float]
@@ -26,7 +26,9 @@ class Needs(NamedTuple):
     """What a loss compares with, of the policy before the iteration's first step, and what is trained beside the adapter."""
 
     reference: bool = False  # data["reference_logprobs"] [query, k, response_len]: of the frozen reference
-    old_logprobs: bool = False  # data["old_logprobs"], and data["old_values"] where there is a head of values
+    # data["old_logprobs"], and data["old_values"] where there is a head of values. All log-probabilities are then those of
+    # the policy that sampled, at sampling.temperature, and there is no dropout: both would move a ratio to these
+    old_logprobs: bool = False
     teacher: bool = False  # data["teacher_logprobs"]: of the same tokens after the principled prompt
     head: Literal["score", "value"] | None = None  # a reward model's, or PPO's
 
@@ -37,7 +39,7 @@ class Context(NamedTuple):
     config: Config
     iteration: int = 0  # counted from 0
     tau: float = math.nan  # the threshold of this iteration, in units of the score; nan without one
-    lengths: Metrics = {}  # mean tokens of an earlier sample's responses, by kind: of the iteration (or evaluation) before
+    mean_length: float = math.nan  # C, tokens of a response: the mean over what an earlier sample would be trained on
     controller: Metrics = {}  # what the algorithm carries from one iteration to the next (`Algorithm.control`)
 
 
@@ -82,6 +84,9 @@ class Algorithm(NamedTuple):
     make_loss: Callable[[Config], Loss]  # called once a run
     schedule: Callable[[Config], Callable[[int], float]] = no_threshold  # iteration -> tau
     needs: Callable[[Config], Needs] = needs_nothing
+    # of a scored rollout, or of a held-out query's responses, those that a step would learn from: their mean length over an
+    # earlier sample is Context.mean_length. None: nothing reads it
+    learned: Callable[[Rollout, Config], Sequence[Response]] | None = None
     prepare: Callable[[Batch, Context], Batch] = as_it_is  # a batch that has what `needs` asks for gets what follows from it
     # (means over the steps, and of the diagnosed queries the loss's metrics [query] before and after them) -> metrics to log
     measures: Callable[[Metrics, Mapping[str, Array], Mapping[str, Array]], dict[str, float]] = means_of_steps

@@ -7,7 +7,7 @@ import numpy as np
 
 from ple_jax import losses
 from ple_jax.algorithms import Context
-from ple_jax.algorithms._parts import pack_picks
+from ple_jax.algorithms._parts import normaliser, pack_picks
 from ple_jax.core.types import Array, Batch, Loss, Outputs, Rollout
 
 
@@ -25,16 +25,15 @@ def marked(rollouts: Sequence[Rollout], picks: Sequence[int], decision: str) -> 
 def batch(rollouts: Sequence[Rollout], context: Context) -> Batch:
     """One optimiser batch of the responses with weight 1, k = 1.
 
-    Its data, float32 per query: `normaliser`, the mean response length of the whole batch in tokens; `valid`, 1.
+    Its data, float32 per query: `normaliser`, the context's mean length in tokens; `valid`, 1.
     """
     picks = [(int(np.argmax([r.weight for r in rollout.responses])),) for rollout in rollouts]
     packed = pack_picks(rollouts, picks, context.config)
-    length = packed.response_mask.sum() / len(rollouts)
-    return packed._replace(data=packed.data | {"normaliser": np.full(len(rollouts), length, np.float32)})
+    return packed._replace(data=packed.data | {"normaliser": np.full(len(rollouts), normaliser(context), np.float32)})
 
 
 def make_loss(config: Any) -> Loss:
-    """Cross-entropy per response token of the optimiser batch (`losses.nll`); metric `lp`, nats per token."""
+    """Cross-entropy of a response, in nats per token of an average one (`losses.nll`); metric `lp`, nats per token."""
 
     def loss(outputs: Outputs, batch: Batch) -> tuple[Array, dict[str, Array]]:
         logprobs, mask = outputs.logprobs[:, 0], batch.response_mask[:, 0]

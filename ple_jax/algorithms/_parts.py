@@ -1,13 +1,16 @@
 """Small parts of which several algorithms are made."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float64
 
+from ple_jax.algorithms import Context
 from ple_jax.core.batches import pack
-from ple_jax.core.types import Batch, Rollout, Slot
+from ple_jax.core.errors import UserError
+from ple_jax.core.types import Batch, Response, Rollout, Slot
 
 
 def plain_samples(count: int) -> tuple[Slot, ...]:
@@ -18,6 +21,31 @@ def plain_samples(count: int) -> tuple[Slot, ...]:
 def scores(rollouts: Sequence[Rollout]) -> Float64[np.ndarray, "query k"]:
     """Of every response."""
     return np.array([[r.score for r in rollout.responses] for rollout in rollouts], np.float64)
+
+
+def all_plain(rollout: Rollout, config: Any) -> list[Response]:
+    """The responses to the plain prompt, the record's own among them."""
+    return [response for response in rollout.responses if not response.principled]
+
+
+def normaliser(context: Context) -> float:
+    """C, tokens: what a summed log-probability is divided by, of an earlier sample than the one that is trained on.
+
+    Raises:
+        UserError: the context was made without one.
+    """
+    if not context.mean_length > 0:  # nan too
+        raise UserError(
+            f"the context's mean_length is {context.mean_length}: give the mean tokens of an earlier sample's responses,"
+            " Context(config, mean_length=...)"
+        )
+    return context.mean_length
+
+
+def extremes(rollout: Rollout) -> list[Response]:
+    """The worst and the best of the plain responses, by reward, the first of equals; nothing where none has a reward."""
+    plain = [r for r in rollout.responses if not r.principled and not math.isnan(r.reward)]
+    return [choose(plain, key=lambda r: r.reward) for choose in (min, max)] if plain else []
 
 
 def measured(rollouts: Sequence[Rollout], decision: str) -> list[Rollout]:

@@ -8,9 +8,9 @@ from typing import Any
 
 from ple_jax.algorithms import Context
 from ple_jax.algorithms._imitation import batch, make_loss, marked
-from ple_jax.core.types import Rollout, Slot
+from ple_jax.core.types import Response, Rollout, Slot
 
-__all__ = ["batch", "collect", "label", "make_loss"]
+__all__ = ["batch", "collect", "label", "learned", "make_loss"]
 
 
 def collect(config: Any) -> tuple[Slot, ...]:
@@ -20,3 +20,8 @@ def collect(config: Any) -> tuple[Slot, ...]:
 
 def label(rollouts: Sequence[Rollout], context: Context) -> list[Rollout]:
     return marked(rollouts, [0] * len(rollouts), "imitated")
+
+
+def learned(rollout: Rollout, config: Any) -> list[Response]:
+    """The principled responses."""
+    return [response for response in rollout.responses if response.principled]

@@ -14,12 +14,12 @@ from array_api_compat import array_namespace
 
 from ple_jax import losses
 from ple_jax.algorithms import Context, Needs
-from ple_jax.algorithms._parts import pack_picks, plain_samples
+from ple_jax.algorithms._parts import extremes, normaliser, pack_picks, plain_samples
 from ple_jax.core.errors import UserError
-from ple_jax.core.types import Array, Batch, Loss, Outputs, Rollout, Slot
+from ple_jax.core.types import Array, Batch, Loss, Outputs, Response, Rollout, Slot
 from ple_jax.formulas import pairing, threshold
 
-__all__ = ["batch", "collect", "label", "make_loss", "measures", "needs", "schedule"]
+__all__ = ["batch", "collect", "label", "learned", "make_loss", "measures", "needs", "schedule"]
 
 
 def collect(config: Any) -> tuple[Slot, ...]:
@@ -104,7 +104,7 @@ def batch(rollouts: Sequence[Rollout], context: Context) -> Batch:
         weights: [query, 2] blend weights; 0 on ranked pairs.
         pair_weights: factor on the ranking loss; 1 but for selection=percentile (`pairing.batch_weights`), where
           dropped pairs have 0 and the others make up for them.
-        normaliser: the mean response length of the whole batch, in tokens; 1 with length_norm=response.
+        normaliser: the context's mean length, in tokens; 1 with length_norm=response.
         swapped: 1 where row 0 is the principled response.
         valid: 1.
 
@@ -121,17 +121,22 @@ def batch(rollouts: Sequence[Rollout], context: Context) -> Batch:
     if ple.selection == "percentile":
         pair_weights = pairing.batch_weights(weights[:, 1], how=ple.percentile_weights)
         weights, swapped = np.zeros_like(weights), np.zeros_like(swapped)
-    if ple.length_norm not in ("batch", "response"):
-        raise UserError(f"ple.length_norm = {ple.length_norm!r}: choose batch or response")
-    normaliser = packed.response_mask.sum(axis=-1).mean() if ple.length_norm == "batch" else 1.0
+    if ple.length_norm not in ("mean", "response"):
+        raise UserError(f"ple.length_norm = {ple.length_norm!r}: choose mean or response")
+    length = normaliser(context) if ple.length_norm == "mean" else 1.0
     data = {
         "ranked": ranked,
         "weights": weights,
         "pair_weights": pair_weights,
-        "normaliser": np.full(len(rollouts), normaliser),
+        "normaliser": np.full(len(rollouts), length),
         "swapped": swapped,
     }
     return packed._replace(data=packed.data | {name: value.astype(np.float32) for name, value in data.items()})
+
+
+def learned(rollout: Rollout, config: Any) -> Sequence[Response]:
+    """Both kinds; with selection=percentile the worst and the best of the plain ones, by reward."""
+    return extremes(rollout) if config.ple.selection == "percentile" else rollout.responses
 
 
 def _order(rollout: Rollout, selection: str) -> tuple[int, int]:
@@ -169,12 +174,12 @@ def make_loss(config: Any) -> Loss:
         data, mask = batch.data, batch.response_mask
         xp = array_namespace(outputs.logprobs)
         ranked = data["ranked"]
-        normaliser = xp.clip(data["normaliser"], min=1.0)  # 0 on rows that only fill the shape: 0 / 0 would be nan
+        divisor = xp.clip(data["normaliser"], min=1.0)  # 0 on rows that only fill the shape: 0 / 0 would be nan
         lp = losses.mean_logprob(outputs.logprobs, mask)
         sumlp = likelihood(outputs.logprobs, mask)
         rank_loss = ranked * data["pair_weights"] * rank(outputs, batch)
-        sft_loss = ranked * data["pair_weights"] * -sumlp[:, 1] / normaliser
-        blend_loss = (1 - ranked) * losses.blend(sumlp, data["weights"], normaliser=normaliser)
+        sft_loss = ranked * data["pair_weights"] * -sumlp[:, 1] / divisor
+        blend_loss = (1 - ranked) * losses.blend(sumlp, data["weights"], normaliser=divisor)
         value = rank_weight * (rank_loss + rank_sft_weight * sft_loss) + blend_weight * blend_loss
         metrics = {
             "ranked": ranked,

@@ -10,9 +10,10 @@ from typing import Any
 from ple_jax import losses
 from ple_jax.algorithms import Context, Needs
 from ple_jax.algorithms._imitation import batch, marked
+from ple_jax.algorithms._parts import all_plain as learned
 from ple_jax.core.types import Array, Batch, Loss, Outputs, Rollout, Slot
 
-__all__ = ["batch", "collect", "label", "make_loss", "needs"]
+__all__ = ["batch", "collect", "label", "learned", "make_loss", "needs"]
 
 
 def collect(config: Any) -> tuple[Slot, ...]:

@@ -8,9 +8,10 @@ from typing import Any
 
 from ple_jax.algorithms import Context
 from ple_jax.algorithms._imitation import batch, make_loss, marked
+from ple_jax.algorithms._parts import all_plain as learned
 from ple_jax.core.types import Rollout, Slot
 
-__all__ = ["batch", "collect", "label", "make_loss"]
+__all__ = ["batch", "collect", "label", "learned", "make_loss"]
 
 
 def collect(config: Any) -> tuple[Slot, ...]:

@@ -48,8 +48,8 @@ class JaxBackend:
         transform = optimizer(clip_norm=clip_norm, weight_decay=weight_decay)
         place, state_place = placement(adapter, transform, mesh)
         self.policy = jax.device_put(adapter, place)
-        with jax.numpy_dtype_promotion("standard"):
-            self.state = jax.jit(transform.init, out_shardings=state_place)(self.policy)
+        self._fresh = jax.jit(transform.init, out_shardings=state_place)
+        self.state: Any = None
         self.freeze_reference()  # the start adapter; a fresh one is the base itself
         self._key = jax.random.key(seed)
         self.programs = programs(model, adapter, mesh, transform=transform, settings=settings)
@@ -90,11 +90,14 @@ class JaxBackend:
         fused = {} if base else self._fuse(self.base, self.policy)
         return generate.stream(self.model, self.base, fused, np.asarray(prompt, np.int32), uniforms, sampling=sampling)
 
-    def logprobs(self, batch: Batch, *, reference: bool = False, base: bool = False) -> Outputs:
+    def logprobs(
+        self, batch: Batch, *, reference: bool = False, base: bool = False, temperature: float = 1.0
+    ) -> Outputs:
         """Log-probabilities and entropy of a batch's response tokens under the policy, the frozen reference or the base."""
         adapter = {} if base else self.reference if reference else self.policy
         rows = len(batch.prompt)
-        result = self.programs.outputs(self.base, adapter, self.put(batch, _round_up(rows, self._multiple)), entropy=True)
+        part = self.put(batch, _round_up(rows, self._multiple))
+        result = self.programs.outputs(self.base, adapter, part, entropy=True, temperature=temperature)
         return jax.tree.map(lambda x: np.asarray(x)[:rows], jax.device_get(result))
 
     def scores(self, batch: Batch) -> Float32[np.ndarray, "query k"]:
@@ -102,7 +105,9 @@ class JaxBackend:
         part = self.put(batch, _round_up(len(batch.prompt), self._multiple))
         return np.asarray(jax.device_get(self.programs.scores(self.base, self.policy, part)))[: len(batch.prompt)]
 
-    def update(self, batches: Sequence[Batch], loss: Loss, *, lr: float) -> dict[str, float]:
+    def update(
+        self, batches: Sequence[Batch], loss: Loss, *, lr: float, temperature: float = 1.0
+    ) -> dict[str, float]:
         """One optimizer step on the mean loss over all rows of `batches`, gradients accumulated over them."""
         rows = max(len(b.prompt) for b in batches)
         real = sum(float(b.data["valid"].sum()) for b in batches)
@@ -114,7 +119,9 @@ class JaxBackend:
         for i, batch in enumerate(batches):
             part = self.put(batch, _round_up(rows, self._multiple))
             key = jax.random.fold_in(step, i)
-            new, values = self.programs.gradients(self.base, self.policy, part, share, key, loss=loss)
+            new, values = self.programs.gradients(
+                self.base, self.policy, part, share, key, loss=loss, temperature=temperature
+            )
             grads = new if grads is None else self.programs.accumulate(grads, new)
             for name, value in values.items():
                 metrics[name] = metrics.get(name, 0.0) + float(value)
@@ -122,8 +129,13 @@ class JaxBackend:
         return {**metrics, "grad_norm": float(norm)}
 
     def freeze_reference(self) -> None:
-        """The policy as it is now becomes the reference: the same base with a frozen copy of the adapter."""
+        """The policy as it is now becomes the reference: the same base with a frozen copy of the adapter.
+
+        The optimiser starts afresh: moments of what was learned before would move the policy off it without any gradient.
+        """
         self.reference = jax.tree.map(jnp.copy, self.policy)
+        with jax.numpy_dtype_promotion("standard"):
+            self.state = self._fresh(self.policy)
 
     def adapter(self) -> dict[str, np.ndarray]:
         return adapters.to_peft(jax.device_get(self.policy))

@@ -16,15 +16,16 @@ from ple_jax.models import adapters
 CHUNK = 512  # tokens whose logits exist at one time: 100 MB in fp32 at a vocabulary of 49152
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def token_logprobs(
     head: Float[Array, "vocab hidden"],
     hidden: Float[Array, "row time hidden"],
     targets: Int[Array, "row time"],
     softcap: float | None = None,
     shards: int = 1,
+    temperature: float = 1.0,
 ) -> Float32[Array, "row time"]:
-    """log softmax(logits)[target], chunked over time: [row, time, vocab] never exists, forward or backward.
+    """log softmax(logits / temperature)[target], chunked over time: [row, time, vocab] never exists, forward or backward.
 
     The gradient is with respect to `hidden` alone (the head is frozen) and is computed beside the value, so that the
     backward pass needs neither the logits nor a second pass over the vocabulary.
@@ -32,12 +33,17 @@ def token_logprobs(
     Args:
         softcap: of the logits, where the family has one.
         shards: over how many devices rows are spread: chunks are as large as one device can take.
+        temperature: that the tokens were sampled at, above 0.
     """
-    return _over_time(lambda h, y: _chunk(head, h, y, softcap)[0], hidden, targets, shards)
+    return _over_time(lambda h, y: _chunk(head, h, y, softcap, temperature)[0], hidden, targets, shards)
 
 
-def _chunk(head: Array, hidden: Array, targets: Array, softcap: float | None) -> tuple[Array, Array, Array]:
+def _chunk(
+    head: Array, hidden: Array, targets: Array, softcap: float | None, temperature: float
+) -> tuple[Array, Array, Array]:
     logits = head_logits(head, hidden, softcap=softcap)
+    if temperature != 1:
+        logits = logits / temperature
     normaliser = jax.nn.logsumexp(logits, -1)
     target = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
     return target - normaliser, normaliser, logits
@@ -55,14 +61,16 @@ def _over_time(f: Any, hidden: Array, targets: Array, shards: int) -> Any:
 
 
 def _token_logprobs_forward(
-    head: Array, hidden: Array, targets: Array, softcap: float | None, shards: int
+    head: Array, hidden: Array, targets: Array, softcap: float | None, shards: int, temperature: float
 ) -> tuple[Array, tuple[Array, Array]]:
     def f(h: Array, y: Array) -> tuple[Array, Array]:
-        value, normaliser, logits = _chunk(head, h, y, softcap)
+        value, normaliser, logits = _chunk(head, h, y, softcap, temperature)
         # subtracted in fp32, then rounded to the head's dtype: where p is nearly one, the rest is smaller than p's rounding
         error = jax.nn.one_hot(y, logits.shape[-1], dtype=jnp.float32) - jnp.exp(logits - normaliser[..., None])
         if softcap is not None:  # d tanh
-            error = error * (1 - (logits / softcap) ** 2)
+            error = error * (1 - (logits * temperature / softcap) ** 2)
+        if temperature != 1:
+            error = error / temperature
         return value, jnp.einsum("btv,vd->btd", error.astype(head.dtype), head, preferred_element_type=jnp.float32)
 
     value, gradient = _over_time(f, hidden, targets, shards)
@@ -70,7 +78,7 @@ def _token_logprobs_forward(
 
 
 def _token_logprobs_backward(
-    softcap: float | None, shards: int, saved: tuple[Array, Array], g: Array
+    softcap: float | None, shards: int, temperature: float, saved: tuple[Array, Array], g: Array
 ) -> tuple[None, Array, None]:
     gradient, like = saved
     return None, (g[..., None] * gradient).astype(like.dtype), None
@@ -82,11 +90,12 @@ def token_entropy(
     hidden: Float[Array, "row time hidden"],
     softcap: float | None = None,
     shards: int = 1,
+    temperature: float = 1.0,
 ) -> Float32[Array, "row time"]:
-    """Entropy in nats of the next-token distribution, chunked like `token_logprobs`; not differentiated."""
+    """Entropy in nats of softmax(logits / temperature), chunked like `token_logprobs`; not differentiated."""
 
     def f(h: Array, y: Array) -> Array:
-        _, normaliser, logits = _chunk(head, h, y, softcap)
+        _, normaliser, logits = _chunk(head, h, y, softcap, temperature)
         logp = logits - normaliser[..., None]
         return -(jnp.exp(logp) * logp).sum(-1)
 
@@ -144,12 +153,14 @@ def outputs(
     batch: Batch,
     *,
     entropy: bool = False,
+    temperature: float = 1.0,
     score: Float[Array, "hidden 1"] | None = None,
     value: Float[Array, "hidden 1"] | None = None,
 ) -> Outputs:
     """What the model says of a batch. Logits exist for response tokens alone; the compiler leaves out what is not used.
 
     Args:
+        temperature: what the logits are divided by, above 0.
         score: a reward model's head, read at a response's last token.
         value: PPO's head, read where each token is predicted.
     """
@@ -165,8 +176,8 @@ def outputs(
     def shaped(x: Array) -> Array:
         return jnp.where(batch.response_mask, x.reshape(rows, k, r), 0.0)
 
-    logprobs = shaped(token_logprobs(head, hidden, batch.response.reshape(rows, k * r), softcap, shards))
-    spread = shaped(token_entropy(head, hidden, softcap, shards)) if entropy else None
+    logprobs = shaped(token_logprobs(head, hidden, batch.response.reshape(rows, k * r), softcap, shards, temperature))
+    spread = shaped(token_entropy(head, hidden, softcap, shards, temperature)) if entropy else None
     values = None if value is None else shaped(_read(value, hidden))
     return Outputs(logprobs, spread, values, scores)
 

@@ -17,17 +17,26 @@ from ple_jax.models import adapters
 
 
 def optimizer(*, clip_norm: float, weight_decay: float) -> optax.GradientTransformation:
-    """AdamW after clipping by the global norm; the learning rate is applied by the caller, so that it may change."""
+    """AdamW after clipping by the global norm; the learning rate is applied by the caller, so that it may change.
+
+    Weight decay is of the low-rank matrices alone: what it would pull to 0 of DoRA's magnitudes is the base, and of a head
+    what it has learned.
+    """
     return optax.chain(
         optax.clip_by_global_norm(clip_norm),
         optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8),
-        optax.add_decayed_weights(weight_decay),
+        optax.add_decayed_weights(weight_decay, mask=_decayed),
     )
 
 
+def _decayed(adapter: adapters.Adapter) -> dict[str, dict[str, bool]]:
+    return {path: {kind: kind in adapters.DECAYED for kind in module} for path, module in adapter.items()}
+
+
 def gradients(
-    model: Model, settings: adapters.Lora, loss: Loss, base: Any, adapter: Any, batch: Batch, share: Array, key: Array
-) -> tuple[Any, dict[str, Array]]:
+    model: Model, settings: adapters.Lora, loss: Loss, base: Any, adapter: Any, batch: Batch, share: Array, key: Array,
+    temperature: float = 1.0,
+) -> tuple[Any, dict[str, Array]]:  # fmt: skip
     """Gradients of the mean loss over the optimiser batch, this micro-batch's part; `share` is 1 / its real rows.
 
     `key` draws the adapter's dropout, where there is any.
@@ -35,7 +44,7 @@ def gradients(
 
     def total(adapter: Any) -> tuple[Array, dict[str, Array]]:
         fused = lora.fuse(model, adapter, settings, base=base, dropout=key)
-        value, metrics = loss(outputs(model, base, fused, batch, **heads(adapter)), batch)
+        value, metrics = loss(outputs(model, base, fused, batch, temperature=temperature, **heads(adapter)), batch)
         valid = batch.data["valid"]
         reduced = {name: (m * valid).sum() * share for name, m in {"loss": value, **metrics}.items()}
         return reduced["loss"], reduced
@@ -57,9 +66,9 @@ class Programs(NamedTuple):
     """The compiled programs of a run, `jax.jit` objects. What `--mode=plan --topology` compiles is these too."""
 
     generate: Any  # (base, adapter, prompt, prompt_mask, prefix, uniforms, *, sampling) -> (tokens, lengths)
-    outputs: Any  # (base, adapter, batch, *, entropy) -> Outputs
+    outputs: Any  # (base, adapter, batch, *, entropy, temperature) -> Outputs
     scores: Any  # (base, adapter, batch) -> scores
-    gradients: Any  # (base, adapter, batch, share, key, *, loss) -> (gradients, metrics)
+    gradients: Any  # (base, adapter, batch, share, key, *, loss, temperature) -> (gradients, metrics)
     accumulate: Any  # (gradients, gradients) -> gradients; donates the first
     apply: Any  # (adapter, state, gradients, lr) -> (adapter, state, norm); donates adapter and state
 
@@ -85,17 +94,22 @@ def programs(
     def sample(base: Any, adapter: Any, *data: Array, sampling: Sampling) -> tuple[Array, Array]:
         return generate.generate(model, base, fuse(base, adapter), *data, sampling=sampling)
 
-    def say(base: Any, adapter: Any, batch: Batch, entropy: bool = False) -> Outputs:
-        return outputs(model, base, fuse(base, adapter), batch, entropy=entropy, **heads(adapter))
+    def say(base: Any, adapter: Any, batch: Batch, entropy: bool = False, temperature: float = 1.0) -> Outputs:
+        fused = fuse(base, adapter)
+        return outputs(model, base, fused, batch, entropy=entropy, temperature=temperature, **heads(adapter))
 
-    def slope(base: Any, adapter: Any, batch: Batch, share: Array, key: Array, loss: Loss) -> tuple[Any, dict[str, Array]]:
-        return gradients(model, settings, loss, base, adapter, batch, share, key)
+    def slope(
+        base: Any, adapter: Any, batch: Batch, share: Array, key: Array, loss: Loss, temperature: float = 1.0
+    ) -> tuple[Any, dict[str, Array]]:
+        return gradients(model, settings, loss, base, adapter, batch, share, key, temperature)
 
     return Programs(
         generate=jax.jit(sample, static_argnames="sampling"),
-        outputs=jax.jit(say, static_argnames="entropy"),
+        outputs=jax.jit(say, static_argnames=("entropy", "temperature")),
         scores=jax.jit(lambda base, adapter, batch: say(base, adapter, batch).scores),
-        gradients=jax.jit(slope, static_argnames="loss", out_shardings=(place[0], sharding.replicated(mesh))),
+        gradients=jax.jit(
+            slope, static_argnames=("loss", "temperature"), out_shardings=(place[0], sharding.replicated(mesh))
+        ),
         accumulate=jax.jit(functools.partial(jax.tree.map, jnp.add), donate_argnums=0),
         apply=jax.jit(
             functools.partial(apply_gradients, transform),

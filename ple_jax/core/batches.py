@@ -68,8 +68,7 @@ def pack(rollouts: Sequence[Rollout], picks: Sequence[Sequence[int]], *, prompt_
       response_len: width of the response arrays, in tokens.
 
     Returns:
-      A Batch whose data holds, in float32, "valid" [query], all 1, and "own" [query, k], 1 where the policy gave the
-      response to the very prompt of the batch: what a KL estimate may be made from.
+      A Batch whose data holds, in float32, "valid" [query], all 1.
 
     Raises:
       UserError: a chosen response has no token, or more than response_len.
@@ -88,9 +87,7 @@ def pack(rollouts: Sequence[Rollout], picks: Sequence[Sequence[int]], *, prompt_
                 )
             response[i, j, : len(tokens)] = tokens
             response_mask[i, j, : len(tokens)] = True
-    own = [[rollout.responses[i].own for i in chosen] for rollout, chosen in zip(rollouts, picks, strict=True)]
-    data = {"valid": np.ones(queries, np.float32), "own": np.array(own, np.float32)}
-    return Batch(prompt, prompt_mask, response, response_mask, data)
+    return Batch(prompt, prompt_mask, response, response_mask, {"valid": np.ones(queries, np.float32)})
 
 
 def micro_batches(batch: Batch, size: int) -> list[Batch]:

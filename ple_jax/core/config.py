@@ -232,7 +232,7 @@ RULES: dict[str, Rule] = {
     "ple.blend": choice("softmax", "sigmoid", "uniform", "best"),
     "ple.blend_temperature": positive,
     "ple.blend_weight": not_negative,
-    "ple.length_norm": choice("batch", "response"),
+    "ple.length_norm": choice("mean", "response"),
     "ple.percentile": many(real(lambda v: 0 < v <= 1, "above 0 and at most 1")),
     "ple.percentile_temperature": positive,
     "ple.percentile_weights": choice("as_intended", "as_released"),

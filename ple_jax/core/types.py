@@ -92,7 +92,7 @@ class Batch(NamedTuple):
 class Outputs(NamedTuple):
     """What a model says of a batch: the backend's arrays inside a loss, numpy outside; fp32."""
 
-    logprobs: Array  # "query k response_len", of the response tokens alone, at temperature 1; 0 where masked
+    logprobs: Array  # "query k response_len", of the response tokens alone; 0 where masked
     entropy: Array | None = None  # the same shape
     values: Array | None = None  # the same shape, where an algorithm asks for a value head
     scores: Array | None = None  # "query k": a reward model's head at the last token of every response
@@ -159,10 +159,12 @@ class Backend(Protocol):
         """The tokens of one response as they are sampled, EOS included; of the base without the adapter, if `base`."""
         ...
 
-    def logprobs(self, batch: Batch, *, reference: bool = False, base: bool = False) -> Outputs:
+    def logprobs(
+        self, batch: Batch, *, reference: bool = False, base: bool = False, temperature: float = 1.0
+    ) -> Outputs:
         """Log-probabilities and entropy of a batch, as numpy; of the policy, the frozen reference, or the bare base.
 
-        With the values of the policy's head, where there is one.
+        With the values of the policy's head, where there is one. The logits are divided by `temperature`, above 0.
         """
         ...
 
@@ -170,12 +172,17 @@ class Backend(Protocol):
         """What the head says of every response, as numpy; for algorithms that train one."""
         ...
 
-    def update(self, batches: Sequence[Batch], loss: Loss, *, lr: float) -> dict[str, float]:
-        """One optimizer step on the mean over all rows of `batches`; their metrics' means, and `grad_norm`."""
+    def update(
+        self, batches: Sequence[Batch], loss: Loss, *, lr: float, temperature: float = 1.0
+    ) -> dict[str, float]:
+        """One optimizer step on the mean over all rows of `batches`; their metrics' means, and `grad_norm`.
+
+        The logits are divided by `temperature`, above 0, in all that the loss is told.
+        """
         ...
 
     def freeze_reference(self) -> None:
-        """The policy as it is now becomes the reference."""
+        """The policy as it is now becomes the reference, and the optimiser's state is as at the start of a run."""
         ...
 
     def adapter(self) -> dict[str, np.ndarray]:

@@ -117,6 +117,7 @@ def init(config: ModelConfig, lora: Lora, *, seed: int) -> Adapter:
 
 # linear heads [hidden, 1] beside the adapter, trained whole, {name: {"w": ...}}: a reward model's, and PPO's of values
 SCORE, VALUE = "score", "value"
+DECAYED = ("a", "b")  # the leaves that weight decay is of
 
 
 def init_head(config: ModelConfig, name: str) -> Adapter:

@@ -93,18 +93,22 @@ class Served:
         """Of `inner`: for a person who talks to a finished run, where no server need be there."""
         return self.inner.stream(prompt, uniforms, sampling=sampling, base=base)
 
-    def logprobs(self, batch: Batch, *, reference: bool = False, base: bool = False) -> Outputs:
+    def logprobs(
+        self, batch: Batch, *, reference: bool = False, base: bool = False, temperature: float = 1.0
+    ) -> Outputs:
         self.server.rest()
-        return self.inner.logprobs(batch, reference=reference, base=base)
+        return self.inner.logprobs(batch, reference=reference, base=base, temperature=temperature)
 
     def scores(self, batch: Batch) -> Float32[np.ndarray, "query k"]:
         self.server.rest()
         return self.inner.scores(batch)
 
-    def update(self, batches: Sequence[Batch], loss: Loss, *, lr: float) -> dict[str, float]:
+    def update(
+        self, batches: Sequence[Batch], loss: Loss, *, lr: float, temperature: float = 1.0
+    ) -> dict[str, float]:
         self.server.rest()
         self._name = None
-        return self.inner.update(batches, loss, lr=lr)
+        return self.inner.update(batches, loss, lr=lr, temperature=temperature)
 
     def freeze_reference(self) -> None:
         self.inner.freeze_reference()

@@ -5,6 +5,7 @@ after. What is on disk decides where a run stands: the newest checkpoint (the co
 iteration that was being sampled.
 """
 
+import shutil
 import time
 from collections.abc import Callable, Sequence
 
@@ -13,11 +14,11 @@ from ple_jax.core.types import Rollout, Slot
 from ple_jax.data.queries import draw
 from ple_jax.training import costs
 from ple_jax.training.journal import Journal, read
-from ple_jax.training.measures import evaluate, log_iteration, mean_lengths, summarise
+from ple_jax.training.measures import evaluate, log_iteration, mean_length, summarise
 from ple_jax.training.run import Run
-from ple_jax.training.sampling import sample
+from ple_jax.training.sampling import given, sample
 from ple_jax.training.scoring import sorted_out
-from ple_jax.training.state import State, commit, resume
+from ple_jax.training.state import WARM_UP, State, commit, resume
 from ple_jax.training.steps import update
 from ple_jax.training.warm_up import warm_up
 
@@ -44,9 +45,30 @@ def begin(run: Run[Algorithm]) -> State:
     if state is None:
         fresh = State(run.backend.environment(), controller=run.algorithm.controller(run.config))
         state = commit(warm_up(run, fresh), run.backend, run.session)
+    shutil.rmtree(run.session.workdir / WARM_UP, ignore_errors=True)  # what it was resumed from has no use any more
     run.session.progress.iteration(state.iteration)
     state = log_iteration(run, state)
-    return state if state.iteration else state._replace(lengths=mean_lengths(evaluate(run, 0)))
+    return state if state.iteration else state._replace(mean_length=first_length(run))
+
+
+def first_length(run: Run[Algorithm]) -> float:
+    """C of the first iteration: the mean length of what would be learned from the evaluation before it.
+
+    Of algorithms that learn from the records' own answers it is that of all train records, and stays.
+    """
+    if not (slots := answered(run)):
+        return mean_length(evaluate(run, 0), run)
+    limit = run.config.sampling.max_new_tokens
+    rollouts = (
+        Rollout(q.id, q.prompt, (), tuple(given(q, slot, run.config, run.base, limit=limit) for slot in slots))
+        for q in run.data.train
+    )
+    return mean_length(rollouts, run)
+
+
+def answered(run: Run[Algorithm]) -> list[Slot]:
+    """The responses that are not sampled but taken from the records."""
+    return [slot for slot in run.algorithm.collect(run.config) if slot.source != "policy"]
 
 
 def one_iteration(run: Run[Algorithm], state: State, learn: Learn) -> State:
@@ -61,7 +83,7 @@ def one_iteration(run: Run[Algorithm], state: State, learn: Learn) -> State:
     after = after._replace(
         iteration=state.iteration + 1,
         controller=run.algorithm.control(state.controller, values, run.config),
-        lengths=mean_lengths(rollouts),
+        mean_length=state.mean_length if answered(run) else mean_length(rollouts, run),
         metrics={**values, **new, **{f"seconds_{name}": s for name, s in spent.items()}},
     )
     return log_iteration(run, commit(after, run.backend, run.session))
@@ -79,7 +101,7 @@ def learn_from_samples(
 
 def context_of(run: Run[Algorithm], state: State, tau: float) -> Context:
     """What the algorithm is told of the iteration that `state` stands before."""
-    return Context(run.config, state.iteration, tau, state.lengths, state.controller)
+    return Context(run.config, state.iteration, tau, state.mean_length, state.controller)
 
 
 def collect(run: Run[Algorithm], context: Context, state: State) -> tuple[State, list[Rollout]]:

@@ -2,14 +2,13 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from ple_jax import rewards
 from ple_jax.algorithms import Algorithm
-from ple_jax.core.batches import pack
 from ple_jax.core.noise import HELDOUT
 from ple_jax.core.types import Response, Rollout, Slot
 from ple_jax.formulas import intervals, texts
@@ -74,9 +73,11 @@ def _of_one_kind(responses: Sequence[Response], principles: Sequence[int]) -> di
     }
 
 
-def mean_lengths(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Mean tokens of a response, by kind."""
-    return {kind: float(np.mean([len(r.tokens) for r in some])) for kind, some in _by_kind(rollouts).items()}
+def mean_length(rollouts: Iterable[Rollout], run: Run[Algorithm]) -> float:
+    """Mean tokens of the responses that the algorithm would train on; 0 where it asks for none."""
+    if (learned := run.algorithm.learned) is None:
+        return 0.0
+    return float(np.mean([len(r.tokens) for rollout in rollouts for r in learned(rollout, run.config)]))
 
 
 def warn_of_leak(values: dict[str, float]) -> str:
@@ -141,9 +142,7 @@ def heldout_metrics(run: Run[Algorithm], rollouts: Sequence[Rollout]) -> dict[st
     values = {"heldout_reward": float(np.nanmean(mean_rewards(rollouts)))}
     if any(r.principled for r in rollouts[0].responses):
         values["heldout_reward_principled"] = float(np.nanmean(mean_rewards(rollouts, principled=True)))
-    few = rollouts[: config.eval.diagnostic_queries]
-    shape = {"prompt_multiple": config.sampling.bucket, "response_len": config.sampling.max_new_tokens}
-    _, policy = diagnose(pack(few, [range(config.eval.samples)] * len(few), **shape), run)
+    policy = diagnose(run, rollouts[: config.eval.diagnostic_queries])
     return values | {f"heldout_{name}": value for name, value in policy.items()}
 
 

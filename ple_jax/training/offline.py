@@ -70,16 +70,18 @@ def begin(run: Run[OfflineAlgorithm]) -> State:
 def update(run: Run[OfflineAlgorithm], batches: Sequence[Sequence[Any]], state: State) -> State:
     """The optimiser steps up to the next evaluation."""
     run.session.progress.phase("update", len(batches))
-    needs, collected, sizes, trained = run.algorithm.needs(run.config), [], [], 0
+    collected, sizes, spent, parameters = [], [], state.costs, run.base.parameters
     for number, some in enumerate(batches, state.iteration):
-        batch = compared(run.algorithm.batch(some), run.backend, needs)
+        batch, looked_up = compared(run.algorithm.batch(some), run)
         collected.append(step(run, batch, number))
         sizes.append(len(batch.prompt))
-        run.session.progress.advance(1, tokens=costs.tokens(batch))
-        trained += costs.tokens(batch)
+        trained = costs.tokens(batch)
+        run.session.progress.advance(1, tokens=trained)
+        flops = costs.forward_flops(parameters, looked_up) + costs.update_flops(parameters, trained)
+        spent = spent.plus(training_tokens=trained, flops=flops)
     return state._replace(
         iteration=state.iteration + len(batches),
-        costs=state.costs.plus(training_tokens=trained),
+        costs=spent,
         metrics={f"train_{name}": value for name, value in over_queries(collected, sizes).items()},
     )
 

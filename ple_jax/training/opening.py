@@ -38,6 +38,11 @@ def read_inputs(config: Any, backend: str) -> Inputs:
     """The algorithm, the records, the principles and the reward of a config, which may use the run's own devices."""
     algorithm = algorithms.load(config.algorithm)
     config = algorithms.with_defaults(algorithm, config)
+    if config.lora.dropout and algorithm.needs(config).old_logprobs:
+        raise UserError(
+            f"config.lora.dropout is {config.lora.dropout:g}, and algorithm {config.algorithm!r} compares a policy with"
+            " itself, as it was when it sampled: dropout alone would move that ratio and have it clipped; set it to 0"
+        )
     text = principles.load(config.principles)
     if isinstance(algorithm, Algorithm):
         # held-out queries are answered, whatever is trained on

@@ -13,16 +13,19 @@ from ple_jax.training.costs import Costs
 from ple_jax.training.run import Session
 from ple_jax.training.sinks import truncate_jsonl
 
+CHECKPOINTS, WARM_UP = "checkpoints", "warm_up"  # folders of a work directory
+
 
 class State(NamedTuple):
     """Where a run stands, beside the weights; it is kept with them, in every checkpoint."""
 
     environment: Mapping[str, Any] = {}  # versions, devices and flags, of the process that began the run
     iteration: int = 0  # finished ones; of an algorithm that samples nothing, optimiser steps
-    step: int = 0  # optimiser steps taken
+    step: int = 0  # optimiser steps taken, those of the warm-up apart
+    warm_up: int = 0  # optimiser steps of the warm-up taken
     costs: Costs = Costs()
     controller: Mapping[str, float] = {}  # what the algorithm carries from one iteration to the next
-    lengths: Mapping[str, float] = {}  # mean tokens of the newest sample's responses, by kind
+    mean_length: float = 0.0  # tokens of a response, over what the newest sample would be trained on; 0 before there is one
     metrics: Mapping[str, float] = {}  # of the newest iteration, for the line that is written after its evaluation
     examples: Mapping[str, int] = {}  # of an algorithm that samples nothing: how many there are of each set
     wall_seconds: float = 0.0
@@ -42,7 +45,7 @@ def newest(backend: Backend, checkpoints: Path) -> State | None:
 
 def resume(backend: Backend, session: Session) -> State | None:
     """Where a run stands that was begun before, its newest checkpoint; what was logged after it is dropped."""
-    state = newest(backend, session.workdir / "checkpoints")
+    state = newest(backend, session.workdir / CHECKPOINTS)
     if state is None:
         return None
     if said := changed(state.environment, backend.environment()):
@@ -53,12 +56,21 @@ def resume(backend: Backend, session: Session) -> State | None:
 
 def commit(state: State, backend: Backend, session: Session) -> State:
     """The commit point: from here on this state is where the run stands."""
+    return _save(state, backend, session, CHECKPOINTS, state.iteration, keep=session.keep)
+
+
+def commit_warm_up(state: State, backend: Backend, session: Session) -> State:
+    """The commit point of an unfinished warm-up, which has a folder of its own until iteration 0 is committed."""
+    return _save(state, backend, session, WARM_UP, state.warm_up, keep=1)
+
+
+def _save(state: State, backend: Backend, session: Session, folder: str, number: int, *, keep: int) -> State:
     state = state._replace(
         wall_seconds=state.wall_seconds + session.clock.lap(),
         peak_memory_bytes=max(state.peak_memory_bytes, peak_memory()),
     )
     meta = {"format": FORMAT, **state._asdict(), "costs": state.costs._asdict()}
-    backend.save(session.workdir / "checkpoints", state.iteration, meta, keep=session.keep)
+    backend.save(session.workdir / folder, number, meta, keep=keep)
     return state
 
 

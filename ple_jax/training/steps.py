@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from ple_jax.algorithms import Algorithm, Context, Needs
-from ple_jax.core.batches import micro_batches
+from ple_jax.algorithms import Algorithm, Context
+from ple_jax.core.batches import micro_batches, pack
 from ple_jax.core.errors import UserError
-from ple_jax.core.types import Array, Backend, Batch, Outputs, Rollout
+from ple_jax.core.types import Array, Batch, Outputs, Rollout
 from ple_jax.training import costs
 from ple_jax.training.run import Run
 from ple_jax.training.state import State
@@ -19,15 +19,17 @@ def update(
     run: Run[Algorithm], rollouts: Sequence[Rollout], context: Context, state: State
 ) -> tuple[State, dict[str, float]]:
     """Algorithm 1, line 6: the iteration's optimiser steps; its metrics, with diagnostics from before and after them."""
-    few = optimiser_batch(run, rollouts[: run.config.eval.diagnostic_queries], context)
-    said, kl = diagnose(few, run)
-    before = run.loss(said, few)[1]
+    some = rollouts[: run.config.eval.diagnostic_queries]
+    few, _ = optimiser_batch(run, some, context)
+    # the policy that sampled these responses is the one before the update
+    kl = diagnose(run, some)
+    before = run.loss(policy_of(run, few), few)[1]
     started = time.perf_counter()
     batches, compared = prepare(run, rollouts, context)
     prepared = time.perf_counter()
     collected, sizes = steps(run, batches, state.iteration, state.step)
     updated = time.perf_counter()
-    after = run.loss(diagnose(few, run)[0], few)[1]
+    after = run.loss(check_policy(policy_of(run, few), run.config.optimizer.lr, "optimizer.lr"), few)[1]
     trained = run.config.optimizer.epochs * sum(map(costs.tokens, batches))
     spent = state.costs.plus(
         training_tokens=trained,
@@ -35,13 +37,12 @@ def update(
     )
     spent = spent.took("prepare", prepared - started).took("update", updated - prepared)
     means = over_queries(collected, sizes)
-    # the policy that sampled these responses is the one before the update
     metrics = {**run.algorithm.measures(means, before, after), **kl, "lr": collected[-1]["lr"]}
     return state._replace(step=state.step + len(collected), costs=spent), metrics
 
 
 def prepare(run: Run[Algorithm], rollouts: Sequence[Rollout], context: Context) -> tuple[list[Batch], int]:
-    """The optimiser batches of an iteration, whole before the first step, and tokens whose log-probabilities that took.
+    """The optimiser batches of an iteration, whole before the first step, and tokens of the forward passes that that took.
 
     What a loss compares with is of the policy that sampled. Where queries were quarantined, batches differ by one at most:
     none weighs much more than another.
@@ -52,9 +53,9 @@ def prepare(run: Run[Algorithm], rollouts: Sequence[Rollout], context: Context) 
     batches, compared = [], 0
     for group in groups:
         run.session.stop.check()
-        batch = optimiser_batch(run, group, context)
-        compared += costs.tokens(batch) * sum(name.endswith("_logprobs") for name in batch.data)
+        batch, tokens = optimiser_batch(run, group, context)
         batches.append(batch)
+        compared += tokens
         run.session.progress.advance(1)
     return batches, compared
 
@@ -92,8 +93,15 @@ def step(run: Run[Any], batch: Batch, number: int) -> dict[str, float]:
     run.session.stop.check()
     options = run.config.optimizer
     lr = options.lr * warmed_up(options, number)
-    values = run.backend.update(micro_batches(batch, options.micro_queries), run.loss, lr=lr)
-    return {**check_finite(values, number, lr), "lr": lr}
+    micro = micro_batches(batch, options.micro_queries)
+    values = run.backend.update(micro, run.loss, lr=lr, temperature=temperature(run))
+    return {**check_finite(values, f"optimiser step {number}", lr, "optimizer.lr"), "lr": lr}
+
+
+def temperature(run: Run[Any]) -> float:
+    """What the logits are divided by: where a loss has a ratio to the policy that sampled, the temperature it sampled at."""
+    sampled_at: float = run.config.sampling.temperature
+    return sampled_at if run.algorithm.needs(run.config).old_logprobs and sampled_at else 1.0
 
 
 def warmed_up(options: Any, step: int) -> float:
@@ -101,64 +109,108 @@ def warmed_up(options: Any, step: int) -> float:
     return min(1.0, (step + 1) / max(1, options.warmup_steps))
 
 
-def check_finite(values: dict[str, float], step: int, lr: float) -> dict[str, float]:
-    """Raises a UserError where a step's loss or gradient is not finite: before anything of it is committed."""
+def check_finite(values: dict[str, float], step: str, lr: float, key: str) -> dict[str, float]:
+    """Raises a UserError where a step's loss or gradient is not finite: before anything of it is committed.
+
+    Args:
+        step: what was done, for the error.
+        lr, key: its learning rate, and the key of the config that says it.
+    """
     if not (np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])):
         raise UserError(
-            f"optimiser step {step} at learning rate {lr:g} gave loss {values['loss']} and gradient norm"
-            f" {values['grad_norm']}; the newest checkpoint is from before it: lower --config.optimizer.lr (in a new"
-            " --workdir)"
+            f"{step} at learning rate {lr:g} gave loss {values['loss']} and gradient norm {values['grad_norm']}; the newest"
+            f" checkpoint is from before it: lower --config.{key} (in a new --workdir)"
         )
     return values
+
+
+def check_policy(said: Outputs, lr: float, key: str) -> Outputs:
+    """Raises a UserError where the last step left a policy whose log-probabilities are not finite."""
+    if not np.isfinite(said.logprobs).all():
+        raise UserError(
+            f"after optimiser steps at learning rate {lr:g} the policy's log-probabilities are not finite; the newest"
+            f" checkpoint is from before them: lower --config.{key} (in a new --workdir)"
+        )
+    return said
 
 
 # ---------------------------------------------------------------- batches
 
 
-def optimiser_batch(run: Run[Algorithm], rollouts: Sequence[Rollout], context: Context) -> Batch:
-    """The algorithm's batch of these rollouts, with what its loss compares with, of the policy as it is now."""
-    batch, needs = run.algorithm.batch(rollouts, context), run.algorithm.needs(run.config)
-    if needs.teacher:
+def optimiser_batch(run: Run[Algorithm], rollouts: Sequence[Rollout], context: Context) -> tuple[Batch, int]:
+    """The algorithm's batch of these rollouts, with what its loss compares with, of the policy as it is now.
+
+    And the tokens of the forward passes for that, each counted with its own prompts.
+    """
+    batch, asked = run.algorithm.batch(rollouts, context), None
+    if run.algorithm.needs(run.config).teacher:
         queries = {query.id: query for query in run.data.train}
         asked = run.prompts.after_principles(batch, [queries[rollout.query_id] for rollout in rollouts])
-        batch.data["teacher_logprobs"] = run.backend.logprobs(asked).logprobs
-    return run.algorithm.prepare(compared(batch, run.backend, needs), context)
+    batch, tokens = compared(batch, run, asked)
+    return run.algorithm.prepare(batch, context), tokens
 
 
-def compared(batch: Batch, backend: Backend, needs: Needs) -> Batch:
-    """A batch with the log-probabilities (and values) that a loss compares with, of the policy as it is now."""
+def compared(batch: Batch, run: Run[Any], asked: Batch | None = None) -> tuple[Batch, int]:
+    """A batch with the log-probabilities (and values) that a loss compares with, of the policy as it is now.
+
+    Args:
+        asked: the same responses after the teacher's prompts, where there is a teacher.
+
+    Returns:
+        The batch, and the tokens of the forward passes.
+    """
+    needs, data, logprobs, heat = run.algorithm.needs(run.config), batch.data, run.backend.logprobs, temperature(run)
+    tokens = costs.tokens(batch) * (needs.reference + needs.old_logprobs)
     if needs.reference:
-        batch.data["reference_logprobs"] = backend.logprobs(batch, reference=True).logprobs
+        data["reference_logprobs"] = logprobs(batch, reference=True, temperature=heat).logprobs
     if needs.old_logprobs:
-        old = backend.logprobs(batch)
-        batch.data["old_logprobs"] = old.logprobs
+        old = logprobs(batch, temperature=heat)
+        data["old_logprobs"] = old.logprobs
         if old.values is not None:
-            batch.data["old_values"] = old.values
-    return batch
+            data["old_values"] = old.values
+    if asked is not None:
+        data["teacher_logprobs"] = logprobs(asked, temperature=heat).logprobs
+        tokens += costs.tokens(asked)
+    return batch, tokens
 
 
 # ---------------------------------------------------------------- diagnostics
 
 
-def diagnose(batch: Batch, run: Run[Any]) -> tuple[Outputs, dict[str, float]]:
-    """What the policy says of a few queries, and from it KL to the reference and entropy, both in nats per token.
+def policy_of(run: Run[Any], batch: Batch) -> Outputs:
+    """What the policy, as it is now, says of a few queries."""
+    run.session.progress.phase("diagnose", 1)
+    said = run.backend.logprobs(batch, temperature=temperature(run))
+    run.session.progress.advance(1)
+    return said
+
+
+def diagnose(run: Run[Any], rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """KL to the reference and entropy of the policy as it is now, both in nats per token, from its own plain responses.
 
     KL is the mean over response tokens of r - 1 - log r with r = reference / policy: unbiased where the tokens are the
-    policy's own, never negative, of low variance (Schulman, "Approximating KL divergence", 2020). Principled responses were
-    sampled under another prompt, and a record's by nobody: they are left out of it, and where there are no others it is.
+    policy's own, never negative, of low variance (Schulman, "Approximating KL divergence", 2020). So it is of every plain
+    response that was sampled, at the temperature it was sampled at, whichever of them are trained on: the best of several
+    are no sample of the policy. Principled responses were sampled under another prompt, and a record's by nobody; where
+    there are no others there is nothing to measure, and the held-out queries tell.
+
+    Args:
+        rollouts: of the policy as it is now, as many responses each.
     """
+    picks = [[i for i, response in enumerate(rollout.responses) if response.own] for rollout in rollouts]
+    if not picks[0]:
+        return {}
     run.session.progress.phase("diagnose", 1)
-    policy, reference = run.backend.logprobs(batch), batch.data.get("reference_logprobs")
-    if reference is None:  # a batch that is trained on may hold them already
-        reference = run.backend.logprobs(batch, reference=True).logprobs
+    shape = {"prompt_multiple": run.config.sampling.bucket, "response_len": run.config.sampling.max_new_tokens}
+    batch, heat = pack(rollouts, picks, **shape), run.config.sampling.temperature or 1.0
+    policy = run.backend.logprobs(batch, temperature=heat)
+    reference = run.backend.logprobs(batch, reference=True, temperature=heat).logprobs
     run.session.progress.advance(1)
-    return policy, divergence(policy, reference, batch.response_mask & (batch.data["own"] > 0)[..., None])
+    return divergence(policy, reference, batch.response_mask)
 
 
 def divergence(policy: Outputs, reference: Array, mask: np.ndarray) -> dict[str, float]:
-    """`kl` and `entropy` of the tokens of a mask, in nats per token; nothing where there is none."""
-    if not mask.any():
-        return {}
+    """`kl` and `entropy` of the tokens of a mask, in nats per token."""
     log_ratio = np.asarray(reference - policy.logprobs, np.float64)[mask]
     return {
         "kl": float((np.expm1(log_ratio) - log_ratio).mean()),

@@ -1,12 +1,13 @@
 """Step 0 of Algorithm 1: supervised fine-tuning, after which the policy is the reference."""
 
 import time
+from typing import Any
 
 import numpy as np
 
 from ple_jax.algorithms import Algorithm, sft
 from ple_jax.core.batches import micro_batches, pack
-from ple_jax.core.types import Query, Rollout, Slot
+from ple_jax.core.types import Batch, Loss, Query, Rollout, Slot
 from ple_jax.data.left_out import note
 from ple_jax.data.load import load_warm_up
 from ple_jax.data.queries import disjoint
@@ -14,34 +15,69 @@ from ple_jax.training import costs
 from ple_jax.training.prompting import check_context
 from ple_jax.training.run import Run
 from ple_jax.training.sampling import given
-from ple_jax.training.state import State
+from ple_jax.training.state import WARM_UP, State, commit_warm_up, newest
+from ple_jax.training.steps import check_finite, check_policy
 
 
 def warm_up(run: Run[Algorithm], state: State) -> State:
-    """Fine-tunes on the records of config.warm_up, if there are any; the policy then becomes the reference."""
+    """Fine-tunes on the records of config.warm_up, if there are any; the policy then becomes the reference.
+
+    Of all that this leaves the iterations inherit the adapter alone: the optimiser starts afresh. A warm-up that was killed
+    goes on where it was committed last, after as many queries as an iteration has.
+
+    Raises:
+        UserError: a step's loss or gradient is not finite, or the policy after the last one.
+    """
     config = run.config
     if config.warm_up.data is None:
         return state
+    rollouts = _examples(run)
+    lengths = [len(r.responses[0].tokens) for r in rollouts]
+    batches, every = groups(len(rollouts), config), config.queries_per_iteration // config.optimizer.batch_queries
+    loss, last = sft.make_loss(config), len(batches)
+    state = newest(run.backend, run.session.workdir / WARM_UP) or state
+    run.session.progress.phase("warm-up", last)
+    run.session.progress.advance(state.warm_up)
+    for number in range(state.warm_up, last):
+        run.session.stop.check()
+        some = [rollouts[i] for i in batches[number]]
+        batch = pack(some, [(0,)] * len(some), prompt_multiple=config.sampling.bucket, response_len=max(lengths))
+        # C is of all of them, not of a batch that it divides
+        batch.data["normaliser"] = np.full(len(some), np.mean(lengths), np.float32)
+        state = _step(run, state, batch, loss)
+        run.session.progress.advance(1)
+        if state.warm_up % every == 0 and state.warm_up < last:
+            state = commit_warm_up(state, run.backend, run.session)
+    check_policy(run.backend.logprobs(batch), config.warm_up.lr, "warm_up.lr")
+    run.backend.freeze_reference()
+    return state
+
+
+def _examples(run: Run[Algorithm]) -> list[Rollout]:
     rollouts = [_answered(query, run) for query in _records(run)]
-    longest = max(len(r.responses[0].tokens) for r in rollouts)
     needed = max(len(r.prompt_tokens) + len(r.responses[0].tokens) for r in rollouts)
     check_context(needed, len(rollouts), model=run.base.name, context=run.base.context)
-    size, loss, trained = config.optimizer.batch_queries, sft.make_loss(config), 0
-    run.session.progress.phase("warm-up", -(-len(rollouts) // size) * config.warm_up.epochs)
-    started = time.perf_counter()
-    for epoch in range(config.warm_up.epochs):
-        order = np.random.default_rng([config.seed, epoch]).permutation(len(rollouts))
-        for start in range(0, len(order), size):
-            run.session.stop.check()
-            chosen = [rollouts[i] for i in order[start : start + size]]
-            batch = pack(chosen, [(0,)] * len(chosen), prompt_multiple=config.sampling.bucket, response_len=longest)
-            batch.data["normaliser"] = np.full(len(chosen), batch.response_mask.sum() / len(chosen), np.float32)
-            run.backend.update(micro_batches(batch, config.optimizer.micro_queries), loss, lr=config.warm_up.lr)
-            trained += costs.tokens(batch)
-            run.session.progress.advance(1)
-    run.backend.freeze_reference()
-    spent = state.costs.plus(training_tokens=trained, flops=costs.update_flops(run.base.parameters, trained))
-    return state._replace(costs=spent.took("update", time.perf_counter() - started))
+    return rollouts
+
+
+def groups(count: int, config: Any) -> list[np.ndarray]:
+    """Which rollouts are trained on together, in all epochs, each in an order of its own.
+
+    Batches of an epoch differ by one at most, so that none weighs much more than another.
+    """
+    batches = -(-count // config.optimizer.batch_queries)
+    orders = [np.random.default_rng([config.seed, epoch]).permutation(count) for epoch in range(config.warm_up.epochs)]
+    return [group for order in orders for group in np.array_split(order, batches)]
+
+
+def _step(run: Run[Algorithm], state: State, batch: Batch, loss: Loss) -> State:
+    """One optimiser step, counted."""
+    started, lr = time.perf_counter(), run.config.warm_up.lr
+    values = run.backend.update(micro_batches(batch, run.config.optimizer.micro_queries), loss, lr=lr)
+    check_finite(values, f"step {state.warm_up} of the warm-up", lr, "warm_up.lr")
+    tokens = costs.tokens(batch)
+    spent = state.costs.plus(training_tokens=tokens, flops=costs.update_flops(run.base.parameters, tokens))
+    return state._replace(warm_up=state.warm_up + 1, costs=spent.took("update", time.perf_counter() - started))
 
 
 def _records(run: Run[Algorithm]) -> list[Query]:

@@ -1,7 +1,7 @@
 """The work directory: who may write to it, which config it belongs to, and how its files are written.
 
 config.json  environment.json  metrics.jsonl  bad_records.jsonl  rollouts/  evaluations/  quarantine/  rewards.sqlite
-checkpoints/  adapter/  reward_model/  responses/  judgement.json  tensorboard/  serving/
+checkpoints/  warm_up/  adapter/  reward_model/  responses/  judgement.json  tensorboard/  serving/
 report.html  summary.json (written last: it marks a finished run)
 """
 
@@ -18,8 +18,8 @@ from ple_jax.core.files import plain, read_json
 from ple_jax.core.identity import EXECUTION, FORMAT, upgraded
 
 _FILES = (
-    "rollouts", "evaluations", "checkpoints", "adapter", "reward_model", "responses", "metrics.jsonl", "summary.json",
-    "report.html",
+    "rollouts", "evaluations", "checkpoints", "warm_up", "adapter", "reward_model", "responses", "metrics.jsonl",
+    "summary.json", "report.html",
 )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """The methods that PLE is compared with: what each collects, decides and trains on; each runs through the same loop."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from ple_jax.core.config import validate
 from ple_jax.core.errors import UserError
 from ple_jax.core.types import Outputs, Response, Rollout
 from ple_jax.training import prompting, steps
+from ple_jax.training.measures import mean_length
 
 ONLINE = ("context_distillation", "self_distillation", "raft", "grpo", "rloo")
 ALL = ("sft", *ONLINE, "dpo")
@@ -61,17 +63,39 @@ def test_what_is_sampled_and_what_is_the_records():
         algorithms.load("dpo").collect(config("dpo", dpo__samples=1))
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "options", "expected"),
+    [
+        ("ple", {}, (3 + 8 + 2 + 2 + 1 + 7) / 6),  # both kinds
+        ("ple", {"ple__selection": "percentile"}, (3 + 8 + 2 + 2 + 7 + 6) / 6),  # worst and best of the plain ones
+        ("raft", {}, (8 + 2 + 6) / 3),  # the best
+        ("context_distillation", {}, (8 + 2 + 7) / 3),
+        ("self_distillation", {}, (3 + 2 + 1) / 3),
+        ("sft", {}, (3 + 2 + 1) / 3),
+        ("grpo", {}, 0.0),  # its loss says what divides it
+    ],
+)
+def test_the_mean_length_is_that_of_what_would_be_learned(algorithm, options, expected):
+    c, given = config(algorithm, **options), rollouts()
+    if options or algorithm == "raft":  # as an evaluation has them: rewards, and no scores
+        given = [r._replace(responses=tuple(x._replace(score=math.nan) for x in r.responses)) for r in given]
+    else:
+        kinds = {"ple": (0, 1), "context_distillation": (0, 1)}.get(algorithm, (0,))
+        given = [r._replace(responses=tuple(r.responses[i]._replace(principled=i == 1) for i in kinds)) for r in given]
+    run = type("Stand", (), {"algorithm": algorithms.load(algorithm), "config": c})()
+    assert mean_length(given, run) == pytest.approx(expected)
+
+
 def test_raft_imitates_the_best():
     c = config("raft")
     module, rows = labelled("raft", c, rollouts())
     assert [[r.weight for r in row.responses] for row in rows] == [[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1]]
     np.testing.assert_allclose([row.margin for row in rows], [0.5, 0.0, 1.5])
-    batch = module.batch(rows, Context(c))
+    batch = module.batch(rows, Context(c, mean_length=4.0))
     assert batch.response.shape == (3, 1, 8) and batch.response_mask.sum(-1)[:, 0].tolist() == [8, 2, 6]
     found = outputs(batch)
     value, metrics = module.make_loss(c)(found, batch)
-    # the mean over queries is the cross-entropy per token of the batch
-    assert value.mean() == pytest.approx(-found.logprobs.sum() / 16)
+    np.testing.assert_allclose(value, -found.logprobs[:, 0].sum(-1) / 4)  # of an earlier sample, and not the 16 / 3 of this
     np.testing.assert_allclose(metrics["lp"], found.logprobs[:, 0].sum(-1) / [8, 2, 6])
 
 
@@ -151,12 +175,12 @@ def test_rloo_pays_for_leaving_the_reference():
 def test_self_distillation_pulls_to_the_policy_with_the_principles():
     c = config("self_distillation")
     module, rows = labelled("self_distillation", c, rollouts(1))
-    batch = module.batch(rows, Context(c))
+    batch = module.batch(rows, Context(c, mean_length=4.0))
     policy, teacher = outputs(batch).logprobs, outputs(batch, 1).logprobs
     batch.data.update(old_logprobs=policy, teacher_logprobs=teacher)
     value, metrics = module.make_loss(c)(outputs(batch), batch)
     lengths = batch.response_mask.sum((1, 2))
-    np.testing.assert_allclose(value, -(teacher - policy).sum((1, 2)) / lengths.mean(), rtol=1e-6)
+    np.testing.assert_allclose(value, -(teacher - policy).sum((1, 2)) / 4, rtol=1e-6)
     np.testing.assert_allclose(metrics["teacher_gap"], (teacher - policy).sum((1, 2)) / lengths, rtol=1e-6)
     # the gradient of the loss raises tokens that the teacher likes better
     up = outputs(batch)._replace(logprobs=policy + 1e-4 * np.where(batch.response_mask, np.sign(teacher - policy), 0.0))
@@ -184,15 +208,16 @@ def test_the_teacher_reads_the_principles_and_the_same_tokens(tmp_path, monkeypa
 
 def test_what_is_needed_is_there_before_the_first_step():
     class Backend:
-        def logprobs(self, batch, *, reference=False, base=False):
+        def logprobs(self, batch, *, reference=False, base=False, temperature=1.0):
             return outputs(batch, seed=1 if reference else 0)
 
     for name, needed in (("rloo", {"old_logprobs", "reference_logprobs", "advantages"}), ("grpo", {"old_logprobs"})):
         c = config(name)
         module, rows = labelled(name, c, rollouts())
         stand = type("Stand", (), {"algorithm": module, "config": c, "backend": Backend()})()
-        batch = steps.optimiser_batch(stand, rows, Context(c))
+        batch, tokens = steps.optimiser_batch(stand, rows, Context(c))
         assert needed <= set(batch.data)
+        assert tokens == (1 + (name == "rloo")) * (1 + 2 + 3 + np.sum(LENGTHS))  # of prompts and responses, each pass
         np.testing.assert_array_equal(batch.data["old_logprobs"], outputs(batch).logprobs)
 
 

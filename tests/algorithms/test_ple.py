@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -12,15 +13,18 @@ import reference
 import torch
 
 from configs.default import get_config
+from ple_jax import algorithms
 from ple_jax.algorithms import Context, ple
 from ple_jax.core.batches import pack
 from ple_jax.core.errors import UserError
 from ple_jax.core.types import Batch, Outputs, Response, Rollout, Slot
+from ple_jax.training.measures import mean_length
 
 LENGTHS = [(3, 5), (1, 2), (6, 6), (4, 1), (2, 2), (5, 3)]
 # principled clearly better, slightly better, equal, clearly worse, just at tau = 0.25, better by a lot
 REWARDS = [(0.0, 0.5), (0.1, 0.2), (0.4, 0.4), (0.9, -0.6), (0.0, 0.25), (-1.0, 1.0)]
 TAU = 0.25
+MEAN = 3.5  # tokens, of an earlier sample
 RANKED = {"threshold": [0, 5], "symmetric": [0, 3, 5]}
 
 
@@ -104,7 +108,7 @@ def test_an_infinite_threshold_blends_every_pair():
 def test_a_batch_holds_the_tokens_as_they_were_sampled():
     config = settings()
     labelled = ple.label(make_rollouts(), Context(config, 0, TAU))
-    batch = ple.batch(labelled, Context(config))
+    batch = ple.batch(labelled, Context(config, mean_length=MEAN))
     assert batch.prompt.shape == (6, 8) and batch.response.shape == (
         6,
         2,
@@ -118,13 +122,13 @@ def test_a_batch_holds_the_tokens_as_they_were_sampled():
     assert {name: x.dtype for name, x in batch.data.items()} == dict.fromkeys(batch.data, np.dtype(np.float32))
     assert batch.data["ranked"].tolist() == [1, 0, 0, 0, 0, 1]
     assert batch.data["valid"].tolist() == [1] * 6
-    assert batch.data["normaliser"].tolist() == pytest.approx([40 / 12] * 6)
+    assert batch.data["normaliser"].tolist() == [MEAN] * 6  # and not the 40 / 12 of this batch
     assert batch.data["swapped"].tolist() == [0] * 6
 
 
 def test_symmetric_puts_the_loser_first():
     config = settings(selection="symmetric")
-    batch = ple.batch(ple.label(make_rollouts(), Context(config, 0, TAU)), Context(config))
+    batch = ple.batch(ple.label(make_rollouts(), Context(config, 0, TAU)), Context(config, mean_length=MEAN))
     assert batch.response[:, 0, 0].tolist() == [10, 10, 10, 30, 10, 10]
     assert batch.response[:, 1, 0].tolist() == [30, 30, 30, 10, 30, 30]
     assert batch.data["swapped"].tolist() == [0, 0, 0, 1, 0, 0]
@@ -162,21 +166,21 @@ def convert(batch: Batch, array) -> Batch:
 def test_loss_and_gradient_are_those_of_the_oracle_in_all_three_libraries(name):
     config = settings(**CASES[name])
     rollouts = make_rollouts()
-    batch = ple.batch(ple.label(rollouts, Context(config, 0, TAU)), Context(config))
+    batch = ple.batch(ple.label(rollouts, Context(config, 0, TAU)), Context(config, mean_length=MEAN))
     logprobs = token_logprobs(batch, 0)
     assert ple.needs(config).reference == (config.ple.rank == "dpo")
     if ple.needs(config).reference:
         batch.data["reference_logprobs"] = token_logprobs(batch, 1).astype(np.float32)
     options = {ORACLE_NAMES.get(k, k): v for k, v in CASES[name].items()}
     pairs = as_pairs(rollouts, 0)
-    expected = reference.batch_loss(pairs, REWARDS, tau=TAU, references=as_pairs(rollouts, 1), **options)
+    expected = reference.batch_loss(pairs, REWARDS, tau=TAU, mean_length=MEAN, references=as_pairs(rollouts, 1), **options)
 
     def oracle(x: np.ndarray) -> float:
         shifted = [
             [list(x[i, 1 - j if batch.data["swapped"][i] else j, : len(r)]) for j, r in enumerate(pair)]
             for i, pair in enumerate(pairs)
         ]
-        return reference.batch_loss(shifted, REWARDS, tau=TAU, references=as_pairs(rollouts, 1), **options)
+        return reference.batch_loss(shifted, REWARDS, tau=TAU, mean_length=MEAN, references=as_pairs(rollouts, 1), **options)
 
     slope = reference.gradient(oracle, logprobs)
     loss = ple.make_loss(config)
@@ -203,19 +207,19 @@ def test_loss_and_gradient_are_those_of_the_oracle_in_all_three_libraries(name):
 def test_ablations_leave_out_what_they_say():
     pairs, rewards = as_pairs(make_rollouts(), 0), REWARDS
     config = settings(rank_weight=0.0)
-    batch = ple.batch(ple.label(make_rollouts(), Context(config, 0, TAU)), Context(config))
+    batch = ple.batch(ple.label(make_rollouts(), Context(config, 0, TAU)), Context(config, mean_length=MEAN))
     value, _ = ple.make_loss(config)(Outputs(token_logprobs(batch, 0)), batch)
     assert (value[[0, 5]] == 0).all() and (value[1:5] > 0).all()
     everything = settings(rank_weight=0.0, tau_0=math.inf)
-    batch = ple.batch(ple.label(make_rollouts(), Context(everything, 0, math.inf)), Context(everything))
+    batch = ple.batch(ple.label(make_rollouts(), Context(everything, 0, math.inf)), Context(everything, mean_length=MEAN))
     value, _ = ple.make_loss(everything)(Outputs(token_logprobs(batch, 0)), batch)
-    assert value.mean() == pytest.approx(reference.batch_loss(pairs, rewards, tau=math.inf), rel=1e-6)
+    assert value.mean() == pytest.approx(reference.batch_loss(pairs, rewards, tau=math.inf, mean_length=MEAN), rel=1e-6)
 
 
 def test_metrics():
     config = settings(rank_margin=0.2)
     rollouts = ple.label(make_rollouts(), Context(config, 0, TAU))
-    batch = ple.batch(rollouts, Context(config))
+    batch = ple.batch(rollouts, Context(config, mean_length=MEAN))
     logprobs = np.where(batch.response_mask, -1.0, 0.0)
     logprobs[5, 1] *= 0.5  # the winner of query 5 leads by 0.5 nats a token, that of query 0 by nothing
     value, metrics = ple.make_loss(config)(Outputs(logprobs), batch)
@@ -233,7 +237,7 @@ def test_metrics():
 @pytest.mark.parametrize("case", ["default", "dpo", "response_length"])
 def test_rows_that_only_fill_the_shape_change_nothing(case):
     config = settings(**CASES[case])
-    batch = ple.batch(ple.label(make_rollouts(), Context(config, 0, TAU)), Context(config))
+    batch = ple.batch(ple.label(make_rollouts(), Context(config, 0, TAU)), Context(config, mean_length=MEAN))
     batch.data["reference_logprobs"] = token_logprobs(batch, 1).astype(np.float32)
     filled = convert(batch, lambda x: jnp.asarray(np.concatenate([x, np.zeros_like(x[:2])])))
     batch = convert(batch, jnp.asarray)
@@ -273,7 +277,7 @@ def test_percentile_ranks_the_best_over_the_worst(how):
     for rollout, w, b in zip(labelled, weights, best, strict=True):
         assert [r.weight for r in rollout.responses] == pytest.approx([w if j == b else 0.0 for j in range(3)])
 
-    batch = ple.batch(labelled, Context(config))
+    batch = ple.batch(labelled, Context(config, mean_length=MEAN))
     assert batch.response[[0, 1, 3], 0, 0].tolist() == [10, 20, 10]  # the worst
     assert batch.response[[0, 1, 3], 1, 0].tolist() == [20, 10, 30]  # the best
     logprobs, ref = token_logprobs(batch, 0), token_logprobs(batch, 1)
@@ -296,8 +300,7 @@ def test_percentile_ranks_the_best_over_the_worst(how):
 
     config.ple.update(rank_weight=0.5, rank_sft_weight=2.0)  # the pair's weight covers its likelihood term too
     value, _ = ple.make_loss(config)(Outputs(logprobs), batch)
-    mean_length = batch.response_mask.sum() / 8
-    losses = [0.5 * (a - 2 * logprobs[i, 1].sum() / mean_length) for i, a in zip(pairs, losses, strict=True)]
+    losses = [0.5 * (a - 2 * logprobs[i, 1].sum() / MEAN) for i, a in zip(pairs, losses, strict=True)]
     assert value.mean() == pytest.approx(sum(a * b for a, b in zip(w, losses, strict=True)) / sum(w), rel=1e-6)
 
 
@@ -310,50 +313,59 @@ def test_percentile_shares_follow_the_iterations():
 def test_a_batch_whose_pairs_were_all_dropped_has_no_gradient():
     config = settings(selection="percentile")
     dropped = ple.label([percentile_rollouts()[2]], Context(config, 0, 0.2))
-    batch = ple.batch(dropped, Context(config))
+    batch = ple.batch(dropped, Context(config, mean_length=MEAN))
     assert ple.make_loss(config)(Outputs(token_logprobs(batch, 0)), batch)[0].tolist() == [0.0]
 
 
 # ---------------------------------------------------------------- what length normalisation does
 
 
-def expected_gradient(length_norm: str) -> tuple[np.ndarray, np.ndarray]:
+THETA = np.array([-0.5, 0.3, -0.2, 0.8], np.float32)
+OUTCOMES = np.array([1, 2, 3, 4, 4])  # lengths in tokens of all responses that there are; the last one is cut off
+
+
+def expected_gradient(normaliser: Callable[[np.ndarray, np.ndarray], np.ndarray], **options) -> np.ndarray:
     """Exact expectation, over a policy's own samples, of the gradient of the uniformly blended loss.
 
     The policy stops after token t with probability sigmoid(theta_t), and is cut off after 4 tokens: 5 responses, 25
-    pairs. Also returned: theta.
-    """
-    theta = np.array([-0.5, 0.3, -0.2, 0.8], np.float32)
-    lengths = np.array([1, 2, 3, 4, 4])
-    stops = np.array([True, True, True, True, False])
-    mask = np.arange(4) < lengths[:, None]
-    last = (np.arange(4) == lengths[:, None] - 1) & stops[:, None]
-    first, second = np.divmod(np.arange(25), 5)
+    pairs, drawn in one iteration and independently in the next one: 625 rows.
 
-    config = settings(blend="uniform", length_norm=length_norm)
-    probability = enumerated_probabilities(theta)
-    mean_length = float(probability @ lengths) if length_norm == "batch" else 1.0
+    Args:
+        normaliser: from the pairs of lengths of the earlier iteration and of this one [625, 2] to what divides [625].
+    """
+    stops = np.array([True, True, True, True, False])
+    mask = np.arange(4) < OUTCOMES[:, None]
+    last = (np.arange(4) == OUTCOMES[:, None] - 1) & stops[:, None]
+    drawn = np.stack(np.unravel_index(np.arange(625), (5, 5, 5, 5)), 1)  # earlier two, these two
+    earlier, now = drawn[:, :2], drawn[:, 2:]
+
+    config = settings(blend="uniform", **options)
     data = {
-        "ranked": np.zeros(25),
-        "weights": np.full((25, 2), 0.5),
-        "pair_weights": np.ones(25),
-        "normaliser": np.full(25, mean_length),
-        "swapped": np.zeros(25),
-        "valid": probability[first] * probability[second],  # an expectation instead of a mean
+        "ranked": np.zeros(625),
+        "weights": np.full((625, 2), 0.5),
+        "pair_weights": np.ones(625),
+        "normaliser": normaliser(OUTCOMES[earlier], OUTCOMES[now]),
+        "swapped": np.zeros(625),
+        "valid": enumerated_probabilities(THETA)[drawn].prod(1),  # an expectation instead of a mean
     }
-    both = jnp.asarray(np.stack([mask[first], mask[second]], axis=1))
-    empty = jnp.zeros((25, 1), jnp.int32)
-    batch = Batch(empty, empty, empty, both, {k: jnp.asarray(v, jnp.float32) for k, v in data.items()})
+    empty = jnp.zeros((625, 1), jnp.int32)
+    batch = Batch(empty, empty, empty, jnp.asarray(mask[now]), {k: jnp.asarray(v, jnp.float32) for k, v in data.items()})
     loss = ple.make_loss(config)
 
     def total(theta):
         stop, go = jax.nn.log_sigmoid(theta)[None], jax.nn.log_sigmoid(-theta)[None]
         logprobs = jnp.where(mask, jnp.where(last, stop, go), 0.0)
-        pairs = jnp.stack([logprobs[first], logprobs[second]], axis=1)
-        value, _ = loss(Outputs(pairs), batch)
+        value, _ = loss(Outputs(logprobs[now]), batch)
         return (value * batch.data["valid"]).sum()
 
-    return np.asarray(jax.jit(jax.grad(total))(jnp.asarray(theta))), theta
+    return np.asarray(jax.jit(jax.grad(total))(jnp.asarray(THETA)))
+
+
+def of_the_loop(earlier: np.ndarray, now: np.ndarray) -> np.ndarray:
+    """What the loop hands to `ple.batch` after an iteration of this one pair."""
+    run = type("Run", (), {"algorithm": algorithms.load("ple"), "config": settings()})()
+    pairs = [(response(a, 0.0), response(b, 0.0, "principled")) for a, b in earlier.tolist()]
+    return np.array([mean_length([Rollout("q", "x", (1,), pair)], run) for pair in pairs])
 
 
 def enumerated_probabilities(theta: np.ndarray) -> np.ndarray:
@@ -363,19 +375,32 @@ def enumerated_probabilities(theta: np.ndarray) -> np.ndarray:
 
 
 def test_uniform_weights_on_own_samples_have_no_expected_gradient():
-    gradient, _ = expected_gradient("batch")
-    np.testing.assert_allclose(gradient, 0.0, atol=1e-6)
+    np.testing.assert_allclose(expected_gradient(of_the_loop), 0.0, atol=1e-6)
+
+
+def test_the_mean_length_of_the_very_batch_shortens_responses():
+    """E[grad] = -grad E[length] (E[1 / mean] - 1 / E[mean]) and what else correlates: why C is of an earlier sample."""
+    gradient = expected_gradient(lambda earlier, now: now.mean(1))
+    assert gradient[0] < -0.01  # the logit of stopping after one token goes up
 
 
 def test_normalising_each_response_by_its_own_length_shortens_responses():
-    gradient, theta = expected_gradient("response")
+    gradient = expected_gradient(lambda earlier, now: np.ones(len(now)), length_norm="response")
     inverse_length = np.array([1, 1 / 2, 1 / 3, 1 / 4, 1 / 4])
-    lean = reference.gradient(lambda t: enumerated_probabilities(t) @ inverse_length, theta.astype(np.float64))
+    lean = reference.gradient(lambda t: enumerated_probabilities(t) @ inverse_length, THETA.astype(np.float64))
     np.testing.assert_allclose(gradient, -lean, rtol=1e-4, atol=1e-6)  # descending the loss raises E[1 / length]
-    assert gradient[0] < -0.05  # the logit of stopping after one token goes up
+    assert gradient[0] < -0.05
 
 
 # ---------------------------------------------------------------- errors, packing, variants
+
+
+def test_a_context_without_an_earlier_sample_is_refused_where_one_is_needed():
+    labelled = ple.label(make_rollouts(), Context(settings(), 0, TAU))
+    with pytest.raises(UserError, match=r"the context's mean_length is nan: give .* Context\(config, mean_length="):
+        ple.batch(labelled, Context(settings()))
+    config = settings(length_norm="response")
+    assert ple.batch(labelled, Context(config)).data["normaliser"].tolist() == [1.0] * 6
 
 
 @pytest.mark.parametrize(
@@ -383,14 +408,14 @@ def test_normalising_each_response_by_its_own_length_shortens_responses():
     [
         ({"selection": "topk"}, "ple.selection = 'topk': choose threshold, symmetric or percentile"),
         ({"blend": "mean"}, "ple.blend = 'mean': choose"),
-        ({"length_norm": "token"}, "ple.length_norm = 'token': choose batch or response"),
+        ({"length_norm": "token"}, "ple.length_norm = 'token': choose mean or response"),
         ({"rank": "ipo"}, "ple.rank = 'ipo': choose hinge, hinge_prob, sigmoid or dpo"),
     ],
 )
 def test_unknown_names_are_refused_with_the_known_ones(options, message):
     config = settings(**options)
     with pytest.raises(UserError, match=message):
-        ple.batch(ple.label(make_rollouts(), Context(config, 0, TAU)), Context(config))
+        ple.batch(ple.label(make_rollouts(), Context(config, 0, TAU)), Context(config, mean_length=MEAN))
         ple.make_loss(config)
 
 
@@ -422,7 +447,7 @@ def test_a_variant_is_one_short_file():
     assert (focal.collect, focal.batch) == (ple.collect, ple.batch)
 
     config = settings(rank="sigmoid", rank_weight=0.5, algorithm_kwargs={"gamma": 2.0})
-    batch = focal.batch(focal.label(make_rollouts(), Context(config, 0, TAU)), Context(config))
+    batch = focal.batch(focal.label(make_rollouts(), Context(config, 0, TAU)), Context(config, mean_length=MEAN))
     logprobs = token_logprobs(batch, 0)
     value, metrics = jax.jit(focal.make_loss(config))(
         Outputs(jnp.asarray(logprobs, jnp.float32)), convert(batch, jnp.asarray)

@@ -198,25 +198,25 @@ def head_only(vocab: int, softcap: float | None) -> tuple[Model, np.ndarray]:
     return model, weights["lm_head.weight"].astype(np.float64)
 
 
-@pytest.mark.parametrize("softcap", [None, 2.0])
-def test_token_logprobs_and_entropy_against_the_closed_form(softcap):
+@pytest.mark.parametrize(("softcap", "temperature"), [(None, 1.0), (None, 0.6), (2.0, 1.7)])
+def test_token_logprobs_and_entropy_against_the_closed_form(softcap, temperature):
     """3 x 700 tokens: more than one chunk, and a rest."""
     model, weights = head_only(300, softcap)
     rng = np.random.default_rng(0)
     hidden, targets = rng.normal(size=(3, 700, 32)).astype(np.float32), rng.integers(0, 300, (3, 700))
     raw = hidden.astype(np.float64) @ weights.T
     logits = raw if softcap is None else softcap * np.tanh(raw / softcap)
-    logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    logp = logits / temperature - np.log(np.exp(logits / temperature).sum(-1, keepdims=True))
     h = torch.tensor(hidden, requires_grad=True)
-    ours = forward.token_logprobs(model, h, torch.tensor(targets))
+    ours = forward.token_logprobs(model, h, torch.tensor(targets), temperature)
     expected = np.take_along_axis(logp, targets[..., None], -1)[..., 0]
     np.testing.assert_allclose(ours.detach().numpy(), expected, atol=1e-5)
-    entropy = forward.token_entropy(model, h)
+    entropy = forward.token_entropy(model, h, temperature)
     np.testing.assert_allclose(entropy.numpy(), -(np.exp(logp) * logp).sum(-1), atol=1e-5)
     assert not entropy.requires_grad
     g = rng.normal(size=targets.shape).astype(np.float32)
     (ours * torch.tensor(g)).sum().backward()
-    slope = 1.0 if softcap is None else 1 - (logits / softcap) ** 2
+    slope = (1.0 if softcap is None else 1 - (logits / softcap) ** 2) / temperature
     exact = g[..., None] * (((np.eye(300)[targets] - np.exp(logp)) * slope) @ weights)
     np.testing.assert_allclose(h.grad.numpy(), exact, atol=1e-5)
 
@@ -331,6 +331,40 @@ def test_reference_is_frozen():
     assert np.abs(ours.logprobs(batch).logprobs - before).max() > 1e-2
     ours.freeze_reference()
     np.testing.assert_array_equal(ours.logprobs(batch, reference=True).logprobs, ours.logprobs(batch).logprobs)
+
+
+def nothing(outputs: Outputs, batch: Batch):
+    """A loss whose gradient is 0 everywhere."""
+    return 0 * outputs.logprobs.sum((1, 2)), {}
+
+
+def test_of_what_was_learned_before_the_reference_nothing_moves_on():
+    batch, ours = random_batch(), backend(weight_decay=0.0)
+    for _ in range(3):
+        ours.update([batch], negative_likelihood, lr=0.01)
+    learned = {path: {k: x.detach().numpy().copy() for k, x in leaves.items()} for path, leaves in ours.policy.items()}
+    fresh, frozen = backend(learned, weight_decay=0.0), ours.adapter()
+    frozen = {name: array.copy() for name, array in frozen.items()}
+    ours.freeze_reference()
+    ours.update([batch], nothing, lr=0.01)
+    for name, array in ours.adapter().items():
+        np.testing.assert_array_equal(array, frozen[name])
+    fresh.update([batch], nothing, lr=0.01)
+    for one in (ours, fresh):
+        one.update([batch], negative_likelihood, lr=0.01)
+    for name, array in ours.adapter().items():
+        np.testing.assert_array_equal(array, fresh.adapter()[name])
+
+
+def test_weight_decay_is_of_the_low_rank_matrices_alone():
+    settings = dataclasses.replace(tiny.LORA, dora=True)
+    policy = backend(test_train.decayed_and_not(), settings, weight_decay=0.5)
+    policy.update([random_batch()], nothing, lr=0.1)
+    for path, module in test_train.decayed_and_not().items():
+        for kind, array in module.items():
+            left = 0.95 if kind in ("a", "b") else 1.0
+            found = policy.policy[path][kind].detach().numpy()
+            np.testing.assert_allclose(found, left * array, rtol=1e-6, err_msg=f"{path}/{kind}")
 
 
 def test_logprobs_and_entropy_are_those_of_jax():

@@ -1,8 +1,137 @@
-"""What the optimiser steps of an iteration are summed up to."""
+"""What is measured of a policy on its own samples, what a forward pass costs, and the temperature of a ratio."""
 
-from ple_jax.training.steps import over_queries
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from ml_collections import FrozenConfigDict
+from test_baselines import config
+
+from ple_jax import algorithms, modes
+from ple_jax.core.errors import UserError
+from ple_jax.core.types import Outputs, Response, Rollout
+from ple_jax.training import steps
+from ple_jax.training.journal import read
+
+POLICY, REFERENCE = np.array([0.1, 0.15, 0.2, 0.25, 0.3]), np.array([0.5, 0.2, 0.1, 0.1, 0.1])
+TRUE_KL = float((POLICY * np.log(POLICY / REFERENCE)).sum())
+TRUE_ENTROPY = float(-(POLICY * np.log(POLICY)).sum())
+
+
+class Table:
+    """A backend whose policy and reference say one token each time, with these probabilities."""
+
+    def __init__(self):
+        self.asked: list[float] = []
+
+    def logprobs(self, batch, *, reference=False, base=False, temperature=1.0):
+        self.asked.append(temperature)
+        found = np.log(REFERENCE if reference else POLICY)[batch.response]
+        return Outputs(np.where(batch.response_mask, found, 0.0), np.full(batch.response.shape, TRUE_ENTROPY))
+
+
+def stand_in(algorithm: str, **options) -> SimpleNamespace:
+    progress = SimpleNamespace(phase=lambda *_: None, advance=lambda *_: None)
+    c = config(algorithm, **options)
+    return SimpleNamespace(
+        algorithm=algorithms.load(algorithm), config=c, backend=Table(), session=SimpleNamespace(progress=progress)
+    )
+
+
+def sampled(count: int, queries: int = 3000) -> list[Rollout]:
+    """Responses of one token from the policy; the lower the token the better."""
+    drawn = np.random.default_rng(0).choice(5, size=(queries, count), p=POLICY)
+
+    def response(token: int, sample: int) -> Response:
+        return Response((token,), True, "plain", sample, "", -float(token), -float(token))
+
+    return [
+        Rollout(str(i), "x", (1,), tuple(response(token, j) for j, token in enumerate(row)))
+        for i, row in enumerate(drawn.tolist())
+    ]
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "options", "count"),
+    [
+        ("raft", {}, 4),
+        ("raft", {"raft__samples": 16}, 16),
+        ("dpo", {"dpo__samples": 8}, 8),
+        ("ple", {"ple__selection": "percentile", "ple__rank": "dpo"}, 4),
+        ("grpo", {}, 4),
+    ],
+)
+def test_kl_is_of_all_that_the_policy_said_and_not_of_the_best(algorithm, options, count):
+    """On the best of 16 it would read more than three times as much."""
+    run, rollouts = stand_in(algorithm, **options), sampled(count)
+    found = steps.diagnose(run, rollouts)
+    spread = 1.5 / math.sqrt(count * len(rollouts))  # of the estimate: ratios to the reference are up to 5
+    assert found["kl"] == pytest.approx(TRUE_KL, abs=5 * spread) and found["entropy"] == pytest.approx(TRUE_ENTROPY)
+    best = [rollout._replace(responses=(max(rollout.responses, key=lambda r: r.reward),)) for rollout in rollouts]
+    assert steps.diagnose(run, best)["kl"] > TRUE_KL + 10 * spread  # which is what is not measured
+
+
+def test_only_the_policys_own_plain_responses_are_measured():
+    run, rollouts = stand_in("ple"), sampled(2)
+    guided = [r._replace(responses=(r.responses[0], r.responses[1]._replace(principled=True))) for r in rollouts]
+    alone = [r._replace(responses=r.responses[:1]) for r in rollouts]
+    assert steps.diagnose(run, guided) == steps.diagnose(run, alone)
+    given = [r._replace(responses=tuple(x._replace(source="completion") for x in r.responses)) for r in rollouts]
+    assert steps.diagnose(run, given) == {}
+
+
+@pytest.mark.parametrize(("temperature", "asked"), [(0.6, 0.6), (1.0, 1.0), (0.0, 1.0)])
+def test_kl_is_of_the_policy_that_sampled(temperature, asked):
+    run = stand_in("ple", sampling__temperature=temperature)
+    steps.diagnose(run, sampled(2, queries=4))
+    assert run.backend.asked == [asked, asked]
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "rloo", "ppo", "ple", "raft", "dpo"])
+def test_a_ratio_is_of_the_policy_that_sampled_and_a_likelihood_of_the_model(algorithm):
+    expected = 0.7 if algorithm in ("grpo", "rloo", "ppo") else 1.0
+    assert steps.temperature(stand_in(algorithm, sampling__temperature=0.7)) == expected
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "rloo", "ppo", "self_distillation"])
+def test_dropout_would_move_a_ratio_and_is_refused(algorithm, tmp_path):
+    c = FrozenConfigDict(config(algorithm, lora__dropout=0.3))
+    with pytest.raises(UserError, match=rf"lora.dropout is 0.3, and algorithm '{algorithm}' .* set it to 0"):
+        modes.train(c, tmp_path / "run", "torch")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "rloo"])
+def test_nothing_is_clipped_in_the_first_step_at_any_temperature(algorithm, tmp_path):
+    """The policy has not moved: log-probabilities at another temperature than that of before would."""
+    c = config(algorithm, iterations=1, sampling__temperature=0.5)
+    c.optimizer.batch_queries = c.queries_per_iteration
+    assert modes.train(FrozenConfigDict(c), tmp_path / "run", "torch") == 0
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[1])
+    assert line["clipped"] == 0 and line["grad_norm"] > 0
+
+
+def test_a_teachers_pass_costs_what_its_own_prompts_have(tmp_path):
+    """2 operations a parameter and token: sampled, of the policy before, of the teacher, and 4 for forth and back."""
+    c = config("self_distillation", iterations=1)
+    assert modes.train(FrozenConfigDict(c), tmp_path / "run", "torch") == 0
+    said = json.loads((tmp_path / "run" / "summary.json").read_text())
+    rollouts = read(tmp_path / "run" / "rollouts" / "iter_0000.jsonl")
+    responses = sum(len(r.tokens) for rollout in rollouts for r in rollout.responses)
+    prompts = sum(len(rollout.prompt_tokens) for rollout in rollouts)
+    # tokens of the tiny model are bytes; the principles stand before the query, an empty line between
+    from ple_jax.prompts import principles
+
+    guided = prompts + len(rollouts) * len((principles.load(c.principles).text + "\n\n").encode())
+    assert c.principles_per_query == 0  # all of them for every query
+    passes = (prompts + responses) + (prompts + responses) + (guided + responses) + 2 * (prompts + responses)
+    parameters = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64) + 258 * 32
+    assert said["flops"] == 2 * parameters * passes
 
 
 def test_metrics_of_batches_of_unequal_size_are_means_over_queries():
     """Of 3 + 2 queries, after one was quarantined, the mean of the two means would be 2.5."""
-    assert over_queries([{"loss": 2.0, "lr": 0.5}, {"loss": 3.0, "lr": 0.5}], [3, 2]) == {"loss": 2.4, "lr": 0.5}
+    found = steps.over_queries([{"loss": 2.0, "lr": 0.5}, {"loss": 3.0, "lr": 0.5}], [3, 2])
+    assert found == {"loss": 2.4, "lr": 0.5}

@@ -17,7 +17,7 @@ from ple_jax import chat as chatting
 from ple_jax.algorithms import Algorithm, OfflineAlgorithm
 from ple_jax.core import backends
 from ple_jax.core.errors import UserError
-from ple_jax.core.files import read_json, write_json
+from ple_jax.core.files import write_json
 from ple_jax.core.identity import run_keys
 from ple_jax.evaluation import compare as comparison
 from ple_jax.evaluation import describe, responses
@@ -32,7 +32,8 @@ from ple_jax.training.opening import open_run, read_inputs
 from ple_jax.training.run import Run
 from ple_jax.training.sampling import sampling_of
 from ple_jax.training.state import CHECKPOINTS, State, newest
-from ple_jax.training.workdir import check_config, lock
+from ple_jax.training.workdir import SUMMARY, check_config, lock
+from ple_jax.training.workdir import summary as finished
 
 _SHOWN = 8  # queries of which --mode=generate prints the responses
 
@@ -45,7 +46,7 @@ def train(config: Any, workdir: Path, backend: str) -> int:
     with lock(workdir):
         inputs = read_inputs(config, backend)
         check_config(workdir, run_keys(inputs.config, backend, inputs.digests))
-        if (done := read_json(workdir / "summary.json")) is not None:
+        if done := finished(workdir):
             if not (workdir / "report.html").exists():  # ended between the summary and the report
                 run_page.write(workdir)
             print(f"{workdir} is finished: {_outcome(done)}; see {workdir / 'report.html'}")
@@ -59,7 +60,7 @@ def train(config: Any, workdir: Path, backend: str) -> int:
         head = _trains_scores(inputs.algorithm, config)
         if head:  # not before the run's own copy of the base is gone
             write.write_merged(config, workdir, backend, state.iteration, None, head=True)
-        write_json(workdir / "summary.json", summary)
+        write_json(workdir / SUMMARY, summary, sealed=True)
         page = run_page.write(workdir)
     print(f"{_outcome(summary)} in {summary['wall_seconds']:.0f} s")
     print(f"report: {page}\nadapter: {workdir / 'adapter'}")
@@ -115,7 +116,7 @@ def evaluate(config: Any, workdir: Path, backend: str) -> int:
     """Scores the held-out queries with the newest checkpoint and prints the result; reuses what training evaluated."""
     with on_run(config, workdir, backend) as (run, state):
         if not isinstance(run.algorithm, Algorithm):
-            found = offline.evaluate(run, offline.examples(run)[1])
+            found = offline.evaluate(run, offline.examples(run)[1], state.iteration)
             numbers = (f"{name} {value:.4f}" for name, value in found.items() if isinstance(value, float))
             print(f"step {state.iteration}: held-out {', '.join(numbers)}, over {len(run.data.heldout)} examples")
             return 0
@@ -202,8 +203,7 @@ def export(config: Any, workdir: Path, backend: str) -> int:
 def _export_adapter(config: Any, workdir: Path, backend: str) -> tuple[Path, int, str]:
     # a function of its own: the base's weights are freed when it returns, before the merged model is written
     with on_run(config, workdir, backend) as (run, state):
-        summary = read_json(workdir / "summary.json") or {}
-        return write.write_adapter(run, state.iteration, summary), state.iteration, run.base.name
+        return write.write_adapter(run, state.iteration, finished(workdir)), state.iteration, run.base.name
 
 
 def _use_reward(folder: Path) -> str:

@@ -1,11 +1,9 @@
 """Checkpoints: a folder a step with every tensor (safetensors) and a JSON `meta` (iteration, step, environment).
 
-A folder appears under its name only when it is whole and on disk: that is the commit point of a run.
+How they are committed, and what is checked when they are read, is `core.commits`'s business.
 """
 
 import json
-import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,44 +11,33 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ple_jax.core import commits
 from ple_jax.core.errors import UserError
-from ple_jax.core.files import to_disk
 
 _STATE, _META = "state.safetensors", "meta.json"
 
 
 def save(path: Path, step: int, tensors: dict[str, Tensor], meta: dict[str, Any], *, keep: int) -> None:
     """Writes and commits checkpoint `step`; on return it is on disk, and all but the newest `keep` are gone."""
-    path.mkdir(parents=True, exist_ok=True)
-    whole, partial = path / str(step), path / f"{step}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial / _STATE)
-    (partial / _META).write_text(json.dumps(meta), encoding="utf-8")
-    for file in (partial / _STATE, partial / _META, partial):
-        to_disk(file)
-    shutil.rmtree(whole, ignore_errors=True)  # of a step that was begun again
-    partial.rename(whole)
-    to_disk(path)
-    for old in _steps(path)[:-keep]:
-        shutil.rmtree(path / str(old))
+    with commits.committing(path, step, keep=keep) as partial:
+        folder = partial / str(step)
+        folder.mkdir()
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / _STATE)
+        (folder / _META).write_text(json.dumps(meta), encoding="utf-8")
 
 
 def restore(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     """The newest checkpoint's tensors, on the CPU, and its meta; None if there is none.
 
     Raises:
-        UserError: it is damaged.
+        Damaged: it is not as it was written.
     """
-    if not (steps := _steps(path)):
+    if (folder := commits.newest(path)) is None:
         return None
-    folder = path / str(steps[-1])
     try:
         return load_file(folder / _STATE), json.loads((folder / _META).read_text(encoding="utf-8"))
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(
-            f"checkpoint {folder} is damaged ({error}); remove that folder to go on from the one before it"
-        ) from error
+        raise commits.damaged(folder, str(error)) from error
 
 
 def check(found: dict[str, Tensor], wanted: dict[str, Tensor], path: Path) -> None:
@@ -63,6 +50,3 @@ def check(found: dict[str, Tensor], wanted: dict[str, Tensor], path: Path) -> No
                 " an empty --workdir"
             )
 
-
-def _steps(path: Path) -> list[int]:
-    return sorted(int(entry.name) for entry in path.glob("*") if re.fullmatch(r"\d+", entry.name))

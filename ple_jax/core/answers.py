@@ -11,6 +11,7 @@ from typing import Any, Self
 import numpy as np
 from jaxtyping import Float64
 
+from ple_jax.core import identity
 from ple_jax.core.conversation import Conversation
 from ple_jax.core.errors import UserError
 
@@ -28,8 +29,20 @@ def key(name: str, version: str, prompt: str, response: str) -> str:
     return digest(name, version, prompt, turns, response)
 
 
+_TABLE = "CREATE TABLE IF NOT EXISTS answer (key TEXT PRIMARY KEY, value REAL, digest TEXT) WITHOUT ROWID"
+
+
+def _seal(k: str, value: Any) -> str:
+    """What is stored beside a value: another one if a bit of it, or of its key, differs."""
+    # SQLite has no -0.0
+    return identity.digest([k.encode(), (value + 0.0).hex().encode()]) if isinstance(value, float) else "no value"
+
+
 class Cache:
-    """A file of values by key, for one writer. It is opened at the first use and closed on leaving the context."""
+    """A file of values by key, for one writer. It is opened at the first use and closed on leaving the context.
+
+    A value that is not as it was stored is as good as none: it is computed again.
+    """
 
     def __init__(self, path: str | Path):
         self._path = Path(path)
@@ -44,19 +57,20 @@ class Cache:
             self._database = None
 
     def get(self, keys: Iterable[str]) -> dict[str, float]:
-        """The values of those keys that are there."""
+        """The values of those keys that are there, as they were stored."""
         try:
             database = self._open()
-            rows = [database.execute("SELECT key, value FROM value WHERE key = ?", (k,)).fetchone() for k in keys]
+            rows = {k: database.execute("SELECT value, digest FROM answer WHERE key = ?", (k,)).fetchone() for k in keys}
         except sqlite3.DatabaseError as error:
             raise self._refused(error) from error
-        return {row[0]: row[1] for row in rows if row is not None}
+        return {k: row[0] for k, row in rows.items() if row is not None and row[1] == _seal(k, row[0])}
 
     def put(self, values: Mapping[str, float]) -> None:
         """Stores all of them or none; on return they are on disk."""
         try:
             with self._open() as database:  # a transaction
-                database.executemany("INSERT OR REPLACE INTO value VALUES (?, ?)", values.items())
+                rows = [(k, value, _seal(k, value)) for k, value in values.items()]
+                database.executemany("INSERT OR REPLACE INTO answer VALUES (?, ?, ?)", rows)
         except sqlite3.DatabaseError as error:
             raise self._refused(error) from error
 
@@ -64,11 +78,13 @@ class Cache:
         if self._database is None:
             self._database = sqlite3.connect(self._path)
             self._database.execute("PRAGMA synchronous = FULL")
-            self._database.execute("CREATE TABLE IF NOT EXISTS value (key TEXT PRIMARY KEY, value REAL) WITHOUT ROWID")
+            self._database.text_factory = lambda data: data.decode(errors="replace")  # a damaged text is another, no error
+            self._database.execute(_TABLE)
         return self._database
 
     def _refused(self, error: sqlite3.DatabaseError) -> UserError:
-        if isinstance(error, sqlite3.OperationalError):  # a full disk, a folder that is not there, no right to write
+        # a full disk, a folder that is not there, no right to write; or a table that is not the one that was made
+        if isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode != sqlite3.SQLITE_ERROR:
             return UserError(f"{self._path}: {error}; mend that and give the same command again: what was scored is kept")
         return UserError(f"{self._path} is damaged ({error}); delete it: what it held is scored again")
 

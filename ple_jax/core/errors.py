@@ -8,6 +8,10 @@ class UserError(ValueError):
     """Something the user can mend; the entry prints it as one line and exits with code 2."""
 
 
+class Damaged(UserError):
+    """A file of a run that is not as it was written. Where what it held can be made again, it is, without a word."""
+
+
 def suggestion(word: str, words: Iterable[str]) -> str:
     """The nearest of `words` as the end of a sentence, or nothing. `tau0` also finds `ple.tau_0`."""
     words = list(words)

@@ -1,4 +1,9 @@
-"""Files: written whole or not at all, appended to by lines that are on disk, and read with their place in every error."""
+"""Files: written whole or not at all, appended to by lines that are on disk, and read with their place in every error.
+
+What a run is resumed from is sealed: the last key of a JSON object, in a file of its own or on a line, is `digest`, 16
+digits that stand for all bytes before it; the lines of a whole file are numbered too. One changed bit is found, a line that
+is missing as well. What is not sealed was written by an earlier version, and is read as it is.
+"""
 
 import contextlib
 import gzip
@@ -9,7 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from ple_jax.core.errors import UserError
+from ple_jax.core.errors import Damaged
+from ple_jax.core.identity import digest
 
 _AGAIN = "give another --workdir"
 
@@ -52,9 +58,10 @@ def write_bytes(path: Path, data: bytes) -> None:
         file.write(data)
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_json(path: Path, value: Mapping[str, Any], *, sealed: bool = False) -> None:
     """A file of this value, whole; NaN and infinities become null and "inf"."""
-    write_text(path, json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    text = json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False)
+    write_text(path, (seal(text) if sealed else text) + "\n")
 
 
 def write_jsonl(path: Path, values: Iterable[Any], *, ascii: bool = False) -> None:
@@ -67,22 +74,27 @@ def write_jsonl(path: Path, values: Iterable[Any], *, ascii: bool = False) -> No
         file.writelines(json.dumps(value, ensure_ascii=ascii) + "\n" for value in values)
 
 
+def write_sealed(path: Path, values: Iterable[Mapping[str, Any]], *, ascii: bool = False) -> None:
+    """As `write_jsonl`, every line sealed, with its number and how many there are."""
+    everything = list(values)
+    numbered = ({**value, "line": n, "lines": len(everything)} for n, value in enumerate(everything, 1))
+    with whole(path) as file:
+        file.writelines(seal(json.dumps(value, ensure_ascii=ascii)) + "\n" for value in numbered)
+
+
+def seal(text: str) -> str:
+    """The text of a JSON object that is not empty, with its digest as one more key, the last."""
+    head = text[:-1].rstrip()
+    end = text[len(head) : -1]  # what stands before the last brace where the object is indented
+    return f'{head},{end + "  " if end else " "}"digest": "{digest([head.encode()])}"{end}}}'
+
+
 def append_line(path: Path, value: str) -> None:
     """One more line of a file; on return it is on disk. A kill may leave its beginning there, without the end."""
     with path.open("a", encoding="utf-8", newline="\n") as file:
         file.write(value + "\n")
         file.flush()
         os.fsync(file.fileno())
-
-
-def cut_torn_line(path: Path) -> None:
-    """Cuts off a last line that has no end, as a kill leaves it: appending goes on after it."""
-    data = path.read_bytes()
-    whole = data.rfind(b"\n") + 1
-    if whole < len(data):
-        with path.open("r+b") as file:
-            file.truncate(whole)
-            os.fsync(file.fileno())
 
 
 def to_disk(path: Path) -> None:
@@ -108,12 +120,33 @@ def plain(value: Any) -> Any:
 # ---------------------------------------------------------------- reading
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The file's content; None if there is no such file."""
+def opened(data: bytes) -> tuple[dict[str, Any], bool]:
+    """A JSON object without its digest, and whether it had one.
+
+    Raises:
+        ValueError: it is no such object, or not the one that was sealed.
+    """
+    value = json.loads(data.decode())
+    if not isinstance(value, dict):
+        raise ValueError(f"it is no JSON object: {str(value)[:40]}")
+    if (said := value.pop("digest", None)) is None:
+        return value, False
+    head = data.rpartition(b'"digest": "')[0].rstrip().removesuffix(b",")
+    if said != digest([head]):
+        raise ValueError("its digest is of something else")
+    return value, True
+
+
+def read_json(path: Path, *, remedy: str = _AGAIN) -> dict[str, Any] | None:
+    """The file's content without its digest; None if there is no such file.
+
+    Raises:
+        Damaged: it is no JSON object, or not the one that was written; says the `remedy`.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        return opened(path.read_bytes())[0] if path.exists() else None
     except (ValueError, OSError) as error:
-        raise UserError(f"{path} is damaged, or no file of a run ({error}); {_AGAIN}") from error
+        raise Damaged(f"{path} is damaged, or no file of a run ({error}); {remedy}") from error
 
 
 def lines(path: Path, *, torn: bool = False) -> list[bytes]:
@@ -137,12 +170,34 @@ def read_jsonl(path: Path, *, torn: bool = False, remedy: str = _AGAIN) -> list[
         remedy: what to do about a line that is damaged, for the error.
 
     Raises:
-        UserError: a line is not JSON; it names file and line.
+        Damaged: a line is not JSON; it names file and line.
     """
     values = []
     for number, line in enumerate(lines(path, torn=torn), 1):
         try:
             values.append(json.loads(line))
         except ValueError as error:  # UnicodeDecodeError is one too
-            raise UserError(f"{path}:{number} is damaged ({error}); {remedy}") from error
+            raise Damaged(f"{path}:{number} is damaged ({error}); {remedy}") from error
+    return values
+
+
+def read_sealed(path: Path, *, remedy: str) -> list[dict[str, Any]]:
+    """The values of a file that `write_sealed` wrote.
+
+    Raises:
+        Damaged: a line is missing, or not as it was written; it names the line, and says the `remedy`.
+    """
+    *found, rest = path.read_bytes().split(b"\n")
+    if rest or not found:
+        raise Damaged(f"{path} is damaged (it {'ends within a line' if rest else 'is empty'}); {remedy}")
+    values = []
+    for number, line in enumerate(found, 1):
+        try:
+            value, sealed = opened(line)
+            place = value.pop("line", None), value.pop("lines", None)
+            if place != ((number, len(found)) if sealed else (None, None)):
+                raise ValueError(f"it is line {place[0]} of {place[1]}, and the file has {len(found)}")
+        except ValueError as error:
+            raise Damaged(f"{path}:{number} is damaged ({error}); {remedy}") from error
+        values.append(value)
     return values

@@ -49,6 +49,7 @@ class Response(NamedTuple):
     parts: Mapping[str, float] = {}  # a combined reward's components, as they were given
     principled: bool = False  # of the slot that asked for it: whether the principles were in the prompt
     source: str = "policy"  # of that slot too: who gave it, the policy or the record
+    logprobs: tuple[float, ...] = ()  # of every token, nats, as the sampler had them; empty where it gave none
 
     @property
     def own(self) -> bool:

@@ -31,7 +31,7 @@ from ple_jax.core import identity
 from ple_jax.core.batches import bucket, left_padded, pack
 from ple_jax.core.config import differing, flatten
 from ple_jax.core.errors import UserError
-from ple_jax.core.files import read_json, read_jsonl, write_json, write_jsonl
+from ple_jax.core.files import read_json, read_sealed, write_json, write_sealed
 from ple_jax.core.noise import RESPONSES
 from ple_jax.core.types import Batch, Query, Response, Reward, Rollout, Slot
 from ple_jax.data.left_out import QuerySet
@@ -43,6 +43,8 @@ from ple_jax.training.opening import fitted
 from ple_jax.training.run import Run
 from ple_jax.training.sampling import given, sample
 from ple_jax.training.scoring import score
+
+_AGAIN = "delete that folder and give --mode=generate again"
 
 
 class Generated(NamedTuple):
@@ -70,8 +72,8 @@ def read(path: Path, iteration: int | None = None) -> Generated:
             f"{path} holds no responses{'' if iteration is None else f' of iteration {iteration}'}; --mode=generate"
         )
     name = path / f"iter_{complete[-1] if iteration is None else iteration:04d}"
-    scores = read_jsonl(name.with_suffix(".scores.jsonl"), remedy="delete it and give --mode=generate again")
-    settings = read_json(name.with_suffix(".json"))
+    scores = read_sealed(name.with_suffix(".scores.jsonl"), remedy="delete it and give --mode=generate again")
+    settings = read_json(name.with_suffix(".json"), remedy=_AGAIN)
     if settings is None:
         raise UserError(f"{name}.json, the settings of these responses, is gone; delete that folder and generate again")
     found = Generated(settings, read_journal(name.with_suffix(".jsonl")), scores)
@@ -127,21 +129,22 @@ def write(run: Run[Algorithm], queries: QuerySet, second: Reward | None, *, back
     run = fitted(run._replace(data=data, session=run.session._replace(workdir=path)))
     journal, kind = Journal(path, iteration), "principled" if options.principled else "plain"
     settings = _settings(run, second, backend=backend, iteration=iteration)
-    kept = read_json(journal.path.with_suffix(".json"))
+    kept = read_json(journal.path.with_suffix(".json"), remedy=_AGAIN)
     if kept is not None and kept != settings:
         keys = ", ".join(differing(flatten(kept), flatten(settings)))
         raise UserError(
             f"{path} holds responses of iteration {iteration} with other settings ({keys}); move or delete that folder"
         )
-    write_json(journal.path.with_suffix(".json"), settings)
+    write_json(journal.path.with_suffix(".json"), settings, sealed=True)
+    scored = journal.path.with_suffix(".scores.jsonl")
     if (rollouts := journal.read()) is None:
+        scored.unlink(missing_ok=True)  # of responses that were deleted
         slots = [Slot(kind, options.principled, number) for number in range(options.samples)]
         rollouts = score(sample(run, run.data.heldout, slots, journal, RESPONSES), run.reward, run.session)
         journal.complete(rollouts)
-    scored = journal.path.with_suffix(".scores.jsonl")
     if not scored.exists():
         asked = [run.prompts.render(query, options.principled).whole for query in run.data.heldout]
-        write_jsonl(scored, list(_scores(run, rollouts, second, asked)), ascii=True)
+        write_sealed(scored, _scores(run, rollouts, second, asked), ascii=True)
     return journal.path
 
 

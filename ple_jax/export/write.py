@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from ple_jax.core import backends
-from ple_jax.core.files import read_json, write_text
+from ple_jax.core.files import write_text
 from ple_jax.export import card
 from ple_jax.models.adapters import write_peft
 from ple_jax.training.run import Run
+from ple_jax.training.workdir import summary as finished
 
 HEAD = "score"  # what transformers calls a classifier's head
 
@@ -46,7 +47,7 @@ def write_merged(config: Any, workdir: Path, backend: str, iteration: int, repo:
     from ple_jax.export import merged as weights  # numpy alone, whatever the backend
 
     loaded = backends.load(backend).load(config)
-    summary = read_json(workdir / "summary.json") or {}
+    summary = finished(workdir)
     return weights.merged(
         loaded,
         workdir / "adapter",

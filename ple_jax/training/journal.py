@@ -1,7 +1,7 @@
 """The journal of rollouts: what was sampled, written once, atomically, and read by resume, report and evaluation.
 
 While an iteration is being sampled its finished chunks are appended to iter_0003.partial.jsonl; when it is complete and
-labelled, iter_0003.jsonl takes its place.
+labelled, iter_0003.jsonl takes its place. All lines are sealed (`core.files`): what is read is what was written.
 """
 
 import json
@@ -12,9 +12,11 @@ from typing import Any
 
 from ple_jax.core import files
 from ple_jax.core.conversation import Conversation
-from ple_jax.core.errors import UserError
+from ple_jax.core.errors import Damaged, UserError
 from ple_jax.core.identity import FORMAT
 from ple_jax.core.types import Response, Rollout
+
+FOLDERS = ("rollouts", "evaluations", "quarantine")  # of a work directory: where journals are
 
 
 class Journal:
@@ -32,18 +34,20 @@ class Journal:
         return read(self.path)
 
     def finished_chunks(self) -> dict[int, list[Response]]:
-        """The chunks that were finished before; one that was not is cut off the file."""
+        """The chunks that were finished before; those that were not, or are damaged, are taken out of the file."""
         if not self.partial.exists():
             return {}
-        files.cut_torn_line(self.partial)
-        lines = files.read_jsonl(self.partial)
-        return {line["chunk"]: [_response(r) for r in line["responses"]] for line in lines}
+        lines = files.lines(self.partial, torn=True)
+        kept = {line: value for line in lines if (value := _chunk(line)) is not None}
+        if (whole := b"".join(line + b"\n" for line in kept)) != self.partial.read_bytes():
+            files.write_bytes(self.partial, whole)
+        return {value["chunk"]: [_response(r) for r in value["responses"]] for value in kept.values()}
 
     def keep(self, chunk: int, responses: Sequence[Response]) -> None:
         """One finished chunk; on return it is on disk."""
         self.partial.parent.mkdir(parents=True, exist_ok=True)
         line = {"chunk": chunk, "responses": [_plain(r) for r in responses]}
-        files.append_line(self.partial, json.dumps(line, ensure_ascii=False))
+        files.append_line(self.partial, files.seal(json.dumps(line, ensure_ascii=False)))
 
     def complete(self, rollouts: Sequence[Rollout]) -> None:
         """The whole iteration, in one step; the chunks are removed."""
@@ -54,18 +58,17 @@ class Journal:
 def write(path: Path, rollouts: Sequence[Rollout]) -> None:
     """A file of rollouts; on return it is on disk, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_jsonl(path, map(_line, rollouts))
+    files.write_sealed(path, map(_line, rollouts))
 
 
-def read(path: Path) -> list[Rollout]:
+def read(path: Path, *, remedy: str = "delete the file to sample it again") -> list[Rollout]:
     """The rollouts of a complete iteration.
 
     Raises:
-        UserError: the file is not such a journal; names file and line.
+        Damaged: the file is not as it was written; names file and line, and says the `remedy`.
     """
     rollouts = []
-    remedy = "delete the file to sample it again"
-    for number, raw in enumerate(files.read_jsonl(path, remedy=remedy), 1):
+    for number, raw in enumerate(files.read_sealed(path, remedy=remedy), 1):
         try:
             responses = tuple(_response(r) for r in raw["responses"])
             rollouts.append(
@@ -80,8 +83,36 @@ def read(path: Path) -> list[Rollout]:
                 )
             )
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}:{number} is not a line of rollouts ({error!r}); {remedy}") from error
+            raise Damaged(f"{path}:{number} is not a line of rollouts ({error!r}); {remedy}") from error
     return rollouts
+
+
+def check(workdir: Path, iteration: int) -> None:
+    """What finished iterations left is as it was written: nobody wants to hear at the end of a run that it is not.
+
+    Args:
+        iteration: the one that the run stands before; what is of it, or of later ones, is checked where it is read.
+
+    Raises:
+        Damaged: it is not.
+        UserError: the evaluation before training is gone, without which a run has no summary.
+    """
+    start = workdir / "evaluations" / "iter_0000.jsonl"
+    again = f"put a copy of it back, or remove it and {workdir / 'checkpoints'}: the run trains again, on what it sampled"
+    if iteration and not start.exists():
+        raise UserError(f"{start}, the evaluation before training, is gone; {again.replace('it and ', '')}")
+    for path in sorted(path for folder in FOLDERS for path in (workdir / folder).glob("*_????.jsonl")):
+        if int(path.stem[-4:]) < iteration:
+            read(path, remedy=again if path == start else "put a copy of it back, or remove it: the run goes on without it")
+
+
+def _chunk(line: bytes) -> dict[str, Any] | None:
+    """A line of a partial journal; None where it is damaged."""
+    try:
+        value, sealed = files.opened(line)
+    except ValueError:
+        return None
+    return value if sealed else None
 
 
 def _line(rollout: Rollout) -> dict[str, Any]:
@@ -111,7 +142,8 @@ def _plain(response: Response) -> dict[str, Any]:
         "reward": files.plain(response.reward),
         "score": files.plain(response.score),
         "weight": files.plain(response.weight),
-        **({"parts": {name: files.plain(value) for name, value in response.parts.items()}} if response.parts else {}),
+        **({"parts": files.plain(response.parts)} if response.parts else {}),
+        **({"logprobs": files.plain(response.logprobs)} if response.logprobs else {}),
     }
 
 
@@ -120,7 +152,8 @@ def _response(raw: dict[str, Any]) -> Response:
     said = tuple(raw["tokens"]), raw["finished"], raw["kind"], raw["sample"], raw["text"]
     values = _number(raw["reward"]), _number(raw["score"]), _number(raw["weight"]), parts
     if "source" in raw:
-        return Response(*said, *values, raw["principled"], raw["source"])
+        logprobs = tuple(map(_number, raw.get("logprobs", ())))
+        return Response(*said, *values, raw["principled"], raw["source"], logprobs)
     # of format 1, where the names of kinds told who gave a response
     records = {"reference": "completion", "chosen": "completion", "rejected": "rejected"}
     return Response(*said, *values, raw["kind"] == "principled", records.get(raw["kind"], "policy"))

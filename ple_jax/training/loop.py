@@ -10,10 +10,10 @@ import time
 from collections.abc import Callable, Sequence
 
 from ple_jax.algorithms import Algorithm, Context
-from ple_jax.core.types import Rollout, Slot
+from ple_jax.core.types import Query, Rollout, Slot
 from ple_jax.data.queries import draw
 from ple_jax.training import costs
-from ple_jax.training.journal import Journal, read
+from ple_jax.training.journal import Journal, check, read
 from ple_jax.training.measures import evaluate, log_iteration, mean_length, summarise
 from ple_jax.training.run import Run
 from ple_jax.training.sampling import given, sample
@@ -42,7 +42,9 @@ def train(run: Run[Algorithm]) -> State:
 def begin(run: Run[Algorithm]) -> State:
     """Where the run stands, evaluated: a fresh one after its warm-up, or its newest checkpoint."""
     state = resume(run.backend, run.session)
-    if state is None:
+    if state is not None:
+        check(run.session.workdir, state.iteration)
+    else:
         fresh = State(run.backend.environment(), controller=run.algorithm.controller(run.config))
         state = commit(warm_up(run, fresh), run.backend, run.session)
     shutil.rmtree(run.session.workdir / WARM_UP, ignore_errors=True)  # what it was resumed from has no use any more
@@ -108,8 +110,8 @@ def collect(run: Run[Algorithm], context: Context, state: State) -> tuple[State,
     """Algorithm 1, lines 1 to 5: the iteration's labelled rollouts, from the journal where it is complete."""
     config, session, iteration = run.config, run.session, context.iteration
     journal, slots = Journal(session.workdir / "rollouts", iteration), run.algorithm.collect(config)
+    queries = draw(run.data.train, config.queries_per_iteration, seed=config.seed, iteration=iteration)
     if (rollouts := journal.read()) is None:
-        queries = draw(run.data.train, config.queries_per_iteration, seed=config.seed, iteration=iteration)
         started = time.perf_counter()
         sampled = sample(run, queries, slots, journal, iteration)
         scoring = time.perf_counter()
@@ -119,9 +121,18 @@ def collect(run: Run[Algorithm], context: Context, state: State) -> tuple[State,
         journal.complete(run.algorithm.label(kept, context))
         # training reads what is on disk, here as after a resume
         rollouts = read(journal.path)
-    quarantined = session.workdir / "quarantine" / journal.path.name
-    bad = read(quarantined) if quarantined.exists() else []  # was sampled and scored too
+    bad = quarantined(journal, queries, rollouts)  # was sampled and scored too
     return state._replace(costs=counted(run, [*rollouts, *bad], slots, state.costs)), rollouts
+
+
+def quarantined(journal: Journal, queries: Sequence[Query], kept: Sequence[Rollout]) -> list[Rollout]:
+    """What of an iteration's queries is not in its journal, as their reward was not finite."""
+    path = journal.path.parents[1] / "quarantine" / journal.path.name
+    missing = {query.id for query in queries} - {rollout.query_id for rollout in kept}
+    if not missing or not path.exists():
+        return []
+    found = read(path, remedy=f"put a copy of it back, or delete it and {journal.path} to sample the iteration again")
+    return [rollout for rollout in found if rollout.query_id in missing]
 
 
 def counted(

@@ -1,5 +1,6 @@
 """What is measured of an iteration and of the held-out queries, and the summary of a run."""
 
+import contextlib
 import math
 import time
 from collections.abc import Iterable, Sequence
@@ -9,6 +10,7 @@ import numpy as np
 
 from ple_jax import rewards
 from ple_jax.algorithms import Algorithm
+from ple_jax.core.errors import Damaged
 from ple_jax.core.noise import HELDOUT
 from ple_jax.core.types import Response, Rollout, Slot
 from ple_jax.formulas import intervals, texts
@@ -16,7 +18,8 @@ from ple_jax.training.journal import Journal, read
 from ple_jax.training.run import Run
 from ple_jax.training.sampling import sample
 from ple_jax.training.scoring import raw_rewards, sorted_out
-from ple_jax.training.state import State, logged, spent
+from ple_jax.training.sinks import line
+from ple_jax.training.state import State, spent
 from ple_jax.training.steps import diagnose
 
 _LEAK = 0.1  # share of trigrams above which principles are said to leak
@@ -98,10 +101,13 @@ def evaluate(run: Run[Algorithm], iteration: int) -> list[Rollout]:
     """Responses to the held-out queries as the policy now is, scored.
 
     Noise is the same at every evaluation, so that differences between evaluations are paired. Before training the
-    principled prompt is evaluated too: what the principles buy without any training.
+    principled prompt is evaluated too: what the principles buy without any training. An evaluation that is there is read; a
+    damaged one is made again.
     """
-    journal = Journal(run.session.workdir / "evaluations", iteration)
-    if (rollouts := journal.read()) is None:
+    journal, rollouts = Journal(run.session.workdir / "evaluations", iteration), None
+    with contextlib.suppress(Damaged):
+        rollouts = journal.read()
+    if rollouts is None:
         slots = [Slot("plain", False, s) for s in range(run.config.eval.samples)]
         if iteration == 0:
             slots += [Slot("principled", True, s) for s in range(run.config.eval.samples)]
@@ -120,10 +126,8 @@ def mean_rewards(rollouts: Sequence[Rollout], *, principled: bool = False) -> np
 
 
 def log_iteration(run: Run[Algorithm], state: State) -> State:
-    """Evaluates where it is due and writes the metrics line of the iteration that `state` stands at, unless it is there."""
+    """Evaluates where it is due, and writes the metrics line of the iteration that `state` stands at."""
     iteration, config = state.iteration, run.config
-    if iteration in logged(run.session.workdir / "metrics.jsonl"):
-        return state
     values = {**state.metrics, **state.costs.totals()}
     if iteration % config.eval.every == 0 or iteration == config.iterations:
         started = time.perf_counter()
@@ -133,7 +137,7 @@ def log_iteration(run: Run[Algorithm], state: State) -> State:
     for sink in run.session.sinks:
         sink(values, iteration)
     run.session.progress.metrics(values)
-    return state
+    return state._replace(lines=(*state.lines, line(values, iteration)))
 
 
 def heldout_metrics(run: Run[Algorithm], rollouts: Sequence[Rollout]) -> dict[str, float]:

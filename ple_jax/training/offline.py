@@ -3,17 +3,19 @@
 Steps are counted where Algorithm 1's loop counts iterations; every evaluation commits a checkpoint.
 """
 
-import json
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
 from ple_jax.algorithms import OfflineAlgorithm
-from ple_jax.core.files import write_json
+from ple_jax.core.errors import Damaged
+from ple_jax.core.files import plain, read_json, write_json
 from ple_jax.core.types import Query
 from ple_jax.data.left_out import Bad, QuerySet, check_share, fit, note
 from ple_jax.training import costs
 from ple_jax.training.run import Run
-from ple_jax.training.state import State, commit, logged, resume, spent
+from ple_jax.training.sinks import line
+from ple_jax.training.state import State, commit, resume, spent
 from ple_jax.training.steps import compared, over_queries, step
 
 JUDGEMENT = "judgement.json"  # the newest evaluation, whole
@@ -52,12 +54,12 @@ def train(run: Run[OfflineAlgorithm]) -> State:
         for some in run.algorithm.batches(trained, config.optimizer.batch_queries, seed=config.seed, epoch=epoch)
     ]
     state = begin(run)._replace(examples={"train": len(trained), "heldout": len(heldout)})
-    log(run, state, heldout)
+    state = log(run, state, heldout)
     while state.iteration < len(batches):
         end = min(state.iteration + every, len(batches))
         session.progress.iteration(-(-end // every))
         state = commit(update(run, batches[state.iteration : end], state), run.backend, session)
-        log(run, state, heldout)
+        state = log(run, state, heldout)
     return state
 
 
@@ -86,30 +88,34 @@ def update(run: Run[OfflineAlgorithm], batches: Sequence[Sequence[Any]], state: 
     )
 
 
-def log(run: Run[OfflineAlgorithm], state: State, heldout: Sequence[Any]) -> None:
-    """Evaluates the step that `state` stands at and writes its metrics line, unless it is there."""
-    if state.iteration in logged(run.session.workdir / "metrics.jsonl"):
-        return
-    found = evaluate(run, heldout)
+def log(run: Run[OfflineAlgorithm], state: State, heldout: Sequence[Any]) -> State:
+    """Evaluates the step that `state` stands at and writes its metrics line."""
+    found = evaluate(run, heldout, state.iteration)
     numbers = {name: value for name, value in found.items() if isinstance(value, float)}
     values = {**state.metrics, **{f"heldout_{name}": value for name, value in numbers.items()}}
     for sink in run.session.sinks:
         sink(values, state.iteration)
     run.session.progress.metrics(values)
+    return state._replace(lines=(*state.lines, line(values, state.iteration)))
 
 
-def evaluate(run: Run[OfflineAlgorithm], heldout: Sequence[Any]) -> dict[str, Any]:
-    """The algorithm's measures of the held-out examples, which are kept in the work directory."""
+def evaluate(run: Run[OfflineAlgorithm], heldout: Sequence[Any], iteration: int) -> dict[str, Any]:
+    """The algorithm's measures of the held-out examples after so many steps; the newest are kept in the work directory."""
+    path = run.session.workdir / JUDGEMENT
+    with contextlib.suppress(Damaged):
+        if (kept := read_json(path) or {}).pop("iteration", None) == iteration:
+            return kept
     run.session.progress.phase("evaluate", 1)
-    found = run.algorithm.judge(run.backend, heldout, run.config)
-    write_json(run.session.workdir / JUDGEMENT, found)
+    found = plain(run.algorithm.judge(run.backend, heldout, run.config))
+    write_json(path, {"iteration": iteration, **found}, sealed=True)
     run.session.progress.advance(1)
     return found
 
 
 def summary(run: Run[OfflineAlgorithm], backend: str, state: State) -> dict[str, Any]:
     """summary.json: what a run did, in a few numbers."""
-    judged = json.loads((run.session.workdir / JUDGEMENT).read_text(encoding="utf-8"))
+    judged = read_json(run.session.workdir / JUDGEMENT) or {}
+    del judged["iteration"]
     return {
         "algorithm": run.config.algorithm,
         "backend": backend,

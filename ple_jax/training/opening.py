@@ -108,7 +108,7 @@ def open_run(workdir: Path, backend: str, inputs: Inputs) -> Iterator[Run[Any]]:
             stack.callback(built.close)
         stop.check()
         # not before everything above was found in order: a mistake mended should not need another directory
-        files.write_json(workdir / "config.json", identity.run_keys(config, backend, inputs.digests))
+        files.write_json(workdir / "config.json", identity.run_keys(config, backend, inputs.digests), sealed=True)
         cache = stack.enter_context(Cache(workdir / "rewards.sqlite"))
         outputs = sinks.make(names, workdir, config.to_dict())
         session = Session(workdir, outputs, config.checkpoint.keep, cache, progress, stop, Clock())

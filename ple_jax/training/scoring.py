@@ -50,9 +50,10 @@ def quarantine(rollouts: Sequence[Rollout], name: str, reward: Reward, session: 
     """
     good = [rollout for rollout in rollouts if not any(math.isnan(r.reward) for r in rollout.responses)]
     bad = [rollout for rollout in rollouts if any(math.isnan(r.reward) for r in rollout.responses)]
-    if not bad:
-        return good
     path = session.workdir / "quarantine" / f"{name}.jsonl"
+    if not bad:
+        path.unlink(missing_ok=True)  # of an attempt before, with a reward that was mended since
+        return good
     write(path, bad)
     first = bad[0]
     text = next(r.text for r in first.responses if math.isnan(r.reward))

@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,29 +46,16 @@ def check(names: Sequence[str]) -> None:
             raise UserError(f"sink {name!r} is not installed: run `pip install {name}`")
 
 
-def truncate_jsonl(path: Path, last_step: int) -> None:
-    """Drops the lines after iteration `last_step` and a torn last line, atomically; a missing file stays missing.
-
-    Called before a run resumes, so that what it repeats is not logged twice.
-
-    Args:
-        path: a JSONL file whose lines have the key "iteration".
-        last_step: the last iteration to keep.
-    """
-    if not path.exists():
-        return
-    logged = zip(files.lines(path, torn=True), files.read_jsonl(path, torn=True), strict=True)
-    files.write_bytes(path, b"".join(line + b"\n" for line, value in logged if value["iteration"] <= last_step))
+def line(metrics: Mapping[str, float], step: int) -> dict[str, Any]:
+    """The line of metrics.jsonl for these metrics."""
+    finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}  # JSON has no NaN
+    # a numpy scalar becomes the Python number that it holds
+    return json.loads(json.dumps({"iteration": step, **finite}, default=lambda scalar: scalar.item()))
 
 
 def _jsonl(workdir: Path, config: dict[str, Any]) -> Sink:
-    def sink(metrics: dict[str, float], step: int) -> None:
-        finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}  # JSON has no NaN
-        # a numpy scalar becomes the Python number that it holds
-        line = json.dumps({"iteration": step, **finite}, default=lambda scalar: scalar.item())
-        files.append_line(workdir / "metrics.jsonl", line)
-
-    return sink
+    path = workdir / "metrics.jsonl"
+    return lambda metrics, step: files.append_line(path, json.dumps(line(metrics, step)))
 
 
 def _tensorboard(workdir: Path, config: dict[str, Any]) -> Sink:

@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ple_jax.core.files import read_jsonl
+from ple_jax.core.files import read_jsonl, write_jsonl
 from ple_jax.core.identity import FORMAT
 from ple_jax.core.types import Backend
 from ple_jax.training.costs import Costs
 from ple_jax.training.run import Session
-from ple_jax.training.sinks import truncate_jsonl
 
 CHECKPOINTS, WARM_UP = "checkpoints", "warm_up"  # folders of a work directory
 
@@ -27,6 +26,7 @@ class State(NamedTuple):
     controller: Mapping[str, float] = {}  # what the algorithm carries from one iteration to the next
     mean_length: float = 0.0  # tokens of a response, over what the newest sample would be trained on; 0 before there is one
     metrics: Mapping[str, float] = {}  # of the newest iteration, for the line that is written after its evaluation
+    lines: tuple[Mapping[str, Any], ...] = ()  # of metrics.jsonl, of the iterations before it
     examples: Mapping[str, int] = {}  # of an algorithm that samples nothing: how many there are of each set
     wall_seconds: float = 0.0
     peak_memory_bytes: int = 0
@@ -37,21 +37,34 @@ def newest(backend: Backend, checkpoints: Path) -> State | None:
     meta = backend.restore(checkpoints)
     if meta is None:
         return None
-    kept = {name: value for name, value in meta.items() if name in State._fields}
+    kept = {name: value for name, value in meta.items() if name in State._fields} | {"lines": tuple(meta.get("lines", ()))}
     # of format 1 the counters stand beside the others
     costs = meta.get("costs", {name: value for name, value in meta.items() if name in Costs._fields})
     return State(**(kept | {"costs": Costs(**costs)}))
 
 
 def resume(backend: Backend, session: Session) -> State | None:
-    """Where a run stands that was begun before, its newest checkpoint; what was logged after it is dropped."""
+    """Where a run stands that was begun before, its newest checkpoint; metrics.jsonl is made to stand there too."""
     state = newest(backend, session.workdir / CHECKPOINTS)
+    log = session.workdir / "metrics.jsonl"
     if state is None:
+        log.unlink(missing_ok=True)
         return None
     if said := changed(state.environment, backend.environment()):
         session.progress.log(said)
-    truncate_jsonl(session.workdir / "metrics.jsonl", state.iteration)
+    state = state._replace(lines=before(state, log))
+    write_jsonl(log, state.lines, ascii=True)  # as the sink writes them
     return state
+
+
+def before(state: State, log: Path) -> tuple[Mapping[str, Any], ...]:
+    """The lines of metrics.jsonl up to the iteration that `state` stands at, whose own is written when it is evaluated.
+
+    The checkpoint has them; one of an earlier version has not, and what the file says stands.
+    """
+    if state.lines or not log.exists():
+        return state.lines
+    return tuple(line for line in read_jsonl(log, torn=True) if line["iteration"] < state.iteration)
 
 
 def commit(state: State, backend: Backend, session: Session) -> State:
@@ -72,13 +85,6 @@ def _save(state: State, backend: Backend, session: Session, folder: str, number:
     meta = {"format": FORMAT, **state._asdict(), "costs": state.costs._asdict()}
     backend.save(session.workdir / folder, number, meta, keep=keep)
     return state
-
-
-def logged(path: Path) -> set[int]:
-    """Iterations that metrics.jsonl already holds."""
-    if not path.exists():
-        return set()
-    return {line["iteration"] for line in read_jsonl(path)}
 
 
 def spent(state: State, session: Session) -> dict[str, float]:

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from ple_jax.core.config import differing
-from ple_jax.core.errors import UserError
+from ple_jax.core.errors import Damaged, UserError
 from ple_jax.core.files import plain, read_json
 from ple_jax.core.identity import EXECUTION, FORMAT, upgraded
 
+SUMMARY = "summary.json"
 _FILES = (
     "rollouts", "evaluations", "checkpoints", "warm_up", "adapter", "reward_model", "responses", "metrics.jsonl",
     "summary.json", "report.html",
@@ -52,7 +53,7 @@ def lock(workdir: Path) -> Iterator[None]:
 
 def check_config(workdir: Path, wanted: Mapping[str, Any]) -> None:
     """Raises a UserError unless the directory is new or its config.json is the `wanted` one; names the differing keys."""
-    found = read_json(workdir / "config.json")
+    found = read_json(workdir / "config.json", remedy="put a copy of it back, or give another --workdir")
     work = [name for name in _FILES if (workdir / name).exists()]
     if found is not None and work and found.get("format", 1) != FORMAT:
         found = _upgraded(found, wanted, workdir)
@@ -65,6 +66,14 @@ def check_config(workdir: Path, wanted: Mapping[str, Any]) -> None:
             f"--workdir={workdir} belongs to another config, differing in {', '.join(keys)};"
             " give the same config or another --workdir"
         )
+
+
+def summary(workdir: Path) -> dict[str, Any]:
+    """What summary.json says; nothing where there is none, or a damaged one: --mode=train makes it again."""
+    try:
+        return read_json(workdir / SUMMARY) or {}
+    except Damaged:
+        return {}
 
 
 def _upgraded(found: Mapping[str, Any], wanted: Mapping[str, Any], workdir: Path) -> dict[str, Any]:

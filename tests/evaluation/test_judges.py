@@ -233,7 +233,7 @@ def test_what_is_no_row_of_verdicts(cache, tmp_path, given, says):
     with pytest.raises(UserError, match=f"judge 'mine' gave {says}"):
         compare(Judge("mine", "1", lambda *_: given), ["p"], ["a"], ["b"], cache=cache)
     with contextlib.closing(sqlite3.connect(tmp_path / "judgements.sqlite")) as database:
-        assert database.execute("SELECT count(*) FROM value").fetchone() == (0,)
+        assert database.execute("SELECT count(*) FROM answer").fetchone() == (0,)
 
 
 # ---------------------------------------------------------------- a function of one's own

@@ -13,6 +13,7 @@ from test_baselines import config
 from ple_jax import modes
 from ple_jax.core.batches import pack
 from ple_jax.core.errors import UserError
+from ple_jax.core.files import write_sealed
 from ple_jax.evaluation import responses
 from ple_jax.training import opening
 from ple_jax.training.journal import read
@@ -223,8 +224,11 @@ def test_mistakes(data, trained, tmp_path):
         responses.read(folder, 7)
     scores = folder / "iter_0001.scores.jsonl"
     lines = scores.read_text().splitlines(keepends=True)
-    scores.write_text("".join(reversed(lines)))
+    write_sealed(scores, [{"query_id": "others"} for _ in lines])
     with pytest.raises(UserError, match="are of other queries; delete both"):
+        responses.read(folder)
+    scores.write_text("".join(lines[:-1]))
+    with pytest.raises(UserError, match=r"scores.jsonl:1 is damaged .*; delete it and give --mode=generate again"):
         responses.read(folder)
     scores.write_text(lines[0][:-20])
     with pytest.raises(UserError, match="is damaged"):

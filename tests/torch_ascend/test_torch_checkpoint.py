@@ -93,7 +93,8 @@ def test_one_that_was_being_written_is_none(left, tmp_path):
     """What a kill leaves behind, whenever it came: the one before it counts, and the next commit of that step is whole."""
     checkpoint.save(tmp_path, 1, tensors(1), {"step": 1}, keep=2)
     checkpoint.save(tmp_path, 2, tensors(2), {"step": 2}, keep=2)
-    torn = (tmp_path / "2").rename(tmp_path / "2.partial")
+    (tmp_path / "2.partial").mkdir()
+    torn = (tmp_path / "2").rename(tmp_path / "2.partial" / "2")
     if left != "everything":
         (torn / "meta.json").unlink()
     if left == "nothing":
@@ -102,7 +103,7 @@ def test_one_that_was_being_written_is_none(left, tmp_path):
     assert checkpoint.restore(tmp_path)[1] == {"step": 1}
     checkpoint.save(tmp_path, 2, tensors(3), {"step": 3}, keep=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2"]
-    assert sorted(p.name for p in (tmp_path / "2").iterdir()) == ["meta.json", "state.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "2").iterdir()) == ["digests.json", "meta.json", "state.safetensors"]
     assert checkpoint.restore(tmp_path)[1] == {"step": 3}
 
 
@@ -118,7 +119,8 @@ def test_its_name_appears_when_all_of_it_is_on_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", fsync)
     checkpoint.save(tmp_path, 4, tensors(4), {}, keep=1)
     assert seen == [
-        ("state.safetensors", False), ("meta.json", False), ("4.partial", False), (tmp_path.name, True)
+        ("digests.json.tmp", False), ("4", False), ("meta.json", False), ("state.safetensors", False), ("4", False),
+        (tmp_path.name, True),
     ]  # fmt: skip
 
 
@@ -130,8 +132,10 @@ def test_its_name_appears_when_all_of_it_is_on_disk(tmp_path, monkeypatch):
         lambda folder: (folder / "state.safetensors").unlink(),
         lambda folder: (folder / "meta.json").write_text('{"iteration": 1'),
         lambda folder: (folder / "meta.json").unlink(),
+        lambda folder: (folder / "meta.json").write_text('{"step": 3}'),
+        lambda folder: (folder / "digests.json").write_text("{}"),
     ],
-    ids=["cut off", "empty", "no tensors", "half a meta", "no meta"],
+    ids=["cut off", "empty", "no tensors", "half a meta", "no meta", "another meta", "another list"],
 )
 def test_a_damaged_one_is_named(damage, tmp_path):
     for step in (1, 2):

@@ -23,12 +23,16 @@ from ple_jax.training.journal import Journal
 # every line end that str.splitlines knows, and what JSON must escape
 NASTY = 'a "quoted"\\ \r\n\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029 é 🎬'
 RESPONSES = [Response((5, 6, 2), True, "plain", 0, NASTY), Response((7,), False, "principled", 1, "")]
+ROLLOUTS = [Rollout("q", "p", (1,), tuple(RESPONSES))]
 
 number = st.floats(allow_nan=False)
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 ids = st.lists(st.integers(0, 10**6), max_size=6).map(tuple)
 parts = st.dictionaries(text, number, max_size=2)
-response = st.builds(Response, ids, st.booleans(), text, st.integers(0, 9), text, number, number, number, parts)
+logprobs = st.lists(number, max_size=3).map(tuple)
+response = st.builds(
+    Response, ids, st.booleans(), text, st.integers(0, 9), text, number, number, number, parts, logprobs=logprobs
+)
 turn = st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "tool"]), "content": text})
 conversation = st.builds(Conversation, st.lists(turn, min_size=1, max_size=3), st.lists(st.just({"name": "f"}), max_size=1))
 prompt = text | conversation
@@ -41,7 +45,7 @@ def sampled(chunk):
 
 
 @settings(max_examples=50)
-@given(st.lists(rollout, max_size=3))
+@given(st.lists(rollout, min_size=1, max_size=3))
 def test_what_is_written_is_read(written):
     with tempfile.TemporaryDirectory() as folder:
         journal = Journal(Path(folder), 3)
@@ -59,13 +63,17 @@ def test_the_line_of_a_rollout(tmp_path):
     scored = Response((5, 2), True, "plain", 0, "é\u2028", 0.5, 0.25)
     journal = Journal(tmp_path, 12)
     journal.complete([Rollout("q-1", "The", (1, 2), (scored,), math.inf, -0.5, "blended"), Rollout("q-2", "A", (3,), ())])
-    assert (tmp_path / "iter_0012.jsonl").read_bytes().decode() == (
+    text = (tmp_path / "iter_0012.jsonl").read_bytes().decode()
+    heads = [line.rpartition(', "digest": "')[0] for line in text.split("\n")]
+    first, second, _ = (hashlib.sha256(head.encode()).hexdigest()[:16] for head in heads)
+    assert text.replace(first, "FIRST").replace(second, "SECOND") == (
         '{"format": 2, "query_id": "q-1", "prompt": "The", "prompt_tokens": [1, 2], "tau": "inf", "responses": '
         '[{"kind": "plain", "principled": false, "source": "policy", "sample": 0, '
         '"tokens": [5, 2], "text": "é\u2028", "finished": true, '
-        '"reward": 0.5, "score": 0.25, "weight": null}], "margin": -0.5, "decision": "blended"}\n'
+        '"reward": 0.5, "score": 0.25, "weight": null}], "margin": -0.5, "decision": "blended", "line": 1, "lines": 2, '
+        '"digest": "FIRST"}\n'
         '{"format": 2, "query_id": "q-2", "prompt": "A", "prompt_tokens": [3], "tau": null, "responses": [], '
-        '"margin": null, "decision": ""}\n'
+        '"margin": null, "decision": "", "line": 2, "lines": 2, "digest": "SECOND"}\n'
     )
     first, second = journal.read()
     assert first.tau == math.inf and math.isnan(first.responses[0].weight)
@@ -80,8 +88,8 @@ def test_from_chunks_to_the_complete_file(tmp_path):
     again = Journal(tmp_path / "rollouts", 0)
     assert {k: sampled(v) for k, v in again.finished_chunks().items()} == {2: sampled(RESPONSES), 0: sampled(RESPONSES[:1])}
     assert again.read() is None
-    again.complete([])
-    assert again.read() == [] and again.finished_chunks() == {}
+    again.complete(ROLLOUTS)
+    assert [r.query_id for r in again.read()] == ["q"] and again.finished_chunks() == {}
     assert [p.name for p in (tmp_path / "rollouts").iterdir()] == ["iter_0000.jsonl"]
 
 
@@ -100,6 +108,32 @@ def test_cut_at_every_byte(tmp_path, monkeypatch):
         found = journal.finished_chunks()
         assert list(found) == [*range(whole), 9]
         assert all(sampled(chunk) == sampled(RESPONSES) for chunk in found.values())
+
+
+def test_a_damaged_chunk_is_sampled_again_and_the_others_are_not(tmp_path):
+    """Whatever bit of it is changed: what is read of the file is what was written to it, or not read."""
+    journal = Journal(tmp_path, 0)
+    for chunk in range(3):
+        journal.keep(chunk, RESPONSES[:1])
+    first, second, third = journal.partial.read_bytes().splitlines(keepends=True)
+    for bit in range(0, 8 * (len(second) - 1), 5):
+        damaged = bytearray(second)
+        damaged[bit // 8] ^= 1 << bit % 8
+        journal.partial.write_bytes(first + damaged + third)
+        found = journal.finished_chunks()
+        assert sorted(found) == [0, 2] and all(sampled(chunk) == sampled(RESPONSES[:1]) for chunk in found.values())
+        assert journal.partial.read_bytes() == first + third
+
+
+def test_the_samplers_log_probabilities_have_a_place(tmp_path):
+    journal = Journal(tmp_path, 0)
+    said = RESPONSES[0]._replace(logprobs=(-0.1 - 0.2, -math.inf, -1e-320))
+    journal.keep(0, [said, RESPONSES[1]])
+    assert [r.logprobs for r in journal.finished_chunks()[0]] == [said.logprobs, ()]
+    journal.complete([Rollout("q", "p", (1,), (said, RESPONSES[1]))])
+    assert [r.logprobs for r in journal.read()[0].responses] == [said.logprobs, ()]
+    written = json.loads(journal.path.read_text())["responses"]
+    assert written[0]["logprobs"] == [-0.1 - 0.2, "-inf", -1e-320] and "logprobs" not in written[1]
 
 
 @settings(max_examples=50)
@@ -124,9 +158,9 @@ def test_killed_before_the_final_name(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Path, "replace", killed)
-        journal.complete([])
+        journal.complete(ROLLOUTS)
     assert journal.read() is None and list(journal.finished_chunks()) == [0]
-    journal.complete([])
+    journal.complete(ROLLOUTS)
     assert [p.name for p in tmp_path.iterdir()] == ["iter_0000.jsonl"]
 
 
@@ -139,8 +173,8 @@ def test_killed_after_the_final_name(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Path, "unlink", killed)
-        journal.complete([])
-    assert journal.read() == []
+        journal.complete(ROLLOUTS)
+    assert [r.query_id for r in journal.read()] == ["q"]
     assert [p.name for p in tmp_path.iterdir()] == ["iter_0000.jsonl"]
 
 

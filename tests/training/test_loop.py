@@ -187,6 +187,55 @@ def test_quarantined_queries_are_left_out_and_kept(tmp_path):
     assert np.isfinite([lines[0]["heldout_reward"], lines[1]["heldout_reward"]]).all()
 
 
+def nan_while(prompts, responses, *, broken):
+    """No value for a query while a file is there, as of a reward that is mended meanwhile."""
+    bad = "query 3" if Path(broken).exists() else ""
+    return [float("nan") if p == bad else len(r) / 8 for p, r in zip(prompts, responses, strict=True)]
+
+
+def test_what_was_in_quarantine_before_a_reward_was_mended_is_counted_once(tmp_path):
+    """A count by hand: 8 queries, 16 responses; and the file of the attempt before is gone."""
+    rows = [json.dumps({"id": str(i), "prompt": f"query {i}"}) for i in range(8)]
+    (tmp_path / "train.jsonl").write_text("\n".join(rows))
+    (tmp_path / "broken").touch()
+    settings = {"reward.name": "test_loop:nan_while", "reward.kwargs": {"broken": str(tmp_path / "broken")}}
+    settings["task.train"] = str(tmp_path / "train.jsonl")
+    with pytest.raises(UserError, match="is not finite for 1 of 8 queries"):
+        train(tmp_path / "run", **settings)
+    assert [p.name for p in (tmp_path / "run" / "quarantine").iterdir()] == ["iter_0000.jsonl"]
+    (tmp_path / "broken").unlink()
+    train(tmp_path / "run", **settings)
+    done = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (done["queries"], done["reward_calls"]) == (8, 16)
+    responses = [r for line in rollouts(tmp_path / "run") for r in line["responses"]]
+    assert done["generated_tokens"] == sum(len(r["tokens"]) for r in responses)
+    assert list((tmp_path / "run" / "quarantine").iterdir()) == []
+
+
+def test_a_stale_quarantine_file_is_not_counted(tmp_path):
+    """As an earlier version left it: of queries that the journal has."""
+    train(tmp_path)
+    done = json.loads((tmp_path / "summary.json").read_text())
+    (tmp_path / "quarantine").mkdir()
+    shutil.copy(tmp_path / "rollouts" / "iter_0000.jsonl", tmp_path / "quarantine")
+    (tmp_path / "summary.json").unlink()
+    shutil.rmtree(tmp_path / "checkpoints")
+    train(tmp_path)
+    again = json.loads((tmp_path / "summary.json").read_text())
+    assert [again[name] for name in ("queries", "reward_calls", "prompt_tokens")] == [8, 16, done["prompt_tokens"]]
+
+
+def test_a_damaged_summary_is_made_again(default_run, tmp_path):
+    shutil.copytree(default_run[0], tmp_path / "copy")
+    summary = tmp_path / "copy" / "summary.json"
+    good = json.loads(summary.read_text())
+    summary.write_text(summary.read_text().replace('"seed": 0', '"seed": 1'))
+    train(tmp_path / "copy", **{"ple.tau_0": 0.0})
+    again = json.loads(summary.read_text())
+    timed = ("seconds", "wall_seconds", "peak_memory_bytes", "digest")
+    assert {k: v for k, v in again.items() if k not in timed} == {k: v for k, v in good.items() if k not in timed}
+
+
 def test_the_parts_of_a_reward_are_logged_and_scored_once(tmp_path):
     parts = {"vowels": {"name": "letters", "weight": 2.0}, "short": {"name": "length", "kwargs": {"target": 1}}}
     settings = {"reward.name": "combine", "reward.kwargs": {"parts": parts}, "reward.transform": "zscore"}

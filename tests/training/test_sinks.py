@@ -43,34 +43,6 @@ def test_jsonl_is_on_disk_after_every_call(tmp_path):
     assert scalars(tmp_path, "x") == [(3, 1.5)]
 
 
-@pytest.mark.parametrize(("last", "kept"), [(-1, []), (0, [0]), (2, [0, 1, 2]), (9, [0, 1, 2, 3])])
-def test_truncate_keeps_the_lines_up_to_the_step_byte_for_byte(tmp_path, last, kept):
-    path = tmp_path / "metrics.jsonl"
-    text = [f'{{"iteration": {i}, "x": 1.10,  "note": "\u2028"}}\n' for i in range(4)]
-    path.write_text("".join(text) + '{"iteration": 1, "x"', encoding="utf-8")
-    sinks.truncate_jsonl(path, last)
-    assert path.read_bytes() == "".join(text[i] for i in kept).encode()
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_truncate_drops_a_last_line_without_its_newline_and_accepts_a_missing_file(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    sinks.truncate_jsonl(path, 3)
-    assert not path.exists()
-    path.write_text('{"iteration": 0}\n{"iteration": 1}')
-    sinks.truncate_jsonl(path, 3)
-    assert path.read_text() == '{"iteration": 0}\n'
-
-
-def test_a_resumed_run_logs_every_iteration_once(tmp_path):
-    for first in (0, 2):
-        sinks.truncate_jsonl(tmp_path / "metrics.jsonl", first - 1)
-        for step in range(first, 4):
-            for sink in sinks.make(["jsonl"], tmp_path, {}):
-                sink({"x": float(step)}, step)
-    assert [line["iteration"] for line in lines(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3]
-
-
 def scalars(workdir: Path, tag: str) -> list[tuple[int, float]]:
     reader = EventAccumulator(str(workdir / "tensorboard"))
     reader.Reload()

@@ -1,0 +1,92 @@
+"""Checkpoints on disk, whatever is in them: a folder a step, whole or not there, with a digest of every file.
+
+What is written goes to STEP.partial/STEP. When all of it is on disk, and in it a sealed list of its files with their
+SHA-256, one rename gives it its name: that is the commit point of a run. So no kill leaves a name without a list, or a list
+of other files. A checkpoint of an earlier version has no list and is read as it is.
+
+Hashing runs at 0.6 to 2 GB/s on one core: half a second for the adapter, moments and reference of LoRA on 8B parameters.
+"""
+
+import contextlib
+import hashlib
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from ple_jax.core.errors import Damaged
+from ple_jax.core.files import read_json, to_disk, write_json
+
+MANIFEST = "digests.json"
+
+
+@contextlib.contextmanager
+def committing(path: Path, step: int, *, keep: int) -> Iterator[Path]:
+    """A folder, there when the block begins, in which the block makes one called `step`; that is committed when it ends.
+
+    On return it is on disk, and all but the newest `keep` are gone.
+    """
+    for left in path.glob("*.partial"):  # by a process that was killed
+        shutil.rmtree(left)
+    partial, whole = path / f"{step}.partial", path / str(step)
+    partial.mkdir(parents=True)
+    yield partial
+    _seal(partial / str(step))
+    _remove(whole)  # of a step that was begun again
+    (partial / str(step)).rename(whole)
+    to_disk(path)
+    partial.rmdir()
+    for old in _steps(path)[:-keep]:
+        _remove(path / str(old))
+
+
+def newest(path: Path) -> Path | None:
+    """The folder of the newest checkpoint under `path`, every file as it was written; None if there is none.
+
+    Raises:
+        Damaged: it is not; says what to remove.
+    """
+    if not (steps := _steps(path)):
+        return None
+    folder = path / str(steps[-1])
+    back = "go on from the one before it" if len(steps) > 1 else "train again from the start, on what was sampled"
+    try:
+        listed = read_json(folder / MANIFEST) or {}
+    except Damaged as error:
+        raise damaged(folder, f"{MANIFEST} too", back) from error
+    for name, said in listed.items():
+        if not (folder / name).is_file():
+            raise damaged(folder, f"{name} is gone", back)
+        if _digest(folder / name) != said:
+            raise damaged(folder, f"{name} is not as it was written", back)
+    return folder
+
+
+def damaged(folder: Path, why: str, back: str = "go on from the one before it") -> Damaged:
+    """The error of a checkpoint that cannot be read."""
+    return Damaged(f"checkpoint {folder} is damaged ({why}); remove that folder to {back}")
+
+
+def _seal(folder: Path) -> None:
+    found = sorted(file for file in folder.rglob("*") if file.is_file())
+    write_json(folder / MANIFEST, {file.relative_to(folder).as_posix(): _digest(file) for file in found}, sealed=True)
+    for file in found:
+        to_disk(file)
+    for inside in sorted((entry for entry in folder.rglob("*") if entry.is_dir()), reverse=True):
+        to_disk(inside)
+    to_disk(folder)
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _remove(folder: Path) -> None:
+    """Removes a checkpoint; a kill in between leaves none that looks whole."""
+    if folder.exists():
+        shutil.rmtree(folder.rename(folder.with_name(f"{folder.name}.old.partial")))
+
+
+def _steps(path: Path) -> list[int]:
+    return sorted(int(entry.name) for entry in path.glob("*") if re.fullmatch(r"\d+", entry.name))

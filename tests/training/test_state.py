@@ -27,7 +27,8 @@ def test_a_state_is_taken_up_as_it_was(tmp_path):
     backend, session = Backend(), Session(tmp_path, [], 1, None, None, None, Clock())
     assert newest(backend, tmp_path) is None
     spent = Costs(queries=5).took("update", 0.1)
-    state = State({"jax": "0"}, 3, 12, spent, {"kl": 0.1 + 0.2}, {"plain": 2.5}, {"loss": 1.0})
+    lines = ({"iteration": 0, "heldout_reward": 0.1 + 0.2, "kl": None},)
+    state = State({"jax": "0"}, 3, 12, costs=spent, controller={"kl": 0.1 + 0.2}, metrics={"loss": 1.0}, lines=lines)
     kept = commit(state, backend, session)
     assert kept.wall_seconds > 0 and kept.peak_memory_bytes > 0 and state.wall_seconds == 0
     assert newest(backend, tmp_path) == kept

@@ -119,7 +119,7 @@ class CommandLine(NamedTuple):
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """What a user can mend, a stop that was asked for, or too little memory: one line on stderr and an exit code."""
+    """What a user can mend, a stop that was asked for, a full disk, too little memory: one line on stderr, an exit code."""
     try:
         yield
     except UserError as error:
@@ -129,17 +129,31 @@ def one_line_errors() -> Iterator[None]:
         print(MESSAGE, file=sys.stderr)
         sys.exit(128 + (stopped.number if isinstance(stopped, Interrupted) else signal.SIGINT))
     except Exception as error:
-        # XLA's name for it on every platform, and torch's
-        names = isinstance(error, MemoryError), "RESOURCE_EXHAUSTED" in str(error), "out of memory" in str(error).lower()
-        if not any(names):
+        if not (says := _of_the_machine(error)):
             raise
-        print(
-            f"error: not enough memory ({str(error).strip().splitlines()[0][:200] or 'MemoryError'}); lower"
-            " --config.optimizer.micro_queries or --config.sampling.width, or set --config.model.remat=full;"
-            " what was finished is kept",
-            file=sys.stderr,
-        )
+        print(f"error: {says}; what was finished is kept", file=sys.stderr)
         sys.exit(2)
+
+
+_FULL = ("No space left on device", "Disk quota exceeded", "File too large", "Read-only file system", "Input/output error")
+
+
+def _of_the_machine(error: Exception) -> str:
+    """What is said of an error that is neither the user's nor ours but the disk's or the memory's; nothing of others."""
+    text = str(error).strip()
+    brief = text.splitlines()[0][:200] if text else type(error).__name__
+    # before memory: of a full disk TensorStore says RESOURCE_EXHAUSTED too
+    if any(problem in text for problem in _FULL):
+        return f"the disk cannot be written ({brief}); make room there, or mend it, and give the same command again"
+    if isinstance(error, FileNotFoundError) and error.filename and not Path(os.fsdecode(error.filename)).parent.exists():
+        return f"the folder of {os.fsdecode(error.filename)} is gone: something removed it while the program was at work"
+    # XLA's name for it on every platform, and torch's
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower():
+        return (
+            f"not enough memory ({brief}); lower --config.optimizer.micro_queries or --config.sampling.width, or set"
+            " --config.model.remat=full"
+        )
+    return ""
 
 
 def _load(config: str) -> tuple[Path, ConfigDict]:

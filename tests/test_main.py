@@ -1,9 +1,11 @@
 """The entry: good command lines give a Run; bad ones give one line, exit code 2, and cost no heavy import."""
 
+import errno
 import importlib
 import itertools
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +17,7 @@ import ple_jax
 from configs import default, tiny
 from ple_jax import main, rewards
 from ple_jax.algorithms import ple
-from ple_jax.core import extras
+from ple_jax.core import extras, shipped
 from ple_jax.core.config import names, validate
 from ple_jax.core.errors import UserError
 from ple_jax.core.types import Query
@@ -407,3 +409,48 @@ def test_plan_says_what_would_run():
     assert "'1. Be kind.\\n'" in lines and "'2. Be brief.'" in lines
     assert lines[lines.index("First query, plain prompt: 24 tokens") + 1] == "'The film [red]was[/red] '"
     assert any(line.startswith("First query, principled prompt: ") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/w/metrics.jsonl"), "the disk cannot be written .*make room"),
+        (OSError(errno.EROFS, "Read-only file system"), "the disk cannot be written"),
+        (ValueError("RESOURCE_EXHAUSTED: Error writing /w/0: No space left on device [OS error 28]"), "the disk cannot"),
+        (FileNotFoundError(errno.ENOENT, "No such file", "/nowhere/at/all/it"), "the folder of /nowhere/at/all/it is gone"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 10 bytes."), "not enough memory .*micro_queries"),
+        (MemoryError(), r"not enough memory \(MemoryError\)"),
+    ],
+    ids=lambda value: str(value)[:24],
+)
+def test_what_the_machine_refuses_is_one_line(error, says, capsys):
+    def fails():
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        main.one_line_errors()(fails)()
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and re.search(f"^error: {says}.*what was finished is kept\n$", said), said
+    assert ("memory" in said) == ("memory" in says)
+
+
+def test_an_error_of_the_program_is_none_of_the_machines():
+    def fails():
+        raise FileNotFoundError(errno.ENOENT, "No such file", __file__ + ".gone")
+
+    with pytest.raises(FileNotFoundError):
+        main.one_line_errors()(fails)()
+
+
+@pytest.mark.parametrize(
+    ("config", "nearest"),
+    [("broken.py", ""), ("tinny", "tiny"), ("configs/tinny.py", "configs/tiny.py"), ("zzz.py", ""), ("mime.py", "mine.py")],
+)
+def test_a_missing_config_suggests_what_is_there(config, nearest, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("broken.py").symlink_to("nowhere.py")  # it is listed, and does not exist
+    Path("mine.py").write_text("")
+    with pytest.raises(UserError) as refused:
+        shipped.find(config)
+    found = re.findall(r"did you mean '(.*)'", str(refused.value))
+    assert found == ([nearest] if nearest else [])

@@ -83,6 +83,8 @@ class Cache:
         return self._database
 
     def _refused(self, error: sqlite3.DatabaseError) -> UserError:
+        if self._database is not None and not self._path.exists():  # to SQLite it is read-only then
+            return UserError(f"{self._path} is gone: something removed it, or its folder, while the run went on")
         # a full disk, a folder that is not there, no right to write; or a table that is not the one that was made
         if isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode != sqlite3.SQLITE_ERROR:
             return UserError(f"{self._path}: {error}; mend that and give the same command again: what was scored is kept")

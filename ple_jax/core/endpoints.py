@@ -38,7 +38,7 @@ class Endpoint:
     read: Callable[[Any, int], Sequence[float]]
     size: int  # rows of one request
     concurrency: int  # requests under way at once
-    timeout: float = 60.0  # seconds that a server may be silent
+    timeout: float = 60.0  # seconds from a request to the last byte of its answer
     # tries after the first: if no connection comes about or it breaks, on status 408, 429 and 5xx, and on answers that
     # cannot be read
     retries: int = 5
@@ -48,6 +48,7 @@ class Endpoint:
     headers: Mapping[str, str] = field(default_factory=dict)  # environment variables by the header for their value
     _secrets: dict[str, str] = field(init=False, repr=False)  # what no message may show
     _in_a_row: int = field(init=False, repr=False, default=0)  # failures, one after the other
+    failure: str = field(init=False, repr=False, default="")  # why the newest rows without a number have none
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
@@ -79,12 +80,15 @@ class Endpoint:
             pool.shutdown(cancel_futures=True)
         if why:
             self._in_a_row = 0
-            for secret in self._secrets.values():  # a server may repeat what it was sent
-                why = why.replace(secret, "***")
             raise Incomplete(
-                f"{self.url}: {why}; mend that and give the same command again: what was scored is kept", values
+                f"{self.url}: {self._shown(why)}; mend that and give the same command again: what was scored is kept", values
             )
         return values.tolist()
+
+    def _shown(self, why: str) -> str:
+        for secret in self._secrets.values():  # a server may repeat what it was sent
+            why = why.replace(secret, "***")
+        return why
 
     def _gather(
         self, under_way: Mapping[Future[Sequence[float]], slice], values: Float64[np.ndarray, " n"], stop: threading.Event
@@ -99,6 +103,7 @@ class Endpoint:
                 continue
             except retry.Failed as error:
                 self._in_a_row += 1
+                self.failure = f"{self.url}: {self._shown(str(error))}"
                 if not why and (isinstance(error, retry.Refused) or self._in_a_row >= self.max_failures):
                     why = str(error)
                     stop.set()  # what is under way has this one try; its values still count

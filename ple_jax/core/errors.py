@@ -12,10 +12,13 @@ class Damaged(UserError):
     """A file of a run that is not as it was written. Where what it held can be made again, it is, without a word."""
 
 
-def suggestion(word: str, words: Iterable[str]) -> str:
-    """The nearest of `words` as the end of a sentence, or nothing. `tau0` also finds `ple.tau_0`."""
-    words = list(words)
-    by_last_part = {w.rsplit(".", 1)[-1]: w for w in words}
+def suggestion(word: str, words: Iterable[str], *, files: bool = False) -> str:
+    """The nearest of `words`, but not the word itself, as the end of a sentence, or nothing.
+
+    `tau0` also finds `ple.tau_0`; with `files` what follows a dot is no name.
+    """
+    words = [w for w in words if w != word]
+    by_last_part = {} if files else {w.rsplit(".", 1)[-1]: w for w in words}
     close = difflib.get_close_matches(word, words, n=1) or [
         by_last_part[part] for part in difflib.get_close_matches(word.rsplit(".", 1)[-1], by_last_part, n=1)
     ]

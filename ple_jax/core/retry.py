@@ -1,14 +1,20 @@
 """Requests to a server that may be slow, busy or gone for a moment: tried again, with pauses, a number of times."""
 
+import functools
 import random
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
 from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple, TypeVar
+from urllib.parse import urlsplit
 
 T = TypeVar("T")
 _LONGEST_PAUSE, _LONGEST_ASKED = 60.0, 600.0  # seconds: of our own, and of what a server may ask for
+_SAID = 30.0  # seconds: a longer pause is told of
+LARGEST = 64 * 2**20  # bytes of an answer: the numbers and tokens that are asked for take a thousandth
+_CONNECTIONS = 256  # that are kept open to a server: more than requests are under way at once
 
 
 class Failed(Exception):
@@ -26,7 +32,7 @@ class Refused(Failed):
 class Patience(NamedTuple):
     """How long a server is given."""
 
-    timeout: float  # seconds that it may be silent
+    timeout: float  # seconds from a request to the last byte of its answer
     # tries after the first: if no connection comes about or it breaks, on status 408, 429 and 5xx, and on answers that
     # cannot be read
     retries: int
@@ -51,7 +57,7 @@ def request(
         stop: when it is set there is no further try.
 
     Raises:
-        Failed: no try gave any, or `stop` was set before the next.
+        Failed: no try gave any, `stop` was set before the next, or the server asks for too long a pause before it.
         Refused: the server says that the request is wrong.
     """
     import requests
@@ -59,15 +65,48 @@ def request(
     for attempt in range(patience.retries + 1):
         asked = None
         try:
-            return read(_content(method, url, body, headers, patience.timeout))
+            return read(_within(patience.timeout, lambda: _content(method, url, body, headers, patience.timeout)))
         except _Busy as error:
             why, asked = str(error), error.retry_after
-        except (requests.RequestException, ValueError) as error:
+        except (requests.RequestException, TimeoutError, ValueError) as error:
             why = f"{type(error).__name__}: {_brief(str(error))}"
-        wait = pause(attempt, backoff=patience.backoff, asked=asked)
-        if attempt == patience.retries or stop.wait(wait):
+        seconds = pause(attempt, backoff=patience.backoff, asked=asked)
+        if seconds > _LONGEST_ASKED:
+            raise Failed(f"{why} (and asks for a pause of {seconds:.0f} s)")
+        if attempt == patience.retries or _stopped(stop, seconds, f"{urlsplit(url).netloc}: {why}"):
             break
     raise Failed(why)
+
+
+def _stopped(stop: threading.Event, seconds: float, why: str) -> bool:
+    """Waits, and says so where it takes long; whether `stop` was set in the meantime."""
+    if seconds > _SAID:
+        print(f"{why}; the next try is in {seconds:.0f} s", file=sys.stderr, flush=True)
+    return stop.wait(seconds)
+
+
+def _within(seconds: float, call: Callable[[], T]) -> T:
+    """What a call gives, or a TimeoutError: a socket's own timeout begins anew with every byte of a server that drips.
+
+    The call goes on in its thread, which nobody waits for.
+    """
+    found: list[T] = []
+    failed: list[Exception] = []
+
+    def run() -> None:
+        try:
+            found.append(call())
+        except Exception as error:  # whatever it is, it belongs to who asked
+            failed.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if failed:
+        raise failed[0]
+    if not found:
+        raise TimeoutError(f"no whole answer within {seconds:g} s")
+    return found[0]
 
 
 class _Busy(Exception):
@@ -78,11 +117,21 @@ class _Busy(Exception):
         self.retry_after = retry_after
 
 
+@functools.cache
+def _session(server: str) -> Any:
+    """The connections to a server, which stay open from one request to the next."""
+    import requests
+    from requests.adapters import HTTPAdapter
+
+    session = requests.Session()
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, HTTPAdapter(pool_maxsize=_CONNECTIONS))
+    return session
+
+
 def _content(method: str, url: str, body: Mapping[str, Any] | None, headers: Mapping[str, str], timeout: float) -> bytes:
     """The bytes of an answer; `Refused` or `_Busy` where its status says that it is none."""
-    import requests
-
-    answer = requests.request(
+    with _session("{0.scheme}://{0.netloc}".format(urlsplit(url))).request(
         method,
         url,
         json=body,
@@ -90,17 +139,35 @@ def _content(method: str, url: str, body: Mapping[str, Any] | None, headers: Map
         timeout=timeout,
         allow_redirects=False,  # a key is for the server that was named
         auth=lambda request: request,  # or a .netrc would replace the key
-    )
+        stream=True,  # nobody says beforehand how much comes
+    ) as answer:
+        content = _limited(answer)
     if answer.status_code < 300:
-        return answer.content
-    why = f"it answered with status {answer.status_code}: {_brief(answer.headers.get('Location') or answer.text)}"
+        return content
+    text = answer.headers.get("Location") or content.decode(errors="replace")
+    why = f"it answered with status {answer.status_code}: {_brief(text)}"
     if answer.status_code < 500 and answer.status_code not in (408, 429):
         raise Refused(why, answer.status_code)
     raise _Busy(why, answer.headers.get("Retry-After"))
 
 
+def _limited(answer: Any) -> bytes:
+    """The body of an answer, unpacked.
+
+    Raises:
+        Refused: it is longer than any that is asked for: what is there is another kind of server.
+    """
+    parts, size = [], 0
+    for part in answer.iter_content(2**16):
+        parts.append(part)
+        size += len(part)
+        if size > LARGEST:
+            raise Refused(f"its answer is longer than {LARGEST >> 20} MiB", answer.status_code)
+    return b"".join(parts)
+
+
 def pause(attempt: int, *, backoff: float, asked: str | None) -> float:
-    """Seconds before the next try, at random from half to all of the back-off; not less than the server asked for."""
+    """Seconds before the next try, at random from half to all of the back-off; not less than the server asks for."""
     own = min(backoff * 2.0**attempt, _LONGEST_PAUSE) * random.uniform(0.5, 1.0)
     if asked is None:
         return own
@@ -108,7 +175,7 @@ def pause(attempt: int, *, backoff: float, asked: str | None) -> float:
         seconds = float(asked) if asked.strip().isdecimal() else parsedate_to_datetime(asked).timestamp() - time.time()
     except ValueError:
         return own
-    return max(own, min(seconds, _LONGEST_ASKED))
+    return max(own, seconds)
 
 
 def _brief(text: str) -> str:

@@ -130,5 +130,8 @@ def patterns(each: Rule) -> Rule:
 
 
 positive = real(lambda v: v > 0, "above 0")
+# what multiplies or divides numbers of usual size without overflow in float32
+scale = real(lambda v: 1e-6 <= v <= 1e6, "from 1e-6 to 1e6")
+coefficient = real(lambda v: 0 <= v <= 1e6, "from 0 to 1e6")
 not_negative = real(lambda v: v >= 0, "of at least 0")
 share = real(lambda v: 0 <= v <= 1, "from 0 to 1")

@@ -26,13 +26,14 @@ def find(config: str) -> Path:
     if re.fullmatch(r"[\w-]+", config):
         if config in known:
             return packaged
-        nearest = suggestion(config, [*known, *(p.name for p in Path().glob("*.py"))])
+        nearest = suggestion(config, [*known, *(p.name for p in Path().glob("*.py") if p.is_file())], files=True)
         raise UserError(f"no config is called {config!r}, only {', '.join(known)}; a file's name ends in .py{nearest}")
     if not file.is_file() and file in [Path(f"configs/{name}.py") for name in known]:
         return packaged
     if not file.is_file():
-        near = [str(p) for p in file.parent.glob("*.py")] + [f"configs/{name}.py" for name in known]
-        raise UserError(f"config file {config!r} does not exist in {Path.cwd()}{suggestion(config, sorted(near))}")
+        near = [str(p) for p in file.parent.glob("*.py") if p.is_file()] + [f"configs/{name}.py" for name in known]
+        nearest = suggestion(config, sorted(near), files=True)
+        raise UserError(f"config file {config!r} does not exist in {Path.cwd()}{nearest}")
     return file
 
 

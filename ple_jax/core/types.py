@@ -118,6 +118,7 @@ class Reward:
     batch: int = 64  # responses of one call; what finished calls gave is kept when a later one fails
     parts: Mapping[str, "Reward"] = field(default_factory=dict)
     combine: Callable[[Mapping[str, np.ndarray]], np.ndarray] | None = None  # float64 [n] of every part -> float64 [n]
+    failure: Callable[[], str] = str  # why the newest value that is missing is, where the reward knows; else nothing
 
 
 class Tokenizer(Protocol):

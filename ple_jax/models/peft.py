@@ -151,9 +151,13 @@ def _check_options(config: Mapping[str, Any], directory: Path, head: str | None)
     if str(config.get("init_lora_weights")).startswith(_CHANGES_BASE):
         used.append("init_lora_weights")
     if (whole := list(config.get("modules_to_save") or ())) != ([head] if head else []):
+        if "score" in whole or not whole:
+            what = f"it is {'a reward model' if whole else 'no reward model'}'s"
+        else:  # the embedding, the output matrix, norms: as trainers do that add tokens
+            what = "such modules are not supported: train an adapter without them, or merge it into its base"
         raise UserError(
             f"the adapter in {directory} has {' and '.join(whole) or 'no module'} trained whole (modules_to_save), where"
-            f" {head or 'none'} is needed; it is {'a reward model' if whole else 'no reward model'}'s"
+            f" {head or 'none'} is needed; {what}"
         )
     if used:
         raise UserError(f"the adapter in {directory} sets {used[0]}={config[used[0]]!r}, which is not supported")

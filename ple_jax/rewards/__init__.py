@@ -61,6 +61,11 @@ def load(name: str, kwargs: Mapping[str, Any], **offered: Any) -> Reward:
     return Reward(name, functools.partial(found, **kwargs), version=digest(source, kwargs))
 
 
+def leaves(reward: Reward) -> list[Reward]:
+    """The rewards that a combination is made of in the end; of any other it itself."""
+    return [leaf for part in reward.parts.values() for leaf in leaves(part)] or [reward]
+
+
 # ---------------------------------------------------------------- scoring
 
 

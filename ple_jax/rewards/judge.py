@@ -81,7 +81,14 @@ def make(
         **http,
     )
     what = digest(_TASK, _TEXTS, version or url, model, rubric, lowest, highest, more)
-    return Reward(name, score, version=f"{VERSION} {what}", scale=(lowest, highest), batch=4 * concurrency)
+    return Reward(
+        name,
+        score,
+        version=f"{VERSION} {what}",
+        scale=(lowest, highest),
+        batch=4 * concurrency,
+        failure=lambda: score.failure,
+    )
 
 
 def question(rubric: str, prompt: str, response: str, *, lowest: float, highest: float) -> tuple[str, str]:

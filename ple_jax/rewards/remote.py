@@ -43,8 +43,8 @@ def make(
         return {"query": whole, "prompts": [str(q) for q in queries], "labels": [""] * len(whole)}
 
     score = Endpoint(url, where=WHERE, body=body, read=_read, size=batch, concurrency=concurrency, **http)
-    # enough for every connection to stay busy, and little to lose
-    return Reward(name, score, version=f"{VERSION} {version or url}", batch=4 * batch * concurrency)
+    many = 4 * batch * concurrency  # enough for every connection to stay busy, and little to lose
+    return Reward(name, score, version=f"{VERSION} {version or url}", batch=many, failure=lambda: score.failure)
 
 
 def _read(answer: Any, n: int) -> list[float]:

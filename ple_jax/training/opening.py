@@ -68,7 +68,7 @@ def _digests(config: Any, data: Data, rules: principles.Principles | None, rewar
     digests = {"train": digest(data.train), "heldout": digest(data.heldout)}
     texts = {"algorithm": Path(config.algorithm).read_text()} if Path(config.algorithm).is_file() else {}
     if rules is not None:
-        texts |= {"reward": json.dumps(_versions(reward)), "principles": rules.text}
+        texts |= {"reward": json.dumps([leaf.version for leaf in rewards.leaves(reward)]), "principles": rules.text}
         if config.warm_up.data is not None:
             digests["warm_up"] = digest(load_warm_up(config).queries)
     digests |= {name: identity.digest([content.encode()]) for name, content in texts.items()}
@@ -76,10 +76,6 @@ def _digests(config: Any, data: Data, rules: principles.Principles | None, rewar
         parts = [Path(config.model.adapter) / name for name in (peft.CONFIG, peft.WEIGHTS)]
         digests["adapter"] = identity.digest(part.read_bytes() for part in parts)
     return {**digests, "model": hub.identity(config.model.path, config.model.revision)}
-
-
-def _versions(reward: Reward) -> list[str]:
-    return [version for part in reward.parts.values() for version in _versions(part)] or [reward.version]
 
 
 @contextlib.contextmanager

@@ -57,13 +57,15 @@ def quarantine(rollouts: Sequence[Rollout], name: str, reward: Reward, session: 
     write(path, bad)
     first = bad[0]
     text = next(r.text for r in first.responses if math.isnan(r.reward))
+    why = next(filter(None, (part.failure() for part in rewards.leaves(reward))), "")
+    what, mend = (f"gave nothing ({why})", "server") if why else ("is not finite", "reward")
     says = (
-        f"reward {reward.name} is not finite for {len(bad)} of {len(rollouts)} queries ({path}), such as prompt"
+        f"reward {reward.name} {what} for {len(bad)} of {len(rollouts)} queries ({path}), such as prompt"
         f" {first.prompt[:80]!r}, response {text[:80]!r}"
     )
     if len(bad) > limit * len(rollouts) or not good:
         raise UserError(
-            f"{says}; that is more than reward.max_bad_share={limit}: mend the reward and give the same command again (what"
+            f"{says}; that is more than reward.max_bad_share={limit}: mend the {mend} and give the same command again (what"
             " was sampled is kept), or raise --config.reward.max_bad_share"
         )
     session.progress.log(f"{says}; they are left out")

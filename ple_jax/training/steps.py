@@ -23,7 +23,7 @@ def update(
     few, _ = optimiser_batch(run, some, context)
     # the policy that sampled these responses is the one before the update
     kl = diagnose(run, some)
-    before = run.loss(policy_of(run, few), few)[1]
+    before = at_the_start(run, few, state.iteration)
     started = time.perf_counter()
     batches, compared = prepare(run, rollouts, context)
     prepared = time.perf_counter()
@@ -95,6 +95,8 @@ def step(run: Run[Any], batch: Batch, number: int) -> dict[str, float]:
     lr = options.lr * warmed_up(options, number)
     micro = micro_batches(batch, options.micro_queries)
     values = run.backend.update(micro, run.loss, lr=lr, temperature=temperature(run))
+    if number == 0:
+        check_first(values, run.config, _options(run.config))
     return {**check_finite(values, f"optimiser step {number}", lr, "optimizer.lr"), "lr": lr}
 
 
@@ -107,6 +109,27 @@ def temperature(run: Run[Any]) -> float:
 def warmed_up(options: Any, step: int) -> float:
     """The share of optimizer.lr that a step gets, counted from 0: linear up to 1 over optimizer.warmup_steps."""
     return min(1.0, (step + 1) / max(1, options.warmup_steps))
+
+
+def check_first(values: Mapping[str, float], config: Any, blamed: str = "config.model.dtype") -> None:
+    """Raises a UserError where the loss or the gradient of the very first step is not finite: no rate is to blame for it.
+
+    Args:
+        blamed: what may be, beside lora.alpha, for the error.
+    """
+    if not (np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])):
+        raise UserError(
+            f"the first optimiser step gave loss {values['loss']} and gradient norm {values['grad_norm']}, before any weight"
+            f" was changed: {blamed} or config.lora.alpha = {config.lora.alpha:g} is too large or too small; mend it (in a"
+            " new --workdir)"
+        )
+
+
+def _options(config: Any) -> str:
+    """The numbers that an algorithm's loss is made with, for an error."""
+    options = getattr(config, config.algorithm, config.algorithm_kwargs).to_dict()
+    numbers = (f"{name} = {x:g}" for name, x in options.items() if type(x) in (int, float))
+    return f"an option of algorithm {config.algorithm!r} ({', '.join(numbers) or 'none is a number'})"
 
 
 def check_finite(values: dict[str, float], step: str, lr: float, key: str) -> dict[str, float]:
@@ -122,6 +145,29 @@ def check_finite(values: dict[str, float], step: str, lr: float, key: str) -> di
             f" checkpoint is from before it: lower --config.{key} (in a new --workdir)"
         )
     return values
+
+
+def at_the_start(run: Run[Algorithm], few: Batch, iteration: int) -> dict[str, Array]:
+    """The loss's metrics of a few queries before the first step of an iteration.
+
+    Raises:
+        UserError: the policy or the loss is not finite, which no learning rate is to blame for.
+    """
+    config, said = run.config, policy_of(run, few)
+    if not np.isfinite(said.logprobs).all():
+        raise UserError(
+            f"before any step of iteration {iteration + 1} the policy's log-probabilities are not finite: to blame are"
+            f" config.lora.alpha ({config.lora.alpha:g}), config.model.dtype ({config.model.dtype}) or the model's weights;"
+            " mend that (in a new --workdir)"
+        )
+    with np.errstate(all="ignore"):  # what overflows is told of below
+        value, metrics = run.loss(said, few)
+    if not np.isfinite(value).all():
+        raise UserError(
+            f"before any step of iteration {iteration + 1} the loss is not finite, though the log-probabilities are:"
+            f" {_options(config)} is too large or too small; mend it (in a new --workdir)"
+        )
+    return metrics
 
 
 def check_policy(said: Outputs, lr: float, key: str) -> Outputs:

@@ -16,7 +16,7 @@ from ple_jax.training.prompting import check_context
 from ple_jax.training.run import Run
 from ple_jax.training.sampling import given
 from ple_jax.training.state import WARM_UP, State, commit_warm_up, newest
-from ple_jax.training.steps import check_finite, check_policy
+from ple_jax.training.steps import check_finite, check_first, check_policy
 
 
 def warm_up(run: Run[Algorithm], state: State) -> State:
@@ -74,6 +74,8 @@ def _step(run: Run[Algorithm], state: State, batch: Batch, loss: Loss) -> State:
     """One optimiser step, counted."""
     started, lr = time.perf_counter(), run.config.warm_up.lr
     values = run.backend.update(micro_batches(batch, run.config.optimizer.micro_queries), loss, lr=lr)
+    if state.warm_up == 0:
+        check_first(values, run.config)
     check_finite(values, f"step {state.warm_up} of the warm-up", lr, "warm_up.lr")
     tokens = costs.tokens(batch)
     spent = state.costs.plus(training_tokens=tokens, flops=costs.update_flops(run.base.parameters, tokens))

@@ -1,6 +1,7 @@
 """Stored values: what is kept, by what it is found again, what a kill and a broken file do to it."""
 
 import math
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -186,6 +187,17 @@ def test_a_damaged_file_says_what_to_do(path, damage):
         cache.get([f"{i:064}" for i in range(2000)])
     with Cache(path) as cache, pytest.raises(UserError, match=r"rewards.sqlite is damaged .*delete it"):
         cache.put({f"{i:064}": float(i) for i in range(2000)})
+
+
+def test_a_folder_that_was_removed_in_the_meantime_is_named(tmp_path):
+    """SQLite itself says "attempt to write a readonly database"."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with Cache(folder / "it") as cache:
+        cache.put({"a": 1.0})
+        shutil.rmtree(folder)
+        with pytest.raises(UserError, match=r"run/it is gone: something removed it, or its folder"):
+            cache.put({"b": 1.0})
 
 
 def test_what_a_deletion_does_not_mend(tmp_path, path):

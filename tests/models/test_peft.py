@@ -139,7 +139,9 @@ def test_an_interrupted_write_leaves_the_old_adapter(tmp_path, monkeypatch):
     "change, message",
     [
         ({"peft_type": "IA3"}, "peft_type 'IA3'; only 'LORA'"),
-        ({"modules_to_save": ["lm_head"]}, r"has lm_head trained whole \(modules_to_save\), where none is needed"),
+        ({"modules_to_save": ["lm_head"]}, "lm_head trained whole .*none is needed; such modules are not"),
+        ({"modules_to_save": ["embed_tokens", "lm_head"]}, "embed_tokens and lm_head trained whole .*merge it into"),
+        ({"modules_to_save": ["score"]}, "has score trained whole .*where none is needed; it is a reward model's"),
         ({"bias": "all"}, "bias='all', which is not supported"),
         ({"lora_bias": True}, "lora_bias=True, which is not supported"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4', which is not supported"),

@@ -65,7 +65,7 @@ class Policy:
     def adapter(self):
         return self.tensors
 
-    def update(self, batches, loss, *, lr):
+    def update(self, batches, loss, *, lr, temperature=1.0):
         self.updates += 1
         self.tensors = {name: tensor + np.float32(lr) for name, tensor in self.tensors.items()}
         return {"loss": 0.0, "grad_norm": 0.0}
@@ -74,7 +74,7 @@ class Policy:
         self.tensors = {name: np.full_like(tensor, float(path.name)) for name, tensor in self.tensors.items()}
         return {}
 
-    def logprobs(self, batch, *, reference=False, base=False):
+    def logprobs(self, batch, *, reference=False, base=False, temperature=1.0):
         return ("logprobs", batch, reference)
 
     def environment(self):

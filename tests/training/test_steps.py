@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +15,8 @@ from ple_jax.core.errors import UserError
 from ple_jax.core.types import Outputs, Response, Rollout
 from ple_jax.training import steps
 from ple_jax.training.journal import read
+
+pytest_plugins = ["servers"]
 
 POLICY, REFERENCE = np.array([0.1, 0.15, 0.2, 0.25, 0.3]), np.array([0.5, 0.2, 0.1, 0.1, 0.1])
 TRUE_KL = float((POLICY * np.log(POLICY / REFERENCE)).sum())
@@ -135,3 +138,64 @@ def test_metrics_of_batches_of_unequal_size_are_means_over_queries():
     """Of 3 + 2 queries, after one was quarantined, the mean of the two means would be 2.5."""
     found = steps.over_queries([{"loss": 2.0, "lr": 0.5}, {"loss": 3.0, "lr": 0.5}], [3, 2])
     assert found == {"loss": 2.4, "lr": 0.5}
+
+
+# ---------------------------------------------------------------- what is to blame
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"ple__tau_0": math.inf, "ple__blend_weight": 1e39}, r"the loss is .* blend_weight = 1e\+39"),
+        ({"ple__rank": "sigmoid", "ple__rank_beta": 1e38}, r"the first optimiser step gave .*rank_beta = 1e\+38"),
+        ({"lora__alpha": 1e38}, r"log-probabilities are not finite: to blame are config.lora.alpha \(1e\+38\)"),
+    ],
+    ids=["loss", "gradient", "policy"],
+)
+def test_a_learning_rate_is_not_blamed_before_any_step(options, says, tmp_path):
+    """The rules refuse such values; whatever gets past them is told of by what is not finite, and when."""
+    adapter = {}
+    if "lora__alpha" in options:  # a fresh adapter is 0, whatever it is multiplied with
+        first = FrozenConfigDict(config("ple", iterations=1))
+        assert modes.train(first, tmp_path / "start", "torch") == 0
+        adapter = {"model__adapter": str(altered(tmp_path / "start" / "adapter", options["lora__alpha"]))}
+    c = config("ple", **{"ple__tau_0": 0.0, **options, **adapter})
+    with pytest.raises(UserError, match=says) as refused:
+        modes.train(FrozenConfigDict(c), tmp_path / "run", "torch")
+    assert "lr" not in str(refused.value)
+
+
+def altered(adapter: Path, alpha: float) -> Path:
+    """The adapter as if it had been trained with another alpha."""
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(settings | {"lora_alpha": alpha}))
+    return adapter
+
+
+def test_a_policy_that_the_last_step_ruined_is_not_committed(tmp_path):
+    """One step, whose loss and gradient are fine; what they left is not."""
+    c = config("ple", iterations=1, optimizer__lr=1e30, optimizer__warmup_steps=0)
+    c.optimizer.batch_queries = c.queries_per_iteration
+    with pytest.raises(UserError, match="the policy's log-probabilities are not finite; .*lower --config.optimizer.lr"):
+        modes.train(FrozenConfigDict(c), tmp_path / "run", "torch")
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["0"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (lambda *_: (500, "CUDA error", {}), "status 500: CUDA error"),
+        (lambda *_: (200, "<html>", {}), "JSONDecodeError"),
+        (lambda *_: (200, "{}", {}), "the answer has no .*rewards"),
+        (None, "[Rr]efused"),
+    ],
+    ids=["500", "HTML", "malformed", "refused"],
+)
+def test_a_failing_server_is_said_to_fail(serve, answer, says, tmp_path):
+    """And not that a reward is not finite, whose remedy is another."""
+    url = serve(answer).url if answer else "http://127.0.0.1:9/get_reward"
+    c = config("ple", iterations=1, reward__name="remote")
+    c.reward.kwargs = {"url": url, "batch": 64, "retries": 0}
+    with pytest.raises(UserError, match=f"{url}: .*{says}.*mend th") as refused:
+        modes.train(FrozenConfigDict(c), tmp_path / "run", "torch")
+    assert "not finite" not in str(refused.value)

@@ -28,7 +28,7 @@ from ple_jax.models.config import ModelConfig
 from ple_jax.models.layout import expected_shapes
 from ple_jax.models.weights import Loaded
 from ple_jax.planning import sheet
-from ple_jax.planning.outline import Lengths, Source, check_positions, example_batch, lengths, read_source
+from ple_jax.planning.outline import Lengths, Source, check_positions, example_batch, judged, lengths, read_source
 from ple_jax.reports.formats import readable_bytes
 from torch_ascend import backend, forward, generate, lora, ops, sharding
 from torch_ascend import device as devices
@@ -239,20 +239,19 @@ def _training(
     """Log-probabilities, and an update in its two halves."""
     opt, processes = config.optimizer, sharding.row_multiple(backend.world)
 
-    def batch(queries: int) -> tuple[Batch, str]:
+    def batch(queries: int, sizes: Lengths) -> tuple[Batch, str]:
         made = example_batch(config, algorithm, queries, sizes, source.config.vocab_size)
         k, new = made.response.shape[1:]
         return made, f"{-(-queries // processes)} rows x [{sizes.trained} prompt + {k} x {new} response tokens]"
 
-    # of a whole optimiser batch where the loss needs the reference's
-    judged, about = batch(max(config.eval.diagnostic_queries, opt.batch_queries * algorithm.needs(config).reference))
+    said, about = batch(*judged(config, algorithm, sizes))
 
     def judge() -> None:
         with torch.no_grad():
-            forward.outputs(backend.model, backend.policy, backend.put(judged, len(judged.prompt)), entropy=True)
+            forward.outputs(backend.model, backend.policy, backend.put(said, len(said.prompt)), entropy=True)
 
     yield Phase("log-probs", about, judge)
-    micro, about = batch(opt.micro_queries)
+    micro, about = batch(opt.micro_queries, sizes)
     passes, loss = opt.batch_queries // opt.micro_queries, algorithm.make_loss(config)
     found: dict[str, Tensor] = {}
 

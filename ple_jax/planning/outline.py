@@ -86,6 +86,18 @@ def check_positions(config: ConfigDict, sizes: Lengths, model: ModelConfig) -> N
         )
 
 
+def judged(config: ConfigDict, algorithm: Algorithm, sizes: Lengths) -> tuple[int, Lengths]:
+    """Queries of the largest forward pass without gradients, and sizes whose trained prompts are those of that pass.
+
+    It is of a whole optimiser batch where a loss compares with anything; a teacher's prompts have the principles in them.
+    """
+    needs = algorithm.needs(config)
+    compares = needs.reference or needs.old_logprobs or needs.teacher
+    rows = max(config.eval.diagnostic_queries, config.optimizer.batch_queries * compares)
+    guided = bucket(sizes.prefix + sizes.sampled, config.sampling.bucket)
+    return rows, sizes._replace(trained=guided) if needs.teacher else sizes
+
+
 def example_batch(config: ConfigDict, algorithm: Algorithm, rows: int, sizes: Lengths, vocab: int) -> Batch:
     """A batch of the algorithm's own making, of `rows` queries with the longest prompts."""
     slots = algorithm.collect(config)
@@ -99,7 +111,7 @@ def example_batch(config: ConfigDict, algorithm: Algorithm, rows: int, sizes: Le
         Rollout(str(i), "", (vocab - 1,) * sizes.trained, tuple(response(j, slot) for j, slot in enumerate(slots)))
         for i in range(rows)
     ]
-    context = Context(config, tau=algorithm.schedule(config)(0), controller=algorithm.controller(config))
+    context = Context(config, tau=algorithm.schedule(config)(0), mean_length=1.0, controller=algorithm.controller(config))
     batch, needs = algorithm.batch(algorithm.label(made, context), context), algorithm.needs(config)
     compared = {
         "reference_logprobs": needs.reference,

@@ -24,7 +24,7 @@ from ple_jax.core.types import Batch, Query, Sampling
 from ple_jax.models import adapters
 from ple_jax.planning import hlo, sheet
 from ple_jax.planning.flops import forward_parts, gradient_flops
-from ple_jax.planning.outline import Lengths, check_positions, example_batch, lengths, read_source
+from ple_jax.planning.outline import Lengths, check_positions, example_batch, judged, lengths, read_source
 from ple_jax.planning.targets import Target, make_mesh, open_target
 from ple_jax.reports.formats import readable_bytes
 
@@ -212,18 +212,16 @@ def _training(on: Spread, algorithm: Algorithm) -> Iterator[Phase]:
     frozen, trained, moments = map(device_bytes, (on.base, on.adapter, on.state))  # the reference is as large as the adapter
     policy, resident = frozen + trained, trained + moments
 
-    def batch(queries: int) -> tuple[Any, str, dict[str, float]]:
-        made = _rows(on.mesh, example_batch(config, algorithm, queries, on.sizes, on.model.config.vocab_size))
+    def batch(queries: int, sizes: Lengths) -> tuple[Any, str, dict[str, float]]:
+        made = _rows(on.mesh, example_batch(config, algorithm, queries, sizes, on.model.config.vocab_size))
         return made, *_packed(on, made)
 
-    # log-probabilities are taken of a whole optimiser batch where the loss needs the reference's
-    compared = opt.batch_queries * algorithm.needs(config).reference
-    judged, about, flops = batch(max(config.eval.diagnostic_queries, compared))
+    said, about, flops = batch(*judged(config, algorithm, on.sizes))
     yield Phase(
         "log-probs", about, policy, resident, sum(flops.values()),
-        lambda: on.made.outputs.lower(on.base, on.adapter, judged, entropy=True),
+        lambda: on.made.outputs.lower(on.base, on.adapter, said, entropy=True),
     )  # fmt: skip
-    micro, about, flops = batch(opt.micro_queries)
+    micro, about, flops = batch(opt.micro_queries, on.sizes)
     key, loss = jax.eval_shape(lambda: jax.random.key(0)), algorithm.make_loss(config)
     passes = opt.batch_queries // opt.micro_queries
     accumulated = trained if passes > 1 else 0

@@ -195,6 +195,17 @@ def test_lengths_by_hand():
     assert sizes == (len("be kind\n\n") + extra, 64, 64, 8)
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "rows", "prompt"),
+    [("ple", 4, 32), ("grpo", 16, 32), ("dpo", 16, 32), ("self_distillation", 16, 128)],  # a teacher reads the principles
+)
+def test_the_largest_pass_without_gradients_is_planned_with_its_own_prompts(algorithm, rows, prompt):
+    config = tiny_config.get_config()
+    config.sampling.bucket, config.optimizer.batch_queries, config.eval.diagnostic_queries = 16, 16, 4
+    found = outline.judged(config, algorithms.load(algorithm), outline.Lengths(prefix=70, sampled=32, trained=32, new=8))
+    assert (found[0], found[1].trained, found[1].sampled) == (rows, prompt, 32)
+
+
 # ---------------------------------------------------------------- models of which only the shapes are known
 
 PARAMETERS = {  # as their model cards and papers count them

@@ -22,10 +22,13 @@ from ple_jax.core import extras, shipped
 from ple_jax.core.backends import BACKENDS
 from ple_jax.core.config import OWN, flatten, renamed, validate
 from ple_jax.core.errors import UserError, suggestion
+from ple_jax.core.rules import written
+from ple_jax.core.secrets import redacted
 from ple_jax.core.version import VERSION
 from ple_jax.models import smollm2
 from ple_jax.training.interrupt import MESSAGE, Interrupted
 
+_LONGEST = 255  # bytes of the name of a file or folder
 MODES = ("train", "evaluate", "generate", "compare", "plan", "export", "chat")  # functions of ple_jax.modes
 FLAG_NAMES = ("config", "workdir", "backend", "mode", "topology", "runs", "help", "version")
 
@@ -123,7 +126,7 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {redacted(' '.join(str(error).split()))}", file=sys.stderr)
         sys.exit(2)
     except (Interrupted, KeyboardInterrupt) as stopped:
         print(MESSAGE, file=sys.stderr)
@@ -255,6 +258,9 @@ def _flags(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
 
 def _check_flags(values: flags.FlagValues) -> None:
     """Which of our flags go together."""
+    for name in ("config", "workdir", "topology", "runs"):
+        if says := written(getattr(values, name)):
+            raise UserError(f"--{name}={getattr(values, name)!r} must be {says}")
     compares = values.mode == "compare"
     if bool(values.runs) != compares:
         raise UserError("--runs=A,B and --mode=compare go together: the work directories that are compared")
@@ -268,7 +274,9 @@ def _workdir(values: flags.FlagValues) -> Path:
     if not values.workdir and values.mode not in ("plan", "compare"):
         raise UserError(f"--workdir=DIR is missing; --mode={values.mode} keeps its files there (--workdir runs/mine)")
     workdir = Path(values.workdir or ("runs/comparison" if values.mode == "compare" else "."))
-    if workdir.exists() and not workdir.is_dir():
+    if longest := [part for part in workdir.parts if len(os.fsencode(part)) > _LONGEST]:
+        raise UserError(f"--workdir has a part of {len(os.fsencode(longest[0]))} bytes; a name has at most {_LONGEST}")
+    if os.path.exists(workdir) and not workdir.is_dir():
         raise UserError(f"--workdir={workdir} is a file; give a folder, which is created if need be")
     return workdir
 

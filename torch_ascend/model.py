@@ -166,7 +166,11 @@ def create(
         able: what the device can do; it is looked up if it is not given.
         remat: what the backward pass recomputes: none | dots (all but matmuls) | full.
     """
-    read = AutoConfig.for_model(**raw.get("text_config", raw))  # of a model with images, the language model
+    try:
+        read = AutoConfig.for_model(**raw.get("text_config", raw))  # of a model with images, the language model
+    except Exception as error:  # it checks values in many places, each of which raises what it likes
+        why = " ".join(str(error).split())[:300]
+        raise UserError(f"transformers does not take this model's config.json: {why}") from error
     read.tie_word_embeddings = config.tie_embeddings
     with _parameters_on_meta(dtype):
         module = AutoModelForCausalLM.from_config(read, attn_implementation=_ATTENTION, dtype=dtype)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -26,7 +27,9 @@ from ple_jax.core.rules import (
     share,
     text,
     whole,
+    written,
 )
+from ple_jax.core.secrets import shown
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -100,14 +103,14 @@ def _columns(value: Any) -> str:
 def _principles(value: Any) -> str:
     """Several are joined with +, unless that is a file's name."""
     rule = named(names("prompts/principles", ".txt"), file="text file")
-    if not isinstance(value, str) or Path(value).is_file():
+    if not isinstance(value, str) or os.path.isfile(value):
         return rule(value)
     return next((says for part in value.split("+") if (says := rule(part.strip()))), "")
 
 
 def _optional_adapter(value: Any) -> str:
     files = ("adapter_config.json", "adapter_model.safetensors")
-    fine = value is None or (isinstance(value, str) and all((Path(value) / file).is_file() for file in files))
+    fine = value is None or (isinstance(value, str) and all(os.path.isfile(Path(value) / file) for file in files))
     return "" if fine else f"unset or a folder with {' and '.join(files)} (looked in {Path.cwd()})"
 
 
@@ -121,7 +124,8 @@ def _targets(value: Any) -> str:
 
 def is_hub_id(value: str) -> bool:
     """Whether it reads like user/name; a file's suffix is none."""
-    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", value) is not None and not value.endswith((".gguf", ".safetensors"))
+    named = re.fullmatch(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", value)
+    return named is not None and not value.endswith((".gguf", ".safetensors"))
 
 
 def _optional_repository(value: Any) -> str:
@@ -348,8 +352,8 @@ def validate(config: "ConfigDict") -> None:
     for key, rule in RULES.items():
         if key not in flat:
             raise UserError(f"config.{key} is missing; start the config file from configs/default.py's get_config()")
-        if says := rule(flat[key]):
-            raise UserError(f"config.{key} is {flat[key]!r} but must be {says} (set it with --config.{key}=VALUE)")
+        if says := written(flat[key]) or rule(flat[key]):
+            raise UserError(f"config.{key} is {shown(flat[key])} but must be {says} (set it with --config.{key}=VALUE)")
     for key, divisors, why in _MULTIPLES:
         value, divisor = flat[key], math.prod(flat[d] for d in divisors)
         if value % divisor:

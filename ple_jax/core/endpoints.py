@@ -2,14 +2,13 @@
 kept. Rewards and judges ask this way, reward servers and language models with OpenAI's chat completions alike."""
 
 import json
-import math
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, as_completed
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import numpy as np
 from jaxtyping import Float64
@@ -17,6 +16,21 @@ from jaxtyping import Float64
 from ple_jax.core import retry
 from ple_jax.core.answers import Incomplete
 from ple_jax.core.errors import UserError
+from ple_jax.core.plugins import check_types
+from ple_jax.core.secrets import redacted
+
+_OPTIONS = ("url", "size", "concurrency", "timeout", "retries", "backoff", "max_failures", "api_key_env", "headers")
+_LONGEST = 86400.0  # seconds
+
+
+def _split(url: str) -> SplitResult | None:
+    """The parts of an address; None of what is none."""
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # which is read when it is asked for
+        return parts
+    except ValueError:
+        return None
 
 
 @dataclass
@@ -51,19 +65,22 @@ class Endpoint:
     failure: str = field(init=False, repr=False, default="")  # why the newest rows without a number have none
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.username is not None:  # it would be written down with the config
+        check_types(Endpoint, {name: getattr(self, name) for name in _OPTIONS}, self.where)
+        parts = _split(self.url)
+        if parts is not None and parts.username is not None:  # it would be sent to whoever asks for it
             raise self._refused("url has a user name in it: name an environment variable with the key as api_key_env")
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise self._refused(f"url = {self.url!r}: give an address such as http://localhost:5000/get_reward")
-        numbers = (("batch", self.size, 1), ("retries", self.retries, 0), ("concurrency", self.concurrency, 1))
-        for key, number, least in numbers:
-            if number < least:
-                raise self._refused(f"{key} = {number}: give at least {least}")
-        if self.max_failures < 1 or not 0 < self.timeout < math.inf or not 0 <= self.backoff < math.inf:
+        if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
+            raise self._refused(f"url = {redacted(self.url)!r}: give an address such as http://localhost:5000/get_reward")
+        numbers = (
+            ("batch", self.size, 1, 10**6), ("retries", self.retries, 0, 1000), ("concurrency", self.concurrency, 1, 1000),
+        )  # fmt: skip
+        for key, number, least, most in numbers:
+            if not least <= number <= most:
+                raise self._refused(f"{key} = {number}: give at least {least}" + f" and at most {most}" * (number > most))
+        if self.max_failures < 1 or not 0 < self.timeout <= _LONGEST or not 0 <= self.backoff <= _LONGEST:
             raise self._refused(
                 f"max_failures = {self.max_failures}, timeout = {self.timeout}, backoff = {self.backoff}: give at least 1"
-                " failure, a timeout above 0 and a backoff of at least 0 seconds"
+                f" failure, a timeout above 0 and a backoff of at least 0 seconds, and of each at most {_LONGEST:g}"
             )
         self._secrets = {header: self._variable(name, "headers") for header, name in self.headers.items()}
         if self.api_key_env is not None:
@@ -81,7 +98,8 @@ class Endpoint:
         if why:
             self._in_a_row = 0
             raise Incomplete(
-                f"{self.url}: {self._shown(why)}; mend that and give the same command again: what was scored is kept", values
+                f"{redacted(self.url)}: {self._shown(why)}; mend that and give the same command again: what was scored is kept",
+                values,
             )
         return values.tolist()
 
@@ -126,8 +144,10 @@ class Endpoint:
         )
 
     def _variable(self, name: str, key: str) -> str:
-        if not (value := os.environ.get(name, "").strip()):
+        if not name.isidentifier() or not (value := os.environ.get(name, "").strip()):
             raise self._refused(f"{key}: the environment variable {name!r} is not set; export it with the key")
+        if not (value.isascii() and value.isprintable()):  # no header takes it, and whoever says so shows it
+            raise self._refused(f"{key}: the environment variable {name!r} holds a line break or another such character")
         return value
 
     def _refused(self, why: str) -> UserError:

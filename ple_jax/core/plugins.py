@@ -6,11 +6,13 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from types import ModuleType, NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from ple_jax.core.config import find
 from ple_jax.core.errors import UserError, suggestion
+from ple_jax.core.rules import is_number, written
+from ple_jax.core.secrets import shown
 
 
 def built_in(room: str, name: str) -> ModuleType | None:
@@ -70,6 +72,48 @@ def load_function(
     except TypeError as error:
         raise UserError(f"config.{key} {name!r} is not called as ({', '.join(given)}, **kwargs): {error}") from error
     return found, source(module, found)
+
+
+def check_types(function: Callable[..., Any], kwargs: Mapping[str, Any], where: str) -> None:
+    """Raises a UserError for the first value that is not of its argument's type, as the function's annotations say it.
+
+    Args:
+        where: the config key that holds the arguments, for the error.
+    """
+    hints = get_type_hints(function)
+    for name, value in kwargs.items():
+        if says := written(value):
+            raise UserError(f"{where} {name} = {shown(value, 80)}: give {says}")
+        if name in hints and not _fits(value, hints[name]):
+            raise UserError(f"{where} {name} = {shown(value, 80)}: give {_spelled(hints[name])}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value from a config is of a type: of the plain ones, and what is made of them; any other takes anything."""
+    kind, inner = get_origin(hint) or hint, get_args(hint)
+    if kind in (UnionType, Union):
+        return any(_fits(value, one) for one in inner)
+    if kind is int:
+        return type(value) is int
+    if kind is float:
+        return is_number(value)
+    if kind in (str, bool, NoneType):
+        return isinstance(value, kind)
+    if kind is Mapping:
+        return isinstance(value, Mapping) and all(_fits(k, inner[0]) and _fits(v, inner[1]) for k, v in value.items())
+    if kind is Sequence:
+        return isinstance(value, list | tuple) and all(_fits(x, inner[0]) for x in value)
+    return True
+
+
+def _spelled(hint: Any) -> str:
+    """A type as a user would say it."""
+    words = {int: "a whole number", float: "a number", str: "a text", bool: "True or False", NoneType: "None"}
+    if hint in words:
+        return words[hint]
+    if get_origin(hint) in (UnionType, Union):
+        return " or ".join(map(_spelled, get_args(hint)))
+    return {Mapping: "a dictionary", Sequence: "a list of texts"}.get(get_origin(hint), "another value")
 
 
 def source(module: ModuleType, function: Callable[..., Any]) -> list[str]:

@@ -3,9 +3,11 @@
 A rule takes a value and gives what it must be instead, in words, or "" where it is fine.
 """
 
+import contextlib
 import importlib.util
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,8 +18,11 @@ from ple_jax.core.errors import suggestion
 Rule = Callable[[Any], str]  # value -> what it must be instead, or "" where it is fine
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def is_number(value: Any) -> bool:
+    """Whether it is one, and one that float64 has room for: not 10**400."""
+    with contextlib.suppress(OverflowError):
+        return isinstance(value, int | float) and not isinstance(value, bool) and float(value) == float(value)
+    return False
 
 
 def whole(low: int, high: float = math.inf) -> Rule:
@@ -28,8 +33,7 @@ def whole(low: int, high: float = math.inf) -> Rule:
 
 def real(test: Callable[[float], bool], says: str, *, infinite: bool = False) -> Rule:
     """A number that passes `test`; `says` is what it must be."""
-    # NaN fails here: it is not finite, and no comparison with it holds
-    return lambda v: "" if _is_number(v) and test(v) and (infinite or math.isfinite(v)) else f"a number {says}"
+    return lambda v: "" if is_number(v) and test(v) and (infinite or math.isfinite(v)) else f"a number {says}"
 
 
 def choice(*options: str) -> Rule:
@@ -64,6 +68,21 @@ def text(value: Any) -> str:
     return "" if isinstance(value, str) and value else "a name"
 
 
+def written(value: Any) -> str:
+    """Of whatever type: no text in it has a NUL, or half a character that no file can hold."""
+    if isinstance(value, Mapping):
+        return next((says for pair in value.items() for part in pair if (says := written(part))), "")
+    if isinstance(value, list | tuple):
+        return next((says for part in value if (says := written(part))), "")
+    fine = not isinstance(value, str) or ("\0" not in value and not any("\ud800" <= c <= "\udfff" for c in value))
+    return "" if fine else "a text that can be written down: without NUL and lone surrogates"
+
+
+def mapping(value: Any) -> str:
+    """A dictionary."""
+    return "" if isinstance(value, Mapping) else "an object"
+
+
 def free(value: Any) -> str:
     """A dictionary of plain values, by name."""
     says = "a dictionary of plain values without NaN, by argument name: \"{'k': 1}\""
@@ -93,11 +112,11 @@ def named(known: list[str], *, file: str = "", folder: bool = False, code: bool 
     def rule(value: Any) -> str:
         if not isinstance(value, str):
             return f"one of {', '.join(known)}"
-        if value in known or (file and value and (Path(value).is_file() or (folder and Path(value).is_dir()))):
+        if value in known or (file and value and (os.path.isfile(value) or (folder and os.path.isdir(value)))):
             return ""
         module = value.split(":", 1)[0]
         if code and module.endswith(".py"):
-            return "" if Path(module).is_file() else f"an existing Python file (looked in {Path.cwd()})"
+            return "" if os.path.isfile(module) else f"an existing Python file (looked in {Path.cwd()})"
         # only the first part is looked up: finding a submodule would import its package
         if code and ("." in module or ":" in value) and all(part.isidentifier() for part in module.split(".")):
             found = importlib.util.find_spec(module.split(".", 1)[0]) is not None
@@ -120,7 +139,7 @@ def patterns(each: Rule) -> Rule:
         for key, number in value:
             try:
                 re.compile(key)
-            except (TypeError, re.error) as error:
+            except (TypeError, re.error, OverflowError, RecursionError) as error:
                 return f"{says}; {key!r} is no regular expression ({error})"
             if wrong := each(number):
                 return f"{says}, where {key!r} must have {wrong}"

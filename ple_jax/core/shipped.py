@@ -2,6 +2,7 @@
 
 import importlib.machinery
 import importlib.util
+import os
 import re
 import sys
 from pathlib import Path
@@ -28,9 +29,9 @@ def find(config: str) -> Path:
             return packaged
         nearest = suggestion(config, [*known, *(p.name for p in Path().glob("*.py") if p.is_file())], files=True)
         raise UserError(f"no config is called {config!r}, only {', '.join(known)}; a file's name ends in .py{nearest}")
-    if not file.is_file() and file in [Path(f"configs/{name}.py") for name in known]:
+    if not os.path.isfile(file) and file in [Path(f"configs/{name}.py") for name in known]:
         return packaged
-    if not file.is_file():
+    if not os.path.isfile(file):
         near = [str(p) for p in file.parent.glob("*.py") if p.is_file()] + [f"configs/{name}.py" for name in known]
         nearest = suggestion(config, sorted(near), files=True)
         raise UserError(f"config file {config!r} does not exist in {Path.cwd()}{nearest}")
@@ -50,6 +51,8 @@ def copy(file: Path, folder: Path) -> Path:
             copied.write(file.read_text(encoding="utf-8"))
     except FileExistsError as error:
         raise UserError(f"{path} exists, and may hold changes of yours: take another --workdir") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error}; take another --workdir") from error
     return path
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ple_jax.core.answers import digest
 from ple_jax.core.errors import UserError
-from ple_jax.core.plugins import load_function
+from ple_jax.core.plugins import check_types, load_function
 from ple_jax.evaluation.judges import WHERE, Judge, by_reward
 from ple_jax.evaluation.model_judges import endpoint, local
 
@@ -38,6 +38,7 @@ def load_judge(name: str, kwargs: Mapping[str, Any], *, backend: str) -> Judge:
     make, offered = makers[name]
     try:
         inspect.signature(make).bind(**offered, **kwargs)
+        check_types(make, kwargs, WHERE)
         return make(**offered, **kwargs)
     except (TypeError, AttributeError) as error:  # a number where there should be a text
         raise UserError(f"{WHERE} {dict(kwargs)!r} of judge {name!r}: {error}") from error

@@ -2,6 +2,7 @@
 
 import glob
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -82,7 +83,7 @@ def expand(entries: Iterable[str]) -> list[tuple[str, Path]]:
 def _folders(pattern: str) -> list[Path]:
     if not pattern:  # which would be the current folder
         return []
-    paths = [Path(pattern)] if Path(pattern).exists() else [Path(path) for path in sorted(glob.glob(pattern))]
+    paths = [Path(pattern)] if os.path.exists(pattern) else [Path(path) for path in sorted(glob.glob(pattern))]
     return [path for path in paths if path.is_dir()]
 
 

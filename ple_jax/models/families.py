@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from ple_jax.core.errors import UserError
 from ple_jax.models.config import LayerKind, ModelConfig
 from ple_jax.models.rope import Raw, frequencies, read_rope
+from ple_jax.models.values import check
 
 
 class Module(NamedTuple):
@@ -65,6 +66,7 @@ _POST = {"post_attention_norm": "post_attention_layernorm", "post_mlp_norm": "po
 _SANDWICH = {"pre_attention_norm": "input_layernorm", "pre_mlp_norm": "pre_feedforward_layernorm", **_POST}
 _QK = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
 _FULL, _SLIDING = "full_attention", "sliding_attention"
+_EXPERTS = 2**17  # of all layers together: their tensors are named one by one
 
 
 # ---------------------------------------------------------------- kinds of layers
@@ -97,8 +99,9 @@ def _windowed(raw: Raw, default: Callable[[int], bool]) -> dict[str, Any]:
     window = raw.get("sliding_window")
     count = raw["num_hidden_layers"]
     types = raw.get("layer_types") or [_SLIDING if window and default(i) else _FULL for i in range(count)]
-    rope = read_rope(raw)
-    return _layers(raw, list(types), {_FULL: _kind(raw, rope), _SLIDING: _kind(raw, rope, window)})
+    windows = {_FULL: None, _SLIDING: window}
+    kinds = {t: _kind(raw, read_rope(raw, t), windows[t]) for t in dict.fromkeys(types) if t in windows}
+    return _layers(raw, list(types), kinds)
 
 
 # ---------------------------------------------------------------- the families' own features
@@ -130,6 +133,8 @@ def _experts(raw: Raw) -> dict[str, Any]:
     count, chosen = raw.get("num_experts") or raw["num_local_experts"], raw["num_experts_per_tok"]
     if not 1 <= chosen <= count:
         raise UserError(f"num_experts_per_tok is {chosen}, of {count} experts")
+    if (most := raw["num_hidden_layers"] * count) > _EXPERTS:
+        raise UserError(f"{raw['num_hidden_layers']} layers of {count} experts are {most:,}: more than {_EXPERTS:,}")
     return {"experts": count, "experts_per_token": chosen}
 
 
@@ -161,11 +166,12 @@ def _gemma3(raw: Raw) -> dict[str, Any]:
     period = raw.get("sliding_window_pattern") or 6
     count = raw["num_hidden_layers"]
     types = raw.get("layer_types") or [_FULL if (i + 1) % period == 0 else _SLIDING for i in range(count)]
-    if _SLIDING in (raw.get("rope_parameters") or {}):
-        local = read_rope(raw, _SLIDING)
-    else:  # before transformers 5: scaling and rope_theta are the global layers'
-        local = {"rope_theta": raw.get("rope_local_base_freq", 10000.0)}
-    kinds = {_FULL: _kind(raw, read_rope(raw, _FULL)), _SLIDING: _kind(raw, local, raw["sliding_window"])}
+    # before transformers 5: scaling and rope_theta are the global layers'; with both names the scaling comes on top
+    nested = raw.get("rope_parameters") or {}
+    full = {**(nested.get(_FULL) or {}), **(raw.get("rope_scaling") or {})}
+    local = {"rope_theta": raw.get("rope_local_base_freq", 10000.0), **(nested.get(_SLIDING) or {})}
+    rope = read_rope({**raw, "rope_parameters": full, "rope_scaling": None})
+    kinds = {_FULL: _kind(raw, rope), _SLIDING: _kind(raw, local, raw["sliding_window"])}
     return {**_layers(raw, list(types), kinds), **_gemma(raw), "qk_norm": "head"}
 
 
@@ -183,12 +189,11 @@ def _gemma(raw: Raw) -> dict[str, Any]:
 
 
 def _phi3(raw: dict) -> dict[str, Any]:
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if rope.get("rope_type", rope.get("type")) in ("longrope", "su", "yarn"):  # all three names were written
-        key = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
-        original = rope.get("original_max_position_embeddings") or raw["original_max_position_embeddings"]
+        original = raw["original_max_position_embeddings"]
         scaling = {**rope, "rope_type": "longrope", "original_max_position_embeddings": original}
-        return {**_windowed(raw | {key: scaling}, lambda _: True), "max_positions": original}
+        return {**_windowed(raw | {"rope_scaling": scaling}, lambda _: True), "max_positions": original}
     return _windowed(raw, lambda _: True)
 
 
@@ -197,7 +202,7 @@ def _smollm3(raw: Raw) -> dict[str, Any]:
     rotated = raw.get("no_rope_layers") or [int((i + 1) % interval != 0) for i in range(count)]
     window = raw.get("sliding_window") if raw.get("use_sliding_window") else None
     types = raw.get("layer_types") or [_FULL if r or not window else _SLIDING for r in rotated]
-    full = _kind(raw, read_rope(raw))
+    full = _kind(raw, read_rope(raw, _FULL))
     kinds: dict[str, LayerKind] = {}
     for rope in (True, False):
         turned = full if rope else full._replace(frequencies=(0.0,) * len(full.frequencies), rope_scale=1.0)
@@ -435,19 +440,21 @@ def read(raw: Raw, where: str) -> ModelConfig:
     Raises:
         UserError: an unknown family, a feature that is not supported, or a number missing.
     """
-    if (name := raw.get("model_type")) not in FAMILIES:
+    name = raw.get("model_type")
+    if not isinstance(name, str) or name not in FAMILIES:
         raise UserError(f"{where}: model_type {name!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
     family = FAMILIES[name]
     try:
         text = {**family.defaults, **raw.get("text_config", raw)}
         raw = text | {ours: text[theirs] for ours, theirs in family.names.items() if theirs in text}
+        check(raw, names=family.names)
         fields = _numbers(raw) | {"norms": tuple(family.norms)} | family.features(dict(raw))
         return ModelConfig(family=name, **fields)
     except KeyError as error:
         raise UserError(f"{where} has no {error.args[0]}; it is not a complete {name} config") from None
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    except (TypeError, ValueError, ZeroDivisionError) as error:
+    except (ArithmeticError, AttributeError, RecursionError, TypeError, ValueError) as error:
         raise UserError(f"{where}: a setting has a value that it cannot have ({error})") from error
 
 
@@ -466,14 +473,13 @@ def _numbers(raw: Raw) -> dict[str, Any]:
         "num_kv_heads": raw.get("num_key_value_heads") or heads,
         "head_dim": _head_dim(raw),
         "query_scale": _head_dim(raw) ** -0.5,
-        "norm_eps": raw["rms_norm_eps"],
+        "norm_eps": float(raw["rms_norm_eps"]),
         "activation": _ACTIVATIONS[raw["hidden_act"]],
-        "tie_embeddings": raw.get("tie_word_embeddings", False),
+        "tie_embeddings": bool(raw.get("tie_word_embeddings")),
         "max_positions": raw["max_position_embeddings"],
     }
-    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
-    if wrong := [size for size in (*sizes, "max_positions") if type(fields[size]) is not int]:
-        raise TypeError(f"{wrong[0]} is {fields[wrong[0]]!r}")
+    if raw.get("head_dim") is None and hidden % heads:
+        raise UserError(f"hidden_size {hidden} does not divide into {heads} attention heads")
     if heads % fields["num_kv_heads"]:
         raise UserError(f"{heads} attention heads do not divide into {fields['num_kv_heads']} KV heads")
     return fields

@@ -6,6 +6,7 @@ Only safetensors, JSON and tokenizer files are downloaded: nothing that is pickl
 import contextlib
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ _BLOCK, _BLOCKS = 4096, 16
 
 def is_remote(path: str) -> bool:
     """Whether a model's path means a hub: user/name, and nothing on disk is called so."""
-    return is_hub_id(path) and not Path(path).exists()
+    return is_hub_id(path) and not os.path.exists(path)
 
 
 def fetch(repo: str, revision: str | None = None, *, weights: bool = True, setting: str = "--config.model.path") -> Path:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ple_jax.core.errors import UserError
+from ple_jax.models.values import ROPE, check
 
 Raw = Mapping[str, Any]  # a config.json
 
@@ -19,9 +20,13 @@ def frequencies(rope: Raw, dim: int) -> tuple[tuple[float, ...], float]:
             `original_max_position_embeddings` and `max_position_embeddings`.
 
     Raises:
-        UserError: a kind of scaling that is not supported.
+        UserError: a kind of scaling that is not supported, a number that cannot be, or pairs that do not come out even.
     """
-    inverse = (rope["rope_theta"] ** -(np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim))).astype(np.float32)
+    check(rope, ROPE)
+    if dim < 2 or dim % 2:
+        raise UserError(f"{dim} dimensions of a head are to be rotated, which are turned in pairs: an even number is needed")
+    powers = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
+    inverse: Any = (float(rope["rope_theta"]) ** -powers).astype(np.float32)
     scale = 1.0
     match rope.get("rope_type", rope.get("type", "default")):
         case "default":
@@ -34,6 +39,8 @@ def frequencies(rope: Raw, dim: int) -> tuple[tuple[float, ...], float]:
             inverse, scale = _yarn(rope, inverse, dim)
         case "longrope" | "su":
             # the short factors: they hold up to the original context, which is as far as `max_positions` then allows
+            if len(rope["short_factor"]) != len(inverse):
+                raise UserError(f"short_factor has {len(rope['short_factor'])} numbers for {len(inverse)} frequencies")
             inverse = inverse / np.asarray(rope["short_factor"], np.float32)
             original = rope["original_max_position_embeddings"]
             factor = rope.get("factor") or rope["max_position_embeddings"] / original
@@ -47,6 +54,8 @@ def frequencies(rope: Raw, dim: int) -> tuple[tuple[float, ...], float]:
 def _llama3(rope: Raw, inverse: np.ndarray) -> np.ndarray:
     """Long wavelengths are slowed by `factor`, short ones kept, those between interpolated. Llama 3.1, arXiv:2407.21783."""
     original, low, high = (rope[k] for k in ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor"))
+    if high <= low:
+        raise UserError(f"high_freq_factor {high} must be above low_freq_factor {low}")
     turns = original * inverse / (2 * math.pi)  # in the original context
     smooth = np.clip((turns - low) / (high - low), 0, 1)
     return ((1 - smooth) * inverse / rope["factor"] + smooth * inverse).astype(np.float32)
@@ -64,7 +73,7 @@ def _yarn(rope: Raw, inverse: np.ndarray, dim: int) -> tuple[np.ndarray, float]:
     if rope.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
-    ramp = np.clip((np.arange(dim // 2) - low) / max(high - low, 0.001), 0, 1)
+    ramp = np.clip((np.arange(dim // 2) - low) / (high - low or 0.001), 0, 1)
     interpolated = inverse / factor * ramp + inverse * (1 - ramp)
 
     def magnitude(m: float) -> float:
@@ -78,9 +87,15 @@ def _yarn(rope: Raw, inverse: np.ndarray, dim: int) -> tuple[np.ndarray, float]:
 
 
 def read_rope(raw: Raw, layer_type: str = "") -> Raw:
-    """The rotary settings: transformers 5 keeps them in rope_parameters, earlier versions beside a rope_scaling."""
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-    rope = dict(rope.get(layer_type, rope))
+    """The rotary settings: transformers 5 keeps them in rope_parameters, earlier versions beside a rope_scaling.
+
+    Where a config.json has both, the whole rope_scaling counts, as in transformers.
+    """
+    rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
+    if any(isinstance(value, Mapping) for value in rope.values()):  # one of each type of layers
+        if layer_type not in rope:
+            raise UserError(f"the rotary settings of {', '.join(rope)} are there, and none of {layer_type or 'all layers'}")
+        rope = dict(rope[layer_type])
     for key in ("rope_theta", "partial_rotary_factor", "max_position_embeddings"):
         rope.setdefault(key, raw.get(key))
     rope.setdefault(

@@ -4,13 +4,14 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from ple_jax.core.config import PUBLISHED
@@ -23,6 +24,7 @@ from ple_jax.models.layout import expected_shapes
 
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 SCORE = "score.weight"  # a sequence classifier's head, [label, hidden]
+_PICTURE = "<image_soft_token>"
 _LFS = b"version https://git-lfs"
 _OTHER_FORMATS = ("*.bin", "*.pt", "*.pth", "*.gguf", "consolidated*.safetensors", "*.safetensors", "*.h5", "*.msgpack")
 # causal masks and rotary tables that earlier versions saved, and what gemma3 has for images
@@ -111,23 +113,71 @@ def _load_gguf(path: Path, name: str) -> Loaded:
     from ple_jax.models import gguf  # here, as only this kind of file needs the gguf package (and it needs our shapes)
 
     raw, config, weights, tokenizer = gguf.read(path)
-    return Loaded(config, weights, tokenizer, tokenizers.eos_ids(tokenizer, raw), name, raw, None)
+    eos = tokenizers.eos_ids(tokenizer, raw)
+    check_ids(tokenizer, eos, config.vocab_size, str(path))
+    return Loaded(config, weights, tokenizer, eos, name, raw, None)
 
 
 def _load_folder(folder: Path) -> Loaded:
     raw = read_json(folder / "config.json")
     config = read(raw, str(folder / "config.json"))
     if (quantised := raw.get("quantization_config") or raw.get("text_config", {}).get("quantization_config")) is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, Mapping) else None
         raise UserError(
-            f"{folder / 'config.json'} has a quantization_config ({quantised.get('quant_method', 'of an unknown method')}):"
-            " a quantised checkpoint cannot be aligned; take the original, and --config.model.quantize=nf4 to save memory"
+            f"{folder / 'config.json'} has a quantization_config ({method or 'of an unknown method'}): a quantised"
+            " checkpoint cannot be aligned; take the original, and --config.model.quantize=nf4 to save memory"
         )
-    tokenizer = tokenizers.from_folder(folder)
+    tokenizer = _of_text(tokenizers.from_folder(folder), config.vocab_size)
     # without a generation_config.json transformers takes EOS from config.json too
     generation = folder / "generation_config.json"
     eos = tokenizers.eos_ids(tokenizer, read_json(generation) if generation.is_file() else raw)
+    check_ids(tokenizer, eos, config.vocab_size, str(folder))
+    if config.tie_embeddings and _has_own_head(folder, config):
+        config = dataclasses.replace(config, tie_embeddings=False)
+        parts = {"text_config": {**raw["text_config"], "tie_word_embeddings": False}} if "text_config" in raw else {}
+        raw = {**raw, "tie_word_embeddings": False, **parts}  # an export must not say otherwise
     weights = _Tensors(folder, config, expected_shapes(config))
     return Loaded(config, weights, tokenizer, eos, str(folder), raw, folder)
+
+
+def _has_own_head(folder: Path, config: ModelConfig) -> bool:
+    """Whether the files have an output matrix unlike the embedding it is said to be tied to: transformers uses it then."""
+    config, family = dataclasses.replace(config, tie_embeddings=False), FAMILIES[config.family]
+    ends, (_, files) = [f"{family.embed}.weight", f"{family.head}.weight"], _list(folder)
+    if None in [_stored_name(end, files, config) for end in ends]:
+        return False
+    tensors = _Tensors(folder, config, expected_shapes(config))
+    embedding, head = (tensors[end] for end in ends)
+    return not np.array_equal(embedding, head)
+
+
+def _of_text(tokenizer: PreTrainedTokenizerFast, rows: int) -> PreTrainedTokenizerFast:
+    """The tokenizer without the token that stands for a picture, where the model has no row for it: Gemma 3's text models
+    come with the tokenizer of those that see."""
+    if tokenizer.get_vocab().get(_PICTURE, -1) >= rows:
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] != _PICTURE]
+        tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
+    return tokenizer
+
+
+def check_ids(tokenizer: PreTrainedTokenizerFast, eos: Sequence[int], rows: int, where: str) -> None:
+    """Raises a UserError unless every id that a tokenizer can give, and that ends a response, is a row of the embedding.
+
+    Args:
+        rows: of the embedding.
+        where: the model, for messages.
+    """
+    if (most := max(tokenizer.get_vocab().values(), default=-1)) >= rows:
+        raise UserError(
+            f"{where}: the tokenizer has ids from 0 to {most}, and the model's embedding {rows} rows (vocab_size): take the"
+            f" tokenizer that it was trained with, or resize_token_embeddings({most + 1}) in transformers and save it again"
+        )
+    if wrong := [i for i in eos if not 0 <= i < rows]:
+        raise UserError(
+            f"{where}: eos_token_id is {wrong[0]}, and the model's embedding has {rows} rows (vocab_size); mend it in"
+            " generation_config.json or config.json"
+        )
 
 
 def load_classifier(folder: Path) -> Loaded:
@@ -141,7 +191,9 @@ def load_classifier(folder: Path) -> Loaded:
     # what has no output matrix is to the decoder as if it were the embedding
     config = dataclasses.replace(read(raw, str(folder / "config.json")), tie_embeddings=True)
     shapes = expected_shapes(config) | {SCORE: (labels(raw), config.hidden_size)}
-    return Loaded(config, _Tensors(folder, config, shapes), tokenizers.from_folder(folder), (), str(folder), raw, folder)
+    tokenizer = tokenizers.from_folder(folder)
+    check_ids(tokenizer, (), config.vocab_size, str(folder))
+    return Loaded(config, _Tensors(folder, config, shapes), tokenizer, (), str(folder), raw, folder)
 
 
 def labels(raw: Mapping[str, Any]) -> int:
@@ -160,7 +212,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; a model folder needs it (save_pretrained writes it)") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error})") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object; download it again")
@@ -183,7 +235,7 @@ class _Tensors(Mapping[str, np.ndarray]):
         where, files = _list(folder)
         names = {name: _stored_name(name, files, config) for name in shapes}
         if missing := [name for name, stored in names.items() if stored is None]:
-            raise UserError(f"{where} lacks tensor {missing[0]}, which config.json asks for{_untied(missing[0], config)}")
+            raise UserError(f"{where} lacks tensor {missing[0]}, which config.json asks for{_perhaps(missing[0], config)}")
         # a bias, a norm or a whole layer would change the model's output if it were left out
         wanted = {str(stored) for stored in names.values()}
         if unknown := sorted(name for name in files.keys() - wanted if not _left_out(name, config)):
@@ -274,7 +326,7 @@ def _header(file: Path) -> dict[str, tuple[int, str, tuple[int, ...]]]:
     return {name: (8 + length + e["data_offsets"][0], e["dtype"], tuple(e["shape"])) for name, e in entries.items()}
 
 
-def _untied(name: str, config: ModelConfig) -> str:
+def _perhaps(name: str, config: ModelConfig) -> str:
     """What may be behind a missing output matrix or head."""
     if name == SCORE:
         return "; it is no sequence classifier: train a head (configs/reward_hh.py), or take a reward model"
@@ -298,6 +350,8 @@ def _stored_name(name: str, stored: Mapping[str, Any], config: ModelConfig) -> s
     family = FAMILIES[config.family]
     bare = name.removeprefix(family.prefix)
     candidates = [name, bare] + [family.renamed + bare, "language_model." + name] * bool(family.renamed)
+    if config.tie_embeddings and name == f"{family.embed}.weight":  # either name may stand for the one matrix
+        candidates += [f"{family.head}.weight", f"language_model.{family.head}.weight"]
     return next((candidate for candidate in candidates if candidate in stored), None)
 
 

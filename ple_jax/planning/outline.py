@@ -44,7 +44,9 @@ def read_source(path: str, revision: str | None = None) -> Source:
     config = families.read(raw, str(file))
     if (folder / "tokenizer.json").is_file():
         tokenizer = tokenizers.from_folder(folder)
-        return Source(config, raw, tokenizer, tokenizers.eos_ids(tokenizer, raw))
+        ends = tokenizers.eos_ids(tokenizer, raw)
+        weights.check_ids(tokenizer, ends, config.vocab_size, str(folder))
+        return Source(config, raw, tokenizer, ends)
     eos = raw.get("eos_token_id") or 0
     return Source(config, raw, None, tuple(eos) if isinstance(eos, list) else (eos,))
 

@@ -52,6 +52,7 @@ def load(name: str, kwargs: Mapping[str, Any], **offered: Any) -> Reward:
     if (module := plugins.built_in("rewards", name)) is not None:
         asked = inspect.signature(module.make).parameters
         extra = {word: value for word, value in offered.items() if word in asked and word not in kwargs}
+        plugins.check_types(module.make, kwargs, WHERE)
         try:
             return module.make(**kwargs, **extra)
         except TypeError as error:

@@ -82,7 +82,7 @@ def read(path: Path) -> tuple[float, dict[str, float]]:
         content = json.loads(path.read_text(encoding="utf-8"))
         bias, weights = content["bias"], content["weights"]
         wrong = next((k for k, v in {"bias": bias, **weights}.items() if not _is_number(v)), None)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ArithmeticError, OSError, RecursionError, ValueError, KeyError, TypeError) as error:
         raise _refused(path, f"{type(error).__name__}: {error}") from error
     if wrong is not None or not weights:
         raise _refused(path, f"{wrong!r} has no finite number" if weights else "no weights")

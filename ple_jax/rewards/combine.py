@@ -10,6 +10,7 @@ import numpy as np
 from ple_jax import rewards
 from ple_jax.core.answers import digest
 from ple_jax.core.errors import UserError, suggestion
+from ple_jax.core.rules import is_number
 from ple_jax.core.types import Reward
 from ple_jax.rewards import WHERE
 
@@ -21,7 +22,7 @@ _PENALTY = "length_penalty"
 
 def make(
     *,
-    parts: Mapping[str, Mapping[str, Any]],
+    parts: Mapping[str, Any],
     how: str = "sum",
     length_penalty: float = 0.0,
     veto_value: float | None = None,
@@ -69,8 +70,12 @@ def _part(key: str, part: Any, *, backend: str, mesh: Mapping[str, int] | None) 
         raise UserError(f"{of} has {unknown[0]!r}; it takes {', '.join(_KEYS)}{suggestion(unknown[0], _KEYS)}")
     if key == _PENALTY:
         raise UserError(f"{of}: the word is taken; give the part another one")
-    if not math.isfinite(weight := part.get("weight", 1.0)):
-        raise UserError(f"{of} has weight {weight}: give a finite number")
+    if not is_number(weight := part.get("weight", 1.0)) or not math.isfinite(weight):
+        raise UserError(f"{of} has weight {weight!r}: give a finite number")
+    if (below := part.get("veto_below")) is not None and not is_number(below):
+        raise UserError(f"{of} has veto_below {below!r}: give a number")
+    if not isinstance(part["name"], str) or not isinstance(part.get("kwargs", {}), Mapping):
+        raise UserError(f"{of} is {part!r}: its name must be a text, and its kwargs a dictionary")
     try:
         return rewards.load(part["name"], part.get("kwargs", {}), backend=backend, mesh=mesh)
     except UserError as error:

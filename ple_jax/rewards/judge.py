@@ -106,7 +106,10 @@ def read_rubric(rubric: str, where: str) -> str:
         UserError: it reads like a file, and there is none.
     """
     if os.path.isfile(rubric):
-        return Path(rubric).read_text("utf-8").strip()
+        try:
+            return Path(rubric).read_text("utf-8").strip()
+        except (OSError, ValueError) as error:
+            raise UserError(f"{where} rubric = {rubric!r} cannot be read: {error}") from error
     if rubric.endswith((".txt", ".md")) and len(rubric.splitlines()) == 1:
         raise UserError(f"{where} rubric = {rubric!r}: there is no such file (looked in {Path.cwd()})")
     return rubric

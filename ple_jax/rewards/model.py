@@ -4,6 +4,7 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ from ple_jax import prompts
 from ple_jax.core.backends import REWARD_MODELS
 from ple_jax.core.errors import UserError
 from ple_jax.core.extras import need
+from ple_jax.core.rules import many, mapping, optional, text, whole
 from ple_jax.core.types import Reward
 from ple_jax.models import families, hub
 from ple_jax.models.tokenizer import from_folder
-from ple_jax.models.weights import read_json
+from ple_jax.models.values import check
+from ple_jax.models.weights import check_ids, read_json
 from ple_jax.rewards import WHERE
 
 VERSION = "1"  # another one with every change of the values
@@ -29,6 +32,12 @@ _CHOICES = {
     "dtype": ("float32", "bfloat16"),
     "device": ("auto", "cpu", "cuda", "npu"),
 }
+_VALUES = {  # of a config.json; what is not there is not checked
+    "model_type": text, "architectures": optional(many(text, empty=True)), "text_config": optional(mapping),
+    "id2label": optional(mapping), "num_labels": whole(1, 2**16), "problem_type": optional(text),
+    "max_position_embeddings": optional(whole(1, 2**31)), "n_positions": optional(whole(1, 2**31)),
+    "pad_token_id": optional(whole(-1)), "vocab_size": optional(whole(1, 2**31)),
+}  # fmt: skip
 # their first position is pad_token_id + 1, so of max_position_embeddings they take so many fewer
 _SHIFTED = (
     "camembert", "data2vec-text", "ibert", "longformer", "luke", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta",
@@ -81,7 +90,7 @@ def make(
     _check({"framework": framework, "output": output, "dtype": dtype, "device": device}, rows=rows, max_tokens=max_tokens)
     folder = _folder(path, revision)
     raw = _config(folder)
-    framework = choose_framework(framework, backend, raw["model_type"], path)
+    framework = choose_framework(framework, backend, raw.get("model_type", ""), path)
     if framework == "jax" and device != "auto":
         raise UserError(f"{WHERE} device = {device!r} goes with framework='torch'; JAX takes the run's mesh")
     positions = families.read(raw, str(folder / "config.json")).max_positions if framework == "jax" else _positions(raw)
@@ -89,7 +98,10 @@ def make(
     labels = label_names(raw)
     index, output = _index(labels, label, path), _output(output, labels, raw)
     independent = raw.get("problem_type") == "multi_label_classification"
-    tokens = functools.partial(_tokens, tokenizer=from_folder(folder), with_prompt=with_prompt, limit=limit)
+    tokenizer = from_folder(folder)
+    if type(rows_known := _text(raw).get("vocab_size")) is int:
+        check_ids(tokenizer, (), rows_known, f"reward model {folder}")
+    tokens = functools.partial(_tokens, tokenizer=tokenizer, with_prompt=with_prompt, limit=limit)
 
     @functools.cache
     def model() -> Any:
@@ -122,7 +134,7 @@ def _check(chosen: Mapping[str, str], *, rows: int, max_tokens: int | None) -> N
         if value not in _CHOICES[key]:
             raise UserError(f"{WHERE} {key} = {value!r}: choose {', '.join(_CHOICES[key])}")
     for key, number in (("rows", rows), ("max_tokens", 1 if max_tokens is None else max_tokens)):
-        if number < 1:
+        if not 1 <= number < 2**31:
             raise UserError(f"{WHERE} {key} = {number}: give at least 1")
 
 
@@ -131,7 +143,7 @@ def _folder(path: str, revision: str | None) -> Path:
         return hub.fetch(path, revision, setting="config.reward.kwargs path")
     if revision is not None:
         raise UserError(f"{WHERE} revision = {revision!r} goes with a model on a hub, which {path!r} is not")
-    if not Path(path).is_dir():
+    if not os.path.isdir(path):
         raise UserError(
             f"{WHERE} path = {path!r} is neither a folder nor the user/name of a model on a hub; give the"
             " folder that holds the reward model's config.json (configs/reward_hh.py trains one)"
@@ -142,6 +154,12 @@ def _folder(path: str, revision: str | None) -> Path:
 def _config(folder: Path) -> dict[str, Any]:
     """The config.json of a classifier that can be run."""
     raw = read_json(folder / "config.json")
+    try:
+        check(raw, _VALUES)
+        check(_text(raw), _VALUES)
+        label_names(raw)
+    except UserError as error:
+        raise UserError(f"reward model {folder / 'config.json'}: {error}") from None
     if "auto_map" in raw:
         raise UserError(
             f"reward model {folder} needs code of its own (auto_map in config.json), and code of a checkpoint is never run;"
@@ -183,15 +201,24 @@ def choose_framework(asked: str, backend: str, family: str, path: str) -> str:
 
 def _positions(raw: Mapping[str, Any]) -> int | None:
     """Tokens that a model has positions for; None where there is no end."""
-    text = {**raw, **raw.get("text_config", {})}
-    most = text.get("max_position_embeddings", text.get("n_positions"))
-    return most - text.get("pad_token_id", 1) - 1 if most and raw["model_type"] in _SHIFTED else most
+    own = _text(raw)
+    most = own.get("max_position_embeddings", own.get("n_positions"))
+    shift = 1 if own.get("pad_token_id") is None else own["pad_token_id"]
+    return most - shift - 1 if most and raw["model_type"] in _SHIFTED else most
+
+
+def _text(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a multimodal model's language model, of any other its own."""
+    return {**raw, **(raw.get("text_config") or {})}
 
 
 def label_names(raw: Mapping[str, Any]) -> list[str]:
     """Names of the labels in their order, as transformers reads them: two where nothing is said."""
     named = raw.get("id2label") or {i: f"LABEL_{i}" for i in range(raw.get("num_labels", 2))}
-    return [str(named[key]) for key in sorted(named, key=int)]
+    try:
+        return [str(named[key]) for key in sorted(named, key=int)]
+    except ValueError:
+        raise UserError(f"id2label has the keys {', '.join(map(str, named))[:80]}, which are no numbers") from None
 
 
 def _index(labels: Sequence[str], label: str | int | None, path: str) -> int:

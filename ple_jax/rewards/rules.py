@@ -47,13 +47,11 @@ def make(
 
 
 def _compiled(key: str, patterns: Sequence[str]) -> list[re.Pattern[str]]:
-    if isinstance(patterns, str):  # whose letters would pass for patterns
-        raise UserError(f"{WHERE} {key} = {patterns!r}: give a list of regular expressions, [{patterns!r}]")
     compiled = []
     for pattern in patterns:
         try:
             compiled.append(re.compile(pattern))
-        except (TypeError, re.error) as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise UserError(f"{WHERE} {key}: {pattern!r} is no regular expression: {error}") from error
     return compiled
 

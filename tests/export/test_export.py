@@ -27,10 +27,13 @@ from ple_jax.core.types import Sampling
 from ple_jax.export import card
 from ple_jax.export import merged as merging
 from ple_jax.models import adapters, peft, weights
+from ple_jax.models.families import read
 from ple_jax.models.tokenizer import byte_tokenizer
 from ple_jax.serving import commands
 from ple_jax.training import opening
 
+RAW = tiny.RAW | {"vocab_size": 259}  # a row for every token of the byte tokenizer
+WEIGHTS = tiny.weights(read(RAW, "tiny"))
 ADAPTER = adapters.to_peft(tiny.random_adapter(tiny.CONFIG))
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PROMPT = torch.arange(24).reshape(2, 12)
@@ -40,7 +43,7 @@ PROMPT = torch.arange(24).reshape(2, 12)
 def source(tmp_path_factory) -> Path:
     """A Hugging Face folder as transformers writes it, with things that belong to a model and things that do not."""
     folder = tmp_path_factory.mktemp("hub") / "base"
-    tiny.transformers_model(tiny.RAW, tiny.weights()).save_pretrained(folder)
+    tiny.transformers_model(RAW, WEIGHTS).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     (folder / "generation_config.json").write_text('{"eos_token_id": [7, 9], "temperature": 0.3}')
     (folder / "LICENSE.md").write_text("terms")
@@ -113,7 +116,7 @@ def test_what_is_not_adapted_is_untouched(source, tmp_path):
     one = {name: value for name, value in ADAPTER.items() if "layers.1.mlp.up_proj" in name}
     peft.write(tmp_path / "adapter", one, rank=4, alpha=6, targets=["up_proj"], base_model="some/base")
     folder = merged(source, tmp_path / "adapter", tmp_path / "merged")
-    found, base = tensors(folder), tiny.weights()
+    found, base = tensors(folder), WEIGHTS
     adapted = "model.layers.1.mlp.up_proj.weight"
     for name in base.keys() - {adapted}:
         np.testing.assert_array_equal(found[name], base[name], err_msg=name)
@@ -129,7 +132,7 @@ def test_dtype_is_rounded_to_once(source, adapter, tmp_path, dtype, digits):
     assert {str(value.dtype) for value in found.values()} == {dtype}
     for path, module in peft.modules(ADAPTER).items():
         delta = peft.scaling(config, path) * module.b.astype(np.float64) @ module.a.astype(np.float64)
-        exact = tiny.weights()[f"{path}.weight"] + delta
+        exact = WEIGHTS[f"{path}.weight"] + delta
         step = 2.0 ** (np.floor(np.log2(np.abs(exact))) - digits)  # between neighbouring numbers of this dtype
         error = np.abs(found[f"{path}.weight"].astype(np.float64) - exact)
         assert (error <= 0.51 * step + 3e-7).all()
@@ -137,7 +140,7 @@ def test_dtype_is_rounded_to_once(source, adapter, tmp_path, dtype, digits):
 
 
 def test_a_bfloat16_base_stays_bfloat16(adapter, tmp_path):
-    model = tiny.transformers_model(tiny.RAW, tiny.weights()).to(torch.bfloat16)
+    model = tiny.transformers_model(RAW, WEIGHTS).to(torch.bfloat16)
     model.save_pretrained(tmp_path / "base")
     byte_tokenizer().save_pretrained(tmp_path / "base")
     folder = merged(tmp_path / "base", adapter, tmp_path / "merged")

@@ -117,9 +117,22 @@ def test_several_end_tokens(folder):
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "RoPE scaling 'dynamic'"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "has no low_freq_factor"),
         ({"rope_parameters": ..., "rope_scaling": {"type": "linear"}}, "has no factor"),
-        ({"hidden_size": "64"}, "a setting has a value that it cannot have"),
-        ({"num_hidden_layers": None}, "a setting has a value that it cannot have"),
-        ({"hidden_act": ["silu"]}, "a setting has a value that it cannot have"),
+        ({"hidden_size": "64"}, "hidden_size is '64' but must be a whole number, at least 1"),
+        ({"num_hidden_layers": None}, "num_hidden_layers is None but must be a whole number, at least 1"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000 but must be a whole number, .* and below 4096"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0 but must be"),
+        ({"num_attention_heads": 3, "head_dim": ...}, "hidden_size 32 does not divide into 3 attention heads"),
+        ({"head_dim": 15}, "15 dimensions of a head are to be rotated, .* an even number"),
+        ({"hidden_act": ["silu"]}, r"hidden_act is \['silu'\] but must be a name"),
+        ({"rms_norm_eps": -1e-5}, "rms_norm_eps is -1e-05 but must be a number from 0 to 1"),
+        ({"rope_parameters": ..., "rope_theta": 0}, "rope_theta is 0 but must be a number above 0"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": -1.0}}, "rope_theta is -1.0 but must be"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 0}}, "factor is 0 but must be"),
+        ({"rope_parameters": {"sliding_attention": {"rope_theta": 1e4}}}, "none of full_attention"),
+        ({"rope_scaling": "linear"}, "rope_scaling is 'linear' but must be an object"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no' but must be True or False"),
+        ({"model_type": ["llama"]}, r"model_type \['llama'\] is not supported"),
+        ({"quantization_config": "awq"}, r"quantization_config \(of an unknown method\)"),
         ({"num_key_value_heads": 3}, "4 attention heads do not divide into 3 KV heads"),
         ({"vocab_size": ...}, "has no vocab_size"),
         ({"vocab_size": 300}, r"tensor model.embed_tokens.weight has shape \(258, 32\), config.json says \(300, 32\)"),
@@ -241,8 +254,84 @@ def test_output_matrix_that_is_not_there(folder):
 
 def test_copy_of_a_tied_output_matrix_is_left_out(tmp_path):
     save(tmp_path, tie_word_embeddings=True)
-    change(tmp_path, **{"lm_head.weight": np.zeros((258, 32), np.float32)})
-    assert "lm_head.weight" not in checkpoints.load(str(tmp_path)).weights
+    copy = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]
+    change(tmp_path, **{"lm_head.weight": copy})
+    loaded = checkpoints.load(str(tmp_path))
+    assert "lm_head.weight" not in loaded.weights and loaded.config.tie_embeddings
+
+
+def test_an_output_matrix_unlike_the_embedding_counts_as_in_transformers(tmp_path):
+    save(tmp_path, tie_word_embeddings=True)
+    own = np.random.default_rng(0).normal(size=(258, 32)).astype(np.float32)
+    change(tmp_path, **{"lm_head.weight": own})
+    theirs = LlamaForCausalLM.from_pretrained(tmp_path)
+    np.testing.assert_array_equal(theirs.lm_head.weight.detach().numpy(), own)  # what transformers makes of it
+    loaded = checkpoints.load(str(tmp_path))
+    equal_to(theirs, loaded.weights)
+    assert not loaded.config.tie_embeddings and loaded.raw["tie_word_embeddings"] is False
+
+
+def test_a_tied_matrix_may_stand_under_the_heads_name_as_in_transformers(tmp_path):
+    save(tmp_path, tie_word_embeddings=True)
+    matrix = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]
+    change(tmp_path, "model.embed_tokens.weight", **{"lm_head.weight": matrix})
+    theirs = LlamaForCausalLM.from_pretrained(tmp_path)
+    np.testing.assert_array_equal(theirs.model.embed_tokens.weight.detach().numpy(), matrix)
+    np.testing.assert_array_equal(checkpoints.load(str(tmp_path)).weights["model.embed_tokens.weight"], matrix)
+
+
+def test_a_tokenizer_with_more_ids_than_the_embedding_has_rows(tmp_path):
+    save(tmp_path, vocab_size=256)
+    edit(tmp_path / "generation_config.json", eos_token_id=10)
+    with pytest.raises(UserError, match=r"the tokenizer has ids from 0 to 257, and the model's embedding 256 rows"):
+        checkpoints.load(str(tmp_path))
+    save(tmp_path, vocab_size=300)  # rows that no token has are usual
+    assert checkpoints.load(str(tmp_path)).config.vocab_size == 300
+
+
+def test_the_token_of_pictures_is_left_out_of_a_text_model(tmp_path):
+    """Gemma 3's smallest has 262,144 rows and a tokenizer of 262,145 tokens."""
+    save(tmp_path)
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<image_soft_token>"], special_tokens=True)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = checkpoints.load(str(tmp_path)).tokenizer
+    assert len(loaded) == 258 and loaded.encode("<image_soft_token>") == list(b"<image_soft_token>")
+    assert loaded.encode("a<|eos|>") == [97, 256]
+
+
+@pytest.mark.parametrize("eos", [-1, 258, 10**9, [256, -1], [256, 10**9]])
+def test_an_end_token_that_the_embedding_does_not_have(folder, eos):
+    edit(folder / "generation_config.json", eos_token_id=eos)
+    wrong = eos if isinstance(eos, int) else eos[1]
+    with pytest.raises(UserError, match=f"eos_token_id is {wrong}, and the model's embedding has 258 rows"):
+        checkpoints.load(str(folder))
+
+
+def test_both_names_of_the_rotary_settings_as_in_transformers(folder):
+    """rope_scaling replaces rope_parameters, its rope_theta included."""
+    both = {"rope_type": "default", "rope_theta": 500.0}, {"type": "linear", "factor": 4.0}
+    edit(folder / "config.json", rope_parameters=both[0], rope_scaling=both[1])
+    theirs = LlamaForCausalLM.from_pretrained(folder)
+    ours = checkpoints.load(str(folder)).config.kinds[0].frequencies
+    np.testing.assert_allclose(ours, theirs.model.rotary_emb.inv_freq.numpy(), rtol=1e-6)
+
+
+def nested(depth):
+    return "[" * depth + "]" * depth
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors.index.json"])
+def test_json_that_is_too_deep_or_a_folder(folder, name):
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).write_text(f'{{"a": {nested(200_000)}}}')
+    with pytest.raises(UserError, match=f"{name} is not valid JSON"):
+        checkpoints.load(str(folder))
+    if name == "config.json":
+        (folder / name).unlink()
+        (folder / name).mkdir()
+        with pytest.raises(UserError, match="config.json is not valid JSON .*directory"):
+            checkpoints.load(str(folder))
 
 
 @pytest.mark.parametrize(

@@ -306,6 +306,28 @@ def test_folders_that_are_no_classifier(bert, tmp_path):
         make(tmp_path, label=0)
 
 
+def test_a_tokenizer_with_more_ids_than_the_model_has_rows(tmp_path):
+    for name in ("bert", "llama"):
+        build(name, tmp_path / name, vocab_size=250, pad_token_id=1)
+        with pytest.raises(UserError, match="the tokenizer has ids from 0 to 25[79], and the model's embedding 250 rows"):
+            make(tmp_path / name, label=0)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model_type", ["bert"]), ("architectures", 3), ("architectures", [3]), ("id2label", ["a"]),
+        ("id2label", {"a": "b"}), ("num_labels", "2"), ("max_position_embeddings", "40"), ("pad_token_id", "x"),
+        ("text_config", []), ("vocab_size", -1),
+    ],
+)  # fmt: skip
+def test_values_of_a_config_that_cannot_be(bert, tmp_path, key, value):
+    shutil.copytree(bert[0], tmp_path, dirs_exist_ok=True)
+    edit(tmp_path, **{key: value})
+    with pytest.raises(UserError, match=rf"config\.json: {key} "):
+        make(tmp_path, label=0)
+
+
 @pytest.mark.parametrize(
     ("asked", "backend", "family", "missing", "framework"),
     [

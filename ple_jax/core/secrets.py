@@ -1,0 +1,48 @@
+"""What is written down or shown of a config: no key that stands in an address, no path that tells of this machine."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+# an address: scheme, perhaps who asks, the server and its path, perhaps a query or a fragment
+_ADDRESS = re.compile(r"\b(https?://)(?:[^\s/?#'\"<>]*@)?([^\s?#'\"<>]*)((?:[?#][^\s'\"<>]*)?)", re.IGNORECASE)
+
+
+def redacted(value: Any) -> Any:
+    """A value, or a text with addresses in it, without what may be secret there: users, passwords, queries, fragments.
+
+    >>> redacted({"url": "https://me:secret@host:80/score?key=abc", "batch": 8})
+    {'url': 'https://host:80/score', 'batch': 8}
+    """
+    return _each(value, lambda text: _ADDRESS.sub(r"\1\2", text))
+
+
+def shown(value: Any, most: int = 300) -> str:
+    """A value in an error: what it is, redacted, in at most so many characters."""
+    try:
+        text = repr(redacted(value))
+    except (RecursionError, ValueError):  # Python writes no number of more than 4,300 digits
+        return f"too large a {type(value).__name__} to be shown"
+    return text if len(text) <= most else f"{text[:most]} ..."
+
+
+def portable(value: Any) -> Any:
+    """A value, or a text, for other machines: absolute paths relative to the current folder, or their last part."""
+    return _each(value, lambda text: _portable(text) if text.startswith(("/", "~")) else text)
+
+
+def _portable(text: str) -> str:
+    path, here = Path(text), Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else path.name
+
+
+def _each(value: Any, change: Any) -> Any:
+    """The value with every text in it changed, keys included."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {_each(k, change): _each(v, change) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_each(v, change) for v in value)
+    return value

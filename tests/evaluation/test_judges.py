@@ -269,7 +269,7 @@ def test_a_function_of_ones_own(cache, tmp_path):
         ("reward", {"name": "letters", "kwargs": {"x": 1}}, "^config.compare.judge_kwargs kwargs {'x': 1}: .*'x'"),
         ("reward", {"name": "letters", "tie": -0.1}, "judge_kwargs tie = -0.1"),
         ("reward", {"name": "letters", "tie": NAN}, "judge_kwargs tie = nan"),
-        ("reward", {"name": "letters", "tie": "1"}, "of judge 'reward': .*str"),
+        ("reward", {"name": "letters", "tie": "1"}, "judge_kwargs tie = '1': give a number"),
         ("endpoint", {"url": "http://h/v1"}, "missing a required argument: 'model'"),
         ("endpoint", {"url": "h", "model": "m"}, "^config.compare.judge_kwargs url = 'h/chat/completions'"),
         ("endpoint", {"url": "http://h/v1", "model": "m", "asks": 0}, "judge_kwargs asks = 0"),

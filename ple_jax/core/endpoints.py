@@ -98,7 +98,8 @@ class Endpoint:
         if why:
             self._in_a_row = 0
             raise Incomplete(
-                f"{redacted(self.url)}: {self._shown(why)}; mend that and give the same command again: what was scored is kept",
+                f"{redacted(self.url)}: {self._shown(why)}; mend that and give the same command again: what was scored is"
+                " kept",
                 values,
             )
         return values.tolist()
@@ -121,7 +122,7 @@ class Endpoint:
                 continue
             except retry.Failed as error:
                 self._in_a_row += 1
-                self.failure = f"{self.url}: {self._shown(str(error))}"
+                self.failure = f"{redacted(self.url)}: {self._shown(str(error))}"
                 if not why and (isinstance(error, retry.Refused) or self._in_a_row >= self.max_failures):
                     why = str(error)
                     stop.set()  # what is under way has this one try; its values still count

@@ -107,7 +107,7 @@ def head() -> dict[str, Any]:
 
 
 def ple_batch(config) -> Batch:
-    context = Context(config, tau=test_ple.TAU)
+    context = Context(config, tau=test_ple.TAU, mean_length=test_ple.MEAN)
     batch = ple.batch(ple.label(test_ple.make_rollouts(), context), context)
     batch.data["reference_logprobs"] = test_ple.token_logprobs(batch, 1).astype(np.float32)
     return batch

@@ -23,10 +23,17 @@ def digest(*what: Any) -> str:
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=repr).encode()).hexdigest()
 
 
-def key(name: str, version: str, prompt: str, response: str) -> str:
-    """What a value is stored by. Conversations that read alike may differ in their turns, so these go in too."""
+def key(name: str, version: str, prompt: str, response: str, reads: Mapping[str, Any] | None = None) -> str:
+    """What a value is stored by: all that it depends on. This is the one place that says what that is.
+
+    Args:
+        name, version: of what computes it.
+        prompt: conversations that read alike may differ in their turns and tools, so these go in too.
+        response: what it is a value of.
+        reads: whatever else is read for it, by name (fields of the record, say); plain values.
+    """
     turns = [prompt.messages, prompt.tools] if isinstance(prompt, Conversation) else []
-    return digest(name, version, prompt, turns, response)
+    return digest(name, version, prompt, turns, response, *([reads] if reads else []))
 
 
 _TABLE = "CREATE TABLE IF NOT EXISTS answer (key TEXT PRIMARY KEY, value REAL, digest TEXT) WITHOUT ROWID"

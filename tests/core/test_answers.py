@@ -75,6 +75,14 @@ def test_the_key_is_everything():
     assert key("a", "1", again, "x") == key("a", "1", Conversation(turns), "x")
 
 
+def test_whatever_else_is_read_is_in_the_key():
+    """Every field and every value of it makes another key, whatever their order; nothing more to read makes no other one."""
+    reads = [None, {"answer": "4"}, {"answer": "5"}, {"answer": 4}, {"text": "4"}, {"answer": "4", "text": ""}]
+    assert len({key("a", "1", "p", "x", r) for r in reads}) == len(reads)
+    assert key("a", "1", "p", "x", {}) == key("a", "1", "p", "x")
+    assert key("a", "1", "p", "x", {"a": 1, "b": [2]}) == key("a", "1", "p", "x", {"b": [2], "a": 1})
+
+
 def test_only_what_is_missing_is_asked(path):
     lengths = Lengths()
     with Cache(path) as cache:

@@ -22,6 +22,7 @@ from ple_jax.core import extras, shipped
 from ple_jax.core.backends import BACKENDS
 from ple_jax.core.config import OWN, flatten, renamed, validate
 from ple_jax.core.errors import UserError, suggestion
+from ple_jax.core.identity import ACCEPTED
 from ple_jax.core.rules import written
 from ple_jax.core.secrets import redacted
 from ple_jax.core.version import VERSION
@@ -30,7 +31,8 @@ from ple_jax.training.interrupt import MESSAGE, Interrupted
 
 _LONGEST = 255  # bytes of the name of a file or folder
 MODES = ("train", "evaluate", "generate", "compare", "plan", "export", "chat")  # functions of ple_jax.modes
-FLAG_NAMES = ("config", "workdir", "backend", "mode", "topology", "runs", "help", "version")
+FLAG_NAMES = ("config", "workdir", "backend", "mode", "accept", "topology", "runs", "help", "version")
+ON_A_RUN = ("train", "evaluate", "generate", "export", "chat")  # modes that a run may be accepted in though it changed
 
 USAGE = """\
 usage: ple_jax --config CONFIG --workdir DIR [--config.KEY=VALUE ...] [--backend=jax|torch] [--mode=MODE]
@@ -54,6 +56,9 @@ Flags
   --backend jax|torch    what computes (default: jax); torch runs on Ascend NPUs, CUDA and CPUs, and under torchrun on
                          several of them
   --mode MODE            what to do (default: train)
+  --accept A,B           go on with a run though this was changed since it began: reward (its file or options, mended),
+                         algorithm (its file, mended), config (config.json is gone, and this is the command that began
+                         it); config.json keeps what was changed, and after which iteration
   --topology KIND:CHIPS  with --mode=plan: what each phase of the run needs of these devices, which need not be there:
                          v5e:2x4, v5p:2x2x2 ... (compiled; libtpu does it for TPUs), with --backend=torch 910b:8, h100:8
                          (run on tensors without memory); cpu:8 is of this machine's kind
@@ -117,6 +122,7 @@ class CommandLine(NamedTuple):
     mode: str
     topology: str | None = None  # of --mode=plan: devices to plan for
     runs: tuple[str, ...] = ()  # of --mode=compare
+    accept: tuple[str, ...] = ()  # what was changed since a run began, of `identity.ACCEPTED`
     file: Path | None = None  # of --mode=init: the config that is copied
 
 
@@ -153,8 +159,8 @@ def _of_the_machine(error: Exception) -> str:
     # XLA's name for it on every platform, and torch's
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower():
         return (
-            f"not enough memory ({brief}); lower --config.optimizer.micro_queries or --config.sampling.width, or set"
-            " --config.model.remat=full"
+            f"not enough memory ({brief}); lower --config.optimizer.micro_queries or set --config.model.remat=full, with the"
+            " same --workdir, or lower --config.sampling.width, which makes another run"
         )
     return ""
 
@@ -224,7 +230,8 @@ def parse(argv: Sequence[str]) -> CommandLine:
     validate(config)
     _check_backend(config, backend)
     _check_installed(config, backend, mode)
-    return CommandLine(FrozenConfigDict(config), workdir, backend, mode, values.topology, tuple(values.runs or ()))
+    found = {"topology": values.topology, "runs": tuple(values.runs or ()), "accept": tuple(values.accept or ())}
+    return CommandLine(FrozenConfigDict(config), workdir, backend, mode, **found)
 
 
 def _answer(argv: Sequence[str]) -> None:
@@ -250,6 +257,7 @@ def _flags(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
     flags.DEFINE_enum("mode", "train", [*MODES, "init"], "", flag_values=values)
     flags.DEFINE_string("topology", None, "", flag_values=values)
     flags.DEFINE_list("runs", None, "", flag_values=values)
+    flags.DEFINE_list("accept", None, "", flag_values=values)
     try:
         return values, values(argv, known_only=True)
     except flags.Error as error:
@@ -266,6 +274,11 @@ def _check_flags(values: flags.FlagValues) -> None:
         raise UserError("--runs=A,B and --mode=compare go together: the work directories that are compared")
     if not values.config and not compares:
         raise UserError("--config=CONFIG is missing, e.g. --config quickstart, or a file (see --help)")
+    for name in values.accept or ():
+        if name not in ACCEPTED or values.mode not in ON_A_RUN:
+            raise UserError(
+                f"--accept={name}: give {', '.join(ACCEPTED)}, with --mode {', '.join(ON_A_RUN)}{suggestion(name, ACCEPTED)}"
+            )
     if values.topology and values.mode != "plan":
         raise UserError(f"--topology={values.topology} goes with --mode=plan, where nothing is trained")
 
@@ -311,7 +324,7 @@ def main(run: CommandLine) -> int:
     if run.file is not None:
         return _init(run.file, run.workdir)
     modes = importlib.import_module("ple_jax.modes")
-    options = {name: value for name in ("topology", "runs") if (value := getattr(run, name))}
+    options = {name: value for name in ("topology", "runs", "accept") if (value := getattr(run, name))}
     with _processes(run) as leads:
         return getattr(modes, run.mode)(run.config, run.workdir, run.backend, **options) if leads else 0
 

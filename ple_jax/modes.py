@@ -28,31 +28,38 @@ from ple_jax.planning import describe as planning
 from ple_jax.reports import comparison_files, run_page
 from ple_jax.serving import commands
 from ple_jax.training import loop, measures, offline
-from ple_jax.training.opening import open_run, read_inputs
+from ple_jax.training.opening import check_length, open_run, read_inputs
 from ple_jax.training.run import Run
 from ple_jax.training.sampling import sampling_of
 from ple_jax.training.state import CHECKPOINTS, State, newest
-from ple_jax.training.workdir import SUMMARY, check_config, lock
+from ple_jax.training.workdir import SUMMARY, check_config, going_on, lock
 from ple_jax.training.workdir import summary as finished
 
 _SHOWN = 8  # queries of which --mode=generate prints the responses
 
 
-def train(config: Any, workdir: Path, backend: str) -> int:
-    """Runs Algorithm 1 (or an offline algorithm's epochs) to its end, or goes on where it stood."""
+def train(config: Any, workdir: Path, backend: str, accept: Sequence[str] = ()) -> int:
+    """Runs Algorithm 1 (or an offline algorithm's epochs) to its end, or goes on where it stood.
+
+    A finished run that is to be longer goes on too; what it left is written again at its new end.
+    """
     baselines = importlib.import_module("torch_ascend.baselines") if config.trainer == "trl" else None
     if baselines is not None:
         baselines.check(config)
     with lock(workdir):
         inputs = read_inputs(config, backend)
-        check_config(workdir, run_keys(inputs.config, backend, inputs.digests))
-        if done := finished(workdir):
+        keys = run_keys(inputs.config, backend, inputs.digests)
+        kept = going_on(workdir, keys, accept=accept, check_length=functools.partial(check_length, inputs))
+        online = isinstance(inputs.algorithm, Algorithm)
+        if (done := finished(workdir)) and _whole(done, config, online):
             if not (workdir / "report.html").exists():  # ended between the summary and the report
                 run_page.write(workdir)
             print(f"{workdir} is finished: {_outcome(done)}; see {workdir / 'report.html'}")
             return 0
-        online = isinstance(inputs.algorithm, Algorithm)
-        with open_run(workdir, backend, inputs) as run:
+        with open_run(workdir, backend, inputs, kept) as run:
+            (workdir / SUMMARY).unlink(missing_ok=True)  # of a shorter run
+            for said in _of_two_rewards(kept):
+                run.session.progress.log(said)
             write_json(workdir / "environment.json", run.backend.environment())
             state = (baselines or (loop if online else offline)).train(run)
             summary = (measures if online else offline).summary(run, backend, state)
@@ -67,6 +74,21 @@ def train(config: Any, workdir: Path, backend: str) -> int:
     if head:
         print(_use_reward(workdir / "reward_model"))
     return 0
+
+
+def _whole(summary: Mapping[str, Any], config: Any, online: bool) -> bool:
+    """Whether a run that wrote this summary is as long as the config wants it; earlier versions did not say it of epochs."""
+    wanted = {"iterations": config.iterations} if online else {"epochs": config.offline.epochs}
+    return all(summary.get(name, value) == value for name, value in wanted.items())
+
+
+def _of_two_rewards(kept: Mapping[str, Any]) -> Iterator[str]:
+    for change in kept.get("changed", ()):
+        if "inputs.reward" in change:
+            yield (
+                f"warning: after iteration {change['after']} the reward is another version than before (--accept=reward):"
+                " rewards before and after need not be of one scale, the gain over the start included"
+            )
 
 
 def _outcome(summary: Mapping[str, Any]) -> str:
@@ -96,14 +118,16 @@ def _newest(run: Run[Any]) -> State:
 
 
 @contextmanager
-def on_run(config: Any, workdir: Path, backend: str, *, trained: bool = True) -> Iterator[tuple[Run[Any], State]]:
+def on_run(
+    config: Any, workdir: Path, backend: str, accept: Sequence[str] = (), *, trained: bool = True
+) -> Iterator[tuple[Run[Any], State]]:
     """A run at its newest checkpoint; or, not `trained`, at its start, which needs none."""
     if trained and not (workdir / "config.json").exists():
         raise UserError(f"--workdir={workdir} holds no run; train one first: --mode=train")
     with lock(workdir):
         inputs = read_inputs(config, backend)
-        check_config(workdir, run_keys(inputs.config, backend, inputs.digests))
-        with open_run(workdir, backend, inputs) as run:
+        kept = check_config(workdir, run_keys(inputs.config, backend, inputs.digests), accept=accept)
+        with open_run(workdir, backend, inputs, kept) as run:
             yield run, _newest(run) if trained else State(run.backend.environment())
 
 
@@ -112,9 +136,9 @@ def _check_samples(config: Any, mode: str) -> None:
         raise UserError(f"--mode={mode} needs an algorithm that samples, and config.algorithm is {config.algorithm!r}")
 
 
-def evaluate(config: Any, workdir: Path, backend: str) -> int:
+def evaluate(config: Any, workdir: Path, backend: str, accept: Sequence[str] = ()) -> int:
     """Scores the held-out queries with the newest checkpoint and prints the result; reuses what training evaluated."""
-    with on_run(config, workdir, backend) as (run, state):
+    with on_run(config, workdir, backend, accept) as (run, state):
         if not isinstance(run.algorithm, Algorithm):
             found = offline.evaluate(run, offline.examples(run)[1], state.iteration)
             numbers = (f"{name} {value:.4f}" for name, value in found.items() if isinstance(value, float))
@@ -131,7 +155,7 @@ def evaluate(config: Any, workdir: Path, backend: str) -> int:
     return 0
 
 
-def generate(config: Any, workdir: Path, backend: str) -> int:
+def generate(config: Any, workdir: Path, backend: str, accept: Sequence[str] = ()) -> int:
     """Keeps several responses of a model to a fixed set of queries, for --mode=compare, and prints the first of them.
 
     The model is the newest checkpoint of the run, or what it starts from; see config.generate.
@@ -141,7 +165,7 @@ def generate(config: Any, workdir: Path, backend: str) -> int:
     queries, second = responses.evaluation_set(config), responses.second_reward(config, backend)
     if any(query.completion for query in queries.queries):
         describe.check_installed()
-    with on_run(config, workdir, backend, trained=trained) as (run, state):
+    with on_run(config, workdir, backend, accept, trained=trained) as (run, state):
         path = responses.write(run, queries, second, backend=backend, iteration=state.iteration)
     found = responses.read(path.parent, int(path.stem[5:]))
     for rollout in found.rollouts[:_SHOWN]:
@@ -164,7 +188,7 @@ def compare(config: Any, workdir: Path, backend: str, runs: Sequence[str]) -> in
     return 0
 
 
-def export(config: Any, workdir: Path, backend: str) -> int:
+def export(config: Any, workdir: Path, backend: str, accept: Sequence[str] = ()) -> int:
     """Writes the newest checkpoint's adapter in PEFT's layout; merged weights and a push where the config asks for them.
 
     A reward model is always written merged: as such it is a reward.
@@ -173,7 +197,7 @@ def export(config: Any, workdir: Path, backend: str) -> int:
     merge = config.export.merged or head
     if merge:  # refused before anything is loaded or written
         importlib.import_module("ple_jax.export.merged").check_folder(workdir / ("reward_model" if head else "merged"))
-    adapter, iteration, base_model = _export_adapter(config, workdir, backend)
+    adapter, iteration, base_model = _export_adapter(config, workdir, backend, accept)
     print(f"adapter of iteration {iteration}: {adapter} (PEFT layout, base model {base_model})")
     folders = {adapter: config.export.push}
     if merge:
@@ -200,9 +224,9 @@ def export(config: Any, workdir: Path, backend: str) -> int:
     return 0
 
 
-def _export_adapter(config: Any, workdir: Path, backend: str) -> tuple[Path, int, str]:
+def _export_adapter(config: Any, workdir: Path, backend: str, accept: Sequence[str]) -> tuple[Path, int, str]:
     # a function of its own: the base's weights are freed when it returns, before the merged model is written
-    with on_run(config, workdir, backend) as (run, state):
+    with on_run(config, workdir, backend, accept) as (run, state):
         return write.write_adapter(run, state.iteration, finished(workdir)), state.iteration, run.base.name
 
 
@@ -210,11 +234,11 @@ def _use_reward(folder: Path) -> str:
     return f"use it: --config.reward.name=model --config.reward.kwargs=\"{{'path': '{folder}'}}\""
 
 
-def chat(config: Any, workdir: Path, backend: str) -> int:
+def chat(config: Any, workdir: Path, backend: str, accept: Sequence[str] = ()) -> int:
     """A conversation on the terminal with the newest checkpoint, its base, or both; reads lines from a pipe too."""
     _check_samples(config, "chat")
     # nothing is written after this: another process may have the directory, and Ctrl-C ends an answer, not the program
-    with on_run(config, workdir, backend) as (run, state):
+    with on_run(config, workdir, backend, accept) as (run, state):
         talk = chatting.Chat(
             run.backend.stream,
             run.base.tokenizer,

@@ -47,6 +47,14 @@ def no_validation(monkeypatch):
 
 @pytest.mark.usefixtures("no_validation")
 class TestParse:
+    def test_what_is_vouched_for(self, tmp_path):
+        run = parse(DEFAULT, f"--workdir={tmp_path}", "--accept=reward,config")
+        assert run.accept == ("reward", "config") and parse(DEFAULT, f"--workdir={tmp_path}").accept == ()
+        with pytest.raises(UserError, match="--accept=rewards: give reward, algorithm, config, .*; did you mean 'reward'?"):
+            parse(DEFAULT, f"--workdir={tmp_path}", "--accept=rewards")
+        with pytest.raises(UserError, match="--accept=reward: give reward, .*, with --mode train, "):
+            parse(DEFAULT, "--mode=plan", "--accept=reward")
+
     def test_overrides(self, tmp_path):
         run = parse(
             "--config.iterations=3",  # before --config: the order of flags does not matter
@@ -76,7 +84,7 @@ class TestParse:
         )
         expected.reward.kwargs = {"k": 1, "words": ("a",)}
         assert run.config.to_dict() == expected.to_dict()
-        assert run[1:] == (tmp_path, "jax", "evaluate", None, (), None)
+        assert run[1:] == (tmp_path, "jax", "evaluate", None, (), (), None)
         with pytest.raises(AttributeError):
             run.config.seed = 1
 
@@ -84,11 +92,11 @@ class TestParse:
         assert parse(DEFAULT, "--mode=plan", "--config.task.chat").config.task.chat is True
 
     def test_plan_needs_no_workdir(self):
-        assert parse(DEFAULT, "--mode=plan")[1:] == (Path("."), "jax", "plan", None, (), None)
+        assert parse(DEFAULT, "--mode=plan")[1:] == (Path("."), "jax", "plan", None, (), (), None)
 
     def test_compare_needs_runs_and_nothing_else(self, tmp_path):
         run = parse("--mode=compare", "--runs=a,PPO=b,PPO=c")
-        assert run[1:] == (Path("runs/comparison"), "jax", "compare", None, ("a", "PPO=b", "PPO=c"), None)
+        assert run[1:] == (Path("runs/comparison"), "jax", "compare", None, ("a", "PPO=b", "PPO=c"), (), None)
         assert run.config.to_dict() == default.get_config().to_dict()
         other = parse("--mode=compare", "--runs=a", f"--workdir={tmp_path}", "--config.compare.examples=3")
         assert other.workdir == tmp_path and other.config.compare.examples == 3

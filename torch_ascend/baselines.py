@@ -35,6 +35,7 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, logg
 
 from ple_jax import prompts
 from ple_jax.algorithms import Algorithm, Context
+from ple_jax.core.answers import AGAIN
 from ple_jax.core.errors import UserError
 from ple_jax.core.extras import need
 from ple_jax.core.types import Query, Response, Rollout
@@ -258,8 +259,8 @@ class Trl:
         if bad := [(rollout, r) for rollout in scored for r in rollout.responses if math.isnan(r.reward)]:
             raise UserError(
                 f"reward {run.reward.name} is not finite for {len(bad)} responses, such as prompt"
-                f" {bad[0][0].prompt[:80]!r}, response {bad[0][1].text[:80]!r}, and TRL leaves no query out: mend the"
-                " reward and give the same command again, or leave config.trainer at own"
+                f" {bad[0][0].prompt[:80]!r}, response {bad[0][1].text[:80]!r}, and TRL leaves no query out:"
+                f" {AGAIN}; or leave config.trainer at own, in another --workdir"
             )
         kept = scoring.transformed(scored, config.reward.transform)
         journal = Journal(run.session.workdir / "rollouts", self.state.iteration)

@@ -15,7 +15,8 @@ from ple_jax.core import identity
 from ple_jax.core.conversation import Conversation
 from ple_jax.core.errors import UserError
 
-AGAIN = "mend it and give the same command again: what was sampled is kept"
+# whose file is another one then, for which the user vouches (`identity.ACCEPTED`)
+AGAIN = "mend it and give the same command again with --accept=reward: what was sampled is kept"
 
 
 def digest(*what: Any) -> str:

@@ -36,8 +36,13 @@ def committing(path: Path, step: int, *, keep: int) -> Iterator[Path]:
     (partial / str(step)).rename(whole)
     to_disk(path)
     partial.rmdir()
-    for old in _steps(path)[:-keep]:
+    for old in steps(path)[:-keep]:
         _remove(path / str(old))
+
+
+def steps(path: Path) -> list[int]:
+    """The steps of which there are checkpoints, in order."""
+    return sorted(int(entry.name) for entry in path.glob("*") if re.fullmatch(r"\d+", entry.name))
 
 
 def newest(path: Path) -> Path | None:
@@ -46,10 +51,10 @@ def newest(path: Path) -> Path | None:
     Raises:
         Damaged: it is not; says what to remove.
     """
-    if not (steps := _steps(path)):
+    if not (found := steps(path)):
         return None
-    folder = path / str(steps[-1])
-    back = "go on from the one before it" if len(steps) > 1 else "train again from the start, on what was sampled"
+    folder = path / str(found[-1])
+    back = "go on from the one before it" if len(found) > 1 else "train again from the start, on what was sampled"
     try:
         listed = read_json(folder / MANIFEST) or {}
     except Damaged as error:
@@ -86,7 +91,3 @@ def _remove(folder: Path) -> None:
     """Removes a checkpoint; a kill in between leaves none that looks whole."""
     if folder.exists():
         shutil.rmtree(folder.rename(folder.with_name(f"{folder.name}.old.partial")))
-
-
-def _steps(path: Path) -> list[int]:
-    return sorted(int(entry.name) for entry in path.glob("*") if re.fullmatch(r"\d+", entry.name))

@@ -1,25 +1,31 @@
 """What identifies a run, and a method: the keys of a config that have a part in the result, and digests of what is read.
 
-A run goes on only under the config that it began with: its config.json holds what `run_keys` leaves of one, and no more than
-`EXECUTION` may differ. Runs are seeds of one method where `method_keys` leaves the same of both.
+A run goes on only under the config that it began with: its config.json holds what `run_keys` leaves of one. What may differ
+is how a run is computed (`EXECUTION`), how long it is (`LENGTH`, where that changes nothing of what is done), and what a
+user vouches for (`ACCEPTED`). Runs are seeds of one method where `method_keys` leaves the same of both.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 FORMAT = 2  # of config.json, journals and checkpoints; 1 had other keys, and none of this name
 # how a run is computed and not what: a run may go on, or be exported, with others
 EXECUTION = (
     "model.layers", "model.attention", "model.remat", "model.device", "model.ops", "sampling.server_key_env",
-    "sampling.server_sleep", "mesh.data", "mesh.fsdp", "mesh.tensor", "checkpoint.keep",
+    "sampling.server_sleep", "mesh.data", "mesh.fsdp", "mesh.tensor", "checkpoint.keep", "optimizer.micro_queries",
+    "reward.max_bad_share", "task.max_bad_share", "sinks",
 )  # fmt: skip
+LENGTH = ("iterations", "offline.epochs")
+# what --accept names, code of the user's that was mended while a run went on -> the keys that may then differ; "config" is
+# for a config.json that is gone
+ACCEPTED = {"reward": ("inputs.reward", "reward.kwargs"), "algorithm": ("inputs.algorithm",), "config": ()}
 # what other modes do with a finished run
 _MODES = ("export", "generate", "compare")
 # of a reward's kwargs: how it is computed and not what, so that a run may go on after a server was too slow
 _HOW = ("timeout", "retries", "backoff", "max_failures", "concurrency", "batch", "api_key_env", "headers", "rows", "device")
 # keys that make no other method of a run
-_NO_METHOD = (*EXECUTION, "format", "seed", "sinks")
+_NO_METHOD = (*EXECUTION, "format", "seed", "changed")
 _NO_METHOD_GROUPS = tuple(f"{group}." for group in ("eval", *_MODES))
 
 
@@ -31,12 +37,13 @@ def run_keys(config: Any, backend: str, digests: Mapping[str, str]) -> dict[str,
     del keys["model"]["revision"]  # the commit that it stands for is among the inputs
     # whether a server samples is a part of it, for its noise is another; where it is, is none
     keys["sampling"]["server"] = None if config.sampling.server is None else "vllm"
-    keys["reward"]["kwargs"] = _without(keys["reward"]["kwargs"], _HOW)
+    keys["reward"]["kwargs"] = without_how(keys["reward"]["kwargs"])
     return {"format": FORMAT, "backend": backend, **keys, "inputs": dict(digests)}
 
 
-def _without(tree: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
-    return {k: _without(v, keys) if isinstance(v, Mapping) else v for k, v in tree.items() if k not in keys}
+def without_how(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """A reward's options without those that say how it is computed: timeouts, retries, how many at once."""
+    return {k: without_how(v) if isinstance(v, Mapping) else v for k, v in kwargs.items() if k not in _HOW}
 
 
 def upgraded(kept: Mapping[str, Any]) -> dict[str, Any]:

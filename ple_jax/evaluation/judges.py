@@ -20,7 +20,7 @@ from ple_jax.core.errors import UserError
 from ple_jax.core.types import Reward
 
 WHERE = "config.compare.judge_kwargs"
-_AGAIN = "mend it and give the same command again: what was judged is kept"
+_AGAIN = "mend it and give the same command again: what one of the same version judged is kept"
 
 Decide = Callable[[Sequence[str], Sequence[str], Sequence[str]], Sequence[float]]
 

@@ -22,6 +22,7 @@ from ple_jax.core import plugins
 from ple_jax.core.answers import AGAIN, Cache, answered, digest, key
 from ple_jax.core.config import names
 from ple_jax.core.errors import UserError
+from ple_jax.core.identity import without_how
 from ple_jax.core.types import Reward
 
 WHERE = "config.reward.kwargs"  # what errors call a reward's options
@@ -59,7 +60,7 @@ def load(name: str, kwargs: Mapping[str, Any], **offered: Any) -> Reward:
             raise UserError(f"{WHERE} {dict(kwargs)!r}: {error}") from error
     known, words = names("rewards", ".py"), ("prompts", "responses")
     found, source = plugins.load_function(name, "reward.name", given=words, kwargs=kwargs, known=known)
-    return Reward(name, functools.partial(found, **kwargs), version=digest(source, kwargs))
+    return Reward(name, functools.partial(found, **kwargs), version=digest(source, without_how(kwargs)))
 
 
 def leaves(reward: Reward) -> list[Reward]:

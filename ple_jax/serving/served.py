@@ -197,7 +197,8 @@ class Served:
         if limit < tokens:
             raise UserError(
                 f"{self.server.url} takes {limit} tokens, and the longest prompt and its response are {tokens}: start it"
-                f" with --max-model-len {tokens} or more, or lower --config.sampling.max_new_tokens, {AGAIN}"
+                f" with --max-model-len {tokens} or more {AGAIN}; or lower --config.sampling.max_new_tokens, in another"
+                " --workdir"
             )
         names = {str(model[key]) for model in base for key in ("id", "root") if model.get(key)}
         if not self._compared and not any(same(self._base_model, name) for name in names):

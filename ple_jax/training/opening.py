@@ -2,9 +2,11 @@
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from ple_jax import algorithms, rewards
 from ple_jax.algorithms import Algorithm, OfflineAlgorithm
@@ -78,9 +80,42 @@ def _digests(config: Any, data: Data, rules: principles.Principles | None, rewar
     return {**digests, "model": hub.identity(config.model.path, config.model.revision)}
 
 
+def check_length(inputs: Inputs, found: Mapping[str, Any], done: int) -> None:
+    """Refuses another length than a run's config.json has where what was done so far would have been another.
+
+    Args:
+        found: config.json.
+        done: finished iterations, or steps of an algorithm that samples nothing.
+
+    Raises:
+        UserError: the run is longer already, or its thresholds depend on how long it is.
+    """
+    config = inputs.config
+    if not isinstance(inputs.algorithm, Algorithm):
+        if config.offline.epochs < (before := found["offline"]["epochs"]):
+            raise UserError(f"config.offline.epochs is {config.offline.epochs}, and was {before}: give at least as many")
+        return
+    if config.iterations < done:
+        raise UserError(f"config.iterations is {config.iterations}, and {done} are done: give at least as many")
+    before = ConfigDict(config.to_dict())
+    before.iterations = found["iterations"]
+    old, new = (inputs.algorithm.schedule(FrozenConfigDict(c)) for c in (before, config))
+    for i in range(min(before.iterations, config.iterations)):
+        if repr(float(old(i))) != repr(float(new(i))):
+            raise UserError(
+                f"config.iterations was {before.iterations} and cannot become {config.iterations}: the threshold depends on"
+                f" it (config.ple.schedule={config.ple.schedule!r}), of iteration {i} it was {old(i):g} and would be"
+                f" {new(i):g}; give another --workdir, or begin with the exponential or the constant schedule"
+            )
+
+
 @contextlib.contextmanager
-def open_run(workdir: Path, backend: str, inputs: Inputs) -> Iterator[Run[Any]]:
-    """Everything a run needs, cheap checks first; from here on the directory belongs to this config."""
+def open_run(workdir: Path, backend: str, inputs: Inputs, kept: Mapping[str, Any] | None = None) -> Iterator[Run[Any]]:
+    """Everything a run needs, cheap checks first; from here on the directory belongs to this config.
+
+    Args:
+        kept: what config.json is to hold (`workdir.going_on`); of a new directory it need not be given.
+    """
     config, algorithm = inputs.config, inputs.algorithm
     with Stop() as stop, Progress(_iterations(inputs)) as progress, contextlib.ExitStack() as stack:
         loss = algorithm.make_loss(config)
@@ -104,7 +139,8 @@ def open_run(workdir: Path, backend: str, inputs: Inputs) -> Iterator[Run[Any]]:
             stack.callback(built.close)
         stop.check()
         # not before everything above was found in order: a mistake mended should not need another directory
-        files.write_json(workdir / "config.json", identity.run_keys(config, backend, inputs.digests), sealed=True)
+        kept = kept or identity.run_keys(config, backend, inputs.digests)
+        files.write_json(workdir / "config.json", kept, sealed=True)
         cache = stack.enter_context(Cache(workdir / "rewards.sqlite"))
         outputs = sinks.make(names, workdir, config.to_dict())
         session = Session(workdir, outputs, config.checkpoint.keep, cache, progress, stop, Clock())

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ple_jax import rewards
+from ple_jax.core.answers import AGAIN
 from ple_jax.core.errors import UserError
 from ple_jax.core.types import Response, Reward, Rollout
 from ple_jax.training.journal import write
@@ -58,15 +59,15 @@ def quarantine(rollouts: Sequence[Rollout], name: str, reward: Reward, session: 
     first = bad[0]
     text = next(r.text for r in first.responses if math.isnan(r.reward))
     why = next(filter(None, (part.failure() for part in rewards.leaves(reward))), "")
-    what, mend = (f"gave nothing ({why})", "server") if why else ("is not finite", "reward")
+    what = f"gave nothing ({why})" if why else "is not finite"
+    again = "mend the server and give the same command again: what was sampled is kept" if why else AGAIN
     says = (
         f"reward {reward.name} {what} for {len(bad)} of {len(rollouts)} queries ({path}), such as prompt"
         f" {first.prompt[:80]!r}, response {text[:80]!r}"
     )
     if len(bad) > limit * len(rollouts) or not good:
         raise UserError(
-            f"{says}; that is more than reward.max_bad_share={limit}: mend the {mend} and give the same command again (what"
-            " was sampled is kept), or raise --config.reward.max_bad_share"
+            f"{says}; that is more than reward.max_bad_share={limit}: {again}; or raise --config.reward.max_bad_share"
         )
     session.progress.log(f"{says}; they are left out")
     return good

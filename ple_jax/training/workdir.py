@@ -7,15 +7,16 @@ report.html  summary.json (written last: it marks a finished run)
 
 import fcntl
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ple_jax.core.config import differing
+from ple_jax.core import commits
+from ple_jax.core.config import differing, flatten
 from ple_jax.core.errors import Damaged, UserError
 from ple_jax.core.files import plain, read_json
-from ple_jax.core.identity import EXECUTION, FORMAT, upgraded
+from ple_jax.core.identity import ACCEPTED, EXECUTION, FORMAT, LENGTH, upgraded
 
 SUMMARY = "summary.json"
 _FILES = (
@@ -51,21 +52,80 @@ def lock(workdir: Path) -> Iterator[None]:
         yield
 
 
-def check_config(workdir: Path, wanted: Mapping[str, Any]) -> None:
-    """Raises a UserError unless the directory is new or its config.json is the `wanted` one; names the differing keys."""
-    found = read_json(workdir / "config.json", remedy="put a copy of it back, or give another --workdir")
-    work = [name for name in _FILES if (workdir / name).exists()]
-    if found is not None and work and found.get("format", 1) != FORMAT:
-        found = _upgraded(found, wanted, workdir)
+def check_config(workdir: Path, wanted: Mapping[str, Any], *, accept: Sequence[str] = ()) -> dict[str, Any]:
+    """What config.json is to hold where nothing is trained: what it holds, or in a directory without work what is `wanted`.
+
+    Args:
+        accept: what the user vouches for, of `identity.ACCEPTED`.
+
+    Raises:
+        UserError: the directory belongs to another config; it names the keys that differ.
+    """
+    return _compared(workdir, wanted, accept)[0] or dict(wanted)
+
+
+def going_on(
+    workdir: Path,
+    wanted: Mapping[str, Any],
+    *,
+    accept: Sequence[str] = (),
+    check_length: Callable[[Mapping[str, Any], int], None] = lambda found, done: None,
+) -> dict[str, Any]:
+    """What config.json is to hold where training begins or goes on: what is `wanted`, and under "changed" what was changed
+    since it began, after how many iterations, from what to what.
+
+    Args:
+        check_length: (config.json, finished iterations) -> raises a UserError where the run cannot be as long as is wanted.
+
+    Raises:
+        UserError: as `check_config`.
+    """
+    found, keys = _compared(workdir, wanted, accept)
+    done = max(commits.steps(workdir / "checkpoints"), default=0)
     if found is None:
-        if work:
-            raise UserError(f"--workdir={workdir} holds {work[0]} but no config.json; give an empty folder")
-    # without any work in it a directory may change hands: a mistake that was mended should not need another one
-    elif work and (keys := [key for key in differing(found, plain(wanted)) if key not in EXECUTION]):
+        gone = [{"after": done, "config.json": "was gone"}] if _work(workdir) else []
+        return {**wanted, **({"changed": gone} if gone else {})}
+    if any(key in LENGTH for key in keys):
+        check_length(found, done)
+    before, after = flatten(found), flatten(plain(wanted))
+    new = {"after": done} | {key: [before.get(key), after.get(key)] for key in keys}
+    changed = [*found.get("changed", []), *([new] if keys else [])]
+    return {**wanted, **({"changed": changed} if changed else {})}
+
+
+def _compared(
+    workdir: Path, wanted: Mapping[str, Any], accept: Sequence[str]
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """config.json of a directory with work in it, and the keys that differ; None where there is none, or no work."""
+    path, work = workdir / "config.json", _work(workdir)
+    same = "where this is the command that began the run"
+    found = read_json(path, remedy=f"put a copy of it back, or, {same}, remove it and add --accept=config")
+    if found is None and work and "config" not in accept:
         raise UserError(
-            f"--workdir={workdir} belongs to another config, differing in {', '.join(keys)};"
-            " give the same config or another --workdir"
+            f"--workdir={workdir} holds {work[0]} but no config.json; give an empty folder, or, {same}, add --accept=config"
         )
+    # without any work in it a directory may change hands: a mistake that was mended should not need another one
+    if found is None or not work:
+        return None, []
+    if found.get("format", 1) != FORMAT:
+        found = _upgraded(found, wanted, workdir)
+    keys = differing({k: v for k, v in found.items() if k != "changed"}, plain(wanted))
+    vouched = [key for name in accept for key in ACCEPTED[name]]
+    if refused := [key for key in keys if key not in (*EXECUTION, *LENGTH, *vouched)]:
+        names = ", ".join(refused)
+        raise UserError(f"--workdir={workdir} belongs to another config, differing in {names}; {_remedy(refused)}")
+    return found, keys
+
+
+def _remedy(refused: Sequence[str]) -> str:
+    mended = {name for name, keys in ACCEPTED.items() for key in refused if key in keys}
+    if all(any(key in ACCEPTED[name] for name in mended) for key in refused):
+        return f"to go on with it as it is now, add --accept={','.join(sorted(mended))}; or give another --workdir"
+    return "give the same config or another --workdir"
+
+
+def _work(workdir: Path) -> list[str]:
+    return [name for name in _FILES if (workdir / name).exists()]
 
 
 def summary(workdir: Path) -> dict[str, Any]:

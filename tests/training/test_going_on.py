@@ -1,0 +1,294 @@
+"""What a run says when it cannot go on works when it is done: every advice is followed here, as a user would follow it."""
+
+import json
+import shutil
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from configs import tiny as tiny_config
+from ple_jax import modes
+from ple_jax.core.errors import UserError
+from ple_jax.core.files import read_json
+from ple_jax.models import peft
+from ple_jax.training import opening
+from torch_ascend.backend import TorchBackend
+
+REWARD = """
+def reward(prompts, responses, timeout=1):
+    return [{value} for p, r in zip(prompts, responses)]
+"""
+GOOD = "sum(c.islower() for c in r) / 8"
+
+
+@pytest.fixture
+def mine(tmp_path) -> Path:
+    (tmp_path / "mine.py").write_text(REWARD.format(value=GOOD))
+    return tmp_path / "mine.py"
+
+
+def config(**changes: Any) -> FrozenConfigDict:
+    c = tiny_config.get_config()
+    c.sinks = ()
+    for key, value in changes.items():
+        *parents, name = key.split("__")
+        node = c
+        for parent in parents:
+            node = node[parent]
+        node[name] = ConfigDict(value) if isinstance(value, dict) else value
+    return FrozenConfigDict(c)
+
+
+def train(workdir: Path, *accept: str, **changes: Any) -> None:
+    assert modes.train(config(**{"iterations": 2, **changes}), workdir, "torch", accept) == 0
+
+
+def own(file: Path, **kwargs: Any) -> dict[str, Any]:
+    return {"reward__name": f"{file}:reward", "reward__kwargs": kwargs}
+
+
+def outcome(path: Path) -> dict[str, bytes]:
+    found = [path / "adapter" / "adapter_model.safetensors"]
+    found += [file for name in ("rollouts", "evaluations") for file in (path / name).iterdir()]
+    return {str(file.relative_to(path)): file.read_bytes() for file in found}
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def sampled(monkeypatch) -> list[int]:
+    """Rows sampled, a number for every call."""
+    rows, generate = [], TorchBackend.generate
+
+    def counting(self, prompts, *args, **kwargs):
+        rows.append(len(prompts))
+        return generate(self, prompts, *args, **kwargs)
+
+    monkeypatch.setattr(TorchBackend, "generate", counting)
+    return rows
+
+
+# ---------------------------------------------------------------- a mended reward
+
+
+@pytest.mark.parametrize(
+    ("broken", "says"),
+    [
+        ("1 / 0 if p == 'blue sky' else " + GOOD, "reward .*mine.py:reward' failed on .* responses: ZeroDivisionError"),
+        pytest.param("'high' if p == 'blue sky' else " + GOOD, "gave str 'high' for .* 'blue sky'", marks=pytest.mark.slow),
+        pytest.param("float('nan') if p == 'blue sky' else " + GOOD, "not finite for 1 of 8", marks=pytest.mark.slow),
+    ],
+    ids=["an exception", "a text", "nan"],
+)
+def test_a_mended_reward_goes_on(broken, says, mine, tmp_path, sampled):
+    """`blue sky` is drawn in the second iteration first: the one before it is done by then."""
+    mine.write_text(REWARD.format(value=broken))
+    with pytest.raises(UserError, match=f"{says}.*mend it and give the same command again with --accept=reward: what was"):
+        train(tmp_path / "run", **own(mine))
+    first, asked = (tmp_path / "run" / "rollouts" / "iter_0000.jsonl").read_bytes(), sum(sampled)
+    stored = values(tmp_path / "run")
+    mine.write_text(REWARD.format(value=GOOD))
+    with pytest.raises(UserError, match="differing in inputs.reward; to go on with it as it is now, add --accept=reward;"):
+        train(tmp_path / "run", **own(mine))
+    assert sum(sampled) == asked and values(tmp_path / "run") == stored
+    train(tmp_path / "run", "reward", **own(mine))
+    assert sum(sampled) == asked + 8  # the last evaluation alone: what was sampled is kept
+    assert (tmp_path / "run" / "rollouts" / "iter_0000.jsonl").read_bytes() == first
+    assert stored.items() <= values(tmp_path / "run").items()  # the other version's are left alone
+    kept = read_json(tmp_path / "run" / "config.json")
+    (change,) = kept["changed"]
+    assert change["after"] == 1 and change["inputs.reward"][1] == kept["inputs"]["reward"] != change["inputs.reward"][0]
+    # as it is recorded, nobody needs to vouch for it again, and nothing more is recorded
+    train(tmp_path / "run", **own(mine))
+    assert read_json(tmp_path / "run" / "config.json") == kept
+    # it gives what it gave where it was right, so the run ends as one that never failed
+    train(tmp_path / "whole", **own(mine))
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+
+
+def values(path: Path) -> dict[str, float]:
+    with sqlite3.connect(path / "rewards.sqlite") as database:
+        return dict(database.execute("SELECT key, value FROM answer").fetchall())
+
+
+def test_what_is_vouched_for_is_said_where_the_scales_may_differ(mine, tmp_path, capsys):
+    train(tmp_path / "run", iterations=1, **own(mine))
+    mine.write_text(REWARD.format(value="len(r)"))
+    capsys.readouterr()
+    train(tmp_path / "run", "reward", **own(mine))
+    assert "warning: after iteration 1 the reward is another version than before" in capsys.readouterr().out
+    found = lines(tmp_path / "run" / "metrics.jsonl")
+    assert found[2]["heldout_reward"] > 1 > found[1]["reward_plain"]
+
+
+def test_other_inputs_are_not_vouched_for(mine, tmp_path):
+    train(tmp_path / "run", iterations=1, **own(mine))
+    mine.write_text(REWARD.format(value="len(r)"))
+    with pytest.raises(UserError, match="differing in inputs.reward, seed; give the same config or another --workdir"):
+        train(tmp_path / "run", seed=1, **own(mine))
+    with pytest.raises(UserError, match="differing in seed; give the same config"):
+        train(tmp_path / "run", "reward", "algorithm", seed=1, **own(mine))
+
+
+@pytest.mark.slow
+def test_a_mended_algorithm_goes_on(tmp_path):
+    variant = tmp_path / "variant.py"
+    good = "from ple_jax.algorithms.ple import *\n"
+    first = "ple.label(rollouts, context) if context.iteration == 0 else 1 / 0"
+    variant.write_text(f"{good}from ple_jax.algorithms import ple\n\ndef label(rollouts, context):\n    return {first}\n")
+    with pytest.raises(ZeroDivisionError):
+        train(tmp_path / "run", algorithm=str(variant))
+    variant.write_text(good)
+    with pytest.raises(UserError, match="differing in inputs.algorithm; to go on with it .*, add --accept=algorithm;"):
+        train(tmp_path / "run", algorithm=str(variant))
+    train(tmp_path / "run", "algorithm", algorithm=str(variant))
+    train(tmp_path / "whole", algorithm=str(variant))
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+
+
+# ---------------------------------------------------------------- how, and not what
+
+
+def test_more_bad_queries_are_allowed_after_the_fact(mine, tmp_path, sampled):
+    mine.write_text(REWARD.format(value="float('nan') if p == 'blue sky' else " + GOOD))
+    with pytest.raises(UserError, match="or raise --config.reward.max_bad_share"):
+        train(tmp_path / "run", **own(mine))
+    asked = sum(sampled)
+    train(tmp_path / "run", reward__max_bad_share=0.5, **own(mine))
+    assert sum(sampled) == asked + 8
+    train(tmp_path / "whole", reward__max_bad_share=0.5, **own(mine))
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+
+
+def test_smaller_passes_after_memory_ran_out(tmp_path, monkeypatch):
+    """The remedy of an error for too little memory; results are equal to rounding."""
+    with monkeypatch.context() as patch:
+        patch.setattr(TorchBackend, "update", lambda *_, **__: (_ for _ in ()).throw(MemoryError))
+        with pytest.raises(MemoryError):
+            train(tmp_path / "run", optimizer__micro_queries=4)
+    train(tmp_path / "run", optimizer__micro_queries=1)
+    train(tmp_path / "whole", optimizer__micro_queries=4)
+    ours, theirs = (peft.read(tmp_path / name / "adapter")[0] for name in ("run", "whole"))
+    for name, tensor in theirs.items():
+        np.testing.assert_allclose(ours[name], tensor, rtol=0, atol=1e-4)
+    (change,) = read_json(tmp_path / "run" / "config.json")["changed"]
+    assert change == {"after": 0, "optimizer.micro_queries": [4, 1]}
+
+
+def test_a_longer_timeout_of_ones_own_function_is_no_other_reward(mine, tmp_path):
+    train(tmp_path / "run", iterations=1, **own(mine, timeout=1))
+    stored = values(tmp_path / "run")
+    train(tmp_path / "run", iterations=2, **own(mine, timeout=60))
+    assert stored.items() <= values(tmp_path / "run").items()
+
+
+# ---------------------------------------------------------------- more iterations
+
+
+@pytest.mark.parametrize("finished", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["finished", "unfinished"])
+def test_more_iterations_end_as_if_they_had_been_asked_for_at_once(finished, tmp_path, monkeypatch):
+    if finished:
+        train(tmp_path / "run", iterations=1)
+        assert lines(tmp_path / "run" / "metrics.jsonl")[-1]["iteration"] == 1
+    else:
+        with monkeypatch.context() as patch:
+            patch.setattr(modes.write, "write_adapter", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                train(tmp_path / "run", iterations=1)
+    train(tmp_path / "run", iterations=3)
+    train(tmp_path / "whole", iterations=3)
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+    summary, page = read_json(tmp_path / "run" / "summary.json"), (tmp_path / "run" / "report.html").read_text()
+    whole = read_json(tmp_path / "whole" / "summary.json")
+    assert summary["iterations"] == 3 and summary["heldout_reward_after"] == whole["heldout_reward_after"]
+    assert summary["generated_tokens"] == whole["generated_tokens"]
+    assert page.count("<h2") == (tmp_path / "whole" / "report.html").read_text().count("<h2")
+    assert {"after": 1, "iterations": [1, 3]} in read_json(tmp_path / "run" / "config.json")["changed"]
+    with pytest.raises(UserError, match="config.iterations is 2, and 3 are done: give at least as many"):
+        train(tmp_path / "run", iterations=2)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "says"),
+    [
+        ({"ple__schedule": "linear"}, r"depends on it \(config.ple.schedule='linear'\), of iteration 1 it was 0.1"),
+        ({"ple__schedule": "cosine"}, r"config.ple.schedule='cosine'\), of iteration 1 it was 0.1 and would be 0.15"),
+        ({"ple__schedule": "constant"}, None),
+        ({"ple__selection": "percentile", "ple__rank": "dpo"}, None),
+        ({"ple__tau_0": float("inf"), "ple__schedule": "linear"}, None),
+    ],
+    ids=str,
+)
+def test_a_schedule_that_spreads_over_all_iterations_takes_no_more(schedule, says):
+    """Half of 0.2 after one of two iterations, and two thirds after one of three (linear); by hand for cosine too."""
+    inputs = opening.read_inputs(config(iterations=3, **schedule), "torch")
+    if says is None:
+        opening.check_length(inputs, {"iterations": 2}, 2)
+    else:
+        with pytest.raises(UserError, match=says):
+            opening.check_length(inputs, {"iterations": 2}, 2)
+
+
+@pytest.mark.slow
+def test_more_epochs_of_a_reward_model_end_as_if_they_had_been_asked_for_at_once(tmp_path):
+    rows = [{"prompt": f"query {i}", "chosen": "abc" * (1 + i % 2), "rejected": f"XYZ{i}"} for i in range(12)]
+    for name, some in {"train": rows[:8], "heldout": rows[8:]}.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, some)))
+    settings = {f"task__{name}": str(tmp_path / f"{name}.jsonl") for name in ("train", "heldout")}
+    settings |= {"algorithm": "reward", "offline__eval_every": 2}
+    for name, epochs in (("run", 1), ("run", 2), ("whole", 2)):
+        train(tmp_path / name, offline__epochs=epochs, **settings)
+    ours, whole = (tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("run", "whole"))
+    assert ours.read_bytes() == whole.read_bytes()
+    done = read_json(tmp_path / "run" / "summary.json")
+    assert (done["epochs"], done["steps"]) == (2, 4)
+    with pytest.raises(UserError, match="config.offline.epochs is 1, and was 2: give at least as many"):
+        train(tmp_path / "run", offline__epochs=1, **settings)
+
+
+def test_what_is_to_be_removed_is_all_that_stands_in_the_way(tmp_path):
+    """A checkpoint and the stored rewards."""
+    train(tmp_path / "run", iterations=1)
+    shutil.copytree(tmp_path / "run", tmp_path / "whole")
+    (tmp_path / "run" / "summary.json").unlink()
+    (tmp_path / "run" / "rewards.sqlite").write_bytes(b"not a database" * 300)
+    (tmp_path / "run" / "checkpoints" / "1" / "meta.json").write_text("{}")
+    shutil.rmtree(tmp_path / "run" / "rollouts")
+    with pytest.raises(UserError, match=r"checkpoints/1 is damaged .*; remove that folder to go on from the one before it"):
+        train(tmp_path / "run", iterations=1)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "1")
+    with pytest.raises(UserError, match="rewards.sqlite is damaged .*; delete it: what it held is scored again"):
+        train(tmp_path / "run", iterations=1)
+    (tmp_path / "run" / "rewards.sqlite").unlink()
+    train(tmp_path / "run", iterations=1)
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+
+
+def test_without_its_config_a_run_goes_on_where_the_user_vouches_for_it(tmp_path):
+    train(tmp_path / "run", iterations=1)
+    path = tmp_path / "run" / "config.json"
+    path.write_text(path.read_text().replace('"seed": 0', '"seed": 1'))
+    with pytest.raises(UserError, match="config.json is damaged.*remove it and add --accept=config"):
+        train(tmp_path / "run")
+    path.unlink()
+    with pytest.raises(UserError, match="no config.json; give an empty folder, or, where .* add --accept=config"):
+        train(tmp_path / "run")
+    train(tmp_path / "run", "config")
+    train(tmp_path / "whole")
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+    assert read_json(path)["changed"] == [{"after": 1, "config.json": "was gone"}]
+
+
+def test_modes_that_train_nothing_leave_the_config_alone(tmp_path, capsys):
+    """And take a run whatever its length is: it is that of the newest checkpoint."""
+    train(tmp_path / "run", iterations=1)
+    before = (tmp_path / "run" / "config.json").read_bytes()
+    assert modes.evaluate(config(iterations=5, optimizer__micro_queries=1), tmp_path / "run", "torch") == 0
+    assert "iteration 1: held-out reward" in capsys.readouterr().out
+    assert (tmp_path / "run" / "config.json").read_bytes() == before

@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, FrozenConfigDict
 from ml_collections.config_flags import config_flags
 
-from ple_jax.core import extras, shipped
+from ple_jax.core import extras, shipped, streams
 from ple_jax.core.backends import BACKENDS
 from ple_jax.core.config import OWN, flatten, renamed, validate
 from ple_jax.core.errors import UserError, suggestion
@@ -27,7 +28,7 @@ from ple_jax.core.rules import written
 from ple_jax.core.secrets import redacted
 from ple_jax.core.version import VERSION
 from ple_jax.models import smollm2
-from ple_jax.training.interrupt import MESSAGE, Interrupted
+from ple_jax.training.interrupt import MESSAGE, Interrupted, Stop
 
 _LONGEST = 255  # bytes of the name of a file or folder
 MODES = ("train", "evaluate", "generate", "compare", "plan", "export", "chat")  # functions of ple_jax.modes
@@ -134,7 +135,7 @@ def one_line_errors() -> Iterator[None]:
     except UserError as error:
         print(f"error: {redacted(' '.join(str(error).split()))}", file=sys.stderr)
         sys.exit(2)
-    except (Interrupted, KeyboardInterrupt) as stopped:
+    except KeyboardInterrupt as stopped:
         print(MESSAGE, file=sys.stderr)
         sys.exit(128 + (stopped.number if isinstance(stopped, Interrupted) else signal.SIGINT))
     except Exception as error:
@@ -173,7 +174,7 @@ def _load(config: str) -> tuple[Path, ConfigDict]:
     try:
         found = config_flags.ConfigFileFlagParser("config").parse(f"{file}{colon}{argument}")
         found.to_dict()
-    except Exception as error:  # the file is the user's code: anything may come out of it
+    except (Exception, SystemExit) as error:  # the file is the user's code: anything may come out of it
         # ml_collections puts a traceback before the message
         reason = str(error).strip().splitlines()[-1:] or [""]
         raise UserError(f"config file {str(file)!r} does not load: {type(error).__name__}: {reason[0]}") from error
@@ -325,8 +326,19 @@ def main(run: CommandLine) -> int:
         return _init(run.file, run.workdir)
     modes = importlib.import_module("ple_jax.modes")
     options = {name: value for name in ("topology", "runs", "accept") if (value := getattr(run, name))}
-    with _processes(run) as leads:
+    with _processes(run) as leads, _to_the_end():
         return getattr(modes, run.mode)(run.config, run.workdir, run.backend, **options) if leads else 0
+
+
+@contextlib.contextmanager
+def _to_the_end() -> Iterator[None]:
+    """A context that nothing leaves with an exit code of its own: sys.exit(0) in a user's code is no success."""
+    try:
+        yield
+    except SystemExit as error:
+        *_, last = traceback.extract_tb(error.__traceback__)
+        where = f"{last.filename}:{last.lineno}"
+        raise UserError(f"{where} ended the program with sys.exit({error.code!r}); take that out") from error
 
 
 def _init(file: Path, workdir: Path) -> int:
@@ -353,7 +365,9 @@ def cli() -> None:
     flags.FLAGS.mark_as_parsed()
     # warnings only: absl's default of INFO lets Orbax report every step of a checkpoint
     flags.FLAGS.verbosity = -1  # type: ignore[assignment]  # to absl a flag is of any type
-    app.run(one_line_errors()(main), flags_parser=one_line_errors()(parse))
+    sys.stdout, sys.stderr = streams.lasting(sys.stdout), streams.lasting(sys.stderr)
+    with one_line_errors(), Stop(at_once=True):
+        app.run(one_line_errors()(main), flags_parser=one_line_errors()(parse))
 
 
 if __name__ == "__main__":

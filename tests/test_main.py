@@ -1,7 +1,7 @@
 """The entry: good command lines give a Run; bad ones give one line, exit code 2, and cost no heavy import."""
 
 import errno
-import importlib
+import importlib.util
 import itertools
 import logging
 import os
@@ -176,6 +176,7 @@ class TestParse:
             ("import no_such_module", "No module named 'no_such_module'"),
             ("x = 1", "no attribute 'get_config'"),
             ("def get_config(): return None", "to_dict"),
+            ("import sys; sys.exit(0)", "SystemExit: 0"),
             ("def get_config(): return open('/no/such/file')", "/no/such/file"),
             ("from configs import default\ndef get_config():\n  default.get_config().seed = 'a'", "seed"),
         ],
@@ -281,6 +282,17 @@ def test_main_calls_the_mode(mode, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "ple_jax.modes", modes)
     assert main.main(main.CommandLine("config", tmp_path, "jax", mode)) == 7
     assert calls == [("config", tmp_path, "jax")]
+
+
+def test_only_the_end_of_a_run_ends_it(monkeypatch, tmp_path):
+    """sys.exit(0) in what a config names, an algorithm say, is not taken for a run that is done."""
+    (tmp_path / "variant.py").write_text("import sys\n\ndef train(*_):\n    sys.exit(0)\n")
+    spec = importlib.util.spec_from_file_location("variant", tmp_path / "variant.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setitem(sys.modules, "ple_jax.modes", module)
+    with pytest.raises(UserError, match=r"variant.py:4 ended the program with sys.exit\(0\); take that out"):
+        main.main(main.CommandLine("config", tmp_path, "jax", "train"))
 
 
 def test_errors_are_one_line(capsys):

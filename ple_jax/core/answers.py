@@ -156,7 +156,7 @@ def _asked(ask: Callable[..., Any], columns: Sequence[list[str]], failed: str, a
         return ask(*columns), None
     except Incomplete as error:
         return error.values, error
-    except UserError:
+    except (UserError, KeyboardInterrupt):
         raise
-    except Exception as error:  # it may be the user's code: anything may come out of it
+    except BaseException as error:  # it may be the user's code: anything may come out of it, sys.exit(0) too
         raise UserError(f"{failed}: {type(error).__name__}: {error}; {again}") from error

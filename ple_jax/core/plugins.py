@@ -39,7 +39,7 @@ def load_module(name: str, key: str) -> ModuleType:
         return module
     except UserError:
         raise
-    except Exception as error:  # the code is the user's: anything may come out of it
+    except (Exception, SystemExit) as error:  # the code is the user's: anything may come out of it
         raise UserError(f"config.{key} {name!r} does not import: {type(error).__name__}: {error}") from error
 
 

@@ -4,6 +4,7 @@ Everything on disk is consistent at any moment (the journal and the checkpoint s
 a compilation loses only the unit in hand.
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -12,12 +13,14 @@ import time
 from collections.abc import Iterator
 from types import TracebackType
 
+from ple_jax.core.forks import in_children
+
 _ONE = 1.0  # seconds within which two signals are one
 MESSAGE = "stopped; nothing finished is lost: give the same command again to continue"
 
 
-class Interrupted(BaseException):
-    """Raised by `Stop.check`. Not an Exception: no handler of errors should take it for one."""
+class Interrupted(KeyboardInterrupt):
+    """Raised by a `Stop`. Not an Exception: no handler of errors should take it for one."""
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
@@ -28,29 +31,53 @@ class Stop:
     """A context in which SIGTERM and SIGINT ask for a stop instead of ending the program at once.
 
     Python runs signal handlers only between bytecodes, which a compilation of a minute is not; so a thread waits at the
-    pipe that the interpreter's C handler writes to, and ends the program when the grace is over.
+    pipe that the interpreter's C handler writes to, and ends the program when the grace is over. Forked children have
+    neither the handlers nor the pipe.
+
+    Args:
+        grace: seconds until the program is ended.
+        at_once: for what has no safe points: SIGTERM raises `Interrupted` wherever the program is, as SIGINT does without
+            a Stop.
     """
 
-    def __init__(self, *, grace: float = 20.0):
-        self._grace = grace
+    def __init__(self, *, grace: float = 20.0, at_once: bool = False):
+        self._grace, self._at_once = grace, at_once
         self._number = 0
         self._asked = 0.0  # when, in seconds of the monotonic clock
+        self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> "Stop":
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
-        self._handlers = {s: signal.signal(s, lambda number, _: None) for s in (signal.SIGTERM, signal.SIGINT)}
+        numbers = (signal.SIGTERM,) if self._at_once else (signal.SIGTERM, signal.SIGINT)
+        self._handlers = {number: signal.signal(number, self._asked_for) for number in numbers}
         self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        self._stack.enter_context(in_children(self._forget))
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self._stack.close()
         signal.set_wakeup_fd(self._wakeup)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         os.close(self._write)  # ends the thread
         self._thread.join(1.0)
+        if kind is None:
+            self.check()  # was asked for after the last safe point
+
+    def _forget(self) -> None:
+        """In a child: signals mean to it what they meant before, and what it is sent is not told to the parent."""
+        signal.set_wakeup_fd(-1)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        os.close(self._read)
+        os.close(self._write)
+
+    def _asked_for(self, number: int, frame: object) -> None:
+        if self._at_once:
+            raise Interrupted(number)
 
     def check(self) -> None:
         """Raises `Interrupted` if a stop was asked for; called between units of work."""
@@ -59,7 +86,7 @@ class Stop:
 
     def _watch(self) -> None:
         for number in self._bytes():
-            if number not in (signal.SIGTERM, signal.SIGINT):
+            if number not in self._handlers:
                 continue
             if self._number:
                 # asked twice: at once. But of Ctrl-C a launcher's processes hear twice, from the terminal and from it
@@ -67,7 +94,8 @@ class Stop:
                     self._leave()
                 continue
             self._number, self._asked = number, time.monotonic()
-            print(f"\n{signal.Signals(number).name}: stopping at the next safe point", file=sys.stderr, flush=True)
+            if not self._at_once:
+                print(f"\n{signal.Signals(number).name}: stopping at the next safe point", file=sys.stderr, flush=True)
             timer = threading.Timer(self._grace, self._leave)
             timer.daemon = True
             timer.start()

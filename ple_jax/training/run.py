@@ -11,7 +11,7 @@ from ple_jax.training.interrupt import Stop
 from ple_jax.training.progress import Progress
 from ple_jax.training.prompting import Prompts
 
-_START = time.time()
+_START = time.monotonic()  # and not the time of day, which may be set back
 A = TypeVar("A")  # Algorithm or OfflineAlgorithm
 
 
@@ -34,7 +34,7 @@ class Clock:
 
     def lap(self) -> float:
         """Seconds since the last lap; the first one counts from the start of the process."""
-        now = time.time()
+        now = time.monotonic()
         elapsed, self._last = now - self._last, now
         return elapsed
 

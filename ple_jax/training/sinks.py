@@ -66,7 +66,9 @@ def _tensorboard(workdir: Path, config: dict[str, Any]) -> Sink:
     summary = _package("tensorboard.compat.proto.summary_pb2", "tensorboard").Summary
     folder = workdir / "tensorboard"
     folder.mkdir(exist_ok=True)
-    path = folder / f"events.out.tfevents.{time.time_ns():020d}.{os.getpid()}"
+    # TensorBoard reads files by their names: this one comes last even where the clock was set back
+    newest = max((int(file.name.split(".")[3]) for file in folder.glob("events.out.tfevents.*.*")), default=-1)
+    path = folder / f"events.out.tfevents.{max(time.time_ns(), newest + 1):020d}.{os.getpid()}"
 
     def sink(metrics: dict[str, float], step: int) -> None:
         values = [summary.Value(tag=key, simple_value=value) for key, value in metrics.items()]

@@ -16,6 +16,7 @@ from ple_jax.core import commits
 from ple_jax.core.config import differing, flatten
 from ple_jax.core.errors import Damaged, UserError
 from ple_jax.core.files import plain, read_json
+from ple_jax.core.forks import in_children
 from ple_jax.core.identity import ACCEPTED, EXECUTION, FORMAT, LENGTH, upgraded
 
 SUMMARY = "summary.json"
@@ -27,17 +28,18 @@ _FILES = (
 
 @contextmanager
 def lock(workdir: Path) -> Iterator[None]:
-    """One writer per work directory. The kernel frees the lock when the process ends, however it ends.
+    """One writer per work directory. The kernel frees the lock when the process ends, however it ends; children that it
+    forked have none.
 
     Raises:
         UserError: another process holds it, or the folder cannot be written.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        handle = (workdir / ".lock").open("a+")
+        handle = (workdir / ".lock").open("a+", errors="replace")
     except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be written: {error}") from error
-    with handle:
+    with handle, in_children(handle.close):  # a lock of flock is the open file's: what stays open keeps it
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

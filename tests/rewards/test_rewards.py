@@ -304,6 +304,23 @@ def test_a_reward_that_fails_is_named():
     with pytest.raises(UserError, match="reward 'mine' failed on 2 responses: KeyError: 'weights'; .*same command again"):
         rewards.score(Reward("mine", fails), PROMPTS, ANSWERS)
 
+    class Cancelled(BaseException):
+        """As asyncio's: nothing that `except Exception` sees."""
+
+    for error, said in ((SystemExit(0), "SystemExit: 0"), (SystemExit(), "SystemExit: "), (Cancelled(), "Cancelled: ")):
+
+        def ends(prompts, responses, error=error):
+            raise error
+
+        with pytest.raises(UserError, match=f"reward 'mine' failed on 2 responses: {said}; .*same command again"):
+            rewards.score(Reward("mine", ends), PROMPTS, ANSWERS)
+
+    def interrupted(prompts, responses):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):  # the user's own, where nothing else stops a program
+        rewards.score(Reward("mine", interrupted), PROMPTS, ANSWERS)
+
     def refuses(prompts, responses):
         raise UserError("as it is")
 

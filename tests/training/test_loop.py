@@ -126,6 +126,7 @@ def test_a_variant_is_one_file(default_run, tmp_path):
         ("x = 1\n", "lacks collect"),
         ("import no_such_module\n", "does not import: ModuleNotFoundError"),
         ("1 / 0\n", "does not import: ZeroDivisionError"),
+        ("import sys; sys.exit(0)\n", "does not import: SystemExit: 0"),
     ],
 )
 def test_a_broken_variant_is_named(tmp_path, code, says):

@@ -1,0 +1,40 @@
+"""Standard output and error that outlive their readers: a training goes on when `head` has seen enough."""
+
+import errno
+import io
+import os
+from typing import Any, TextIO
+
+_NOBODY = (errno.EPIPE, errno.EIO)  # a pipe without a reader, a terminal that was closed
+
+
+class _Raw(io.FileIO):
+    """A file whose reader may go: from then on what is written to its descriptor goes nowhere."""
+
+    def write(self, data: Any) -> int:  # any buffer
+        try:
+            return super().write(data) or 0
+        except OSError as error:
+            if error.errno not in _NOBODY:
+                raise
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.fileno())
+        os.close(nowhere)
+        return len(data)
+
+
+def lasting(stream: TextIO) -> TextIO:
+    """The same stream, which nobody has to read; as it is, where it is no file."""
+    try:
+        stream.flush()
+        raw = _Raw(stream.fileno(), "wb", closefd=False)
+    except (AttributeError, OSError, ValueError):  # None, or a text in memory
+        return stream
+    through = bool(getattr(stream, "write_through", False))
+    return io.TextIOWrapper(
+        raw if through else io.BufferedWriter(raw),  # as python -u has it
+        encoding=stream.encoding,
+        errors=stream.errors,
+        line_buffering=bool(stream.line_buffering),
+        write_through=through,
+    )

@@ -59,7 +59,11 @@ def get_config() -> ConfigDict:
     c.task.max_bad_share = 0.05  # of records that cannot be used; more stop the run (they are listed in bad_records.jsonl)
     c.task.chat = False  # render queries with the tokenizer's chat template, principles in the system turn
     c.task.thinking = False  # let a reasoning model think before it answers; the reward sees the answer alone
+    # today's to chat templates that ask for it (Llama 3.2, SmolLM3 ...), YYYY-MM-DD; unset: the day on which the run began
+    c.task.date = config_dict.placeholder(str)
     c.task.max_prompt_tokens = 1024  # a longer plain prompt is a bad record; one of format=tldr is cut between paragraphs
+    # of the data's own answers (sft, dpo, warm_up); a longer one is cut, without EOS then, and how many are is said
+    c.task.max_answer_tokens = 1024
 
     # named sets (ple_jax/prompts/principles) or text files; several are joined: "helpful_harmless+concise"
     c.principles = "positive_review"

@@ -42,6 +42,7 @@ class Chat:
         principles: str,
         context: int,
         seed: int,
+        date: str = prompts.DATE,
         write: Callable[[str], object],
     ):
         """
@@ -51,10 +52,11 @@ class Chat:
             principles: what `/principles on` puts into the prompt.
             context: tokens that the model takes, prompt and answer together.
             seed: of the sampling noise; the adapter and the base answer a line with the same noise.
+            date: today's to chat templates that ask for it: that of the run.
             write: prints text as it is, and shows it at once.
         """
         self.stream, self.tokenizer, self.sampling, self.write = stream, tokenizer, sampling, write
-        self.principles, self.context, self.seed = principles, context, seed
+        self.principles, self.context, self.seed, self.date = principles, context, seed, date
         self.options = Options(("adapter",), principles=False, template=tokenizer.chat_template is not None)
         self.asked = 0
         self.history: dict[str, list[dict[str, str]]] = {"adapter": [], "base": []}
@@ -173,9 +175,9 @@ class Chat:
     def _render(self, turns: Sequence[dict[str, str]]) -> list[int]:
         """The tokens of a conversation: all of it in the chat template, or the last line as text to be continued."""
         principles = self.principles if self.options.principles else None
-        if not self.options.template:
-            return prompts.render(Query("chat", turns[-1]["content"]), principles, self.tokenizer, chat=False)[1]
-        return prompts.render(Query("chat", Conversation(turns)), principles, self.tokenizer, chat=True)[1]
+        prompt = Conversation(turns) if self.options.template else turns[-1]["content"]
+        query, chat = Query("chat", prompt), self.options.template
+        return prompts.render(query, principles, self.tokenizer, chat=chat, date=self.date)[1]
 
 
 def _number(kind: Callable[[str], Any], value: str, fits: Callable[[Any], bool]) -> Any:

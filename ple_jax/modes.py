@@ -32,7 +32,7 @@ from ple_jax.training.opening import check_length, open_run, read_inputs
 from ple_jax.training.run import Run
 from ple_jax.training.sampling import sampling_of
 from ple_jax.training.state import CHECKPOINTS, State, newest
-from ple_jax.training.workdir import SUMMARY, check_config, going_on, lock
+from ple_jax.training.workdir import SUMMARY, begun, check_config, going_on, lock
 from ple_jax.training.workdir import summary as finished
 
 _SHOWN = 8  # queries of which --mode=generate prints the responses
@@ -47,7 +47,7 @@ def train(config: Any, workdir: Path, backend: str, accept: Sequence[str] = ()) 
     if baselines is not None:
         baselines.check(config)
     with lock(workdir):
-        inputs = read_inputs(config, backend)
+        inputs = read_inputs(begun(config, workdir), backend)
         keys = run_keys(inputs.config, backend, inputs.digests)
         kept = going_on(workdir, keys, accept=accept, check_length=functools.partial(check_length, inputs))
         online = isinstance(inputs.algorithm, Algorithm)
@@ -125,7 +125,7 @@ def on_run(
     if trained and not (workdir / "config.json").exists():
         raise UserError(f"--workdir={workdir} holds no run; train one first: --mode=train")
     with lock(workdir):
-        inputs = read_inputs(config, backend)
+        inputs = read_inputs(begun(config, workdir), backend)
         kept = check_config(workdir, run_keys(inputs.config, backend, inputs.digests), accept=accept)
         with open_run(workdir, backend, inputs, kept) as run:
             yield run, _newest(run) if trained else State(run.backend.environment())
@@ -246,6 +246,7 @@ def chat(config: Any, workdir: Path, backend: str, accept: Sequence[str] = ()) -
             principles=run.prompts.principles.text,
             context=run.base.context,
             seed=config.seed,
+            date=run.config.task.date,
             write=functools.partial(print, end="", flush=True),
         )
     print(f"iteration {state.iteration} of {run.base.name}; /help lists the commands\n{talk.status()}", end="")
@@ -265,7 +266,7 @@ def plan(config: Any, workdir: Path, backend: str, topology: str | None = None) 
 
     With a topology: what every phase needs of its devices, which need not be there.
     """
-    inputs = read_inputs(config, backend)
+    inputs = read_inputs(begun(config, workdir), backend)
     config, algorithm, found = inputs.config, inputs.algorithm, inputs.data
     algorithm.make_loss(config)
     if topology:
@@ -282,7 +283,8 @@ def plan(config: Any, workdir: Path, backend: str, topology: str | None = None) 
     sizes = {"tokenizer": loaded.tokenizer, "parameters": parameters, "adapter_parameters": adapter_parameters}
     if isinstance(algorithm, Algorithm):
         rules, reward = inputs.principles, inputs.reward
-        print(planning.describe(config, **sizes, found=found, rules=rules, reward=reward, algorithm=algorithm))
+        how = {"rules": rules, "reward": reward, "algorithm": algorithm, "eos": loaded.eos}
+        print(planning.describe(config, **sizes, found=found, **how))
     else:
         print(planning.describe_offline(config, **sizes, found=found, algorithm=algorithm))
     return 0

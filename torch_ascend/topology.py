@@ -20,7 +20,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from ple_jax import algorithms
-from ple_jax.algorithms import Algorithm
+from ple_jax.algorithms import Algorithm, given_sources
 from ple_jax.core.errors import UserError, suggestion
 from ple_jax.core.types import Batch, Query, Sampling
 from ple_jax.models import hub
@@ -321,8 +321,8 @@ def report(
     backend.check(config, config.mesh.fsdp)
     check_mesh(config.mesh, target)
     source = read_source(config.model.path, config.model.revision)
-    sizes = lengths(config, source.tokenizer, train_set, heldout, principles)
-    check_positions(config, sizes, source.config)
+    sizes = lengths(config, source.tokenizer, train_set, heldout, principles, given_sources(algorithm.collect(config)))
+    sizes = check_positions(config, sizes, source.config)
     table, there = fused_ops(config, target.chip), on_sheet(target)
     notes = [
         "the code that trains, run on tensors without memory; what kernels, collectives and libraries take is not counted",

@@ -102,7 +102,7 @@ class OfflineAlgorithm(NamedTuple):
     name: str
     about: str
     records: str  # RECORDS of its file, what a record must have: prompt, completion or pair
-    encode: Callable[[Query, Tokenizer, Config], Any]  # an example, or a text that says why the record cannot be one
+    encode: Callable[[Query, Tokenizer, Config], Any]  # an example; raises Unusable where the record cannot be one
     batches: Callable[..., list[list[int]]]  # (examples, size, *, seed, epoch) -> which are trained on together
     batch: Callable[[Sequence[Any]], Batch]
     make_loss: Callable[[Config], Loss]
@@ -161,6 +161,11 @@ def records(slots: Sequence[Slot]) -> str:
     """What a record must have for an algorithm that samples: its own answers, where they are among the responses."""
     sources = {slot.source for slot in slots}
     return "pair" if "rejected" in sources else "completion" if "completion" in sources else "prompt"
+
+
+def given_sources(slots: Sequence[Slot]) -> list[str]:
+    """Which of a record's own answers are among the responses: "completion", "rejected"."""
+    return [slot.source for slot in slots if slot.source != "policy"]
 
 
 def with_defaults(algorithm: Algorithm | OfflineAlgorithm, config: Config) -> Config:

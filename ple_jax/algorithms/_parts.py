@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from ple_jax.algorithms import Context
-from ple_jax.core.batches import pack
+from ple_jax.core.batches import pack, response_width
 from ple_jax.core.errors import UserError
 from ple_jax.core.types import Batch, Response, Rollout, Slot
 
@@ -57,8 +57,10 @@ def measured(rollouts: Sequence[Rollout], decision: str) -> list[Rollout]:
 
 
 def pack_picks(rollouts: Sequence[Rollout], picks: Sequence[Sequence[int]], config: Any) -> Batch:
-    """`core.batches.pack` in the shapes of config.sampling."""
-    return pack(rollouts, picks, prompt_multiple=config.sampling.bucket, response_len=config.sampling.max_new_tokens)
+    """`core.batches.pack` in the shapes of config.sampling, and of the records' own answers, which may be longer."""
+    longest = max(len(rollout.responses[i].tokens) for rollout, some in zip(rollouts, picks, strict=True) for i in some)
+    width = response_width(longest, new=config.sampling.max_new_tokens, most=config.task.max_answer_tokens)
+    return pack(rollouts, picks, prompt_multiple=config.sampling.bucket, response_len=width)
 
 
 def pack_all(rollouts: Sequence[Rollout], config: Any) -> Batch:

@@ -14,6 +14,7 @@ from array_api_compat import array_namespace
 from ple_jax import losses, prompts
 from ple_jax.algorithms import Needs
 from ple_jax.core.batches import bucket, pack
+from ple_jax.core.errors import Unusable
 from ple_jax.core.types import Array, Backend, Batch, Loss, Outputs, Query, Response, Rollout, Tokenizer
 from ple_jax.formulas.calibration import measures
 
@@ -38,25 +39,28 @@ class Pair(NamedTuple):
         return bucket(len(self.shared), _PROMPT), bucket(max(len(self.chosen), len(self.rejected)), _RESPONSE)
 
 
-def encode(query: Query, tokenizer: Tokenizer, config: Any) -> Pair | str:
-    """A preference pair in tokens, each side as `rewards.model` will see it; or why it cannot be used.
+def encode(query: Query, tokenizer: Tokenizer, config: Any) -> Pair:
+    """A preference pair in tokens, each side as `rewards.model` will see it.
 
     Of a conversation longer than reward_model.max_tokens the oldest tokens are cut off, but not a BOS. Where conversations
     end with the padding token the score is read before it, so it is left out.
+
+    Raises:
+        Unusable: the pair cannot be used.
     """
     max_tokens, pad = config.reward_model.max_tokens, tokenizer.pad_token_id
     chosen, rejected = (
         without_end(prompts.dialogue(query.prompt, text, tokenizer), pad) for text in (query.completion, query.rejected)
     )
     if chosen == rejected:
-        return "both responses are the same"
+        raise Unusable("pair", "has two responses that are the same to this tokenizer; remove the line")
     common = prompts.common_prefix([chosen, rejected])
     if not common:
-        return "the responses have no token in common before they differ; a prompt is needed"
+        raise Unusable("pair", "has responses with no token in common before they differ; a prompt is needed")
     ends = chosen[len(common) :], rejected[len(common) :]
     room = max_tokens - max(map(len, ends))
     if room < 1:
-        return f"a response has more than the {max_tokens} tokens of config.reward_model.max_tokens"
+        raise Unusable("over-long", f"has a response of more than the {max_tokens} tokens of config.reward_model.max_tokens")
     kept = 1 if common[0] == tokenizer.bos_token_id and len(common) > room > 1 else 0
     shared = [*common[:kept], *common[-(room - kept) :]] if len(common) > room else common
     return Pair(query.id, tuple(shared), tuple(ends[0]), tuple(ends[1]))

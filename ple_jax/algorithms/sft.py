@@ -1,6 +1,6 @@
 """Supervised fine-tuning on the records' own answers, through the same loop: an iteration trains on the queries it draws.
 
-A longer answer is cut to sampling.max_new_tokens, without EOS then, so that all algorithms see responses of one size.
+Answers are as long as they are, whatever is sampled: up to task.max_answer_tokens, where they are cut, without EOS then.
 """
 
 from collections.abc import Sequence

@@ -90,6 +90,18 @@ def pack(rollouts: Sequence[Rollout], picks: Sequence[Sequence[int]], *, prompt_
     return Batch(prompt, prompt_mask, response, response_mask, {"valid": np.ones(queries, np.float32)})
 
 
+def response_width(longest: int, *, new: int, most: int) -> int:
+    """The width, in tokens, of arrays whose longest response has so many.
+
+    Of sampled ones it is always the same. Answers of the data may be longer: they have the next doubling that holds them.
+
+    Args:
+        new: most tokens of a sampled response.
+        most: most tokens of an answer.
+    """
+    return min(bucket(longest, new), max(new, most))
+
+
 def micro_batches(batch: Batch, size: int) -> list[Batch]:
     """The rows of a batch in parts of `size`; the backend accumulates gradients over them."""
 

@@ -7,6 +7,7 @@ from typing import Any, Self
 from ple_jax.core.types import Message
 
 _SPEAKERS = {"user": "Human", "assistant": "Assistant"}
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # the fields of a turn that hold them
 _ROLES = {speaker: role for role, speaker in _SPEAKERS.items()}
 _FIRST = re.compile(r"\s*(Human|Assistant):")
 _MARK = re.compile(r"\n\r?\n(Human|Assistant):")  # begins with a letter of its own: that makes the search fast
@@ -29,6 +30,36 @@ class Conversation(str):
 
     def __getnewargs__(self) -> tuple[Any, ...]:  # for copies and pickles
         return self.messages, self.tools
+
+
+class Answer(str):
+    """An answer of the data that is more than its text: it calls tools, or has thoughts. As text it is what it says.
+
+    A chat template gets `message`, the assistant's whole turn.
+    """
+
+    message: Message
+
+    def __new__(cls, message: Message) -> Self:
+        self = super().__new__(cls, message["content"])
+        self.message = message
+        return self
+
+    def __getnewargs__(self) -> tuple[Any, ...]:  # for copies and pickles
+        return (self.message,)
+
+    def __bool__(self) -> bool:  # a call says nothing, and is an answer
+        return True
+
+
+def turn_of(answer: str) -> Message:
+    """The assistant's turn that an answer is."""
+    return answer.message if isinstance(answer, Answer) else {"role": "assistant", "content": answer}
+
+
+def more_than_text(message: Message) -> list[str]:
+    """What a turn holds that its text does not say: the names of the fields."""
+    return [key for key in ("tool_calls", *THOUGHTS) if message.get(key)]
 
 
 def render(messages: Sequence[Message]) -> str:

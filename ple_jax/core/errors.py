@@ -12,6 +12,14 @@ class Damaged(UserError):
     """A file of a run that is not as it was written. Where what it held can be made again, it is, without a word."""
 
 
+class Unusable(UserError):
+    """One record that cannot be used: a kind, one or two words, and the end of a sentence that begins with its place."""
+
+    def __init__(self, kind: str, reason: str, place: str = ""):
+        super().__init__(f"{place} {reason}".lstrip())
+        self.kind, self.reason = kind, reason
+
+
 def suggestion(word: str, words: Iterable[str], *, files: bool = False) -> str:
     """The nearest of `words`, but not the word itself, as the end of a sentence, or nothing.
 

@@ -25,7 +25,7 @@ _MODES = ("export", "generate", "compare")
 # of a reward's kwargs: how it is computed and not what, so that a run may go on after a server was too slow
 _HOW = ("timeout", "retries", "backoff", "max_failures", "concurrency", "batch", "api_key_env", "headers", "rows", "device")
 # keys that make no other method of a run
-_NO_METHOD = (*EXECUTION, "format", "seed", "changed")
+_NO_METHOD = (*EXECUTION, "format", "seed", "changed", "task.date")
 _NO_METHOD_GROUPS = tuple(f"{group}." for group in ("eval", *_MODES))
 
 

@@ -9,6 +9,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,14 @@ def written(value: Any) -> str:
 def mapping(value: Any) -> str:
     """A dictionary."""
     return "" if isinstance(value, Mapping) else "an object"
+
+
+def day(value: Any) -> str:
+    """A date, YYYY-MM-DD."""
+    try:
+        return "" if isinstance(value, str) and date.fromisoformat(value).isoformat() == value else "a day, YYYY-MM-DD"
+    except ValueError:
+        return "a day, YYYY-MM-DD"
 
 
 def free(value: Any) -> str:

@@ -116,6 +116,7 @@ class Reward:
     version: str = "1"  # another one wherever equal texts may get other values: stored values go by name and version
     scale: tuple[float, float] = (-math.inf, math.inf)  # lowest and highest value
     batch: int = 64  # responses of one call; what finished calls gave is kept when a later one fails
+    refuses: Callable[[str], str] | None = None  # why answers to a prompt cannot be scored, "" where they can
     parts: Mapping[str, "Reward"] = field(default_factory=dict)
     combine: Callable[[Mapping[str, np.ndarray]], np.ndarray] | None = None  # float64 [n] of every part -> float64 [n]
     failure: Callable[[], str] = str  # why the newest value that is missing is, where the reward knows; else nothing

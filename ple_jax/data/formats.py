@@ -7,7 +7,8 @@ from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ple_jax.core.conversation import Conversation, merge, parse
+from ple_jax.core.conversation import Answer, Conversation, merge, parse, turn_of
+from ple_jax.core.errors import Unusable
 from ple_jax.core.types import Message, Query
 
 NEEDS = ("prompt", "completion", "pair")  # what a record must have to be of use
@@ -17,14 +18,6 @@ Values = Mapping[str, Any]
 _BREAK = re.compile(r"< ?/? ?br\b[^<>]*>", re.IGNORECASE)
 _TLDR_AT_END = re.compile(r"(?<!\w)tl ?[;:/]? ?dr ?[:;]?\Z", re.IGNORECASE)
 _TLDR_AT_START = re.compile(r"\s*tl ?[;:/]? ?dr ?:", re.IGNORECASE)
-
-
-class Unusable(ValueError):
-    """A record that cannot be a query: a kind, one or two words, and the end of a sentence that begins with its place."""
-
-    def __init__(self, kind: str, reason: str):
-        super().__init__(reason)
-        self.kind, self.reason = kind, reason
 
 
 def records(values: Values, *, needs: str) -> Query:
@@ -41,7 +34,7 @@ def records(values: Values, *, needs: str) -> Query:
             if needs == "completion":
                 raise Unusable("turns", ": `messages` does not end with the assistant's turn; there is no answer")
             return _conversation(turns, "", "", values, needs)
-        return _conversation(turns[:-1], turns[-1]["content"], "", values, needs)
+        return _conversation(turns[:-1], _answer(turns[-1]), "", values, needs)
     prompt = _column(values, "prompt")
     answer = _column(values, "completion") if needs == "completion" or "completion" in values else ""
     if isinstance(prompt, str) and isinstance(answer, str):
@@ -52,7 +45,7 @@ def records(values: Values, *, needs: str) -> Query:
     turns = turns + _turns(values, "completion")
     if turns[-1]["role"] != "assistant":
         raise Unusable("turns", ": `completion` does not end with the assistant's turn")
-    return _conversation(turns[:-1], turns[-1]["content"], "", values, needs)
+    return _conversation(turns[:-1], _answer(turns[-1]), "", values, needs)
 
 
 def hh(values: Values, *, needs: str) -> Query:
@@ -181,12 +174,38 @@ def _answered(before: list[Message], values: Values, key: str) -> tuple[list[Mes
     """The turns before the last, and what the last says."""
     if isinstance(_column(values, key), str):
         return before, _string(values, key)
-    turns = _turns(values, key)
-    # such a list may hold the whole conversation, although its prompt has a column too
-    turns = before + turns if turns[0]["role"] == "assistant" else turns
+    turns = _joined(before, _turns(values, key), key, exact=not isinstance(values.get("prompt"), str))
     if turns[-1]["role"] != "assistant":
         raise Unusable("turns", f": `{key}` does not end with the assistant's turn; there is no answer")
-    return turns[:-1], turns[-1]["content"]
+    return turns[:-1], _answer(turns[-1])
+
+
+def _joined(before: list[Message], turns: list[Message], key: str, *, exact: bool) -> list[Message]:
+    """The whole conversation: `turns` go on where the prompt ends, or begin with what it ends with, or hold all of it.
+
+    Args:
+        exact: whether the prompt's column holds turns; a text there may be another spelling of what `turns` begin with.
+    """
+    if not before or turns[0]["role"] == "assistant":
+        return before + turns
+    asked, told = ([(turn["role"], turn["content"].strip()) for turn in part] for part in (before, turns))
+    for n in range(len(asked), 0, -1):
+        if asked[-n:] == told[:n]:
+            return before + turns[n:]
+    if any(told[i : i + len(asked)] == asked for i in range(len(told))):  # behind a system turn of its own
+        return turns
+    if before[-1]["role"] != "user":
+        return before + turns
+    if exact:
+        raise Unusable("turns", f": `prompt` ends with the user's turn, and `{key}` begins with another one")
+    return turns
+
+
+def _answer(message: Message) -> str:
+    """What an assistant's turn says, with all of the turn where there is more in it."""
+    whole = {**message, "content": message["content"].strip()}
+    more = any(value for key, value in whole.items() if key not in ("role", "content"))
+    return Answer(whole) if more else whole["content"]
 
 
 def _common(chosen: str, rejected: str, needs: str) -> Query:
@@ -211,23 +230,28 @@ def _conversation(turns: list[Message], answer: str, rejected: str, values: Valu
         raise Unusable("empty", ": the query is empty; remove the line")
     if turns[-1]["role"] == "assistant":
         raise Unusable("turns", ": the query ends with the assistant's turn; there must be one to answer")
-    answer, rejected = answer.strip(), rejected.strip()
+    answer, rejected = (one if isinstance(one, Answer) else one.strip() for one in (answer, rejected))
     _check(answer, rejected, needs)
     return Query("", Conversation(turns, _tools(values)), answer, rejected)
 
 
 def _check(answer: str, rejected: str, needs: str) -> None:
-    if needs != "prompt" and not answer.strip():
+    if needs != "prompt" and _empty(answer):
         raise Unusable("empty", ": the answer is empty; remove the line")
     if needs == "pair":
         _check_pair(answer, rejected)
 
 
 def _check_pair(answer: str, rejected: str) -> None:
-    if not rejected.strip():
+    if _empty(rejected):
         raise Unusable("empty", ": the rejected answer is empty; remove the line")
-    if answer.strip() == rejected.strip():
+    one, other = ({**turn_of(said), "content": said.strip()} for said in (answer, rejected))
+    if one == other:
         raise Unusable("pair", ": `chosen` and `rejected` are the same; remove the line")
+
+
+def _empty(answer: str) -> bool:
+    return not answer.strip() and not turn_of(answer).get("tool_calls")
 
 
 def _transcript(values: Values, key: str) -> tuple[list[Message], str]:
@@ -265,7 +289,7 @@ def _asked(prompt: str | list[Any]) -> list[Message]:
 
 
 def _turns(values: Values, key: str) -> list[Message]:
-    """A column of turns: without what is None, which is how tables write what is not there, and with contents as texts."""
+    """A column of turns: without what is None, and with contents as texts."""
     column = _column(values, key)
     if isinstance(column, str) or not column:
         raise Unusable("turns", f": `{key}` is {'a text' if column else 'empty'}, not a list of turns")
@@ -281,12 +305,19 @@ def _turns(values: Values, key: str) -> list[Message]:
             content = ""
         if not isinstance(content, str):
             raise Unusable("type", f": `content` of turn {i} of `{key}` is {str(content)[:60]!r}, not a text")
-        turns.append({k: v for k, v in turn.items() if v is not None} | {"content": content})
+        turns.append(_without_nulls(turn) | {"content": content})
     return turns
 
 
+def _without_nulls(value: Any) -> Any:
+    """Without the entries that are None, at any depth: tables write so what is in another row alone."""
+    if isinstance(value, Mapping):
+        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
+    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
+
+
 def _tools(values: Values) -> Sequence[Mapping[str, Any]]:
-    tools = values.get("tools")
+    tools = _without_nulls(values.get("tools"))
     if isinstance(tools, str):  # tables hold them as JSON, for they differ from row to row
         try:
             tools = json.loads(tools)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ple_jax.core.errors import UserError
+from ple_jax.core.errors import Unusable, UserError
 from ple_jax.core.files import write_jsonl
 from ple_jax.core.types import Query
 
@@ -50,15 +50,14 @@ def check_share(task: QuerySet, source: str, limit: float) -> None:
     )
 
 
-def fit(queries: Sequence[Query], judge: Callable[[Query], Any], *, kind: str) -> tuple[list[Any], list[Bad]]:
-    """What `judge` makes of every query, and those of which it gives a reason against them instead, a text."""
+def fit(queries: Sequence[Query], judge: Callable[[Query], Any]) -> tuple[list[Any], list[Bad]]:
+    """What `judge` makes of every query, and those that it finds `Unusable`."""
     good, bad = [], []
     for query in queries:
-        found = judge(query)
-        if type(found) is str:
-            bad.append(Bad(query.id, kind, f"query {query.id!r} {found}", query.prompt[:300]))
-        else:
-            good.append(found)
+        try:
+            good.append(judge(query))
+        except Unusable as error:
+            bad.append(Bad(query.id, error.kind, f"query {query.id!r} {error.reason}", query.prompt[:CUT]))
     return good, bad
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import json
 import sys
 import unicodedata
 from collections import Counter
@@ -9,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ple_jax.core.conversation import Conversation
+from ple_jax.core.conversation import Answer, Conversation, turn_of
 from ple_jax.core.errors import UserError
 from ple_jax.core.files import write_json, write_jsonl
 from ple_jax.core.types import Query
@@ -123,7 +124,8 @@ def unique(queries: Iterable[Query], *, needs: str) -> tuple[list[Query], int, i
     equal = normal = 0
     for query in queries:
         parts = (query.prompt, query.completion, query.rejected)[: {"prompt": 1, "completion": 2, "pair": 3}[needs]]
-        plain, other = _hash(parts), _hash(normalised(part) for part in parts)
+        beside = [json.dumps([i, part.message]) for i, part in enumerate(parts) if isinstance(part, Answer)]
+        plain, other = _hash([*parts, *beside]), _hash([*map(normalised, parts), *beside])
         if plain in exact:
             equal += 1
         elif other in alike:
@@ -193,7 +195,7 @@ def write(path: Path, queries: Sequence[Query], *, needs: str) -> None:
             answers = {"chosen": query.completion, "rejected": query.rejected}
         if not isinstance(query.prompt, Conversation):
             return {"id": query.id, "prompt": query.prompt, **answers}
-        turns = {key: [{"role": "assistant", "content": text}] for key, text in answers.items()}
+        turns = {key: [turn_of(text)] for key, text in answers.items()}
         tools = {"tools": query.prompt.tools} if query.prompt.tools else {}
         return {"id": query.id, "prompt": query.prompt.messages, **turns, **tools}
 

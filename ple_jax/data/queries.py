@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ple_jax.core.conversation import Conversation
+from ple_jax.core.conversation import Answer, Conversation
 from ple_jax.core.errors import UserError
 from ple_jax.core.types import Query
 from ple_jax.data import formats, records
@@ -153,7 +153,8 @@ def digest(queries: Iterable[Query]) -> str:
     found = hashlib.sha256()
     for query in queries:
         turns = [query.prompt.messages, query.prompt.tools] if isinstance(query.prompt, Conversation) else None
-        found.update(json.dumps([*query, turns], sort_keys=True, default=str).encode() + b"\n")
+        answers = [[i, text.message] for i, text in enumerate(query) if isinstance(text, Answer)]
+        found.update(json.dumps([*query, turns, *answers], sort_keys=True, default=str).encode() + b"\n")
     return found.hexdigest()[:16]
 
 

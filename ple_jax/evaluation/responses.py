@@ -30,7 +30,7 @@ from ple_jax.algorithms import Algorithm
 from ple_jax.core import identity
 from ple_jax.core.batches import bucket, left_padded, pack
 from ple_jax.core.config import differing, flatten
-from ple_jax.core.errors import UserError
+from ple_jax.core.errors import Unusable, UserError
 from ple_jax.core.files import read_json, read_sealed, write_json, write_sealed
 from ple_jax.core.noise import RESPONSES
 from ple_jax.core.types import Batch, Query, Response, Reward, Rollout, Slot
@@ -126,7 +126,8 @@ def write(run: Run[Algorithm], queries: QuerySet, second: Reward | None, *, back
     if options.policy == "trained" and (both := sum(query.prompt in seen for query in queries.queries)):
         run.session.progress.log(f"warning: {both} of {len(queries.queries)} queries are among those that were trained on")
     data = Data(run.data.train, queries.queries, {"train": [], "heldout": queries.bad})
-    run = fitted(run._replace(data=data, session=run.session._replace(workdir=path)))
+    more = () if second is None else (second,)
+    run = fitted(run._replace(data=data, session=run.session._replace(workdir=path)), *more)
     journal, kind = Journal(path, iteration), "principled" if options.principled else "plain"
     settings = _settings(run, second, backend=backend, iteration=iteration)
     kept = read_json(journal.path.with_suffix(".json"), remedy=_AGAIN)
@@ -225,10 +226,8 @@ def _references(
     run: Run[Algorithm], queries: Sequence[Query], rollouts: Sequence[Rollout]
 ) -> list[tuple[float | None, int]]:
     """Log-probability and tokens of the records' own answers under the base."""
-    slot = Slot("reference", source="completion")
-    own = [given(query, slot, run.config, run.base) if query.completion else None for query in queries]
     room = [run.base.context - len(rollout.prompt_tokens) for rollout in rollouts]
-    own = [answer if answer and len(answer.tokens) <= most else None for answer, most in zip(own, room, strict=True)]
+    own = [_own(query, most, run) for query, most in zip(queries, room, strict=True)]
     if not any(own):
         return [(None, 0)] * len(own)
     # one token where there is none, which is not read
@@ -239,3 +238,12 @@ def _references(
     logprobs = np.where(batch.response_mask, run.backend.logprobs(batch, base=True).logprobs, 0.0)
     sums = logprobs.astype(np.float64).sum((1, 2))
     return [(None, 0) if a is None else (float(s), len(a.tokens)) for a, s in zip(own, sums, strict=True)]
+
+
+def _own(query: Query, room: int, run: Run[Algorithm]) -> Response | None:
+    """The record's own answer, if there is one that the chat template holds and that has room."""
+    try:
+        answer = given(query, Slot("reference", source="completion"), run.prompts, limit=room) if query.completion else None
+    except Unusable:
+        return None
+    return answer if answer is not None and answer.finished else None

@@ -8,6 +8,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from ple_jax.core.errors import UserError
+from ple_jax.prompts.template import end_of_turn
 
 
 class _Pre(NamedTuple):
@@ -202,15 +203,14 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def eos_ids(tokenizer: PreTrainedTokenizerFast, generation_config: Mapping[str, Any] | None) -> tuple[int, ...]:
-    """Token ids that end a response: those of generation_config.json, where it names any, else the tokenizer's EOS.
+    """Token ids that end a response: those of generation_config.json, the tokenizer's EOS, the chat template's end of turn.
 
-    Chat models often have several there (end of text, end of turn), the tokenizer only one. Empty if there is none.
+    Chat models often name several, and not all of them everywhere: a base's generation_config.json has the end of texts, the
+    template of its tokenizer the end of turns. Empty if there is none.
     """
     stated = (generation_config or {}).get("eos_token_id")
-    ids = stated if stated is not None else tokenizer.eos_token_id
-    if ids is None:
-        return ()
-    ids = tuple(ids) if isinstance(ids, list | tuple) else (ids,)
-    if wrong := [i for i in ids if type(i) is not int]:
+    ids = list(stated) if isinstance(stated, list | tuple) else [stated]
+    if wrong := [i for i in ids if type(i) is not int and i is not None]:
         raise UserError(f"eos_token_id {wrong[0]!r} is not a token id; mend generation_config.json or config.json")
-    return ids
+    more = [tokenizer.eos_token_id, end_of_turn(tokenizer)]
+    return tuple(dict.fromkeys(i for i in (*ids, *more) if i is not None))

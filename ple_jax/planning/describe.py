@@ -5,13 +5,13 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ple_jax.algorithms import Algorithm, OfflineAlgorithm
-from ple_jax.core.batches import bucket
+from ple_jax.algorithms import Algorithm, OfflineAlgorithm, given_sources
+from ple_jax.core.batches import bucket, response_width
 from ple_jax.core.types import Batch, Query, Reward, Slot, Tokenizer
 from ple_jax.data.left_out import counts, fit
 from ple_jax.data.load import Data
 from ple_jax.prompts import principles
-from ple_jax.training.prompting import Prompts
+from ple_jax.training.prompting import Prompts, usable
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -75,6 +75,7 @@ def describe(
     rules: principles.Principles,
     reward: Reward,
     algorithm: Algorithm,
+    eos: tuple[int, ...] = (),
 ) -> str:
     """Describes the run of a config: model, records, shapes, steps, tokens, thresholds, principles and prompts.
 
@@ -82,8 +83,17 @@ def describe(
       parameters: of the base model.
       adapter_parameters: of the LoRA adapter, which are the ones trained.
       found: what iterations draw from, and what evaluations are of.
+      eos: the tokens that end a response.
+
+    Raises:
+      UserError: more records cannot be used than config.task.max_bad_share.
     """
-    rendering = Prompts(config, tokenizer, rules)
+    rendering = Prompts(config, tokenizer, rules, eos)
+    own = given_sources(algorithm.collect(config))
+    train, _ = usable(found.train, rendering, "config.task.train", sources=own)
+    heldout, _ = usable(found.heldout, rendering, "config.task.heldout")
+    bad = {"train": [*found.bad["train"], *train.bad], "heldout": [*found.bad["heldout"], *heldout.bad]}
+    found = Data(train.queries, heldout.queries, {**found.bad, **bad})
     blocks = [
         _model(config, parameters, adapter_parameters),
         _records(config, found),
@@ -133,7 +143,9 @@ def _iteration(
         return f"{rows} rows, {sampling.width} at once, each [{prompt} prompt tokens + {sampling.max_new_tokens} new]"
 
     passes = optimizer.batch_queries // optimizer.micro_queries
-    width = f"{buckets(tokens(found.train, False))} prompt tokens + up to {len(collected)} x {sampling.max_new_tokens}"
+    own = [len(rendering.given(query, source).tokens) for query in found.train for source in given_sources(collected)]
+    longest = response_width(max([1, *own]), new=sampling.max_new_tokens, most=config.task.max_answer_tokens)
+    width = f"{buckets(tokens(found.train, False))} prompt tokens + up to {len(collected)} x {longest}"
     return f"Every iteration ({config.iterations} of {config.algorithm})\n" + _table(
         [
             ("queries", f"{config.queries_per_iteration} of the {len(found.train)} of {config.task.train}"),
@@ -184,7 +196,7 @@ def describe_offline(
 ) -> str:
     """Describes the run of an algorithm that samples nothing; arguments as `describe`."""
     settings, optimizer = config.offline, config.optimizer
-    examples, bad = fit(found.train, lambda query: algorithm.encode(query, tokenizer, config), kind="unfit")
+    examples, bad = fit(found.train, lambda query: algorithm.encode(query, tokenizer, config))
     steps = math.ceil(len(examples) / optimizer.batch_queries) * settings.epochs
     rows = [
         ("examples", f"{len(examples):,}" + (f", {len(bad):,} cannot be used" if bad else "")),

@@ -3,7 +3,8 @@
 Both `topology.py` start from it, JAX's and torch's.
 """
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from ple_jax import prompts
 from ple_jax.algorithms import Algorithm, Context
 from ple_jax.core.batches import bucket
 from ple_jax.core.config import PACKAGE, PUBLISHED
-from ple_jax.core.errors import UserError
+from ple_jax.core.errors import Unusable, UserError
 from ple_jax.core.types import Batch, Query, Response, Rollout, Slot, Tokenizer
 from ple_jax.models import families, hub, weights
 from ple_jax.models import tokenizer as tokenizers
@@ -57,35 +58,64 @@ class Lengths(NamedTuple):
     prefix: int  # shared by all principled prompts
     sampled: int  # of a prompt to sample from, without the prefix
     trained: int  # of a prompt to train on
-    new: int
+    new: int  # of a sampled response
+    answer: int = 0  # of an answer of the records, where those are trained on
 
 
 def lengths(
-    config: ConfigDict, tokenizer: Tokenizer | None, train_set: Sequence[Query], heldout: Sequence[Query], principles: str
+    config: ConfigDict,
+    tokenizer: Tokenizer | None,
+    train_set: Sequence[Query],
+    heldout: Sequence[Query],
+    principles: str,
+    sources: Sequence[str] = (),
 ) -> Lengths:
-    """The longest of the data; without a tokenizer the longest that the config allows, and no shared prefix."""
+    """The longest of the data; without a tokenizer the longest that the config allows, and no shared prefix.
+
+    Args:
+        sources: which of a record's own answers are trained on: "completion", "rejected".
+    """
     smallest, new = config.sampling.bucket, config.sampling.max_new_tokens
     if tokenizer is None:
         longest = bucket(config.task.max_prompt_tokens, smallest)
-        return Lengths(0, longest, longest, new)
+        return Lengths(0, longest, longest, new, config.task.max_answer_tokens if sources else 0)
+    form = {"chat": config.task.chat, "thinking": config.task.thinking}
 
     def ids(queries: Sequence[Query], text: str | None) -> list[list[int]]:
-        form = {"chat": config.task.chat, "thinking": config.task.thinking}
-        return [prompts.render(q, text, tokenizer, **form)[1] for q in queries]
+        return _usable(queries, lambda q: prompts.render(q, text, tokenizer, **form)[1])
 
-    plain = max(map(len, ids([*train_set, *heldout], None)))
+    def own(query: Query) -> int:
+        said = ({"completion": query.completion, "rejected": query.rejected}[source] for source in sources)
+        return max(len(prompts.given(query.prompt, text, tokenizer, stops=(), **form).tokens) + 1 for text in said)
+
+    answers = [min(n, config.task.max_answer_tokens) for n in _usable(train_set, own)] if sources else []
+    plain = max(map(len, ids([*train_set, *heldout], None)), default=1)
     prefix = len(prompts.common_prefix(ids(heldout[:64], principles))) if len(heldout) > 1 else 0
-    rest = max(map(len, ids([*train_set, *heldout], principles))) - prefix
-    return Lengths(prefix, bucket(max(plain, rest), smallest), bucket(plain, smallest), new)
+    rest = max(map(len, ids([*train_set, *heldout], principles)), default=1) - prefix
+    return Lengths(prefix, bucket(max(plain, rest), smallest), bucket(plain, smallest), new, max(answers, default=0))
 
 
-def check_positions(config: ConfigDict, sizes: Lengths, model: ModelConfig) -> None:
-    """Raises a UserError if the longest row needs more positions than the model has."""
+def _usable(queries: Sequence[Query], make: Callable[[Query], Any]) -> list[Any]:
+    """What is made of the queries, but for those that the run will leave out."""
+    found = []
+    for query in queries:
+        with contextlib.suppress(Unusable):
+            found.append(make(query))
+    return found
+
+
+def check_positions(config: ConfigDict, sizes: Lengths, model: ModelConfig) -> Lengths:
+    """The lengths, with an answer that the model has positions for: of records whose own is longer none is trained on.
+
+    Raises:
+        UserError: the longest row that is sampled needs more positions than the model has.
+    """
     if (longest := sizes.prefix + sizes.sampled + sizes.new) > model.max_positions:
         raise UserError(
             f"{longest} positions are needed and {config.model.path} has {model.max_positions};"
             " lower --config.task.max_prompt_tokens or --config.sampling.max_new_tokens"
         )
+    return sizes._replace(answer=min(sizes.answer, model.max_positions - sizes.trained))
 
 
 def judged(config: ConfigDict, algorithm: Algorithm, sizes: Lengths) -> tuple[int, Lengths]:
@@ -106,7 +136,8 @@ def example_batch(config: ConfigDict, algorithm: Algorithm, rows: int, sizes: Le
 
     def response(place: int, slot: Slot) -> Response:
         value = float(place)
-        said = Response((1,), False, slot.kind, slot.sample, reward=value, score=value)
+        tokens = (1,) if slot.source == "policy" else (1,) * max(1, sizes.answer)
+        said = Response(tokens, False, slot.kind, slot.sample, reward=value, score=value)
         return said._replace(principled=slot.principled, source=slot.source)
 
     made = [

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from ple_jax.algorithms import Algorithm
+from ple_jax.algorithms import Algorithm, given_sources
 from ple_jax.backend import backend, generate, lora, sharding, train
 from ple_jax.backend import quantize as quantization
 from ple_jax.backend.model import Model, quantized_axis
@@ -312,8 +312,8 @@ def report(
     target = open_target(topology)
     mesh = make_mesh(target, **config.mesh)
     source = read_source(config.model.path, config.model.revision)
-    sizes = lengths(config, source.tokenizer, train_set, heldout, principles)
-    check_positions(config, sizes, source.config)
+    sizes = lengths(config, source.tokenizer, train_set, heldout, principles, given_sources(algorithm.collect(config)))
+    sizes = check_positions(config, sizes, source.config)
     model = backend.make_model(config, source.config, mesh, platform=target.platform)
     parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(model.shapes))
     notes = [target.note, *sharding.notes(mesh, kv_heads=source.config.num_kv_heads)]

@@ -2,19 +2,20 @@
 
 import re
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import NamedTuple
 
-from ple_jax.core.conversation import Conversation
-from ple_jax.core.errors import UserError
-from ple_jax.core.types import Message, Query, Tokenizer
+from ple_jax.core.conversation import THOUGHTS, Answer, Conversation, more_than_text, turn_of
+from ple_jax.core.errors import Unusable
+from ple_jax.core.types import Query, Tokenizer
+from ple_jax.prompts import template
+from ple_jax.prompts.template import DATE, Form
 
 _OPEN, _CLOSE = "<think>", "</think>"  # what reasoning models write around their thoughts
-_MARK = "\ue000"  # around the system text when it is looked for: a short one may also be part of the markup
 
 
 def render(
-    query: Query, principles: str | None, tokenizer: Tokenizer, *, chat: bool, thinking: bool = False
+    query: Query, principles: str | None, tokenizer: Tokenizer, *, chat: bool, thinking: bool = False, date: str = DATE
 ) -> tuple[str, list[int]]:
     """The prompt as text and as token ids; with `principles` it is the principled one.
 
@@ -26,9 +27,10 @@ def render(
 
     Args:
         thinking: what templates of reasoning models read as `enable_thinking`.
+        date: today's to templates that ask for it, YYYY-MM-DD.
 
     Raises:
-        UserError: chat without a chat template, or with one that refuses the turns or leaves out what a user says or a
+        Unusable: chat without a chat template, or with one that refuses the turns or leaves out what a user says or a
             tool that was called.
     """
     prompt = query.prompt
@@ -36,24 +38,144 @@ def render(
         text = str(prompt)
         if principles is not None:  # a transcript begins with an empty line itself
             text = f"{principles}\n\n" + (text.removeprefix("\n\n") if isinstance(prompt, Conversation) else text)
-        tokens = list(tokenizer.encode(text, add_special_tokens=True))
-        # some tokenizers close every text with EOS; a prompt is to be continued
-        return text, tokens[:-1] if tokens[-1] == tokenizer.eos_token_id else tokens
-    turns, tools = _turns(prompt)
-    options = {"add_generation_prompt": True, "enable_thinking": thinking, **tools}
+        return text, _open_ended(text, tokenizer)
     try:
-        text = _apply(tokenizer, turns, principles, options)
+        text = template.opened(prompt, principles, Form(tokenizer, thinking, date))
     except ValueError as error:
-        raise UserError(
-            f"the tokenizer's chat template does not take query {query.id!r}: {error}; take a model whose template does,"
-            " or set --config.task.chat=False for raw prompts"
+        raise Unusable(
+            "template",
+            f"is refused by the tokenizer's chat template: {error}; take a model whose template takes it, or set"
+            " --config.task.chat=False for raw prompts",
+            f"query {query.id!r}",
         ) from error
     return text, list(tokenizer.encode(text, add_special_tokens=False))
+
+
+def _open_ended(text: str, tokenizer: Tokenizer) -> list[int]:
+    """The tokens of a text that goes on: some tokenizers close every text with EOS."""
+    tokens = list(tokenizer.encode(text, add_special_tokens=True))
+    return tokens[:-1] if tokens[-1:] == [tokenizer.eos_token_id] else tokens
 
 
 def completion(prompt: str, text: str, *, chat: bool) -> str:
     """What follows the rendered prompt when `text` is its reference answer: a raw transcript is open without a space."""
     return f" {text}" if isinstance(prompt, Conversation) and not chat else text
+
+
+# ---------------------------------------------------------------- answers that the data give
+
+
+class Given(NamedTuple):
+    """An answer of a record, whole."""
+
+    tokens: tuple[int, ...]
+    text: str  # what a reward sees
+
+
+def given(
+    prompt: str,
+    said: str,
+    tokenizer: Tokenizer,
+    *,
+    stops: Sequence[int],
+    chat: bool,
+    thinking: bool = False,
+    date: str = DATE,
+) -> Given:
+    """An answer of the data in the tokens that follow the plain prompt's, with the one that ends it.
+
+    Chat: what the template renders of the whole conversation, less the prompt, up to its first stop; where it writes none,
+    without the blanks at the end and with EOS. Raw: what prompt and answer have as one text, less the prompt's, and EOS.
+
+    Args:
+        prompt: of the query.
+        said: the answer.
+        stops: the tokens that end a response.
+        chat, thinking, date: as `render` takes them.
+
+    Raises:
+        Unusable: the template refuses the conversation or leaves out some of the answer; a text cannot hold it; it spells a
+            stop before its end; its tokens cannot be told from the prompt's, or it has none.
+    """
+    form = Form(tokenizer, thinking, date)
+    opening, ids = render(Query("", prompt), None, tokenizer, chat=chat, thinking=thinking, date=date)
+    behind = _in_template(prompt, opening, said, form) if chat else _as_text(prompt, said)
+    tokens = _behind(opening, ids, behind, tokenizer, chat=chat)
+    end = next((i for i, token in enumerate(tokens) if token in stops), None)
+    if end is None:
+        tokens = _behind(opening, ids, behind.rstrip(), tokenizer, chat=chat) if chat else tokens
+        tokens = [*tokens, *_eos(tokenizer, stops)]
+    else:
+        _check_end(said, tokenizer.decode([tokens[end]], skip_special_tokens=False))
+        tokens = tokens[: end + 1]
+    if not tokens:
+        raise Unusable("empty", "has an answer without tokens; remove the line")
+    plain = not isinstance(said, Answer) and not (thinking and _CLOSE in said)
+    return Given(tuple(tokens), str(said) if plain else answer(tokens, tokenizer, prompt=opening, thinking=thinking))
+
+
+def _in_template(prompt: str, opening: str, said: str, form: Form) -> str:
+    """What a chat template writes behind the opened prompt; raises Unusable if that is not all of the answer."""
+    try:
+        return template.answered(prompt, opening, turn_of(said), form)
+    except ValueError as error:
+        thoughts = any(map(turn_of(said).get, THOUGHTS)) and not form.thinking
+        hint = "; set --config.task.thinking=True" if thoughts else ""
+        raise Unusable("template", f"has an answer that the chat template does not hold: {error}{hint}") from error
+
+
+def _as_text(prompt: str, said: str) -> str:
+    """What follows a prompt that is a text; raises Unusable if the answer is more than that."""
+    _check_text(said)
+    return completion(prompt, str(said), chat=False)
+
+
+def _check_text(said: str) -> None:
+    """Raises Unusable if the answer is more than its text."""
+    if beside := more_than_text(turn_of(said)):
+        raise Unusable(
+            "answer",
+            f"has an answer with {' and '.join(beside)}, which plain text cannot hold: set --config.task.chat=True, or take"
+            " that out",
+        )
+
+
+def _check_end(said: str, stop: str) -> None:
+    """Raises Unusable if a stop that is spelled in the answer would end it early."""
+    own = said.strip()
+    while stop and own.endswith(stop):  # some data have written it down themselves
+        own = own.removesuffix(stop)
+    if stop and any(stop in part for part in (own, *template.beside(turn_of(said)))):
+        raise Unusable("answer", f"has an answer that spells {stop!r} before its end, where a response stops; take that out")
+
+
+def _behind(opening: str, ids: list[int], behind: str, tokenizer: Tokenizer, *, chat: bool) -> list[int]:
+    """The tokens of what follows an opening, whose own are `ids`: those of the whole text, less the opening's.
+
+    Where a token of the whole text would hold the end of the one and the beginning of the other, what follows is put
+    behind another text: by itself some tokenizers would begin it with a blank.
+    """
+    text = opening + behind
+    whole = list(tokenizer.encode(text, add_special_tokens=False)) if chat else _open_ended(text, tokenizer)
+    if whole[: len(ids)] == ids:
+        return whole[len(ids) :]
+    said = tokenizer.decode(whole, skip_special_tokens=False)
+    for other in ("\n", "a", " "):
+        before = list(tokenizer.encode(other, add_special_tokens=False))
+        both = list(tokenizer.encode(other + behind, add_special_tokens=False))
+        found = both[len(before) :]
+        if both[: len(before)] == before and tokenizer.decode([*ids, *found], skip_special_tokens=False) == said:
+            return found
+    raise Unusable("answer", "has an answer whose first token begins in its prompt, and cannot be told from it")
+
+
+def _eos(tokenizer: Tokenizer, stops: Sequence[int]) -> list[int]:
+    """The token that ends a text: the tokenizer's, which its own training used, where it is a stop."""
+    own = tokenizer.eos_token_id
+    return [own] if own is not None and own in stops else list(stops[:1])
+
+
+# ---------------------------------------------------------------- what rewards see
 
 
 def answer(tokens: Sequence[int], tokenizer: Tokenizer, *, prompt: str, thinking: bool) -> str:
@@ -87,21 +209,25 @@ def answer(tokens: Sequence[int], tokenizer: Tokenizer, *, prompt: str, thinking
 def dialogue(prompt: str, response: str, tokenizer: Tokenizer) -> list[int]:
     """A prompt and its response as a reward model sees them, by its own tokenizer.
 
-    With a chat template the conversation that ends in the response; without one, the two texts one after the other.
+    With a chat template the conversation that ends in the response; without one, the two texts one after the other. The day
+    has no part in it: to a template that asks for it, it is always the same one.
 
     Raises:
-        UserError: the template refuses the turns, or leaves out what a user says or a tool that was called.
+        Unusable: the template refuses the turns, or leaves out what a user says or a tool that was called; an answer of the
+            data is more than a text, and it leaves that out, or there is none.
     """
     if tokenizer.chat_template is None:
+        _check_text(response)
         return list(tokenizer.encode(prompt + completion(prompt, response, chat=False), add_special_tokens=True))
-    turns, tools = _turns(prompt)
-    turns.append({"role": "assistant", "content": response})
     try:
-        text = _apply(tokenizer, turns, None, {"add_generation_prompt": False, **tools})
+        text = template.closed(prompt, turn_of(response), Form(tokenizer))
+        if isinstance(response, Answer):
+            template.check_complete(text, response.message)
     except ValueError as error:
-        raise UserError(
-            f"the reward model's chat template does not take the conversation {prompt[:60]!r}: {error};"
-            " take a reward model whose template does"
+        raise Unusable(
+            "template",
+            f"is refused by the reward model's chat template: {error}; take a reward model whose template takes it",
+            f"the conversation {prompt[:60]!r}",
         ) from error
     return list(tokenizer.encode(text, add_special_tokens=False))
 
@@ -113,68 +239,3 @@ def common_prefix(prompts: Sequence[Sequence[int]]) -> list[int]:
         if any(prompt[i] != prompts[0][i] for prompt in prompts):
             return list(prompts[0][:i])
     return list(prompts[0][: max(shortest, 0)])
-
-
-def _turns(prompt: str) -> tuple[list[Message], dict[str, Any]]:
-    """The turns of a prompt, and the tools as the template's argument, if it has some."""
-    if not isinstance(prompt, Conversation):
-        return [{"role": "user", "content": prompt}], {}
-    return list(prompt.messages), {"tools": list(prompt.tools)} if prompt.tools else {}
-
-
-def _apply(tokenizer: Tokenizer, turns: Sequence[Message], principles: str | None, options: Mapping[str, Any]) -> str:
-    """The turns in the template, with the principles in the system turn or, if there is no room, in the first user turn.
-
-    Raises:
-        ValueError: the template takes neither; says why.
-    """
-    own, rest = (turns[0]["content"], turns[1:]) if turns[0]["role"] == "system" else ("", turns)
-    system = "\n\n".join(part for part in (own, principles) if part)
-    if not system:
-        return _shown(tokenizer, turns, options)
-    marked = f"{_MARK}{system}{_MARK}"
-    for place in (_before, _merged):
-        try:
-            text = _shown(tokenizer, place(system, rest), options)
-            found = _shown(tokenizer, place(marked, rest), options).count(marked)
-            if found == 1:
-                return text
-            problem = f"it {'repeats' if found else 'leaves out'} {system[:60]!r}"
-        except ValueError as error:
-            problem = str(error)
-    raise ValueError(problem)
-
-
-def _before(system: str, turns: Sequence[Message]) -> list[Message]:
-    return [{"role": "system", "content": system}, *turns]
-
-
-def _merged(system: str, turns: Sequence[Message]) -> list[Message]:
-    first = next((i for i, turn in enumerate(turns) if turn["role"] == "user"), None)
-    if first is None:  # the conversation was a system turn
-        return [{"role": "user", "content": system}, *turns]
-    user = {**turns[first], "content": f"{system}\n\n{turns[first]['content']}"}
-    return [*turns[:first], user, *turns[first + 1 :]]
-
-
-def _shown(tokenizer: Tokenizer, turns: Sequence[Message], options: Mapping[str, Any]) -> str:
-    """The turns in the template, which has to show what the user says and what the assistant called.
-
-    Raises:
-        ValueError: it does not, or takes no such turns.
-    """
-    try:
-        text: str = tokenizer.apply_chat_template([dict(turn) for turn in turns], tokenize=False, **options)
-        missing = [said for turn in turns for said in _said(turn) if said.strip() not in text]
-    except Exception as error:  # templates are code of the checkpoint's: they raise what they like
-        raise ValueError(str(error)) from error
-    if missing:
-        raise ValueError(f"it leaves out {missing[0][:60]!r}")
-    return text
-
-
-def _said(turn: Message) -> list[str]:
-    """What every template writes as it is of a turn: some drop the assistant's thoughts, some quote a tool's answer."""
-    if turn["role"] == "user":
-        return [turn["content"]]
-    return [call.get("function", call)["name"] for call in turn.get("tool_calls", ())]

@@ -14,7 +14,7 @@ from jaxtyping import Float, Float64
 
 from ple_jax import prompts
 from ple_jax.core.backends import REWARD_MODELS
-from ple_jax.core.errors import UserError
+from ple_jax.core.errors import Unusable, UserError
 from ple_jax.core.extras import need
 from ple_jax.core.rules import many, mapping, optional, text, whole
 from ple_jax.core.types import Reward
@@ -22,6 +22,7 @@ from ple_jax.models import families, hub
 from ple_jax.models.tokenizer import from_folder
 from ple_jax.models.values import check
 from ple_jax.models.weights import check_ids, read_json
+from ple_jax.prompts import template
 from ple_jax.rewards import WHERE
 
 VERSION = "1"  # another one with every change of the values
@@ -103,6 +104,13 @@ def make(
         check_ids(tokenizer, (), rows_known, f"reward model {folder}")
     tokens = functools.partial(_tokens, tokenizer=tokenizer, with_prompt=with_prompt, limit=limit)
 
+    def refuses(prompt: str) -> str:
+        try:
+            tokens(prompt, "a")
+        except Unusable as error:
+            return error.reason
+        return ""
+
     @functools.cache
     def model() -> Any:
         where: dict[str, Any] = {"mesh": mesh or {}} if framework == "jax" else {"device": device}
@@ -118,13 +126,15 @@ def make(
             logits[some] = model()([texts[i] for i in some])
         return _value(logits, index, output, independent=independent).tolist()
 
-    what = (hub.identity(path, revision), index, output, with_prompt, limit, dtype)
+    dated = (prompts.DATE,) if with_prompt and template.reads_clock(tokenizer) else ()
+    what = (hub.identity(path, revision), index, output, with_prompt, limit, dtype, *dated)
     return Reward(
         name=name or Path(path).name,
         score=reward,
         version=f"{VERSION} {hashlib.sha256(repr(what).encode()).hexdigest()[:16]}",
         scale=(0.0, 1.0) if output == "probability" else (-np.inf, np.inf),
         batch=4 * rows,  # enough to be worth sorting
+        refuses=refuses,
     )
 
 

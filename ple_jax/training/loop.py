@@ -60,11 +60,7 @@ def first_length(run: Run[Algorithm]) -> float:
     """
     if not (slots := answered(run)):
         return mean_length(evaluate(run, 0), run)
-    limit = run.config.sampling.max_new_tokens
-    rollouts = (
-        Rollout(q.id, q.prompt, (), tuple(given(q, slot, run.config, run.base, limit=limit) for slot in slots))
-        for q in run.data.train
-    )
+    rollouts = (Rollout(q.id, q.prompt, (), tuple(given(q, slot, run.prompts) for slot in slots)) for q in run.data.train)
     return mean_length(rollouts, run)
 
 

@@ -30,7 +30,7 @@ _LEAK = 0.1  # share of trigrams above which principles are said to leak
 
 def summarise(rollouts: Sequence[Rollout], run: Run[Algorithm]) -> dict[str, float]:
     """The rollout metrics of one iteration; says where principles leak."""
-    limit, transform = run.config.sampling.max_new_tokens, run.config.reward.transform
+    transform = run.config.reward.transform
     by_kind = _by_kind(rollouts)
     principles = run.base.tokenizer.encode(run.prompts.principles.text, add_special_tokens=False)
     values: dict[str, float] = {}
@@ -43,7 +43,7 @@ def summarise(rollouts: Sequence[Rollout], run: Run[Algorithm]) -> dict[str, flo
         **({"margin": float(margins.mean())} if not np.isnan(margins).any() else {}),
         "negative_margin_share": float((margins < 0).mean()),
         "ranked_share": float(np.mean([rollout.decision == "ranked" for rollout in rollouts])),
-        "truncated_share": float(np.mean([not r.finished and len(r.tokens) == limit for r in everything])),
+        "truncated_share": float(np.mean([not r.finished for r in everything])),
     }
     guided = [kind for kind, responses in by_kind.items() if responses[0].principled]
     plain = [kind for kind, responses in by_kind.items() if responses[0].own]

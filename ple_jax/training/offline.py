@@ -38,7 +38,7 @@ def examples(run: Run[OfflineAlgorithm]) -> tuple[list[Any], list[Any]]:
 
 def _encoded(which: str, queries: Sequence[Query], run: Run[OfflineAlgorithm]) -> tuple[list[Any], list[Bad]]:
     run.session.progress.phase(f"encode {which}", len(queries))
-    good, bad = fit(queries, lambda q: run.algorithm.encode(q, run.base.tokenizer, run.config), kind="unfit")
+    good, bad = fit(queries, lambda q: run.algorithm.encode(q, run.base.tokenizer, run.config))
     check_share(QuerySet(good, bad), f"config.task.{which}", run.config.task.max_bad_share)
     run.session.progress.advance(len(queries))
     return good, bad

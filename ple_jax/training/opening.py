@@ -132,7 +132,7 @@ def open_run(workdir: Path, backend: str, inputs: Inputs, kept: Mapping[str, Any
         vocab = loaded.config.vocab_size
         del loaded  # the backend has weights of its own: the host's copy may go
         progress.advance(1)
-        for said in module.notes(built):
+        for said in (*module.notes(built), *prompting.notes(config, base.tokenizer, base.eos)):
             progress.log(said)
         if config.sampling.server is not None:
             built = _served(config, built, workdir, base, vocab, progress)
@@ -144,7 +144,7 @@ def open_run(workdir: Path, backend: str, inputs: Inputs, kept: Mapping[str, Any
         cache = stack.enter_context(Cache(workdir / "rewards.sqlite"))
         outputs = sinks.make(names, workdir, config.to_dict())
         session = Session(workdir, outputs, config.checkpoint.keep, cache, progress, stop, Clock())
-        prompts = prompting.Prompts(config, base.tokenizer, inputs.principles)
+        prompts = prompting.Prompts(config, base.tokenizer, inputs.principles, base.eos, base.context)
         run: Run[Any] = Run(config, base, built, algorithm, loss, inputs.data, prompts, inputs.reward, session)
         yield fitted(run) if isinstance(algorithm, Algorithm) else run
 
@@ -159,13 +159,18 @@ def _served(config: Any, backend: Any, workdir: Path, base: Base, vocab: int, pr
     )  # fmt: skip
 
 
-def fitted(run: Run[Algorithm]) -> Run[Algorithm]:
-    """The run with the queries alone that the model takes; what is left out is listed in the work directory.
+def fitted(run: Run[Algorithm], *rewards: Reward) -> Run[Algorithm]:
+    """The run with the queries alone that the model and the rewards take; what is left out is listed in the work directory.
+
+    Args:
+        rewards: that score responses beside the run's own.
 
     Raises:
         UserError: more of them than config.task.max_bad_share, or a prompt with its response is more than the model takes.
     """
-    data = prompting.fitted(run.data, run.prompts, run.session.progress)
+    sources = algorithms.given_sources(run.algorithm.collect(run.config))
+    scored = (run.reward, *rewards)
+    data = prompting.fitted(run.data, run.prompts, run.session.progress, sources=sources, rewards=scored)
     if listed := note(data.bad, run.session.workdir):
         run.session.progress.log(listed)
     needed = prompting.longest(data, run.prompts) + run.config.sampling.max_new_tokens

@@ -1,16 +1,18 @@
-"""From queries to prompts: rendered, cut to what the model takes, and what all principled ones share."""
+"""From records to tokens: prompts and given answers, rendered, cut to what the model takes, and what prompts share."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from ple_jax import prompts
 from ple_jax.core.batches import left_padded
-from ple_jax.core.errors import UserError
-from ple_jax.core.types import Batch, Query, Tokenizer
+from ple_jax.core.conversation import Conversation
+from ple_jax.core.errors import Unusable, UserError
+from ple_jax.core.types import Batch, Query, Reward, Tokenizer
 from ple_jax.data.formats import shorten
 from ple_jax.data.left_out import QuerySet, check_share, fit
 from ple_jax.data.load import Data
-from ple_jax.prompts import principles
+from ple_jax.prompts import principles, template
 from ple_jax.training.progress import Progress
 
 _LOOKED_AT = 64  # queries whose principled prompts tell what all of them share, and which is the longest
@@ -25,21 +27,56 @@ class Rendered(NamedTuple):
     text: str
 
 
+class Answer(NamedTuple):
+    """An answer of a record, no longer than config.task.max_answer_tokens."""
+
+    tokens: tuple[int, ...]
+    whole: bool  # False: it was longer, and is cut; it has no EOS then
+    text: str
+
+
 class Prompts(NamedTuple):
-    """How queries become prompts: config.task's chat and thinking, config.principles_per_query, config.seed."""
+    """How records become tokens: config.task's chat, thinking, date and limits, config.principles_per_query, config.seed."""
 
     config: Any
     tokenizer: Tokenizer
     principles: principles.Principles
+    eos: tuple[int, ...] = ()  # what ends a response
+    context: float = math.inf  # tokens that the model takes at once
     prefix: tuple[int, ...] = ()  # what the principled prompts share: computed once a call of generate, not once a row
 
     def of(self, query: Query, principled: bool) -> tuple[str, list[int]]:
-        """The prompt of a query as text and tokens."""
+        """The prompt of a query as text and tokens.
+
+        Raises:
+            Unusable: the chat template does not take it.
+        """
         config, text = self.config, None
         if principled:
             k = config.principles_per_query
             text = principles.choose(self.principles, k, seed=config.seed, query_id=query.id)
-        return prompts.render(query, text, self.tokenizer, chat=config.task.chat, thinking=config.task.thinking)
+        return prompts.render(query, text, self.tokenizer, **self._form)
+
+    @property
+    def _form(self) -> dict[str, Any]:
+        task = self.config.task
+        return {"chat": task.chat, "thinking": task.thinking, "date": task.date or prompts.DATE}
+
+    def given(self, query: Query, source: str, *, limit: int | None = None) -> Answer:
+        """The answer that a record has: its `completion`, or the `rejected` one.
+
+        Args:
+            limit: most tokens; config.task.max_answer_tokens, if it is not given.
+
+        Raises:
+            Unusable: as `prompts.given`.
+        """
+        said = {"completion": query.completion, "rejected": query.rejected}[source]
+        tokens, text = prompts.given(query.prompt, said, self.tokenizer, stops=self.eos, **self._form)
+        limit = self.config.task.max_answer_tokens if limit is None else limit
+        if len(tokens) <= limit:
+            return Answer(tokens, True, text)
+        return Answer(tokens[:limit], False, self.tokenizer.decode(tokens[:limit], skip_special_tokens=True))
 
     def render(self, query: Query, principled: bool) -> Rendered:
         """The same for a backend."""
@@ -60,36 +97,154 @@ class Prompts(NamedTuple):
         return batch._replace(prompt=tokens, prompt_mask=mask)
 
 
-def fitted(data: Data, rendering: Prompts, progress: Progress) -> Data:
-    """The data without queries whose plain prompt is too long; of format=tldr those are cut between paragraphs instead.
+def fitted(
+    data: Data, rendering: Prompts, progress: Progress, *, sources: Sequence[str] = (), rewards: Sequence[Reward] = ()
+) -> Data:
+    """The data without what the model, its chat template or a reward cannot take; says how many answers are cut.
+
+    A plain prompt that is too long goes; of format=tldr it is cut between paragraphs instead.
+
+    Args:
+        sources: which of a train record's own answers are trained on: "completion", "rejected".
+        rewards: what scores responses.
 
     Raises:
-        UserError: there are more of them than config.task.max_bad_share.
+        UserError: there is more of it than config.task.max_bad_share.
     """
-    task = rendering.config.task
+    found: dict[str, QuerySet] = {}
+    for which, queries in (("train", data.train), ("heldout", data.heldout)):
+        progress.phase(f"check {which}", len(queries))
+        asked = tuple(sources) if which == "train" else ()
+        found[which], said = usable(queries, rendering, f"config.task.{which}", sources=asked, rewards=rewards)
+        progress.advance(len(queries))
+        for line in said:
+            progress.log(line)
+    bad = {**data.bad, **{which: [*data.bad[which], *kept.bad] for which, kept in found.items()}}
+    return Data(found["train"].queries, found["heldout"].queries, bad)
+
+
+def usable(
+    queries: Sequence[Query],
+    rendering: Prompts,
+    source: str,
+    *,
+    sources: Sequence[str] = (),
+    rewards: Sequence[Reward] = (),
+    principled: bool = True,
+) -> tuple[QuerySet, list[str]]:
+    """Queries of which all that is asked can be made, and the others; and lines on answers that are long; as `fitted`.
+
+    Args:
+        source: where they are from, in words.
+        principled: whether there are principled prompts of them.
+    """
+    task, known, trained = rendering.config.task, dict[Any, str](), list[Answer]()
+
+    def judge(query: Query) -> Query:
+        query = _short(query, rendering)
+        if principled and task.chat:
+            _check_principled(query, rendering, known)
+        if reason := next(filter(None, (refusal(reward, query.prompt) for reward in rewards)), ""):
+            raise Unusable("reward", f"cannot be scored: it {reason}")
+        answers = [rendering.given(query, which) for which in sources]
+        _check_answers(query, answers, rendering)
+        trained.extend(answers)
+        return query
+
+    kept = QuerySet(*fit(queries, judge))
+    check_share(kept, source, task.max_bad_share)
+    return kept, _said_of(trained, source, task.max_answer_tokens, rendering.config.sampling.max_new_tokens)
+
+
+def _said_of(answers: Sequence[Answer], source: str, limit: int, new: int) -> list[str]:
+    """What to say of answers that are longer than task.max_answer_tokens, or than what is sampled."""
+    cut = sum(not answer.whole for answer in answers)
+    longer = sum(answer.whole and len(answer.tokens) > new for answer in answers)
+    of = f"of {len(answers)} answers of {source} are"
+    more = "raise --config.task.max_answer_tokens to train on the whole"
+    said = {
+        f"{cut} {of} cut to {limit} tokens, and have no EOS: {more}": cut,
+        f"{longer} {of} longer than sampling.max_new_tokens={new}, which cuts what is sampled: they are trained on whole": (
+            longer
+        ),
+    }
+    return [line for line, count in said.items() if count]
+
+
+def _check_answers(query: Query, answers: Sequence[Answer], rendering: Prompts) -> None:
+    """Raises Unusable if a pair is none, or prompt and answer are more than the model takes."""
+    if len({answer.tokens for answer in answers}) < len(answers):
+        cut = "" if answers[0].whole else f" up to task.max_answer_tokens={len(answers[0].tokens)}, where they are cut"
+        raise Unusable("pair", f"has two answers that are the same in tokens{cut}; remove the line")
+    if answers:
+        prompt, most = len(rendering.of(query, False)[1]), max(len(answer.tokens) for answer in answers)
+        if prompt + most > rendering.context:
+            room = f"and the model takes {rendering.context:g} at once"
+            raise Unusable("over-long", f"has {prompt} tokens and an answer of {most}, {room}; remove the line")
+
+
+def _short(query: Query, rendering: Prompts) -> Query:
+    """The query, if its plain prompt is short enough; of format=tldr as much of it as is.
+
+    Raises:
+        Unusable: it is too long.
+    """
 
     def length(query: Query) -> int:
         return len(rendering.of(query, False)[1])
 
-    def judge(query: Query) -> Query | str:
-        limit = task.max_prompt_tokens
-        if (n := length(query)) <= limit:
-            return query
-        if task.format == "tldr":
-            shorter = shorten(query.prompt, lambda text: length(query._replace(prompt=text)) <= limit)
-            if shorter is not None:
-                return query._replace(prompt=shorter)
-        return f"has {n} tokens, above task.max_prompt_tokens={limit}; raise --config.task.max_prompt_tokens"
+    task = rendering.config.task
+    limit = task.max_prompt_tokens
+    if (n := length(query)) <= limit:
+        return query
+    if task.format == "tldr":
+        shorter = shorten(query.prompt, lambda text: length(query._replace(prompt=text)) <= limit)
+        if shorter is not None:
+            return query._replace(prompt=shorter)
+    raise Unusable(
+        "over-long", f"has {n} tokens, above task.max_prompt_tokens={limit}; raise --config.task.max_prompt_tokens"
+    )
 
-    found: Mapping[str, QuerySet] = {}
-    for which, queries in (("train", data.train), ("heldout", data.heldout)):
-        progress.phase(f"check {which}", len(queries))
-        kept = QuerySet(*fit(queries, judge, kind="over-long"))
-        check_share(kept, f"config.task.{which}", task.max_bad_share)
-        found = {**found, which: kept}
-        progress.advance(len(queries))
-    bad = {**data.bad, **{which: [*data.bad[which], *kept.bad] for which, kept in found.items()}}
-    return Data(found["train"].queries, found["heldout"].queries, bad)
+
+def _check_principled(query: Query, rendering: Prompts, known: dict[Any, str]) -> None:
+    """Raises Unusable if the chat template does not take the query's turns with principles.
+
+    Whether it does depends on whose turns they are, so one query of a kind is rendered; `known` has what was found.
+    """
+    kind = tuple(turn["role"] for turn in query.prompt.messages) if isinstance(query.prompt, Conversation) else ("user",)
+    if kind not in known:
+        try:
+            rendering.of(query, True)
+            known[kind] = ""
+        except Unusable as error:
+            known[kind] = error.reason
+    if known[kind]:
+        raise Unusable("template", f"{known[kind]} (with the principles)")
+
+
+def refusal(reward: Reward, prompt: str) -> str:
+    """Why a reward, or a part of it, cannot score answers to a prompt; nothing where it can."""
+    said = [refusal(part, prompt) for part in reward.parts.values()]
+    return next(filter(None, said), "") or (reward.refuses(prompt) if reward.refuses is not None else "")
+
+
+def notes(config: Any, tokenizer: Tokenizer, eos: Sequence[int]) -> list[str]:
+    """What a user should know of how responses end and prompts are written: a line each."""
+    said = []
+    if not eos:
+        said.append(
+            "warning: nothing stops a response: neither the model's files nor its tokenizer name an EOS, and no chat"
+            " template ends a turn with a special token; every response will have sampling.max_new_tokens tokens"
+        )
+    elif tuple(eos) != (tokenizer.eos_token_id,):
+        named = ", ".join(f"{tokenizer.decode([token], skip_special_tokens=False)!r} ({token})" for token in eos)
+        said.append(f"a response ends at {named}: the model's EOS, the tokenizer's and the chat template's end of turn")
+    if config.task.chat and tokenizer.chat_template is not None and not template.writes_header(tokenizer):
+        said.append(
+            "the chat template has no generation prompt: what it writes between a prompt and an answer stands at the end of"
+            " prompts"
+        )
+    return said
 
 
 def longest(data: Data, rendering: Prompts) -> int:

@@ -10,8 +10,8 @@ from ple_jax.core.batches import bucket, plan_chunks
 from ple_jax.core.noise import uniforms
 from ple_jax.core.types import Query, Response, Rollout, Sampling, Slot
 from ple_jax.training.journal import Journal
-from ple_jax.training.prompting import Rendered
-from ple_jax.training.run import Base, Run
+from ple_jax.training.prompting import Prompts, Rendered
+from ple_jax.training.run import Run
 
 Row = tuple[Query, Slot]  # one response that is asked for
 
@@ -25,9 +25,8 @@ def sample(
         stream: of the noise: the iteration, or one of those of `core.noise` that are none.
     """
     config, progress, k = run.config, run.session.progress, len(slots)
-    limit = config.sampling.max_new_tokens
     rows = [(query, slot) for query in queries for slot in slots]
-    responses = {i: given(*row, config, run.base, limit=limit) for i, row in enumerate(rows) if row[1].source != "policy"}
+    responses = {i: given(*row, run.prompts) for i, row in enumerate(rows) if row[1].source != "policy"}
     asked = [i for i in range(len(rows)) if i not in responses]
     rendered = {i: run.prompts.render(rows[i][0], rows[i][1].principled) for i in asked}
     groups = [(rendered[i].prefix, bucket(len(rendered[i].tokens), config.sampling.bucket)) for i in asked]
@@ -65,18 +64,10 @@ def sampling_of(config: Any, eos: tuple[int, ...]) -> Sampling:
     return Sampling(eos=eos, **{key: config.sampling[key] for key in Sampling._fields if key != "eos"})
 
 
-def given(query: Query, slot: Slot, config: Any, base: Base, *, limit: int | None = None) -> Response:
-    """A response that the record has: its completion or the rejected one, and EOS where it is no longer than `limit`."""
-    tokenizer, text = base.tokenizer, {"completion": query.completion, "rejected": query.rejected}[slot.source]
-    # it is the whole of what is wanted and ends with EOS, which here is part of the data. Where a model stops at several,
-    # the tokenizer's is the one that its own training used
-    eos = [tokenizer.eos_token_id] if tokenizer.eos_token_id in base.eos else base.eos[:1]
-    written = prompts.completion(query.prompt, text, chat=config.task.chat)
-    tokens = (*tokenizer.encode(written, add_special_tokens=False), *eos)
-    if limit is None or len(tokens) <= limit:
-        return _for_slot(Response(tokens, True), slot, text)
-    shown = tokenizer.decode(tokens[:limit], skip_special_tokens=True)
-    return _for_slot(Response(tokens[:limit], False), slot, shown)
+def given(query: Query, slot: Slot, rendering: Prompts, *, limit: int | None = None) -> Response:
+    """A response that the record has: its completion or the rejected one, as `Prompts.given`."""
+    answer = rendering.given(query, slot.source, limit=limit)
+    return _for_slot(Response(answer.tokens, answer.whole), slot, answer.text)
 
 
 def _for_slot(response: Response, slot: Slot, text: str) -> Response:

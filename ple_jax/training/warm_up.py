@@ -1,18 +1,19 @@
 """Step 0 of Algorithm 1: supervised fine-tuning, after which the policy is the reference."""
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from ple_jax.algorithms import Algorithm, sft
-from ple_jax.core.batches import micro_batches, pack
+from ple_jax.core.batches import micro_batches, pack, response_width
 from ple_jax.core.types import Batch, Loss, Query, Rollout, Slot
 from ple_jax.data.left_out import note
 from ple_jax.data.load import load_warm_up
 from ple_jax.data.queries import disjoint
 from ple_jax.training import costs
-from ple_jax.training.prompting import check_context
+from ple_jax.training.prompting import usable
 from ple_jax.training.run import Run
 from ple_jax.training.sampling import given
 from ple_jax.training.state import WARM_UP, State, commit_warm_up, newest
@@ -31,7 +32,7 @@ def warm_up(run: Run[Algorithm], state: State) -> State:
     config = run.config
     if config.warm_up.data is None:
         return state
-    rollouts = _examples(run)
+    rollouts = _rollouts(run)
     lengths = [len(r.responses[0].tokens) for r in rollouts]
     batches, every = groups(len(rollouts), config), config.queries_per_iteration // config.optimizer.batch_queries
     loss, last = sft.make_loss(config), len(batches)
@@ -41,7 +42,7 @@ def warm_up(run: Run[Algorithm], state: State) -> State:
     for number in range(state.warm_up, last):
         run.session.stop.check()
         some = [rollouts[i] for i in batches[number]]
-        batch = pack(some, [(0,)] * len(some), prompt_multiple=config.sampling.bucket, response_len=max(lengths))
+        batch = _packed(some, config)
         # C is of all of them, not of a batch that it divides
         batch.data["normaliser"] = np.full(len(some), np.mean(lengths), np.float32)
         state = _step(run, state, batch, loss)
@@ -53,13 +54,6 @@ def warm_up(run: Run[Algorithm], state: State) -> State:
     return state
 
 
-def _examples(run: Run[Algorithm]) -> list[Rollout]:
-    rollouts = [_answered(query, run) for query in _records(run)]
-    needed = max(len(r.prompt_tokens) + len(r.responses[0].tokens) for r in rollouts)
-    check_context(needed, len(rollouts), model=run.base.name, context=run.base.context)
-    return rollouts
-
-
 def groups(count: int, config: Any) -> list[np.ndarray]:
     """Which rollouts are trained on together, in all epochs, each in an order of its own.
 
@@ -68,6 +62,12 @@ def groups(count: int, config: Any) -> list[np.ndarray]:
     batches = -(-count // config.optimizer.batch_queries)
     orders = [np.random.default_rng([config.seed, epoch]).permutation(count) for epoch in range(config.warm_up.epochs)]
     return [group for order in orders for group in np.array_split(order, batches)]
+
+
+def _packed(rollouts: Sequence[Rollout], config: Any) -> Batch:
+    longest = max(len(rollout.responses[0].tokens) for rollout in rollouts)
+    width = response_width(longest, new=config.sampling.max_new_tokens, most=config.task.max_answer_tokens)
+    return pack(rollouts, [(0,)] * len(rollouts), prompt_multiple=config.sampling.bucket, response_len=width)
 
 
 def _step(run: Run[Algorithm], state: State, batch: Batch, loss: Loss) -> State:
@@ -82,15 +82,21 @@ def _step(run: Run[Algorithm], state: State, batch: Batch, loss: Loss) -> State:
     return state._replace(warm_up=state.warm_up + 1, costs=spent.took("update", time.perf_counter() - started))
 
 
-def _records(run: Run[Algorithm]) -> list[Query]:
-    """Those of the warm-up that are not held out; what is left out is listed in the work directory."""
+def _rollouts(run: Run[Algorithm]) -> list[Rollout]:
+    """The records with their answers; what the model or its chat template does not take is left out and listed.
+
+    Raises:
+        UserError: there is more of it than config.task.max_bad_share.
+    """
     found = load_warm_up(run.config)
     queries, both = disjoint(found.queries, run.data.heldout)
-    if listed := note({**run.data.bad, "warm_up": [*found.bad, *both]}, run.session.workdir):
-        run.session.progress.log(listed)
-    return queries
+    kept, said = usable(queries, run.prompts, "config.warm_up.data", sources=("completion",), principled=False)
+    listed = note({**run.data.bad, "warm_up": [*found.bad, *both, *kept.bad]}, run.session.workdir)
+    for line in filter(None, (listed, *said)):
+        run.session.progress.log(line)
+    return [_answered(query, run) for query in kept.queries]
 
 
 def _answered(query: Query, run: Run[Algorithm]) -> Rollout:
-    answer = given(query, Slot("reference", source="completion"), run.config, run.base)
+    answer = given(query, Slot("reference", source="completion"), run.prompts)
     return Rollout(query.id, query.prompt, tuple(run.prompts.of(query, False)[1]), (answer,))

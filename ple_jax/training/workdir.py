@@ -9,8 +9,11 @@ import fcntl
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import date
 from pathlib import Path
 from typing import Any
+
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from ple_jax.core import commits
 from ple_jax.core.config import differing, flatten
@@ -20,6 +23,7 @@ from ple_jax.core.forks import in_children
 from ple_jax.core.identity import ACCEPTED, EXECUTION, FORMAT, LENGTH, upgraded
 
 SUMMARY = "summary.json"
+_SAME = "where this is the command that began the run"
 _FILES = (
     "rollouts", "evaluations", "checkpoints", "warm_up", "adapter", "reward_model", "responses", "metrics.jsonl",
     "summary.json", "report.html",
@@ -52,6 +56,28 @@ def lock(workdir: Path) -> Iterator[None]:
         handle.write(f"{os.getpid()}\n")
         handle.flush()
         yield
+
+
+def begun(config: Any, workdir: Path) -> Any:
+    """The config with the day on which the directory's run began, or today, where it names none: chat templates ask for it,
+    and a run that goes on tomorrow must have the prompts that it began with.
+    """
+    if config.task.date is not None:
+        return config
+    kept = _config(workdir) or {}
+    whole = ConfigDict(config.to_dict())
+    whole.task.date = kept.get("task", {}).get("date") or today().isoformat()
+    return FrozenConfigDict(whole)
+
+
+def today() -> date:
+    """The day by this machine's clock."""
+    return date.today()
+
+
+def _config(workdir: Path) -> dict[str, Any] | None:
+    remedy = f"put a copy of it back, or, {_SAME}, remove it and add --accept=config"
+    return read_json(workdir / "config.json", remedy=remedy)
 
 
 def check_config(workdir: Path, wanted: Mapping[str, Any], *, accept: Sequence[str] = ()) -> dict[str, Any]:
@@ -99,18 +125,19 @@ def _compared(
     workdir: Path, wanted: Mapping[str, Any], accept: Sequence[str]
 ) -> tuple[dict[str, Any] | None, list[str]]:
     """config.json of a directory with work in it, and the keys that differ; None where there is none, or no work."""
-    path, work = workdir / "config.json", _work(workdir)
-    same = "where this is the command that began the run"
-    found = read_json(path, remedy=f"put a copy of it back, or, {same}, remove it and add --accept=config")
+    found, work = _config(workdir), _work(workdir)
     if found is None and work and "config" not in accept:
         raise UserError(
-            f"--workdir={workdir} holds {work[0]} but no config.json; give an empty folder, or, {same}, add --accept=config"
+            f"--workdir={workdir} holds {work[0]} but no config.json; give an empty folder, or, {_SAME}, add --accept=config"
         )
     # without any work in it a directory may change hands: a mistake that was mended should not need another one
     if found is None or not work:
         return None, []
     if found.get("format", 1) != FORMAT:
         found = _upgraded(found, wanted, workdir)
+    day = wanted.get("task", {}).get("date")
+    if day and not found.get("task", {}).get("date"):  # of no known day
+        found = {**found, "task": {**found.get("task", {}), "date": day}}
     keys = differing({k: v for k, v in found.items() if k != "changed"}, plain(wanted))
     vouched = [key for name in accept for key in ACCEPTED[name]]
     if refused := [key for key in keys if key not in (*EXECUTION, *LENGTH, *vouched)]:
@@ -151,4 +178,6 @@ def _upgraded(found: Mapping[str, Any], wanted: Mapping[str, Any], workdir: Path
         )
     now = upgraded(found)
     inputs = {**now["inputs"], "reward": wanted["inputs"].get("reward")}  # versions of rewards were digests of files
-    return {**now, "inputs": {k: v for k, v in inputs.items() if v is not None}}
+    new = {key: value for key, value in wanted.get("task", {}).items() if key in ("date", "max_answer_tokens")}
+    task = {"task": new | now["task"]} if "task" in now else {}
+    return {**now, **task, "inputs": {k: v for k, v in inputs.items() if v is not None}}

@@ -24,7 +24,7 @@ from ple_jax.backend import backend as jax_backend
 from ple_jax.backend import lora
 from ple_jax.core.config import validate
 from ple_jax.core.conversation import Conversation
-from ple_jax.core.errors import UserError
+from ple_jax.core.errors import Unusable, UserError
 from ple_jax.core.types import Outputs, Query
 from ple_jax.formulas import calibration
 from ple_jax.models import adapters, peft, weights
@@ -52,12 +52,13 @@ def pair(chosen="Yes.", rejected="No!", prompt="Well?", **changes):
 
 @given(st.text("ab. ", min_size=1, max_size=12), st.text("ab. ", min_size=1, max_size=12))
 def test_a_pair_is_both_conversations(chosen, rejected):
-    found = pair(chosen, rejected)
     prompt = Conversation([{"role": "user", "content": "Well?"}])
     whole = [prompts.dialogue(prompt, text, TOKENIZER) for text in (chosen, rejected)]
     if whole[0] == whole[1]:
-        assert found == "both responses are the same"
+        with pytest.raises(Unusable, match="two responses that are the same"):
+            pair(chosen, rejected)
         return
+    found = pair(chosen, rejected)
     assert [[*found.shared, *end] for end in (found.chosen, found.rejected)] == whole
     assert found.chosen and found.rejected
     # nothing that both have is computed twice, but for a token that every row needs of its own
@@ -88,8 +89,10 @@ def test_a_bos_keeps_its_place():
 
 
 def test_pairs_that_cannot_be_used():
-    assert pair("same", "same") == "both responses are the same"
-    assert "more than the 20 tokens of config.reward_model.max_tokens" in pair("y" * 20, reward_model__max_tokens=20)
+    with pytest.raises(Unusable, match="two responses that are the same"):
+        pair("same", "same")
+    with pytest.raises(Unusable, match="more than the 20 tokens of config.reward_model.max_tokens"):
+        pair("y" * 20, reward_model__max_tokens=20)
 
 
 def test_the_end_is_read_before_the_padding_token():
@@ -396,7 +399,7 @@ def test_pairs_that_are_none_stop_the_run(tmp_path, files):
     changed = files | {"task__train": str(bad)}
     run(tmp_path / "few", **changed, offline__eval_every=100)
     listed = [json.loads(line) for line in (tmp_path / "few" / "bad_records.jsonl").read_text().splitlines()]
-    assert [(line["set"], line["kind"]) for line in listed] == [("train", "unfit")]
+    assert [(line["set"], line["kind"]) for line in listed] == [("train", "over-long")]
     assert "more than the 128 tokens of config.reward_model.max_tokens" in listed[0]["reason"]
     assert summary(tmp_path / "few")["train_examples"] == 40
     with pytest.raises(UserError, match="128 tokens of .*1 of 41 records.*config.task.max_bad_share=0.01"):

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ple_jax.core.conversation import Conversation
+from ple_jax.core.conversation import Answer, Conversation
 from ple_jax.core.errors import UserError
 from ple_jax.core.types import Query
 from ple_jax.data import prepare
@@ -185,3 +185,17 @@ def test_the_script(tmp_path):
 def test_the_script_says_what_to_mend_in_one_line(tmp_path):
     made = run("--train", str(tmp_path / "nowhere.jsonl"), "--out", str(tmp_path / "out"))
     assert made.returncode == 2 and made.stderr.startswith("error: ") and made.stderr.count("\n") == 1
+
+
+def test_what_an_answer_calls_is_kept_and_compared(tmp_path):
+    call = {"type": "function", "function": {"name": "clock", "arguments": {"zone": "UTC"}}}
+    messages = [{"role": "assistant", "content": "b", "tool_calls": [call]}, {"role": "assistant", "content": "b"}]
+    queries = [
+        Query(str(i), Conversation([{"role": "user", "content": "a"}]), Answer(m) if "tool_calls" in m else m["content"])
+        for i, m in enumerate([*messages, messages[0]])
+    ]
+    kept, exact, _ = prepare.unique(queries, needs="completion")
+    assert [query.id for query in kept] == ["0", "1"] and exact == 1
+    prepare.write(tmp_path / "train.jsonl", kept, needs="completion")
+    assert [row["completion"] for row in read(tmp_path / "train.jsonl")] == [[message] for message in messages]
+    assert digest(load_queries(str(tmp_path / "train.jsonl"), needs="completion").queries) == digest(kept)

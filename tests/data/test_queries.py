@@ -1,6 +1,7 @@
 """Query sets: what is read, what is refused, and what an iteration draws."""
 
 import json
+import pickle
 from itertools import chain
 
 import pytest
@@ -93,6 +94,10 @@ def assistant(content):
     return {"role": "assistant", "content": content}
 
 
+def system(content):
+    return {"role": "system", "content": content}
+
+
 TOOL = {"type": "function", "function": {"name": "clock"}}
 NONE = {"tool_calls": None, "name": None}  # as Arrow fills up what other rows have
 
@@ -124,6 +129,20 @@ NONE = {"tool_calls": None, "name": None}  # as Arrow fills up what other rows h
         ({"prompt": [user("a")], "chosen": [assistant("b"), user("c"), assistant("d")],
           "rejected": [assistant("b"), user("c"), assistant("e")]}, "pair",
          [user("a"), assistant("b"), user("c")], ("d", "e")),
+        # a system turn alone in the column, and the rest in the lists
+        ({"prompt": [system("s")], "chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]}, "pair",
+         [system("s"), user("a")], ("b", "c")),
+        ({"prompt": [system("s"), user("a")], "chosen": [user("a"), assistant("b")],
+          "rejected": [user("a"), assistant("c")]}, "pair", [system("s"), user("a")], ("b", "c")),
+        ({"prompt": [user("x"), assistant("y")], "chosen": [user("a"), assistant("b")],
+          "rejected": [user("a"), assistant("c")]}, "pair", [user("x"), assistant("y"), user("a")], ("b", "c")),
+        ({"prompt": [user("a")], "chosen": [system("s"), user("a"), assistant("b")],
+          "rejected": [system("s"), user("a"), assistant("c")]}, "pair", [system("s"), user("a")], ("b", "c")),
+        ({"prompt": [system("s"), user("x"), assistant("y"), user("a")],
+          "chosen": [system("s"), user("x"), assistant("y"), user("a "), assistant("b")],
+          "rejected": [assistant("c")]}, "pair", [system("s"), user("x"), assistant("y"), user("a")], ("b", "c")),
+        ({"prompt": "A?", "chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]}, "pair",
+         [user("a")], ("b", "c")),  # a text may be spelled otherwise
         ({"chosen": [user("a"), assistant("b")], "rejected": [user("x"), assistant("c")]}, "prompt", [user("a")], ("b", "")),
         ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}, "pair",
          [user("a")], ("b", "c")),
@@ -170,6 +189,9 @@ def test_records_of_texts(tmp_path, record, needs, query):
         ({"chosen": [user("a")], "rejected": [user("a")]}, "pair", "turns", "`chosen` does not end with the assistant's"),
         ({"chosen": [user("a"), assistant("b")], "rejected": [user("x"), assistant("c")]}, "pair", "different queries", ""),
         ({"chosen": "blue", "rejected": "black"}, "pair", "empty", "begin with nothing in common"),
+        ({"prompt": [user("x")], "chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]}, "pair",
+         "turns", "`prompt` ends with the user's turn, and `chosen` begins with another one"),
+        ({"messages": [user("a"), {**assistant(""), "reasoning_content": "b"}]}, "completion", "empty", "answer is empty"),
         ({"prompt": [user("a")], "tools": "{"}, "prompt", "tools", "`tools` is not JSON"),
         ({"prompt": [user("a")], "tools": ["clock"]}, "prompt", "tools", "not a list of objects"),
         ({"prompt": "a", "chosen": float("nan"), "rejected": "b"}, "pair", "type", "`chosen` is a float"),
@@ -187,6 +209,38 @@ def test_records_that_cannot_be_used(tmp_path, record, needs, kind, says):
 def test_tools_go_to_the_chat_template(tmp_path, tools):
     source = write(tmp_path / "q.jsonl", {"prompt": [user("How late is it?")], "tools": tools})
     assert load_queries(source).queries[0].prompt.tools == (TOOL,)
+
+
+def called(**arguments):
+    return {"type": "function", "function": {"name": "clock", "arguments": arguments}}
+
+
+def test_an_answer_is_more_than_its_text(tmp_path):
+    """What Arrow writes for values that other rows have is no part of it, at any depth."""
+    told = {**assistant(" now "), "tool_calls": [called(zone="UTC", hour=None, more={"a": None, "b": [1, None]})], "x": None}
+    thought = {**assistant("b"), "reasoning_content": "c"}
+    rows = [
+        {"messages": [user("a"), told], "tools": [{**TOOL, "strict": None}]},
+        {"prompt": [user("b")], "completion": [{**assistant(None), "tool_calls": [called()]}]},
+        {"prompt": [user("c")], "chosen": [thought], "rejected": [assistant("b")]},
+        {"prompt": [user("d")], "completion": [{**assistant("b"), "tool_calls": [], "reasoning_content": None}]},
+    ]
+    queries, bad = load_queries(write(tmp_path / "q.jsonl", *rows), needs="completion")
+    assert not bad and [str(q.completion) for q in queries] == ["now", "", "b", "b"]
+    wanted = {**assistant("now"), "tool_calls": [called(zone="UTC", more={"b": [1, None]})]}
+    assert queries[0].completion.message == wanted and queries[0].prompt.tools == (TOOL,)
+    assert queries[1].completion and queries[1].completion.message["tool_calls"] == [called()]
+    assert queries[2].completion.message == thought and type(queries[2].rejected) is str
+    assert type(queries[3].completion) is str
+    assert pickle.loads(pickle.dumps(queries[0].completion)).message == wanted
+
+
+def test_answers_of_equal_texts_may_differ(tmp_path):
+    one, other = ({**assistant("b"), "tool_calls": [called(zone=zone)]} for zone in ("UTC", "CET"))
+    rows = [{"prompt": [user("a")], "chosen": [one], "rejected": [second]} for second in (other, assistant("b"), one)]
+    queries, bad = load_queries(write(tmp_path / "q.jsonl", *rows), needs="pair")
+    assert [q.id for q in queries] == ["q:1", "q:2"] and [b.kind for b in bad] == ["pair"]
+    assert len({digest([q._replace(id="")]) for q in queries}) == 2
 
 
 @pytest.mark.parametrize("needs", ["completion", "pair"])

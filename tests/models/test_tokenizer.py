@@ -414,12 +414,24 @@ def test_folder_without_a_readable_tokenizer_is_refused(tmp_path):
         (None, (256,)),
         ({}, (256,)),
         ({"eos_token_id": None}, (256,)),
-        ({"eos_token_id": 0}, (0,)),
-        ({"eos_token_id": [7, 9]}, (7, 9)),
+        ({"eos_token_id": []}, (256,)),
+        ({"eos_token_id": 0}, (0, 256)),
+        ({"eos_token_id": [7, 9]}, (7, 9, 256)),
+        ({"eos_token_id": [256, 9]}, (256, 9)),
     ],
 )
 def test_eos_ids(generation, expected):
+    """The model's own, and the tokenizer's."""
     assert tokenizer.eos_ids(tokenizer.byte_tokenizer(), generation) == expected
+
+
+def test_the_chat_templates_end_of_turn_stops_too():
+    tok = tokenizer.byte_tokenizer()
+    tok.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    tok.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content + '<|end|>\n' }}{% endfor %}"
+    assert tokenizer.eos_ids(tok, {"eos_token_id": 7}) == (7, 256, 258)
+    tok.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content + 'end' }}{% endfor %}"  # which is no token
+    assert tokenizer.eos_ids(tok, {"eos_token_id": 7}) == (7, 256)
 
 
 def test_no_eos_at_all():

@@ -185,14 +185,20 @@ def _placed(x, place):
 def test_lengths_by_hand():
     config = tiny_config.get_config()
     config.task.max_prompt_tokens = 100
-    assert outline.lengths(config, None, [], [], "") == (0, 128, 128, 8)  # buckets are 16, 32, 64, 128
+    assert outline.lengths(config, None, [], [], "") == (0, 128, 128, 8, 0)  # buckets are 16, 32, 64, 128
+    assert outline.lengths(config, None, [], [], "", ["completion"]).answer == config.task.max_answer_tokens
 
     source = outline.read_source("tiny")  # one token a byte
     train_set = [Query("a", "x" * 20), Query("b", "y" * 40)]
     heldout = [Query("c", "z" * 5), Query("d", "w" * 7)]
     extra = len(source.tokenizer.encode("", add_special_tokens=True))
     sizes = outline.lengths(config, source.tokenizer, train_set, heldout, "be kind")
-    assert sizes == (len("be kind\n\n") + extra, 64, 64, 8)
+    assert sizes == (len("be kind\n\n") + extra, 64, 64, 8, 0)
+    pairs = [Query("a", "x", "y" * 20, "z"), Query("b", "x", "y", "z" * 40)]
+    assert outline.lengths(config, source.tokenizer, pairs, heldout, "", ["rejected", "completion"]).answer == 41  # with EOS
+    config.algorithm, algorithm = "dpo", algorithms.sampling("dpo")
+    batch = outline.example_batch(config, algorithm, 4, sizes._replace(answer=41), 258)
+    assert batch.response.shape == (4, 2, 64) and batch.response_mask.sum() == 4 * 2 * 41
 
 
 @pytest.mark.parametrize(

@@ -328,23 +328,24 @@ def test_tool_turns_go_to_the_template_as_they_are():
 )
 def test_a_template_that_takes_no_tool_turns(rules, template, call, says):
     query = Query("q-8", Conversation([TOOL_TURNS[0], {**TOOL_TURNS[1], "tool_calls": [call]}, TOOL_TURNS[2]], [TOOL]))
-    with pytest.raises(UserError, match=rf"does not take query 'q-8': .*{says}; take a model .*--config\.task\.chat=False"):
+    match = rf"query 'q-8' is refused by the tokenizer's chat template: .*{says}; take a model .*--config\.task\.chat=False"
+    with pytest.raises(UserError, match=match):
         prompts.render(query, rules, tokenizer(template=template), chat=True)
 
 
 @pytest.mark.parametrize(
     ("template", "rules", "says"),
     [
-        (None, None, "query 'q-7': .*chat.template.*config.task.chat=False"),
-        ("Hi!", None, "query 'q-7': it leaves out 'The film begins'; .*config.task.chat=False"),
-        ("Hi!", RULES, "query 'q-7': it leaves out 'Be kind.*The film begins'; .*config.task.chat=False"),
+        (None, None, "query 'q-7' is .*chat.template.*config.task.chat=False"),
+        ("Hi!", None, "query 'q-7' is .*: it leaves out 'The film begins'; .*config.task.chat=False"),
+        ("Hi!", RULES, "query 'q-7' is .*: it leaves out 'Be kind.*The film begins'; .*config.task.chat=False"),
         ("{% for m in messages %}{{ m.content.upper() }}{% endfor %}", None, "it leaves out 'The film begins'"),
         (
             "{% for m in messages %}{{ m.content + m.content }}{% endfor %}",
             RULES,
-            "'q-7': it repeats 'Be kind.*config.task.chat=False",
+            "'q-7' is .*: it repeats 'Be kind.*config.task.chat=False",
         ),
-        ("{{ raise_exception('no ' + messages[0].role) }}", RULES, "query 'q-7': no user; take a model"),
+        ("{{ raise_exception('no ' + messages[0].role) }}", RULES, "query 'q-7' is .*: no user; take a model"),
     ],
     ids=["absent", "drops all", "drops all with principles", "changes", "repeats", "refuses all"],
 )
@@ -424,7 +425,10 @@ def test_without_thinking_the_answer_is_all_of_it():
     assert prompts.answer(ids, tok, prompt="<think>", thinking=False) == "<think>hm</think>\n\nThe"
 
 
-@given(thoughts=st.text(max_size=30), said=st.text(min_size=1, max_size=30), name=st.sampled_from(sorted(VOCABULARIES)))
+SPOKEN = st.text(max_size=30).filter(lambda text: "<s>" not in text and "<|" not in text)  # no special token is spelled
+
+
+@given(thoughts=SPOKEN, said=SPOKEN.filter(bool), name=st.sampled_from(sorted(VOCABULARIES)))
 def test_answers_of_any_text(thoughts, said, name):
     tok = VOCABULARY_TOKENIZERS[name]
     ids = tok.encode(f"<think>{thoughts}</think>\n{said}", add_special_tokens=False)
@@ -467,7 +471,7 @@ def test_a_reward_model_sees_the_tools():
 
 
 def test_a_reward_model_whose_template_takes_no_tool_turns():
-    with pytest.raises(UserError, match=r"(?s)reward model's chat template .*blue film.*alternate.*take a reward model"):
+    with pytest.raises(UserError, match=r"(?s)blue film.*reward model's chat template.*alternate.*take a reward model"):
         prompts.dialogue(Conversation(TOOL_TURNS), "At eight.", tokenizer(template=GEMMA))
 
 

@@ -25,6 +25,7 @@ from ple_jax import modes
 from ple_jax.core.config import validate
 from ple_jax.core.errors import UserError
 from ple_jax.data.queries import draw, load_queries
+from ple_jax.models import tokenizer as tokenizers
 from ple_jax.training.interrupt import Interrupted
 from ple_jax.training.journal import read
 from torch_ascend import baselines
@@ -63,7 +64,8 @@ def records(tmp_path_factory) -> dict[str, str]:
 
 
 def config(algorithm: str, records: dict[str, str], **options) -> FrozenConfigDict:
-    c = configured(algorithm, **{"trainer": "trl", "iterations": 2, **records, **options})
+    cut = {"task__max_answer_tokens": 8}
+    c = configured(algorithm, **{"trainer": "trl", "iterations": 2, **cut, **records, **options})
     validate(c)
     return FrozenConfigDict(c)
 
@@ -447,3 +449,34 @@ def test_a_tokenizer_without_an_eos_is_refused(records, tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.PreTrainedTokenizerFast.eos_token_id", None, raising=False)
     with pytest.raises(UserError, match="tiny's has none"):
         train(tmp_path / "run", "sft", records)
+
+
+def test_answers_have_the_templates_end_of_turn(tmp_path, monkeypatch):
+    """What TRL gets are the chat template's tokens of the whole conversation, whatever is sampled."""
+    plain = tokenizers.byte_tokenizer
+
+    def gemma():
+        made = plain()  # its <|pad|> ends a turn
+        made.chat_template = (
+            "{% for m in messages %}{{ '[' + m.role + ']' + m.content + pad_token + '\\n' }}{% endfor %}"
+            "{% if add_generation_prompt %}[assistant]{% endif %}"
+        )
+        return made
+
+    monkeypatch.setattr(tokenizers, "byte_tokenizer", gemma)
+    pairs = [{"prompt": [{"role": "user", "content": f"q{i}"}], "rejected": [{"role": "assistant", "content": "n" * 20}],
+              "chosen": [{"role": "assistant", "content": f"yes {i}"}]} for i in range(4)]  # fmt: skip
+    files = {"task__train": tmp_path / "train.jsonl", "task__heldout": tmp_path / "heldout.jsonl"}
+    for file, lines in zip(files.values(), (pairs, [{"prompt": [{"role": "user", "content": "h"}]}]), strict=True):
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = []
+    with watched() as made:
+        options = ONE | {"task__chat": True, "iterations": 1, "task__max_answer_tokens": 64}
+        workdir = train(tmp_path / "run", "dpo", {key: str(file) for key, file in files.items()}, **options)
+        rows += list(made[0].train_dataset)
+    for row, rollout in zip(rows, read(workdir / "rollouts" / "iter_0000.jsonl"), strict=True):
+        i = rollout.query_id.rpartition(":")[2]
+        asked = rollout.prompt.messages[-1]["content"]
+        assert bytes(t for t in row["prompt_ids"] if t < 256).decode() == f"[user]{asked}\n[assistant]", i
+        assert row["chosen_ids"] == [*f"yes {asked[1:]}".encode(), 257]
+        assert row["rejected_ids"] == [*b"n" * 20, 257]

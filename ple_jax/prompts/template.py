@@ -1,0 +1,272 @@
+"""Chat templates: the turns of a conversation as a model's own template writes them, with and without the last answer.
+
+A template is code of the checkpoint's. Some refuse a system turn, some have no generation prompt, some read the clock, some
+leave out thoughts of earlier turns. What is asked of all of them: that what was said is in what they write.
+"""
+
+import functools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import date as Date
+from typing import Any, NamedTuple
+
+from ple_jax.core.conversation import THOUGHTS, Conversation
+from ple_jax.core.types import Message, Tokenizer
+
+DATE = "2024-07-26"  # of what belongs to no run, a reward model's conversations: it must not change from day to day
+_MARK = "\ue000"  # around a text that is looked for: a short one may also be part of the markup
+_ANSWER = "\ue001"  # the same, of the answer
+_CLOCK = "strftime_now"  # what templates ask for the date, as transformers has it
+_DIRECTIVES = "aAbBcdDeFGHIjmMpSTuUVwWxXyYZ"  # of strftime
+
+
+class Form(NamedTuple):
+    """How prompts are written."""
+
+    tokenizer: Tokenizer
+    thinking: bool | None = None  # what templates of reasoning models read as `enable_thinking`; None: nothing
+    date: str = DATE  # today's to a template that asks for it, YYYY-MM-DD
+
+
+def opened(prompt: str, principles: str | None, form: Form) -> str:
+    """The turns of a prompt, open for the assistant's answer.
+
+    Where a template writes no generation prompt, what it writes between the prompt and an answer stands at the end.
+
+    Raises:
+        ValueError: the template takes no such turns; says why.
+    """
+    turns, tools = turns_of(prompt)
+    text = _applied(turns, principles, form, tools, open_=True)
+    if writes_header(form.tokenizer):
+        return text
+    try:
+        followed = _applied([*turns, _said_by_assistant(_ANSWER)], principles, form, tools)
+    except ValueError:  # it takes no answers
+        return text
+    before, found, _ = followed.partition(_ANSWER)
+    start, eos = text.rstrip(), form.tokenizer.eos_token_id
+    if not before.startswith(start) and eos is not None:  # some close every conversation with EOS
+        start = start.removesuffix(form.tokenizer.decode([eos], skip_special_tokens=False))
+    # a blank alone is part of the answer: behind it texts would have other tokens
+    return before if found and before.startswith(start) and before[len(start) :].strip() else text
+
+
+def closed(prompt: str, answer: Message, form: Form) -> str:
+    """The whole conversation, as the template writes it when nobody is to answer.
+
+    Raises:
+        ValueError: the template takes no such turns; says why.
+    """
+    turns, tools = turns_of(prompt)
+    return _applied([*turns, answer], None, form, tools)
+
+
+def answered(prompt: str, opening: str, answer: Message, form: Form) -> str:
+    """What the template writes behind the opened prompt where `answer` follows.
+
+    Some templates write other things before an answer than at the end of a prompt, such as thoughts that are empty, or move
+    the system turn. What they write from the answer on follows the prompt then.
+
+    Raises:
+        ValueError: as `closed`; the template leaves out some of the answer, or writes it behind something else.
+    """
+    whole = closed(prompt, answer, form)
+    behind = whole[len(opening) :] if whole.startswith(opening) else _aligned(prompt, opening, answer, form)
+    check_complete(behind, answer)
+    return behind
+
+
+def _aligned(prompt: str, opening: str, answer: Message, form: Form) -> str:
+    """What follows the end of the opening, which the whole conversation does not begin with."""
+    if opening.rstrip().endswith("<think>"):
+        raise ValueError("it opens thoughts in the prompt, and writes this answer without any")
+    turns, tools = turns_of(prompt)
+    marked = Conversation([*turns[:-1], {**turns[-1], "content": turns[-1]["content"] + _MARK}], tools)
+    parts = closed(marked, {**answer, "content": f"{_ANSWER}{answer['content']}{_ANSWER}"}, form).split(_ANSWER)
+    ours, theirs = (text.rpartition(_MARK)[2] for text in (opened(marked, None, form), parts[0]))
+    if len(parts) != 3 or not (theirs.startswith(ours) or ours.startswith(theirs)):
+        raise ValueError("it writes something else between the prompt and this answer than behind the prompt alone")
+    return theirs[len(ours) :] + parts[1] + parts[2]
+
+
+def turns_of(prompt: str) -> tuple[list[Message], list[Mapping[str, Any]]]:
+    """The turns of a prompt and its tools."""
+    if not isinstance(prompt, Conversation):
+        return [{"role": "user", "content": prompt}], []
+    return list(prompt.messages), list(prompt.tools)
+
+
+def end_of_turn(tokenizer: Any) -> int | None:
+    """The special token that the template writes behind an answer; None where it writes another text there, or none."""
+    try:
+        text = _written([{"role": "user", "content": "a"}, _said_by_assistant(_ANSWER)], Form(tokenizer), [])
+    except ValueError:
+        return None
+    behind = text.partition(_ANSWER)[2].lstrip()
+    special = {str(token): i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    found = [token for token in special if behind.startswith(token)]
+    return special[max(found, key=len)] if found else None
+
+
+def reads_clock(tokenizer: Tokenizer) -> bool:
+    """Whether the template asks for today's date."""
+    return _CLOCK in str(tokenizer.chat_template)
+
+
+def writes_header(tokenizer: Tokenizer) -> bool:
+    """Whether the template reads `add_generation_prompt`."""
+    own: Any = tokenizer
+    return _writes_header(own, str(tokenizer.chat_template))
+
+
+@functools.lru_cache(maxsize=8)
+def _writes_header(tokenizer: Any, template: str) -> bool:
+    form, asked = Form(tokenizer), [{"role": "user", "content": _MARK}]
+    try:
+        return _written(asked, form, [], open_=True) != _written(asked, form, [])
+    except ValueError:
+        return True  # it will be refused for that
+
+
+def _said_by_assistant(text: str) -> Message:
+    return {"role": "assistant", "content": text}
+
+
+# ---------------------------------------------------------------- where the system turn goes
+
+
+def _applied(
+    turns: Sequence[Message], principles: str | None, form: Form, tools: Sequence[Any], *, open_: bool = False
+) -> str:
+    """The turns in the template, with the principles in the system turn or, if there is no room, in the first user turn.
+
+    Raises:
+        ValueError: the template takes neither; says why.
+    """
+    own, rest = (turns[0]["content"], turns[1:]) if turns[0]["role"] == "system" else ("", turns)
+    system = "\n\n".join(part for part in (own, principles) if part)
+    if not system:
+        return _shown(turns, form, tools, open_=open_)
+    marked = f"{_MARK}{system}{_MARK}"
+    for place in (_before, _merged):
+        try:
+            text = _shown(place(system, rest), form, tools, open_=open_)
+            found = _shown(place(marked, rest), form, tools, open_=open_).count(marked)
+            if found == 1:
+                return text
+            problem = f"it {'repeats' if found else 'leaves out'} {system[:60]!r}"
+        except ValueError as error:
+            problem = str(error)
+    raise ValueError(problem)
+
+
+def _before(system: str, turns: Sequence[Message]) -> list[Message]:
+    return [{"role": "system", "content": system}, *turns]
+
+
+def _merged(system: str, turns: Sequence[Message]) -> list[Message]:
+    first = next((i for i, turn in enumerate(turns) if turn["role"] == "user"), None)
+    if first is None:  # the conversation was a system turn
+        return [{"role": "user", "content": system}, *turns]
+    user = {**turns[first], "content": f"{system}\n\n{turns[first]['content']}"}
+    return [*turns[:first], user, *turns[first + 1 :]]
+
+
+# ---------------------------------------------------------------- what a template writes
+
+
+def _shown(turns: Sequence[Message], form: Form, tools: Sequence[Any], *, open_: bool) -> str:
+    """The turns in the template, which has to show what the user says and what the assistant called.
+
+    Raises:
+        ValueError: it does not, or takes no such turns.
+    """
+    text = _written(turns, form, tools, open_=open_)
+    try:
+        missing = [said for turn in turns for said in _said(turn) if said.strip() not in text]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(str(error)) from error
+    if missing:
+        raise ValueError(f"it leaves out {missing[0][:60]!r}")
+    return text
+
+
+def _said(turn: Message) -> list[str]:
+    """What every template writes as it is of a turn: some drop the assistant's thoughts, some quote a tool's answer."""
+    if turn["role"] == "user":
+        return [turn["content"]]
+    return [call.get("function", call)["name"] for call in turn.get("tool_calls", ())]
+
+
+def check_complete(text: str, answer: Message) -> None:
+    """Raises a ValueError if a text lacks something of an answer: of what is trained on nothing may be lost."""
+    said = answer["content"].partition("</think>")
+    parts = [said[0].replace("<think>", ""), said[2], *beside(answer)]
+    for part in map(str.strip, parts):
+        if part not in text and json.dumps(part, ensure_ascii=False)[1:-1] not in text:
+            raise ValueError(f"it leaves out {part[:60]!r}")
+
+
+def beside(answer: Message) -> list[str]:
+    """The texts of an answer but for what it says: its thoughts, and what it calls with which values."""
+    calls = [call.get("function", call) for call in answer.get("tool_calls", ())]
+    return [*_texts([answer.get(key) for key in THOUGHTS]), *_texts(calls)]
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in a value, keys apart."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(part)
+
+
+def _written(turns: Sequence[Message], form: Form, tools: Sequence[Any], *, open_: bool = False) -> str:
+    """The template's own text.
+
+    Raises:
+        ValueError: it takes no such turns.
+    """
+    tokenizer = form.tokenizer
+    options: dict[str, Any] = {"tools": list(tools)} if tools else {}
+    if form.thinking is not None:
+        options["enable_thinking"] = form.thinking
+    try:
+        if reads_clock(tokenizer):
+            options["chat_template"] = dated(_template(tokenizer, options), form.date)
+        return str(
+            tokenizer.apply_chat_template(
+                [dict(turn) for turn in turns], tokenize=False, add_generation_prompt=open_, **options
+            )
+        )
+    except Exception as error:  # templates are code of the checkpoint's: they raise what they like
+        raise ValueError(str(error)) from error
+
+
+def _template(tokenizer: Any, options: Mapping[str, Any]) -> str:
+    """The template for these options; a tokenizer may have several."""
+    if isinstance(tokenizer.chat_template, str):
+        return tokenizer.chat_template
+    return str(tokenizer.get_chat_template(tools=options.get("tools")))
+
+
+@functools.lru_cache(maxsize=8)
+def dated(template: str, date: str) -> str:
+    """The template with a clock that stands still: midnight of `date`, whatever it asks of it.
+
+    Transformers gives templates a function `strftime_now`, and takes none of ours; but a macro of the template's own comes
+    before it.
+    """
+    day = Date.fromisoformat(date)
+    words = {letter: day.strftime(f"%{letter}") for letter in _DIRECTIVES} | {"%": "%"}
+    words |= {f"-{letter}": words[letter].lstrip("0 ") or "0" for letter in "deHIjmMSUVWyY"}
+    macro = (
+        "{% macro strftime_now(format) %}{% set ns = namespace(at='') %}{% for c in format %}"
+        "{% if ns.at == '' %}{% if c == '%' %}{% set ns.at = '%' %}{% else %}{{ c }}{% endif %}"
+        "{% elif c == '-' and ns.at == '%' %}{% set ns.at = '%-' %}"
+        "{% else %}{{ WORDS[ns.at[1:] + c] }}{% set ns.at = '' %}{% endif %}{% endfor %}{% endmacro %}"
+    )
+    # an expression of nothing: blocks take a line's end behind them away, and it may be the template's own
+    return macro.replace("WORDS", json.dumps(words)) + "{{ '' }}" + template

@@ -1,0 +1,177 @@
+"""What of the records a run takes: prompts, answers, and why one is left out; and the day that a run keeps."""
+
+import datetime
+import json
+
+import pytest
+from ml_collections import FrozenConfigDict
+from test_baselines import config as configured
+
+from ple_jax.core.config import flatten
+from ple_jax.core.conversation import Answer, Conversation
+from ple_jax.core.errors import UserError
+from ple_jax.core.identity import method_keys, run_keys
+from ple_jax.core.types import Query, Reward
+from ple_jax.data.load import Data
+from ple_jax.models.tokenizer import byte_tokenizer
+from ple_jax.prompts.principles import Principles
+from ple_jax.training import prompting, workdir
+
+RULES = Principles("mine", "mine 1", "Be kind.", (), "")
+TURNS = (  # speakers must take turns, the user begins; an answer ends with <|eos|>
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('speakers take turns') }}{% endif %}"
+    "{{ m.role + ': ' + m.content + (eos_token if m.role == 'assistant' else '') + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def rendering(**options):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TURNS
+    context = options.pop("context", 2048)
+    config = FrozenConfigDict(configured("ple", **{"task__chat": True, "task__max_bad_share": 0.9} | options))
+    return prompting.Prompts(config, tokenizer, RULES, (256,), context)
+
+
+def reasons(queries, prompts, **how):
+    kept, said = prompting.usable(queries, prompts, "here", **how)
+    return [query.id for query in kept.queries], {bad.where: (bad.kind, bad.reason) for bad in kept.bad}, said
+
+
+def test_a_conversation_that_the_template_refuses_is_a_bad_record():
+    queries = [
+        Query("good", Conversation([user("a"), assistant("b"), user("c")])),
+        Query("twice", Conversation([user("a"), user("b")])),
+        Query("begun", Conversation([assistant("a"), user("b")])),
+        Query("system", Conversation([{"role": "system", "content": "s"}, user("b")])),  # goes into the user's turn
+    ]
+    kept, bad, _ = reasons(queries, rendering())
+    assert kept == ["good", "system"] and {kind for kind, _ in bad.values()} == {"template"}
+    assert bad["twice"][1].startswith("query 'twice' is refused by the tokenizer's chat template: speakers take turns; take")
+    assert reasons(queries, rendering(task__chat=False))[0] == ["good", "twice", "begun", "system"]
+    with pytest.raises(UserError, match="'twice' is refused.*2 of 4 records of here cannot be used .template 2."):
+        reasons(queries, rendering(task__max_bad_share=0.4))
+
+
+def test_turns_that_the_template_takes_without_principles_alone():
+    prompts = rendering()
+    prompts.tokenizer.chat_template = (
+        "{% if 'kind' in messages[0].content and messages | length == 1 %}{{ raise_exception('no') }}{% endif %}" + TURNS
+    )
+    queries = [Query(str(i), Conversation([user(f"a{i}")])) for i in range(2)]
+    queries.append(Query("three", Conversation([user("a"), assistant("b"), user("c")])))
+    kept, bad, _ = reasons(queries, prompts)
+    assert kept == ["three"] and list(bad) == ["0", "1"]
+    assert {reason.endswith("(with the principles)") for _, reason in bad.values()} == {True}
+
+
+def test_what_a_reward_cannot_read_is_a_bad_record():
+    part = Reward("part", refuses=lambda prompt: "does not like it" if "x" in prompt else "")
+    whole = Reward("combine", parts={"part": part, "other": Reward("other")})
+    queries = [Query("a", "a"), Query("x", "x")]
+    for reward in (part, whole):
+        kept, bad, _ = reasons(queries, rendering(), rewards=(Reward("any"), reward))
+        assert kept == ["a"] and bad["x"] == ("reward", "query 'x' cannot be scored: it does not like it")
+
+
+def test_answers_are_cut_counted_and_never_a_pair_of_equals():
+    both = ("completion", "rejected")
+    queries = [
+        Query("short", "q", "yes", "no"),
+        Query("long", "q", "a" * 9, "b"),
+        Query("fits", "q", "a" * 7, "b"),  # with EOS
+        Query("equal", "q", "a" * 9 + "x", "a" * 9 + "y"),
+        Query("called", "q", Answer({**assistant("a"), "tool_calls": [{"function": {"name": "clock"}}]}), "b"),
+    ]
+    prompts = rendering(task__max_answer_tokens=8)
+    kept, bad, said = reasons(queries, prompts, sources=both)
+    assert kept == ["short", "long", "fits"] and {where: kind for where, (kind, _) in bad.items()} == {
+        "equal": "pair",
+        "called": "template",
+    }
+    assert "the same in tokens up to task.max_answer_tokens=8, where they are cut" in bad["equal"][1]
+    assert said == [
+        "1 of 6 answers of here are cut to 8 tokens, and have no EOS: raise --config.task.max_answer_tokens to train on the"
+        " whole"
+    ]
+    assert prompts.given(queries[1], "completion") == (tuple(b"a" * 8), False, "a" * 8)
+    assert prompts.given(queries[2], "completion") == ((*b"a" * 7, 256), True, "a" * 7)
+    assert reasons(queries[:1], prompts, sources=both)[2] == []
+    (said,) = reasons(queries[1:3], rendering(), sources=both)[2]
+    assert said.startswith("1 of 4 answers of here are longer than sampling.max_new_tokens=8") and "trained on whole" in said
+    raw = reasons(queries, rendering(task__max_answer_tokens=8, task__chat=False), sources=both)[1]
+    assert raw["called"][0] == "answer" and "tool_calls, which plain text cannot hold" in raw["called"][1]
+
+
+def test_prompt_and_answer_must_have_room():
+    queries = [Query("fits", "q" * 5, "a" * 4), Query("not", "q" * 5, "a" * 5)]
+    kept, bad, _ = reasons(queries, rendering(task__chat=False, context=10), sources=("completion",))
+    assert kept == ["fits"]
+    says = "query 'not' has 5 tokens and an answer of 6, and the model takes 10 at once; remove the line"
+    assert bad["not"] == ("over-long", says)
+
+
+def test_what_is_left_out_of_both_sets():
+    class Shown:
+        lines: list[str] = []
+
+        def phase(self, *_): ...
+
+        def advance(self, *_): ...
+
+        def log(self, line):
+            self.lines.append(line)
+
+    bad = Query("bad", Conversation([user("a"), user("b")]), "c")
+    data = Data([Query("t", "a", "b" * 9), bad], [Query("h", "a"), bad], {"train": [], "heldout": []})
+    found = prompting.fitted(data, rendering(task__max_answer_tokens=8), Shown(), sources=("completion",))
+    assert [q.id for q in found.train] == ["t"] and [q.id for q in found.heldout] == ["h"]
+    assert [[b.where for b in found.bad[which]] for which in ("train", "heldout")] == [["bad"], ["bad"]]
+    assert [line.startswith("1 of 1 answers of config.task.train are cut") for line in Shown.lines] == [True]
+
+
+def test_what_is_said_of_stops_and_headers():
+    prompts = rendering()
+    config, tokenizer = prompts.config, prompts.tokenizer
+    assert prompting.notes(config, tokenizer, (256,)) == []
+    assert "nothing stops a response" in prompting.notes(config, tokenizer, ())[0]
+    assert "ends at '<|eos|>' (256), '<|pad|>' (257): the model's EOS" in prompting.notes(config, tokenizer, (256, 257))[0]
+    assert "ends at '<|pad|>' (257): the model's EOS" in prompting.notes(config, tokenizer, (257,))[0]
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    (said,) = prompting.notes(config, tokenizer, (256,))
+    assert "no generation prompt" in said and "\n" not in said
+    raw = FrozenConfigDict(configured("ple"))
+    assert prompting.notes(raw, tokenizer, (256,)) == []
+
+
+def test_a_run_keeps_the_day_on_which_it_began(tmp_path, monkeypatch):
+    config = FrozenConfigDict(configured("ple"))
+
+    def on(day):
+        monkeypatch.setattr(workdir, "today", lambda: datetime.date.fromisoformat(day))
+        return workdir.begun(config, tmp_path)
+
+    first = on("2026-11-28")
+    assert first.task.date == "2026-11-28" and config.task.date is None
+    assert on("2026-11-29").task.date == "2026-11-29"  # nothing has begun yet
+    keys = run_keys(first, "jax", {})
+    (tmp_path / "config.json").write_text(json.dumps(keys))
+    (tmp_path / "metrics.jsonl").write_text("")
+    later = on("2026-11-30")
+    assert later.task.date == "2026-11-28"
+    workdir.check_config(tmp_path, run_keys(later, "jax", {}))
+    said = FrozenConfigDict(configured("ple", task__date="2026-12-01"))
+    assert workdir.begun(said, tmp_path).task.date == "2026-12-01"
+    with pytest.raises(UserError, match="differing in task.date"):
+        workdir.check_config(tmp_path, run_keys(said, "jax", {}))
+    # runs of several days are seeds of one method
+    assert method_keys(flatten(run_keys(said, "jax", {}))) == method_keys(flatten(keys))

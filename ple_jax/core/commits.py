@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ple_jax.core.errors import Damaged
-from ple_jax.core.files import read_json, to_disk, write_json
+from ple_jax.core.files import opened, to_disk, write_json
 
 MANIFEST = "digests.json"
 
@@ -55,16 +55,23 @@ def newest(path: Path) -> Path | None:
         return None
     folder = path / str(found[-1])
     back = "go on from the one before it" if len(found) > 1 else "train again from the start, on what was sampled"
-    try:
-        listed = read_json(folder / MANIFEST) or {}
-    except Damaged as error:
-        raise damaged(folder, f"{MANIFEST} too", back) from error
-    for name, said in listed.items():
+    for name, said in _listed(folder, back).items():
         if not (folder / name).is_file():
             raise damaged(folder, f"{name} is gone", back)
         if _digest(folder / name) != said:
             raise damaged(folder, f"{name} is not as it was written", back)
     return folder
+
+
+def _listed(folder: Path, back: str) -> dict[str, str]:
+    """The list of a checkpoint's files; nothing where there is none, as in one of an earlier version."""
+    if not (folder / MANIFEST).exists():
+        return {}
+    with contextlib.suppress(ValueError):
+        listed, sealed = opened((folder / MANIFEST).read_bytes())
+        if sealed:
+            return listed
+    raise damaged(folder, f"{MANIFEST} is not as it was written", back)
 
 
 def damaged(folder: Path, why: str, back: str = "go on from the one before it") -> Damaged:
@@ -83,8 +90,8 @@ def _seal(folder: Path) -> None:
 
 
 def _digest(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    with file.open("rb") as data:
+        return hashlib.file_digest(data, "sha256").hexdigest()
 
 
 def _remove(folder: Path) -> None:

@@ -35,7 +35,7 @@ class Clock:
     def lap(self) -> float:
         """Seconds since the last lap; the first one counts from the start of the process."""
         now = time.monotonic()
-        elapsed, self._last = now - self._last, now
+        elapsed, self._last = max(now - self._last, 0.0), now
         return elapsed
 
 

@@ -67,7 +67,8 @@ def _tensorboard(workdir: Path, config: dict[str, Any]) -> Sink:
     folder = workdir / "tensorboard"
     folder.mkdir(exist_ok=True)
     # TensorBoard reads files by their names: this one comes last even where the clock was set back
-    newest = max((int(file.name.split(".")[3]) for file in folder.glob("events.out.tfevents.*.*")), default=-1)
+    stamps = (file.name.split(".")[3] for file in folder.glob("events.out.tfevents.*.*"))
+    newest = max((int(stamp) for stamp in stamps if stamp.isdecimal()), default=-1)
     path = folder / f"events.out.tfevents.{max(time.time_ns(), newest + 1):020d}.{os.getpid()}"
 
     def sink(metrics: dict[str, float], step: int) -> None:

@@ -60,6 +60,14 @@ def test_tensorboard_reads_back_what_was_logged_and_drops_what_a_resume_repeats(
     assert len(list((tmp_path / "tensorboard").iterdir())) == 2
 
 
+def test_tensorboard_reads_a_resumed_run_last_where_the_clock_was_set_back(tmp_path, monkeypatch):
+    for now, value in ((2 * 10**18, 0.25), (10**18, 0.75)):
+        monkeypatch.setattr("time.time_ns", lambda now=now: now)
+        (sink,) = sinks.make(["tensorboard"], tmp_path, {})
+        sink({"reward": value}, 0)
+    assert scalars(tmp_path, "reward") == [(0, 0.75)]
+
+
 def test_tensorboard_files_are_tfrecords_that_begin_with_the_version(tmp_path):
     (sink,) = sinks.make(["tensorboard"], tmp_path, {})
     sink({"x": 1.0}, 5)

@@ -13,7 +13,7 @@ class _Raw(io.FileIO):
 
     def write(self, data: Any) -> int:  # any buffer
         try:
-            return super().write(data) or 0
+            return super().write(data)
         except OSError as error:
             if error.errno not in _NOBODY:
                 raise

@@ -23,6 +23,7 @@ from ple_jax.training import prompting, sinks
 from ple_jax.training.interrupt import Stop
 from ple_jax.training.progress import Progress
 from ple_jax.training.run import Base, Clock, Run, Session
+from ple_jax.training.workdir import begun
 
 
 class Inputs(NamedTuple):
@@ -116,7 +117,7 @@ def open_run(workdir: Path, backend: str, inputs: Inputs, kept: Mapping[str, Any
     Args:
         kept: what config.json is to hold (`workdir.going_on`); of a new directory it need not be given.
     """
-    config, algorithm = inputs.config, inputs.algorithm
+    config, algorithm = begun(inputs.config, workdir), inputs.algorithm
     with Stop() as stop, Progress(_iterations(inputs)) as progress, contextlib.ExitStack() as stack:
         loss = algorithm.make_loss(config)
         names = ("jsonl", *(name for name in config.sinks if name != "jsonl"))  # metrics.jsonl is part of the contract

@@ -420,3 +420,25 @@ def test_jax_and_torch_agree(name, labels, tmp_path):
     ours, theirs = (np.array(reward.score(PROMPTS, RESPONSES)) for reward in halves.values())
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
     assert np.ptp(ours) > 0.1
+
+
+def test_it_says_which_conversations_its_template_refuses(tmp_path):
+    """A run asks before it begins: such a query is a bad record, not the end of the run."""
+    versions = []
+    for template in (
+        "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('take turns') }}"
+        "{% endif %}{{ m.content }}{% endfor %}",
+        "{{ strftime_now('%Y') }}{% for m in messages %}{{ m.content }}{% endfor %}",
+    ):
+        folder = tmp_path / str(len(versions))
+        build("llama", folder, num_labels=1)
+        wrapped = byte_tokenizer()
+        wrapped.chat_template = template
+        wrapped.save_pretrained(folder)
+        made = neural.make(str(folder), backend="torch")
+        versions.append(made.version)
+        turns = Conversation([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}])
+        refused = "is refused by the reward model's chat template: take turns; take a reward model whose template takes it"
+        assert made.refuses("a") == "" and made.refuses(turns) == (refused if len(versions) == 1 else "")
+        assert neural.make(str(folder), backend="torch", with_prompt=False).refuses(turns) == ""
+    assert len(set(versions)) == 2

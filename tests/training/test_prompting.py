@@ -7,12 +7,14 @@ import pytest
 from ml_collections import FrozenConfigDict
 from test_baselines import config as configured
 
+from ple_jax import modes
 from ple_jax.core.config import flatten
 from ple_jax.core.conversation import Answer, Conversation
 from ple_jax.core.errors import UserError
 from ple_jax.core.identity import method_keys, run_keys
 from ple_jax.core.types import Query, Reward
 from ple_jax.data.load import Data
+from ple_jax.models import tokenizer as tokenizers
 from ple_jax.models.tokenizer import byte_tokenizer
 from ple_jax.prompts.principles import Principles
 from ple_jax.training import prompting, workdir
@@ -175,3 +177,39 @@ def test_a_run_keeps_the_day_on_which_it_began(tmp_path, monkeypatch):
         workdir.check_config(tmp_path, run_keys(said, "jax", {}))
     # runs of several days are seeds of one method
     assert method_keys(flatten(run_keys(said, "jax", {}))) == method_keys(flatten(keys))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["ple", "sft", "reward"])
+def test_one_conversation_of_many_does_not_end_a_run(algorithm, tmp_path, monkeypatch):
+    """In training, in the warm-up, in evaluations and in the set that is answered afterwards."""
+    plain = tokenizers.byte_tokenizer
+
+    def strict():
+        made = plain()
+        made.chat_template = TURNS
+        return made
+
+    monkeypatch.setattr(tokenizers, "byte_tokenizer", strict)
+
+    def save(name, count):
+        asked = [[user(f"{name} {i}")] for i in range(count)]
+        asked.append([user(f"{name} first"), user("second")])
+        pairs = [{"prompt": turns, "chosen": [assistant("yes")], "rejected": [assistant("no")]} for turns in asked]
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+        return str(path)
+
+    options = {"task__train": save("train", 20), "task__heldout": save("heldout", 20), "task__chat": True, "iterations": 1}
+    options |= {"warm_up__data": save("warm", 20), "generate__data": save("asked", 20), "task__max_bad_share": 0.05}
+    config = FrozenConfigDict(configured(algorithm, **options))
+    assert modes.train(config, tmp_path / "run", "torch") == 0
+    sets = ["train", "heldout"] + (["warm_up"] if algorithm != "reward" else [])
+    listed = [json.loads(line) for line in (tmp_path / "run" / "bad_records.jsonl").read_text().splitlines()]
+    assert [bad["set"] for bad in listed] == sets
+    assert {bad["kind"] for bad in listed} == {"template"} and all(":21" in bad["where"] for bad in listed)
+    assert modes.evaluate(config, tmp_path / "run", "torch") == 0
+    if algorithm != "reward":
+        assert modes.generate(config, tmp_path / "run", "torch") == 0
+        kept = tmp_path / "run" / "responses" / "trained" / "bad_records.jsonl"
+        assert [json.loads(line)["set"] for line in kept.read_text().splitlines()] == ["heldout"]

@@ -201,7 +201,7 @@ def _override(config: ConfigDict, argv: Sequence[str]) -> ConfigDict:
         leftover = values(argv)[1:]
     except flags.UnrecognizedFlagError as error:
         raise UserError(f"unknown flag --{error.flagname}{suggestion(error.flagname, FLAG_NAMES)}") from error
-    except flags.Error as error:
+    except (flags.Error, ArithmeticError, RecursionError, TypeError, ValueError) as error:  # of values that no key takes
         raise UserError(f"{error} (configs/default.py shows what each key holds)") from error
     if leftover:
         raise UserError(f"leftover argument {leftover[0]!r}; every setting is --flag=value or --config.key=value")

@@ -166,6 +166,9 @@ def _revision(value: Any) -> str:
     return "" if fine else "unset or a branch, tag or commit of a model on a hub"
 
 
+# bounds that no sane value reaches: of what is held in memory at once for every query or weight, of what is counted in a
+# run, and of what int32 has room for
+FEW, MANY, LARGE = 2**14, 2**20, 2**31
 _reward = named(names("rewards", ".py"), code=True)
 # well-known models of which only the config.json is here: for planning
 PUBLISHED = names("models/published", ".json")
@@ -175,8 +178,8 @@ RULES: dict[str, Rule] = {
     "algorithm": named(names("algorithms", ".py"), code=True),
     "algorithm_kwargs": free,
     "trainer": choice("own", "trl"),
-    "iterations": whole(1),
-    "queries_per_iteration": whole(1),
+    "iterations": whole(1, MANY),
+    "queries_per_iteration": whole(1, MANY),
     "model.path": _model,
     "model.revision": _revision,
     "model.dtype": choice("float32", "bfloat16"),
@@ -187,10 +190,10 @@ RULES: dict[str, Rule] = {
     "model.device": choice("auto", "cpu", "cuda", "npu"),
     "model.ops": choice("auto", "reference", "npu"),
     "model.adapter": _optional_adapter,
-    "lora.rank": whole(1),
+    "lora.rank": whole(1, FEW),
     "lora.alpha": scale,
     "lora.targets": _targets,
-    "lora.rank_pattern": patterns(whole(1)),
+    "lora.rank_pattern": patterns(whole(1, FEW)),
     "lora.alpha_pattern": patterns(scale),
     "lora.rslora": flag,
     "lora.dora": flag,
@@ -204,27 +207,27 @@ RULES: dict[str, Rule] = {
     "task.columns": _columns,
     "task.words": _words,
     "task.streaming": flag,
-    "task.max_train": whole(0),
-    "task.max_heldout": whole(0),
+    "task.max_train": whole(0, LARGE),
+    "task.max_heldout": whole(0, LARGE),
     "task.max_bad_share": share,
     "task.chat": flag,
     "task.thinking": flag,
-    "task.max_prompt_tokens": whole(1),
-    "task.max_answer_tokens": whole(1),
+    "task.max_prompt_tokens": whole(1, MANY),
+    "task.max_answer_tokens": whole(1, MANY),
     "task.date": optional(day),
     "principles": _principles,
-    "principles_per_query": whole(0),
+    "principles_per_query": whole(0, LARGE),
     "reward.name": _reward,
     "reward.kwargs": free,
     "reward.max_bad_share": share,
     "reward.transform": choice("none", "sigmoid", "zscore", "minmax"),
-    "sampling.max_new_tokens": whole(1),
+    "sampling.max_new_tokens": whole(1, MANY),
     "sampling.temperature": real(lambda v: v == 0 or v >= 1e-6, "of at least 1e-6, or 0 (0 is greedy)"),
-    "sampling.top_k": whole(0),
+    "sampling.top_k": whole(0, LARGE),
     "sampling.top_p": real(lambda v: 0 < v <= 1, "above 0 and at most 1 (1 is off)"),
     "sampling.min_p": real(lambda v: 0 <= v < 1, "of at least 0 and below 1 (0 is off)"),
-    "sampling.width": whole(1),
-    "sampling.bucket": whole(1),
+    "sampling.width": whole(1, FEW),
+    "sampling.bucket": whole(1, MANY),
     "sampling.server": _optional_server,
     "sampling.server_key_env": _optional_variable,
     "sampling.server_sleep": flag,
@@ -245,21 +248,21 @@ RULES: dict[str, Rule] = {
     "ple.percentile": many(real(lambda v: 0 < v <= 1, "above 0 and at most 1")),
     "ple.percentile_temperature": scale,
     "ple.percentile_weights": choice("as_intended", "as_released"),
-    "ple.samples": whole(2),
-    "raft.samples": whole(2),
-    "dpo.samples": whole(0),
+    "ple.samples": whole(2, FEW),
+    "raft.samples": whole(2, FEW),
+    "dpo.samples": whole(0, FEW),
     "dpo.loss": choice("sigmoid", "ipo"),
     "dpo.beta": scale,
     "dpo.label_smoothing": real(lambda v: 0 <= v < 0.5, "of at least 0 and below 0.5"),
-    "grpo.samples": whole(2),
+    "grpo.samples": whole(2, FEW),
     "grpo.loss": choice("grpo", "dr_grpo", "dapo"),
     "grpo.beta": coefficient,
     "grpo.clip_low": positive,
     "grpo.clip_high": positive,
-    "rloo.samples": whole(2),
+    "rloo.samples": whole(2, FEW),
     "rloo.beta": coefficient,
     "rloo.clip": positive,
-    "ppo.samples": whole(1),
+    "ppo.samples": whole(1, FEW),
     "ppo.clip": positive,
     "ppo.value_clip": positive,
     "ppo.value_weight": coefficient,
@@ -269,49 +272,49 @@ RULES: dict[str, Rule] = {
     "ppo.kl_coefficient": coefficient,
     "ppo.kl_estimator": choice("k1", "k2", "k3"),
     "ppo.kl_target": positive,
-    "ppo.kl_horizon": whole(1),
+    "ppo.kl_horizon": whole(1, LARGE),
     "ppo.whiten_rewards": flag,
     "ppo.whiten_advantages": flag,
     "ppo.missing_eos_penalty": coefficient,
     "self_distillation.clip": positive,
     "reward_model.train": choice("lora", "head"),
-    "reward_model.max_tokens": whole(2),
-    "offline.epochs": whole(1),
-    "offline.eval_every": whole(1),
+    "reward_model.max_tokens": whole(2, MANY),
+    "offline.epochs": whole(1, MANY),
+    "offline.eval_every": whole(1, MANY),
     "optimizer.lr": positive,
-    "optimizer.warmup_steps": whole(0),
+    "optimizer.warmup_steps": whole(0, LARGE),
     "optimizer.weight_decay": not_negative,
     "optimizer.clip_norm": positive,
-    "optimizer.batch_queries": whole(1),
-    "optimizer.micro_queries": whole(1),
-    "optimizer.epochs": whole(1),
+    "optimizer.batch_queries": whole(1, MANY),
+    "optimizer.micro_queries": whole(1, MANY),
+    "optimizer.epochs": whole(1, MANY),
     "warm_up.data": optional(_source),
-    "warm_up.epochs": whole(1),
+    "warm_up.epochs": whole(1, MANY),
     "warm_up.lr": positive,
-    "eval.every": whole(1),
-    "eval.samples": whole(1),
-    "eval.diagnostic_queries": whole(1),
+    "eval.every": whole(1, MANY),
+    "eval.samples": whole(1, FEW),
+    "eval.diagnostic_queries": whole(1, MANY),
     "generate.policy": choice("trained", "start"),
     "generate.principled": flag,
     "generate.data": optional(_source),
     "generate.split": text,
-    "generate.max_queries": whole(0),
-    "generate.samples": whole(1),
+    "generate.max_queries": whole(0, LARGE),
+    "generate.samples": whole(1, FEW),
     "generate.second_reward": optional(_reward),
     "generate.second_kwargs": free,
     "compare.baseline": optional(text),
     "compare.judge": named(["reward", "endpoint", "model"], code=True),
     "compare.judge_kwargs": free,
-    "compare.judge_queries": whole(0),
-    "compare.judge_samples": whole(0),
-    "compare.examples": whole(0),
-    "mesh.data": whole(1),
-    "mesh.fsdp": whole(1),
-    "mesh.tensor": whole(1),
-    "checkpoint.keep": whole(1),
+    "compare.judge_queries": whole(0, LARGE),
+    "compare.judge_samples": whole(0, LARGE),
+    "compare.examples": whole(0, LARGE),
+    "mesh.data": whole(1, MANY),
+    "mesh.fsdp": whole(1, MANY),
+    "mesh.tensor": whole(1, MANY),
+    "checkpoint.keep": whole(1, MANY),
     "export.merged": flag,
     "export.dtype": choice("keep", "float32", "bfloat16", "float16"),
-    "export.shard_gb": positive,
+    "export.shard_gb": real(lambda v: 1e-6 <= v <= 1e6, "from 1e-6 to 1e6"),
     "export.push": _optional_repository,
     "export.private": flag,
     "sinks": many(choice("jsonl", "tensorboard", "wandb", "mlflow", "trackio"), empty=True),
@@ -371,9 +374,72 @@ def validate(config: "ConfigDict") -> None:
                 f"config.optimizer.weight_decay is {decay:g} and config.{key} {lr:g}: a step would take {lr * decay:g} times"
                 " every weight from itself; usual are 0 to 0.1"
             )
+    for wrong in (_not_served(flat), _learns_nothing(flat), _unread(flat)):
+        if wrong:
+            raise UserError(wrong)
+
+
+def _not_served(flat: Mapping[str, Any]) -> str:
+    """What a server of roll-outs cannot take."""
     unserved = ("lora.dora", "lora.rank_pattern", "lora.alpha_pattern")
     if flat["sampling.server"] is not None and (wrong := [key for key in unserved if flat[key]]):
-        raise UserError(
+        return (
             f"config.{wrong[0]} is {flat[wrong[0]]!r}, and vLLM serves no DoRA adapter, and in many versions one rank and"
             " alpha for all modules: unset it or config.sampling.server"
         )
+    return ""
+
+
+def _learns_nothing(flat: Mapping[str, Any]) -> str:
+    """Why no step could teach anything of the rewards, whatever the data."""
+    name = _name(flat)
+    selection, weight = flat["ple.selection"], flat["ple.rank_weight"]
+    if name == "ple" and weight == 0 and (flat["ple.blend_weight"] == 0 or selection == "percentile"):
+        other = "config.ple.selection 'percentile', which blends none" if selection == "percentile" else _NO_BLEND
+        return f"config.ple.rank_weight is {weight} and {other}: no pair has a loss, nothing is learned; give one a weight"
+    if name == "ple" and selection != "percentile" and math.isinf(flat["ple.tau_0"]) and flat["ple.blend_weight"] == 0:
+        return f"config.ple.tau_0 is inf, which blends every pair, and {_NO_BLEND}: nothing is learned; set one of them"
+    compares = name in ("raft", "dpo", "grpo", "rloo") or (name == "ple" and selection == "percentile")
+    if compares and flat[key := f"{name}.samples"] > 1 and (greedy := _greedy(flat)):
+        return (
+            f"config.{greedy} is {flat[greedy]}: all config.{key} = {flat[key]} responses to a query are the same, and"
+            f" algorithm {name!r} learns from their differences: set --config.sampling.temperature=1"
+            " --config.sampling.top_k=0"
+        )
+    return ""
+
+
+_NO_BLEND = "config.ple.blend_weight is 0"
+
+
+def _name(flat: Mapping[str, Any]) -> str:
+    """Of an algorithm of the package, however it is written."""
+    return flat["algorithm"].removeprefix("ple_jax.algorithms.")
+
+
+def _greedy(flat: Mapping[str, Any]) -> str:
+    """The key that leaves one token to choose from; nothing where none does."""
+    if flat["sampling.temperature"] == 0:
+        return "sampling.temperature"
+    return "sampling.top_k" if flat["sampling.top_k"] == 1 else ""
+
+
+def _unread(flat: Mapping[str, Any]) -> str:
+    """What is set and nobody would read."""
+    if flat["algorithm_kwargs"] and _name(flat) in names("algorithms", ".py"):
+        return (
+            f"config.algorithm_kwargs is {shown(flat['algorithm_kwargs'])}, and algorithm {flat['algorithm']!r} reads none:"
+            " they are for a file of your own; its settings are keys of the config"
+        )
+    for key, needed, remedy in _NEED:
+        if flat[key] and not flat[needed]:
+            return f"config.{key} is {shown(flat[key])}, which is not read without config.{needed}: {remedy}"
+    return ""
+
+
+_NEED = (  # (key, the key without which nobody reads it, what to do)
+    ("task.thinking", "task.chat", "set --config.task.chat=True; a chat template opens and closes the thoughts"),
+    ("sampling.server_key_env", "sampling.server", "give the server's address, or unset it"),
+    ("sampling.server_sleep", "sampling.server", "give the server's address, or leave it at False"),
+    ("generate.second_kwargs", "generate.second_reward", "name the reward whose arguments they are"),
+)

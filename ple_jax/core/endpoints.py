@@ -2,7 +2,6 @@
 kept. Rewards and judges ask this way, reward servers and language models with OpenAI's chat completions alike."""
 
 import json
-import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, as_completed
@@ -17,7 +16,7 @@ from ple_jax.core import retry
 from ple_jax.core.answers import Incomplete
 from ple_jax.core.errors import UserError
 from ple_jax.core.plugins import check_types
-from ple_jax.core.secrets import redacted
+from ple_jax.core.secrets import from_environment, redacted
 
 _OPTIONS = ("url", "size", "concurrency", "timeout", "retries", "backoff", "max_failures", "api_key_env", "headers")
 _LONGEST = 86400.0  # seconds
@@ -82,9 +81,9 @@ class Endpoint:
                 f"max_failures = {self.max_failures}, timeout = {self.timeout}, backoff = {self.backoff}: give at least 1"
                 f" failure, a timeout above 0 and a backoff of at least 0 seconds, and of each at most {_LONGEST:g}"
             )
-        self._secrets = {header: self._variable(name, "headers") for header, name in self.headers.items()}
+        self._secrets = {header: from_environment(name, f"{self.where} headers") for header, name in self.headers.items()}
         if self.api_key_env is not None:
-            self._secrets["Authorization"] = self._variable(self.api_key_env, "api_key_env")
+            self._secrets["Authorization"] = from_environment(self.api_key_env, f"{self.where} api_key_env")
 
     def __call__(self, first: Sequence[str], second: Sequence[str]) -> list[float]:
         values, why = np.full(len(first), np.nan), ""
@@ -105,7 +104,8 @@ class Endpoint:
         return values.tolist()
 
     def _shown(self, why: str) -> str:
-        for secret in self._secrets.values():  # a server may repeat what it was sent
+        sent = [*self._secrets.values(), urlsplit(self.url).query]  # a server may repeat it, and requests shows addresses
+        for secret in filter(None, sent):
             why = why.replace(secret, "***")
         return why
 
@@ -143,13 +143,6 @@ class Endpoint:
             patience=retry.Patience(self.timeout, self.retries, self.backoff),
             stop=stop,
         )
-
-    def _variable(self, name: str, key: str) -> str:
-        if not name.isidentifier() or not (value := os.environ.get(name, "").strip()):
-            raise self._refused(f"{key}: the environment variable {name!r} is not set; export it with the key")
-        if not (value.isascii() and value.isprintable()):  # no header takes it, and whoever says so shows it
-            raise self._refused(f"{key}: the environment variable {name!r} holds a line break or another such character")
-        return value
 
     def _refused(self, why: str) -> UserError:
         return UserError(f"{self.where} {why}")

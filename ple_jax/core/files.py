@@ -6,11 +6,12 @@ is missing as well. What is not sealed was written by an earlier version, and is
 """
 
 import contextlib
+import csv
 import gzip
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -72,6 +73,27 @@ def write_jsonl(path: Path, values: Iterable[Any], *, ascii: bool = False) -> No
     """
     with whole(path) as file:
         file.writelines(json.dumps(value, ensure_ascii=ascii) + "\n" for value in values)
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """A table, whole: numbers as exactly as they are, what is missing empty, other keys of a row left out.
+
+    A text that a spreadsheet would read as a formula is written behind an apostrophe.
+    """
+    with whole(path) as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([_cell(column) for column in columns])
+        writer.writerows([_cell(row.get(column)) for column in columns] for row in rows)
+
+
+def _cell(value: Any) -> Any:
+    if not isinstance(value, str) or value[:1] not in ("=", "+", "-", "@", "\t", "\r"):
+        return value
+    try:
+        float(value)
+        return value
+    except ValueError:
+        return f"'{value}"
 
 
 def write_sealed(path: Path, values: Iterable[Mapping[str, Any]], *, ascii: bool = False) -> None:
@@ -145,7 +167,7 @@ def read_json(path: Path, *, remedy: str = _AGAIN) -> dict[str, Any] | None:
     """
     try:
         return opened(path.read_bytes())[0] if path.exists() else None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise Damaged(f"{path} is damaged, or no file of a run ({error}); {remedy}") from error
 
 
@@ -176,7 +198,7 @@ def read_jsonl(path: Path, *, torn: bool = False, remedy: str = _AGAIN) -> list[
     for number, line in enumerate(lines(path, torn=torn), 1):
         try:
             values.append(json.loads(line))
-        except ValueError as error:  # UnicodeDecodeError is one too
+        except (ValueError, RecursionError) as error:  # UnicodeDecodeError is one too
             raise Damaged(f"{path}:{number} is damaged ({error}); {remedy}") from error
     return values
 

@@ -9,6 +9,8 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ple_jax.core.secrets import redacted
+
 FORMAT = 2  # of config.json, journals and checkpoints; 1 had other keys, and none of this name
 # how a run is computed and not what: a run may go on, or be exported, with others
 EXECUTION = (
@@ -38,7 +40,7 @@ def run_keys(config: Any, backend: str, digests: Mapping[str, str]) -> dict[str,
     # whether a server samples is a part of it, for its noise is another; where it is, is none
     keys["sampling"]["server"] = None if config.sampling.server is None else "vllm"
     keys["reward"]["kwargs"] = without_how(keys["reward"]["kwargs"])
-    return {"format": FORMAT, "backend": backend, **keys, "inputs": dict(digests)}
+    return {"format": FORMAT, "backend": backend, **redacted(keys), "inputs": dict(digests)}
 
 
 def without_how(kwargs: Mapping[str, Any]) -> dict[str, Any]:

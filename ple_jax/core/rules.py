@@ -158,9 +158,9 @@ def patterns(each: Rule) -> Rule:
     return rule
 
 
-positive = real(lambda v: v > 0, "above 0")
+positive = real(lambda v: 0 < v <= 1e9, "above 0 and at most 1e9")
 # what multiplies or divides numbers of usual size without overflow in float32
 scale = real(lambda v: 1e-6 <= v <= 1e6, "from 1e-6 to 1e6")
 coefficient = real(lambda v: 0 <= v <= 1e6, "from 0 to 1e6")
-not_negative = real(lambda v: v >= 0, "of at least 0")
+not_negative = real(lambda v: 0 <= v <= 1e30, "of at least 0 and at most 1e30")
 share = real(lambda v: 0 <= v <= 1, "from 0 to 1")

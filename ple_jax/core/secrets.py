@@ -1,9 +1,12 @@
 """What is written down or shown of a config: no key that stands in an address, no path that tells of this machine."""
 
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from ple_jax.core.errors import UserError
 
 # an address: scheme, perhaps who asks, the server and its path, perhaps a query or a fragment
 _ADDRESS = re.compile(r"\b(https?://)(?:[^\s/?#'\"<>]*@)?([^\s?#'\"<>]*)((?:[?#][^\s'\"<>]*)?)", re.IGNORECASE)
@@ -27,6 +30,25 @@ def shown(value: Any, most: int = 300) -> str:
     return text if len(text) <= most else f"{text[:most]} ..."
 
 
+def from_environment(name: str, setting: str) -> str:
+    """A key that an environment variable holds.
+
+    Args:
+        setting: the config key that names the variable, for the error, which never shows what it holds.
+
+    Raises:
+        UserError: it is not set, or no header can hold it.
+    """
+    value = os.environ.get(name, "").strip() if name.isidentifier() else ""
+    if not value:
+        raise UserError(f"{setting}: the environment variable {name!r} is not set; export it with the key")
+    if not (value.isascii() and value.isprintable()):
+        raise UserError(
+            f"{setting}: the environment variable {name!r} holds a line break, or another character that no header takes"
+        )
+    return value
+
+
 def portable(value: Any) -> Any:
     """A value, or a text, for other machines: absolute paths relative to the current folder, or their last part."""
     return _each(value, lambda text: _portable(text) if text.startswith(("/", "~")) else text)
@@ -37,7 +59,7 @@ def _portable(text: str) -> str:
     return str(path.relative_to(here)) if path.is_relative_to(here) else path.name
 
 
-def _each(value: Any, change: Any) -> Any:
+def _each(value: Any, change: Callable[[str], str]) -> Any:
     """The value with every text in it changed, keys included."""
     if isinstance(value, str):
         return change(value)

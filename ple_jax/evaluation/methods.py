@@ -110,7 +110,10 @@ def read(label: str, folder: Path) -> Entry:
         lines = read_jsonl(workdir / "metrics.jsonl", torn=True)  # a run may be writing it
     summary = read_json(workdir / "summary.json") or {}
     kept = read_json(workdir / "config.json")
-    config = {} if kept is None else flatten(identity.upgraded(kept))
+    try:
+        config = {} if kept is None else flatten(identity.upgraded(kept))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{workdir / 'config.json'} is damaged, or no config of a run ({error})") from error
     return Entry(label, folder, generated, config, summary, lines)
 
 

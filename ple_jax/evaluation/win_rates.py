@@ -9,6 +9,7 @@ import numpy as np
 
 from ple_jax.core.answers import Cache
 from ple_jax.core.errors import UserError
+from ple_jax.core.secrets import redacted
 from ple_jax.evaluation import judges, load_judge
 from ple_jax.evaluation.methods import Method, mean
 from ple_jax.evaluation.numbers import beside, seeds
@@ -104,7 +105,7 @@ def _turned(found: judges.Outcomes) -> judges.Outcomes:
 
 
 def about(judge: judges.Judge | Stored, config: Any, methods: Sequence[Method]) -> dict[str, Any]:
-    """The judge, in the words of the config; without headers, which may hold a key."""
+    """The judge, in the words of the config; without headers and queries of addresses, which may hold a key."""
 
     def shown(kwargs: Mapping[str, Any]) -> dict[str, Any]:
         return {k: shown(v) if isinstance(v, Mapping) else v for k, v in kwargs.items() if k != "headers"}
@@ -112,7 +113,7 @@ def about(judge: judges.Judge | Stored, config: Any, methods: Sequence[Method]) 
     options, queries = config.compare, methods[0].values["reward"].shape[1]
     return {
         "name": options.judge,
-        "kwargs": shown(options.judge_kwargs.to_dict()),
+        "kwargs": redacted(shown(options.judge_kwargs.to_dict())),
         "symmetric": isinstance(judge, Stored) or judge.symmetric,
         "queries": min(options.judge_queries or queries, queries),
         "samples": options.judge_samples or methods[0].values["reward"].shape[-1],

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from ple_jax import main as entry
 from ple_jax.core.errors import UserError
+from ple_jax.core.secrets import redacted
 from ple_jax.training.interrupt import MESSAGE
 from ple_jax.training.workdir import lock
 
@@ -117,7 +118,7 @@ def parsed(arguments: Sequence[str]) -> entry.CommandLine:
 def asked(job: Job) -> str:
     """All that a command line asks for, with the whole config, as text."""
     found = parsed(job.arguments)
-    return json.dumps({**found._asdict(), "config": found.config.to_dict()}, indent=1, default=str)
+    return json.dumps({**found._asdict(), "config": redacted(found.config.to_dict())}, indent=1, default=str)
 
 
 def _is_done(out: Path, job: Job, asked: str) -> bool:

@@ -14,7 +14,6 @@ config.task.heldout, a dev split: what is reported in the end should be measured
 """
 
 import argparse
-import csv
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ple_jax.core.errors import suggestion
-from ple_jax.core.files import read_json, write_json
+from ple_jax.core.files import read_json, write_csv, write_json
 from ple_jax.experiments.grid import best, flags, grid, name_of, number
 from ple_jax.experiments.jobs import Job, Outcome, overrides, positive, reported, run, say
 
@@ -48,7 +47,8 @@ def sweep(
         {"point": job.name, **point, "exit_code": ended[job.name].code, **scalars(summary)}
         for job, point, summary in zip(todo, points, summaries, strict=True)
     ]
-    write_csv(out / "sweep.csv", rows)
+    # rows need not have the same columns; these stand in the order in which they come up
+    write_csv(out / "sweep.csv", list(dict.fromkeys(key for row in rows for key in row)), rows)
     values = [number(summary.get(select)) for summary in summaries]
     show(todo, ended, summaries, values, select=select)
     return keep_best(out / "best.json", points, values, select=select, lowest=lowest)
@@ -88,15 +88,6 @@ def keep_best(path: Path, points: Sequence[Mapping[str, str]], values: Sequence[
 
 def scalars(summary: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in summary.items() if not isinstance(value, dict | list)}
-
-
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Rows that need not have the same columns; these stand in the order in which they come up."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,6 +11,7 @@ from ple_jax import algorithms
 from ple_jax.algorithms import Algorithm
 from ple_jax.core.config import flatten
 from ple_jax.core.files import read_json, read_jsonl
+from ple_jax.core.secrets import portable, redacted
 from ple_jax.core.version import VERSION
 from ple_jax.models.hub import is_remote
 from ple_jax.serving.commands import rank_limit
@@ -50,7 +51,7 @@ def render(
     """
     from huggingface_hub import ModelCard
 
-    tree = read_json(workdir / "config.json") or {}
+    tree = redacted(read_json(workdir / "config.json") or {})
     name, trl, on_hub = _name(tree["algorithm"]), tree["trainer"] == "trl", is_remote(base_model)
     tags = ["reward-model" if head else name, "lora", *(["trl"] if trl else [])]
     header = _header(base_model if on_hub else None, library, tags, head)
@@ -152,7 +153,6 @@ def _escaped(text: str) -> str:
 
 def _cell(value: Any) -> str:
     """A value for a table: no absolute path of this machine, nothing that ends the cell."""
-    if isinstance(value, Path) or (isinstance(value, str) and Path(value).is_absolute()):
-        value = Path(value).name
+    value = value.name if isinstance(value, Path) else portable(value)
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return "`" + text.replace("|", "\\|").replace("`", "'").replace("\n", " ") + "`"

@@ -268,7 +268,14 @@ def read(path: str | Path) -> tuple[dict[str, Any], ModelConfig, Mapping[str, np
             shape or (where it is read) with values that are not finite.
     """
     reader = open_file(Path(path))
-    raw = read_config(reader)
+    try:
+        raw = read_config(reader)
+    except UserError:
+        raise
+    except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path} has a value in its metadata that it cannot have ({error}); convert the model again with llama.cpp"
+        ) from error
     config = families.read(raw, str(path))
     return raw, config, _Tensors(reader, config), read_tokenizer(reader)
 
@@ -341,7 +348,14 @@ class _Tensors(Mapping[str, np.ndarray]):
 def read_tokenizer(reader: Reader) -> PreTrainedTokenizerFast:
     """The tokenizer and its chat template, from the `tokenizer.*` metadata."""
     keys = [key for key in reader.fields if key.startswith("tokenizer.") or key == "general.architecture"]
-    return tokenizer.from_gguf({key: reader.value(key) for key in keys})
+    try:
+        return tokenizer.from_gguf({key: reader.value(key) for key in keys})
+    except UserError:
+        raise
+    except Exception as error:  # the Rust library raises bare Exception, as of merges that name no token
+        raise UserError(
+            f"{reader.path}: the tokenizer of this file cannot be built ({error}); convert the model again with llama.cpp"
+        ) from error
 
 
 def open_file(path: Path) -> Reader:

@@ -82,6 +82,8 @@ def from_gguf(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
     backend = _sentencepiece(metadata) if kind == "llama" else _byte_level(metadata)
     backend.add_tokens(_added(metadata, backend.get_vocab()))
     tokens = metadata["tokenizer.ggml.tokens"]
+    if wrong := [key for key in _SPECIAL.values() if not 0 <= metadata.get(key, 0) < len(tokens)]:
+        raise UserError(f"GGUF tokenizer has {wrong[0]} = {metadata[wrong[0]]}, and tokens 0 to {len(tokens) - 1}")
     special = {name: tokens[metadata[key]] for name, key in _SPECIAL.items() if key in metadata}
     bos = metadata.get("tokenizer.ggml.add_bos_token", kind == "llama" or _PRES[str(pre)].bos)
     return PreTrainedTokenizerFast(

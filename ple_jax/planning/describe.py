@@ -16,6 +16,7 @@ from ple_jax.training.prompting import Prompts, usable
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
+_TAUS = 100  # iterations whose threshold is shown
 _WORDS = {False: "plain", True: "principled"}
 
 
@@ -168,7 +169,8 @@ def _whole_run(config: "ConfigDict", found: Data, algorithm: Algorithm) -> str:
     training_rows = config.iterations * config.queries_per_iteration * len(_sampled(algorithm, config))
     # the first evaluation samples principled responses too
     evaluation_rows = (evaluations + 1) * len(heldout) * config.eval.samples
-    taus = [algorithm.schedule(config)(i) for i in range(config.iterations)]
+    tau, shown = algorithm.schedule(config), range(min(config.iterations, _TAUS))
+    taus = [f"{tau(i):.4g}" for i in shown] + ["..."] * (config.iterations > _TAUS)
     warmed = " after the warm-up" if config.warm_up.data else ""
     return "The whole run\n" + _table(
         [
@@ -180,7 +182,7 @@ def _whole_run(config: "ConfigDict", found: Data, algorithm: Algorithm) -> str:
                 f" ({training_rows * new:,} to train on, {evaluation_rows * new:,} to evaluate)",
             ),
             ("reward calls", f"{training_rows + evaluation_rows:,}"),
-            *([("tau", ", ".join(f"{tau:.4g}" for tau in taus))] if not any(map(math.isnan, taus)) else []),
+            *([] if math.isnan(tau(0)) else [("tau", ", ".join(taus))]),
         ]
     )
 

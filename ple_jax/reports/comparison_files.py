@@ -1,12 +1,11 @@
 """The files of a comparison: comparison.json, and tables, pages and columns of numbers that are all made from it."""
 
-import csv
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ple_jax.core.files import whole, write_json, write_text
+from ple_jax.core.files import write_csv, write_json, write_text
 from ple_jax.evaluation.methods import MEASURED
 from ple_jax.evaluation.numbers import TESTED
 from ple_jax.reports import comparison_page
@@ -46,10 +45,10 @@ def write(result: Mapping[str, Any], out: Path) -> Path:
     rows = _methods(kept)
     extra = [f"{key}{end}" for key in MEASURED for end in _ENDS] + ["win_rate", "win_rate_low", "win_rate_high"]
     present = [key for key in (*measures, *extra) if any(key in row for row in rows)]
-    _csv(out / "table.csv", ["method", "seeds", *present], rows)
-    _csv(out / "seeds.csv", ["method", "seed", "folder", "iteration", *measures], _seeds(kept))
-    _csv(out / "tests.csv", _TESTS, ({**row, "seeds": _joined(row["seeds"])} for row in kept["tests"]))
-    _csv(out / "wins.csv", _WINS, ({**row, "seeds": _joined(row["seeds"])} for row in kept["wins"]))
+    write_csv(out / "table.csv", ["method", "seeds", *present], rows)
+    write_csv(out / "seeds.csv", ["method", "seed", "folder", "iteration", *measures], _seeds(kept))
+    write_csv(out / "tests.csv", _TESTS, ({**row, "seeds": _joined(row["seeds"])} for row in kept["tests"]))
+    write_csv(out / "wins.csv", _WINS, ({**row, "seeds": _joined(row["seeds"])} for row in kept["wins"]))
     print(texts["table.md"])
     for warning in kept["warnings"]:
         print(f"warning: {warning}")
@@ -87,11 +86,3 @@ def _seeds(result: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _joined(seeds: Iterable[int]) -> str:
     return " ".join(map(str, seeds))
-
-
-def _csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Numbers as exactly as they are; what is missing is empty."""
-    with whole(path) as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)

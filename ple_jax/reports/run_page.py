@@ -9,6 +9,7 @@ from ple_jax.core import conversation
 from ple_jax.core.config import flatten
 from ple_jax.core.errors import UserError
 from ple_jax.core.files import read_json, read_jsonl, write_text
+from ple_jax.core.secrets import redacted
 from ple_jax.reports import drawing, formats, pages
 from ple_jax.reports.drawing import Band, Chart, Frame, Line, Mark, Scale
 
@@ -85,7 +86,7 @@ def html(workdir: Path) -> str:
     metrics = read_jsonl(workdir / "metrics.jsonl", torn=True)  # a run may be writing it
     files = ("summary", "config", "environment")
     summary, config, environment = (read_json(workdir / f"{name}.json") or {} for name in files)
-    config = flatten(config, whole=())
+    config = flatten(redacted(config), whole=())  # of an earlier version it may hold a key
     evaluations = sorted((workdir / "evaluations").glob("iter_????.jsonl"))
     rollouts = sorted((workdir / "rollouts").glob("iter_????.jsonl"))
     about = [config.get(key) for key in ("model.path", "task.train", "reward.name", "principles")]

@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 
 from ple_jax import prompts
+from ple_jax.core.answers import digest
 from ple_jax.core.endpoints import Endpoint
+from ple_jax.core.secrets import redacted
 from ple_jax.core.types import Reward
 from ple_jax.rewards import WHERE
 
@@ -44,7 +46,12 @@ def make(
 
     score = Endpoint(url, where=WHERE, body=body, read=_read, size=batch, concurrency=concurrency, **http)
     many = 4 * batch * concurrency  # enough for every connection to stay busy, and little to lose
-    return Reward(name, score, version=f"{VERSION} {version or url}", batch=many, failure=lambda: score.failure)
+    return Reward(name, score, version=f"{VERSION} {version or _known_by(url)}", batch=many, failure=lambda: score.failure)
+
+
+def _known_by(url: str) -> str:
+    """An address as a version: of one with a query, which may hold a key and may name a model, its digest beside it."""
+    return url if redacted(url) == url else f"{redacted(url)} {digest(url)[:16]}"
 
 
 def _read(answer: Any, n: int) -> list[float]:

@@ -8,7 +8,6 @@ other backend's. What it asks of a server (vLLM from 0.10.2 on): /v1/models, /v1
 
 import functools
 import hashlib
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from ple_jax.core.errors import UserError
+from ple_jax.core.secrets import from_environment
 from ple_jax.core.types import Backend, Batch, Loss, Outputs, Response, Sampling
 from ple_jax.models import adapters, peft
 from ple_jax.serving import commands
@@ -231,11 +231,8 @@ def connect(
     Raises:
         UserError: the variable that `sampling.server_key_env` names is not set.
     """
-    name, key = config.sampling.server_key_env, None
-    if name is not None and not (key := os.environ.get(name, "").strip()):
-        raise UserError(
-            f"config.sampling.server_key_env: the environment variable {name!r} is not set; export it with the key"
-        )
+    name = config.sampling.server_key_env
+    key = None if name is None else from_environment(name, "config.sampling.server_key_env")
     rank = commands.rank_limit(config.lora.rank) or config.lora.rank
     write = functools.partial(adapters.write_peft, lora=config.lora, base_model=base_model, transposed=transposed)
     options = config.sampling

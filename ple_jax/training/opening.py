@@ -13,6 +13,7 @@ from ple_jax.algorithms import Algorithm, OfflineAlgorithm
 from ple_jax.core import backends, files, identity
 from ple_jax.core.answers import Cache
 from ple_jax.core.errors import UserError
+from ple_jax.core.secrets import redacted
 from ple_jax.core.types import Reward
 from ple_jax.data.left_out import note
 from ple_jax.data.load import Data, load_data, load_warm_up
@@ -143,7 +144,7 @@ def open_run(workdir: Path, backend: str, inputs: Inputs, kept: Mapping[str, Any
         kept = kept or identity.run_keys(config, backend, inputs.digests)
         files.write_json(workdir / "config.json", kept, sealed=True)
         cache = stack.enter_context(Cache(workdir / "rewards.sqlite"))
-        outputs = sinks.make(names, workdir, config.to_dict())
+        outputs = sinks.make(names, workdir, redacted(config.to_dict()))
         session = Session(workdir, outputs, config.checkpoint.keep, cache, progress, stop, Clock())
         prompts = prompting.Prompts(config, base.tokenizer, inputs.principles, base.eos, base.context)
         run: Run[Any] = Run(config, base, built, algorithm, loss, inputs.data, prompts, inputs.reward, session)

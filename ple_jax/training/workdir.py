@@ -21,6 +21,7 @@ from ple_jax.core.errors import Damaged, UserError
 from ple_jax.core.files import plain, read_json
 from ple_jax.core.forks import in_children
 from ple_jax.core.identity import ACCEPTED, EXECUTION, FORMAT, LENGTH, upgraded
+from ple_jax.core.secrets import redacted
 
 SUMMARY = "summary.json"
 _SAME = "where this is the command that began the run"
@@ -77,7 +78,10 @@ def today() -> date:
 
 def _config(workdir: Path) -> dict[str, Any] | None:
     remedy = f"put a copy of it back, or, {_SAME}, remove it and add --accept=config"
-    return read_json(workdir / "config.json", remedy=remedy)
+    found = redacted(read_json(workdir / "config.json", remedy=remedy))  # an earlier version may have written a key
+    if wrong := [key for key in ("inputs", "model", "reward", "task") if not isinstance((found or {}).get(key, {}), dict)]:
+        raise Damaged(f"{workdir / 'config.json'} is damaged, or no config of a run ({wrong[0]} is no object); {remedy}")
+    return found
 
 
 def check_config(workdir: Path, wanted: Mapping[str, Any], *, accept: Sequence[str] = ()) -> dict[str, Any]:
@@ -161,9 +165,10 @@ def _work(workdir: Path) -> list[str]:
 def summary(workdir: Path) -> dict[str, Any]:
     """What summary.json says; nothing where there is none, or a damaged one: --mode=train makes it again."""
     try:
-        return read_json(workdir / SUMMARY) or {}
+        found = read_json(workdir / SUMMARY) or {}
     except Damaged:
         return {}
+    return found if {"algorithm", "seed"} <= found.keys() else {}
 
 
 def _upgraded(found: Mapping[str, Any], wanted: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
@@ -172,12 +177,15 @@ def _upgraded(found: Mapping[str, Any], wanted: Mapping[str, Any], workdir: Path
     Raises:
         UserError: the run is not finished, or of a later format: it cannot go on here.
     """
-    if found.get("format", 1) > FORMAT or not (workdir / "summary.json").exists():
+    if type(found.get("format", 1)) is not int or found.get("format", 1) > FORMAT or not (workdir / "summary.json").exists():
         raise UserError(
             f"--workdir={workdir} holds a run of format {found.get('format', 1)}, and this version goes on with format"
             f" {FORMAT}: finish it with the version that began it, or give another --workdir"
         )
-    now = upgraded(found)
+    try:
+        now = upgraded(found)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{workdir / 'config.json'} is damaged, or no config of a run ({error})") from error
     inputs = {**now["inputs"], "reward": wanted["inputs"].get("reward")}  # versions of rewards were digests of files
     new = {key: value for key, value in wanted.get("task", {}).items() if key in ("date", "max_answer_tokens")}
     task = {"task": new | now["task"]} if "task" in now else {}

@@ -41,7 +41,12 @@ def test_table_covers_every_knob():
         {"sampling__top_p": 1},
         {"sinks": ()},
         {"lora__targets": ["q_proj"]},
-        {"algorithm_kwargs": {"strength": 2.0, "names": ["a"]}},
+        {"algorithm": "tests/variants/focal.py", "algorithm_kwargs": {"strength": 2.0, "names": ["a"]}},
+        {"ple__rank_weight": 0.0, "ple__tau_0": math.inf},
+        {"ple__tau_0": math.inf, "ple__blend_weight": 0.0, "ple__selection": "percentile"},
+        {"algorithm": "ppo", "sampling__temperature": 0.0},
+        {"algorithm": "dpo", "sampling__temperature": 0.0},  # the records' own pairs
+        {"task__thinking": True, "task__chat": True},
         {"reward__name": "ple_jax.anything:at_all"},
         {"task__train": "Anthropic/hh-rlhf", "task__heldout": "user/data-v1.0", "task__subsets": ("harmless-base",)},
         {"task__columns": {"prompt": "question"}, "task__words": (3, 3), "principles": "helpful_harmless+concise"},
@@ -102,6 +107,18 @@ INVALID = [
     ({"optimizer__lr": math.nan}, "above 0"),
     ({"optimizer__warmup_steps": -1}, "at least 0"),
     ({"eval__samples": 0}, "at least 1"),
+    ({"eval__samples": 10**20}, "below 16384"),
+    ({"grpo__samples": 10**9}, "below 16384"),
+    ({"lora__rank": 10**20}, "below 16384"),
+    ({"iterations": 10**12}, "below 1048576"),
+    ({"optimizer__lr": 1e300}, "at most 1e9"),
+    ({"lora__alpha": 1e300}, "to 1e6"),
+    ({"export__shard_gb": 1e308}, "to 1e6"),
+    ({"task__train_split": "a\0"}, "without NUL"),
+    ({"compare__baseline": "\ud800"}, "lone surrogates"),
+    ({"task__train": "a" * 300 + "/b"}, "an existing file of records"),
+    ({"principles": "a" * 300 + ".txt"}, "an existing text file"),
+    ({"algorithm": "a" * 300 + ".py"}, "an existing Python file"),
     ({"mesh__tensor": 0}, "at least 1"),
     ({"task__chat": "yes"}, "True or False"),
     ({"model__dtype": "float16"}, "float32, bfloat16"),
@@ -142,7 +159,7 @@ def test_invalid_value(changes, says):
     with pytest.raises(UserError) as error:
         validate(edited(**changes))
     (key, value), message = next(iter(changes.items())), str(error.value)
-    assert message.startswith(f"config.{key.replace('__', '.')} is {value!r}")
+    assert message.startswith(f"config.{key.replace('__', '.')} is {value!r}"[:200])
     assert says in message and "\n" not in message
 
 
@@ -157,6 +174,30 @@ def test_invalid_value(changes, says):
     ],
 )
 def test_sizes_that_do_not_fit(changes, message):
+    with pytest.raises(UserError, match=message):
+        validate(edited(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ple__rank_weight": 0.0, "ple__blend_weight": 0.0}, "rank_weight is 0.0 and config.ple.blend_weight is 0:"),
+        ({"ple__rank_weight": 0.0, "ple__selection": "percentile"}, "rank_weight is 0.0 and .*'percentile'.* nothing is"),
+        ({"ple__tau_0": math.inf, "ple__blend_weight": 0.0}, "tau_0 is inf, .* and config.ple.blend_weight is 0"),
+        ({"algorithm": "grpo", "sampling__temperature": 0.0}, "temperature is 0.0: all config.grpo.samples = 4 responses"),
+        ({"algorithm": "rloo", "sampling__top_k": 1}, "top_k is 1: all config.rloo.samples = 4 responses .* are the same"),
+        ({"algorithm": "raft", "sampling__temperature": 0.0}, "all config.raft.samples = 4"),
+        ({"algorithm": "dpo", "dpo__samples": 2, "sampling__temperature": 0.0}, "all config.dpo.samples = 2"),
+        ({"ple__selection": "percentile", "sampling__temperature": 0.0}, "all config.ple.samples = 8"),
+        ({"algorithm_kwargs": {"strength": 2.0}}, r"is \{'strength': 2.0\}, and algorithm 'ple' reads none"),
+        ({"algorithm": "ple_jax.algorithms.sft", "algorithm_kwargs": {"k": 1}}, "'ple_jax.algorithms.sft' reads none"),
+        ({"task__thinking": True}, "thinking is True, which is not read without config.task.chat"),
+        ({"sampling__server_key_env": "KEY"}, "'KEY', which is not read without config.sampling.server"),
+        ({"sampling__server_sleep": True}, "True, which is not read without config.sampling.server"),
+        ({"generate__second_kwargs": {"k": 1}}, "is not read without config.generate.second_reward"),
+    ],
+)
+def test_what_would_teach_nothing_or_be_read_by_nobody(changes, message):
     with pytest.raises(UserError, match=message):
         validate(edited(**changes))
 

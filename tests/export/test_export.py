@@ -150,7 +150,7 @@ def test_a_bfloat16_base_stays_bfloat16(adapter, tmp_path):
 
 def test_shards_hold_no_more_than_asked(source, adapter, tmp_path):
     whole = tensors(merged(source, adapter, tmp_path / "one"))
-    limit = 20_000
+    limit = 34_000
     folder = merged(source, adapter, tmp_path / "many", shard_gb=limit / 1e9)
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(value.nbytes for value in whole.values())

@@ -87,13 +87,16 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, An
 
 
 def _cell(value: Any) -> Any:
-    if not isinstance(value, str) or value[:1] not in ("=", "+", "-", "@", "\t", "\r"):
+    if not isinstance(value, str):
         return value
+    text = value.replace("\r\n", "\n").replace("\r", "\n")  # no reader takes a bare one
+    if value[:1] not in ("=", "+", "-", "@", "\t", "\r"):
+        return text
     try:
-        float(value)
-        return value
+        float(text)
+        return text
     except ValueError:
-        return f"'{value}"
+        return f"'{text}"
 
 
 def write_sealed(path: Path, values: Iterable[Mapping[str, Any]], *, ascii: bool = False) -> None:

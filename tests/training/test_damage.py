@@ -44,6 +44,7 @@ def lower_case(prompts, responses):
 def config(**more: Any) -> FrozenConfigDict:
     c = tiny_config.get_config()
     c.sinks = ()
+    c.task.date = "2026-01-31"  # as a run keeps that of its first day
     c.reward.name, c.reward.kwargs, c.reward.max_bad_share = "test_damage:lower_case", {}, 0.5
     c.update(more)
     return FrozenConfigDict(c)

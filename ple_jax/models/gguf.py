@@ -352,7 +352,9 @@ def read_tokenizer(reader: Reader) -> PreTrainedTokenizerFast:
         return tokenizer.from_gguf({key: reader.value(key) for key in keys})
     except UserError:
         raise
-    except Exception as error:  # the Rust library raises bare Exception, as of merges that name no token
+    except BaseException as error:  # the Rust library raises bare Exception, as of merges that name no token
+        if not tokenizer.failed(error):
+            raise
         raise UserError(
             f"{reader.path}: the tokenizer of this file cannot be built ({error}); convert the model again with llama.cpp"
         ) from error

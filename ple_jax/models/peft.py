@@ -12,6 +12,8 @@ from jaxtyping import Float
 
 from ple_jax.core.errors import UserError
 from ple_jax.core.files import write_bytes, write_text
+from ple_jax.core.rules import flag, many, mapping, optional, real, text, whole
+from ple_jax.models.values import check
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
@@ -27,6 +29,12 @@ _OPTIONS = frozenset(
         "revision", "runtime_config", "target_modules", "task_type", "use_dora", "use_rslora",
     }
 )  # fmt: skip
+# what some of them hold where they are there; PEFT writes the others in many ways
+_VALUES = {
+    "r": whole(1, 2**16), "lora_alpha": real(lambda v: 0 < v <= 1e9, "above 0"), "rank_pattern": optional(mapping),
+    "alpha_pattern": optional(mapping), "use_rslora": optional(flag), "use_dora": optional(flag),
+    "fan_in_fan_out": optional(flag), "modules_to_save": optional(many(text, empty=True)),
+}  # fmt: skip
 # initialisations after which the base is no longer the one on the hub
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -134,7 +142,8 @@ def read(directory: Path, *, head: str | None = None) -> tuple[dict[str, np.ndar
         config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
         with safe_open(directory / WEIGHTS, framework="numpy") as file:  # safetensors.numpy.load knows no bfloat16
             adapter = {name: file.get_tensor(name) for name in file.keys()}
-    except (ValueError, SafetensorError) as error:
+        check(config, _VALUES)
+    except (OSError, RecursionError, TypeError, ValueError, SafetensorError) as error:
         raise UserError(f"the adapter in {directory} is damaged ({error}); write it again") from error
     _check_options(config, directory, head)
     _check(adapter, config, directory / WEIGHTS)

@@ -180,8 +180,15 @@ def from_folder(path: str | Path) -> PreTrainedTokenizerFast:
         )
     try:
         return PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
-    except Exception as error:  # the Rust parser raises bare Exception
+    except BaseException as error:  # the Rust parser raises bare Exception
+        if not failed(error):
+            raise
         raise UserError(f"{path}/tokenizer.json cannot be read ({error}); copy the file again") from error
+
+
+def failed(error: BaseException) -> bool:
+    """Whether it is an error, and nobody's wish to stop: where Rust panics it is one that is no Exception."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -187,7 +187,7 @@ def _short(query: Query, rendering: Prompts) -> Query:
     """The query, if its plain prompt is short enough; of format=tldr as much of it as is.
 
     Raises:
-        Unusable: it is too long.
+        Unusable: it is too long, or nothing.
     """
 
     def length(query: Query) -> int:
@@ -195,7 +195,9 @@ def _short(query: Query, rendering: Prompts) -> Query:
 
     task = rendering.config.task
     limit = task.max_prompt_tokens
-    if (n := length(query)) <= limit:
+    if (n := length(query)) == 0:
+        raise Unusable("empty", "has no tokens: the tokenizer knows nothing of its text; remove the line")
+    if n <= limit:
         return query
     if task.format == "tldr":
         shorter = shorten(query.prompt, lambda text: length(query._replace(prompt=text)) <= limit)

@@ -342,6 +342,29 @@ def test_gguf_tokenizer_without_what_it_needs_is_refused(kind, missing):
         tokenizer.from_gguf(metadata)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"merges": ["x y"]}, {"merges": ["a"]}, {"merges": [3]}, {"eos_token_id": 99}, {"bos_token_id": -1},
+        {"token_type": [1]}, {"tokens": [1, 2]}, {"tokens": "ab"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_gguf_metadata_that_make_no_tokenizer(changes, tmp_path):
+    fields = {"tokens": ["a", "b", "ab"], "token_type": [1, 1, 1], "merges": ["a b"]} | changes
+    metadata = {"general.architecture": "llama", "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2"}
+    metadata |= {f"tokenizer.ggml.{key}": value for key, value in fields.items()}
+
+    class Reader(dict):
+        path, fields = tmp_path / "a.gguf", metadata
+
+        def value(self, key):
+            return metadata[key]
+
+    with pytest.raises(UserError, match="a.gguf: the tokenizer of this file cannot be built|GGUF tokenizer has"):
+        gguf.read_tokenizer(Reader())
+
+
 def test_gguf_bos_is_added_where_the_file_says_so():
     metadata = {
         "tokenizer.ggml.model": "gpt2",

@@ -6,6 +6,8 @@ import json
 import pytest
 from ml_collections import FrozenConfigDict
 from test_baselines import config as configured
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from ple_jax import modes
 from ple_jax.core.config import flatten
@@ -74,6 +76,16 @@ def test_turns_that_the_template_takes_without_principles_alone():
     kept, bad, _ = reasons(queries, prompts)
     assert kept == ["three"] and list(bad) == ["0", "1"]
     assert {reason.endswith("(with the principles)") for _, reason in bad.values()} == {True}
+
+
+def test_a_prompt_without_tokens_is_a_bad_record():
+    """The vocabulary knows letters alone, and has no token for what it does not know."""
+    letters = Tokenizer(models.BPE({"a": 0, "b": 1}, []))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters)
+    config = FrozenConfigDict(configured("ple", task__max_bad_share=0.9))
+    prompts = prompting.Prompts(config, tokenizer, RULES, (1,), 2048)
+    kept, bad, _ = reasons([Query("known", "ab"), Query("unknown", "12")], prompts)
+    assert kept == ["known"] and {kind for kind, _ in bad.values()} == {"empty"}
 
 
 def test_what_a_reward_cannot_read_is_a_bad_record():

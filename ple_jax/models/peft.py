@@ -142,6 +142,8 @@ def read(directory: Path, *, head: str | None = None) -> tuple[dict[str, np.ndar
         config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
         with safe_open(directory / WEIGHTS, framework="numpy") as file:  # safetensors.numpy.load knows no bfloat16
             adapter = {name: file.get_tensor(name) for name in file.keys()}
+        if not isinstance(config, dict):
+            raise ValueError(f"{CONFIG} holds no JSON object")
         check(config, _VALUES)
     except (OSError, RecursionError, TypeError, ValueError, SafetensorError) as error:
         raise UserError(f"the adapter in {directory} is damaged ({error}); write it again") from error

@@ -242,6 +242,23 @@ def test_scaling_and_rank_of_a_module():
     assert peft.module_rank(config, "model.layers.11.mlp.up_proj") == 8  # a name counts whole: 11 is not 1
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("r", "8"), ("r", 0), ("r", None), ("lora_alpha", "x"), ("lora_alpha", -1), ("rank_pattern", []), ("use_dora", "no"),
+     ("modules_to_save", "score")],
+)  # fmt: skip
+def test_a_config_with_values_that_cannot_be(tmp_path, key, value):
+    write(tmp_path, random_adapter(tiny_llama()))
+    file = tmp_path / peft.CONFIG
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    with pytest.raises(UserError, match=f"the adapter in {tmp_path} is damaged \\({key} is "):
+        peft.read(tmp_path)
+    for text in ("[]", "[" * 200_000):
+        file.write_text(text)
+        with pytest.raises(UserError, match="is damaged"):
+            peft.read(tmp_path)
+
+
 def test_damaged_or_missing_files(tmp_path):
     with pytest.raises(UserError, match="adapter_config.json does not exist"):
         peft.read(tmp_path)

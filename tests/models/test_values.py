@@ -73,7 +73,8 @@ def test_what_both_take_means_the_same(name):
     raw, compared = _RAWS[name], 0
     extra = {"rope_theta": 70.0, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
     for start in (raw, families.older(raw), raw | extra):
-        for path in places(start):
+        # no Llama has a partial rotation, and whether transformers' reads one depends on what else was imported
+        for path in (path for path in places(start) if "partial_rotary_factor" not in path):
             for value in ODD:
                 odd = changed(start, path, value)
                 if (ours := outcome(odd)) is None:

@@ -316,8 +316,8 @@ def test_what_was_quarantined_is_not_trained_on(records, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(records, tmp_path):
-    with pytest.raises(UserError, match=r"optimiser step \d at learning rate 1e\+30 gave loss nan"):
-        train(tmp_path / "run", "sft", records, optimizer__lr=1e30, optimizer__clip_norm=1e9)
+    with pytest.raises(UserError, match=r"optimiser step \d at learning rate 1e\+09 gave loss"):
+        train(tmp_path / "run", "sft", records, optimizer__lr=1e9, lora__alpha=1e6, optimizer__clip_norm=1e9)
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["0"]
 
 

@@ -40,11 +40,11 @@ _COMBINATIONS = (("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", 
 def write(folder: Path, dtype: str, gigabytes: float) -> None:
     """A checkpoint of about that size in `dtype`, in shards, with its tokenizer."""
     itemsize = np.dtype(_DTYPES[dtype]).itemsize
-    sizes = [
+    one, two = (
         sum(int(np.prod(shape)) for shape in expected_shapes(read(_RAW | {"num_hidden_layers": n}, "")).values())
-        for n in (0, 1)
-    ]
-    layers = max(1, round((gigabytes * 1e9 / itemsize - sizes[0]) / (sizes[1] - sizes[0])))
+        for n in (1, 2)
+    )
+    layers = max(1, 1 + round((gigabytes * 1e9 / itemsize - one) / (two - one)))
     raw = _RAW | {"num_hidden_layers": layers}
     shapes = list(expected_shapes(read(raw, "")).items())
     rng, places = np.random.default_rng(0), {}

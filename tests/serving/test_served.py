@@ -221,7 +221,7 @@ def test_a_finished_run_needs_no_server(vllm, tmp_path):
     config = tiny_config.get_config()
     config.sinks, config.iterations, config.sampling.server = (), 1, "http://127.0.0.1:9"
     (tmp_path / "adapter" / peft.WEIGHTS).unlink()
-    assert modes.export(FrozenConfigDict(config), tmp_path, "jax") == 0
+    assert modes.export(FrozenConfigDict(config), tmp_path, "torch") == 0
     assert (tmp_path / "adapter" / peft.WEIGHTS).exists()
 
 

@@ -302,8 +302,8 @@ class Watch(TrainerCallback):
         if "loss" not in logs:  # the totals of one call of `train`
             return
         values = {ours: float(logs[theirs]) for theirs, ours in self.names.items() if theirs in logs}
-        step = self.trl.state.step
-        self.logged.append(steps.check_finite(values, f"optimiser step {step}", values["lr"], "optimizer.lr"))
+        step, config = self.trl.state.step, self.trl.run.config
+        self.logged.append(steps.check_finite(values, f"optimiser step {step}", values["lr"], "optimizer.lr", config))
         self.trl.state = self.trl.state._replace(step=step + 1)
         self.trl.run.session.progress.advance(1)
 

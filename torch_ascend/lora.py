@@ -17,7 +17,7 @@ from torch_ascend.sharding import ALONE, World
 
 
 def magnitudes(module: nn.Module, adapter: Adapter, device: torch.device) -> Adapter:
-    """A DoRA adapter with the norms of W + scale A B as its magnitudes, on the host: what it does is LoRA's, for now."""
+    """A DoRA adapter with the norms of W + scale A B as its magnitudes, on the host; untrained it does what LoRA does."""
     found = {}
     for part in module.modules():
         if isinstance(part, Linear):

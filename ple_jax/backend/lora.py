@@ -20,7 +20,7 @@ _KERNELS = ("qkv", "o", "gate_up", "down")
 
 
 def magnitudes(model: Model, base: Any, adapter: Adapter, lora: Lora) -> Adapter:
-    """A DoRA adapter with the norms of W + scale A B as its magnitudes, on the host: what it does is LoRA's, for now.
+    """A DoRA adapter with the norms of W + scale A B as its magnitudes, on the host; untrained it does what LoRA does.
 
     Args:
         base: the weights as the model holds them, rounded and quantised as they are.

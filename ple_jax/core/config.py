@@ -314,7 +314,7 @@ RULES: dict[str, Rule] = {
     "checkpoint.keep": whole(1, MANY),
     "export.merged": flag,
     "export.dtype": choice("keep", "float32", "bfloat16", "float16"),
-    "export.shard_gb": real(lambda v: 1e-6 <= v <= 1e6, "from 1e-6 to 1e6"),
+    "export.shard_gb": scale,
     "export.push": _optional_repository,
     "export.private": flag,
     "sinks": many(choice("jsonl", "tensorboard", "wandb", "mlflow", "trackio"), empty=True),

@@ -7,8 +7,10 @@ user vouches for (`ACCEPTED`). Runs are seeds of one method where `method_keys` 
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
+from ple_jax.core.errors import UserError
 from ple_jax.core.secrets import redacted
 
 FORMAT = 2  # of config.json, journals and checkpoints; 1 had other keys, and none of this name
@@ -48,10 +50,21 @@ def without_how(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {k: without_how(v) if isinstance(v, Mapping) else v for k, v in kwargs.items() if k not in _HOW}
 
 
-def upgraded(kept: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json of an earlier format with the keys that it would have today; one of this format as it is."""
+def upgraded(kept: Mapping[str, Any], file: Path = Path("config.json")) -> dict[str, Any]:
+    """A config.json of an earlier format with the keys that it would have today; one of this format as it is.
+
+    Raises:
+        UserError: it is no config of a run; names the `file`.
+    """
     if kept.get("format", 1) != 1:
         return dict(kept)
+    try:
+        return _of_format_1(kept)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{file} is damaged, or no config of a run ({error})") from error
+
+
+def _of_format_1(kept: Mapping[str, Any]) -> dict[str, Any]:
     found = {**kept, "format": FORMAT, "inputs": dict(kept["inputs"]), "reward_model": dict(kept["reward_model"])}
     if "sft" in found["inputs"]:
         found["inputs"]["warm_up"] = found["inputs"].pop("sft")

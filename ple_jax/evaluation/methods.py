@@ -110,10 +110,7 @@ def read(label: str, folder: Path) -> Entry:
         lines = read_jsonl(workdir / "metrics.jsonl", torn=True)  # a run may be writing it
     summary = read_json(workdir / "summary.json") or {}
     kept = read_json(workdir / "config.json")
-    try:
-        config = {} if kept is None else flatten(identity.upgraded(kept))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{workdir / 'config.json'} is damaged, or no config of a run ({error})") from error
+    config = {} if kept is None else flatten(identity.upgraded(kept, workdir / "config.json"))
     return Entry(label, folder, generated, config, summary, lines)
 
 

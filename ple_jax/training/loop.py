@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 
-from ple_jax.algorithms import Algorithm, Context
+from ple_jax.algorithms import Algorithm, Context, given_sources
 from ple_jax.core.types import Query, Rollout, Slot
 from ple_jax.data.queries import draw
 from ple_jax.training import costs
@@ -58,15 +58,10 @@ def first_length(run: Run[Algorithm]) -> float:
 
     Of algorithms that learn from the records' own answers it is that of all train records, and stays.
     """
-    if not (slots := answered(run)):
+    if not (slots := [slot for slot in run.algorithm.collect(run.config) if slot.source != "policy"]):
         return mean_length(evaluate(run, 0), run)
     rollouts = (Rollout(q.id, q.prompt, (), tuple(given(q, slot, run.prompts) for slot in slots)) for q in run.data.train)
     return mean_length(rollouts, run)
-
-
-def answered(run: Run[Algorithm]) -> list[Slot]:
-    """The responses that are not sampled but taken from the records."""
-    return [slot for slot in run.algorithm.collect(run.config) if slot.source != "policy"]
 
 
 def one_iteration(run: Run[Algorithm], state: State, learn: Learn) -> State:
@@ -78,10 +73,11 @@ def one_iteration(run: Run[Algorithm], state: State, learn: Learn) -> State:
     if spent["generate"]:  # and not read from the journal
         values["generate_tokens_per_second"] = new["generated_tokens"] / spent["generate"]
     values["train_tokens_per_second"] = new["training_tokens"] / max(spent["update"], 1e-9)
+    kept = given_sources(run.algorithm.collect(run.config))  # C of the records' own answers is that of all of them
     after = after._replace(
         iteration=state.iteration + 1,
         controller=run.algorithm.control(state.controller, values, run.config),
-        mean_length=state.mean_length if answered(run) else mean_length(rollouts, run),
+        mean_length=state.mean_length if kept else mean_length(rollouts, run),
         metrics={**values, **new, **{f"seconds_{name}": s for name, s in spent.items()}},
     )
     return log_iteration(run, commit(after, run.backend, run.session))

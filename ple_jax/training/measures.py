@@ -18,8 +18,7 @@ from ple_jax.training.journal import Journal, read
 from ple_jax.training.run import Run
 from ple_jax.training.sampling import sample
 from ple_jax.training.scoring import raw_rewards, sorted_out
-from ple_jax.training.sinks import line
-from ple_jax.training.state import State, spent
+from ple_jax.training.state import State, logged, spent
 from ple_jax.training.steps import diagnose
 
 _LEAK = 0.1  # share of trigrams above which principles are said to leak
@@ -134,10 +133,7 @@ def log_iteration(run: Run[Algorithm], state: State) -> State:
         values |= heldout_metrics(run, evaluate(run, iteration))
         values["seconds_evaluate"] = time.perf_counter() - started
         state = state._replace(costs=state.costs.took("evaluate", values["seconds_evaluate"]))
-    for sink in run.session.sinks:
-        sink(values, iteration)
-    run.session.progress.metrics(values)
-    return state._replace(lines=(*state.lines, line(values, iteration)))
+    return logged(state, values, run.session)
 
 
 def heldout_metrics(run: Run[Algorithm], rollouts: Sequence[Rollout]) -> dict[str, float]:

@@ -14,8 +14,7 @@ from ple_jax.core.types import Query
 from ple_jax.data.left_out import Bad, QuerySet, check_share, fit, note
 from ple_jax.training import costs
 from ple_jax.training.run import Run
-from ple_jax.training.sinks import line
-from ple_jax.training.state import State, commit, resume, spent
+from ple_jax.training.state import State, commit, logged, resume, spent
 from ple_jax.training.steps import compared, over_queries, step
 
 JUDGEMENT = "judgement.json"  # the newest evaluation, whole
@@ -93,10 +92,7 @@ def log(run: Run[OfflineAlgorithm], state: State, heldout: Sequence[Any]) -> Sta
     found = evaluate(run, heldout, state.iteration)
     numbers = {name: value for name, value in found.items() if isinstance(value, float)}
     values = {**state.metrics, **{f"heldout_{name}": value for name, value in numbers.items()}}
-    for sink in run.session.sinks:
-        sink(values, state.iteration)
-    run.session.progress.metrics(values)
-    return state._replace(lines=(*state.lines, line(values, state.iteration)))
+    return logged(state, values, run.session)
 
 
 def evaluate(run: Run[OfflineAlgorithm], heldout: Sequence[Any], iteration: int) -> dict[str, Any]:

@@ -138,7 +138,8 @@ def usable(
         source: where they are from, in words.
         principled: whether there are principled prompts of them.
     """
-    task, known, trained = rendering.config.task, dict[Any, str](), list[Answer]()
+    task, known = rendering.config.task, dict[Any, str]()
+    sizes: list[tuple[int, bool]] = []  # tokens of an answer, and whether it is whole: not the tokens, of all the data
 
     def judge(query: Query) -> Query:
         query = _short(query, rendering)
@@ -148,19 +149,19 @@ def usable(
             raise Unusable("reward", f"cannot be scored: it {reason}")
         answers = [rendering.given(query, which) for which in sources]
         _check_answers(query, answers, rendering)
-        trained.extend(answers)
+        sizes.extend((len(answer.tokens), answer.whole) for answer in answers)
         return query
 
     kept = QuerySet(*fit(queries, judge))
     check_share(kept, source, task.max_bad_share)
-    return kept, _said_of(trained, source, task.max_answer_tokens, rendering.config.sampling.max_new_tokens)
+    return kept, _said_of(sizes, source, task.max_answer_tokens, rendering.config.sampling.max_new_tokens)
 
 
-def _said_of(answers: Sequence[Answer], source: str, limit: int, new: int) -> list[str]:
+def _said_of(sizes: Sequence[tuple[int, bool]], source: str, limit: int, new: int) -> list[str]:
     """What to say of answers that are longer than task.max_answer_tokens, or than what is sampled."""
-    cut = sum(not answer.whole for answer in answers)
-    longer = sum(answer.whole and len(answer.tokens) > new for answer in answers)
-    of = f"of {len(answers)} answers of {source} are"
+    cut = sum(not whole for _, whole in sizes)
+    longer = sum(whole and tokens > new for tokens, whole in sizes)
+    of = f"of {len(sizes)} answers of {source} are"
     more = "raise --config.task.max_answer_tokens to train on the whole"
     said = {
         f"{cut} {of} cut to {limit} tokens, and have no EOS: {more}": cut,

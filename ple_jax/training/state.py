@@ -11,6 +11,7 @@ from ple_jax.core.identity import FORMAT
 from ple_jax.core.types import Backend
 from ple_jax.training.costs import Costs
 from ple_jax.training.run import Session
+from ple_jax.training.sinks import line
 
 CHECKPOINTS, WARM_UP = "checkpoints", "warm_up"  # folders of a work directory
 
@@ -85,6 +86,14 @@ def _save(state: State, backend: Backend, session: Session, folder: str, number:
     meta = {"format": FORMAT, **state._asdict(), "costs": state.costs._asdict()}
     backend.save(session.workdir / folder, number, meta, keep=keep)
     return state
+
+
+def logged(state: State, values: dict[str, float], session: Session) -> State:
+    """Writes the metrics of the iteration that `state` stands at; the state with their line, which checkpoints keep."""
+    for sink in session.sinks:
+        sink(values, state.iteration)
+    session.progress.metrics(values)
+    return state._replace(lines=(*state.lines, line(values, state.iteration)))
 
 
 def spent(state: State, session: Session) -> dict[str, float]:

@@ -95,9 +95,8 @@ def step(run: Run[Any], batch: Batch, number: int) -> dict[str, float]:
     lr = options.lr * warmed_up(options, number)
     micro = micro_batches(batch, options.micro_queries)
     values = run.backend.update(micro, run.loss, lr=lr, temperature=temperature(run))
-    if number == 0:
-        check_first(values, run.config, _options(run.config))
-    return {**check_finite(values, f"optimiser step {number}", lr, "optimizer.lr"), "lr": lr}
+    blamed = "" if number else _options(run.config)
+    return {**check_finite(values, f"optimiser step {number}", lr, "optimizer.lr", run.config, blamed), "lr": lr}
 
 
 def temperature(run: Run[Any]) -> float:
@@ -111,20 +110,6 @@ def warmed_up(options: Any, step: int) -> float:
     return min(1.0, (step + 1) / max(1, options.warmup_steps))
 
 
-def check_first(values: Mapping[str, float], config: Any, blamed: str = "config.model.dtype") -> None:
-    """Raises a UserError where the loss or the gradient of the very first step is not finite: no rate is to blame for it.
-
-    Args:
-        blamed: what may be, beside lora.alpha, for the error.
-    """
-    if not (np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])):
-        raise UserError(
-            f"the first optimiser step gave loss {values['loss']} and gradient norm {values['grad_norm']}, before any weight"
-            f" was changed: {blamed} or config.lora.alpha = {config.lora.alpha:g} is too large or too small; mend it (in a"
-            " new --workdir)"
-        )
-
-
 def _options(config: Any) -> str:
     """The numbers that an algorithm's loss is made with, for an error."""
     options = getattr(config, config.algorithm, config.algorithm_kwargs).to_dict()
@@ -132,19 +117,28 @@ def _options(config: Any) -> str:
     return f"an option of algorithm {config.algorithm!r} ({', '.join(numbers) or 'none is a number'})"
 
 
-def check_finite(values: dict[str, float], step: str, lr: float, key: str) -> dict[str, float]:
+def check_finite(
+    values: dict[str, float], step: str, lr: float, key: str, config: Any, unchanged: str = ""
+) -> dict[str, float]:
     """Raises a UserError where a step's loss or gradient is not finite: before anything of it is committed.
 
     Args:
         step: what was done, for the error.
         lr, key: its learning rate, and the key of the config that says it.
+        unchanged: of the very first step, for which no rate is to blame: what may be, beside lora.alpha.
     """
-    if not (np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])):
+    if np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"]):
+        return values
+    gave = f"gave loss {values['loss']} and gradient norm {values['grad_norm']}"
+    if unchanged:
         raise UserError(
-            f"{step} at learning rate {lr:g} gave loss {values['loss']} and gradient norm {values['grad_norm']}; the newest"
-            f" checkpoint is from before it: lower --config.{key} (in a new --workdir)"
+            f"the first optimiser step {gave}, before any weight was changed: {unchanged} or config.lora.alpha ="
+            f" {config.lora.alpha:g} is too large or too small; mend it (in a new --workdir)"
         )
-    return values
+    raise UserError(
+        f"{step} at learning rate {lr:g} {gave}; the newest checkpoint is from before it: lower --config.{key} (in a new"
+        " --workdir)"
+    )
 
 
 def at_the_start(run: Run[Algorithm], few: Batch, iteration: int) -> dict[str, Array]:

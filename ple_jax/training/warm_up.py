@@ -1,14 +1,13 @@
 """Step 0 of Algorithm 1: supervised fine-tuning, after which the policy is the reference."""
 
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from ple_jax.algorithms import Algorithm, sft
-from ple_jax.core.batches import micro_batches, pack, response_width
-from ple_jax.core.types import Batch, Loss, Query, Rollout, Slot
+from ple_jax.algorithms import Algorithm, Context, sft
+from ple_jax.core.batches import micro_batches
+from ple_jax.core.types import Batch, Loss, Query, Rollout
 from ple_jax.data.left_out import note
 from ple_jax.data.load import load_warm_up
 from ple_jax.data.queries import disjoint
@@ -17,7 +16,7 @@ from ple_jax.training.prompting import usable
 from ple_jax.training.run import Run
 from ple_jax.training.sampling import given
 from ple_jax.training.state import WARM_UP, State, commit_warm_up, newest
-from ple_jax.training.steps import check_finite, check_first, check_policy
+from ple_jax.training.steps import check_finite, check_policy
 
 
 def warm_up(run: Run[Algorithm], state: State) -> State:
@@ -33,7 +32,9 @@ def warm_up(run: Run[Algorithm], state: State) -> State:
     if config.warm_up.data is None:
         return state
     rollouts = _rollouts(run)
-    lengths = [len(r.responses[0].tokens) for r in rollouts]
+    # C is of all of them, not of a batch that it divides
+    context = Context(config, mean_length=float(np.mean([len(r.responses[0].tokens) for r in rollouts])))
+    rollouts = sft.label(rollouts, context)
     batches, every = groups(len(rollouts), config), config.queries_per_iteration // config.optimizer.batch_queries
     loss, last = sft.make_loss(config), len(batches)
     state = newest(run.backend, run.session.workdir / WARM_UP) or state
@@ -41,10 +42,7 @@ def warm_up(run: Run[Algorithm], state: State) -> State:
     run.session.progress.advance(state.warm_up)
     for number in range(state.warm_up, last):
         run.session.stop.check()
-        some = [rollouts[i] for i in batches[number]]
-        batch = _packed(some, config)
-        # C is of all of them, not of a batch that it divides
-        batch.data["normaliser"] = np.full(len(some), np.mean(lengths), np.float32)
+        batch = sft.batch([rollouts[i] for i in batches[number]], context)
         state = _step(run, state, batch, loss)
         run.session.progress.advance(1)
         if state.warm_up % every == 0 and state.warm_up < last:
@@ -64,19 +62,12 @@ def groups(count: int, config: Any) -> list[np.ndarray]:
     return [group for order in orders for group in np.array_split(order, batches)]
 
 
-def _packed(rollouts: Sequence[Rollout], config: Any) -> Batch:
-    longest = max(len(rollout.responses[0].tokens) for rollout in rollouts)
-    width = response_width(longest, new=config.sampling.max_new_tokens, most=config.task.max_answer_tokens)
-    return pack(rollouts, [(0,)] * len(rollouts), prompt_multiple=config.sampling.bucket, response_len=width)
-
-
 def _step(run: Run[Algorithm], state: State, batch: Batch, loss: Loss) -> State:
     """One optimiser step, counted."""
     started, lr = time.perf_counter(), run.config.warm_up.lr
     values = run.backend.update(micro_batches(batch, run.config.optimizer.micro_queries), loss, lr=lr)
-    if state.warm_up == 0:
-        check_first(values, run.config)
-    check_finite(values, f"step {state.warm_up} of the warm-up", lr, "warm_up.lr")
+    blamed = "config.model.dtype" if state.warm_up == 0 else ""
+    check_finite(values, f"step {state.warm_up} of the warm-up", lr, "warm_up.lr", run.config, blamed)
     tokens = costs.tokens(batch)
     spent = state.costs.plus(training_tokens=tokens, flops=costs.update_flops(run.base.parameters, tokens))
     return state._replace(warm_up=state.warm_up + 1, costs=spent.took("update", time.perf_counter() - started))
@@ -98,5 +89,5 @@ def _rollouts(run: Run[Algorithm]) -> list[Rollout]:
 
 
 def _answered(query: Query, run: Run[Algorithm]) -> Rollout:
-    answer = given(query, Slot("reference", source="completion"), run.prompts)
-    return Rollout(query.id, query.prompt, tuple(run.prompts.of(query, False)[1]), (answer,))
+    answers = tuple(given(query, slot, run.prompts) for slot in sft.collect(run.config))
+    return Rollout(query.id, query.prompt, tuple(run.prompts.of(query, False)[1]), answers)

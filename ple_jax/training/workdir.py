@@ -182,10 +182,7 @@ def _upgraded(found: Mapping[str, Any], wanted: Mapping[str, Any], workdir: Path
             f"--workdir={workdir} holds a run of format {found.get('format', 1)}, and this version goes on with format"
             f" {FORMAT}: finish it with the version that began it, or give another --workdir"
         )
-    try:
-        now = upgraded(found)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{workdir / 'config.json'} is damaged, or no config of a run ({error})") from error
+    now = upgraded(found, workdir / "config.json")
     inputs = {**now["inputs"], "reward": wanted["inputs"].get("reward")}  # versions of rewards were digests of files
     new = {key: value for key, value in wanted.get("task", {}).items() if key in ("date", "max_answer_tokens")}
     task = {"task": new | now["task"]} if "task" in now else {}

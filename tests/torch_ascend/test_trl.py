@@ -9,6 +9,7 @@ import shutil
 import signal
 from pathlib import Path
 
+import chats
 import families
 import numpy as np
 import pytest
@@ -26,7 +27,6 @@ from ple_jax.core import files
 from ple_jax.core.config import validate
 from ple_jax.core.errors import UserError
 from ple_jax.data.queries import draw, load_queries
-from ple_jax.models import tokenizer as tokenizers
 from ple_jax.training.interrupt import Interrupted
 from ple_jax.training.journal import read
 from torch_ascend import baselines
@@ -457,17 +457,11 @@ def test_a_tokenizer_without_an_eos_is_refused(records, tmp_path, monkeypatch):
 
 def test_answers_have_the_templates_end_of_turn(tmp_path, monkeypatch):
     """What TRL gets are the chat template's tokens of the whole conversation, whatever is sampled."""
-    plain = tokenizers.byte_tokenizer
-
-    def gemma():
-        made = plain()  # its <|pad|> ends a turn
-        made.chat_template = (
-            "{% for m in messages %}{{ '[' + m.role + ']' + m.content + pad_token + '\\n' }}{% endfor %}"
-            "{% if add_generation_prompt %}[assistant]{% endif %}"
-        )
-        return made
-
-    monkeypatch.setattr(tokenizers, "byte_tokenizer", gemma)
+    chats.speak(  # <|pad|> ends a turn
+        monkeypatch,
+        "{% for m in messages %}{{ '[' + m.role + ']' + m.content + pad_token + '\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}",
+    )
     pairs = [{"prompt": [{"role": "user", "content": f"q{i}"}], "rejected": [{"role": "assistant", "content": "n" * 20}],
               "chosen": [{"role": "assistant", "content": f"yes {i}"}]} for i in range(4)]  # fmt: skip
     files = {"task__train": tmp_path / "train.jsonl", "task__heldout": tmp_path / "heldout.jsonl"}

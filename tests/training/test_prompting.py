@@ -3,6 +3,7 @@
 import datetime
 import json
 
+import chats
 import pytest
 from ml_collections import FrozenConfigDict
 from test_baselines import config as configured
@@ -16,7 +17,6 @@ from ple_jax.core.errors import UserError
 from ple_jax.core.identity import method_keys, run_keys
 from ple_jax.core.types import Query, Reward
 from ple_jax.data.load import Data
-from ple_jax.models import tokenizer as tokenizers
 from ple_jax.models.tokenizer import byte_tokenizer
 from ple_jax.prompts.principles import Principles
 from ple_jax.training import prompting, workdir
@@ -195,14 +195,7 @@ def test_a_run_keeps_the_day_on_which_it_began(tmp_path, monkeypatch):
 @pytest.mark.parametrize("algorithm", ["ple", "sft", "reward"])
 def test_one_conversation_of_many_does_not_end_a_run(algorithm, tmp_path, monkeypatch):
     """In training, in the warm-up, in evaluations and in the set that is answered afterwards."""
-    plain = tokenizers.byte_tokenizer
-
-    def strict():
-        made = plain()
-        made.chat_template = TURNS
-        return made
-
-    monkeypatch.setattr(tokenizers, "byte_tokenizer", strict)
+    chats.speak(monkeypatch, TURNS)
 
     def save(name, count):
         asked = [[user(f"{name} {i}")] for i in range(count)]

@@ -2,6 +2,7 @@
 
 import datetime
 
+import chats
 import pytest
 from ml_collections import FrozenConfigDict
 from test_baselines import config as configured
@@ -9,7 +10,6 @@ from test_resume import curve, outcome
 
 from ple_jax import modes
 from ple_jax.core.errors import UserError
-from ple_jax.models import tokenizer as tokenizers
 from ple_jax.training import workdir
 from ple_jax.training.journal import read
 
@@ -23,14 +23,7 @@ ONE_DAY, THE_NEXT = datetime.date(2026, 11, 28), datetime.date(2026, 11, 29)
 @pytest.fixture
 def on(monkeypatch):
     """Sets the clock, ours and that of transformers' templates."""
-    plain = tokenizers.byte_tokenizer
-
-    def dated():
-        made = plain()
-        made.chat_template = CLOCK
-        return made
-
-    monkeypatch.setattr(tokenizers, "byte_tokenizer", dated)
+    chats.speak(monkeypatch, CLOCK)
 
     def clock(day):
         class Clock(datetime.datetime):

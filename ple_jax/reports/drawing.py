@@ -147,5 +147,5 @@ def spread(places: Sequence[float], low: float, high: float, gap: float) -> list
         at = found[i] = max(found[i], at + gap)
     at = high + gap
     for i in reversed(order):
-        at = found[i] = round(min(found[i], at - gap), 1)
-    return found
+        at = found[i] = min(found[i], at - gap)
+    return [round(place, 1) for place in found]  # not on the way, where rounding would add up

@@ -238,6 +238,7 @@ def records(tmp_path_factory) -> dict[str, str]:
 def test_each_runs_through_the_loop(algorithm, records, tmp_path):
     c = config(algorithm, iterations=1, task__train=records["train"], task__heldout=records["heldout"])
     c.optimizer.epochs = 2
+    c.task.max_answer_tokens = 8
     validate(c)
     assert modes.train(FrozenConfigDict(c), tmp_path / "run", "torch") == 0
     before, after = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -134,22 +134,24 @@ def test_a_module_and_its_door_are_the_same_command(tmp_path, module):
 
 @pytest.mark.slow
 def test_a_sweep_of_which_one_point_fails(capsys, tmp_path):
-    arguments = ["--config", TINY, "--out", str(tmp_path), "--grid", "optimizer.lr=1e-2,1e30"]
+    (tmp_path / "of_mine.py").write_text("def score(prompts, responses, **_):\n    raise OSError('the lexicon is gone')\n")
+    failing = f"{tmp_path}/of_mine.py:score"
+    arguments = ["--config", TINY, "--out", str(tmp_path), "--grid", f"reward.name=letters,{failing}"]
     arguments += ["--", "--config.iterations=1", "--config.sinks=()"]
     found = call(capsys, sweep.main, *arguments)
     assert found.code == 1, found.err
-    good, bad = "optimizer.lr-1e-2", "optimizer.lr-1e30"
+    good, bad = "reward.name-letters", grid.name_of({"reward.name": failing})
     value = json.loads((tmp_path / good / "summary.json").read_text())["heldout_reward_after"]
-    assert f"best: --config.optimizer.lr=1e-2, {value:.4f} over 1 runs" in found.out
-    assert f"{bad}: exit code 2, error: optimiser step 1" in found.out
+    assert f"best: --config.reward.name=letters, {value:.4f} over 1 runs" in found.out
+    assert f"{bad}: exit code 2, error: " in found.out and "the lexicon is gone" in found.out
     best = json.loads((tmp_path / "best.json").read_text())
-    assert best["mean"] == value and best["overrides"] == {"optimizer.lr": "1e-2"}
-    assert best["flags"] == ["--config.optimizer.lr=1e-2"] and best["select"] == "heldout_reward_after"
+    assert best["mean"] == value and best["overrides"] == {"reward.name": "letters"}
+    assert best["flags"] == ["--config.reward.name=letters"] and best["select"] == "heldout_reward_after"
     with (tmp_path / "sweep.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [(row["point"], row["optimizer.lr"], row["exit_code"]) for row in rows] == [
-        (good, "1e-2", "0"),
-        (bad, "1e30", "2"),
+    assert [(row["point"], row["reward.name"], row["exit_code"]) for row in rows] == [
+        (good, "letters", "0"),
+        (bad, failing, "2"),
     ]
     assert float(rows[0]["heldout_reward_after"]) == value and rows[1]["heldout_reward_after"] == ""
 

@@ -115,7 +115,7 @@ def test_killed_and_continued(ours, tmp_path):
     assert not (workdir / WEIGHTS).exists()
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["0", "1"]
     # files and folder of the first commit of this process, which is iteration 1's
-    assert run(workdir, at=("torch_ascend.checkpoint:to_disk", 2, "before")).returncode == -signal.SIGKILL
+    assert run(workdir, at=("ple_jax.core.commits:to_disk", 2, "before")).returncode == -signal.SIGKILL
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["0", "1", "2.partial"]
     again = run(workdir)
     assert again.returncode == 0, again.stderr

@@ -42,9 +42,10 @@ def records(values: Values, *, needs: str) -> Query:
     turns = _asked(prompt)
     if isinstance(answer, str):
         return _conversation(turns, answer, "", values, needs)
-    turns = turns + _turns(values, "completion")
-    if turns[-1]["role"] != "assistant":
+    told = _turns(values, "completion")
+    if told[-1]["role"] != "assistant":
         raise Unusable("turns", ": `completion` does not end with the assistant's turn")
+    turns = _joined(turns, told, "completion", exact=not isinstance(prompt, str))
     return _conversation(turns[:-1], _answer(turns[-1]), "", values, needs)
 
 
@@ -305,6 +306,8 @@ def _turns(values: Values, key: str) -> list[Message]:
             content = ""
         if not isinstance(content, str):
             raise Unusable("type", f": `content` of turn {i} of `{key}` is {str(content)[:60]!r}, not a text")
+        if not turn.get("tool_calls"):  # an empty list calls nothing, and some templates ask only whether there is one
+            turn = {key: value for key, value in turn.items() if key != "tool_calls"}
         turns.append(_without_nulls(turn) | {"content": content})
     return turns
 

@@ -119,7 +119,7 @@ def _in_template(prompt: str, opening: str, said: str, form: Form) -> str:
     try:
         return template.answered(prompt, opening, turn_of(said), form)
     except ValueError as error:
-        thoughts = any(map(turn_of(said).get, THOUGHTS)) and not form.thinking
+        thoughts = (any(map(turn_of(said).get, THOUGHTS)) or _CLOSE in said) and not form.thinking
         hint = "; set --config.task.thinking=True" if thoughts else ""
         raise Unusable("template", f"has an answer that the chat template does not hold: {error}{hint}") from error
 

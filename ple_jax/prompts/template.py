@@ -6,7 +6,7 @@ leave out thoughts of earlier turns. What is asked of all of them: that what was
 
 import functools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import date as Date
 from typing import Any, NamedTuple
 
@@ -17,6 +17,8 @@ DATE = "2024-07-26"  # of what belongs to no run, a reward model's conversations
 _MARK = "\ue000"  # around a text that is looked for: a short one may also be part of the markup
 _ANSWER = "\ue001"  # the same, of the answer
 _CLOCK = "strftime_now"  # what templates ask for the date, as transformers has it
+# how prompts end that open thoughts
+_OPENINGS = ("<think>", "<seed:think>", "[THINK]", "<|START_THINKING|>", "<|channel>thought")
 _DIRECTIVES = "aAbBcdDeFGHIjmMpSTuUVwWxXyYZ"  # of strftime
 
 
@@ -79,13 +81,14 @@ def answered(prompt: str, opening: str, answer: Message, form: Form) -> str:
 
 def _aligned(prompt: str, opening: str, answer: Message, form: Form) -> str:
     """What follows the end of the opening, which the whole conversation does not begin with."""
-    if opening.rstrip().endswith("<think>"):
+    if opening.rstrip().endswith(_OPENINGS):
         raise ValueError("it opens thoughts in the prompt, and writes this answer without any")
     turns, tools = turns_of(prompt)
     marked = Conversation([*turns[:-1], {**turns[-1], "content": turns[-1]["content"] + _MARK}], tools)
     parts = closed(marked, {**answer, "content": f"{_ANSWER}{answer['content']}{_ANSWER}"}, form).split(_ANSWER)
     ours, theirs = (text.rpartition(_MARK)[2] for text in (opened(marked, None, form), parts[0]))
-    if len(parts) != 3 or not (theirs.startswith(ours) or ours.startswith(theirs)):
+    closed_thoughts = "</think>" in ours and "</think>" in answer["content"]  # and the answer has some
+    if len(parts) != 3 or closed_thoughts or not (theirs.startswith(ours) or ours.startswith(theirs)):
         raise ValueError("it writes something else between the prompt and this answer than behind the prompt alone")
     return theirs[len(ours) :] + parts[1] + parts[2]
 
@@ -98,15 +101,33 @@ def turns_of(prompt: str) -> tuple[list[Message], list[Mapping[str, Any]]]:
 
 
 def end_of_turn(tokenizer: Any) -> int | None:
-    """The special token that the template writes behind an answer; None where it writes another text there, or none."""
-    try:
-        text = _written([{"role": "user", "content": "a"}, _said_by_assistant(_ANSWER)], Form(tokenizer), [])
-    except ValueError:
-        return None
-    behind = text.partition(_ANSWER)[2].lstrip()
+    """The special token that the template writes behind an answer; None where it writes another text there, or none.
+
+    Of several in a row it is the first, or EOS where that stands behind every answer, whether or not a turn follows:
+    Command R closes its text and then the turn, Phi-4 mini the turn and then the conversation.
+    """
+    user = {"role": "user", "content": "a"}
     special = {str(token): i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    found = [token for token in special if behind.startswith(token)]
-    return special[max(found, key=len)] if found else None
+
+    def behind(*more: Message) -> list[str]:
+        try:
+            text = _written([user, _said_by_assistant(_ANSWER), *more], Form(tokenizer), [])
+        except ValueError:
+            return []
+        return list(_leading(text.partition(_ANSWER)[2].lstrip(), special))
+
+    last = behind()
+    if not last:
+        return None
+    always = [special[a] for a, b in zip(last, behind(user), strict=False) if a == b]
+    return tokenizer.eos_token_id if tokenizer.eos_token_id in always else special[last[0]]
+
+
+def _leading(text: str, tokens: Collection[str]) -> Iterator[str]:
+    """The tokens that a text begins with, one right behind the other."""
+    while found := [token for token in tokens if token and text.startswith(token)]:
+        yield (longest := max(found, key=len))
+        text = text.removeprefix(longest)
 
 
 def reads_clock(tokenizer: Tokenizer) -> bool:

@@ -19,6 +19,10 @@ OPENS = (  # thoughts, in the prompt; and leaves those of answers out
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
 )
+CLOSES = (  # thoughts, in the prompt; and writes an answer as it is
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think></think>{% endif %}"
+)
 THINKS = (  # as Qwen3 does: an answer has thoughts, if only empty ones
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}"
     "{{ '<think>\n' + (m.reasoning_content or '') + '\n</think>\n\n' }}{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -179,6 +183,25 @@ def test_the_token_that_ends_a_turn(template, token):
     assert templates.end_of_turn(tok) == (None if token is None else tok.convert_tokens_to_ids(token))
 
 
+COMMAND_R = (  # closes its text, and then the turn
+    "{% for m in messages %}<|im_start|>{{ m.role }}{{ m.content }}{% if m.role == 'assistant' %}<|end|>{% endif %}"
+    "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
+)
+PHI4 = PHI3.replace("<|end|>\n", "<|end|>")  # the turn, and then the conversation
+ALWAYS_LLAMA = LLAMA3.replace("{% if add_generation_prompt %}", "").removesuffix("{% endif %}")
+
+
+@pytest.mark.parametrize(
+    ("template", "token"), [(COMMAND_R, "<|im_end|>"), (PHI4, "<|end|>"), (ALWAYS_LLAMA, "<|eot_id|>")], ids=range(3)
+)
+def test_of_several_tokens_in_a_row_one_ends_the_turn(template, token):
+    tok = tokenizer(template=template, special=(*MARKUP, "<|start_header_id|>", "<|end_header_id|>"))
+    assert templates.end_of_turn(tok) == tok.convert_tokens_to_ids(token)
+    ends = tok.convert_tokens_to_ids(token)
+    assert prompts.given("Well?", SAID, tok, stops=(ends,), chat=True).tokens[-1] == ends
+    assert text_of(tok, "Well?", SAID, stops=(ends,)).endswith({"<|im_end|>": f"{SAID}<|end|>"}.get(token, SAID) + token)
+
+
 # ---------------------------------------------------------------- more than a text
 
 
@@ -218,6 +241,8 @@ def test_calls_are_trained_on():
         (THINKS, thinking(), {}, "does not hold: it .*; set --config.task.thinking=True"),
         (OPENS, SAID, {}, "it opens thoughts in the prompt, and writes this answer without any"),
         (OPENS, f"<think>because</think>{SAID}", {}, "does not hold"),
+        (OPENS.replace("<think>", "<|channel>thought"), SAID, {}, "it opens thoughts in the prompt"),
+        (CLOSES, f"<think>because</think>{SAID}", {}, "it writes something else .*; set --config.task.thinking=True"),
         (None, thinking(), {"chat": False}, "reasoning_content, which plain text cannot hold: set --config.task.chat=True"),
         (None, calling("Look."), {"chat": False}, "tool_calls, which plain text cannot hold"),
         (CHATML, "It is <|im_end|> over.", {}, "spells '<|im_end|>' before its end"),

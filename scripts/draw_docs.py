@@ -10,13 +10,13 @@ docs/compare.md. The second one prints the table of docs/quickstart.md from fini
 import argparse
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from statistics import fmean
 
 DOCS = Path(__file__).parent.parent / "docs"
-INK, SOFT, RULE, COLOURS = "#1d2126", "#626b76", "#e4e5e3", ("#0f7b6c", "#c2601a")
+INK, SOFT, RULE, COLOURS = "#1d2126", "#626b76", "#e4e5e3", ("#0f7b6c", "#c2601a", "#3b6fb5")
 _INTERVAL = re.compile(r"(-?[\d.]+) \((-?[\d.]+) to (-?[\d.]+)\)")
 
 
@@ -106,13 +106,21 @@ class Panel:
             f'<text x="{x}" y="{y}" fill="{fill}" text-anchor="{anchor}" font-weight="{weight}">{escape(words)}</text>'
         )
 
-    def line(self, points: Sequence[tuple[float, float]], colour: str, name: str) -> None:
-        """A curve with a dot at each value, and its name where it ends."""
+    def line(self, points: Sequence[tuple[float, float]], colour: str) -> None:
+        """A curve with a dot at each value."""
         places = [self.at(*point) for point in points]
         path = "M" + "L".join(f"{x} {y}" for x, y in places)
         self.svg.append(f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="2.5" stroke-linejoin="round"/>')
         self.svg += [f'<circle cx="{x}" cy="{y}" r="3.5" fill="{colour}"/>' for x, y in places]
-        self.text(places[-1][0] + 9, places[-1][1] + 4, name, fill=colour, weight=600)
+
+    def names(self, ends: Mapping[str, float]) -> None:
+        """The curves' names on the right, where they end or, so that all can be read, next to it."""
+        from ple_jax.reports.drawing import spread
+
+        places = [self.at(self.of_x[1], y) for y in ends.values()]
+        heights = spread([y for _, y in places], self.top, self.top + self.height, 15)
+        for name, (x, _), y, colour in zip(ends, places, heights, COLOURS, strict=True):
+            self.text(x + 9, y + 4, name, fill=colour, weight=600)
 
     def band(self, low: Sequence[tuple[float, float]], high: Sequence[tuple[float, float]], colour: str) -> None:
         """The area of an interval around a curve."""
@@ -151,15 +159,17 @@ def quickstart(rows: Sequence[dict[str, str]]) -> str:
     seeds = [name.removesuffix(": KL") for name in rows[0] if name.endswith(": KL")]
     last, iterations = float(rows[-1]["iteration"]), [float(row["iteration"]) for row in rows]
     reward = Panel(left=48, top=52, width=340, height=218, x=(0, last), y=(-0.1, 1))
-    drift = Panel(left=502, top=52, width=300, height=218, x=(0, last), y=(0, 1.5))
+    drift = Panel(left=502, top=52, width=300, height=218, x=(0, last), y=(0, 2))
     reward.axes("held-out reward, mean over 64 openings", "iteration", iterations, (0, 0.25, 0.5, 0.75, 1))
-    drift.axes("its cost: KL to the start, nats a token", "iteration", iterations, (0, 0.5, 1, 1.5))
+    drift.axes("its cost: KL to the start, nats a token", "iteration", iterations, (0, 0.5, 1, 1.5, 2))
     curves = {seed: [_mean_and_interval(row[f"{seed}: reward (95%)"]) for row in rows] for seed in seeds}
     for values, colour in zip(curves.values(), COLOURS, strict=True):  # all below the curves
         reward.band(*([(x, value[i]) for x, value in zip(iterations, values, strict=True)] for i in (1, 2)), colour)
     for (seed, values), colour in zip(curves.items(), COLOURS, strict=True):
-        reward.line([(x, mean) for x, (mean, _, _) in zip(iterations, values, strict=True)], colour, seed)
-        drift.line([(x, float(row[f"{seed}: KL"])) for x, row in zip(iterations, rows, strict=True)], colour, seed)
+        reward.line([(x, mean) for x, (mean, _, _) in zip(iterations, values, strict=True)], colour)
+        drift.line([(x, float(row[f"{seed}: KL"])) for x, row in zip(iterations, rows, strict=True)], colour)
+    reward.names({seed: values[-1][0] for seed, values in curves.items()})
+    drift.names({seed: float(rows[-1][f"{seed}: KL"]) for seed in seeds})
     return picture([reward, drift], "The quickstart: held-out reward and KL by iteration", width=870, height=326)
 
 

@@ -409,7 +409,7 @@ def draw_docs(monkeypatch):
 def test_pictures_are_drawn_from_the_tables(draw_docs):
     drawn = {name: draw() for name, draw in draw_docs.PICTURES.items()}
     assert drawn == {file.name: file.read_text(encoding="utf-8") for file in (DOCS / "images").glob("*.svg")}
-    assert drawn["methods.svg"].count("<circle") == 12 and drawn["quickstart.svg"].count("<circle") == 24
+    assert drawn["methods.svg"].count("<circle") == 12 and drawn["quickstart.svg"].count("<circle") == 36
     # 0.5 is half way down the panel: y = top + height / 2
     panel = draw_docs.Panel(left=10, top=20, width=100, height=50, x=(0, 4), y=(0, 1))
     assert panel.at(1, 0.5) == (35.0, 45.0)

@@ -97,17 +97,10 @@ class Endpoint:
         if why:
             self._in_a_row = 0
             raise Incomplete(
-                f"{redacted(self.url)}: {self._shown(why)}; mend that and give the same command again: what was scored is"
-                " kept",
+                f"{redacted(self.url)}: {why}; mend that and give the same command again: what was scored is kept",
                 values,
             )
         return values.tolist()
-
-    def _shown(self, why: str) -> str:
-        sent = [*self._secrets.values(), urlsplit(self.url).query]  # a server may repeat it, and requests shows addresses
-        for secret in filter(None, sent):
-            why = why.replace(secret, "***")
-        return why
 
     def _gather(
         self, under_way: Mapping[Future[Sequence[float]], slice], values: Float64[np.ndarray, " n"], stop: threading.Event
@@ -122,7 +115,7 @@ class Endpoint:
                 continue
             except retry.Failed as error:
                 self._in_a_row += 1
-                self.failure = f"{redacted(self.url)}: {self._shown(str(error))}"
+                self.failure = f"{redacted(self.url)}: {error}"
                 if not why and (isinstance(error, retry.Refused) or self._in_a_row >= self.max_failures):
                     why = str(error)
                     stop.set()  # what is under way has this one try; its values still count
@@ -174,7 +167,8 @@ def chat(
         turns = [{"role": "system", "content": task}, {"role": "user", "content": texts}]
         return {"messages": turns, **fields}
 
-    address = f"{url.rstrip('/')}/chat/completions"
+    base, query = url.partition("?")[::2]  # a query, which may hold a key or a version, stays behind the path
+    address = f"{base.rstrip('/')}/chat/completions" + (f"?{query}" if query else "")
     return Endpoint(address, body=body, read=lambda answer, n: [read(said(answer))], size=1, **options)
 
 

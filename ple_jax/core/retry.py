@@ -10,11 +10,15 @@ from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
+from ple_jax.core.secrets import hidden, sent_in
+
 T = TypeVar("T")
 _LONGEST_PAUSE, _LONGEST_ASKED = 60.0, 600.0  # seconds: of our own, and of what a server may ask for
 _SAID = 30.0  # seconds: a longer pause is told of
 LARGEST = 64 * 2**20  # bytes of an answer: the numbers and tokens that are asked for take a thousandth
 _CONNECTIONS = 256  # that are kept open to a server: more than requests are under way at once
+# what an answer that is none makes of who reads it: JSON nested too deep, numbers that float64 has no room for
+_UNREADABLE = (TimeoutError, ValueError, ArithmeticError, RecursionError)
 
 
 class Failed(Exception):
@@ -49,11 +53,12 @@ def request(
     patience: Patience,
     stop: threading.Event,
 ) -> T:
-    """What `read` makes of a server's answer.
+    """What `read` makes of a server's answer. No message has a key in it that the headers or the address hold.
 
     Args:
         body: sent as JSON.
-        read: of the answer's bytes; ValueError where they are no answer, `Failed` where another try would not help.
+        read: of the answer's bytes; ValueError, or what Python raises of numbers too large and of JSON too deep, where they
+            are no answer, `Failed` where another try would not help.
         stop: when it is set there is no further try.
 
     Raises:
@@ -68,8 +73,8 @@ def request(
             return read(_within(patience.timeout, lambda: _content(method, url, body, headers, patience.timeout)))
         except _Busy as error:
             why, asked = str(error), error.retry_after
-        except (requests.RequestException, TimeoutError, ValueError) as error:
-            why = f"{type(error).__name__}: {_brief(str(error))}"
+        except (requests.RequestException, *_UNREADABLE) as error:
+            why = f"{type(error).__name__}: {_brief(hidden(str(error), sent_in(url, headers)))}"
         seconds = pause(attempt, backoff=patience.backoff, asked=asked)
         if seconds > _LONGEST_ASKED:
             raise Failed(f"{why} (and asks for a pause of {seconds:.0f} s)")
@@ -144,7 +149,8 @@ def _content(method: str, url: str, body: Mapping[str, Any] | None, headers: Map
         content = _limited(answer)
     if answer.status_code < 300:
         return content
-    text = answer.headers.get("Location") or content.decode(errors="replace")
+    # a server may repeat what it was sent
+    text = hidden(answer.headers.get("Location") or content.decode(errors="replace"), sent_in(url, headers))
     why = f"it answered with status {answer.status_code}: {_brief(text)}"
     if answer.status_code < 500 and answer.status_code not in (408, 429):
         raise Refused(why, answer.status_code)
@@ -173,7 +179,7 @@ def pause(attempt: int, *, backoff: float, asked: str | None) -> float:
         return own
     try:
         seconds = float(asked) if asked.strip().isdecimal() else parsedate_to_datetime(asked).timestamp() - time.time()
-    except ValueError:
+    except (ValueError, OverflowError):  # no date, or one with a year of thirty digits
         return own
     return max(own, seconds)
 

@@ -2,14 +2,16 @@
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 from ple_jax.core.errors import UserError
 
 # an address: scheme, perhaps who asks, the server and its path, perhaps a query or a fragment
 _ADDRESS = re.compile(r"\b(https?://)(?:[^\s/?#'\"<>]*@)?([^\s?#'\"<>]*)((?:[?#][^\s'\"<>]*)?)", re.IGNORECASE)
+_NO_KEY = 3  # characters: what is so short is none
 
 
 def redacted(value: Any) -> Any:
@@ -28,6 +30,23 @@ def shown(value: Any, most: int = 300) -> str:
     except (RecursionError, ValueError):  # Python writes no number of more than 4,300 digits
         return f"too large a {type(value).__name__} to be shown"
     return text if len(text) <= most else f"{text[:most]} ..."
+
+
+def sent_in(url: str, headers: Mapping[str, str]) -> set[str]:
+    """What may be secret of a request: its headers, its query, and the values in it, as they are and as they are spelled
+    in an address. What is very short is no key, and would be found in every number."""
+    query = urlsplit(url).query
+    values = [value for part in query.split("&") for value in (part, part.partition("=")[2])]
+    spelled = {form for text in (query, *values) for form in (text, unquote(text), quote(text, safe="!#$%&'()*+,/:;=?@[]~"))}
+    keys = {value.removeprefix("Bearer ") for value in headers.values()}
+    return {text for text in spelled | keys | {value for _, value in parse_qsl(query)} if len(text) > _NO_KEY}
+
+
+def hidden(text: str, secrets: Iterable[str]) -> str:
+    """A text without these."""
+    for secret in sorted(secrets, key=len, reverse=True):  # one may be a part of another
+        text = text.replace(secret, "***")
+    return text
 
 
 def from_environment(name: str, setting: str) -> str:

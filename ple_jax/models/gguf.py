@@ -16,6 +16,7 @@ from gguf.quants import dequantize
 from transformers import PreTrainedTokenizerFast
 
 from ple_jax.core.errors import UserError
+from ple_jax.core.secrets import shown
 from ple_jax.models import families, rope, tokenizer
 from ple_jax.models.config import ModelConfig
 from ple_jax.models.families import FAMILIES
@@ -373,7 +374,10 @@ def open_file(path: Path) -> Reader:
     except (ValueError, IndexError, KeyError, OverflowError) as error:  # what its array slicing meets in a cut file
         raise UserError(f"{path} is not a GGUF file or is truncated ({error}); download it again") from error
     reader.path = path
-    if (parts := reader.value("split.count", 1)) > 1:
+    parts = reader.value("split.count", 1)
+    if not isinstance(parts, int):
+        raise UserError(f"{path} has split.count = {shown(parts, 80)}, which is no number; download it again")
+    if parts > 1:
         raise UserError(f"{path} is one of {parts} files; join them with llama.cpp: llama-gguf-split --merge")
     return reader
 

@@ -79,25 +79,37 @@ def identity(path: str, revision: str | None = None) -> str:
 
     16 blocks of every weight file are enough: training changes nearly every weight. Names of built-in models stay as they
     are.
+
+    Raises:
+        UserError: a file that cannot be read.
     """
     if is_remote(path):
         return commit(path, revision)
     place = Path(path)
     if place.is_dir():
-        files = [file for pattern in (*_WEIGHTS, *_DESCRIPTION) for file in sorted(place.glob(pattern))]
+        found = (file for pattern in (*_WEIGHTS, *_DESCRIPTION) for file in sorted(place.glob(pattern)))
+        files = [file for file in found if file.is_file()]  # a folder of such a name is said better where it is needed
     else:
         files = [place] if place.is_file() else []
     if not files:
         return path
     digest = hashlib.sha256()
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}\n".encode() if place.is_dir() else f"{size}\n".encode())
-        with file.open("rb") as handle:
-            for i in range(_BLOCKS):
-                handle.seek(max(0, size - _BLOCK) * i // (_BLOCKS - 1))
-                digest.update(handle.read(_BLOCK))
+    try:
+        for file in files:
+            for part in _samples(file, named=place.is_dir()):
+                digest.update(part)
+    except OSError as error:
+        raise UserError(f"model {path!r} cannot be read: {error}") from error
     return digest.hexdigest()[:16]
+
+
+def _samples(file: Path, *, named: bool) -> Iterator[bytes]:
+    size = file.stat().st_size
+    yield f"{os.fsencode(file.name).decode(errors='replace')} {size}\n".encode() if named else f"{size}\n".encode()
+    with file.open("rb") as handle:
+        for i in range(_BLOCKS):
+            handle.seek(max(0, size - _BLOCK) * i // (_BLOCKS - 1))
+            yield handle.read(_BLOCK)
 
 
 def _patterns(weights: bool) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from jaxtyping import Float
 
 from ple_jax.core.errors import UserError
 from ple_jax.core.files import write_bytes, write_text
-from ple_jax.core.rules import flag, many, mapping, optional, real, text, whole
+from ple_jax.core.rules import Rule, flag, many, mapping, optional, real, text, whole
+from ple_jax.core.secrets import shown
 from ple_jax.models.values import check
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -29,10 +30,36 @@ _OPTIONS = frozenset(
         "revision", "runtime_config", "target_modules", "task_type", "use_dora", "use_rslora",
     }
 )  # fmt: skip
-# what some of them hold where they are there; PEFT writes the others in many ways
+
+
+def _by_pattern(each: Rule) -> Rule:
+    """An object of what `each` allows, by regular expressions."""
+
+    def rule(value: Any) -> str:
+        if says := mapping(value):
+            return says
+        for key, number in value.items():
+            try:
+                re.compile(_module(key))
+            except (re.error, OverflowError, RecursionError) as error:
+                return f"an object of regular expressions, which {key!r} is not ({error})"
+            if says := each(number):
+                return f"an object in which {key!r} is {says}"
+        return ""
+
+    return rule
+
+
+def _module(pattern: str) -> str:
+    """The regular expression of the paths that a key of rank_pattern or alpha_pattern means."""
+    return rf"(.*\.)?({pattern})$"
+
+
+_RANK, _ALPHA = whole(1, 2**16), real(lambda v: 0 < v <= 1e9, "above 0")
+# what some of the options hold where they are there; PEFT writes the others in many ways
 _VALUES = {
-    "r": whole(1, 2**16), "lora_alpha": real(lambda v: 0 < v <= 1e9, "above 0"), "rank_pattern": optional(mapping),
-    "alpha_pattern": optional(mapping), "use_rslora": optional(flag), "use_dora": optional(flag),
+    "r": _RANK, "lora_alpha": _ALPHA, "rank_pattern": optional(_by_pattern(_RANK)),
+    "alpha_pattern": optional(_by_pattern(_ALPHA)), "use_rslora": optional(flag), "use_dora": optional(flag),
     "fan_in_fan_out": optional(flag), "modules_to_save": optional(many(text, empty=True)),
 }  # fmt: skip
 # initialisations after which the base is no longer the one on the hub
@@ -171,7 +198,7 @@ def _check_options(config: Mapping[str, Any], directory: Path, head: str | None)
             f" {head or 'none'} is needed; {what}"
         )
     if used:
-        raise UserError(f"the adapter in {directory} sets {used[0]}={config[used[0]]!r}, which is not supported")
+        raise UserError(f"the adapter in {directory} sets {used[0]}={shown(config[used[0]], 80)}, which is not supported")
 
 
 def _check(adapter: Mapping[str, np.ndarray], config: Mapping[str, Any], file: Path) -> None:
@@ -229,7 +256,7 @@ def scaling(config: Mapping[str, Any], path: str) -> float:
 
 def patterned(pattern: Mapping[str, Any] | None, path: str, default: Any) -> Any:
     """What a rank_pattern or alpha_pattern says of a module: a key is its path, the end of it, or a regular expression."""
-    return next((value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", path)), default)
+    return next((value for key, value in (pattern or {}).items() if re.match(_module(key), path)), default)
 
 
 def merge(

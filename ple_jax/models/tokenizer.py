@@ -50,6 +50,9 @@ _SPECIAL = {  # transformers' name -> GGUF's key
     "unk_token": "tokenizer.ggml.unknown_token_id",
     "pad_token": "tokenizer.ggml.padding_token_id",
 }
+_BESIDE = (
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
 _BLANK = "▁"  # sentencepiece's space
 
 _BYTE_CHAT_TEMPLATE = (
@@ -170,7 +173,7 @@ def from_folder(path: str | Path) -> PreTrainedTokenizerFast:
     """Tokenizer of a local Hugging Face folder: tokenizer.json, tokenizer_config.json, chat_template.jinja.
 
     Raises:
-        UserError: no tokenizer.json, or one that cannot be read.
+        UserError: no tokenizer.json, or one of these files that cannot be read.
     """
     # PreTrainedTokenizerFast and not AutoTokenizer: that one imports torch where it is installed.
     if not (Path(path) / "tokenizer.json").is_file():
@@ -179,11 +182,25 @@ def from_folder(path: str | Path) -> PreTrainedTokenizerFast:
             f"AutoTokenizer.from_pretrained(...).save_pretrained({str(path)!r})"
         )
     try:
-        return PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
+        tokenizer("a")  # some settings are read at the first text
+        return tokenizer
     except BaseException as error:  # the Rust parser raises bare Exception
         if not failed(error):
             raise
-        raise UserError(f"{path}/tokenizer.json cannot be read ({error}); copy the file again") from error
+        raise UserError(f"{path}/{_at_fault(Path(path))} cannot be read ({error}); copy the file again") from error
+
+
+def _at_fault(folder: Path) -> str:
+    """Which of its files a tokenizer cannot be built of: those beside tokenizer.json, where that can be read by itself."""
+    try:
+        Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except BaseException as error:
+        if not failed(error):
+            raise
+        return "tokenizer.json"
+    beside = [name for name in _BESIDE if (folder / name).exists()]
+    return " or ".join(beside) or "tokenizer.json"
 
 
 def failed(error: BaseException) -> bool:

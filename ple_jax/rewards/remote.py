@@ -61,6 +61,6 @@ def _read(answer: Any, n: int) -> list[float]:
     flat = np.asarray(answer["rewards"], object).ravel()
     if len(flat) != n:
         raise ValueError(f"the answer has {len(flat)} rewards for {n} texts")
-    if wrong := [value for value in flat if not isinstance(value, int | float | None)]:
+    if wrong := [value for value in flat if isinstance(value, bool) or not isinstance(value, int | float | None)]:
         raise ValueError(f"a reward in the answer is no number: {str(wrong[0])[:100]!r}")
     return [math.nan if value is None else float(value) for value in flat]

@@ -117,7 +117,7 @@ class Server:
                 stop=self._stop,
             )
         except retry.Failed as error:
-            why = str(error).replace(self.key, "***") if self.key else str(error)  # a server may repeat what it was sent
+            why = str(error)
             status = error.status if isinstance(error, retry.Refused) else None
             raise UserError(f"{self.url}{path}: {why}; {self._remedy(path, status, why)}, {AGAIN}") from error
 

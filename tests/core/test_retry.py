@@ -89,10 +89,12 @@ def test_a_long_pause_is_announced(serve, capsys):
             return False
 
     waited: list[float] = []
-    server = serve(lambda number, body, handler: (503, "later", {"Retry-After": "300"}) if number == 0 else {"yes": 1})
-    found = retry.request("POST", server.url, {}, read=bytes, headers={}, patience=HASTY, stop=Stop())
+    busy = (503, "later than secret-1 and secret-2", {"Retry-After": "300"})
+    server = serve(lambda number, body, handler: busy if number == 0 else {"yes": 1})
+    url, headers = f"{server.url}?key=secret-2", {"Authorization": "Bearer secret-1"}
+    found = retry.request("POST", url, {}, read=bytes, headers=headers, patience=HASTY, stop=Stop())
     assert found == b'{"yes": 1}' and waited == [300.0]
-    assert "it answered with status 503: later; the next try is in 300 s" in capsys.readouterr().err
+    assert "it answered with status 503: later than *** and ***; the next try is in 300 s" in capsys.readouterr().err
 
 
 def test_one_connection_serves_many_requests(serve, monkeypatch):

@@ -509,6 +509,8 @@ def test_missing_metadata(tmp_path):
         ({"llama.rope.dimension_count": 4}, "rotates 4 of 8 head dimensions"),
         ({"llama.expert_count": 8}, "mixture of experts"),
         ({"split.count": 3}, "one of 3 files.*llama-gguf-split --merge"),
+        ({"split.count": "three"}, "split.count = 'three', which is no number"),
+        ({"split.count": [1, 2]}, r"split.count = \[1, 2\], which is no number"),
     ],
 )
 def test_what_is_not_supported(tmp_path, metadata, message):

@@ -320,3 +320,22 @@ def test_identity(tmp_path):
     file.write_bytes(bytes(99_999) + b"1")
     assert zeros != hub.identity(str(file)) and len(zeros) == 16
     assert hub.identity("tiny") == "tiny"
+
+
+def test_what_is_no_file_is_not_read_for_the_identity(tmp_path):
+    """A folder called config.json, links to nowhere and in circles: what needs the file says it."""
+    model = write_model(tmp_path / "model")
+    first = hub.identity(str(model))
+    (model / "more.json").mkdir()
+    (model / "gone.json").symlink_to(tmp_path / "nowhere")
+    (model / "circle.json").symlink_to("circle.json")
+    assert hub.identity(str(model)) == first
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        kept = (model / name).read_bytes()
+        (model / name).unlink()
+        (model / name).mkdir()
+        hub.identity(str(model))
+        with pytest.raises(UserError, match=str(model)):
+            weights.load(str(model))
+        (model / name).rmdir()
+        (model / name).write_bytes(kept)

@@ -245,7 +245,9 @@ def test_scaling_and_rank_of_a_module():
 @pytest.mark.parametrize(
     ("key", "value"),
     [("r", "8"), ("r", 0), ("r", None), ("lora_alpha", "x"), ("lora_alpha", -1), ("rank_pattern", []), ("use_dora", "no"),
-     ("modules_to_save", "score")],
+     ("modules_to_save", "score"), ("alpha_pattern", {"q_proj": "x"}), ("alpha_pattern", {"q_proj": None}),
+     ("rank_pattern", {"q_proj": 0}), ("rank_pattern", {"q_proj": [8]}), ("rank_pattern", {"(": 8}),
+     ("alpha_pattern", {"*": 8})],
 )  # fmt: skip
 def test_a_config_with_values_that_cannot_be(tmp_path, key, value):
     write(tmp_path, random_adapter(tiny_llama()))

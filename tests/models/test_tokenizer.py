@@ -427,7 +427,16 @@ def test_folder_without_a_readable_tokenizer_is_refused(tmp_path):
     with pytest.raises(UserError, match="has no tokenizer.json"):
         tokenizer.from_folder(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "model": ')
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="tokenizer.json cannot be read"):
+        tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("settings", [{"eos_token": 5}, {"model_max_length": "long"}, {"model_max_length": []}, []])
+def test_the_file_beside_it_is_named_where_that_is_at_fault(tmp_path, settings):
+    tokenizer.byte_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=f"{tmp_path}/tokenizer_config.json cannot be read"):
         tokenizer.from_folder(tmp_path)
 
 

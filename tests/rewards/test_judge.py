@@ -52,6 +52,13 @@ def test_the_request_is_a_chat_completion(serve):
     assert "temperature" not in server.bodies[1]
 
 
+def test_a_query_stays_behind_the_path(serve):
+    server = serve(lambda *_: says('{"score": 7}'))
+    url = server.url.replace("/get_reward", "/v1/?api-version=2024-10-21")
+    score(rewards.load("judge", {"url": url, "model": "m"}), ["x"])
+    assert [path for path, _ in server.headers] == ["/v1/chat/completions?api-version=2024-10-21"]
+
+
 def test_a_reply_cannot_close_its_mark(serve):
     server = serve(lambda *_: says('{"score": 7}'))
     reward = judged(server)

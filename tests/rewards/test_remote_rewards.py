@@ -121,6 +121,16 @@ def test_a_server_that_repeats_the_key(serve, monkeypatch):
     assert "401" in str(error.value) and "invalid key ***" in str(error.value) and "secret" not in str(error.value)
 
 
+@pytest.mark.parametrize("said", ["k3y/of+mine", "k3y%2Fof%2Bmine", "?token=k3y%2Fof%2Bmine&v=1", "x" * 295 + "k3y/of+mine"])
+def test_a_server_that_repeats_a_key_of_the_query(serve, capsys, said):
+    """Whole, the value alone, decoded, or where the message is cut: no part of it is shown."""
+    server = serve(lambda *_: (401, f"{said} is unknown", {}))
+    server.url += "?token=k3y%2Fof%2Bmine&v=1"
+    with pytest.raises(UserError, match="status 401") as error:
+        score(remote(server), ["a"])
+    assert "k3y" not in str(error.value) + capsys.readouterr().err
+
+
 def test_versions_and_names(serve):
     server, other = serve(lengths), serve(lengths)
     versions = {remote(s, **more).version for s in (server, other) for more in ({}, {"version": "1"})}
@@ -194,6 +204,9 @@ FAULTS = {
     "reset": reset,
     "cut": cut,
     "hangs up": hangs_up,
+    "nested": lambda *_: (200, '{"rewards": ' + "[" * 100_000, {}),
+    "too large": lambda *_: (200, '{"rewards": [1' + "0" * 400 + "]}", {}),
+    "true": lambda *_: (200, '{"rewards": [true]}', {}),
 }
 
 
@@ -227,6 +240,9 @@ def test_faults_that_pass(serve, fault):
         ("reset", "(Connection|ChunkedEncoding)Error"),
         ("cut", "ChunkedEncodingError"),
         ("hangs up", "ConnectionError"),
+        ("nested", "RecursionError"),
+        ("too large", "OverflowError"),
+        ("true", "no number: 'True'"),
     ],
 )
 def test_faults_that_stay(serve, tmp_path, fault, says):
@@ -369,6 +385,8 @@ def test_a_server_may_ask_for_a_longer_pause():
     in_300 = email.utils.formatdate(time.time() + 300, usegmt=True)
     assert 240 < retry.pause(0, backoff=0.1, asked=in_300) <= 300
     assert 0.05 <= retry.pause(0, backoff=0.1, asked="Wed, 21 Oct 2015 07:28:00 GMT") <= 0.1
+    for odd in ("1.5", "-1", "", f"Wed, 21 Oct {'9' * 30} 07:28:00 GMT", f"Wed, 21 Oct 2015 07:28:00 -{'9' * 30}"):
+        assert 0.05 <= retry.pause(0, backoff=0.1, asked=odd) <= 0.1
 
 
 def test_retry_after_is_waited_for(serve):

@@ -32,9 +32,11 @@ def bootstrap_ci(
     """Interval of the mean: percentile bootstrap (Efron 1979), of fewer than `FEW` values Student's.
 
     For paired data give the differences. Values without spread have no width, and so has a single one, of whose spread
-    nothing is known.
+    nothing is known; of no values it is nan.
     """
     values = np.asarray(values, np.float64)
+    if not len(values):
+        return math.nan, math.nan
     if len(values) < FEW:
         return _student(float(values.mean()), [_part(values)], level)
     rng = np.random.default_rng(seed)

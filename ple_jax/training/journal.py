@@ -33,20 +33,25 @@ class Journal:
         self.partial.unlink(missing_ok=True)  # a kill between the last two steps of `complete` leaves it behind
         return read(self.path)
 
-    def finished_chunks(self) -> dict[int, list[Response]]:
-        """The chunks that were finished before; those that were not, or are damaged, are taken out of the file."""
+    def finished_chunks(self, asked: Sequence[str] = ()) -> dict[int, list[Response]]:
+        """The chunks that were finished before; those that were not, or are damaged, are taken out of the file.
+
+        Args:
+            asked: of every chunk what `keep` was told that it answers; those that answer something else go too.
+        """
         if not self.partial.exists():
             return {}
-        lines = files.lines(self.partial, torn=True)
-        kept = {line: value for line in lines if (value := _chunk(line)) is not None}
+        lines, wanted = files.lines(self.partial, torn=True), dict(enumerate(asked))
+        found = {line: value for line in lines if (value := _chunk(line)) is not None}
+        kept = {k: v for k, v in found.items() if not asked or v.get("asked") == wanted.get(v["chunk"], "none")}
         if (whole := b"".join(line + b"\n" for line in kept)) != self.partial.read_bytes():
             files.write_bytes(self.partial, whole)
         return {value["chunk"]: [_response(r) for r in value["responses"]] for value in kept.values()}
 
-    def keep(self, chunk: int, responses: Sequence[Response]) -> None:
-        """One finished chunk; on return it is on disk."""
+    def keep(self, chunk: int, responses: Sequence[Response], asked: str = "") -> None:
+        """One finished chunk, and a digest of what it answers; on return it is on disk."""
         self.partial.parent.mkdir(parents=True, exist_ok=True)
-        line = {"chunk": chunk, "responses": [_plain(r) for r in responses]}
+        line = {"chunk": chunk, "asked": asked, "responses": [_plain(r) for r in responses]}
         files.append_line(self.partial, files.seal(json.dumps(line, ensure_ascii=False)))
 
     def complete(self, rollouts: Sequence[Rollout]) -> None:

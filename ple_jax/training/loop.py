@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from ple_jax.algorithms import Algorithm, Context, given_sources
+from ple_jax.core.errors import Damaged
 from ple_jax.core.types import Query, Rollout, Slot
 from ple_jax.data.queries import draw
 from ple_jax.training import costs
@@ -118,13 +119,25 @@ def collect(run: Run[Algorithm], context: Context, state: State) -> tuple[State,
 
 
 def quarantined(journal: Journal, queries: Sequence[Query], kept: Sequence[Rollout]) -> list[Rollout]:
-    """What of an iteration's queries is not in its journal, as their reward was not finite."""
+    """What of an iteration's queries is not in its journal, as their reward was not finite.
+
+    Raises:
+        Damaged: the journal is of other queries, or what it leaves out is not in quarantine.
+    """
     path = journal.path.parents[1] / "quarantine" / journal.path.name
-    missing = {query.id for query in queries} - {rollout.query_id for rollout in kept}
-    if not missing or not path.exists():
+    again = f"put a copy of it back, or delete it and {journal.path} to sample the iteration again"
+    drawn, held = {query.id for query in queries}, {rollout.query_id for rollout in kept}
+    if other := held - drawn:
+        raise Damaged(
+            f"{journal.path} has query {min(other)!r}, which this iteration does not draw; delete it to sample the iteration"
+            " again"
+        )
+    if held == drawn:
         return []
-    found = read(path, remedy=f"put a copy of it back, or delete it and {journal.path} to sample the iteration again")
-    return [rollout for rollout in found if rollout.query_id in missing]
+    found = [r for r in read(path, remedy=again) if r.query_id not in held] if path.exists() else []
+    if lacking := drawn - held - {rollout.query_id for rollout in found}:
+        raise Damaged(f"{path} is gone, or lacks query {min(lacking)!r}, which {journal.path.name} leaves out; {again}")
+    return found
 
 
 def counted(

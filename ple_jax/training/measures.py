@@ -4,6 +4,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -152,10 +153,7 @@ def heldout_metrics(run: Run[Algorithm], rollouts: Sequence[Rollout]) -> dict[st
 def summary(run: Run[Algorithm], backend: str, state: State) -> dict[str, Any]:
     """summary.json: what a run did, in a few numbers."""
     config, evaluations = run.config, run.session.workdir / "evaluations"
-    before = mean_rewards(read(Journal(evaluations, 0).path))
-    after = mean_rewards(read(Journal(evaluations, config.iterations).path))
-    both = ~np.isnan(before + after)
-    before, after = before[both], after[both]
+    before, after = before_and_after(evaluations, config.iterations)
     evaluated = sum(
         len(r.tokens)
         for path in sorted(evaluations.glob("iter_*.jsonl"))
@@ -168,8 +166,8 @@ def summary(run: Run[Algorithm], backend: str, state: State) -> dict[str, Any]:
         "trainer": config.trainer,
         "backend": backend,
         "seed": config.seed,
-        "heldout_reward_before": float(before.mean()),
-        "heldout_reward_after": float(after.mean()),
+        "heldout_reward_before": float(before.mean()) if len(before) else math.nan,
+        "heldout_reward_after": float(after.mean()) if len(after) else math.nan,
         "heldout_gain_ci95": list(intervals.bootstrap_ci(after - before, seed=config.seed)),
         "heldout_queries": len(before),
         "iterations": config.iterations,
@@ -178,3 +176,16 @@ def summary(run: Run[Algorithm], backend: str, state: State) -> dict[str, Any]:
         "seconds": state.costs.seconds,
         **spent(state, run.session),
     }
+
+
+def before_and_after(evaluations: Path, last: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean rewards of the held-out queries that have one in the first evaluation and in the last, in the same order.
+
+    A reward that was mended in between may give or refuse other queries than before.
+    """
+    first, then = (read(Journal(evaluations, iteration).path) for iteration in (0, last))
+    found = {rollout.query_id: mean for rollout, mean in zip(then, mean_rewards(then), strict=True)}
+    pairs = [(b, found.get(r.query_id, math.nan)) for r, b in zip(first, mean_rewards(first), strict=True)]
+    before, after = np.array(pairs, np.float64).reshape(-1, 2).T
+    both = ~np.isnan(before + after)
+    return before[both], after[both]

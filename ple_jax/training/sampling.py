@@ -7,6 +7,7 @@ import numpy as np
 
 from ple_jax import prompts
 from ple_jax.core.batches import bucket, plan_chunks
+from ple_jax.core.identity import digest
 from ple_jax.core.noise import uniforms
 from ple_jax.core.types import Query, Response, Rollout, Sampling, Slot
 from ple_jax.training.journal import Journal
@@ -31,13 +32,15 @@ def sample(
     rendered = {i: run.prompts.render(rows[i][0], rows[i][1].principled) for i in asked}
     groups = [(rendered[i].prefix, bucket(len(rendered[i].tokens), config.sampling.bucket)) for i in asked]
     chunks = [[asked[j] for j in chunk] for chunk in plan_chunks(groups, config.sampling.width)]
-    finished = journal.finished_chunks()
+    # a reward that was mended may refuse other prompts: then chunks are of others, and what is there answers none of them
+    asked_of = [digest(repr((rows[i][0].id, rows[i][1], rendered[i].whole)).encode() for i in chunk) for chunk in chunks]
+    finished = journal.finished_chunks(asked_of)
     progress.phase("generate" if stream >= 0 else "evaluate", len(chunks))
     for number, chunk in enumerate(chunks):
         run.session.stop.check()
         if number not in finished:
             finished[number] = _drawn(run, [rows[i] for i in chunk], [rendered[i] for i in chunk], stream)
-            journal.keep(number, finished[number])
+            journal.keep(number, finished[number], asked_of[number])
         responses |= dict(zip(chunk, finished[number], strict=True))
         progress.advance(1, tokens=sum(len(r.tokens) for r in finished[number]))
     return [

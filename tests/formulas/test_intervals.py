@@ -72,6 +72,10 @@ def test_an_interval_depends_on_the_seed_alone(interval):
     assert interval(values, seed=1) != interval(values, seed=2)
 
 
+def test_an_interval_of_nothing_is_unknown():
+    assert np.isnan(bootstrap_ci([], seed=0)).all()
+
+
 @pytest.mark.parametrize("values", [[0.25], [0.1] * 7, [0.1] * 100, [0.0] * 8, [1e-300, 1e-300]])
 def test_an_interval_without_spread_has_no_width(values):
     np.testing.assert_allclose(bootstrap_ci(values, seed=0), [values[0]] * 2, rtol=1e-12)

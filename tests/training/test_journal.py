@@ -93,6 +93,16 @@ def test_from_chunks_to_the_complete_file(tmp_path):
     assert [p.name for p in (tmp_path / "rollouts").iterdir()] == ["iter_0000.jsonl"]
 
 
+def test_a_chunk_of_other_prompts_is_sampled_again(tmp_path):
+    journal = Journal(tmp_path, 0)
+    journal.keep(0, RESPONSES, "first")
+    journal.keep(1, RESPONSES, "second")
+    assert list(Journal(tmp_path, 0).finished_chunks(["first", "second", "third"])) == [0, 1]
+    assert list(Journal(tmp_path, 0).finished_chunks(["first", "other"])) == [0]
+    assert list(Journal(tmp_path, 0).finished_chunks(["first", "second"])) == [0]  # it was taken out
+    assert Journal(tmp_path, 0).finished_chunks(["second"]) == {}
+
+
 def test_cut_at_every_byte(tmp_path, monkeypatch):
     """Whole lines survive, a torn one is cut off, and appending goes on after them."""
     journal = Journal(tmp_path, 0)

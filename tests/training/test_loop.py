@@ -12,11 +12,13 @@ from configs import tiny as tiny_config
 from ple_jax import algorithms, modes
 from ple_jax.core import identity
 from ple_jax.core.config import validate
-from ple_jax.core.errors import UserError
+from ple_jax.core.errors import Damaged, UserError
 from ple_jax.core.files import write_json
 from ple_jax.core.identity import FORMAT
+from ple_jax.core.types import Query, Response, Rollout
 from ple_jax.models import peft
-from ple_jax.training import measures
+from ple_jax.training import loop, measures
+from ple_jax.training.journal import Journal, write
 from ple_jax.training.workdir import check_config
 
 ROOT = Path(__file__).parents[2]
@@ -224,6 +226,37 @@ def test_a_stale_quarantine_file_is_not_counted(tmp_path):
     train(tmp_path)
     again = json.loads((tmp_path / "summary.json").read_text())
     assert [again[name] for name in ("queries", "reward_calls", "prompt_tokens")] == [8, 16, done["prompt_tokens"]]
+
+
+def test_an_iterations_queries_are_all_in_its_journal_or_in_quarantine(tmp_path):
+    some = {i: Rollout(i, "a", (1,), (Response((1,), True),)) for i in "abcx"}
+    queries, there = [Query(i, "a") for i in "abc"], Journal(tmp_path / "rollouts", 0)
+    quarantine = tmp_path / "quarantine" / "iter_0000.jsonl"
+
+    def left_out(kept: str) -> list[str]:
+        return [r.query_id for r in loop.quarantined(there, queries, [some[i] for i in kept])]
+
+    assert left_out("abc") == []
+    with pytest.raises(Damaged, match=r"quarantine/iter_0000\.jsonl is gone, or lacks query 'b'.* delete it and .*rollouts"):
+        left_out("ac")
+    write(quarantine, [some["b"]])
+    assert left_out("ac") == ["b"] and left_out("abc") == []
+    with pytest.raises(Damaged, match="lacks query 'c', which iter_0000.jsonl leaves out"):
+        left_out("a")
+    with pytest.raises(Damaged, match=r"rollouts/iter_0000\.jsonl has query 'x', which this iteration does not draw"):
+        left_out("ax")
+
+
+def test_a_gain_is_of_the_queries_that_have_a_reward_before_and_after(tmp_path):
+    def rewarded(**values: float) -> list[Rollout]:
+        return [Rollout(i, "a", (1,), (Response((1,), True, reward=value),)) for i, value in values.items()]
+
+    write(tmp_path / "iter_0000.jsonl", rewarded(a=1.0, b=2.0, c=float("nan"), d=4.0))
+    write(tmp_path / "iter_0002.jsonl", rewarded(d=5.0, b=7.0, c=1.0))
+    before, after = measures.before_and_after(tmp_path, 2)
+    assert (before.tolist(), after.tolist()) == ([2.0, 4.0], [7.0, 5.0])
+    write(tmp_path / "iter_0002.jsonl", rewarded(c=1.0))
+    assert [len(x) for x in measures.before_and_after(tmp_path, 2)] == [0, 0]
 
 
 def test_a_damaged_summary_is_made_again(default_run, tmp_path):

@@ -30,7 +30,7 @@ from ple_jax.core.version import VERSION
 from ple_jax.models import smollm2
 from ple_jax.training.interrupt import MESSAGE, Interrupted, Stop
 
-_LONGEST = 255  # bytes of the name of a file or folder
+_LONGEST, _DEEPEST = 255, 4096 - 256  # bytes of the name of a file or folder, and of a path with room for what is in it
 MODES = ("train", "evaluate", "generate", "compare", "plan", "export", "chat")  # functions of ple_jax.modes
 FLAG_NAMES = ("config", "workdir", "backend", "mode", "accept", "topology", "runs", "help", "version")
 ON_A_RUN = ("train", "evaluate", "generate", "export", "chat")  # modes that a run may be accepted in though it changed
@@ -290,6 +290,8 @@ def _workdir(values: flags.FlagValues) -> Path:
     workdir = Path(values.workdir or ("runs/comparison" if values.mode == "compare" else "."))
     if longest := [part for part in workdir.parts if len(os.fsencode(part)) > _LONGEST]:
         raise UserError(f"--workdir has a part of {len(os.fsencode(longest[0]))} bytes; a name has at most {_LONGEST}")
+    if (length := len(os.fsencode(workdir.absolute()))) > _DEEPEST:
+        raise UserError(f"--workdir is a path of {length} bytes; give one of at most {_DEEPEST}")
     if os.path.exists(workdir) and not workdir.is_dir():
         raise UserError(f"--workdir={workdir} is a file; give a folder, which is created if need be")
     return workdir

@@ -222,9 +222,10 @@ RULES: dict[str, Rule] = {
     "reward.max_bad_share": share,
     "reward.transform": choice("none", "sigmoid", "zscore", "minmax"),
     "sampling.max_new_tokens": whole(1, MANY),
-    "sampling.temperature": real(lambda v: v == 0 or v >= 1e-6, "of at least 1e-6, or 0 (0 is greedy)"),
+    "sampling.temperature": real(lambda v: v == 0 or 1e-6 <= v <= 1e6, "from 1e-6 to 1e6, or 0 (0 is greedy)"),
     "sampling.top_k": whole(0, LARGE),
-    "sampling.top_p": real(lambda v: 0 < v <= 1, "above 0 and at most 1 (1 is off)"),
+    # of less float32 keeps 0, and no token would be left
+    "sampling.top_p": real(lambda v: 1e-6 <= v <= 1, "from 1e-6 to 1 (1 is off)"),
     "sampling.min_p": real(lambda v: 0 <= v < 1, "of at least 0 and below 1 (0 is off)"),
     "sampling.width": whole(1, FEW),
     "sampling.bucket": whole(1, MANY),
@@ -374,7 +375,7 @@ def validate(config: "ConfigDict") -> None:
                 f"config.optimizer.weight_decay is {decay:g} and config.{key} {lr:g}: a step would take {lr * decay:g} times"
                 " every weight from itself; usual are 0 to 0.1"
             )
-    for wrong in (_not_served(flat), _learns_nothing(flat), _unread(flat)):
+    for wrong in (_not_served(flat), _learns_nothing(flat), _never_warm(flat), _unread(flat)):
         if wrong:
             raise UserError(wrong)
 
@@ -404,12 +405,26 @@ def _learns_nothing(flat: Mapping[str, Any]) -> str:
         return (
             f"config.{greedy} is {flat[greedy]}: all config.{key} = {flat[key]} responses to a query are the same, and"
             f" algorithm {name!r} learns from their differences: set --config.sampling.temperature=1"
-            " --config.sampling.top_k=0"
+            " --config.sampling.top_k=0 --config.sampling.top_p=1"
         )
     return ""
 
 
+def _never_warm(flat: Mapping[str, Any]) -> str:
+    """What is said of a warm-up of the rate that is a thousand times as long as the run, or more."""
+    warm = flat["optimizer.warmup_steps"]
+    batches = flat["queries_per_iteration"] // flat["optimizer.batch_queries"]
+    steps = flat["iterations"] * batches * flat["optimizer.epochs"]
+    if _name(flat) == "reward" or warm <= 1000 * steps:  # a reward model's steps go by its records
+        return ""
+    return (
+        f"config.optimizer.warmup_steps is {warm}, and the run has {steps} optimiser steps: the rate would end at"
+        f" {steps / warm:.1e} of config.optimizer.lr, and nothing is learned"
+    )
+
+
 _NO_BLEND = "config.ple.blend_weight is 0"
+_ONE_TOKEN = {"sampling.temperature": 1e-4, "sampling.top_p": 1e-5}  # up to here one token has all of the probability
 
 
 def _name(flat: Mapping[str, Any]) -> str:
@@ -419,8 +434,8 @@ def _name(flat: Mapping[str, Any]) -> str:
 
 def _greedy(flat: Mapping[str, Any]) -> str:
     """The key that leaves one token to choose from; nothing where none does."""
-    if flat["sampling.temperature"] == 0:
-        return "sampling.temperature"
+    if found := [key for key, most in _ONE_TOKEN.items() if flat[key] <= most]:
+        return found[0]
     return "sampling.top_k" if flat["sampling.top_k"] == 1 else ""
 
 

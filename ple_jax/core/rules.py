@@ -158,7 +158,8 @@ def patterns(each: Rule) -> Rule:
     return rule
 
 
-positive = real(lambda v: 0 < v <= 1e9, "above 0 and at most 1e9")
+# float32 makes 0 of what is much smaller, and of a step's size nothing is left then
+positive = real(lambda v: 1e-30 <= v <= 1e9, "above 0 (from 1e-30) and at most 1e9")
 # what multiplies or divides numbers of usual size without overflow in float32
 scale = real(lambda v: 1e-6 <= v <= 1e6, "from 1e-6 to 1e6")
 coefficient = real(lambda v: 0 <= v <= 1e6, "from 0 to 1e6")

@@ -1,5 +1,6 @@
 """The configs that come with the package: what `--config` names, and what `configs` is in a file that imports from it."""
 
+import contextlib
 import importlib.machinery
 import importlib.util
 import os
@@ -32,7 +33,9 @@ def find(config: str) -> Path:
     if not os.path.isfile(file) and file in [Path(f"configs/{name}.py") for name in known]:
         return packaged
     if not os.path.isfile(file):
-        near = [str(p) for p in file.parent.glob("*.py") if p.is_file()] + [f"configs/{name}.py" for name in known]
+        near = [f"configs/{name}.py" for name in known]
+        with contextlib.suppress(OSError):  # of a path that is too long
+            near += [str(p) for p in file.parent.glob("*.py") if p.is_file()]
         nearest = suggestion(config, sorted(near), files=True)
         raise UserError(f"config file {config!r} does not exist in {Path.cwd()}{nearest}")
     return file

@@ -2,13 +2,21 @@
 
 from collections.abc import Sequence
 
+from ple_jax.core.errors import UserError
 from ple_jax.core.types import Reward
+from ple_jax.rewards import WHERE
 
 VERSION = "1"  # another one with every change of the values
 
 
 def make(*, letters: str = "aeiou") -> Reward:
-    """The share of `letters` among the characters of the response; 0 for an empty one."""
+    """The share of `letters` among the characters of the response; 0 for an empty one.
+
+    Raises:
+        UserError: no letters, of which every response has the same share.
+    """
+    if not letters:
+        raise UserError(f"{WHERE} letters = '': give at least one letter")
 
     def reward(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         return [sum(c in letters for c in response) / max(len(response), 1) for response in responses]

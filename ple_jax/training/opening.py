@@ -54,6 +54,7 @@ def read_inputs(config: Any, backend: str) -> Inputs:
         reward = rewards.load(
             config.reward.name, config.reward.kwargs.to_dict(), backend=backend, mesh=config.mesh.to_dict()
         )
+        _check_reach(config, algorithm, reward)
         draw(found.train, config.queries_per_iteration, seed=config.seed, iteration=0)  # refuses more than there are
         principles.choose(text, config.principles_per_query, seed=config.seed, query_id="")  # refuses more than there are
     else:
@@ -65,6 +66,21 @@ def read_inputs(config: Any, backend: str) -> Inputs:
         found, reward = load_data(config, needs=algorithm.records), Reward("none")
     digests = _digests(config, found, text if isinstance(algorithm, Algorithm) else None, reward)
     return Inputs(config, algorithm, found, text, reward, digests)
+
+
+def _check_reach(config: Any, algorithm: Algorithm, reward: Reward) -> None:
+    """Refuses PLE's thresholds that no margin of this reward can exceed, where ranked pairs alone have a loss."""
+    blends = config.ple.blend_weight > 0 or config.ple.selection == "percentile"
+    if blends or config.algorithm.removeprefix("ple_jax.algorithms.") != "ple" or config.reward.transform == "zscore":
+        return
+    low, high = (0.0, 1.0) if config.reward.transform in ("sigmoid", "minmax") else reward.scale
+    lowest = min(map(algorithm.schedule(config), range(config.iterations)))
+    if lowest >= high - low:
+        raise UserError(
+            f"config.ple.tau_0 is {config.ple.tau_0:g}, the lowest threshold of the run {lowest:g}, and scores of"
+            f" {reward.name!r} differ by at most {high - low:g}: every pair would be blended, and config.ple.blend_weight is"
+            " 0: nothing is learned; set one of them"
+        )
 
 
 def _digests(config: Any, data: Data, rules: principles.Principles | None, reward: Reward) -> dict[str, str]:

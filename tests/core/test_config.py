@@ -189,6 +189,9 @@ def test_sizes_that_do_not_fit(changes, message):
         ({"algorithm": "raft", "sampling__temperature": 0.0}, "all config.raft.samples = 4"),
         ({"algorithm": "dpo", "dpo__samples": 2, "sampling__temperature": 0.0}, "all config.dpo.samples = 2"),
         ({"ple__selection": "percentile", "sampling__temperature": 0.0}, "all config.ple.samples = 8"),
+        ({"algorithm": "grpo", "sampling__top_p": 1e-6}, "top_p is 1e-06: all config.grpo.samples = 4 .*top_p=1"),
+        ({"algorithm": "raft", "sampling__temperature": 1e-6}, "temperature is 1e-06: all config.raft.samples = 4"),
+        ({"optimizer__warmup_steps": 10**6}, "is 1000000, and the run has 15 .* end at 1.5e-05 of .*nothing is learned"),
         ({"algorithm_kwargs": {"strength": 2.0}}, r"is \{'strength': 2.0\}, and algorithm 'ple' reads none"),
         ({"algorithm": "ple_jax.algorithms.sft", "algorithm_kwargs": {"k": 1}}, "'ple_jax.algorithms.sft' reads none"),
         ({"task__thinking": True}, "thinking is True, which is not read without config.task.chat"),
@@ -200,6 +203,18 @@ def test_sizes_that_do_not_fit(changes, message):
 def test_what_would_teach_nothing_or_be_read_by_nobody(changes, message):
     with pytest.raises(UserError, match=message):
         validate(edited(**changes))
+
+
+@pytest.mark.parametrize("key", ["optimizer.lr", "optimizer.clip_norm", "sampling.top_p", "warm_up.lr", "grpo.clip_low"])
+def test_what_float32_makes_zero_of_is_refused(key):
+    """1e-50 is above 0, and no step would change anything; of top_p no token would be left."""
+    with pytest.raises(UserError, match=f"config.{key} is 1e-50 but must be a number "):
+        validate(edited(**{key.replace(".", "__"): 1e-50}))
+
+
+def test_what_float32_makes_infinite_is_refused():
+    with pytest.raises(UserError, match=r"temperature is 1e\+39 but must be a number from 1e-6 to 1e6, or 0"):
+        validate(edited(sampling__temperature=1e39))
 
 
 def test_unknown_and_missing_keys_of_a_config_file():

@@ -130,6 +130,35 @@ def test_no_flag_is_a_traceback(flags, capsys):
         outcome(lambda: main.parse(["ple_jax", *(["--config", "tiny"] if "--config" not in flags else []), *flags]))
 
 
+@pytest.mark.parametrize("flag", ["--workdir", "--config"])
+def test_a_path_of_short_names_that_is_too_long(flag, capsys):
+    path = "/".join(["y" * 200] * 30)
+    argv = ["ple_jax", *(["--config", "tiny"] if flag != "--config" else ["--workdir", "runs/x"]), flag, path]
+    with pytest.raises(UserError, match="does not exist" if flag == "--config" else r"a path of \d+ bytes; give one"):
+        main.parse(argv)
+
+
+@pytest.mark.parametrize(
+    ("changes", "refused"),
+    [
+        ({"ple.tau_0": 1.0, "ple.alpha": 1.0}, True),  # shares of letters differ by at most 1
+        ({"ple.tau_0": 1.0, "ple.alpha": 0.9}, False),  # it falls below
+        ({"ple.tau_0": 1.0, "ple.alpha": 1.0, "ple.blend_weight": 1.0}, False),
+        ({"ple.tau_0": 1.0, "ple.alpha": 1.0, "reward.transform": "zscore"}, False),
+        ({"ple.tau_0": 1e300, "reward.transform": "sigmoid"}, True),
+        ({"ple.tau_0": 1e300, "reward.name": "length", "reward.kwargs": {"target": 3}}, False),  # has no lowest value
+        ({"ple.tau_0": 1e300, "algorithm": "grpo"}, False),  # does not read it
+    ],
+)
+def test_a_threshold_that_no_margin_exceeds(changes, refused):
+    config = FrozenConfigDict(changed({"ple.blend_weight": 0.0, **changes}))
+    if refused:
+        with pytest.raises(UserError, match="every pair would be blended, and config.ple.blend_weight is 0: nothing"):
+            read_inputs(config, "torch")
+    else:
+        read_inputs(config, "torch")
+
+
 @pytest.mark.slow
 def test_what_is_accepted_reads_its_inputs_or_says_why_not():
     assert sum(1 for _ in in_turn(read=True)) > 200

@@ -213,6 +213,7 @@ def test_a_file_of_your_own(tmp_path):
         ("test_rewards:nothing", {}, "no function 'nothing'"),
         ("test_rewards:constant", {"size": 1}, "not called as .*unexpected keyword argument 'size'"),
         ("test_rewards:cached", {}, "not called as"),
+        ("letters", {"letters": ""}, "config.reward.kwargs letters = '': give at least one letter"),
     ],
 )
 def test_what_cannot_be_loaded(name, kwargs, says):

@@ -22,6 +22,8 @@ from pathlib import Path
 from ple_jax.training.interrupt import Stop
 from ple_jax.training.workdir import lock
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts tests in the background ignores it
+
 def own_signals(_):
     return [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] + [signal.set_wakeup_fd(-1)]
 

@@ -198,7 +198,11 @@ def read_jsonl(path: Path, *, torn: bool = False, remedy: str = _AGAIN) -> list[
         Damaged: a line is not JSON; it names file and line.
     """
     values = []
-    for number, line in enumerate(lines(path, torn=torn), 1):
+    try:
+        found = lines(path, torn=torn)
+    except IsADirectoryError as error:
+        raise Damaged(f"{path} is no file ({error}); {remedy}") from error
+    for number, line in enumerate(found, 1):
         try:
             values.append(json.loads(line))
         except (ValueError, RecursionError) as error:  # UnicodeDecodeError is one too
@@ -212,7 +216,10 @@ def read_sealed(path: Path, *, remedy: str) -> list[dict[str, Any]]:
     Raises:
         Damaged: a line is missing, or not as it was written; it names the line, and says the `remedy`.
     """
-    *found, rest = path.read_bytes().split(b"\n")
+    try:
+        *found, rest = path.read_bytes().split(b"\n")
+    except IsADirectoryError as error:
+        raise Damaged(f"{path} is no file ({error}); {remedy}") from error
     if rest or not found:
         raise Damaged(f"{path} is damaged (it {'ends within a line' if rest else 'is empty'}); {remedy}")
     values = []

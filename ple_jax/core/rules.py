@@ -8,12 +8,13 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 from ple_jax.core.errors import suggestion
+from ple_jax.core.secrets import shown
 
 Rule = Callable[[Any], str]  # value -> what it must be instead, or "" where it is fine
 
@@ -156,6 +157,16 @@ def patterns(each: Rule) -> Rule:
         return ""
 
     return rule
+
+
+def misshapen(value: Any, rules: Mapping[str, Rule], *, needed: Collection[str] = ()) -> str:
+    """Why a value that was read is no object of these keys: one that is needed is missing, or has another kind of value."""
+    if not isinstance(value, Mapping):
+        return f"it is no object: {shown(value, 40)}"
+    if missing := [key for key in needed if key not in value]:
+        return f"it has no {missing[0]}"
+    wrong = ((key, says) for key, rule in rules.items() if key in value and (says := rule(value[key])))
+    return next((f"{key} is {shown(value[key], 40)} but must be {says}" for key, says in wrong), "")
 
 
 # float32 makes 0 of what is much smaller, and of a step's size nothing is left then

@@ -4,7 +4,7 @@ import glob
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,14 +13,36 @@ from jaxtyping import Float64
 
 from ple_jax.core import identity
 from ple_jax.core.config import flatten
-from ple_jax.core.errors import UserError
+from ple_jax.core.errors import Damaged, UserError
 from ple_jax.core.files import read_json, read_jsonl
+from ple_jax.core.rules import Rule, misshapen, optional, real, whole
 from ple_jax.evaluation import responses
+from ple_jax.training import costs
 
 MEASURED = ("reward", "reward_second", "kl")  # measures with a value of every response
 SAME = ("data_digest", "samples", "max_new_tokens", "sampling", "reward", "reward_version", "second_reward")
+_REMEDY = "give the training's command again, which writes it, or leave the run out"
 # the keys that a model before any training depends on
 _START = ("backend", "model.", "task.chat", "task.thinking", "inputs.model", "inputs.adapter")
+_NUMBER = real(lambda v: True, "")
+_COUNT = real(lambda v: v >= 0, "of at least 0")
+
+
+def _by_phase(value: Any) -> str:
+    """Seconds of every phase."""
+    fine = isinstance(value, Mapping) and not any(map(_COUNT, value.values()))
+    return "" if fine else "an object of numbers"
+
+
+# what is read here of a summary.json and of a line of metrics.jsonl, which other programs may have written
+_SUMMARY: dict[str, Rule] = {
+    "iterations": whole(0), "seconds": _by_phase,
+    **dict.fromkeys((*costs.COUNTERS, "wall_seconds", "evaluation_tokens", "peak_memory_bytes"), _COUNT),
+}  # fmt: skip
+_LINE: dict[str, Rule] = {
+    "iteration": whole(0), "heldout_reward": optional(_NUMBER), "total_seconds": _COUNT,
+    **{f"total_{name}": _COUNT for name in costs.COUNTERS},
+}  # fmt: skip
 
 
 class Entry(NamedTuple):
@@ -108,7 +130,11 @@ def read(label: str, folder: Path) -> Entry:
     lines: list[dict[str, Any]] = []
     if generated.settings["policy"] == "trained" and (workdir / "metrics.jsonl").exists():
         lines = read_jsonl(workdir / "metrics.jsonl", torn=True)  # a run may be writing it
+        if wrong := next((says for line in lines if (says := misshapen(line, _LINE))), ""):
+            raise Damaged(f"{workdir / 'metrics.jsonl'} is damaged ({wrong}); {_REMEDY}")
     summary = read_json(workdir / "summary.json") or {}
+    if summary and (wrong := misshapen(summary, _SUMMARY, needed=("iterations",))):
+        raise Damaged(f"{workdir / 'summary.json'} is damaged ({wrong}); {_REMEDY}")
     kept = read_json(workdir / "config.json")
     config = {} if kept is None else flatten(identity.upgraded(kept, workdir / "config.json"))
     return Entry(label, folder, generated, config, summary, lines)

@@ -30,9 +30,10 @@ from ple_jax.algorithms import Algorithm
 from ple_jax.core import identity
 from ple_jax.core.batches import bucket, left_padded, pack
 from ple_jax.core.config import differing, flatten
-from ple_jax.core.errors import Unusable, UserError
+from ple_jax.core.errors import Damaged, Unusable, UserError
 from ple_jax.core.files import read_json, read_sealed, write_json, write_sealed
 from ple_jax.core.noise import RESPONSES
+from ple_jax.core.rules import Rule, choice, flag, mapping, misshapen, optional, text, whole
 from ple_jax.core.types import Batch, Query, Response, Reward, Rollout, Slot
 from ple_jax.data.left_out import QuerySet
 from ple_jax.data.load import Data, load_heldout
@@ -60,6 +61,15 @@ def folder(workdir: Path, config: Any) -> Path:
     return workdir / "responses" / (config.generate.policy + ("_principled" if config.generate.principled else ""))
 
 
+# what is read of the settings of responses
+_SETTINGS: dict[str, Rule] = {
+    "algorithm": text, "trainer": text, "seed": whole(0), "iteration": whole(0), "policy": choice("trained", "start"),
+    "principled": flag, "principles": optional(text), "model": text, "adapter": optional(text), "data_digest": text,
+    "samples": whole(1), "max_new_tokens": whole(1), "sampling": mapping, "reward": text, "reward_version": text,
+    "second_reward": optional(text),
+}  # fmt: skip
+
+
 def read(path: Path, iteration: int | None = None) -> Generated:
     """What `write` kept in a folder, of the newest iteration if none is given.
 
@@ -76,6 +86,10 @@ def read(path: Path, iteration: int | None = None) -> Generated:
     settings = read_json(name.with_suffix(".json"), remedy=_AGAIN)
     if settings is None:
         raise UserError(f"{name}.json, the settings of these responses, is gone; delete that folder and generate again")
+    if wrong := misshapen(settings, _SETTINGS, needed=_SETTINGS):
+        raise Damaged(f"{name}.json is damaged ({wrong}); delete that folder and generate again")
+    if not name.with_suffix(".jsonl").is_file():
+        raise UserError(f"{name}.jsonl, the responses, is gone; delete that folder and generate again")
     found = Generated(settings, read_journal(name.with_suffix(".jsonl")), scores)
     if [rollout.query_id for rollout in found.rollouts] != [line["query_id"] for line in scores]:
         raise UserError(f"{name}.jsonl and {name.name}.scores.jsonl are of other queries; delete both and generate again")

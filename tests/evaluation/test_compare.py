@@ -963,3 +963,50 @@ def test_a_comparison_done_again_is_the_same(tmp_path):
     assert first == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert set(first) == {"table.md", "table.csv", "table.tex", "seeds.csv", "tests.csv", "wins.csv", "comparison.json",
                           "comparison.html"}  # fmt: skip
+
+
+# ---------------------------------------------------------------- files of another shape
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        ("summary.json", {"seconds": {}}, "it has no iterations"),
+        ("summary.json", {"iterations": "5"}, "iterations is '5' but must be a whole number"),
+        ("summary.json", {"iterations": 5, "seconds": 1}, "seconds is 1 but must be an object of numbers"),
+        ("summary.json", {"iterations": 5, "seconds": {"train": "x"}}, "seconds is {'train': 'x'} but must be an object"),
+        ("summary.json", {"iterations": 5, "queries": None}, "queries is None but must be a number"),
+        ("summary.json", {"iterations": 5, "generated_tokens": [1]}, r"generated_tokens is \[1\] but must be a number"),
+        ("metrics.jsonl", 1, "it is no object: 1"),
+        ("metrics.jsonl", {"iteration": 1, "heldout_reward": "x"}, "heldout_reward is 'x' but must be a number"),
+        ("metrics.jsonl", {"total_flops": None}, "total_flops is None but must be a number"),
+        ("responses/trained/iter_0005.json", {}, "it has no algorithm"),
+        ("responses/trained/iter_0005.json", {"seed": "0"}, "seed is '0' but must be a whole number"),
+        ("responses/trained/iter_0005.json", {"policy": "x"}, "policy is 'x' but must be one of trained, start"),
+    ],
+)
+def test_files_of_another_shape_are_named(tmp_path, file, content, says):
+    write_run(tmp_path / "a", const(1.0))
+    path = tmp_path / "a" / file
+    if content and "responses" in file:
+        kept = json.loads(path.read_text())
+        content = {key: value for key, value in kept.items() if key != "digest"} | content
+    path.write_text(json.dumps(content) + "\n")
+    with pytest.raises(UserError, match=f"{path} is damaged \\({says}"):
+        read("", tmp_path / "a" / "responses" / "trained")
+
+
+@pytest.mark.parametrize("file", ["metrics.jsonl", *(f"responses/trained/iter_0005{end}.jsonl" for end in ("", ".scores"))])
+def test_a_folder_in_the_place_of_a_file(tmp_path, file):
+    write_run(tmp_path / "a", const(1.0))
+    path = tmp_path / "a" / file
+    path.unlink(missing_ok=True)
+    path.mkdir()
+    with pytest.raises(UserError, match=str(path)):
+        read("", tmp_path / "a" / "responses" / "trained")
+
+
+def test_an_empty_summary_is_of_an_unfinished_run(tmp_path):
+    write_run(tmp_path / "a", const(1.0))
+    (tmp_path / "a" / "summary.json").write_text("{}")
+    assert read("", tmp_path / "a" / "responses" / "trained").summary == {}

@@ -21,11 +21,15 @@ def get_config() -> ConfigDict:
     # user/name of a model on a hub
     c.model.path = "smollm2-135m"
     c.model.revision = config_dict.placeholder(str)  # of a model on a hub: branch, tag or commit; unset: its main branch
-    c.model.dtype = "float32"  # of the frozen base and of the activations: float32 | bfloat16
+    # of the frozen base and of the activations: float32 | bfloat16 | auto (bfloat16 on accelerators and on processors with
+    # AMX or AVX512-BF16, float32 elsewhere; a run keeps what it began with)
+    c.model.dtype = "auto"
     c.model.quantize = "none"  # none | int8 | nf4: the frozen base in 8 or 4 bits (QLoRA)
     c.model.layers = "auto"  # scan | unroll | auto (unroll on CPU, where scanning copies the weights)
     c.model.attention = "auto"  # xla (einsums) | cudnn (GPU, bfloat16) | splash (TPU) | auto: the fastest that fits
     c.model.remat = "none"  # none | dots | full: what the backward pass recomputes to save memory
+    # keep what JAX compiles in the user's cache folder (or in JAX_COMPILATION_CACHE_DIR), for runs to come
+    c.model.compile_cache = True
     c.model.device = "auto"  # of --backend=torch: npu | cuda | cpu | auto, the first that is there (for JAX: JAX_PLATFORMS)
     c.model.ops = "auto"  # of --backend=torch: npu (fused operators) | reference (plain torch) | auto: the fastest there is
     c.model.adapter = config_dict.placeholder(str)  # a folder with an adapter (PEFT layout) to start from and to refer to

@@ -18,6 +18,7 @@ def get_config() -> ConfigDict:
     c.iterations = 3
     c.queries_per_iteration = 8
     c.model.path = "tiny"
+    c.model.dtype = "float32"  # the same everywhere
     c.task.train = "tiny_train"
     c.task.heldout = "tiny_heldout"
     c.reward.name = "letters"

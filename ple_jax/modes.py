@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from ple_jax import algorithms
 from ple_jax import chat as chatting
@@ -47,7 +48,7 @@ def train(config: Any, workdir: Path, backend: str, accept: Sequence[str] = ()) 
     if baselines is not None:
         baselines.check(config)
     with lock(workdir):
-        inputs = read_inputs(begun(config, workdir), backend)
+        inputs = read_inputs(begun(config, workdir, backend), backend)
         keys = run_keys(inputs.config, backend, inputs.digests)
         kept = going_on(workdir, keys, accept=accept, check_length=functools.partial(check_length, inputs))
         online = isinstance(inputs.algorithm, Algorithm)
@@ -125,7 +126,7 @@ def on_run(
     if trained and not (workdir / "config.json").exists():
         raise UserError(f"--workdir={workdir} holds no run; train one first: --mode=train")
     with lock(workdir):
-        inputs = read_inputs(begun(config, workdir), backend)
+        inputs = read_inputs(begun(config, workdir, backend), backend)
         kept = check_config(workdir, run_keys(inputs.config, backend, inputs.digests), accept=accept)
         with open_run(workdir, backend, inputs, kept) as run:
             yield run, _newest(run) if trained else State(run.backend.environment())
@@ -266,7 +267,10 @@ def plan(config: Any, workdir: Path, backend: str, topology: str | None = None) 
 
     With a topology: what every phase needs of its devices, which need not be there.
     """
-    inputs = read_inputs(begun(config, workdir), backend)
+    if topology and config.model.dtype == "auto":  # its devices are accelerators, whatever is here
+        config = ConfigDict(config.to_dict())
+        config.model.dtype = "bfloat16"
+    inputs = read_inputs(begun(config, workdir, backend), backend)
     config, algorithm, found = inputs.config, inputs.algorithm, inputs.data
     algorithm.make_loss(config)
     if topology:

@@ -16,9 +16,10 @@ from ml_collections import ConfigDict
 from torch import Tensor
 
 from ple_jax import algorithms
-from ple_jax.core.batches import decoding
+from ple_jax.core import processor
+from ple_jax.core.batches import decoding, packed_width
 from ple_jax.core.errors import UserError
-from ple_jax.core.types import Batch, Loss, Outputs, Response, Sampling
+from ple_jax.core.types import Batch, Compiled, Loss, Outputs, Response, Sampling
 from ple_jax.models import adapters, weights
 from ple_jax.models.config import ModelConfig
 from ple_jax.models.families import FAMILIES
@@ -26,7 +27,7 @@ from ple_jax.models.layout import expected_shapes, module_shapes
 from torch_ascend import checkpoint, generate, lora, ops, sharding, train
 from torch_ascend import device as devices
 from torch_ascend import model as models
-from torch_ascend.forward import hidden_states, outputs
+from torch_ascend.forward import Lazy, outputs
 from torch_ascend.model import Model
 from torch_ascend.ops import Ops
 from torch_ascend.sharding import ALONE, Place, World
@@ -106,12 +107,19 @@ class TorchBackend:
 
     @sharding.together
     def logprobs(
-        self, batch: Batch, *, reference: bool = False, base: bool = False, temperature: float = 1.0
+        self,
+        batch: Batch,
+        *,
+        reference: bool = False,
+        base: bool = False,
+        temperature: float = 1.0,
+        entropy: bool = False,
     ) -> Outputs:
-        """Log-probabilities and entropy of a batch's response tokens under the policy, the frozen reference or the base."""
+        """Log-probabilities of a batch's response tokens under the policy, the frozen reference or the base."""
         adapter, rows = {} if base else self.reference if reference else self.policy, len(batch.prompt)
         with torch.no_grad():
-            found = outputs(self.model, adapter, self.put(batch, rows), entropy=True, temperature=temperature)
+            part, time = self.put(batch, rows), packed_width(batch)
+            found = outputs(self.model, adapter, part, time=time, entropy=entropy, temperature=temperature)
         whole = [None if x is None else sharding.gather(self.world, x)[:rows].numpy() for x in found]
         return Outputs(*whole)
 
@@ -120,7 +128,7 @@ class TorchBackend:
         """What the head says of every response."""
         rows = len(batch.prompt)
         with torch.no_grad():
-            _, found, _ = hidden_states(self.model, self.policy, self.put(batch, rows))
+            found = Lazy(self.model, self.policy, self.put(batch, rows), packed_width(batch)).scores
         return sharding.gather(self.world, found)[:rows].numpy()
 
     @sharding.together
@@ -180,6 +188,9 @@ class TorchBackend:
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         }
 
+    def compiled(self) -> Compiled:
+        return Compiled(0, 0.0)
+
     # -------------------------------------------------------------- inside
 
     def accumulate(self, batches: Sequence[Batch], loss: Loss, temperature: float = 1.0) -> dict[str, Tensor]:
@@ -191,7 +202,8 @@ class TorchBackend:
             part = self.put(batch, rows)
             # dropout depends on the number of steps taken, which a checkpoint holds: a resumed run draws the same
             torch.manual_seed(np.random.SeedSequence([self.seed, self.steps, i]).generate_state(1)[0])
-            for name, value in train.gradients(self.model, loss, self.policy, part, share, temperature).items():
+            found = train.gradients(self.model, loss, self.policy, part, share, packed_width(batch), temperature)
+            for name, value in found.items():
                 metrics[name] = metrics.get(name, 0.0) + value
         return metrics
 
@@ -265,6 +277,16 @@ def check(config: ConfigDict, fsdp: int) -> None:
             f"config.model.quantize is {config.model.quantize!r} and the base is to be spread over {fsdp} devices: the torch"
             " backend keeps a quantised base whole; set --config.mesh.fsdp=1, or --config.model.quantize=none"
         )
+
+
+def fast_dtype(config: ConfigDict) -> str:
+    """bfloat16 on accelerators (on GPUs from Ampere on) and on processors with AMX or AVX512-BF16; float32 elsewhere."""
+    device = devices.resolve(config.model.device)
+    if device.type == "cpu":
+        fast = processor.bfloat16()
+    else:
+        fast = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if fast else "float32"
 
 
 def count(config: ConfigDict, loaded: weights.Loaded) -> tuple[int, int]:

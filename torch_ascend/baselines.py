@@ -215,8 +215,9 @@ class Trl:
         self.trainer.train()
         elsewhere = sum(self.state.costs.seconds.values()) - before
         self.took("update", time.perf_counter() - started - elsewhere)  # with what TRL prepares
-        logged = self.watch.logged
-        return {name: float(np.mean([line[name] for line in logged])) for name in logged[0]} | {"lr": logged[-1]["lr"]}
+        logged, size = self.watch.logged, self.run.config.optimizer.batch_queries
+        sizes = [size] * (len(logged) - 1) + [len(rows) % size or size]  # what is left is in the last step
+        return steps.over_queries(logged, sizes) | {"lr": logged[-1]["lr"]}
 
     def count(self, rollouts: Sequence[Rollout]) -> None:
         """Adds what the updates cost to the state: tokens as `training.loop` counts them, operations as TRL does them."""

@@ -1,10 +1,10 @@
 """What the model says of a batch: log-probabilities, entropy, values and scores of packed rows, chunked over time."""
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Bool, Float, Float32, Int64, Shaped
 from torch import Tensor
 
 from ple_jax.core.types import Batch, Outputs
@@ -70,71 +70,114 @@ def token_entropy(
     return torch.cat(parts).view(hidden.shape[:-1])
 
 
-def pack(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens, positions [row, time] and the block mask [row, time, time] of packed rows, time = P + K * R.
+class Packed(NamedTuple):
+    """Rows of [prompt | response 1 | ... | response K | padding], without padding inside: a pair costs P + 2R tokens."""
 
-    Every response sees the prompt and itself, never another response; its positions start after the prompt's. A pair
-    costs P + 2R tokens instead of 2(P + R).
+    tokens: Int64[Tensor, "row time"]
+    positions: Int64[Tensor, "row time"]  # every response's are those after the prompt
+    mask: Bool[Tensor, "row time time"]  # a response sees the prompt and itself, never another one
+    length: Int64[Tensor, " row"]  # of the prompt: where the responses begin
+    begins: Bool[Tensor, "row said"]  # of the response tokens, in their order: whether it is its response's first
+    targets: Int64[Tensor, "row said"]
+    places: Int64[Tensor, "row k response_len"]  # among the response tokens, of every one; of masked ones any
+
+
+def pack(batch: Batch, time: int | None = None) -> Packed:
+    """A batch's rows as the model takes them.
+
+    Args:
+        batch: prompts may be padded on either side, responses on the right.
+        time: tokens of a row: at least the longest (`core.batches.packed_width`); P + K * R if it is not given.
     """
     rows, k, r = batch.response.shape
     prompt_mask: Tensor = batch.prompt_mask
     place = {"device": prompt_mask.device}
-    tokens = torch.cat([batch.prompt, batch.response.reshape(rows, k * r)], 1)
-    valid = torch.cat([prompt_mask, batch.response_mask.reshape(rows, k * r)], 1)
-    prompt_len = prompt_mask.to(torch.int32).sum(1)
-    prompt_position = (prompt_mask.to(torch.int32).cumsum(1) - 1).clamp(min=0)
+    p = prompt_mask.shape[1]
+    time = min(time or p + k * r, p + k * r)
+    said_mask: Tensor = batch.response_mask.reshape(rows, k * r)
+    valid = torch.cat([prompt_mask, said_mask], 1)
+    # what is valid, in its order, before what is not
+    order = (~valid).to(torch.int32).argsort(dim=1, stable=True)[:, :time]
+    length = prompt_mask.to(torch.int64).sum(1)
+    prompt_position = (prompt_mask.to(torch.int64).cumsum(1) - 1).clamp(min=0)
+    response_position = length[:, None] + torch.arange(r, **place).repeat(k)[None]
+    positions = torch.cat([prompt_position, response_position], 1).gather(1, order)
     segment = torch.cat(
-        [torch.full((batch.prompt.shape[1],), -1, **place), torch.arange(k, **place).repeat_interleave(r, output_size=k * r)]
-    )
-    response_position = prompt_len[:, None] + torch.arange(r, **place).repeat(k)[None]
-    position = torch.cat([prompt_position, response_position], 1)
-    time = tokens.shape[1]
+        [torch.full((p,), -1, **place), torch.arange(k, **place).repeat_interleave(r, output_size=k * r)]
+    ).expand(rows, -1).gather(1, order)  # fmt: skip
+    own = (segment[:, None] == -1) | (segment[:, None] == segment[:, :, None])
     causal = torch.ones((time, time), dtype=torch.bool, **place).tril()
-    own = (segment[None] == -1) | (segment[None] == segment[:, None])
-    return tokens, position, (causal & own)[None] & valid[:, None]
+    mask = causal & own & valid.gather(1, order)[:, None]
+    tokens = torch.cat([batch.prompt, batch.response.reshape(rows, k * r)], 1).gather(1, order)
+    said = (length[:, None] + torch.arange(min(k * r, time), **place)).clamp(max=time - 1)
+    begins = (positions == length[:, None]).gather(1, said)
+    places = (said_mask.to(torch.int64).cumsum(1) - 1).clamp(min=0, max=said.shape[1] - 1).reshape(rows, k, r)
+    return Packed(tokens, positions, mask, length, begins, tokens.gather(1, said), places)
 
 
-def hidden_states(
-    model: Model, adapter: adapters.Adapter, batch: Batch
-) -> tuple[Float[Tensor, "row k response_len hidden"], Float32[Tensor, "row k"] | None, Float[Tensor, "row 1 hidden"]]:
-    """Of every response token; a reward model's scores, where the adapter has a head; of the last prompt token."""
-    rows, k, r = batch.response.shape
-    tokens, position, mask = pack(batch)
-    hidden = model.apply(adapter, tokens, positions=position, mask=mask)
-    p = batch.prompt.shape[1]
-    responses = hidden[:, p:].reshape(rows, k, r, -1)
-    scores = None
-    if (score := lora.head(adapter, adapters.SCORE)) is not None:
-        response_mask: Tensor = batch.response_mask
-        last = (response_mask.to(torch.int64).sum(-1) - 1).clamp(min=0)
-        chosen = responses.gather(2, last[..., None, None].expand(-1, -1, 1, responses.shape[-1]))[:, :, 0]
-        scores = (chosen.float() * score[:, 0]).sum(-1)
-    return responses, scores, hidden[:, p - 1 : p]
+def _at(x: Shaped[Tensor, "row time hidden"], index: Int64[Tensor, "row n"]) -> Shaped[Tensor, "row n hidden"]:
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
 
 
-def predicting(
-    responses: Float[Tensor, "row k response_len hidden"], first: Float[Tensor, "row 1 hidden"]
-) -> Float[Tensor, "row k response_len hidden"]:
+def hidden_states(model: Model, adapter: adapters.Adapter, packed: Packed) -> Float[Tensor, "row time hidden"]:
+    """Of every token of packed rows."""
+    return model.apply(adapter, packed.tokens, positions=packed.positions, mask=packed.mask)
+
+
+def predicting(hidden: Float[Tensor, "row time hidden"], packed: Packed) -> Float[Tensor, "row said hidden"]:
     """The hidden states that predict each response token: the last prompt token's is that of every first one."""
-    return torch.cat([first[:, None].expand(-1, responses.shape[1], -1, -1), responses[:, :, :-1]], 2)
+    place = packed.length[:, None] + torch.arange(packed.targets.shape[1], device=hidden.device)
+    # no place twice but where nothing is said: the gradient's additions have one order
+    own, last = _at(hidden, place.clamp(max=hidden.shape[1] - 1)), _at(hidden, packed.length[:, None] - 1)
+    return torch.where(packed.begins[..., None], last, torch.cat([last, own[:, :-1]], 1))
 
 
-def response_values(adapter: adapters.Adapter, batch: Batch, hidden: Tensor) -> Float32[Tensor, "row k response_len"] | None:
-    """What a head of values says where each response token is predicted; 0 where masked."""
+def response_scores(
+    adapter: adapters.Adapter, batch: Batch, states: Float[Tensor, "row time hidden"]
+) -> Float32[Tensor, "row k"] | None:
+    """What a reward model's head says at every response's last token, where the adapter has one."""
+    if (head := lora.head(adapter, adapters.SCORE)) is None:
+        return None
+    response_mask: Tensor = batch.response_mask
+    prompt_mask: Tensor = batch.prompt_mask
+    said, length = response_mask.to(torch.int64).sum(-1), prompt_mask.to(torch.int64).sum(1, keepdim=True)
+    last = length + (said.cumsum(1) - 1).clamp(min=0)
+    return (_at(states, last).float() * head[:, 0]).sum(-1)
+
+
+def response_values(
+    adapter: adapters.Adapter, hidden: Float[Tensor, "row said hidden"]
+) -> Float32[Tensor, "row said"] | None:
+    """What a head of values says where each response token is predicted, where the adapter has one."""
     if (head := lora.head(adapter, adapters.VALUE)) is None:
         return None
-    return torch.where(batch.response_mask, (hidden.float() * head[:, 0]).sum(-1), 0.0)
+    return (hidden.float() * head[:, 0]).sum(-1)
+
+
+def _shaped(x: Float32[Tensor, "row said"], packed: Packed, batch: Batch) -> Float32[Tensor, "row k response_len"]:
+    """As the batch has its responses; 0 where masked."""
+    rows = len(x)
+    found = x.gather(1, packed.places.reshape(rows, -1)).reshape(packed.places.shape)
+    return torch.where(batch.response_mask, found, 0.0)
 
 
 def outputs(
-    model: Model, adapter: adapters.Adapter, batch: Batch, *, entropy: bool = False, temperature: float = 1.0
+    model: Model,
+    adapter: adapters.Adapter,
+    batch: Batch,
+    *,
+    time: int | None = None,
+    entropy: bool = False,
+    temperature: float = 1.0,
 ) -> Outputs:
-    """What the model says of a batch of tensors; logits are divided by `temperature`, above 0."""
-    responses, scores, first = hidden_states(model, adapter, batch)
-    hidden = predicting(responses, first)
-    logprobs = torch.where(batch.response_mask, token_logprobs(model, hidden, batch.response, temperature), 0.0)
-    spread = torch.where(batch.response_mask, token_entropy(model, hidden, temperature), 0.0) if entropy else None
-    return Outputs(logprobs, spread, response_values(adapter, batch, hidden), scores)
+    """What the model says of a batch of tensors.
+
+    Args:
+        time: tokens of a packed row, as `pack` takes it.
+        temperature: what the logits are divided by, above 0.
+    """
+    said = Lazy(model, adapter, batch, time, temperature)
+    return Outputs(said.logprobs, said.spread() if entropy else None, said.values, said.scores)
 
 
 class Lazy:
@@ -142,13 +185,22 @@ class Lazy:
 
     entropy = None
 
-    def __init__(self, model: Model, adapter: adapters.Adapter, batch: Batch, temperature: float = 1.0):
+    def __init__(
+        self, model: Model, adapter: adapters.Adapter, batch: Batch, time: int | None = None, temperature: float = 1.0
+    ):
         self._model, self._batch, self._temperature = model, batch, temperature
-        responses, self.scores, first = hidden_states(model, adapter, batch)
-        self._hidden = predicting(responses, first)
-        self.values = response_values(adapter, batch, self._hidden)
+        self._packed = pack(batch, time)
+        states = hidden_states(model, adapter, self._packed)
+        self._hidden = predicting(states, self._packed)
+        self.scores = response_scores(adapter, batch, states)
+        values = response_values(adapter, self._hidden)
+        self.values = None if values is None else _shaped(values, self._packed, batch)
 
     @functools.cached_property
     def logprobs(self) -> Float32[Tensor, "query k response_len"]:
-        logprobs = token_logprobs(self._model, self._hidden, self._batch.response, self._temperature)
-        return torch.where(self._batch.response_mask, logprobs, 0.0)
+        found = token_logprobs(self._model, self._hidden, self._packed.targets, self._temperature)
+        return _shaped(found, self._packed, self._batch)
+
+    def spread(self) -> Float32[Tensor, "query k response_len"]:
+        """The entropy, which no loss is told."""
+        return _shaped(token_entropy(self._model, self._hidden, self._temperature), self._packed, self._batch)

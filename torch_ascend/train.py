@@ -39,7 +39,13 @@ def decaying(leaves: Mapping[str, Tensor], weight_decay: float) -> list[dict[str
 
 
 def gradients(
-    model: Model, loss: Loss, adapter: adapters.Adapter, batch: Batch, share: float, temperature: float = 1.0
+    model: Model,
+    loss: Loss,
+    adapter: adapters.Adapter,
+    batch: Batch,
+    share: float,
+    time: int | None = None,
+    temperature: float = 1.0,
 ) -> dict[str, Tensor]:
     """Adds to the leaves' gradients those of the mean loss over the optimiser batch, this micro-batch's part; its metrics.
 
@@ -47,9 +53,10 @@ def gradients(
         adapter: of leaves that gather gradients.
         batch: of tensors on the model's device.
         share: 1 / the real rows of the optimiser batch.
+        time: tokens of a packed row.
         temperature: what the logits are divided by.
     """
-    said: Any = Lazy(model, adapter, batch, temperature)
+    said: Any = Lazy(model, adapter, batch, time, temperature)
     value, metrics = loss(said, batch)
     reduced = {name: (m * batch.data["valid"]).sum() * share for name, m in {"loss": value, **metrics}.items()}
     reduced["loss"].backward()

@@ -16,11 +16,12 @@ from jax.sharding import Mesh
 from jaxtyping import Float32
 from ml_collections import ConfigDict
 
-from ple_jax.backend import attention, checkpoint, generate, lora, sharding
+from ple_jax.backend import attention, checkpoint, compilation, generate, lora, sharding
 from ple_jax.backend.model import Model, fill
 from ple_jax.backend.train import optimizer, placement, programs
-from ple_jax.core.batches import decoding
-from ple_jax.core.types import Batch, Loss, Outputs, Response, Sampling
+from ple_jax.core import processor
+from ple_jax.core.batches import decoding, packed_width
+from ple_jax.core.types import Batch, Compiled, Loss, Outputs, Response, Sampling
 from ple_jax.models import adapters, weights
 from ple_jax.models.config import ModelConfig
 from ple_jax.models.families import FAMILIES
@@ -91,19 +92,27 @@ class JaxBackend:
         return generate.stream(self.model, self.base, fused, np.asarray(prompt, np.int32), uniforms, sampling=sampling)
 
     def logprobs(
-        self, batch: Batch, *, reference: bool = False, base: bool = False, temperature: float = 1.0
+        self,
+        batch: Batch,
+        *,
+        reference: bool = False,
+        base: bool = False,
+        temperature: float = 1.0,
+        entropy: bool = False,
     ) -> Outputs:
-        """Log-probabilities and entropy of a batch's response tokens under the policy, the frozen reference or the base."""
+        """Log-probabilities of a batch's response tokens under the policy, the frozen reference or the base."""
         adapter = {} if base else self.reference if reference else self.policy
         rows = len(batch.prompt)
-        part = self.put(batch, _round_up(rows, self._multiple))
-        result = self.programs.outputs(self.base, adapter, part, entropy=True, temperature=temperature)
+        part = self.put(_bare(batch), _round_up(rows, self._multiple))
+        how = {"time": packed_width(batch), "entropy": entropy, "temperature": temperature}
+        result = self.programs.outputs(self.base, adapter, part, **how)
         return jax.tree.map(lambda x: np.asarray(x)[:rows], jax.device_get(result))
 
     def scores(self, batch: Batch) -> Float32[np.ndarray, "query k"]:
         """What the head says of every response."""
-        part = self.put(batch, _round_up(len(batch.prompt), self._multiple))
-        return np.asarray(jax.device_get(self.programs.scores(self.base, self.policy, part)))[: len(batch.prompt)]
+        part = self.put(_bare(batch), _round_up(len(batch.prompt), self._multiple))
+        found = self.programs.scores(self.base, self.policy, part, time=packed_width(batch))
+        return np.asarray(jax.device_get(found))[: len(batch.prompt)]
 
     def update(
         self, batches: Sequence[Batch], loss: Loss, *, lr: float, temperature: float = 1.0
@@ -113,19 +122,20 @@ class JaxBackend:
         real = sum(float(b.data["valid"].sum()) for b in batches)
         share = jnp.float32(1 / real)
         grads: Any = None
-        metrics: dict[str, float] = {}
+        parts = []
         # dropout depends on the number of steps taken, which a checkpoint holds: a resumed run draws the same
         step = jax.random.fold_in(self._key, optax.tree.get(self.state, "count"))
         for i, batch in enumerate(batches):
             part = self.put(batch, _round_up(rows, self._multiple))
             key = jax.random.fold_in(step, i)
-            new, values = self.programs.gradients(
-                self.base, self.policy, part, share, key, loss=loss, temperature=temperature
-            )
+            how = {"loss": loss, "time": packed_width(batch), "temperature": temperature}
+            new, values = self.programs.gradients(self.base, self.policy, part, share, key, **how)
             grads = new if grads is None else self.programs.accumulate(grads, new)
-            for name, value in values.items():
-                metrics[name] = metrics.get(name, 0.0) + float(value)
+            parts.append(values)
         self.policy, self.state, norm = self.programs.apply(self.policy, self.state, grads, jnp.float32(lr))
+        # read when all is under way: reading a part's would wait for it, and the next one would be put there only then
+        parts, norm = jax.device_get((parts, norm))
+        metrics = {name: sum(float(values[name]) for values in parts) for name in parts[0]}
         return {**metrics, "grad_norm": float(norm)}
 
     def freeze_reference(self) -> None:
@@ -164,6 +174,9 @@ class JaxBackend:
             "xla_flags": os.environ.get("XLA_FLAGS", ""),
         }
 
+    def compiled(self) -> Compiled:
+        return compilation.compiled()
+
     # -------------------------------------------------------------- inside
 
     @property
@@ -188,14 +201,32 @@ class JaxBackend:
         return sharding.put_rows(self.mesh, filled)
 
 
+def _bare(batch: Batch) -> Batch:
+    """The batch without what losses compare with: a program that reads none of it should not be compiled for every kind."""
+    return batch._replace(data={"valid": batch.data["valid"]})
+
+
 def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
 def load(config: ConfigDict) -> weights.Loaded:
     """Weights, model config and tokenizer of the base model; a mesh that does not fit is refused before."""
+    if config.model.compile_cache:
+        compilation.keep()
     sharding.make_mesh(**config.mesh)
     return weights.load(config.model.path, config.model.revision)
+
+
+def fast_dtype(config: ConfigDict) -> str:
+    """bfloat16 on accelerators (on GPUs from Ampere on) and on processors with AMX or AVX512-BF16; float32 elsewhere."""
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        fast = processor.bfloat16()
+    else:
+        generation = str(getattr(device, "compute_capability", "")).partition(".")[0]  # of an NVIDIA GPU
+        fast = not generation.isdigit() or int(generation) >= 8
+    return "bfloat16" if fast else "float32"
 
 
 def count(config: ConfigDict, loaded: weights.Loaded) -> tuple[int, int]:

@@ -14,11 +14,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from ple_jax.backend import dots
 from ple_jax.backend.quantize import QArray, dequantize
 from ple_jax.backend.sharding import BATCH, row_multiple
 from ple_jax.models.config import ModelConfig
-
-MATMULS = "experts"  # name of the matmuls' results, for a remat policy: to JAX these are no dots
 
 
 class Experts(nnx.Module):
@@ -62,7 +61,7 @@ def mix(
         normalize: the probabilities of those experts, from a softmax over all, are scaled to sum to one.
     """
     tokens = x.reshape(-1, x.shape[-1])
-    logits = jnp.einsum("td,de->te", tokens, router, preferred_element_type=jnp.float32)
+    logits = dots.contract("td,de->te", tokens, router, frozen=True)
     share, expert = jax.lax.top_k(jax.nn.softmax(logits, -1), per_token)
     if normalize:
         share = share / share.sum(-1, keepdims=True)
@@ -77,7 +76,7 @@ def mix(
 
 def _grouped(x: Float[Array, "n inp"], kernels: Float[Array, "experts inp out"], sizes: Int[Array, " experts"]) -> Array:
     """Every slice of x times its expert's kernel."""
-    return checkpoint_name(jax.lax.ragged_dot(x, kernels, sizes), MATMULS)
+    return checkpoint_name(dots.grouped(x, kernels, sizes).astype(x.dtype), dots.MATMULS)
 
 
 def _permuted(x: Float[Array, "n inp"], order: Int[Array, " n"]) -> Float[Array, "n inp"]:

@@ -2,11 +2,11 @@
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Shaped
 
 from ple_jax.backend import sharding
 from ple_jax.backend.model import Model, head_logits
@@ -102,48 +102,92 @@ def token_entropy(
     return _over_time(f, hidden, jnp.zeros(hidden.shape[:2], jnp.int32), shards)
 
 
-def pack(batch: Batch) -> tuple[Array, Array, Array]:
-    """Tokens, positions [row, time] and the block mask [row, time, time] of packed rows, time = P + K * R.
+class Packed(NamedTuple):
+    """Rows of [prompt | response 1 | ... | response K | padding], without padding inside: a pair costs P + 2R tokens."""
 
-    Every response sees the prompt and itself, never another response; its positions start after the prompt's. A pair
-    costs P + 2R tokens instead of 2(P + R).
+    tokens: Int32[Array, "row time"]
+    positions: Int32[Array, "row time"]  # every response's are those after the prompt
+    mask: Bool[Array, "row time time"]  # a response sees the prompt and itself, never another one
+    length: Int32[Array, " row"]  # of the prompt: where the responses begin
+    begins: Bool[Array, "row said"]  # of the response tokens, in their order: whether it is its response's first
+    targets: Int32[Array, "row said"]
+    places: Int32[Array, "row k response_len"]  # among the response tokens, of every one; of masked ones outside
+
+
+def pack(batch: Batch, time: int | None = None) -> Packed:
+    """A batch's rows as the model takes them.
+
+    Args:
+        batch: prompts may be padded on either side, responses on the right.
+        time: tokens of a row: at least the longest (`core.batches.packed_width`); P + K * R if it is not given.
     """
     rows, k, r = batch.response.shape
-    prompt_len = batch.prompt_mask.astype(jnp.int32).sum(1)
-    tokens = jnp.concatenate([batch.prompt, batch.response.reshape(rows, k * r)], 1)
+    p, all_tokens = batch.prompt.shape[1], batch.prompt.shape[1] + k * r
+    time = min(time or all_tokens, all_tokens)
     valid = jnp.concatenate([batch.prompt_mask, batch.response_mask.reshape(rows, k * r)], 1)
-    segment = jnp.concatenate([jnp.full((batch.prompt.shape[1],), -1), jnp.repeat(jnp.arange(k), r)])
-    prompt_position = jnp.cumsum(batch.prompt_mask.astype(jnp.int32), 1) - 1
-    response_position = prompt_len[:, None] + jnp.tile(jnp.arange(r), k)[None]
-    position = jnp.concatenate([prompt_position, response_position], 1)
-    time = tokens.shape[1]
-    causal = jnp.tril(jnp.ones((time, time), bool))
-    own = (segment[None] == -1) | (segment[None] == segment[:, None])
-    return tokens, position, (causal & own)[None] & valid[:, None]
+    # what is valid, in its order, before what is not
+    order = jnp.argsort(~valid, axis=1, stable=True)[:, :time]
+
+    def packed(x: Array) -> Array:
+        return jnp.take_along_axis(x, order, 1)
+
+    length = batch.prompt_mask.astype(jnp.int32).sum(1)
+    position = jnp.concatenate(
+        [
+            jnp.cumsum(batch.prompt_mask.astype(jnp.int32), 1) - 1,
+            length[:, None] + jnp.broadcast_to(jnp.tile(jnp.arange(r), k)[None], (rows, k * r)),
+        ],
+        1,
+    )
+    segment = packed(jnp.broadcast_to(jnp.arange(all_tokens)[None] - p, (rows, all_tokens)) // r)  # negative: the prompt's
+    there = packed(valid)
+    own = (segment[:, None] < 0) | (segment[:, None] == segment[:, :, None])
+    mask = jnp.tril(jnp.ones((time, time), bool))[None] & own & there[:, None]
+    tokens = packed(jnp.concatenate([batch.prompt, batch.response.reshape(rows, k * r)], 1))
+    said = min(k * r, time)
+    rank = jnp.cumsum(batch.response_mask.reshape(rows, k * r).astype(jnp.int32), 1) - 1
+    outside = jnp.broadcast_to(said + jnp.arange(k * r)[None], rank.shape)
+    places = jnp.where(batch.response_mask, rank.reshape(rows, k, r), outside.reshape(rows, k, r))
+    first = packed(position) == length[:, None]
+    begins, targets = (_responses(x, length, said) for x in (first, tokens))
+    return Packed(tokens, packed(position), mask, length, begins, targets, places)
 
 
-def hidden_states(
-    model: Model, base: Any, fused: Any, batch: Batch, score: Float[Array, "hidden 1"] | None = None
-) -> tuple[Float[Array, "row k response_len hidden"], Float32[Array, "row k"] | None, Float[Array, "row 1 hidden"]]:
-    """Of every response token; a reward model's scores, where there is a head for them; of the last prompt token."""
-    rows, k, r = batch.response.shape
-    tokens, position, mask = pack(batch)
-    hidden, _ = model.apply(base, fused, tokens, positions=position, mask=mask)
-    p = batch.prompt.shape[1]
-    responses = hidden[:, p:].reshape(rows, k, r, -1)
-    scores = None
-    if score is not None:
-        last = jnp.maximum(batch.response_mask.astype(jnp.int32).sum(-1) - 1, 0)
-        scores = _read(score, jnp.take_along_axis(responses, last[..., None, None], 2)[:, :, 0])
-    return responses, scores, hidden[:, p - 1 : p]
+def _responses(x: Array, length: Int32[Array, " row"], said: int) -> Shaped[Array, "row said *rest"]:
+    """What belongs to the response tokens, which stand after prompts of these lengths; zeros after the last."""
+    return _at(x, length[:, None] + jnp.arange(said)[None])
 
 
-def predicting(
-    responses: Float[Array, "row k response_len hidden"], first: Float[Array, "row 1 hidden"]
-) -> Float[Array, "row k response_len hidden"]:
+def _at(x: Shaped[Array, "row time *rest"], index: Int32[Array, "row n"]) -> Shaped[Array, "row n *rest"]:
+    """Entries of every row, none twice; zero where the index is outside."""
+
+
+    def of_row(x: Array, index: Array) -> Array:
+        # unique: then the gradient's scatter needs no order among its additions, and is the same every time
+        return x.at[index].get(unique_indices=True, mode="fill", fill_value=0)
+
+    return jax.vmap(of_row)(x, index)
+
+
+def hidden_states(model: Model, base: Any, fused: Any, packed: Packed) -> Float[Array, "row time hidden"]:
+    """Of every token of packed rows."""
+    return model.apply(base, fused, packed.tokens, positions=packed.positions, mask=packed.mask)[0]
+
+
+def predicting(hidden: Float[Array, "row time hidden"], packed: Packed) -> Float[Array, "row said hidden"]:
     """The hidden states that predict each response token: the last prompt token's is that of every first one."""
-    rows, k, _, size = responses.shape
-    return jnp.concatenate([jnp.broadcast_to(first[:, None], (rows, k, 1, size)), responses[:, :, :-1]], 2)
+    own = _responses(hidden, packed.length, packed.targets.shape[1])
+    last = _at(hidden, packed.length[:, None] - 1)
+    before = jnp.concatenate([last, own[:, :-1]], 1)
+    return jnp.where(packed.begins[..., None], last, before)
+
+
+def response_scores(
+    head: Float[Array, "hidden 1"], batch: Batch, states: Float[Array, "row time hidden"]
+) -> Float32[Array, "row k"]:
+    """What a reward model's head says at every response's last token."""
+    said, length = batch.response_mask.astype(jnp.int32).sum(-1), batch.prompt_mask.astype(jnp.int32).sum(1)
+    return _read(head, _at(states, length[:, None] + jnp.maximum(jnp.cumsum(said, 1) - 1, 0)))
 
 
 def outputs(
@@ -152,6 +196,7 @@ def outputs(
     fused: Any,
     batch: Batch,
     *,
+    time: int | None = None,
     entropy: bool = False,
     temperature: float = 1.0,
     score: Float[Array, "hidden 1"] | None = None,
@@ -160,26 +205,28 @@ def outputs(
     """What the model says of a batch. Logits exist for response tokens alone; the compiler leaves out what is not used.
 
     Args:
+        time: tokens of a packed row, as `pack` takes it.
         temperature: what the logits are divided by, above 0.
         score: a reward model's head, read at a response's last token.
         value: PPO's head, read where each token is predicted.
     """
     rows, k, r = batch.response.shape
-    responses, scores, first = hidden_states(model, base, fused, batch, score)
-    hidden = predicting(responses, first).reshape(rows, k * r, -1)
+    packed = pack(batch, time)
+    states = hidden_states(model, base, fused, packed)
+    hidden = predicting(states, packed)
     head, shards, softcap = model.head(base), 1, model.config.logits_softcap
     if model.mesh is not None:
         # once: the loop over chunks would gather it in every turn
         head = sharding.gathered("head", head, model.mesh)
         shards = math.gcd(rows, sharding.row_multiple(model.mesh))
 
-    def shaped(x: Array) -> Array:
-        return jnp.where(batch.response_mask, x.reshape(rows, k, r), 0.0)
+    def shaped(x: Float32[Array, "row said"]) -> Float32[Array, "row k response_len"]:
+        return _at(x, packed.places.reshape(rows, k * r)).reshape(rows, k, r)
 
-    logprobs = shaped(token_logprobs(head, hidden, batch.response.reshape(rows, k * r), softcap, shards, temperature))
+    logprobs = shaped(token_logprobs(head, hidden, packed.targets, softcap, shards, temperature))
     spread = shaped(token_entropy(head, hidden, softcap, shards, temperature)) if entropy else None
     values = None if value is None else shaped(_read(value, hidden))
-    return Outputs(logprobs, spread, values, scores)
+    return Outputs(logprobs, spread, values, None if score is None else response_scores(score, batch, states))
 
 
 def _read(head: Float[Array, "hidden 1"], hidden: Float[Array, "*batch hidden"]) -> Float32[Array, "*batch"]:

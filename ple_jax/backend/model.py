@@ -13,12 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, Bool, Float, Int
 
+from ple_jax.backend import dots
 from ple_jax.backend import quantize as quantization
 from ple_jax.backend.attention import attend
-from ple_jax.backend.experts import MATMULS, Experts
+from ple_jax.backend.dots import MATMULS
+from ple_jax.backend.experts import Experts
 from ple_jax.backend.quantize import QArray, project
 from ple_jax.models import families, layout
 from ple_jax.models.config import LayerKind, ModelConfig
@@ -54,9 +57,10 @@ _LONGEST_SUM, _MANY_TOKENS = 1024, 32
 
 
 def _matmul(x: Float[Array, "row time inp"], kernel: Float[Array, "inp *out"] | QArray) -> Float[Array, "row time *out"]:
-    size = kernel.shape[0]
+    """x @ kernel in float32."""
     if isinstance(kernel, QArray):
         return project(x, kernel)
+    size = kernel.shape[0]
     if size > _LONGEST_SUM and size % 2 == 0 and x.dtype == jnp.float32:
         # XLA's CPU kernels add up in one fp32 accumulator: SmolLM2's logits were 16e-5 off float64, halves are 6e-5 off
         # (torch: 9e-5)
@@ -67,7 +71,7 @@ def _matmul(x: Float[Array, "row time inp"], kernel: Float[Array, "inp *out"] | 
         halves = x.reshape(-1, 2, half).swapaxes(0, 1)
         y = jnp.einsum("cth,cho->cto", halves, kernel.reshape(2, half, -1)).sum(0)
         return y.reshape(*x.shape[:-1], *kernel.shape[1:])
-    return jnp.tensordot(x, kernel, 1)
+    return dots.project(x, kernel)
 
 
 class Linear(nnx.Module):
@@ -81,15 +85,16 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "row time inp"], lora: LowRank | None) -> Float[Array, "row time *out"]:
         y = _matmul(x, self.kernel[...])
         if lora is not None:  # the adapter is fp32 whatever the base is
-            h = x.astype(lora.down.dtype)
+            h = x
             if lora.dropout is not None:
                 key, rate = lora.dropout
-                h = jnp.where(jax.random.bernoulli(key, rate, h.shape), 0.0, h / (1 - rate))
-            whole = y.astype(h.dtype) + jnp.tensordot(jnp.tensordot(h, lora.down, 1), lora.up, 1)
+                h = jnp.where(jax.random.bernoulli(key, rate, h.shape), 0, h / (1 - rate).astype(h.dtype))
+            y = y + dots.low_rank(h, lora.down, lora.up)
             if lora.gain is not None:
-                whole = jnp.expand_dims(lora.gain, (0, 1)) * whole
-            y = whole.astype(y.dtype)
-        return y + jnp.expand_dims(self.bias[...], (0, 1)) if hasattr(self, "bias") else y
+                y = jnp.expand_dims(lora.gain, (0, 1)) * y
+        if hasattr(self, "bias"):
+            y = y + jnp.expand_dims(self.bias[...], (0, 1)).astype(y.dtype)
+        return checkpoint_name(y.astype(x.dtype), MATMULS)
 
 
 class Norm(nnx.Module):
@@ -320,9 +325,7 @@ class Model:
 
     def _rematerialised(self, layer: Callable) -> Callable:
         """The layer, keeping for the backward pass its input ("full") or the results of its weight matmuls ("dots")."""
-        policies = jax.checkpoint_policies
-        dots = policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(MATMULS)
-        policy = policies.save_from_both_policies(*dots) if self.remat == "dots" else None
+        policy = jax.checkpoint_policies.save_only_these_names(MATMULS) if self.remat == "dots" else None
 
         def run(block: Block, x: Array, lora: dict, kind: Kind, cache: None) -> tuple:
             graph, state = nnx.split(block)

@@ -22,6 +22,7 @@ import qwix
 from jaxtyping import Array, Float
 from qwix import QArray
 
+from ple_jax.backend import dots
 from ple_jax.core.errors import UserError
 
 _BLOCK, _SMALLEST_BLOCK = 64, 16  # nf4: weights that share a scale
@@ -91,5 +92,5 @@ def dequantize(kernel: QArray, dtype: jax.typing.DTypeLike) -> Float[Array, "inp
 # checkpoint: without it every layer's expanded kernel would be kept for the backward pass, the whole model in x's dtype
 @jax.checkpoint
 def project(x: Float[Array, "*batch inp"], kernel: QArray) -> Float[Array, "..."]:
-    """x @ kernel, [*batch, *out], in the dtype of x; no gradient reaches the kernel."""
-    return jnp.tensordot(x, dequantize(jax.lax.stop_gradient(kernel), x.dtype), 1)
+    """x @ kernel, [*batch, *out], in float32; no gradient reaches the kernel."""
+    return dots.project(x, dequantize(jax.lax.stop_gradient(kernel), x.dtype))

@@ -25,6 +25,15 @@ class BackendModule(Protocol[Loaded, Made]):
         """
         ...
 
+    def fast_dtype(self, config: Any) -> str:
+        """What `config.model.dtype` of "auto" is on this config's devices: bfloat16 where they compute faster in it, or
+        float32.
+
+        Raises:
+            UserError: a device that is not there.
+        """
+        ...
+
     def count(self, config: Any, loaded: Loaded) -> tuple[int, int]:
         """Parameters of the base and of the adapter; reads shapes alone."""
         ...

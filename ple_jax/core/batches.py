@@ -102,11 +102,32 @@ def response_width(longest: int, *, new: int, most: int) -> int:
     return min(bucket(longest, new), max(new, most))
 
 
+def lengths(batch: Batch) -> Int32[np.ndarray, " query"]:
+    """Tokens of every row: of its prompt and its responses together."""
+    return (batch.prompt_mask.sum(1) + batch.response_mask.sum((1, 2))).astype(np.int32)
+
+
+def packed_width(batch: Batch) -> int:
+    """Tokens of a row when a batch's rows are packed: the longest, rounded up to 8, 12, 16, 24, 32, 48, 64 ...
+
+    Two sizes a doubling: from 64 to 4,096 tokens at most 13 shapes are compiled, and at most a third of the longest row is
+    padding.
+    """
+    longest = max(8, int(lengths(batch).max()))
+    power = bucket(longest, 8)
+    less = power // 4 * 3
+    return less if longest <= less else power
+
+
 def micro_batches(batch: Batch, size: int) -> list[Batch]:
-    """The rows of a batch in parts of `size`; the backend accumulates gradients over them."""
+    """The rows of a batch in parts of `size`; the backend accumulates gradients over them.
+
+    Rows of about the same length are in one part, which is padded to its own longest.
+    """
+    order = np.argsort(lengths(batch), kind="stable")
 
     def part(i: int) -> Batch:
-        rows = slice(i, i + size)
+        rows = order[i : i + size]
         data = {name: value[rows] for name, value in batch.data.items()}
         return Batch(batch.prompt[rows], batch.prompt_mask[rows], batch.response[rows], batch.response_mask[rows], data)
 

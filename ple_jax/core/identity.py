@@ -16,9 +16,9 @@ from ple_jax.core.secrets import redacted
 FORMAT = 2  # of config.json, journals and checkpoints; 1 had other keys, and none of this name
 # how a run is computed and not what: a run may go on, or be exported, with others
 EXECUTION = (
-    "model.layers", "model.attention", "model.remat", "model.device", "model.ops", "sampling.server_key_env",
-    "sampling.server_sleep", "mesh.data", "mesh.fsdp", "mesh.tensor", "checkpoint.keep", "optimizer.micro_queries",
-    "reward.max_bad_share", "task.max_bad_share", "sinks",
+    "model.layers", "model.attention", "model.remat", "model.device", "model.ops", "model.compile_cache",
+    "sampling.server_key_env", "sampling.server_sleep", "mesh.data", "mesh.fsdp", "mesh.tensor", "checkpoint.keep",
+    "optimizer.micro_queries", "reward.max_bad_share", "task.max_bad_share", "sinks",
 )  # fmt: skip
 LENGTH = ("iterations", "offline.epochs")
 # what --accept names, code of the user's that was mended while a run went on -> the keys that may then differ; "config" is

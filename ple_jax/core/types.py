@@ -99,6 +99,13 @@ class Outputs(NamedTuple):
     scores: Array | None = None  # "query k": a reward model's head at the last token of every response
 
 
+class Compiled(NamedTuple):
+    """What a backend has compiled since its process began."""
+
+    programs: int
+    seconds: float
+
+
 Loss = Callable[[Outputs, Batch], tuple[Array, dict[str, Array]]]  # value per query, metrics per query
 Sink = Callable[[dict[str, float], int], None]  # (metrics, step)
 
@@ -163,11 +170,18 @@ class Backend(Protocol):
         ...
 
     def logprobs(
-        self, batch: Batch, *, reference: bool = False, base: bool = False, temperature: float = 1.0
+        self,
+        batch: Batch,
+        *,
+        reference: bool = False,
+        base: bool = False,
+        temperature: float = 1.0,
+        entropy: bool = False,
     ) -> Outputs:
-        """Log-probabilities and entropy of a batch, as numpy; of the policy, the frozen reference, or the bare base.
+        """Log-probabilities of a batch, as numpy; of the policy, the frozen reference, or the bare base.
 
-        With the values of the policy's head, where there is one. The logits are divided by `temperature`, above 0.
+        With the values of the policy's head, where there is one, and the entropy where it is asked for: it is a second pass
+        over the vocabulary. The logits are divided by `temperature`, above 0.
         """
         ...
 
@@ -202,4 +216,8 @@ class Backend(Protocol):
 
     def environment(self) -> dict[str, Any]:
         """Versions, devices and flags: what bit-identical results depend on."""
+        ...
+
+    def compiled(self) -> Compiled:
+        """Programs compiled, or read from a cache, since the process began, and seconds that took; 0 where nothing is."""
         ...

@@ -19,6 +19,7 @@ from ple_jax.core.answers import Incomplete, digest
 from ple_jax.core.batches import pack
 from ple_jax.core.config import RULES
 from ple_jax.core.errors import UserError
+from ple_jax.core.rules import choice
 from ple_jax.core.types import Query, Response, Rollout, Sampling
 from ple_jax.evaluation.judges import WHERE, Judge, check_tie, pair
 from ple_jax.rewards.judge import read_rubric
@@ -171,6 +172,9 @@ class _Local(NamedTuple):
     bucket: int
 
 
+_DTYPE = choice("float32", "bfloat16")
+
+
 @dataclass(frozen=True)
 class _Asked:
     """Decides by a local model, whose weights are read at the first question."""
@@ -285,7 +289,8 @@ def local(
 def _check_local(set_model: Mapping[str, Any], backend: str, mode: str, **counts: int) -> None:
     """Refuses what a local judge cannot be, before a weight is read."""
     for option, value in set_model.items():
-        if says := RULES[f"model.{option}"](value):
+        rule = _DTYPE if option == "dtype" else RULES[f"model.{option}"]  # its verdicts are stored by dtype: no auto
+        if says := rule(value):
             raise UserError(f"{WHERE} {option} = {value!r}: give {says}")
     if mode not in ("likelihood", "text"):
         raise UserError(f"{WHERE} mode = {mode!r}: choose likelihood, text")

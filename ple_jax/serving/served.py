@@ -18,7 +18,7 @@ from jaxtyping import Float32
 
 from ple_jax.core.errors import UserError
 from ple_jax.core.secrets import from_environment
-from ple_jax.core.types import Backend, Batch, Loss, Outputs, Response, Sampling
+from ple_jax.core.types import Backend, Batch, Compiled, Loss, Outputs, Response, Sampling
 from ple_jax.models import adapters, peft
 from ple_jax.serving import commands
 from ple_jax.serving.protocol import request, response, same
@@ -94,10 +94,16 @@ class Served:
         return self.inner.stream(prompt, uniforms, sampling=sampling, base=base)
 
     def logprobs(
-        self, batch: Batch, *, reference: bool = False, base: bool = False, temperature: float = 1.0
+        self,
+        batch: Batch,
+        *,
+        reference: bool = False,
+        base: bool = False,
+        temperature: float = 1.0,
+        entropy: bool = False,
     ) -> Outputs:
         self.server.rest()
-        return self.inner.logprobs(batch, reference=reference, base=base, temperature=temperature)
+        return self.inner.logprobs(batch, reference=reference, base=base, temperature=temperature, entropy=entropy)
 
     def scores(self, batch: Batch) -> Float32[np.ndarray, "query k"]:
         self.server.rest()
@@ -126,6 +132,9 @@ class Served:
     def environment(self) -> dict[str, Any]:
         """What `inner` says, and the server's version: its address may change when a run goes on."""
         return {**self.inner.environment(), "vllm": self.server.version}
+
+    def compiled(self) -> Compiled:
+        return self.inner.compiled()
 
     def close(self) -> None:
         """Takes the run's adapter from the server, wakes it, and removes the folder. A server that is gone is no error."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from ple_jax.algorithms import Algorithm, Context, given_sources
 from ple_jax.core.errors import Damaged
-from ple_jax.core.types import Query, Rollout, Slot
+from ple_jax.core.types import Compiled, Query, Rollout, Slot
 from ple_jax.data.queries import draw
 from ple_jax.training import costs
 from ple_jax.training.journal import Journal, check, read
@@ -68,7 +68,9 @@ def first_length(run: Run[Algorithm]) -> float:
 def one_iteration(run: Run[Algorithm], state: State, learn: Learn) -> State:
     """One iteration, whatever it learns by: its end commits and evaluates. An error leaves the last commit in force."""
     run.session.progress.iteration(state.iteration + 1)
+    compiled = run.backend.compiled()
     after, rollouts, values = learn(state)
+    values |= newly_compiled(run, compiled)
     spent = {name: after.costs.seconds[name] - state.costs.seconds[name] for name in costs.PHASES if name != "evaluate"}
     new = {name: getattr(after.costs, name) - getattr(state.costs, name) for name in ("generated_tokens", "training_tokens")}
     if spent["generate"]:  # and not read from the journal
@@ -82,6 +84,20 @@ def one_iteration(run: Run[Algorithm], state: State, learn: Learn) -> State:
         metrics={**values, **new, **{f"seconds_{name}": s for name, s in spent.items()}},
     )
     return log_iteration(run, commit(after, run.backend, run.session))
+
+
+def newly_compiled(run: Run[Algorithm], before: Compiled) -> dict[str, float]:
+    """What was compiled since, which is nothing once every shape has been met: metrics, and a line where it was something.
+
+    Of a backend that compiles nothing there is nothing to say.
+    """
+    now = run.backend.compiled()
+    programs, seconds = now.programs - before.programs, now.seconds - before.seconds
+    if not now.programs:
+        return {}
+    if programs:
+        run.session.progress.log(f"compiled {programs} programs in {seconds:.1f} s")
+    return {"programs_compiled": programs, "seconds_compile": seconds}
 
 
 def learn_from_samples(

@@ -134,7 +134,7 @@ def open_run(workdir: Path, backend: str, inputs: Inputs, kept: Mapping[str, Any
     Args:
         kept: what config.json is to hold (`workdir.going_on`); of a new directory it need not be given.
     """
-    config, algorithm = begun(inputs.config, workdir), inputs.algorithm
+    config, algorithm = begun(inputs.config, workdir, backend), inputs.algorithm
     with Stop() as stop, Progress(_iterations(inputs)) as progress, contextlib.ExitStack() as stack:
         loss = algorithm.make_loss(config)
         names = ("jsonl", *(name for name in config.sinks if name != "jsonl"))  # metrics.jsonl is part of the contract

@@ -243,7 +243,7 @@ def diagnose(run: Run[Any], rollouts: Sequence[Rollout]) -> dict[str, float]:
     run.session.progress.phase("diagnose", 1)
     shape = {"prompt_multiple": run.config.sampling.bucket, "response_len": run.config.sampling.max_new_tokens}
     batch, heat = pack(rollouts, picks, **shape), run.config.sampling.temperature or 1.0
-    policy = run.backend.logprobs(batch, temperature=heat)
+    policy = run.backend.logprobs(batch, temperature=heat, entropy=True)
     reference = run.backend.logprobs(batch, reference=True, temperature=heat).logprobs
     run.session.progress.advance(1)
     return divergence(policy, reference, batch.response_mask)

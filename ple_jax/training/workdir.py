@@ -15,7 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from ple_jax.core import commits
+from ple_jax.core import backends, commits
 from ple_jax.core.config import differing, flatten
 from ple_jax.core.errors import Damaged, UserError
 from ple_jax.core.files import plain, read_json
@@ -59,15 +59,20 @@ def lock(workdir: Path) -> Iterator[None]:
         yield
 
 
-def begun(config: Any, workdir: Path) -> Any:
-    """The config with the day on which the directory's run began, or today, where it names none: chat templates ask for it,
-    and a run that goes on tomorrow must have the prompts that it began with.
+def begun(config: Any, workdir: Path, backend: str) -> Any:
+    """The config with what the machine and the day decide, as it was decided when the directory's run began, or is now.
+
+    Chat templates ask for the day, and a run that goes on tomorrow must have the prompts that it began with. So must one
+    that goes on elsewhere have the dtype.
     """
-    if config.task.date is not None:
+    if config.task.date is not None and config.model.dtype != "auto":
         return config
     kept = _config(workdir) or {}
     whole = ConfigDict(config.to_dict())
-    whole.task.date = kept.get("task", {}).get("date") or today().isoformat()
+    if whole.task.date is None:
+        whole.task.date = kept.get("task", {}).get("date") or today().isoformat()
+    if whole.model.dtype == "auto":
+        whole.model.dtype = kept.get("model", {}).get("dtype") or backends.load(backend).fast_dtype(config)
     return FrozenConfigDict(whole)
 
 

@@ -208,7 +208,7 @@ def test_the_teacher_reads_the_principles_and_the_same_tokens(tmp_path, monkeypa
 
 def test_what_is_needed_is_there_before_the_first_step():
     class Backend:
-        def logprobs(self, batch, *, reference=False, base=False, temperature=1.0):
+        def logprobs(self, batch, *, reference=False, base=False, temperature=1.0, entropy=False):
             return outputs(batch, seed=1 if reference else 0)
 
     for name, needed in (("rloo", {"old_logprobs", "reference_logprobs", "advantages"}), ("grpo", {"old_logprobs"})):

@@ -409,8 +409,8 @@ def test_names_go_there_and_back(dora):
 # ---------------------------------------------------------------- precision and dropout
 
 
-def test_the_adapter_is_fp32_over_a_bfloat16_base():
-    """Computed and added in fp32, rounded once."""
+def test_over_a_bfloat16_base_the_adapter_is_rounded_where_it_is_multiplied_alone():
+    """A product of roundings, added in fp32, and rounded once; weights and gradients stay fp32."""
     rng = np.random.default_rng(0)
     x, w = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((2, 5, 16), (16, 8)))
     a, b = (rng.normal(size=shape).astype(np.float32) for shape in ((16, 3), (3, 8)))
@@ -418,7 +418,12 @@ def test_the_adapter_is_fp32_over_a_bfloat16_base():
     linear.kernel = nnx.Param(w)
     ours = np.asarray(linear(x, LowRank(jnp.asarray(a), jnp.asarray(b))))
     assert ours.dtype == ml_dtypes.bfloat16
-    exact = np.asarray(linear(x, None), np.float64) + np.asarray(x, np.float64) @ a @ b
+
+    def rounded(values) -> np.ndarray:
+        return np.asarray(values, np.float64).astype(ml_dtypes.bfloat16).astype(np.float64)
+
+    low = rounded(np.asarray(x, np.float64) @ rounded(a)) @ rounded(b)
+    exact = np.asarray(x, np.float64) @ np.asarray(w, np.float64) + low
     np.testing.assert_array_equal(ours, exact.astype(ml_dtypes.bfloat16))
     gradients = jax.grad(lambda a, b: linear(x, LowRank(a, b)).astype(jnp.float32).sum(), (0, 1))(a, b)
     assert {g.dtype for g in gradients} == {np.dtype(np.float32)}

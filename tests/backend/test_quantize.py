@@ -167,9 +167,9 @@ def test_no_gradient_reaches_the_scales(kind):
 def test_bfloat16_activations(kind):
     quantised, x = quantize(kernel(256, 32), kind), jnp.asarray(kernel(4, 256, seed=1), jnp.bfloat16)
     y = jax.jit(project)(x, quantised)
-    assert y.dtype == jnp.bfloat16
+    assert y.dtype == jnp.float32
     expected = np.asarray(x).astype(np.float64) @ expanded(quantised)
-    # a sum of 256 products, weights and result rounded once each
+    # a sum of 256 products, of weights that are rounded once each
     np.testing.assert_allclose(np.asarray(y).astype(np.float64), expected, atol=4 * BF16_STEP * 256**0.5, rtol=BF16_STEP)
 
 

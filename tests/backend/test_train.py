@@ -16,6 +16,7 @@ from test_model import build
 from ple_jax.backend import backend as jax_backend
 from ple_jax.backend import forward, lora, sharding, train
 from ple_jax.backend.model import Model, fill
+from ple_jax.core.batches import packed_width
 from ple_jax.core.errors import UserError
 from ple_jax.core.types import Batch
 from ple_jax.models import adapters
@@ -89,22 +90,25 @@ def peft_model(rank=4):
     return model, adapter
 
 
+@pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize("scan", quick([False, True], False))
-def test_packed_rows_equal_separate_rows_in_peft(scan):
+def test_packed_rows_equal_separate_rows_in_peft(scan, narrow):
     """Log-probabilities and LoRA gradients of [prompt | y1 | y2] in one row, against PEFT on rows of their own."""
     batch = random_batch()
+    time = packed_width(batch) if narrow else None
+    assert not narrow or time < batch.prompt.shape[1] + 2 * batch.response.shape[2]
     theirs, adapter = peft_model()
     model, base = build(scan=scan)
     expected = separate_logprobs(theirs, batch)
     fused = lora.fuse(model, adapter, tiny.LORA)
-    ours = jax.jit(lambda b: forward.outputs(model, base, fused, b, entropy=True))(batch)
+    ours = jax.jit(lambda b: forward.outputs(model, base, fused, b, time=time, entropy=True))(batch)
     np.testing.assert_allclose(ours.logprobs, expected.detach().numpy(), atol=1e-4)
     assert not np.asarray(ours.logprobs)[~batch.response_mask].any()
 
     (-expected.sum() / 4).backward()
     grads, metrics = jax.jit(
         lambda a: train.gradients(
-            model, tiny.LORA, negative_likelihood, base, a, batch, jnp.float32(1 / 4), jax.random.key(0)
+            model, tiny.LORA, negative_likelihood, base, a, batch, jnp.float32(1 / 4), jax.random.key(0), time=time
         )
     )(adapter)
     named = {name.replace(".default", ""): p.grad.numpy() for name, p in theirs.named_parameters() if p.grad is not None}
@@ -175,6 +179,29 @@ def test_gradient_of_confident_tokens_with_a_bfloat16_head(softcap):
     gradient = jax.grad(lambda x: forward.token_logprobs(jnp.asarray(head), x, targets, softcap).sum())(jnp.asarray(hidden))
     error = np.linalg.norm(np.asarray(gradient, np.float64) - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
     assert error.max() < 0.02
+
+
+def test_a_packed_row_has_no_padding_inside_and_a_response_sees_its_own():
+    """By hand: prompts of 2 and 3 tokens, responses of 2 and 1, and of 1 and 3."""
+    prompt = np.array([[0, 5, 6], [7, 8, 9]], np.int32)
+    response = np.array([[[11, 12, 0], [21, 0, 0]], [[31, 0, 0], [41, 42, 43]]], np.int32)
+    batch = Batch(prompt, prompt > 0, response, response > 0, {})
+    packed = jax.tree.map(np.asarray, forward.pack(batch, 7))
+    assert packed.tokens.tolist() == [[5, 6, 11, 12, 21, 0, 0], [7, 8, 9, 31, 41, 42, 43]]
+    assert packed.positions[0, :5].tolist() == [0, 1, 2, 3, 2] and packed.positions[1].tolist() == [0, 1, 2, 3, 3, 4, 5]
+    assert packed.length.tolist() == [2, 3] and packed.targets[:, :3].tolist() == [[11, 12, 21], [31, 41, 42]]
+    assert packed.begins[:, :4].tolist() == [[True, False, True, False], [True, True, False, False]]
+    seen = [[np.flatnonzero(row).tolist() for row in rows] for rows in packed.mask]
+    assert seen[0][:5] == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 4]]
+    assert seen[1] == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 4], [0, 1, 2, 4, 5], [0, 1, 2, 4, 5, 6]]
+    assert packed.places[batch.response_mask].tolist() == [0, 1, 2, 0, 1, 2, 3]
+
+
+def test_entropy_is_of_who_asks_for_it():
+    batch, ours = random_batch(), backend()
+    assert ours.logprobs(batch).entropy is None
+    asked = ours.logprobs(batch, entropy=True)
+    assert (asked.entropy[batch.response_mask] > 0).all() and not asked.entropy[~batch.response_mask].any()
 
 
 def test_accumulated_micro_batches_equal_one_batch():

@@ -74,7 +74,7 @@ class Policy:
         self.tensors = {name: np.full_like(tensor, float(path.name)) for name, tensor in self.tensors.items()}
         return {}
 
-    def logprobs(self, batch, *, reference=False, base=False, temperature=1.0):
+    def logprobs(self, batch, *, reference=False, base=False, temperature=1.0, entropy=False):
         return ("logprobs", batch, reference)
 
     def environment(self):

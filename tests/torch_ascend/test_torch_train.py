@@ -369,7 +369,7 @@ def test_weight_decay_is_of_the_low_rank_matrices_alone():
 
 def test_logprobs_and_entropy_are_those_of_jax():
     batch = random_batch()
-    ours, theirs = backend().logprobs(batch), test_train.backend().logprobs(batch)
+    ours, theirs = (made.logprobs(batch, entropy=True) for made in (backend(), test_train.backend()))
     for name in ("logprobs", "entropy"):
         x = getattr(ours, name)
         assert isinstance(x, np.ndarray) and x.dtype == np.float32

@@ -317,6 +317,9 @@ def test_what_was_quarantined_is_not_trained_on(records, tmp_path):
         workdir = train(tmp_path / "run", "dpo", records, **options, seed=seed)
     assert len(read(workdir / "rollouts" / "iter_0000.jsonl")) == made[0].train_dataset.num_rows == 7
     assert made[0].state.max_steps == 2 and summary(workdir)["queries"] == 8  # all of them were scored
+    first, second = (line["loss"] for line in made[0].state.log_history if "loss" in line)
+    logged = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
+    assert logged["loss"] == pytest.approx((4 * first + 3 * second) / 7, rel=1e-9) and first != second
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(records, tmp_path):

@@ -172,7 +172,7 @@ def test_a_run_keeps_the_day_on_which_it_began(tmp_path, monkeypatch):
 
     def on(day):
         monkeypatch.setattr(workdir, "today", lambda: datetime.date.fromisoformat(day))
-        return workdir.begun(config, tmp_path)
+        return workdir.begun(config, tmp_path, "torch")
 
     first = on("2026-11-28")
     assert first.task.date == "2026-11-28" and config.task.date is None
@@ -184,7 +184,7 @@ def test_a_run_keeps_the_day_on_which_it_began(tmp_path, monkeypatch):
     assert later.task.date == "2026-11-28"
     workdir.check_config(tmp_path, run_keys(later, "jax", {}))
     said = FrozenConfigDict(configured("ple", task__date="2026-12-01"))
-    assert workdir.begun(said, tmp_path).task.date == "2026-12-01"
+    assert workdir.begun(said, tmp_path, "torch").task.date == "2026-12-01"
     with pytest.raises(UserError, match="differing in task.date"):
         workdir.check_config(tmp_path, run_keys(said, "jax", {}))
     # runs of several days are seeds of one method

@@ -30,7 +30,7 @@ class Table:
     def __init__(self):
         self.asked: list[float] = []
 
-    def logprobs(self, batch, *, reference=False, base=False, temperature=1.0):
+    def logprobs(self, batch, *, reference=False, base=False, temperature=1.0, entropy=False):
         self.asked.append(temperature)
         found = np.log(REFERENCE if reference else POLICY)[batch.response]
         return Outputs(np.where(batch.response_mask, found, 0.0), np.full(batch.response.shape, TRUE_ENTROPY))

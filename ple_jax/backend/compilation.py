@@ -1,0 +1,152 @@
+"""Compiled programs that outlive a process: JAX's persistent cache, made safe to share and to be killed in; and their count.
+
+JAX writes an entry where others read, and none again where there is one: of a process that is killed while it writes, half
+an entry stays, which every later one reads, warns of and compiles after all. So JAX has a folder of this process alone,
+`used/PID`, whose entries are links to the shared ones, and what it adds is published by a link, which has all of it at once.
+
+The shared folder is one for each version of jaxlib and kind of processor: machine code for one may be wrong on another.
+"""
+
+import atexit
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import jax
+import jaxlib
+
+from ple_jax.core import processor
+from ple_jax.core.types import Compiled
+
+_WORTH = 0.2  # seconds: a program that compiles faster than this is not kept
+_UNUSED = 60 * 86400.0  # seconds since it was last read, after which an entry goes
+_COMPILED, _WRITTEN = "/jax/core/compile/backend_compile_duration", "/jax/compilation_cache/cache_misses"
+
+
+def folder() -> Path:
+    """Where programs are kept: JAX_COMPILATION_CACHE_DIR, or the user's cache folder; for this jaxlib and processor."""
+    given = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    root = Path(given) if given else user / "ple_jax" / "programs"
+    return root / f"{jaxlib.__version__}-{processor.digest()}"
+
+
+class _Open(NamedTuple):
+    shared: Path
+    own: Path
+    lock: IO[str]  # held as long as the process lives: whose lock is free has ended, however it did
+    process: int
+
+
+_open: _Open | None = None
+_seen = Compiled(0, 0.0)
+_writing = False  # JAX is about to write an entry: it says so before, and has compiled after
+
+
+def keep(shared: Path | None = None) -> bool:
+    """From here on JAX finds compiled programs in a folder, to which what it compiles is added; whether that is so.
+
+    It is not where the folder cannot be written, or has no links: programs are compiled then, as without it. Nor where
+    JAX_COMPILATION_CACHE_DIR is an address, as of a bucket, which JAX reads and writes by itself.
+
+    Args:
+        shared: `folder()`, if it is not given.
+    """
+    global _open
+    if shared is None and "://" in os.environ.get("JAX_COMPILATION_CACHE_DIR", ""):
+        return False
+    shared = shared or folder()
+    if _open is not None and _open.shared == shared:
+        return True
+    try:
+        opened = _opened(shared)
+    except OSError:
+        return False  # what JAX has, if anything, it keeps
+    close()
+    _open = opened
+    jax.config.update("jax_compilation_cache_dir", str(_open.own))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", _WORTH)
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # files of their own, in a folder that goes
+    _reset()
+    return True
+
+
+def _opened(shared: Path) -> _Open:
+    used = shared / "used"
+    used.mkdir(parents=True, exist_ok=True)
+    for other in used.iterdir():
+        _swept(other)
+    own = Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=used))
+    lock = (own / "unlocked").open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    (own / "unlocked").rename(own / "lock")  # and not before: another process would take a free lock for a dead one's
+    for entry in shared.glob("*-cache"):
+        with contextlib.suppress(FileNotFoundError):  # another process has just dropped it
+            if time.time() - entry.stat().st_atime > _UNUSED:
+                entry.unlink()
+            else:
+                os.link(entry, own / entry.name)
+    return _Open(shared, own, lock, os.getpid())
+
+
+def _swept(own: Path) -> None:
+    """Removes the folder of a process that has ended without doing so."""
+    with contextlib.suppress(OSError), (own / "lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(own)
+
+
+def publish() -> None:
+    """What this process compiled, for others to find."""
+    if _open is None:
+        return
+    for entry in _open.own.glob("*-cache"):
+        with contextlib.suppress(OSError):  # it is there, or the disk is full: it will be compiled again
+            os.link(entry, _open.shared / entry.name)
+
+
+def close() -> None:
+    """Removes the folder of this process, after what is in it was published."""
+    global _open
+    if _open is not None and _open.process == os.getpid():  # and not a child that was forked
+        publish()
+        shutil.rmtree(_open.own, ignore_errors=True)
+        _open.lock.close()
+    _open = None
+
+
+def _reset() -> None:
+    """JAX opens its cache once; what it has opened is let go."""
+    from jax.experimental.compilation_cache import compilation_cache
+
+    compilation_cache.reset_cache()
+
+
+def compiled() -> Compiled:
+    """Programs that were compiled, or read from the cache, by this process until now, and the seconds that took."""
+    return _seen
+
+
+def _on_duration(event: str, seconds: float, **_: object) -> None:
+    global _seen, _writing
+    if event == _COMPILED:
+        _seen = Compiled(_seen.programs + 1, _seen.seconds + seconds)
+        if _writing:
+            _writing = False
+            publish()
+
+
+def _on_event(event: str, **_: object) -> None:
+    global _writing
+    _writing = _writing or event == _WRITTEN
+
+
+jax.monitoring.register_event_duration_secs_listener(_on_duration)
+jax.monitoring.register_event_listener(_on_event)
+atexit.register(close)

@@ -1,0 +1,103 @@
+"""Dots in bfloat16: numbers and gradients against float64, and that a whole training step has no other kind of dot."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from test_train import negative_likelihood, random_batch
+
+from ple_jax.backend import dots, generate, lora, train
+from ple_jax.backend.model import Model
+from ple_jax.core.types import Sampling
+
+STEP = 2.0**-8  # largest relative error of a rounding to bfloat16
+
+
+def drawn(*shape, seed=0, dtype=jnp.bfloat16):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def exact(x) -> np.ndarray:
+    return np.asarray(x, np.float64)
+
+
+@pytest.mark.parametrize("fn", [dots.project, jax.jit(dots.project)], ids=["eager", "jit"])
+def test_a_frozen_kernel(fn):
+    x, kernel, g = drawn(3, 5, 64), drawn(64, 2, 24, seed=1), drawn(3, 5, 2, 24, seed=2, dtype=jnp.float32)
+    y, pull = jax.vjp(fn, x, kernel)
+    assert y.dtype == jnp.float32
+    # products of bfloat16 are exact in float32
+    np.testing.assert_allclose(exact(y), np.tensordot(exact(x), exact(kernel), 1), atol=1e-4)
+    to_x, to_kernel = pull(g)
+    assert to_x.dtype == jnp.bfloat16
+    np.testing.assert_allclose(exact(to_x), np.einsum("btcd,icd->bti", exact(g), exact(kernel)), atol=3 * STEP * 48**0.5)
+    assert not np.asarray(to_kernel, np.float32).any()
+
+
+def test_a_low_rank_product_has_gradients_in_float32():
+    x, down, up = drawn(6, 5, 64), drawn(64, 8, seed=1, dtype=jnp.float32) / 8, drawn(8, 24, seed=2, dtype=jnp.float32)
+    y, pull = jax.vjp(dots.low_rank, x, down, up)
+    np.testing.assert_allclose(exact(y), exact(x) @ exact(down) @ exact(up), atol=4 * STEP * 8**0.5)
+    g = drawn(6, 5, 24, seed=3, dtype=jnp.float32)
+    to_x, to_down, to_up = pull(g)
+    assert (to_x.dtype, to_down.dtype, to_up.dtype) == (jnp.bfloat16, jnp.float32, jnp.float32)
+    back = exact(g) @ exact(up).T
+    scale = 24**0.5  # of an entry of `back`, a sum of 24 products
+    np.testing.assert_allclose(exact(to_x), back @ exact(down).T, atol=4 * STEP * scale)
+    np.testing.assert_allclose(exact(to_down), np.einsum("bti,btr->ir", exact(x), back), atol=4 * STEP * scale * 30**0.5)
+    h = exact(x) @ exact(down)
+    np.testing.assert_allclose(exact(to_up), np.einsum("btr,bto->ro", h, exact(g)), atol=4 * STEP * 30**0.5)
+    # float32: bfloat16 would have rounded them once more, to few digits
+    assert (exact(to_down) != exact(to_down.astype(jnp.bfloat16))).mean() > 0.9
+
+
+def test_experts_of_their_own():
+    x, kernels, sizes = drawn(10, 16), drawn(3, 16, 24, seed=1), jnp.asarray([4, 0, 6], jnp.int32)
+    expert = np.repeat(np.arange(3), np.asarray(sizes))
+    y, pull = jax.vjp(lambda x: dots.grouped(x, kernels, sizes), x)
+    np.testing.assert_allclose(exact(y), np.einsum("ni,nio->no", exact(x), exact(kernels)[expert]), atol=1e-4)
+    g = drawn(10, 24, seed=2, dtype=jnp.float32)
+    expected = np.einsum("no,nio->ni", exact(g), exact(kernels)[expert])
+    np.testing.assert_allclose(exact(pull(g)[0]), expected, atol=3 * STEP * 24**0.5)
+
+
+def test_of_float32_all_is_left_to_jax():
+    x, kernel = drawn(4, 16, dtype=jnp.float32), drawn(16, 8, seed=1, dtype=jnp.float32)
+    np.testing.assert_array_equal(dots.project(x, kernel), jnp.tensordot(x, kernel, 1))
+    assert "custom_vjp" not in str(jax.make_jaxpr(dots.project)(x, kernel))
+
+
+_DOT = re.compile(r"(?:dot_general|ragged_dot)\b.*: \(tensor<([^>]*)>, tensor<([^>]*)>.*\) -> tensor<([^>]*)>")
+
+
+def kinds_of_dots(lowered) -> set[tuple[str, ...]]:
+    """(operand, operand, result) dtypes of all dots of a program."""
+    found = {tuple(shape.rsplit("x", 1)[-1] for shape in dot) for dot in _DOT.findall(lowered.as_text())}
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("remat", ["none", "dots"])
+@pytest.mark.parametrize("scan", [False, True])
+def test_a_step_and_a_response_are_of_such_dots_alone(scan, remat):
+    model = Model.create(tiny.CONFIG, dtype=jnp.bfloat16, scan=scan, remat=remat)
+    adapter = tiny.random_adapter(tiny.CONFIG)
+
+    def step(base, adapter, batch):
+        return train.gradients(
+            model, tiny.LORA, negative_likelihood, base, adapter, batch, jnp.float32(1), jax.random.key(0)
+        )  # fmt: skip
+
+    batch = random_batch()
+    assert kinds_of_dots(jax.jit(step).lower(model.shapes, adapter, batch)) == {("bf16", "bf16", "f32")}
+
+    def sample(base, adapter, prompt, mask, noise):
+        fused = lora.fuse(model, adapter, tiny.LORA)
+        prefix = jnp.zeros(0, jnp.int32)
+        return generate.generate(model, base, fused, prompt, mask, prefix, noise, sampling=Sampling(4, ()))
+
+    data = batch.prompt, batch.prompt_mask, np.zeros((4, 4), np.float32)
+    assert kinds_of_dots(jax.jit(sample).lower(model.shapes, adapter, *data)) == {("bf16", "bf16", "f32")}

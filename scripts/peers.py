@@ -1,0 +1,194 @@
+"""The other side of `scripts/benchmark.py`: transformers, PEFT and TRL, in the dtype and the modes that suit them best."""
+
+import contextlib
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
+
+from ple_jax.core.types import Batch
+from ple_jax.models import weights
+
+RANK, ALPHA = 8, 16
+_PAGE = 32  # tokens
+
+
+def dtype(device: str) -> torch.dtype:
+    """The dtype in which this device multiplies faster, measured on one matmul of a small model's shape."""
+    seconds = {}
+    for kind in (torch.bfloat16, torch.float32):
+        x, w = (torch.randn(shape, dtype=kind, device=device) for shape in ((64, 576), (3072, 576)))
+        for _ in range(3):
+            torch.nn.functional.linear(x, w).sum().item()
+        started = time.perf_counter()
+        for _ in range(10):
+            torch.nn.functional.linear(x, w).sum().item()
+        seconds[kind] = time.perf_counter() - started
+    return min(seconds, key=seconds.__getitem__)
+
+
+def model(loaded: weights.Loaded, kind: torch.dtype, device: str) -> Any:
+    """transformers' model of the same weights with a fresh PEFT adapter on every linear module."""
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(**loaded.raw, pad_token_id=0)
+    config._attn_implementation = "sdpa"
+    made = AutoModelForCausalLM.from_config(config, dtype=kind)
+    tensors = {name: torch.tensor(np.asarray(array, np.float32)).to(kind) for name, array in loaded.weights.items()}
+    made.load_state_dict(tensors, strict=not loaded.config.tie_embeddings)
+    lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
+    return get_peft_model(made.to(device), lora)
+
+
+# ---------------------------------------------------------------- sampling
+
+
+def generate(made: Any, prompts: np.ndarray, new: int) -> Callable[[], None]:
+    """transformers' `generate`: a static batch that waits for its longest response."""
+    ids = torch.tensor(prompts, device=made.device)
+
+    def call() -> None:
+        with torch.inference_mode():
+            made.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new,
+                do_sample=True, top_k=0, eos_token_id=None,
+            )  # fmt: skip
+
+    return call
+
+
+def generate_batch(made: Any, prompts: np.ndarray, new: int) -> Callable[[], None]:
+    """transformers' continuous batching, on the model inside PEFT's, whose adapter is in its modules."""
+    inner = made.get_base_model()
+    settings = GenerationConfig(max_new_tokens=new, do_sample=True, top_k=0, eos_token_id=-1, pad_token_id=0)
+    rows, how = prompts.tolist(), {}
+    if made.device.type == "cpu":  # where it would take nine tenths of the memory for keys and values
+        pages = len(rows) * -(-(prompts.shape[1] + new) // _PAGE)
+        how["continuous_batching_config"] = ContinuousBatchingConfig(
+            page_size=_PAGE, num_blocks=pages + len(rows), max_batch_tokens=max(prompts.size, _PAGE)
+        )
+
+    def call() -> None:
+        with torch.inference_mode():
+            found = inner.generate_batch(rows, generation_config=settings, progress_bar=False, **how)
+        lengths = {len(one.generated_tokens) for one in found.values()}
+        if len(found) != len(rows) or lengths != {new}:
+            raise RuntimeError(f"generate_batch gave {len(found)} responses of {sorted(lengths)} tokens")
+
+    return call
+
+
+# ---------------------------------------------------------------- steps
+
+
+def lora_step(made: Any, batch: Batch) -> Callable[[], None]:
+    """A step of PEFT's model on a batch whose rows are whole, a row for every response: labels on the responses."""
+    k = batch.response.shape[1]
+    rows = np.concatenate([np.repeat(batch.prompt, k, 0), batch.response.reshape(len(batch.prompt) * k, -1)], 1)
+    ids = torch.tensor(rows, device=made.device).long()
+    labels = ids.clone()
+    labels[:, : batch.prompt.shape[1]] = -100
+    parameters = [p for p in made.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+
+    def call() -> None:
+        optimizer.zero_grad()
+        made(input_ids=ids, labels=labels).loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+
+    return call
+
+
+Pair = dict[str, list[int]]  # prompt_ids, chosen_ids, rejected_ids
+
+
+@contextlib.contextmanager
+def dpo_step(made: Any, tokenizer: Any, pairs: Sequence[Pair], beta: float) -> Iterator[Callable[[], None]]:
+    """A step of TRL's DPO trainer on these pairs, all of them one batch, in the rows that its collator makes."""
+    import trl
+    from datasets import Dataset
+
+    class Trainer(trl.DPOTrainer):
+        def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
+            return dataset
+
+    with _arguments(trl.DPOConfig, made, per_device_train_batch_size=len(pairs), beta=beta, max_length=None) as args:
+        trainer = Trainer(
+            model=made, args=args, train_dataset=Dataset.from_list(list(pairs)), processing_class=tokenizer
+        )
+        yield lambda: _silently(trainer)
+
+
+Reward = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
+
+
+@contextlib.contextmanager
+def grpo_iteration(
+    made: Any, tokenizer: Any, prompts: Sequence[str], reward: Reward, *, samples: int, new: int, micro: int, steps: int
+) -> Iterator[Callable[[], None]]:
+    """TRL's GRPO: samples of every prompt at once, rewards, and `steps` optimiser steps on all of them."""
+    import trl
+    from datasets import Dataset
+
+    per_step = len(prompts) // steps
+    options = {
+        "per_device_train_batch_size": micro * samples, "gradient_accumulation_steps": per_step // micro,
+        "num_generations": samples, "steps_per_generation": len(prompts) // micro, "max_completion_length": new,
+        "temperature": 1.0, "top_p": 1.0, "top_k": 0, "beta": 0.0, "shuffle_dataset": False,
+    }  # fmt: skip
+    with _arguments(trl.GRPOConfig, made, **options) as args:
+        trainer = trl.GRPOTrainer(
+            model=made,
+            args=args,
+            train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
+            processing_class=tokenizer,
+            reward_funcs=lambda prompts, completions, **_: list(reward(prompts, completions)),
+        )
+        yield lambda: _silently(trainer)
+
+
+@contextlib.contextmanager
+def online_dpo_iteration(
+    made: Any, tokenizer: Any, prompts: Sequence[str], reward: Reward, *, new: int, micro: int, steps: int
+) -> Iterator[Callable[[], None]]:
+    """TRL's online DPO: two samples of every prompt, the better one is chosen, and as many optimiser steps."""
+    from datasets import Dataset
+    from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
+
+    options = {
+        "per_device_train_batch_size": micro, "gradient_accumulation_steps": len(prompts) // steps // micro,
+        "max_new_tokens": new, "temperature": 1.0,
+    }  # fmt: skip
+    with _arguments(OnlineDPOConfig, made, **options) as args:
+        trainer = OnlineDPOTrainer(
+            model=made,
+            args=args,
+            train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
+            processing_class=tokenizer,
+            reward_funcs=lambda prompts, completions, **_: list(reward(prompts, completions)),
+        )
+        yield lambda: _silently(trainer)
+
+
+@contextlib.contextmanager
+def _arguments(kind: Any, made: Any, **options: Any) -> Iterator[Any]:
+    """TRL's settings: nothing is saved or sent, one pass over the data, and the learning rate of the other side."""
+    cpu = made.device.type == "cpu"
+    with tempfile.TemporaryDirectory() as folder:
+        yield kind(
+            output_dir=folder, num_train_epochs=1, learning_rate=1e-4, max_grad_norm=1.0, save_strategy="no",
+            report_to="none", disable_tqdm=True, logging_strategy="no", use_cpu=cpu, dataloader_pin_memory=not cpu,
+            bf16=False, activation_checkpointing=False, **options,  # the model is in its dtype already
+        )  # fmt: skip
+
+
+def _silently(trainer: Any) -> None:
+    """Another pass over the data; what trainers print of it is not said."""
+    with contextlib.redirect_stdout(None):
+        trainer.train()

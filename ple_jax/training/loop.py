@@ -87,9 +87,9 @@ def one_iteration(run: Run[Algorithm], state: State, learn: Learn) -> State:
 
 
 def newly_compiled(run: Run[Algorithm], before: Compiled) -> dict[str, float]:
-    """What was compiled since, which is nothing once every shape has been met: metrics, and a line where it was something.
+    """What was compiled since, which is nothing once every shape has been met: a line where it was something, and seconds.
 
-    Of a backend that compiles nothing there is nothing to say.
+    They are of this process, like all seconds: of a backend that compiles nothing there are none.
     """
     now = run.backend.compiled()
     programs, seconds = now.programs - before.programs, now.seconds - before.seconds
@@ -97,7 +97,7 @@ def newly_compiled(run: Run[Algorithm], before: Compiled) -> dict[str, float]:
         return {}
     if programs:
         run.session.progress.log(f"compiled {programs} programs in {seconds:.1f} s")
-    return {"programs_compiled": programs, "seconds_compile": seconds}
+    return {"seconds_compile": seconds}
 
 
 def learn_from_samples(

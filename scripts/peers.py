@@ -134,7 +134,6 @@ def grpo_iteration(
 ) -> Iterator[Callable[[], None]]:
     """TRL's GRPO: samples of every prompt at once, rewards, and `steps` optimiser steps on all of them."""
     import trl
-    from datasets import Dataset
 
     per_step = len(prompts) // steps
     options = {
@@ -143,13 +142,7 @@ def grpo_iteration(
         "temperature": 1.0, "top_p": 1.0, "top_k": 0, "beta": 0.0, "shuffle_dataset": False,
     }  # fmt: skip
     with _arguments(trl.GRPOConfig, made, **options) as args:
-        trainer = trl.GRPOTrainer(
-            model=made,
-            args=args,
-            train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
-            processing_class=tokenizer,
-            reward_funcs=lambda prompts, completions, **_: list(reward(prompts, completions)),
-        )
+        trainer = _sampling(trl.GRPOTrainer, made, args, tokenizer, prompts, reward)
         yield lambda: _silently(trainer)
 
 
@@ -158,7 +151,6 @@ def online_dpo_iteration(
     made: Any, tokenizer: Any, prompts: Sequence[str], reward: Reward, *, new: int, micro: int, steps: int
 ) -> Iterator[Callable[[], None]]:
     """TRL's online DPO: two samples of every prompt, the better one is chosen, and as many optimiser steps."""
-    from datasets import Dataset
     from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 
     options = {
@@ -166,14 +158,21 @@ def online_dpo_iteration(
         "max_new_tokens": new, "temperature": 1.0,
     }  # fmt: skip
     with _arguments(OnlineDPOConfig, made, **options) as args:
-        trainer = OnlineDPOTrainer(
-            model=made,
-            args=args,
-            train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
-            processing_class=tokenizer,
-            reward_funcs=lambda prompts, completions, **_: list(reward(prompts, completions)),
-        )
+        trainer = _sampling(OnlineDPOTrainer, made, args, tokenizer, prompts, reward)
         yield lambda: _silently(trainer)
+
+
+def _sampling(kind: Any, made: Any, args: Any, tokenizer: Any, prompts: Sequence[str], reward: Reward) -> Any:
+    """One of TRL's trainers that sample."""
+    from datasets import Dataset
+
+    return kind(
+        model=made,
+        args=args,
+        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
+        processing_class=tokenizer,
+        reward_funcs=lambda prompts, completions, **_: list(reward(prompts, completions)),
+    )
 
 
 @contextlib.contextmanager

@@ -202,7 +202,7 @@ class TorchBackend:
             part = self.put(batch, rows)
             # dropout depends on the number of steps taken, which a checkpoint holds: a resumed run draws the same
             torch.manual_seed(np.random.SeedSequence([self.seed, self.steps, i]).generate_state(1)[0])
-            found = train.gradients(self.model, loss, self.policy, part, share, packed_width(batch), temperature)
+            found = train.gradients(self.model, loss, self.policy, part, share, temperature, packed_width(batch))
             for name, value in found.items():
                 metrics[name] = metrics.get(name, 0.0) + value
         return metrics

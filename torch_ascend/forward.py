@@ -1,13 +1,13 @@
 """What the model says of a batch: log-probabilities, entropy, values and scores of packed rows, chunked over time."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Float32, Int64, Shaped
+from jaxtyping import Float, Float32, Int64, Shaped
 from torch import Tensor
 
-from ple_jax.core.types import Batch, Outputs
+from ple_jax.core.types import Batch, Outputs, Packed
 from ple_jax.models import adapters
 from torch_ascend import lora
 from torch_ascend.model import Model
@@ -68,18 +68,6 @@ def token_entropy(
         logp = _tempered(model.logits(h), temperature).log_softmax(-1)
         parts.append(-(logp.exp() * logp).sum(-1))
     return torch.cat(parts).view(hidden.shape[:-1])
-
-
-class Packed(NamedTuple):
-    """Rows of [prompt | response 1 | ... | response K | padding], without padding inside: a pair costs P + 2R tokens."""
-
-    tokens: Int64[Tensor, "row time"]
-    positions: Int64[Tensor, "row time"]  # every response's are those after the prompt
-    mask: Bool[Tensor, "row time time"]  # a response sees the prompt and itself, never another one
-    length: Int64[Tensor, " row"]  # of the prompt: where the responses begin
-    begins: Bool[Tensor, "row said"]  # of the response tokens, in their order: whether it is its response's first
-    targets: Int64[Tensor, "row said"]
-    places: Int64[Tensor, "row k response_len"]  # among the response tokens, of every one; of masked ones any
 
 
 def pack(batch: Batch, time: int | None = None) -> Packed:

@@ -44,8 +44,8 @@ def gradients(
     adapter: adapters.Adapter,
     batch: Batch,
     share: float,
-    time: int | None = None,
     temperature: float = 1.0,
+    time: int | None = None,
 ) -> dict[str, Tensor]:
     """Adds to the leaves' gradients those of the mean loss over the optimiser batch, this micro-batch's part; its metrics.
 
@@ -53,8 +53,8 @@ def gradients(
         adapter: of leaves that gather gradients.
         batch: of tensors on the model's device.
         share: 1 / the real rows of the optimiser batch.
-        time: tokens of a packed row.
         temperature: what the logits are divided by.
+        time: tokens of a packed row.
     """
     said: Any = Lazy(model, adapter, batch, time, temperature)
     value, metrics = loss(said, batch)

@@ -41,6 +41,7 @@ class _Open(NamedTuple):
     own: Path
     lock: IO[str]  # held as long as the process lives: whose lock is free has ended, however it did
     process: int
+    shared_too: set[str]  # names of entries that need no publishing
 
 
 _open: _Open | None = None
@@ -86,13 +87,15 @@ def _opened(shared: Path) -> _Open:
     lock = (own / "unlocked").open("w")
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     (own / "unlocked").rename(own / "lock")  # and not before: another process would take a free lock for a dead one's
+    linked = set()
     for entry in shared.glob("*-cache"):
         with contextlib.suppress(FileNotFoundError):  # another process has just dropped it
             if time.time() - entry.stat().st_atime > _UNUSED:
                 entry.unlink()
             else:
                 os.link(entry, own / entry.name)
-    return _Open(shared, own, lock, os.getpid())
+                linked.add(entry.name)
+    return _Open(shared, own, lock, os.getpid(), linked)
 
 
 def _swept(own: Path) -> None:
@@ -107,8 +110,10 @@ def publish() -> None:
     if _open is None:
         return
     for entry in _open.own.glob("*-cache"):
-        with contextlib.suppress(OSError):  # it is there, or the disk is full: it will be compiled again
-            os.link(entry, _open.shared / entry.name)
+        if entry.name not in _open.shared_too:
+            with contextlib.suppress(OSError):  # another process was first, or the disk is full: it is compiled again then
+                os.link(entry, _open.shared / entry.name)
+            _open.shared_too.add(entry.name)
 
 
 def close() -> None:

@@ -2,15 +2,15 @@
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Shaped
+from jaxtyping import Array, Float, Float32, Int, Int32, Shaped
 
 from ple_jax.backend import sharding
 from ple_jax.backend.model import Model, head_logits
-from ple_jax.core.types import Batch, Outputs
+from ple_jax.core.types import Batch, Outputs, Packed
 from ple_jax.models import adapters
 
 CHUNK = 512  # tokens whose logits exist at one time: 100 MB in fp32 at a vocabulary of 49152
@@ -102,18 +102,6 @@ def token_entropy(
     return _over_time(f, hidden, jnp.zeros(hidden.shape[:2], jnp.int32), shards)
 
 
-class Packed(NamedTuple):
-    """Rows of [prompt | response 1 | ... | response K | padding], without padding inside: a pair costs P + 2R tokens."""
-
-    tokens: Int32[Array, "row time"]
-    positions: Int32[Array, "row time"]  # every response's are those after the prompt
-    mask: Bool[Array, "row time time"]  # a response sees the prompt and itself, never another one
-    length: Int32[Array, " row"]  # of the prompt: where the responses begin
-    begins: Bool[Array, "row said"]  # of the response tokens, in their order: whether it is its response's first
-    targets: Int32[Array, "row said"]
-    places: Int32[Array, "row k response_len"]  # among the response tokens, of every one; of masked ones outside
-
-
 def pack(batch: Batch, time: int | None = None) -> Packed:
     """A batch's rows as the model takes them.
 
@@ -160,7 +148,6 @@ def _responses(x: Array, length: Int32[Array, " row"], said: int) -> Shaped[Arra
 
 def _at(x: Shaped[Array, "row time *rest"], index: Int32[Array, "row n"]) -> Shaped[Array, "row n *rest"]:
     """Entries of every row, none twice; zero where the index is outside."""
-
 
     def of_row(x: Array, index: Array) -> Array:
         # unique: then the gradient's scatter needs no order among its additions, and is the same every time

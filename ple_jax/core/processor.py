@@ -1,8 +1,9 @@
 """What this machine's processor is, and whether it computes in bfloat16."""
 
-import hashlib
 import platform
 from pathlib import Path
+
+from ple_jax.core import identity
 
 CPUINFO = Path("/proc/cpuinfo")  # of Linux; elsewhere little is known
 _BFLOAT16 = frozenset({"amx_bf16", "avx512_bf16"})
@@ -16,7 +17,7 @@ def bfloat16() -> bool:
 def digest() -> str:
     """12 digits that stand for the processor's kind and all it can do: machine code for one may be wrong on another."""
     said = _lines("flags", "Features", "model name", "CPU part") or {platform.machine(), platform.processor()}
-    return hashlib.sha256("\n".join(sorted(said)).encode()).hexdigest()[:12]
+    return identity.digest(["\n".join(sorted(said)).encode()])[:12]
 
 
 def _lines(*begin: str) -> set[str]:

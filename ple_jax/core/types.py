@@ -90,6 +90,21 @@ class Batch(NamedTuple):
     data: dict[str, np.ndarray]  # [query] or [query, k, ...]; "valid" is 0 on rows that only fill the shape
 
 
+class Packed(NamedTuple):
+    """Rows of [prompt | response 1 | ... | response K | padding], without padding inside: a pair costs P + 2R tokens.
+
+    The backend's arrays, of a Batch.
+    """
+
+    tokens: Array  # "row time"
+    positions: Array  # "row time": every response's are those after the prompt
+    mask: Array  # "row time time", bool: a response sees the prompt and itself, never another one
+    length: Array  # " row", of the prompt: where the responses begin
+    begins: Array  # "row said", bool: of the response tokens, in their order, whether it is its response's first
+    targets: Array  # "row said"
+    places: Array  # "row k response_len": among the response tokens, of every one; of masked ones nothing is read
+
+
 class Outputs(NamedTuple):
     """What a model says of a batch: the backend's arrays inside a loss, numpy outside; fp32."""
 

@@ -4,8 +4,7 @@
         [--lrs 3e-4,1e-3,3e-3,1e-2] [--backend jax] [--config quickstart] [-- --config.KEY=VALUE ...]
 
 Give the same command again after a stop or a kill: finished runs are not repeated. Everything is a
-`python -m ple_jax.main` whose work directory is in OUT, with a log beside it; compiled programs are kept in OUT/xla for all
-of them, unless JAX_COMPILATION_CACHE_DIR names another folder.
+`python -m ple_jax.main` whose work directory is in OUT, with a log beside it.
 
 1. data: for the offline methods the start model answers queries of the train split, as many as use up the budget that the
    others sample while they train. Best and worst answer to each, by reward, are OUT/pairs.jsonl, the best OUT/sft.jsonl:
@@ -26,7 +25,6 @@ The exit code is 1 if a run failed; what speaks for the others is compared never
 
 import argparse
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -290,8 +288,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = vars(parser.parse_args(argv))
     out, jobs, file = (options.pop(name) for name in ("out", "jobs", "config"))
     with reported(out):
-        # runs of equal shapes share what was compiled
-        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str((out / "xla").absolute()))
         given = overrides(options.pop("given"))
         config = parsed((f"--config={file}", f"--backend={options['backend']}", "--mode=plan", *given)).config
         methods, lrs = chosen(options.pop("methods")), _ascending(options.pop("lrs"))

@@ -4,6 +4,7 @@ All take the same arguments and a boolean mask per row, so left padding, sliding
 [prompt | response 1 | ... | response K] need nothing special. The fused kernels never hold [time, source] scores.
 """
 
+import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -13,12 +14,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
-from ple_jax.backend.dots import contract
 from ple_jax.backend.sharding import BATCH, row_multiple
 from ple_jax.core.errors import UserError
 
 IMPLEMENTATIONS = ("xla", "cudnn", "splash")
 _FASTEST = {"gpu": "cudnn", "cuda": "cudnn", "tpu": "splash"}  # by platform; elsewhere xla
+_dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 _LANES = 128  # the kernels work on tiles of this many positions
 
 
@@ -103,16 +104,55 @@ def attend(
 
 
 def _einsum(q: Array, k: Array, v: Array, mask: Array, *, scale: float, softcap: float | None) -> Array:
-    rows, kv, group, time, dim = q.shape
+    rows, kv, _, _, dim = q.shape
     # [row, kv, group * time, dim]: one matmul per KV head; any other order was up to 5x slower on CPU
-    scores = contract("bkqd,bksd->bkqs", q.reshape(rows, kv, -1, dim), k) * scale
+    return _softmax(q.reshape(rows, kv, -1, dim), k, v, mask, scale, softcap).astype(q.dtype).reshape(q.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _softmax(q: Array, k: Array, v: Array, mask: Array, scale: float, softcap: float | None) -> Array:
+    """softmax(q k) v of [row, kv, group * time, dim], in float32.
+
+    What is as large as [time, source] is written and read as seldom as can be: weights are divided by their sum after they
+    were multiplied with v, and only they are kept for the gradient.
+    """
+    return _softmax_forward(q, k, v, mask, scale, softcap)[0]
+
+
+def _softmax_forward(
+    q: Array, k: Array, v: Array, mask: Array, scale: float, softcap: float | None
+) -> tuple[Array, Any]:
+    scores = _dot("bkqd,bksd->bkqs", q, k) * scale
+    cap = None
     if softcap is not None:
-        scores = softcap * jnp.tanh(scores / softcap)
-    scores = scores.reshape(rows, kv, group, time, -1)
+        cap = jnp.tanh(scores / softcap)
+        scores = softcap * cap
+    rows, kv, queries, source = scores.shape
+    seen = jnp.broadcast_to(mask[:, None, None], (rows, kv, queries // mask.shape[1], *mask.shape[1:])).reshape(scores.shape)
     # a large negative number, not -inf: queries that see nothing must not give NaN
-    scores = jnp.where(mask[:, None, None], scores, jnp.float32(-1e30))
-    weights = jax.nn.softmax(scores, -1).astype(q.dtype).reshape(rows, kv, group * time, -1)
-    return contract("bkqs,bksd->bkqd", weights, v).astype(q.dtype).reshape(q.shape)
+    scores = jnp.where(seen, scores, jnp.float32(-1e30))
+    exponentials = jnp.exp(scores - scores.max(-1, keepdims=True))
+    total = exponentials.sum(-1, keepdims=True)
+    weights = exponentials.astype(q.dtype)
+    out = _dot("bkqs,bksd->bkqd", weights, v) / total
+    return out, (q, k, v, weights, out, total, cap)
+
+
+def _softmax_backward(scale: float, softcap: float | None, saved: Any, g: Array) -> tuple[Array, Array, Array, None]:
+    q, k, v, weights, out, total, cap = saved
+    g = g / total
+    narrow = g.astype(q.dtype)
+    to_v = _dot("bkqs,bkqd->bksd", weights, narrow)
+    to_weights = _dot("bkqd,bksd->bkqs", narrow, v)
+    to_scores = weights.astype(jnp.float32) * (to_weights - (g * out).sum(-1, keepdims=True)) * scale
+    if cap is not None:
+        to_scores = to_scores * (1 - cap * cap)
+    to_scores = to_scores.astype(q.dtype)
+    to_q, to_k = _dot("bkqs,bksd->bkqd", to_scores, k), _dot("bkqs,bkqd->bksd", to_scores, q)
+    return to_q.astype(q.dtype), to_k.astype(k.dtype), to_v.astype(v.dtype), None
+
+
+_softmax.defvjp(_softmax_forward, _softmax_backward)
 
 
 def _on_shards(kernel: Callable, mesh: Mesh | None) -> Callable:

@@ -53,48 +53,44 @@ class Kind(NamedTuple):
     mask: Bool[Array, "row time source"]
 
 
-_LONGEST_SUM, _MANY_TOKENS = 1024, 32
-
-
-def _matmul(x: Float[Array, "row time inp"], kernel: Float[Array, "inp *out"] | QArray) -> Float[Array, "row time *out"]:
-    """x @ kernel in float32."""
-    if isinstance(kernel, QArray):
-        return project(x, kernel)
-    size = kernel.shape[0]
-    if size > _LONGEST_SUM and size % 2 == 0 and x.dtype == jnp.float32:
-        # XLA's CPU kernels add up in one fp32 accumulator: SmolLM2's logits were 16e-5 off float64, halves are 6e-5 off
-        # (torch: 9e-5)
-        half = size // 2
-        if x.shape[0] * x.shape[1] >= _MANY_TOKENS:
-            return jnp.tensordot(x[..., :half], kernel[:half], 1) + jnp.tensordot(x[..., half:], kernel[half:], 1)
-        # slices are copies of the kernel: for few tokens one batched matmul is faster, for many it is slower
-        halves = x.reshape(-1, 2, half).swapaxes(0, 1)
-        y = jnp.einsum("cth,cho->cto", halves, kernel.reshape(2, half, -1)).sum(0)
-        return y.reshape(*x.shape[:-1], *kernel.shape[1:])
-    return dots.project(x, kernel)
+def _flat(kernel: Float[Array, "inp *out"] | QArray) -> Float[Array, "inp outputs"] | QArray:
+    return jax.tree.map(lambda part: part.reshape(part.shape[0], -1), kernel)
 
 
 class Linear(nnx.Module):
-    """A frozen kernel [in, *out], a bias where the family has one, and the adapter's share."""
+    """A frozen kernel [in, *out], a bias where the family has one, and the adapter's share.
 
-    def __init__(self, shape: tuple[int, ...], bias: bool, dtype: Any):
+    Args:
+        whole: the kernel is on one device. There all outputs are one dimension: of [in, *out] the backward pass would need a
+            transposed copy.
+    """
+
+    def __init__(self, shape: tuple[int, ...], bias: bool, dtype: Any, *, whole: bool):
+        self.whole = whole
         self.kernel = nnx.Param(jnp.zeros(shape, dtype))
         if bias:
             self.bias = nnx.Param(jnp.zeros(shape[1:], dtype))
 
     def __call__(self, x: Float[Array, "row time inp"], lora: LowRank | None) -> Float[Array, "row time *out"]:
-        y = _matmul(x, self.kernel[...])
+        kernel = self.kernel[...]
+        shape = (*x.shape[:-1], *kernel.shape[1:])
+        if self.whole:
+            kernel = _flat(kernel)
+        y = project(x, kernel) if isinstance(kernel, QArray) else dots.project(x, kernel)
         if lora is not None:  # the adapter is fp32 whatever the base is
-            h = x
-            if lora.dropout is not None:
-                key, rate = lora.dropout
-                h = jnp.where(jax.random.bernoulli(key, rate, h.shape), 0, h / (1 - rate).astype(h.dtype))
-            y = y + dots.low_rank(h, lora.down, lora.up)
-            if lora.gain is not None:
-                y = jnp.expand_dims(lora.gain, (0, 1)) * y
+            y = y + dots.low_rank(self._dropped(x, lora), lora.down, _flat(lora.up) if self.whole else lora.up)
+        y = y.reshape(shape)
+        if lora is not None and lora.gain is not None:
+            y = jnp.expand_dims(lora.gain, (0, 1)) * y
         if hasattr(self, "bias"):
             y = y + jnp.expand_dims(self.bias[...], (0, 1)).astype(y.dtype)
         return checkpoint_name(y.astype(x.dtype), MATMULS)
+
+    def _dropped(self, x: Float[Array, "row time inp"], lora: LowRank) -> Float[Array, "row time inp"]:
+        if lora.dropout is None:
+            return x
+        key, rate = lora.dropout
+        return jnp.where(jax.random.bernoulli(key, rate, x.shape), 0, x / (1 - rate).astype(x.dtype))
 
 
 class Norm(nnx.Module):
@@ -119,11 +115,17 @@ class Norm(nnx.Module):
         return h.astype(x.dtype)
 
 
-def rope(positions: Int[Array, "row time"], kind: LayerKind) -> tuple[Array, Array]:
-    """cos and sin of the rotary angles, each [row, time, rotated dimensions / 2], fp32. RoFormer, arXiv:2104.09864."""
-    frequency = jnp.asarray(np.asarray(kind.frequencies, np.float32))
-    angle = positions.astype(jnp.float32)[..., None] * frequency[None, None]
-    return jnp.cos(angle) * jnp.float32(kind.rope_scale), jnp.sin(angle) * jnp.float32(kind.rope_scale)
+def rope(positions: Int[Array, "row time"], kind: LayerKind, longest: int) -> tuple[Array, Array]:
+    """cos and sin of the rotary angles, each [row, time, rotated dimensions / 2], fp32. RoFormer, arXiv:2104.09864.
+
+    They are looked up, as XLA would compute them again in every layer: it fuses them into what reads them.
+
+    Args:
+        positions: below `longest`, but for those of padding.
+    """
+    angles = np.arange(longest, dtype=np.float32)[:, None] * np.asarray(kind.frequencies, np.float32)
+    tables = (f(angles) * np.float32(kind.rope_scale) for f in (np.cos, np.sin))
+    return tuple(jnp.take(jnp.asarray(table), positions, axis=0, mode="clip") for table in tables)
 
 
 def _rotate(x: Float[Array, "row time kv group dim"], cos: Array, sin: Array) -> Array:
@@ -132,10 +134,10 @@ def _rotate(x: Float[Array, "row time kv group dim"], cos: Array, sin: Array) ->
     if half == 0:
         return x
     cos, sin = cos[:, :, None, None], sin[:, :, None, None]
-    h = x[..., : 2 * half].astype(jnp.float32)
-    a, b = jnp.split(h, 2, -1)
-    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
-    return jnp.concatenate([turned, x[..., 2 * half :]], -1) if 2 * half < x.shape[-1] else turned
+    a, b, rest = jax.lax.split(x, (half, half, x.shape[-1] - 2 * half), x.ndim - 1)
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    turned = [(a * cos - b * sin).astype(x.dtype), (b * cos + a * sin).astype(x.dtype)]
+    return jnp.concatenate([*turned, rest], -1)
 
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -148,32 +150,33 @@ _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 class Block(nnx.Module):
     def __init__(self, c: ModelConfig, dtype: Any, attend: Callable, mesh: Mesh | None):
         self.c, self.attend = c, attend
+        whole = mesh is None or mesh.size == 1
         for name in c.norms:
             setattr(self, name, Norm(c, (c.hidden_size,), dtype))
-        self.qkv = Linear((c.hidden_size, c.num_kv_heads * (c.group + 2) * c.head_dim), c.qkv_bias, dtype)
+        self.qkv = Linear((c.hidden_size, c.num_kv_heads * (c.group + 2) * c.head_dim), c.qkv_bias, dtype, whole=whole)
         if c.qk_norm != "none":
             together = c.qk_norm == "all"
             self.q_norm = Norm(c, (c.num_kv_heads, c.group, c.head_dim) if together else (c.head_dim,), dtype)
             self.k_norm = Norm(c, (c.num_kv_heads, 1, c.head_dim) if together else (c.head_dim,), dtype)
-        self.o = Linear((c.num_heads * c.head_dim, c.hidden_size), c.o_bias, dtype)
+        self.o = Linear((c.num_heads * c.head_dim, c.hidden_size), c.o_bias, dtype, whole=whole)
         if c.experts:
             self.experts = Experts(c, dtype, _ACTIVATIONS[c.activation], mesh)
         else:
-            self.gate_up = Linear((c.hidden_size, 1 + c.gated, c.intermediate_size), c.mlp_bias, dtype)
-            self.down = Linear((c.intermediate_size, c.hidden_size), c.mlp_bias, dtype)
+            self.gate_up = Linear((c.hidden_size, 1 + c.gated, c.intermediate_size), c.mlp_bias, dtype, whole=whole)
+            self.down = Linear((c.intermediate_size, c.hidden_size), c.mlp_bias, dtype, whole=whole)
 
     def attention(self, x: Array, lora: dict, kind: Kind, cache: tuple | None, index: Any) -> tuple:
         c = self.c
         rows, time, _ = x.shape
         qkv = self.qkv(x, lora.get("qkv")).reshape(rows, time, c.num_kv_heads, c.group + 2, c.head_dim)
-        qk = qkv[..., :-1, :]
+        # split and not sliced: the gradient of slices is a sum of padded arrays
+        q, k, v = jax.lax.split(qkv, (c.group, 1, 1), 3)
         if c.qk_norm != "none":
-            qk = jnp.concatenate([self.q_norm(qk[..., :-1, :]), self.k_norm(qk[..., -1:, :])], -2)
-        qk = _rotate(qk, kind.cos, kind.sin)
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = (_rotate(part, kind.cos, kind.sin) for part in (q, k))
         # [row, kv, time, dim]: with time before kv, attention over the cache was 5x slower on CPU
-        q = qk[..., :-1, :].transpose(0, 2, 3, 1, 4)
-        k = qk[..., -1, :].transpose(0, 2, 1, 3)
-        v = qkv[..., -1, :].transpose(0, 2, 1, 3)
+        q = q.transpose(0, 2, 3, 1, 4)
+        k, v = (part.squeeze(3).transpose(0, 2, 1, 3) for part in (k, v))
         if cache is not None:
             k = jax.lax.dynamic_update_slice(cache[0], k, (0, 0, index, 0))
             v = jax.lax.dynamic_update_slice(cache[1], v, (0, 0, index, 0))
@@ -183,9 +186,14 @@ class Block(nnx.Module):
     def mlp(self, x: Array, lora: dict) -> Array:
         if self.c.experts:
             return self.experts(x)
-        gate_up = self.gate_up(x, lora.get("gate_up"))
-        h = _ACTIVATIONS[self.c.activation](gate_up[..., 0, :])
-        return self.down(h * gate_up[..., 1, :] if self.c.gated else h, lora.get("down"))
+        # checkpoint: what the activation is made of need not be written for the backward pass, its input is there
+        h = jax.checkpoint(self._activated)(self.gate_up(x, lora.get("gate_up")))
+        return self.down(h, lora.get("down"))
+
+    def _activated(self, gate_up: Float[Array, "row time gated inner"]) -> Float[Array, "row time inner"]:
+        gate, *up = (part.squeeze(2) for part in jax.lax.split(gate_up, (1,) * gate_up.shape[2], 2))
+        h = _ACTIVATIONS[self.c.activation](gate)
+        return h * up[0] if up else h
 
     def _norm(self, name: str, x: Array) -> Array:
         return getattr(self, name)(x) if name in self.c.norms else x
@@ -293,7 +301,7 @@ class Model:
         if cache is not None and source_positions is None and any(k.window for k in kinds):
             raise ValueError("a sliding window over a cache needs source_positions")
         back = positions[:, :, None] - (positions if source_positions is None else source_positions)[:, None]
-        return [Kind(*rope(positions, k), mask & (back < k.window) if k.window else mask) for k in kinds]
+        return [Kind(*rope(positions, k, mask.shape[-1]), mask & (back < k.window) if k.window else mask) for k in kinds]
 
     def _scanned(
         self, decoder: Decoder, layer: Callable, x: Array, loras: Tree, kinds: list[Kind], cache: Cache | None

@@ -64,10 +64,42 @@ def test_experts_of_their_own():
     np.testing.assert_allclose(exact(pull(g)[0]), expected, atol=3 * STEP * 24**0.5)
 
 
-def test_of_float32_all_is_left_to_jax():
-    x, kernel = drawn(4, 16, dtype=jnp.float32), drawn(16, 8, seed=1, dtype=jnp.float32)
-    np.testing.assert_array_equal(dots.project(x, kernel), jnp.tensordot(x, kernel, 1))
-    assert "custom_vjp" not in str(jax.make_jaxpr(dots.project)(x, kernel))
+@pytest.mark.parametrize("size", [64, 1024, 1026])
+def test_in_float32_all_of_it_is(size):
+    x, kernel = drawn(3, 5, size, dtype=jnp.float32), drawn(size, 24, seed=1, dtype=jnp.float32)
+    y, pull = jax.vjp(dots.project, x, kernel)
+    g = drawn(3, 5, 24, seed=2, dtype=jnp.float32)
+    # of sums of so many products of about 1, each rounded to 2**-24 of itself
+    np.testing.assert_allclose(exact(y), exact(x) @ exact(kernel), atol=size * 2.0**-21)
+    to_x, to_kernel = pull(g)
+    np.testing.assert_allclose(exact(to_x), exact(g) @ exact(kernel).T, atol=24 * 2.0**-21)
+    assert not np.asarray(to_kernel).any()
+
+
+def test_long_sums_are_added_up_in_two():
+    """All of one sign: then the error of one accumulator grows with its length."""
+    size = 4096
+    x, kernel = jnp.abs(drawn(2, size, dtype=jnp.float32)), jnp.abs(drawn(size, 3, seed=1, dtype=jnp.float32))
+    assert str(jax.make_jaxpr(dots.project)(x, kernel)).count(f"f32[2,{size // 2}") > 0
+    np.testing.assert_allclose(exact(dots.project(x, kernel)), exact(x) @ exact(kernel), rtol=size * 2.0**-25)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 8), (8, 64)])
+def test_the_smaller_operand_of_a_gradient_is_transposed(dtype, inputs, outputs):
+    """Of the large one no copy is made on its way to a weight's gradient, nor is the result's transpose folded into the dot."""
+    x, weight = drawn(2, 256, inputs, dtype=dtype), drawn(inputs, outputs, seed=1, dtype=jnp.float32)
+
+    @jax.jit
+    def gradient(x, weight, g):
+        return jax.vjp(lambda weight: dots.contract("bti,io->bto", x, weight), weight)[1](g)[0]
+
+    g = drawn(2, 256, outputs, seed=2, dtype=jnp.float32)
+    expected = np.einsum("bti,bto->io", exact(x), exact(g))
+    np.testing.assert_allclose(exact(gradient(x, weight, g)), expected, atol=1e-3 if dtype == jnp.float32 else 2.0)
+    text = gradient.lower(x, weight, g).compile().as_text()
+    large = max(inputs, outputs)
+    assert not re.findall(rf"\[{large},512\]", text)
 
 
 _DOT = re.compile(r"(?:dot_general|ragged_dot)\b.*: \(tensor<([^>]*)>, tensor<([^>]*)>.*\) -> tensor<([^>]*)>")

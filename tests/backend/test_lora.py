@@ -414,7 +414,7 @@ def test_over_a_bfloat16_base_the_adapter_is_rounded_where_it_is_multiplied_alon
     rng = np.random.default_rng(0)
     x, w = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((2, 5, 16), (16, 8)))
     a, b = (rng.normal(size=shape).astype(np.float32) for shape in ((16, 3), (3, 8)))
-    linear = Linear((16, 8), False, jnp.bfloat16)
+    linear = Linear((16, 8), False, jnp.bfloat16, whole=True)
     linear.kernel = nnx.Param(w)
     ours = np.asarray(linear(x, LowRank(jnp.asarray(a), jnp.asarray(b))))
     assert ours.dtype == ml_dtypes.bfloat16
@@ -432,7 +432,7 @@ def test_over_a_bfloat16_base_the_adapter_is_rounded_where_it_is_multiplied_alon
 def dropped(key: int, rate: float, x: np.ndarray) -> np.ndarray:
     """What is left of an adapter's input."""
     one = jnp.eye(x.shape[-1])
-    linear = Linear((x.shape[-1],) * 2, False, jnp.float32)  # the kernel is zero
+    linear = Linear((x.shape[-1],) * 2, False, jnp.float32, whole=True)  # the kernel is zero
     return np.asarray(linear(jnp.asarray(x), LowRank(one, one, dropout=(jax.random.key(key), jnp.float32(rate)))))
 
 

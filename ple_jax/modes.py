@@ -26,6 +26,7 @@ from ple_jax.export import write
 from ple_jax.formulas import intervals
 from ple_jax.models import peft
 from ple_jax.planning import describe as planning
+from ple_jax.planning import rates
 from ple_jax.reports import comparison_files, run_page
 from ple_jax.serving import commands
 from ple_jax.training import loop, measures, offline
@@ -63,6 +64,8 @@ def train(config: Any, workdir: Path, backend: str, accept: Sequence[str] = ()) 
                 run.session.progress.log(said)
             write_json(workdir / "environment.json", run.backend.environment())
             state = (baselines or (loop if online else offline)).train(run)
+            if baselines is None:  # another trainer's rates are its own
+                rates.keep(inputs.config, backend, rates.measured(state.lines, run.backend.environment()))
             summary = (measures if online else offline).summary(run, backend, state)
             write.write_adapter(run, state.iteration, summary)
         head = _trains_scores(inputs.algorithm, config)
@@ -288,7 +291,7 @@ def plan(config: Any, workdir: Path, backend: str, topology: str | None = None) 
     if isinstance(algorithm, Algorithm):
         rules, reward = inputs.principles, inputs.reward
         how = {"rules": rules, "reward": reward, "algorithm": algorithm, "eos": loaded.eos}
-        print(planning.describe(config, **sizes, found=found, **how))
+        print(planning.describe(config, **sizes, found=found, **how, rates=rates.read(config, backend)))
     else:
         print(planning.describe_offline(config, **sizes, found=found, algorithm=algorithm))
     return 0

@@ -10,6 +10,7 @@ from ple_jax.core.batches import bucket, response_width
 from ple_jax.core.types import Batch, Query, Reward, Slot, Tokenizer
 from ple_jax.data.left_out import counts, fit
 from ple_jax.data.load import Data
+from ple_jax.planning.rates import Rates, expected
 from ple_jax.prompts import principles
 from ple_jax.training.prompting import Prompts, usable
 
@@ -77,6 +78,7 @@ def describe(
     reward: Reward,
     algorithm: Algorithm,
     eos: tuple[int, ...] = (),
+    rates: Rates | None = None,
 ) -> str:
     """Describes the run of a config: model, records, shapes, steps, tokens, thresholds, principles and prompts.
 
@@ -85,6 +87,7 @@ def describe(
       adapter_parameters: of the LoRA adapter, which are the ones trained.
       found: what iterations draw from, and what evaluations are of.
       eos: the tokens that end a response.
+      rates: of an earlier run like it on this machine.
 
     Raises:
       UserError: more records cannot be used than config.task.max_bad_share.
@@ -99,7 +102,7 @@ def describe(
         _model(config, parameters, adapter_parameters),
         _records(config, found),
         _iteration(config, found, reward, algorithm, rendering),
-        _whole_run(config, found, algorithm),
+        _whole_run(config, found, algorithm, rendering, rates),
         f"Principles ({rules.version}{_chosen(config, rules)})\n{_visible(rules.text)}",
     ]
     for principled, word in _WORDS.items():
@@ -162,8 +165,10 @@ def _iteration(
     )
 
 
-def _whole_run(config: "ConfigDict", found: Data, algorithm: Algorithm) -> str:
-    """Steps, evaluations, tokens and reward calls of all iterations together."""
+def _whole_run(
+    config: "ConfigDict", found: Data, algorithm: Algorithm, rendering: Prompts, rates: Rates | None
+) -> str:
+    """Steps, evaluations, tokens, reward calls and seconds of all iterations together."""
     heldout, new = found.heldout, config.sampling.max_new_tokens
     evaluations = 1 + math.ceil(config.iterations / config.eval.every)
     training_rows = config.iterations * config.queries_per_iteration * len(_sampled(algorithm, config))
@@ -172,6 +177,10 @@ def _whole_run(config: "ConfigDict", found: Data, algorithm: Algorithm) -> str:
     tau, shown = algorithm.schedule(config), range(min(config.iterations, _TAUS))
     taus = [f"{tau(i):.4g}" for i in shown] + ["..."] * (config.iterations > _TAUS)
     warmed = " after the warm-up" if config.warm_up.data else ""
+    prompt = sum(len(rendering.of(query, False)[1]) for query in found.train) / len(found.train)
+    rows = config.iterations * config.queries_per_iteration * config.optimizer.epochs
+    trained = round(rows * (prompt + len(algorithm.collect(config)) * new))
+    sampled, scored = (training_rows + evaluation_rows) * new, training_rows + evaluation_rows
     return "The whole run\n" + _table(
         [
             ("optimiser steps", f"{config.iterations * _steps(config):,}{warmed}"),
@@ -181,7 +190,8 @@ def _whole_run(config: "ConfigDict", found: Data, algorithm: Algorithm) -> str:
                 f"at most {(training_rows + evaluation_rows) * new:,}"
                 f" ({training_rows * new:,} to train on, {evaluation_rows * new:,} to evaluate)",
             ),
-            ("reward calls", f"{training_rows + evaluation_rows:,}"),
+            ("reward calls", f"{scored:,}"),
+            ("expected time", expected(rates, sampled=sampled, trained=trained, scored=scored)),
             *([] if math.isnan(tau(0)) else [("tau", ", ".join(taus))]),
         ]
     )

@@ -1,0 +1,105 @@
+"""How fast runs were on this machine, so that a plan can say how long one will take.
+
+A run that ends leaves its rates in the user's cache folder, under what they depend on most: backend, model, dtype and
+processor. They are a matter of plans alone: nothing else reads them.
+"""
+
+import contextlib
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ple_jax.core import processor
+from ple_jax.core.errors import UserError
+from ple_jax.core.files import read_json, write_json
+
+
+class Rates(NamedTuple):
+    """Of the iterations of a run, all but the first where there are more: that one compiles."""
+
+    generate: float  # tokens of responses a second, whatever their prompts cost
+    train: float  # tokens of prompts and responses a second
+    score: float  # responses a second
+    day: str  # YYYY-MM-DD
+    device: str
+
+
+def file() -> Path:
+    """Where they are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ple_jax" / "rates.json"
+
+
+def measured(lines: Sequence[Mapping[str, Any]], environment: Mapping[str, Any]) -> Rates | None:
+    """The median rates of a run's metrics; None where no iteration sampled and trained in one process.
+
+    Args:
+        lines: of metrics.jsonl.
+        environment: of the backend.
+    """
+    ran = [line for line in lines if line.get("generate_tokens_per_second") and line.get("train_tokens_per_second")]
+    if not ran:
+        return None
+    kept = ran[1:] or ran
+    calls = [line["total_reward_calls"] for line in lines if "total_reward_calls" in line]
+    seconds = sum(line["seconds_score"] for line in ran)
+    generate, train = (
+        statistics.median(line[f"{name}_tokens_per_second"] for line in kept) for name in ("generate", "train")
+    )
+    device = f"{environment.get('device', '')}, {environment.get('cores', '?')} cores"
+    return Rates(generate, train, max(calls) / max(seconds, 1e-6), date.today().isoformat(), device)
+
+
+def keep(config: Any, backend: str, found: Rates | None) -> None:
+    """Adds what was measured to what is there; a folder that cannot be written is done without."""
+    if found is None:
+        return
+    with contextlib.suppress(OSError):
+        file().parent.mkdir(parents=True, exist_ok=True)
+        write_json(file(), {**_all(), _key(config, backend): found._asdict()})
+
+
+def read(config: Any, backend: str) -> Rates | None:
+    """Of the newest run like this one, where there was any."""
+    found = _all().get(_key(config, backend))
+    try:
+        return Rates(**found) if found else None
+    except TypeError:  # of another version
+        return None
+
+
+def _all() -> dict[str, Any]:
+    with contextlib.suppress(UserError, OSError):  # what is damaged is measured again
+        return read_json(file()) or {}
+    return {}
+
+
+def _key(config: Any, backend: str) -> str:
+    model, mesh = config.model, "x".join(str(n) for n in config.mesh.values())
+    return f"{backend} {model.path} {model.dtype} {model.quantize} {mesh} {processor.digest()}"
+
+
+def expected(rates: Rates | None, *, sampled: int, trained: int, scored: int) -> str:
+    """A line of a plan: how long a run of at most so many tokens takes, and by whose rates."""
+    if rates is None:
+        return "not known: no run of this model, dtype and backend has ended on this machine yet"
+    parts = {
+        "sampling": sampled / rates.generate,
+        "scoring": scored / rates.score,
+        "training": trained / rates.train,
+    }
+    said = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items())
+    return (
+        f"at most {duration(sum(parts.values()))} ({said}) and what compiling takes, by {rates.generate:,.0f} tokens sampled"
+        f" and {rates.train:,.0f} trained on a second ({rates.device}, {rates.day})"
+    )
+
+
+def duration(seconds: float) -> str:
+    """In the unit that suits it: 40 s, 12 min, 3.5 h, 2.1 days."""
+    for size, unit in ((86400.0, "days"), (3600.0, "h"), (60.0, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}" if size > 60 else f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"

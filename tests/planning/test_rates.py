@@ -1,0 +1,104 @@
+"""Rates that runs leave for plans: what is measured of a run's metrics, kept and read again, and what a plan says of them."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from ple_jax.configs import default
+from ple_jax.planning import rates
+from ple_jax.planning.rates import Rates, duration, expected
+
+HERE = {"device": "cpu", "cores": 2}
+
+
+def line(iteration, generate, train, score=0.5, calls=10):
+    speed = {"generate_tokens_per_second": generate, "train_tokens_per_second": train}
+    return {"iteration": iteration, **speed, "seconds_score": score, "total_reward_calls": calls * iteration}
+
+
+def test_the_first_iteration_compiles_and_counts_only_alone():
+    lines = [{"iteration": 0, "heldout_reward": 0.1}, line(1, 1.0, 2.0), line(2, 100.0, 50.0), line(3, 300.0, 70.0)]
+    found = rates.measured(lines, HERE)
+    assert (found.generate, found.train, found.score, found.device) == (200.0, 60.0, 20.0, "cpu, 2 cores")
+    assert rates.measured(lines[:2], HERE).generate == 1.0
+
+
+@pytest.mark.parametrize("lines", [[], [{"iteration": 0}], [{"iteration": 1, "train_tokens_per_second": 5.0}]])
+def test_a_run_that_sampled_nothing_has_none(lines):
+    assert rates.measured(lines, HERE) is None
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "ple_jax" / "rates.json"
+
+
+def config(dtype="float32"):
+    made = default.get_config()
+    made.model.dtype = dtype
+    return made
+
+
+def test_they_are_kept_apart_by_what_they_depend_on(cache):
+    assert rates.read(config(), "jax") is None
+    slow, fast = Rates(1.0, 2.0, 3.0, "2026-11-28", "cpu"), Rates(4.0, 5.0, 6.0, "2026-11-28", "cpu")
+    rates.keep(config(), "jax", slow)
+    rates.keep(config("bfloat16"), "jax", fast)
+    rates.keep(config(), "jax", None)
+    assert rates.read(config(), "jax") == slow
+    assert rates.read(config("bfloat16"), "jax") == fast
+    assert rates.read(config(), "torch") is None
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"a": 1', "\0"])
+def test_a_damaged_file_is_measured_again(cache, text):
+    cache.parent.mkdir()
+    cache.write_text(text)
+    assert rates.read(config(), "jax") is None
+    rates.keep(config(), "jax", Rates(1.0, 2.0, 3.0, "2026-11-28", "cpu"))
+    assert rates.read(config(), "jax").train == 2.0
+
+
+def test_those_of_another_version_are_none(cache):
+    rates.keep(config(), "jax", Rates(1.0, 2.0, 3.0, "2026-11-28", "cpu"))
+    cache.write_text(cache.read_text().replace("train", "trained"))
+    assert rates.read(config(), "jax") is None
+
+
+def test_a_folder_that_cannot_be_written_is_done_without(cache, monkeypatch):
+    cache.parent.write_text("")
+    rates.keep(config(), "jax", Rates(1.0, 2.0, 3.0, "2026-11-28", "cpu"))
+    assert rates.read(config(), "jax") is None
+
+
+def test_what_a_plan_says():
+    found = Rates(100.0, 50.0, 10.0, "2026-11-28", "cpu, 2 cores")
+    said = expected(found, sampled=30_000, trained=15_000, scored=1000)
+    assert said.startswith("at most 12 min (sampling 5 min, scoring 100 s, training 5 min)")
+    assert "100 tokens sampled and 50 trained on a second (cpu, 2 cores, 2026-11-28)" in said
+    assert expected(None, sampled=1, trained=1, scored=1).startswith("not known")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(0.4, "0 s"), (119.0, "119 s"), (120.0, "2 min"), (7200.0, "2.0 h"), (200_000.0, "2.3 days")]
+)
+def test_durations(seconds, said):
+    assert duration(seconds) == said
+
+
+@pytest.mark.slow
+def test_a_run_leaves_what_the_next_plan_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+
+    def run(mode):
+        command = ["--config=tiny", f"--workdir={tmp_path / 'run'}", f"--mode={mode}", "--config.iterations=2"]
+        done = subprocess.run([sys.executable, "-m", "ple_jax.main", *command], capture_output=True, text=True, check=True)
+        return next((line for line in done.stdout.splitlines() if "expected time" in line), "")
+
+    assert "not known" in run("plan")
+    run("train")
+    (found,) = json.loads((tmp_path / "user" / "ple_jax" / "rates.json").read_text()).values()
+    assert f"by {found['generate']:,.0f} tokens sampled" in run("plan")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ple_jax import algorithms
 from ple_jax.core import processor
-from ple_jax.core.batches import decoding, packed_width
+from ple_jax.core.batches import WORTH_A_PASS, decoding, packed_width, passes, rows_compiled, rows_of
 from ple_jax.core.errors import UserError
 from ple_jax.core.types import Batch, Compiled, Loss, Outputs, Response, Sampling
 from ple_jax.models import adapters, weights
@@ -116,12 +116,16 @@ class TorchBackend:
         entropy: bool = False,
     ) -> Outputs:
         """Log-probabilities of a batch's response tokens under the policy, the frozen reference or the base."""
-        adapter, rows = {} if base else self.reference if reference else self.policy, len(batch.prompt)
+        adapter = {} if base else self.reference if reference else self.policy
+        places, found = self._passes(batch), []
         with torch.no_grad():
-            part, time = self.put(batch, rows), packed_width(batch)
-            found = outputs(self.model, adapter, part, time=time, entropy=entropy, temperature=temperature)
-        whole = [None if x is None else sharding.gather(self.world, x)[:rows].numpy() for x in found]
-        return Outputs(*whole)
+            for rows in places:
+                part = rows_of(batch, rows)
+                placed, time = self._filled(part, len(batch.prompt)), packed_width(part)
+                out = outputs(self.model, adapter, placed, time=time, entropy=entropy, temperature=temperature)
+                found.append([None if x is None else sharding.gather(self.world, x)[: len(rows)].numpy() for x in out])
+        where = np.argsort(np.concatenate(places))
+        return Outputs(*(None if x[0] is None else np.concatenate(x)[where] for x in zip(*found, strict=True)))
 
     @sharding.together
     def scores(self, batch: Batch) -> Float32[np.ndarray, "query k"]:
@@ -195,14 +199,14 @@ class TorchBackend:
 
     def accumulate(self, batches: Sequence[Batch], loss: Loss, temperature: float = 1.0) -> dict[str, Tensor]:
         """The first half of an update: leaves the gradients of this process's rows in the leaves; their metrics' part."""
-        rows = max(len(b.prompt) for b in batches)
+        largest = max(len(b.prompt) for b in batches)
         share = 1 / sum(float(b.data["valid"].sum()) for b in batches)
         metrics: dict[str, Tensor] = {}
-        for i, batch in enumerate(batches):
-            part = self.put(batch, rows)
+        for i, part in enumerate(rows_of(batch, rows) for batch in batches for rows in self._passes(batch)):
+            placed = self._filled(part, largest)
             # dropout depends on the number of steps taken, which a checkpoint holds: a resumed run draws the same
             torch.manual_seed(np.random.SeedSequence([self.seed, self.steps, i]).generate_state(1)[0])
-            found = train.gradients(self.model, loss, self.policy, part, share, temperature, packed_width(batch))
+            found = train.gradients(self.model, loss, self.policy, placed, share, temperature, packed_width(part))
             for name, value in found.items():
                 metrics[name] = metrics.get(name, 0.0) + value
         return metrics
@@ -227,6 +231,14 @@ class TorchBackend:
 
     def _to_device(self, x: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(x)).to(self.model.device)
+
+    def _passes(self, batch: Batch) -> list[np.ndarray]:
+        worth = WORTH_A_PASS["cpu" if self.model.device.type == "cpu" else "accelerator"]
+        return passes(batch, worth=worth, least=sharding.row_multiple(self.world))
+
+    def _filled(self, part: Batch, largest: int) -> Batch:
+        """This process's rows of a part, filled up to as many as JAX has a program for, so that both do the same."""
+        return self.put(part, rows_compiled(len(part.prompt), largest))
 
     def put(self, batch: Batch, rows: int) -> Batch:
         """This process's rows of the batch on its device, after filling up with copies of the first row that are not valid.

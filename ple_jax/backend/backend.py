@@ -20,7 +20,7 @@ from ple_jax.backend import attention, checkpoint, compilation, generate, lora, 
 from ple_jax.backend.model import Model, fill
 from ple_jax.backend.train import optimizer, placement, programs
 from ple_jax.core import processor
-from ple_jax.core.batches import decoding, packed_width
+from ple_jax.core.batches import WORTH_A_PASS, decoding, packed_width, passes, rows_compiled, rows_of
 from ple_jax.core.types import Batch, Compiled, Loss, Outputs, Response, Sampling
 from ple_jax.models import adapters, weights
 from ple_jax.models.config import ModelConfig
@@ -101,12 +101,18 @@ class JaxBackend:
         entropy: bool = False,
     ) -> Outputs:
         """Log-probabilities of a batch's response tokens under the policy, the frozen reference or the base."""
-        adapter = {} if base else self.reference if reference else self.policy
-        rows = len(batch.prompt)
-        part = self.put(_bare(batch), _round_up(rows, self._multiple))
-        how = {"time": packed_width(batch), "entropy": entropy, "temperature": temperature}
-        result = self.programs.outputs(self.base, adapter, part, **how)
-        return jax.tree.map(lambda x: np.asarray(x)[:rows], jax.device_get(result))
+        adapter, bare = {} if base else self.reference if reference else self.policy, _bare(batch)
+        places, found = self._passes(bare), []
+        for rows in places:
+            part = rows_of(bare, rows)
+            how = {"time": packed_width(part), "entropy": entropy, "temperature": temperature}
+            found.append(self.programs.outputs(self.base, adapter, self._filled(part, len(batch.prompt)), **how))
+        where = np.argsort(np.concatenate(places))
+        of_rows = [len(rows) for rows in places]
+        return jax.tree.map(
+            lambda *parts: np.concatenate([part[:n] for part, n in zip(parts, of_rows, strict=True)])[where],
+            *jax.device_get(found),
+        )
 
     def scores(self, batch: Batch) -> Float32[np.ndarray, "query k"]:
         """What the head says of every response."""
@@ -118,18 +124,18 @@ class JaxBackend:
         self, batches: Sequence[Batch], loss: Loss, *, lr: float, temperature: float = 1.0
     ) -> dict[str, float]:
         """One optimizer step on the mean loss over all rows of `batches`, gradients accumulated over them."""
-        rows = max(len(b.prompt) for b in batches)
+        largest = max(len(b.prompt) for b in batches)
         real = sum(float(b.data["valid"].sum()) for b in batches)
         share = jnp.float32(1 / real)
         grads: Any = None
         parts = []
         # dropout depends on the number of steps taken, which a checkpoint holds: a resumed run draws the same
         step = jax.random.fold_in(self._key, optax.tree.get(self.state, "count"))
-        for i, batch in enumerate(batches):
-            part = self.put(batch, _round_up(rows, self._multiple))
+        for i, part in enumerate(rows_of(batch, rows) for batch in batches for rows in self._passes(batch)):
             key = jax.random.fold_in(step, i)
-            how = {"loss": loss, "time": packed_width(batch), "temperature": temperature}
-            new, values = self.programs.gradients(self.base, self.policy, part, share, key, **how)
+            how = {"loss": loss, "time": packed_width(part), "temperature": temperature}
+            placed = self._filled(part, largest)
+            new, values = self.programs.gradients(self.base, self.policy, placed, share, key, **how)
             grads = new if grads is None else self.programs.accumulate(grads, new)
             parts.append(values)
         self.policy, self.state, norm = self.programs.apply(self.policy, self.state, grads, jnp.float32(lr))
@@ -185,6 +191,14 @@ class JaxBackend:
 
     def _trees(self) -> dict[str, Any]:
         return {"adapter": self.policy, "optimizer": self.state, "reference": self.reference}
+
+    def _passes(self, batch: Batch) -> list[np.ndarray]:
+        worth = WORTH_A_PASS["cpu" if self.mesh.devices.flat[0].platform == "cpu" else "accelerator"]
+        return passes(batch, worth=worth, least=self._multiple)
+
+    def _filled(self, part: Batch, largest: int) -> Batch:
+        """A part on the devices, with the rows of the program that computes it."""
+        return self.put(part, _round_up(rows_compiled(len(part.prompt), largest), self._multiple))
 
     def put(self, batch: Batch, rows: int) -> Batch:
         """The batch on the devices, filled up to `rows` with copies of its first row that are not valid.

@@ -113,7 +113,11 @@ def packed_width(batch: Batch) -> int:
     Two sizes a doubling: from 64 to 4,096 tokens at most 13 shapes are compiled, and at most a third of the longest row is
     padding.
     """
-    longest = max(8, int(lengths(batch).max()))
+    return _width(lengths(batch))
+
+
+def _width(of_rows: Int32[np.ndarray, " query"]) -> int:
+    longest = max(8, int(of_rows.max()))
     power = bucket(longest, 8)
     less = power // 4 * 3
     return less if longest <= less else power
@@ -125,10 +129,43 @@ def micro_batches(batch: Batch, size: int) -> list[Batch]:
     Rows of about the same length are in one part, which is padded to its own longest.
     """
     order = np.argsort(lengths(batch), kind="stable")
+    return [rows_of(batch, order[i : i + size]) for i in range(0, len(order), size)]
 
-    def part(i: int) -> Batch:
-        rows = order[i : i + size]
-        data = {name: value[rows] for name, value in batch.data.items()}
-        return Batch(batch.prompt[rows], batch.prompt_mask[rows], batch.response[rows], batch.response_mask[rows], data)
 
-    return [part(i) for i in range(0, len(batch.prompt), size)]
+def rows_of(batch: Batch, rows: Int32[np.ndarray, " part"]) -> Batch:
+    """Some rows of a batch."""
+    data = {name: value[rows] for name, value in batch.data.items()}
+    return Batch(batch.prompt[rows], batch.prompt_mask[rows], batch.response[rows], batch.response_mask[rows], data)
+
+
+# tokens of padding for which a pass of its own is worth its while: on a CPU hardly anything is lost by smaller passes, on an
+# accelerator every pass costs its launches
+WORTH_A_PASS = {"cpu": 512, "accelerator": 8192}
+
+
+def passes(batch: Batch, *, worth: int, least: int = 1) -> list[Int32[np.ndarray, " part"]]:
+    """The rows of a batch in as many passes as are worth it: short ones apart from long ones, which would pad them.
+
+    Sorted by length, rows are halved again and again, where the shorter half alone has `worth` tokens of padding less. So
+    the numbers of rows that programs are compiled for are halves of the largest.
+
+    Args:
+        worth: one of `WORTH_A_PASS`.
+        least: rows of a pass, as many as devices share them.
+    """
+    size = lengths(batch)
+
+    def halved(rows: np.ndarray) -> list[np.ndarray]:
+        short, long = rows[: len(rows) // 2], rows[len(rows) // 2 :]
+        if len(short) < least or (_width(size[rows]) - _width(size[short])) * len(short) < worth:
+            return [rows]
+        return [*halved(short), *halved(long)]
+
+    return halved(np.argsort(size, kind="stable"))
+
+
+def rows_compiled(rows: int, largest: int) -> int:
+    """The rows of the program that computes so many: half of the largest, a half of that ..., as small as holds them."""
+    while largest % 2 == 0 and largest // 2 >= rows:
+        largest //= 2
+    return largest

@@ -105,10 +105,12 @@ def describe(
         _whole_run(config, found, algorithm, rendering, rates),
         f"Principles ({rules.version}{_chosen(config, rules)})\n{_visible(rules.text)}",
     ]
-    for principled, word in _WORDS.items():
-        text, ids = rendering.of(found.train[0], principled)
-        blocks.append(f"First query, {word} prompt: {len(ids)} tokens\n{_visible(text)}")
-    return "\n\n".join(blocks)
+    return "\n\n".join([*blocks, *(_first_prompt(found, rendering, principled) for principled in _WORDS)])
+
+
+def _first_prompt(found: Data, rendering: Prompts, principled: bool) -> str:
+    text, ids = rendering.of(found.train[0], principled)
+    return f"First query, {_WORDS[principled]} prompt: {len(ids)} tokens\n{_visible(text)}"
 
 
 def _chosen(config: "ConfigDict", rules: principles.Principles) -> str:

@@ -87,7 +87,7 @@ def test_long_sums_are_added_up_in_two():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(("inputs", "outputs"), [(64, 8), (8, 64)])
 def test_the_smaller_operand_of_a_gradient_is_transposed(dtype, inputs, outputs):
-    """Of the large one no copy is made on its way to a weight's gradient, nor is the result's transpose folded into the dot."""
+    """Of the large one no copy is made for a weight's gradient, nor is the result's transpose folded into the dot."""
     x, weight = drawn(2, 256, inputs, dtype=dtype), drawn(inputs, outputs, seed=1, dtype=jnp.float32)
 
     @jax.jit

@@ -16,7 +16,7 @@ from test_model import build
 from ple_jax.backend import backend as jax_backend
 from ple_jax.backend import forward, lora, sharding, train
 from ple_jax.backend.model import Model, fill
-from ple_jax.core.batches import packed_width
+from ple_jax.core.batches import WORTH_A_PASS, packed_width, passes
 from ple_jax.core.errors import UserError
 from ple_jax.core.types import Batch
 from ple_jax.models import adapters
@@ -218,6 +218,27 @@ def test_accumulated_micro_batches_equal_one_batch():
     means, expected = (jax.device_get(optax.tree.get(b.state, "mu")) for b in (split, whole))
     scale = max(np.abs(x).max() for x in jax.tree.leaves(expected))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=known.share * scale), means, expected)
+
+
+def uneven_batch() -> Batch:
+    """Two long rows among six short ones."""
+    batch = random_batch(rows=8, prompt_len=48)
+    for row in (0, 1, 3, 4, 6, 7):
+        batch.prompt_mask[row, :-4] = False
+    batch.prompt_mask[[2, 5]] = True
+    return batch._replace(prompt=np.where(batch.prompt_mask, np.maximum(batch.prompt, 1), 0).astype(np.int32))
+
+
+def test_short_rows_apart_from_long_ones_change_no_number(monkeypatch):
+    batch, whole, apart = uneven_batch(), backend(), backend()
+    together = whole.logprobs(batch, entropy=True), whole.update([batch], negative_likelihood, lr=0.01)
+    monkeypatch.setitem(WORTH_A_PASS, "cpu", 8)
+    assert [len(rows) for rows in passes(batch, worth=8)] != [8]
+    alone = apart.logprobs(batch, entropy=True), apart.update([batch], negative_likelihood, lr=0.01)
+    for name in ("logprobs", "entropy"):  # in the order of the batch
+        np.testing.assert_allclose(getattr(alone[0], name), getattr(together[0], name), atol=2e-5)
+    known = exact.Exact(tiny.random_adapter(tiny.CONFIG)).gradient(batch, exact.negative_likelihood)
+    assert alone[1] == pytest.approx(together[1], rel=max(known.share, known.loss_share))
 
 
 def test_rows_that_are_not_valid_do_not_count():

@@ -1,4 +1,4 @@
-"""Rates that runs leave for plans: what is measured of a run's metrics, kept and read again, and what a plan says of them."""
+"""Rates that runs leave for plans: measured of a run's metrics, kept and read again, and what a plan says of them."""
 
 import json
 import subprocess

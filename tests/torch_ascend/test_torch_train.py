@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ple_jax.algorithms import Context, ple, reward, sft
 from ple_jax.backend import forward as jax_forward
 from ple_jax.backend import lora as jax_lora
+from ple_jax.core.batches import WORTH_A_PASS
 from ple_jax.core.types import Batch, Outputs, Sampling
 from ple_jax.models import adapters
 from ple_jax.models.adapters import Lora
@@ -287,6 +288,18 @@ def test_accumulated_micro_batches_equal_one_batch(sizes):
     known = exact.Exact(tiny.random_adapter(tiny.CONFIG)).gradient(batch, negative_likelihood)
     assert several == pytest.approx(one, rel=max(known.share, known.loss_share))
     assert_gradients(first_gradients(split), first_gradients(whole), known.share)
+
+
+def test_short_rows_apart_from_long_ones_change_no_number(monkeypatch):
+    batch, whole, apart = test_train.uneven_batch(), backend(), backend()
+    together = whole.logprobs(batch, entropy=True), whole.update([batch], negative_likelihood, lr=0.01)
+    monkeypatch.setitem(WORTH_A_PASS, "cpu", 8)
+    alone = apart.logprobs(batch, entropy=True), apart.update([batch], negative_likelihood, lr=0.01)
+    for name in ("logprobs", "entropy"):  # in the order of the batch
+        np.testing.assert_allclose(getattr(alone[0], name), getattr(together[0], name), atol=2e-5)
+    known = exact.Exact(tiny.random_adapter(tiny.CONFIG)).gradient(batch, negative_likelihood)
+    assert alone[1] == pytest.approx(together[1], rel=max(known.share, known.loss_share))
+    assert_gradients(first_gradients(apart), first_gradients(whole), known.share)
 
 
 def test_rows_that_are_not_valid_do_not_count():

@@ -175,7 +175,8 @@ def test_evaluate_and_generate(ours, capsys):
     assert "is finished: held-out reward" in capsys.readouterr().out
 
 
-def test_a_plan_is_that_of_jax(tmp_path, capsys):
+def test_a_plan_is_that_of_jax(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))  # of rates each backend has its own
     said = []
     for backend in ("torch", "jax"):
         assert modes.plan(config(), tmp_path, backend) == 0

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ple_jax import algorithms
 from ple_jax.core import processor
-from ple_jax.core.batches import WORTH_A_PASS, decoding, packed_width, passes, rows_compiled, rows_of
+from ple_jax.core.batches import decoding, packed_width, passes, reunited, rows_compiled, rows_of, worth_a_pass
 from ple_jax.core.errors import UserError
 from ple_jax.core.types import Batch, Compiled, Loss, Outputs, Response, Sampling
 from ple_jax.models import adapters, weights
@@ -123,9 +123,8 @@ class TorchBackend:
                 part = rows_of(batch, rows)
                 placed, time = self._filled(part, len(batch.prompt)), packed_width(part)
                 out = outputs(self.model, adapter, placed, time=time, entropy=entropy, temperature=temperature)
-                found.append([None if x is None else sharding.gather(self.world, x)[: len(rows)].numpy() for x in out])
-        where = np.argsort(np.concatenate(places))
-        return Outputs(*(None if x[0] is None else np.concatenate(x)[where] for x in zip(*found, strict=True)))
+                found.append([None if x is None else sharding.gather(self.world, x).numpy() for x in out])
+        return Outputs(*(None if parts[0] is None else reunited(parts, places) for parts in zip(*found, strict=True)))
 
     @sharding.together
     def scores(self, batch: Batch) -> Float32[np.ndarray, "query k"]:
@@ -233,8 +232,7 @@ class TorchBackend:
         return torch.from_numpy(np.ascontiguousarray(x)).to(self.model.device)
 
     def _passes(self, batch: Batch) -> list[np.ndarray]:
-        worth = WORTH_A_PASS["cpu" if self.model.device.type == "cpu" else "accelerator"]
-        return passes(batch, worth=worth, least=sharding.row_multiple(self.world))
+        return passes(batch, worth=worth_a_pass(self.model.device.type), least=sharding.row_multiple(self.world))
 
     def _filled(self, part: Batch, largest: int) -> Batch:
         """This process's rows of a part, filled up to as many as JAX has a program for, so that both do the same."""

@@ -20,7 +20,7 @@ from ple_jax.backend import attention, checkpoint, compilation, generate, lora, 
 from ple_jax.backend.model import Model, fill
 from ple_jax.backend.train import optimizer, placement, programs
 from ple_jax.core import processor
-from ple_jax.core.batches import WORTH_A_PASS, decoding, packed_width, passes, rows_compiled, rows_of
+from ple_jax.core.batches import decoding, packed_width, passes, reunited, rows_compiled, rows_of, worth_a_pass
 from ple_jax.core.types import Batch, Compiled, Loss, Outputs, Response, Sampling
 from ple_jax.models import adapters, weights
 from ple_jax.models.config import ModelConfig
@@ -107,12 +107,7 @@ class JaxBackend:
             part = rows_of(bare, rows)
             how = {"time": packed_width(part), "entropy": entropy, "temperature": temperature}
             found.append(self.programs.outputs(self.base, adapter, self._filled(part, len(batch.prompt)), **how))
-        where = np.argsort(np.concatenate(places))
-        of_rows = [len(rows) for rows in places]
-        return jax.tree.map(
-            lambda *parts: np.concatenate([part[:n] for part, n in zip(parts, of_rows, strict=True)])[where],
-            *jax.device_get(found),
-        )
+        return jax.tree.map(lambda *parts: reunited(parts, places), *jax.device_get(found))
 
     def scores(self, batch: Batch) -> Float32[np.ndarray, "query k"]:
         """What the head says of every response."""
@@ -193,8 +188,7 @@ class JaxBackend:
         return {"adapter": self.policy, "optimizer": self.state, "reference": self.reference}
 
     def _passes(self, batch: Batch) -> list[np.ndarray]:
-        worth = WORTH_A_PASS["cpu" if self.mesh.devices.flat[0].platform == "cpu" else "accelerator"]
-        return passes(batch, worth=worth, least=self._multiple)
+        return passes(batch, worth=worth_a_pass(self.mesh.devices.flat[0].platform), least=self._multiple)
 
     def _filled(self, part: Batch, largest: int) -> Batch:
         """A part on the devices, with the rows of the program that computes it."""

@@ -21,6 +21,7 @@ import jax
 import jaxlib
 
 from ple_jax.core import processor
+from ple_jax.core.files import user_cache
 from ple_jax.core.types import Compiled
 
 _WORTH = 0.2  # seconds: a program that compiles faster than this is not kept
@@ -31,8 +32,7 @@ _COMPILED, _WRITTEN = "/jax/core/compile/backend_compile_duration", "/jax/compil
 def folder() -> Path:
     """Where programs are kept: JAX_COMPILATION_CACHE_DIR, or the user's cache folder; for this jaxlib and processor."""
     given = os.environ.get("JAX_COMPILATION_CACHE_DIR")
-    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    root = Path(given) if given else user / "ple_jax" / "programs"
+    root = Path(given) if given else user_cache() / "programs"
     return root / f"{jaxlib.__version__}-{processor.digest()}"
 
 
@@ -61,10 +61,10 @@ def keep(shared: Path | None = None) -> bool:
     global _open
     if shared is None and "://" in os.environ.get("JAX_COMPILATION_CACHE_DIR", ""):
         return False
-    shared = shared or folder()
-    if _open is not None and _open.shared == shared:
-        return True
     try:
+        shared = shared or folder()
+        if _open is not None and _open.shared == shared:
+            return True
         opened = _opened(shared)
     except OSError:
         return False  # what JAX has, if anything, it keeps

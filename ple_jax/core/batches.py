@@ -3,7 +3,7 @@
 from collections.abc import Hashable, Iterator, Sequence
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int32
+from jaxtyping import Bool, Float32, Int32, Shaped
 
 from ple_jax.core.errors import UserError
 from ple_jax.core.types import Batch, Rollout
@@ -138,9 +138,12 @@ def rows_of(batch: Batch, rows: Int32[np.ndarray, " part"]) -> Batch:
     return Batch(batch.prompt[rows], batch.prompt_mask[rows], batch.response[rows], batch.response_mask[rows], data)
 
 
-# tokens of padding for which a pass of its own is worth its while: on a CPU hardly anything is lost by smaller passes, on an
-# accelerator every pass costs its launches
-WORTH_A_PASS = {"cpu": 512, "accelerator": 8192}
+def worth_a_pass(platform: str) -> int:
+    """Tokens of padding for which a pass of its own is worth its while.
+
+    On a CPU hardly anything is lost by smaller passes; on an accelerator every pass costs its launches.
+    """
+    return 512 if platform == "cpu" else 8192
 
 
 def passes(batch: Batch, *, worth: int, least: int = 1) -> list[Int32[np.ndarray, " part"]]:
@@ -150,7 +153,7 @@ def passes(batch: Batch, *, worth: int, least: int = 1) -> list[Int32[np.ndarray
     the numbers of rows that programs are compiled for are halves of the largest.
 
     Args:
-        worth: one of `WORTH_A_PASS`.
+        worth: what `worth_a_pass` says.
         least: rows of a pass, as many as devices share them.
     """
     size = lengths(batch)
@@ -162,6 +165,19 @@ def passes(batch: Batch, *, worth: int, least: int = 1) -> list[Int32[np.ndarray
         return [*halved(short), *halved(long)]
 
     return halved(np.argsort(size, kind="stable"))
+
+
+def reunited(
+    parts: Sequence[Shaped[np.ndarray, "rows *rest"]], places: Sequence[Int32[np.ndarray, " part"]]
+) -> Shaped[np.ndarray, "query *rest"]:
+    """What was computed in passes, in the order of the batch.
+
+    Args:
+        parts: of every pass; rows that only filled it up come last.
+        places: what `passes` gave.
+    """
+    kept = [part[: len(rows)] for part, rows in zip(parts, places, strict=True)]
+    return np.concatenate(kept)[np.argsort(np.concatenate(places))]
 
 
 def rows_compiled(rows: int, largest: int) -> int:

@@ -122,6 +122,18 @@ def append_line(path: Path, value: str) -> None:
         os.fsync(file.fileno())
 
 
+def user_cache() -> Path:
+    """This package's folder in the user's cache folder: XDG_CACHE_HOME, or ~/.cache.
+
+    Raises:
+        OSError: nobody knows the user's home.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ple_jax"
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
+
+
 def to_disk(path: Path) -> None:
     """Waits until what was written to a file, or the names in a folder, are on disk."""
     handle = os.open(path, os.O_RDONLY)

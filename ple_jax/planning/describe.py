@@ -98,11 +98,12 @@ def describe(
     heldout, _ = usable(found.heldout, rendering, "config.task.heldout")
     bad = {"train": [*found.bad["train"], *train.bad], "heldout": [*found.bad["heldout"], *heldout.bad]}
     found = Data(train.queries, heldout.queries, {**found.bad, **bad})
+    plain = [len(rendering.of(query, False)[1]) for query in found.train]
     blocks = [
         _model(config, parameters, adapter_parameters),
         _records(config, found),
-        _iteration(config, found, reward, algorithm, rendering),
-        _whole_run(config, found, algorithm, rendering, rates),
+        _iteration(config, found, reward, algorithm, rendering, plain),
+        _whole_run(config, found, algorithm, plain, rates),
         f"Principles ({rules.version}{_chosen(config, rules)})\n{_visible(rules.text)}",
     ]
     return "\n\n".join([*blocks, *(_first_prompt(found, rendering, principled) for principled in _WORDS)])
@@ -128,30 +129,28 @@ def _sampled(algorithm: Algorithm, config: "ConfigDict") -> list[Slot]:
 
 
 def _iteration(
-    config: "ConfigDict", found: Data, reward: Reward, algorithm: Algorithm, rendering: Prompts
+    config: "ConfigDict", found: Data, reward: Reward, algorithm: Algorithm, rendering: Prompts, plain: Sequence[int]
 ) -> str:
-    """What every iteration samples, scores and trains on."""
+    """What every iteration samples, scores and trains on; `plain` are the tokens of every train query's plain prompt."""
     sampling, optimizer = config.sampling, config.optimizer
     collected, slots = algorithm.collect(config), _sampled(algorithm, config)
 
     def buckets(lengths: Iterable[int]) -> str:
         return " or ".join(str(size) for size in sorted({bucket(n, sampling.bucket) for n in lengths}))
 
-    def tokens(queries: Sequence[Query], principled: bool) -> list[int]:
-        return [len(rendering.of(query, principled)[1]) for query in queries]
-
     def asked(principled: bool) -> str:
         rows = config.queries_per_iteration * sum(slot.principled is principled for slot in slots)
         # the loop computes what all principled prompts share once, and pads only the rest
         shared = len(rendering.sharing(found.heldout).prefix) if principled else 0
-        rest = buckets(n - shared for n in tokens(found.train, principled))
+        lengths = (len(rendering.of(query, True)[1]) for query in found.train) if principled else plain
+        rest = buckets(n - shared for n in lengths)
         prompt = f"{shared} shared + {rest}" if shared else rest
         return f"{rows} rows, {sampling.width} at once, each [{prompt} prompt tokens + {sampling.max_new_tokens} new]"
 
     passes = optimizer.batch_queries // optimizer.micro_queries
     own = [len(rendering.given(query, source).tokens) for query in found.train for source in given_sources(collected)]
     longest = response_width(max([1, *own]), new=sampling.max_new_tokens, most=config.task.max_answer_tokens)
-    width = f"{buckets(tokens(found.train, False))} prompt tokens + up to {len(collected)} x {longest}"
+    width = f"{buckets(plain)} prompt tokens + up to {len(collected)} x {longest}"
     return f"Every iteration ({config.iterations} of {config.algorithm})\n" + _table(
         [
             ("queries", f"{config.queries_per_iteration} of the {len(found.train)} of {config.task.train}"),
@@ -168,7 +167,7 @@ def _iteration(
 
 
 def _whole_run(
-    config: "ConfigDict", found: Data, algorithm: Algorithm, rendering: Prompts, rates: Rates | None
+    config: "ConfigDict", found: Data, algorithm: Algorithm, plain: Sequence[int], rates: Rates | None
 ) -> str:
     """Steps, evaluations, tokens, reward calls and seconds of all iterations together."""
     heldout, new = found.heldout, config.sampling.max_new_tokens
@@ -179,9 +178,8 @@ def _whole_run(
     tau, shown = algorithm.schedule(config), range(min(config.iterations, _TAUS))
     taus = [f"{tau(i):.4g}" for i in shown] + ["..."] * (config.iterations > _TAUS)
     warmed = " after the warm-up" if config.warm_up.data else ""
-    prompt = sum(len(rendering.of(query, False)[1]) for query in found.train) / len(found.train)
     rows = config.iterations * config.queries_per_iteration * config.optimizer.epochs
-    trained = round(rows * (prompt + len(algorithm.collect(config)) * new))
+    trained = round(rows * (sum(plain) / len(plain) + len(algorithm.collect(config)) * new))
     sampled, scored = (training_rows + evaluation_rows) * new, training_rows + evaluation_rows
     return "The whole run\n" + _table(
         [
@@ -189,7 +187,7 @@ def _whole_run(
             ("evaluations", f"{evaluations} of {len(heldout)} x {config.eval.samples} ({config.task.heldout})"),
             (
                 "generated tokens",
-                f"at most {(training_rows + evaluation_rows) * new:,}"
+                f"at most {sampled:,}"
                 f" ({training_rows * new:,} to train on, {evaluation_rows * new:,} to evaluate)",
             ),
             ("reward calls", f"{scored:,}"),

@@ -5,7 +5,6 @@ processor. They are a matter of plans alone: nothing else reads them.
 """
 
 import contextlib
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from datetime import date
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple
 
 from ple_jax.core import processor
 from ple_jax.core.errors import UserError
-from ple_jax.core.files import read_json, write_json
+from ple_jax.core.files import read_json, user_cache, write_json
 
 
 class Rates(NamedTuple):
@@ -29,7 +28,7 @@ class Rates(NamedTuple):
 
 def file() -> Path:
     """Where they are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ple_jax" / "rates.json"
+    return user_cache() / "rates.json"
 
 
 def measured(lines: Sequence[Mapping[str, Any]], environment: Mapping[str, Any]) -> Rates | None:
@@ -43,13 +42,13 @@ def measured(lines: Sequence[Mapping[str, Any]], environment: Mapping[str, Any])
     if not ran:
         return None
     kept = ran[1:] or ran
-    calls = [line["total_reward_calls"] for line in lines if "total_reward_calls" in line]
-    seconds = sum(line["seconds_score"] for line in ran)
+    scoring = sum(line["seconds_score"] for line in ran)
     generate, train = (
         statistics.median(line[f"{name}_tokens_per_second"] for line in kept) for name in ("generate", "train")
     )
     device = f"{environment.get('device', '')}, {environment.get('cores', '?')} cores"
-    return Rates(generate, train, max(calls) / max(seconds, 1e-6), date.today().isoformat(), device)
+    score = ran[-1]["total_reward_calls"] / max(scoring, 1e-6)
+    return Rates(generate, train, score, date.today().isoformat(), device)
 
 
 def keep(config: Any, backend: str, found: Rates | None) -> None:

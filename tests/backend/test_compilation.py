@@ -104,6 +104,16 @@ print(compilation._open.own.exists(), kept)
     assert run(code, tmp_path / "programs") == "True True"
 
 
+def test_a_user_without_a_home_compiles_all(monkeypatch):
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pathlib.Path.home", home)
+    assert not compilation.keep()
+
+
 def test_a_folder_that_cannot_be_written_is_done_without(tmp_path):
     (tmp_path / "file").write_text("")
     assert not compilation.keep(tmp_path / "file" / "programs")

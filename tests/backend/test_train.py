@@ -16,7 +16,7 @@ from test_model import build
 from ple_jax.backend import backend as jax_backend
 from ple_jax.backend import forward, lora, sharding, train
 from ple_jax.backend.model import Model, fill
-from ple_jax.core.batches import WORTH_A_PASS, packed_width, passes
+from ple_jax.core.batches import packed_width, passes
 from ple_jax.core.errors import UserError
 from ple_jax.core.types import Batch
 from ple_jax.models import adapters
@@ -232,7 +232,7 @@ def uneven_batch() -> Batch:
 def test_short_rows_apart_from_long_ones_change_no_number(monkeypatch):
     batch, whole, apart = uneven_batch(), backend(), backend()
     together = whole.logprobs(batch, entropy=True), whole.update([batch], negative_likelihood, lr=0.01)
-    monkeypatch.setitem(WORTH_A_PASS, "cpu", 8)
+    monkeypatch.setattr(jax_backend, "worth_a_pass", lambda platform: 8)
     assert [len(rows) for rows in passes(batch, worth=8)] != [8]
     alone = apart.logprobs(batch, entropy=True), apart.update([batch], negative_likelihood, lr=0.01)
     for name in ("logprobs", "entropy"):  # in the order of the batch

@@ -74,6 +74,16 @@ def test_a_folder_that_cannot_be_written_is_done_without(cache, monkeypatch):
     assert rates.read(config(), "jax") is None
 
 
+def test_a_user_without_a_home_has_none(monkeypatch):
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr("pathlib.Path.home", home)
+    rates.keep(config(), "jax", Rates(1.0, 2.0, 3.0, "2026-11-28", "cpu"))
+    assert rates.read(config(), "jax") is None
+
+
 def test_what_a_plan_says():
     found = Rates(100.0, 50.0, 10.0, "2026-11-28", "cpu, 2 cores")
     said = expected(found, sampled=30_000, trained=15_000, scored=1000)

@@ -22,7 +22,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ple_jax.algorithms import Context, ple, reward, sft
 from ple_jax.backend import forward as jax_forward
 from ple_jax.backend import lora as jax_lora
-from ple_jax.core.batches import WORTH_A_PASS
 from ple_jax.core.types import Batch, Outputs, Sampling
 from ple_jax.models import adapters
 from ple_jax.models.adapters import Lora
@@ -293,7 +292,7 @@ def test_accumulated_micro_batches_equal_one_batch(sizes):
 def test_short_rows_apart_from_long_ones_change_no_number(monkeypatch):
     batch, whole, apart = test_train.uneven_batch(), backend(), backend()
     together = whole.logprobs(batch, entropy=True), whole.update([batch], negative_likelihood, lr=0.01)
-    monkeypatch.setitem(WORTH_A_PASS, "cpu", 8)
+    monkeypatch.setattr(torch_backend, "worth_a_pass", lambda platform: 8)
     alone = apart.logprobs(batch, entropy=True), apart.update([batch], negative_likelihood, lr=0.01)
     for name in ("logprobs", "entropy"):  # in the order of the batch
         np.testing.assert_allclose(getattr(alone[0], name), getattr(together[0], name), atol=2e-5)

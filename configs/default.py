@@ -86,7 +86,8 @@ def get_config() -> ConfigDict:
     c.sampling.top_k = 0  # 0: off
     c.sampling.top_p = 1.0
     c.sampling.min_p = 0.0
-    c.sampling.width = 64  # rows decoded at once; part of the result (see docs/promises.md)
+    # rows decoded at once; part of the result (see docs/promises.md); auto: by the run's numbers of queries and the memory
+    c.sampling.width = config_dict.FieldReference(64, field_type=object)
     c.sampling.bucket = 16  # prompts are padded to this many tokens or its next doubling: 16, 32, 64 ...
     c.sampling.server = config_dict.placeholder(str)  # a vLLM that samples, http://host:port (docs/serving.md)
     c.sampling.server_key_env = config_dict.placeholder(str)  # the environment variable with its API key
@@ -165,7 +166,8 @@ def get_config() -> ConfigDict:
     c.optimizer.weight_decay = 0.0
     c.optimizer.clip_norm = 1.0  # global gradient norm
     c.optimizer.batch_queries = 8  # queries of one optimiser step
-    c.optimizer.micro_queries = 8  # queries of one forward-backward pass; gradients accumulate over them
+    # queries of one forward-backward pass; gradients accumulate over them; auto: as many as the memory takes
+    c.optimizer.micro_queries = config_dict.FieldReference(8, field_type=object)
     c.optimizer.epochs = 1  # passes over an iteration's pairs
 
     c.warm_up = ConfigDict()  # optional supervised fine-tuning (Algorithm 1, step 0), before iteration 0

@@ -27,6 +27,7 @@ from ple_jax.formulas import intervals
 from ple_jax.models import peft
 from ple_jax.planning import describe as planning
 from ple_jax.planning import rates
+from ple_jax.planning.fit import fitted
 from ple_jax.reports import comparison_files, run_page
 from ple_jax.serving import commands
 from ple_jax.training import loop, measures, offline
@@ -49,7 +50,7 @@ def train(config: Any, workdir: Path, backend: str, accept: Sequence[str] = ()) 
     if baselines is not None:
         baselines.check(config)
     with lock(workdir):
-        inputs = read_inputs(begun(config, workdir, backend), backend)
+        inputs = fitted(read_inputs(begun(config, workdir, backend), backend), backend)
         keys = run_keys(inputs.config, backend, inputs.digests)
         kept = going_on(workdir, keys, accept=accept, check_length=functools.partial(check_length, inputs))
         online = isinstance(inputs.algorithm, Algorithm)
@@ -129,7 +130,7 @@ def on_run(
     if trained and not (workdir / "config.json").exists():
         raise UserError(f"--workdir={workdir} holds no run; train one first: --mode=train")
     with lock(workdir):
-        inputs = read_inputs(begun(config, workdir, backend), backend)
+        inputs = fitted(read_inputs(begun(config, workdir, backend), backend), backend)
         kept = check_config(workdir, run_keys(inputs.config, backend, inputs.digests), accept=accept)
         with open_run(workdir, backend, inputs, kept) as run:
             yield run, _newest(run) if trained else State(run.backend.environment())
@@ -273,7 +274,7 @@ def plan(config: Any, workdir: Path, backend: str, topology: str | None = None) 
     if topology and config.model.dtype == "auto":  # its devices are accelerators, whatever is here
         config = ConfigDict(config.to_dict())
         config.model.dtype = "bfloat16"
-    inputs = read_inputs(begun(config, workdir, backend), backend)
+    inputs = fitted(read_inputs(begun(config, workdir, backend), backend), backend, topology)
     config, algorithm, found = inputs.config, inputs.algorithm, inputs.data
     algorithm.make_loss(config)
     if topology:

@@ -128,6 +128,11 @@ def total_memory(device: torch.device) -> int | None:
     return None if device.type == "cpu" else int(module(device.type).get_device_properties(device).total_memory)
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes of an accelerator's memory that no process has taken."""
+    return int(module(device.type).mem_get_info(device)[0])
+
+
 def peak_memory(device: torch.device) -> int:
     """Most bytes that tensors have held on an accelerator so far; 0 for the CPU."""
     return 0 if device.type == "cpu" else int(module(device.type).max_memory_allocated(device))

@@ -20,7 +20,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from ple_jax import algorithms
-from ple_jax.algorithms import Algorithm, given_sources
+from ple_jax.algorithms import Algorithm
+from ple_jax.core import processor
+from ple_jax.core.backends import Needs
 from ple_jax.core.errors import UserError, suggestion
 from ple_jax.core.types import Batch, Query, Sampling
 from ple_jax.models import hub
@@ -28,7 +30,17 @@ from ple_jax.models.config import ModelConfig
 from ple_jax.models.layout import expected_shapes
 from ple_jax.models.weights import Loaded
 from ple_jax.planning import sheet
-from ple_jax.planning.outline import Lengths, Source, check_positions, example_batch, judged, lengths, read_source
+from ple_jax.planning.outline import (
+    FULL,
+    Lengths,
+    Source,
+    example_batch,
+    judged,
+    lengths_of,
+    read_source,
+    reading,
+    with_numbers,
+)
 from ple_jax.reports.formats import readable_bytes
 from torch_ascend import backend, forward, generate, lora, ops, sharding
 from torch_ascend import device as devices
@@ -38,7 +50,6 @@ from torch_ascend.fakes import FUSED, Weights, replaced
 from torch_ascend.model import Cache
 from torch_ascend.sharding import Place, World
 
-_FULL = 0.9  # of a device's memory; the rest is left to what is not counted
 STEPS = 3  # tokens decoded: the cache has its whole size from the start, so that more of them need no more
 
 
@@ -272,12 +283,14 @@ class Found(NamedTuple):
     notes: list[str]  # what the backend says when a run starts
 
 
-def count(config: ConfigDict, source: Source, target: Target, sizes: Lengths, algorithm: Algorithm) -> Found:
-    """What one process of the target's would hold, without memory."""
+def count(
+    config: ConfigDict, source: Source, target: Target, sizes: Lengths, algorithm: Algorithm, *, only: str = ""
+) -> Found:
+    """What one process of the target's would hold, without memory; in one phase alone, if that is named."""
     reward, table = reward_bytes(config), fused_ops(config, target.chip)
     # tables of a module, made when it was imported, have their values
     with process_of(target, config, source.config) as place, FakeTensorMode(allow_non_fake_inputs=True):
-        found = measure(config, source, table, sizes, algorithm, place)
+        found = measure(config, source, table, sizes, algorithm, place, only=only)
     if not reward:
         return found
     stays = [(phase, m._replace(held=m.held + reward)) for phase, m in found.phases]
@@ -285,14 +298,27 @@ def count(config: ConfigDict, source: Source, target: Target, sizes: Lengths, al
 
 
 def measure(
-    config: ConfigDict, source: Source, table: ops.Ops, sizes: Lengths, algorithm: Algorithm, place: Place
+    config: ConfigDict,
+    source: Source,
+    table: ops.Ops,
+    sizes: Lengths,
+    algorithm: Algorithm,
+    place: Place,
+    *,
+    only: str = "",
 ) -> Found:
-    """Builds the backend of this process, takes it through an iteration, and counts; also with tensors that have memory."""
+    """Builds the backend of this process, takes it through an iteration, and counts; also with tensors that have memory.
+
+    Args:
+        only: a phase that depends on no other, if the others are left out.
+    """
     with Counter() as counter:
         backend = build(config, source, table, place)
         own, found = parts(backend), []
         counter.add(x for tensors in _parts(backend).values() for x in tensors)
         for phase in phases(backend, config, source, sizes, algorithm):
+            if only not in ("", phase.name):
+                continue
             held, start = counter.now, time.perf_counter()
             counter.reset()
             phase.work()
@@ -321,8 +347,7 @@ def report(
     backend.check(config, config.mesh.fsdp)
     check_mesh(config.mesh, target)
     source = read_source(config.model.path, config.model.revision)
-    sizes = lengths(config, source.tokenizer, train_set, heldout, principles, given_sources(algorithm.collect(config)))
-    sizes = check_positions(config, sizes, source.config)
+    sizes = lengths_of(config, source, algorithm, train_set, heldout, principles)
     table, there = fused_ops(config, target.chip), on_sheet(target)
     notes = [
         "the code that trains, run on tensors without memory; what kernels, collectives and libraries take is not counted",
@@ -341,9 +366,62 @@ def report(
     return found
 
 
+def needs(
+    config: ConfigDict,
+    topology: str | None,
+    *,
+    algorithm: Algorithm,
+    train_set: Sequence[Query],
+    heldout: Sequence[Query],
+    principles: str,
+) -> Needs:
+    """As `TopologyModule.needs`: the code that trains, run on tensors without memory.
+
+    Of this machine's devices one is counted, with its own rows and a whole base: here processes are joined already.
+    """
+    rows = config.mesh.data * config.mesh.fsdp
+    if topology is None:
+        target, alone, room = _present(config), {"mesh.data": 1, "mesh.fsdp": 1}, _room(config)
+    else:
+        target, alone = open_target(topology), {}
+        check_mesh(config.mesh, target)
+        room = None if target.chip.memory is None else int(FULL * target.chip.memory * sheet.GIB)
+    backend.check(config, config.mesh.fsdp)
+    source = read_source(config.model.path, config.model.revision)
+    sizes = lengths_of(config, source, algorithm, train_set, heldout, principles)
+
+    def need(phase: str, width: int, queries: int) -> int:
+        shared = rows // target.devices  # by the processes that are not counted
+        on = with_numbers(config, width=width // shared, micro_queries=queries // shared)
+        on.update_from_flattened_dict({**alone, "optimizer.batch_queries": config.optimizer.batch_queries // shared})
+        found = count(on, source, target, sizes, algorithm, only=phase)
+        return next(m.total for one, m in found.phases if one.name == phase)
+
+    return Needs(
+        room,
+        reading=reading(target.chip.kind),
+        sampling=lambda width: need("generate", width, rows),
+        training=lambda queries: need("gradients", rows, queries),
+    )
+
+
+def _present(config: ConfigDict) -> Target:
+    """One device of this machine."""
+    device = devices.resolve(config.model.device)
+    memory = devices.total_memory(device)
+    return Target(device.type, Chip(device.type, memory and memory / sheet.GIB), 1)
+
+
+def _room(config: ConfigDict) -> int | None:
+    """Bytes that may be filled of this process's device."""
+    device = devices.resolve(config.model.device)
+    found = devices.free_memory(device) if device.type != "cpu" else processor.free_memory()
+    return found and int(FULL * found / (1 if device.type != "cpu" else sharding.world().size))
+
+
 def on_sheet(target: Target) -> sheet.Target:
     """The target as the sheet knows it."""
-    return sheet.Target(target.name, target.devices, target.chip.memory, full=_FULL, spreads_quantized=False)
+    return sheet.Target(target.name, target.devices, target.chip.memory, full=FULL, spreads_quantized=False)
 
 
 def row(phase: Phase, m: Measured) -> sheet.Row:

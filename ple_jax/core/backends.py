@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 from ple_jax.core.types import Backend, Query
 
@@ -55,6 +55,15 @@ class BackendModule(Protocol[Loaded, Made]):
         ...
 
 
+class Needs(NamedTuple):
+    """What a run would need of a device."""
+
+    memory: int | None  # bytes that may be filled; None: not limited
+    reading: int  # rows whose arithmetic takes as long as reading the weights once does
+    sampling: Callable[[int], int]  # bytes where so many rows are decoded at once
+    training: Callable[[int], int]  # bytes where a pass of an optimiser step has so many queries
+
+
 class TopologyModule(Protocol):
     """How `--mode=plan --topology` counts what a run needs of devices that are not there."""
 
@@ -78,6 +87,26 @@ class TopologyModule(Protocol):
 
         Raises:
             UserError: an unknown topology, a mesh that does not take its devices, a model that is not supported.
+        """
+        ...
+
+    def needs(
+        self,
+        config: Any,
+        topology: str | None,
+        *,
+        algorithm: Any,
+        train_set: Sequence[Query],
+        heldout: Sequence[Query],
+        principles: str,
+    ) -> Needs:
+        """What `config.sampling.width` and `config.optimizer.micro_queries` of "auto" are fitted to.
+
+        Args:
+            topology: as `report` takes it; None: the devices of this machine.
+
+        Raises:
+            UserError: as `report`.
         """
         ...
 

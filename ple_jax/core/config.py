@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from ple_jax.core.errors import UserError, suggestion
 from ple_jax.core.rules import (
     Rule,
+    auto_or,
     choice,
     coefficient,
     day,
@@ -50,6 +51,10 @@ RENAMED = {
 
 # keys that one backend alone reads, all of them "auto" by default
 OWN = {"model.layers": "jax", "model.attention": "jax", "model.device": "torch", "model.ops": "torch"}
+
+
+# keys that are fitted to a device's memory where they are "auto", when a run begins
+AUTO = ("sampling.width", "optimizer.micro_queries")
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "", *, whole: Collection[str] = FREE) -> dict[str, Any]:
@@ -228,7 +233,7 @@ RULES: dict[str, Rule] = {
     # of less float32 keeps 0, and no token would be left
     "sampling.top_p": real(lambda v: 1e-6 <= v <= 1, "from 1e-6 to 1 (1 is off)"),
     "sampling.min_p": real(lambda v: 0 <= v < 1, "of at least 0 and below 1 (0 is off)"),
-    "sampling.width": whole(1, FEW),
+    "sampling.width": auto_or(whole(1, FEW)),
     "sampling.bucket": whole(1, MANY),
     "sampling.server": _optional_server,
     "sampling.server_key_env": _optional_variable,
@@ -288,7 +293,7 @@ RULES: dict[str, Rule] = {
     "optimizer.weight_decay": not_negative,
     "optimizer.clip_norm": positive,
     "optimizer.batch_queries": whole(1, MANY),
-    "optimizer.micro_queries": whole(1, MANY),
+    "optimizer.micro_queries": auto_or(whole(1, MANY)),
     "optimizer.epochs": whole(1, MANY),
     "warm_up.data": optional(_source),
     "warm_up.epochs": whole(1, MANY),
@@ -363,6 +368,10 @@ def validate(config: "ConfigDict") -> None:
         if says := written(flat[key]) or rule(flat[key]):
             raise UserError(f"config.{key} is {shown(flat[key])} but must be {says} (set it with --config.{key}=VALUE)")
     for key, divisors, why in _MULTIPLES:
+        if flat[key] == "auto":
+            continue
+        if "auto" in (flat[d] for d in divisors):  # it will be a multiple of these
+            divisors = ("mesh.data", "mesh.fsdp")
         value, divisor = flat[key], math.prod(flat[d] for d in divisors)
         if value % divisor:
             low = value - value % divisor

@@ -1,11 +1,12 @@
-"""What this machine's processor is, and whether it computes in bfloat16."""
+"""What this machine's processor is, whether it computes in bfloat16, and how much memory is free."""
 
 import platform
 from pathlib import Path
 
 from ple_jax.core import identity
 
-CPUINFO = Path("/proc/cpuinfo")  # of Linux; elsewhere little is known
+# of Linux; elsewhere little is known
+CPUINFO, MEMINFO, CGROUP = Path("/proc/cpuinfo"), Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 _BFLOAT16 = frozenset({"amx_bf16", "avx512_bf16"})
 
 
@@ -20,8 +21,21 @@ def digest() -> str:
     return identity.digest(["\n".join(sorted(said)).encode()])[:12]
 
 
+def free_memory() -> int | None:
+    """Bytes that programs can still have, in this container too; None where the system does not say."""
+    found = [int(line.split()[1]) * 1024 for line in _of(MEMINFO) if line.startswith("MemAvailable:")]
+    limit, used = ("".join(_of(CGROUP / name)).strip() for name in ("memory.max", "memory.current"))
+    if limit.isdigit() and used.isdigit():
+        found.append(int(limit) - int(used))
+    return max(0, min(found)) if found else None
+
+
 def _lines(*begin: str) -> set[str]:
+    return {line for line in _of(CPUINFO) if line.startswith(begin)}
+
+
+def _of(file: Path) -> list[str]:
     try:
-        return {line for line in CPUINFO.read_text().splitlines() if line.startswith(begin)}
+        return file.read_text().splitlines()
     except OSError:
-        return set()
+        return []

@@ -44,6 +44,11 @@ def choice(*options: str) -> Rule:
     return lambda v: "" if v in options else f"one of {', '.join(options)}{suggestion(str(v), options)}"
 
 
+def auto_or(rule: Rule) -> Rule:
+    """ "auto", or what `rule` allows."""
+    return lambda v: "" if v == "auto" or not (says := rule(v)) else f"auto or {says}"
+
+
 def many(each: Rule, *, empty: bool = False) -> Rule:
     """A tuple of what `each` allows."""
 

@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ple_jax import prompts
-from ple_jax.algorithms import Algorithm, Context
+from ple_jax.algorithms import Algorithm, Context, given_sources
 from ple_jax.core.batches import bucket
 from ple_jax.core.config import PACKAGE, PUBLISHED
 from ple_jax.core.errors import Unusable, UserError
@@ -21,6 +21,7 @@ from ple_jax.models import families, hub, weights
 from ple_jax.models import tokenizer as tokenizers
 from ple_jax.models.config import ModelConfig
 
+FULL = 0.9  # of a device's memory; the rest is left to what is not counted
 SHAPES = PACKAGE / "models" / "published"  # the config.json of well-known models, by name
 
 
@@ -95,6 +96,20 @@ def lengths(
     return Lengths(prefix, bucket(max(plain, rest), smallest), bucket(plain, smallest), new, max(answers, default=0))
 
 
+def lengths_of(
+    config: ConfigDict,
+    source: Source,
+    algorithm: Algorithm,
+    train_set: Sequence[Query],
+    heldout: Sequence[Query],
+    principles: str,
+) -> Lengths:
+    """The `lengths` of an algorithm's run, for which the model has positions."""
+    own = given_sources(algorithm.collect(config))
+    sizes = lengths(config, source.tokenizer, train_set, heldout, principles, own)
+    return check_positions(config, sizes, source.config)
+
+
 def _usable(queries: Sequence[Query], make: Callable[[Query], Any]) -> list[Any]:
     """What is made of the queries, but for those that the run will leave out."""
     found = []
@@ -116,6 +131,22 @@ def check_positions(config: ConfigDict, sizes: Lengths, model: ModelConfig) -> L
             " lower --config.task.max_prompt_tokens or --config.sampling.max_new_tokens"
         )
     return sizes._replace(answer=min(sizes.answer, model.max_positions - sizes.trained))
+
+
+def with_numbers(config: ConfigDict, *, width: int, micro_queries: int) -> ConfigDict:
+    """The config with these numbers, whatever its own are."""
+    changed = ConfigDict(config.to_dict())
+    with changed.ignore_type():
+        changed.sampling.width, changed.optimizer.micro_queries = width, micro_queries
+    return changed
+
+
+def reading(platform: str) -> int:
+    """Rows whose arithmetic takes as long as reading the weights once does: what a step of decoding costs at the least.
+
+    By steps of 16 and of 64 rows on two CPU cores; of accelerators by what they multiply a second for every byte they read.
+    """
+    return 16 if platform == "cpu" else 256
 
 
 def judged(config: ConfigDict, algorithm: Algorithm, sizes: Lengths) -> tuple[int, Lengths]:

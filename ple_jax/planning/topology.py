@@ -16,15 +16,17 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from ple_jax.algorithms import Algorithm, given_sources
-from ple_jax.backend import backend, generate, lora, sharding, train
+from ple_jax.algorithms import Algorithm
+from ple_jax.backend import backend, compilation, generate, lora, sharding, train
 from ple_jax.backend import quantize as quantization
 from ple_jax.backend.model import Model, quantized_axis
+from ple_jax.core import processor
+from ple_jax.core.backends import Needs
 from ple_jax.core.types import Batch, Query, Sampling
 from ple_jax.models import adapters
-from ple_jax.planning import hlo, sheet
+from ple_jax.planning import hlo, outline, sheet
 from ple_jax.planning.flops import forward_parts, gradient_flops
-from ple_jax.planning.outline import Lengths, check_positions, example_batch, judged, lengths, read_source
+from ple_jax.planning.outline import Lengths, example_batch, judged, lengths_of, read_source
 from ple_jax.planning.targets import Target, make_mesh, open_target
 from ple_jax.reports.formats import readable_bytes
 
@@ -312,8 +314,7 @@ def report(
     target = open_target(topology)
     mesh = make_mesh(target, **config.mesh)
     source = read_source(config.model.path, config.model.revision)
-    sizes = lengths(config, source.tokenizer, train_set, heldout, principles, given_sources(algorithm.collect(config)))
-    sizes = check_positions(config, sizes, source.config)
+    sizes = lengths_of(config, source, algorithm, train_set, heldout, principles)
     model = backend.make_model(config, source.config, mesh, platform=target.platform)
     parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(model.shapes))
     notes = [target.note, *sharding.notes(mesh, kv_heads=source.config.num_kv_heads)]
@@ -329,6 +330,49 @@ def report(
     title = "Memory of one device: a program's arguments, outputs and temporaries, and what stays there besides"
     sheet.body(config, there, title, rows(), write)
     return results
+
+
+def needs(
+    config: ConfigDict,
+    topology: str | None,
+    *,
+    algorithm: Algorithm,
+    train_set: Sequence[Query],
+    heldout: Sequence[Query],
+    principles: str,
+) -> Needs:
+    """As `TopologyModule.needs`: what the compiler says of the programs that sample and train."""
+    target = open_target(topology) if topology else None
+    if target is None and config.model.compile_cache:
+        compilation.keep()
+    mesh = make_mesh(target, **config.mesh) if target else sharding.make_mesh(**config.mesh)
+    platform = target.platform if target else mesh.devices.flat[0].platform
+    source = read_source(config.model.path, config.model.revision)
+    sizes = lengths_of(config, source, algorithm, train_set, heldout, principles)
+    model = backend.make_model(config, source.config, mesh, platform=platform)
+
+    def need(phase: str, **changed: int) -> int:
+        on = outline.with_numbers(config, **changed)
+        found = next(one for one in phases(on, model, mesh, sizes, algorithm, source.eos) if one.name == phase)
+        return found.held + measure(found).peak
+
+    return Needs(
+        _room(target, mesh),
+        reading=outline.reading(platform),
+        sampling=lambda width: need("generate", width=width, micro_queries=mesh.size),
+        training=lambda queries: need("gradients", width=mesh.size, micro_queries=queries),
+    )
+
+
+def _room(target: Target | None, mesh: Mesh) -> int | None:
+    """Bytes of a device that may be filled."""
+    if target is not None:
+        return int(outline.FULL * target.chip.hbm * sheet.GIB) if target.chip else None
+    stats = mesh.devices.flat[0].memory_stats()  # nothing of a CPU
+    if stats and "bytes_limit" in stats:
+        return int(outline.FULL * (stats["bytes_limit"] - stats.get("bytes_in_use", 0)))
+    free = processor.free_memory()
+    return free and int(outline.FULL * free / mesh.size)
 
 
 def on_sheet(target: Target) -> sheet.Target:

@@ -16,7 +16,7 @@ from typing import Any
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from ple_jax.core import backends, commits
-from ple_jax.core.config import differing, flatten
+from ple_jax.core.config import AUTO, differing, flatten
 from ple_jax.core.errors import Damaged, UserError
 from ple_jax.core.files import plain, read_json
 from ple_jax.core.forks import in_children
@@ -63,9 +63,11 @@ def begun(config: Any, workdir: Path, backend: str) -> Any:
     """The config with what the machine and the day decide, as it was decided when the directory's run began, or is now.
 
     Chat templates ask for the day, and a run that goes on tomorrow must have the prompts that it began with. So must one
-    that goes on elsewhere have the dtype.
+    that goes on elsewhere have the dtype, and the numbers that were fitted to a memory.
     """
-    if config.task.date is not None and config.model.dtype != "auto":
+    flat = flatten(config.to_dict())
+    fit = [key for key in AUTO if flat[key] == "auto"]
+    if config.task.date is not None and config.model.dtype != "auto" and not fit:
         return config
     kept = _config(workdir) or {}
     whole = ConfigDict(config.to_dict())
@@ -73,6 +75,9 @@ def begun(config: Any, workdir: Path, backend: str) -> Any:
         whole.task.date = kept.get("task", {}).get("date") or today().isoformat()
     if whole.model.dtype == "auto":
         whole.model.dtype = kept.get("model", {}).get("dtype") or backends.load(backend).fast_dtype(config)
+    recorded = flatten(kept)
+    with whole.ignore_type():
+        whole.update_from_flattened_dict({key: recorded[key] for key in fit if key in recorded})
     return FrozenConfigDict(whole)
 
 

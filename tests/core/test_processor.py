@@ -51,6 +51,29 @@ def test_where_nothing_is_known(monkeypatch, tmp_path):
     assert not processor.bfloat16() and len(processor.digest()) == 12
 
 
+@pytest.mark.parametrize(
+    ("available", "limit", "used", "free"),
+    [
+        ("20 kB", None, None, 20 * 1024),
+        ("20 kB", "max", "512", 20 * 1024),
+        ("20 kB", "4096", "1024", 3072),
+        ("20 kB", "40960", "1024", 20 * 1024),
+        ("20 kB", "1024", "4096", 0),
+        (None, "4096", "1024", 3072),
+        (None, None, None, None),
+    ],
+)
+def test_the_memory_that_is_free(tmp_path, monkeypatch, available, limit, used, free):
+    monkeypatch.setattr(processor, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(processor, "CGROUP", tmp_path)
+    if available:
+        (tmp_path / "meminfo").write_text(f"MemTotal:  99 kB\nMemFree:  1 kB\nMemAvailable:  {available}\n")
+    for name, text in (("max", limit), ("current", used)):
+        if text:
+            (tmp_path / f"memory.{name}").write_text(f"{text}\n")
+    assert processor.free_memory() == free
+
+
 @pytest.mark.parametrize("backend", ["jax", "torch"])
 @pytest.mark.parametrize(("units", "dtype"), [(True, "bfloat16"), (False, "float32")])
 def test_auto_is_what_the_processor_is_faster_in(monkeypatch, backend, units, dtype):

@@ -1,0 +1,108 @@
+"""`config.sampling.width` and `config.optimizer.micro_queries` of "auto": fitted to the memory of a device, once.
+
+Both change no formula. A larger pass of training takes more memory, and so do more rows decoded at once; what they take is
+counted as `--mode=plan --topology` counts it, before any weight is read.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from ple_jax.algorithms import Algorithm
+from ple_jax.core import backends
+from ple_jax.core.backends import Needs
+from ple_jax.core.config import AUTO, FEW, flatten
+from ple_jax.core.errors import UserError
+from ple_jax.reports.formats import readable_bytes
+from ple_jax.training.opening import Inputs
+
+_WIDTH, _MICRO = AUTO
+_ROW = 8  # widths are multiples of so many rows
+
+
+def fitted(inputs: Inputs, backend: str, topology: str | None = None) -> Inputs:
+    """The inputs with numbers in the place of "auto", which it prints; the same where nothing is "auto".
+
+    Args:
+        topology: of devices that are not there, to fit into; those of this machine if it is not given.
+
+    Raises:
+        UserError: nothing fits, or what the algorithm needs is not counted.
+    """
+    config, algorithm = inputs.config, inputs.algorithm
+    flat = flatten(config.to_dict())
+    asked = [key for key in AUTO if flat[key] == "auto"]
+    if not asked:
+        return inputs
+    if not isinstance(algorithm, Algorithm) or config.trainer == "trl":
+        who = "config.trainer='trl'" if config.trainer == "trl" else f"algorithm {config.algorithm!r}"
+        raise UserError(f"config.{asked[0]} is 'auto', and what {who} needs of memory is not counted: give a number")
+    needs = backends.load_topology(backend).needs(
+        config, topology, algorithm=algorithm, train_set=inputs.data.train, heldout=inputs.data.heldout,
+        principles=inputs.principles.text,
+    )  # fmt: skip
+    found = {key: _NUMBER[key](config, algorithm, len(inputs.data.heldout), needs) for key in asked}
+    print("fitted to memory:", ", ".join(f"config.{key} = {value}" for key, value in found.items()), flush=True)
+    numbers = ConfigDict(config.to_dict())
+    with numbers.ignore_type():
+        numbers.update_from_flattened_dict(found)
+    return inputs._replace(config=FrozenConfigDict(numbers))
+
+
+def width(config: Any, algorithm: Algorithm, heldout: int, needs: Needs) -> int:
+    """Rows decoded at once: of those that fit, with which all samples of the run cost least."""
+    times = _groups(config, algorithm, heldout)
+    fits = _fitting(_WIDTH, _widths(times, config.mesh.data * config.mesh.fsdp), needs.sampling, needs.memory)
+    return min(fits, key=lambda rows: _cost(times, rows, needs.reading))
+
+
+def micro_queries(config: Any, algorithm: Algorithm, heldout: int, needs: Needs) -> int:
+    """Queries of a pass: the largest share of an optimiser batch that fits."""
+    rows, batch = config.mesh.data * config.mesh.fsdp, config.optimizer.batch_queries
+    sizes = [size for size in range(rows, batch + 1, rows) if batch % size == 0]
+    return _fitting(_MICRO, sizes, needs.training, needs.memory)[-1]
+
+
+_NUMBER = {_WIDTH: width, _MICRO: micro_queries}
+
+
+def _groups(config: Any, algorithm: Algorithm, heldout: int) -> dict[int, int]:
+    """How often a run decodes so many rows of one kind."""
+    slots = [slot for slot in algorithm.collect(config) if slot.source == "policy"]
+    times: dict[int, int] = {}
+    for principled in {slot.principled for slot in slots}:
+        rows = config.queries_per_iteration * sum(slot.principled is principled for slot in slots)
+        times[rows] = times.get(rows, 0) + config.iterations
+    rows = heldout * config.eval.samples
+    times[rows] = times.get(rows, 0) + 2 + math.ceil(config.iterations / config.eval.every)
+    return times
+
+
+def _widths(groups: Mapping[int, int], multiple: int) -> list[int]:
+    """Widths that leave little of a chunk empty: for every group those that cut it into 1, 2, 3 ... chunks."""
+    step = math.lcm(_ROW, multiple)
+    found = {-(-rows // chunks // step) * step for rows in groups for chunks in range(1, rows + 1)}
+    return sorted(width for width in found if width < FEW)
+
+
+def _cost(times: Mapping[int, int], width: int, reading: int) -> int:
+    """What decoding takes, in rows: every step of a chunk reads the weights, and computes all of its rows."""
+    return sum(often * -(-rows // width) * (reading + width) for rows, often in times.items())
+
+
+def _fitting(key: str, sizes: Sequence[int], need: Callable[[int], int], room: int | None) -> Sequence[int]:
+    """Those of ascending sizes that fit; what is needed grows with them, so few are counted."""
+    if room is None or len(sizes) == 1 or need(sizes[-1]) <= room:
+        return sizes
+    fit, over = 0, len(sizes) - 1
+    if (least := need(sizes[0])) > room:
+        raise UserError(
+            f"config.{key} is 'auto', and {sizes[0]}, the least, needs {readable_bytes(least)} of a device, of which"
+            f" {readable_bytes(room)} can be filled: --mode=plan --topology says of what; or give a number"
+        )
+    while over - fit > 1:
+        middle = (fit + over) // 2
+        fit, over = (middle, over) if need(sizes[middle]) <= room else (fit, middle)
+    return sizes[: fit + 1]

@@ -1,0 +1,203 @@
+"""Numbers of "auto": fitted to a memory, chosen by what a run samples, recorded, and taken from there when a run goes on."""
+
+import json
+
+import pytest
+from ml_collections import FrozenConfigDict
+
+from ple_jax import algorithms
+from ple_jax.configs import tiny
+from ple_jax.core import backends, processor
+from ple_jax.core.config import AUTO, flatten, validate
+from ple_jax.core.errors import UserError
+from ple_jax.main import parse
+from ple_jax.modes import train
+from ple_jax.planning import fit, outline
+from ple_jax.planning.outline import with_numbers
+from ple_jax.training.opening import read_inputs
+from ple_jax.training.workdir import begun
+
+BOTH = ["jax", "torch"]
+
+
+def config(**changed):
+    made = tiny.get_config()
+    made.update_from_flattened_dict({"model.dtype": "float32", "task.date": "2026-11-28", **dict.fromkeys(AUTO, "auto")})
+    made.update_from_flattened_dict({key.replace("__", "."): value for key, value in changed.items()})
+    return FrozenConfigDict(made)
+
+
+def needs(memory, row=10, base=100, reading=16):
+    """A device of so many bytes, and what is counted of it, in a list."""
+    asked = []
+
+    def need(rows):
+        asked.append(rows)
+        return base + row * rows
+
+    return backends.Needs(memory, reading, need, need), asked
+
+
+def numbers(found):
+    return {key: flatten(found.config.to_dict())[key] for key in AUTO}
+
+
+# ---------------------------------------------------------------- the choice
+
+
+def test_the_largest_pass_that_fits():
+    c = config(optimizer__batch_queries=24, queries_per_iteration=24)
+    for memory, most in ((None, 24), (10_000, 24), (340, 24), (339, 12), (220, 12), (219, 8), (110, 1)):
+        assert fit.micro_queries(c, None, 0, needs(memory)[0]) == most
+
+
+def test_few_sizes_are_counted():
+    device, asked = needs(100 + 10 * 37)
+    c = config(optimizer__batch_queries=2**12, queries_per_iteration=2**12)
+    assert fit.micro_queries(c, None, 0, device) == 32
+    assert len(asked) <= 2 + 4 and asked[:2] == [2**12, 1]
+
+
+def test_a_pass_is_shared_by_the_devices():
+    c = config(optimizer__batch_queries=24, queries_per_iteration=24, mesh__data=2, mesh__fsdp=2)
+    assert fit.micro_queries(c, None, 0, needs(250)[0]) == 12
+    assert fit.micro_queries(c, None, 0, needs(219)[0]) == 8  # 12 do not fit, 6 are no multiple of 4
+
+
+def test_what_does_not_fit_at_all_is_told():
+    with pytest.raises(
+        UserError, match=r"micro_queries is 'auto', and 1, the least, needs 110 B of a device, of which 109 B"
+    ):
+        fit.micro_queries(config(optimizer__batch_queries=4), None, 0, needs(109)[0])
+
+
+@pytest.mark.parametrize(
+    ("queries", "heldout", "reading", "expected"),
+    [
+        (48, 48, 16, 48),  # one chunk of each kind, none of it empty
+        (48, 64, 16, 64),  # the quickstart's: two chunks of every evaluation would cost more than 16 empty rows
+        (48, 500, 16, 72),  # evaluations are most of the run: 7 chunks, the last of which is nearly whole
+        (33, 33, 256, 40),
+        (1000, 8, 256, 504),  # small evaluations would be mostly empty
+    ],
+)
+def test_the_width_with_which_all_samples_cost_least(queries, heldout, reading, expected):
+    c = config(queries_per_iteration=queries, optimizer__batch_queries=1, iterations=5, eval__every=1, eval__samples=1)
+    ple = algorithms.load("ple")
+    found = fit.width(c, ple, heldout, needs(None, reading=reading)[0])
+    times = {queries: 2 * 5, heldout: 2 + 5} if queries != heldout else {queries: 2 * 5 + 2 + 5}
+
+    def cost(width):
+        return sum(n * -(-rows // width) * (width + reading) for rows, n in times.items())
+
+    assert found == expected
+    assert cost(found) == min(cost(width) for width in range(8, 2048, 8))
+
+
+def test_the_width_fits_too():
+    c = config(queries_per_iteration=48, optimizer__batch_queries=1)
+    ple = algorithms.load("ple")
+    assert fit.width(c, ple, 48, needs(100 + 10 * 30)[0]) == 24
+    with pytest.raises(UserError, match=r"config.sampling.width is 'auto', and 8, the least"):
+        fit.width(c, ple, 48, needs(179)[0])
+
+
+# ---------------------------------------------------------------- what is counted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", BOTH)
+def test_more_rows_need_more_memory_and_as_much_as_a_plan_says(backend):
+    c = config()
+    inputs = read_inputs(c, backend)
+    given = {"train_set": inputs.data.train, "heldout": inputs.data.heldout, "principles": inputs.principles.text}
+    ple, module = algorithms.load("ple"), backends.load_topology(backend)
+    found = module.needs(c, None, algorithm=ple, **given)
+    assert found.training(1) < found.training(2) < found.training(4)
+    assert found.sampling(8) < found.sampling(16)
+    planned = module.report(
+        with_numbers(c, width=16, micro_queries=2), "cpu:1", algorithm=ple, write=lambda line: None, **given
+    )
+    if backend == "jax":
+        totals = {name: measured.peak for name, measured in planned.items()}
+        held = {"gradients": found.training(2) - totals["gradients"], "generate": found.sampling(16) - totals["generate"]}
+        assert all(0 < extra < totals["gradients"] for extra in held.values())  # reference and moments
+    else:
+        totals = {phase.name: measured.total for phase, measured in planned.phases}
+        assert (found.training(2), found.sampling(16)) == (totals["gradients"], totals["generate"])
+
+
+@pytest.mark.parametrize("backend", BOTH)
+def test_the_memory_is_what_the_machine_has_free(backend, monkeypatch):
+    c = config()
+    inputs = read_inputs(c, backend)
+    for free, room in ((10**9, int(outline.FULL * 10**9)), (None, None)):
+        monkeypatch.setattr(processor, "free_memory", lambda free=free: free)
+        assert (
+            backends.load_topology(backend)
+            .needs(
+                c, None, algorithm=inputs.algorithm, train_set=inputs.data.train, heldout=inputs.data.heldout, principles=""
+            )
+            .memory
+            == room
+        )
+
+
+def test_a_topology_has_a_memory_of_its_own(capsys):
+    c = config(mesh__data=2)
+    found = fit.fitted(read_inputs(c, "torch"), "torch", "910b:2")
+    assert numbers(found)["optimizer.micro_queries"] == c.optimizer.batch_queries
+    assert "fitted to memory: config.sampling.width = " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("key", AUTO)
+def test_numbers_that_are_given_stay(key):
+    found = fit.fitted(read_inputs(config(**{key.replace(".", "__"): 4}), "torch"), "torch")
+    assert numbers(found)[key] == 4 and "auto" not in numbers(found).values()
+
+
+def test_nothing_is_counted_where_all_is_given():
+    inputs = read_inputs(FrozenConfigDict(tiny.get_config()), "jax")
+    assert fit.fitted(inputs, "none") is inputs
+
+
+# ---------------------------------------------------------------- runs
+
+
+@pytest.mark.parametrize("backend", [pytest.param("jax", marks=pytest.mark.slow), "torch"])
+def test_a_run_records_them_and_goes_on_with_them(tmp_path, backend, monkeypatch):
+    train(config(iterations=1), tmp_path, backend)
+    kept = flatten(json.loads((tmp_path / "config.json").read_text()))
+    assert {key: kept[key] for key in AUTO} == {"sampling.width": 8, "optimizer.micro_queries": 4}
+    monkeypatch.setattr(processor, "free_memory", lambda: 1)  # on a smaller machine
+    assert numbers(type("Inputs", (), {"config": begun(config(), tmp_path, backend)})) == {key: kept[key] for key in AUTO}
+    train(config(iterations=2), tmp_path, backend)
+    with pytest.raises(UserError, match="config.optimizer.micro_queries is 'auto', and 1, the least, needs"):
+        train(config(), tmp_path / "new", backend)
+
+
+def test_what_is_not_counted_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"is 'auto', and what algorithm 'sft'.*|what config.trainer='trl' needs"):
+        fit.fitted(read_inputs(config(), "torch")._replace(config=config(trainer="trl")), "torch")
+    reward = read_inputs(config(), "jax")._replace(algorithm=algorithms.load("reward"), config=config(algorithm="reward"))
+    with pytest.raises(UserError, match="config.sampling.width is 'auto', and what algorithm 'reward' needs of memory"):
+        fit.fitted(reward, "jax")
+
+
+# ---------------------------------------------------------------- the config
+
+
+@pytest.mark.parametrize("key", AUTO)
+def test_on_the_command_line(key):
+    for value, expected in (("auto", "auto"), ("4", 4)):
+        found = parse(["ple_jax", "--config=tiny", "--workdir=w", f"--config.{key}={value}"]).config
+        assert flatten(found.to_dict())[key] == expected
+    for value in ("autp", "0", "1.5", "True", "None"):
+        with pytest.raises(UserError, match=rf"config.{key} is .* but must be auto or a whole number, at least 1"):
+            parse(["ple_jax", "--config=tiny", "--workdir=w", f"--config.{key}={value}"])
+
+
+def test_what_is_fitted_can_be_shared_by_the_devices():
+    validate(config(mesh__data=4, optimizer__batch_queries=4))
+    with pytest.raises(UserError, match=r"config.optimizer.batch_queries is 4 but must be a multiple of config.mesh.data"):
+        validate(config(mesh__data=3))

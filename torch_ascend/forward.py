@@ -60,14 +60,17 @@ def token_logprobs(
 
 @torch.no_grad()
 def token_entropy(
-    model: Model, hidden: Float[Tensor, "*batch hidden"], temperature: float = 1.0
-) -> Float32[Tensor, "*batch"]:
-    """Entropy in nats of softmax(logits / temperature), chunked like `token_logprobs`; not differentiated."""
-    parts = []
-    for h in hidden.reshape(-1, hidden.shape[-1]).split(CHUNK):
-        logp = _tempered(model.logits(h), temperature).log_softmax(-1)
-        parts.append(-(logp.exp() * logp).sum(-1))
-    return torch.cat(parts).view(hidden.shape[:-1])
+    model: Model, hidden: Float[Tensor, "*batch hidden"], targets: Int64[Tensor, "*batch"], temperature: float = 1.0
+) -> tuple[Float32[Tensor, "*batch"], Float32[Tensor, "*batch"]]:
+    """`token_logprobs`, and beside them the entropy in nats of softmax(logits / temperature); not differentiated."""
+    value, spread = [], []
+    for h, y in zip(hidden.reshape(-1, hidden.shape[-1]).split(CHUNK), targets.reshape(-1).split(CHUNK), strict=True):
+        logits = _tempered(model.logits(h), temperature)
+        logprob, normaliser = model.ops.token_logprob(logits, y)
+        logp = logits.sub_(normaliser[:, None])
+        value.append(logprob)
+        spread.append(-(logp.exp() * logp).sum(-1))
+    return torch.cat(value).view(targets.shape), torch.cat(spread).view(targets.shape)
 
 
 def pack(batch: Batch, time: int | None = None) -> Packed:
@@ -165,7 +168,8 @@ def outputs(
         temperature: what the logits are divided by, above 0.
     """
     said = Lazy(model, adapter, batch, time, temperature)
-    return Outputs(said.logprobs, said.spread() if entropy else None, said.values, said.scores)
+    logprobs, spread = said.spread() if entropy else (said.logprobs, None)
+    return Outputs(logprobs, spread, said.values, said.scores)
 
 
 class Lazy:
@@ -189,6 +193,8 @@ class Lazy:
         found = token_logprobs(self._model, self._hidden, self._packed.targets, self._temperature)
         return _shaped(found, self._packed, self._batch)
 
-    def spread(self) -> Float32[Tensor, "query k response_len"]:
-        """The entropy, which no loss is told."""
-        return _shaped(token_entropy(self._model, self._hidden, self._temperature), self._packed, self._batch)
+    def spread(self) -> tuple[Float32[Tensor, "query k response_len"], Float32[Tensor, "query k response_len"]]:
+        """Log-probabilities, and the entropy, which no loss is told."""
+        found = token_entropy(self._model, self._hidden, self._packed.targets, self._temperature)
+        logprobs, spread = (_shaped(x, self._packed, self._batch) for x in found)
+        return logprobs, spread

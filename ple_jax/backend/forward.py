@@ -88,18 +88,19 @@ token_logprobs.defvjp(_token_logprobs_forward, _token_logprobs_backward)
 def token_entropy(
     head: Float[Array, "vocab hidden"],
     hidden: Float[Array, "row time hidden"],
+    targets: Int[Array, "row time"],
     softcap: float | None = None,
     shards: int = 1,
     temperature: float = 1.0,
-) -> Float32[Array, "row time"]:
-    """Entropy in nats of softmax(logits / temperature), chunked like `token_logprobs`; not differentiated."""
+) -> tuple[Float32[Array, "row time"], Float32[Array, "row time"]]:
+    """`token_logprobs`, and beside them the entropy in nats of softmax(logits / temperature); not differentiated."""
 
-    def f(h: Array, y: Array) -> Array:
-        _, normaliser, logits = _chunk(head, h, y, softcap, temperature)
+    def f(h: Array, y: Array) -> tuple[Array, Array]:
+        value, normaliser, logits = _chunk(head, h, y, softcap, temperature)
         logp = logits - normaliser[..., None]
-        return -(jnp.exp(logp) * logp).sum(-1)
+        return value, -(jnp.exp(logp) * logp).sum(-1)
 
-    return _over_time(f, hidden, jnp.zeros(hidden.shape[:2], jnp.int32), shards)
+    return _over_time(f, hidden, targets, shards)
 
 
 def pack(batch: Batch, time: int | None = None) -> Packed:
@@ -210,8 +211,8 @@ def outputs(
     def shaped(x: Float32[Array, "row said"]) -> Float32[Array, "row k response_len"]:
         return _at(x, packed.places.reshape(rows, k * r)).reshape(rows, k, r)
 
-    logprobs = shaped(token_logprobs(head, hidden, packed.targets, softcap, shards, temperature))
-    spread = shaped(token_entropy(head, hidden, softcap, shards, temperature)) if entropy else None
+    how = head, hidden, packed.targets, softcap, shards, temperature
+    logprobs, spread = map(shaped, token_entropy(*how)) if entropy else (shaped(token_logprobs(*how)), None)
     values = None if value is None else shaped(_read(value, hidden))
     return Outputs(logprobs, spread, values, None if score is None else response_scores(score, batch, states))
 

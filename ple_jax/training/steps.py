@@ -2,9 +2,10 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Bool
 
 from ple_jax.algorithms import Algorithm, Context
 from ple_jax.core.batches import micro_batches, pack
@@ -15,21 +16,27 @@ from ple_jax.training.run import Run
 from ple_jax.training.state import State
 
 
+class Whole(NamedTuple):
+    """An optimiser batch with what its loss compares with."""
+
+    batch: Batch
+    tokens: int  # of the forward passes for that, each counted with its own prompts
+
+
 def update(
     run: Run[Algorithm], rollouts: Sequence[Rollout], context: Context, state: State
 ) -> tuple[State, dict[str, float]]:
     """Algorithm 1, line 6: the iteration's optimiser steps; its metrics, with diagnostics from before and after them."""
     some = rollouts[: run.config.eval.diagnostic_queries]
-    few, _ = optimiser_batch(run, some, context)
     # the policy that sampled these responses is the one before the update
-    kl = diagnose(run, some)
-    before = at_the_start(run, few, state.iteration)
+    few, kl, before = at_the_start(run, some, context)
     started = time.perf_counter()
-    batches, compared = prepare(run, rollouts, context)
+    batches, compared = prepare(run, rollouts, context, few)
     prepared = time.perf_counter()
     collected, sizes = steps(run, batches, state.iteration, state.step)
     updated = time.perf_counter()
-    after = run.loss(check_policy(policy_of(run, few), run.config.optimizer.lr, "optimizer.lr"), few)[1]
+    said = check_policy(policy_of(run, few.batch), run.config.optimizer.lr, "optimizer.lr")
+    after = run.loss(said, few.batch)[1]
     trained = run.config.optimizer.epochs * sum(map(costs.tokens, batches))
     spent = state.costs.plus(
         training_tokens=trained,
@@ -41,21 +48,26 @@ def update(
     return state._replace(step=state.step + len(collected), costs=spent), metrics
 
 
-def prepare(run: Run[Algorithm], rollouts: Sequence[Rollout], context: Context) -> tuple[list[Batch], int]:
+def prepare(run: Run[Algorithm], rollouts: Sequence[Rollout], context: Context, few: Whole) -> tuple[list[Batch], int]:
     """The optimiser batches of an iteration, whole before the first step, and tokens of the forward passes that that took.
 
     What a loss compares with is of the policy that sampled. Where queries were quarantined, batches differ by one at most:
     none weighs much more than another.
+
+    Args:
+        few: the batch of the first queries, which may be the first one.
     """
     count = -(-len(rollouts) // run.config.optimizer.batch_queries)
     groups = [[rollouts[i] for i in some] for some in np.array_split(np.arange(len(rollouts)), count)]
     run.session.progress.phase("prepare", len(groups))
-    batches, compared = [], 0
+    batches: list[Batch] = []
+    compared = 0
     for group in groups:
         run.session.stop.check()
-        batch, tokens = optimiser_batch(run, group, context)
-        batches.append(batch)
-        compared += tokens
+        first = not batches and len(group) == len(few.batch.prompt)
+        whole = few if first else optimiser_batch(run, run.algorithm.batch(group, context), group, context)
+        batches.append(whole.batch)
+        compared += whole.tokens
         run.session.progress.advance(1)
     return batches, compared
 
@@ -141,27 +153,35 @@ def check_finite(
     )
 
 
-def at_the_start(run: Run[Algorithm], few: Batch, iteration: int) -> dict[str, Array]:
-    """The loss's metrics of a few queries before the first step of an iteration.
+def at_the_start(
+    run: Run[Algorithm], rollouts: Sequence[Rollout], context: Context
+) -> tuple[Whole, dict[str, float], dict[str, Array]]:
+    """The batch of a few queries before the first step of an iteration, `diagnose` of them, and the loss's metrics.
+
+    One pass of the policy serves all three where the algorithm trains on all that it said.
 
     Raises:
         UserError: the policy or the loss is not finite, which no learning rate is to blame for.
     """
-    config, said = run.config, policy_of(run, few)
+    config, batch = run.config, run.algorithm.batch(rollouts, context)
+    own = own_responses(run, batch, rollouts)
+    said = policy_of(run, batch, entropy=own is not None)
     if not np.isfinite(said.logprobs).all():
         raise UserError(
-            f"before any step of iteration {iteration + 1} the policy's log-probabilities are not finite: to blame are"
-            f" config.lora.alpha ({config.lora.alpha:g}), config.model.dtype ({config.model.dtype}) or the model's weights;"
-            " mend that (in a new --workdir)"
+            f"before any step of iteration {context.iteration + 1} the policy's log-probabilities are not finite: to blame"
+            f" are config.lora.alpha ({config.lora.alpha:g}), config.model.dtype ({config.model.dtype}) or the model's"
+            " weights; mend that (in a new --workdir)"
         )
+    few = optimiser_batch(run, batch, rollouts, context, said)
+    kl = diagnose(run, rollouts) if own is None else drift(run, few.batch, said, own)
     with np.errstate(all="ignore"):  # what overflows is told of below
-        value, metrics = run.loss(said, few)
+        value, metrics = run.loss(said, few.batch)
     if not np.isfinite(value).all():
         raise UserError(
-            f"before any step of iteration {iteration + 1} the loss is not finite, though the log-probabilities are:"
+            f"before any step of iteration {context.iteration + 1} the loss is not finite, though the log-probabilities are:"
             f" {_options(config)} is too large or too small; mend it (in a new --workdir)"
         )
-    return metrics
+    return few, kl, metrics
 
 
 def check_policy(said: Outputs, lr: float, key: str) -> Outputs:
@@ -177,24 +197,28 @@ def check_policy(said: Outputs, lr: float, key: str) -> Outputs:
 # ---------------------------------------------------------------- batches
 
 
-def optimiser_batch(run: Run[Algorithm], rollouts: Sequence[Rollout], context: Context) -> tuple[Batch, int]:
+def optimiser_batch(
+    run: Run[Algorithm], batch: Batch, rollouts: Sequence[Rollout], context: Context, policy: Outputs | None = None
+) -> Whole:
     """The algorithm's batch of these rollouts, with what its loss compares with, of the policy as it is now.
 
-    And the tokens of the forward passes for that, each counted with its own prompts.
+    Args:
+        policy: what it says of the batch, where that is known.
     """
-    batch, asked = run.algorithm.batch(rollouts, context), None
+    asked = None
     if run.algorithm.needs(run.config).teacher:
         queries = {query.id: query for query in run.data.train}
         asked = run.prompts.after_principles(batch, [queries[rollout.query_id] for rollout in rollouts])
-    batch, tokens = compared(batch, run, asked)
-    return run.algorithm.prepare(batch, context), tokens
+    batch, tokens = compared(batch, run, asked, policy)
+    return Whole(run.algorithm.prepare(batch, context), tokens)
 
 
-def compared(batch: Batch, run: Run[Any], asked: Batch | None = None) -> tuple[Batch, int]:
+def compared(batch: Batch, run: Run[Any], asked: Batch | None = None, policy: Outputs | None = None) -> tuple[Batch, int]:
     """A batch with the log-probabilities (and values) that a loss compares with, of the policy as it is now.
 
     Args:
         asked: the same responses after the teacher's prompts, where there is a teacher.
+        policy: what the policy says of the batch, where that is known.
 
     Returns:
         The batch, and the tokens of the forward passes.
@@ -204,7 +228,7 @@ def compared(batch: Batch, run: Run[Any], asked: Batch | None = None) -> tuple[B
     if needs.reference:
         data["reference_logprobs"] = logprobs(batch, reference=True, temperature=heat).logprobs
     if needs.old_logprobs:
-        old = logprobs(batch, temperature=heat)
+        old = policy or logprobs(batch, temperature=heat)
         data["old_logprobs"] = old.logprobs
         if old.values is not None:
             data["old_values"] = old.values
@@ -217,12 +241,32 @@ def compared(batch: Batch, run: Run[Any], asked: Batch | None = None) -> tuple[B
 # ---------------------------------------------------------------- diagnostics
 
 
-def policy_of(run: Run[Any], batch: Batch) -> Outputs:
+def policy_of(run: Run[Any], batch: Batch, *, entropy: bool = False) -> Outputs:
     """What the policy, as it is now, says of a few queries."""
     run.session.progress.phase("diagnose", 1)
-    said = run.backend.logprobs(batch, temperature=temperature(run))
+    said = run.backend.logprobs(batch, temperature=temperature(run), entropy=entropy)
     run.session.progress.advance(1)
     return said
+
+
+def own_responses(run: Run[Any], batch: Batch, rollouts: Sequence[Rollout]) -> Bool[np.ndarray, "query k"] | None:
+    """Which responses of a batch the policy said after the plain prompt; None where the batch cannot stand for `diagnose`:
+    some that it said are not in there, or it is asked at another temperature than it sampled at.
+    """
+    if temperature(run) != (run.config.sampling.temperature or 1.0):
+        return None
+    found = np.zeros(batch.response.shape[:2], bool)
+    for i, rollout in enumerate(rollouts):
+        there = [tuple(ids[mask].tolist()) for ids, mask in zip(batch.response[i], batch.response_mask[i], strict=True)]
+        if tuple(batch.prompt[i][batch.prompt_mask[i]].tolist()) != rollout.prompt_tokens:
+            return None
+        for response in rollout.responses:
+            if response.own:
+                places = [j for j, tokens in enumerate(there) if tokens == response.tokens and not found[i, j]]
+                if not places:
+                    return None
+                found[i, places[0]] = True
+    return found
 
 
 def diagnose(run: Run[Any], rollouts: Sequence[Rollout]) -> dict[str, float]:
@@ -247,6 +291,20 @@ def diagnose(run: Run[Any], rollouts: Sequence[Rollout]) -> dict[str, float]:
     reference = run.backend.logprobs(batch, reference=True, temperature=heat).logprobs
     run.session.progress.advance(1)
     return divergence(policy, reference, batch.response_mask)
+
+
+def drift(run: Run[Any], batch: Batch, policy: Outputs, own: Bool[np.ndarray, "query k"]) -> dict[str, float]:
+    """`diagnose`, of what the policy says of a whole batch.
+
+    Args:
+        own: `own_responses`.
+    """
+    if not own.any():
+        return {}
+    reference = batch.data.get("reference_logprobs")
+    if reference is None:
+        reference = run.backend.logprobs(batch, reference=True, temperature=temperature(run)).logprobs
+    return divergence(policy, reference, batch.response_mask & own[..., None])
 
 
 def divergence(policy: Outputs, reference: Array, mask: np.ndarray) -> dict[str, float]:

@@ -135,7 +135,9 @@ def test_token_logprobs_and_entropy_against_the_closed_form(softcap, temperature
 
     # 3 x 700 tokens: more than one chunk, and a rest
     np.testing.assert_allclose(jax.jit(said)(hidden), np.take_along_axis(logp, targets[..., None], -1)[..., 0], atol=1e-4)
-    np.testing.assert_allclose(forward.token_entropy(head, hidden, **options), -(np.exp(logp) * logp).sum(-1), atol=1e-4)
+    value, spread = forward.token_entropy(head, hidden, targets, **options)
+    np.testing.assert_allclose(spread, -(np.exp(logp) * logp).sum(-1), atol=1e-4)
+    np.testing.assert_allclose(value, jax.jit(said)(hidden), atol=1e-5)
     g = rng.normal(size=targets.shape).astype(np.float32)
     gradient = jax.jit(jax.grad(lambda h: (said(h) * g).sum()))(hidden)
     error = (np.eye(300)[targets] - np.exp(logp)) / temperature * (1 if softcap is None else 1 - (logits / softcap) ** 2)

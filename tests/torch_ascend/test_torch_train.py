@@ -211,7 +211,8 @@ def test_token_logprobs_and_entropy_against_the_closed_form(softcap, temperature
     ours = forward.token_logprobs(model, h, torch.tensor(targets), temperature)
     expected = np.take_along_axis(logp, targets[..., None], -1)[..., 0]
     np.testing.assert_allclose(ours.detach().numpy(), expected, atol=1e-5)
-    entropy = forward.token_entropy(model, h, temperature)
+    value, entropy = forward.token_entropy(model, h, torch.tensor(targets), temperature)
+    torch.testing.assert_close(value, ours, rtol=0, atol=0)
     np.testing.assert_allclose(entropy.numpy(), -(np.exp(logp) * logp).sum(-1), atol=1e-5)
     assert not entropy.requires_grad
     g = rng.normal(size=targets.shape).astype(np.float32)
@@ -237,7 +238,8 @@ def test_logits_of_all_tokens_never_exist():
     batch = to_torch(random_batch(rows=8, k=2, prompt_len=16, response_len=128))
     model, adapter = build_tiny(), lora.trainable(tiny.random_adapter(tiny.CONFIG), torch.device("cpu"))
     with Largest() as largest:
-        forward.outputs(model, adapter, batch, entropy=True).logprobs.sum().backward()
+        forward.outputs(model, adapter, batch).logprobs.sum().backward()
+        forward.outputs(model, adapter, batch, entropy=True)
     assert largest.found == forward.CHUNK * tiny.CONFIG.vocab_size < 8 * 2 * 128 * tiny.CONFIG.vocab_size
 
 

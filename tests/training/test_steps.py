@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 from test_baselines import config
 
 from ple_jax import algorithms, modes
+from ple_jax.algorithms import Context
 from ple_jax.core.errors import UserError
 from ple_jax.core.types import Outputs, Response, Rollout
 from ple_jax.training import steps
@@ -84,6 +85,48 @@ def test_only_the_policys_own_plain_responses_are_measured():
     assert steps.diagnose(run, guided) == steps.diagnose(run, alone)
     given = [r._replace(responses=tuple(x._replace(source="completion") for x in r.responses)) for r in rollouts]
     assert steps.diagnose(run, given) == {}
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "options", "samples", "passes"),
+    [
+        ("ple", {}, 2, 2),  # the policy's, whose batch has all that it said, and the reference's
+        ("grpo", {"sampling__temperature": 0.7}, 4, 2),
+        ("grpo", {"grpo__beta": 0.1}, 4, 2),  # its loss compares with the reference
+        ("dpo", {"dpo__samples": 2, "dpo__loss": "ipo"}, 2, 2),
+        ("raft", {}, 4, 3),  # the best is no sample of the policy
+        ("ple", {"sampling__temperature": 0.7}, 2, 3),  # a likelihood is of the model, at 1
+    ],
+)
+def test_one_pass_of_the_policy_serves_the_loss_and_what_is_diagnosed(algorithm, options, samples, passes):
+    run, rollouts = stand_in(algorithm, **options), sampled(samples, queries=40)
+    if algorithm == "ple":
+        rollouts = [r._replace(responses=(r.responses[0], r.responses[1]._replace(principled=True))) for r in rollouts]
+    context = Context(run.config, 0, 0.2, 1.0, {})
+    rollouts = run.algorithm.label(rollouts, context)
+    expected = steps.diagnose(run, rollouts)
+    run.loss, run.backend.asked = run.algorithm.make_loss(run.config), []
+    few, found, metrics = steps.at_the_start(run, rollouts, context)
+    assert found == pytest.approx(expected, abs=1e-12) and found["kl"] > 0
+    assert len(run.backend.asked) == passes
+    assert all(np.isfinite(value).all() for value in metrics.values())
+    # and the first optimiser batch, where it is of the same queries, is that one
+    run.config = run.config.copy_and_resolve_references()
+    run.config.optimizer.batch_queries, run.session.stop = 40, SimpleNamespace(check=lambda: None)
+    batches, tokens = steps.prepare(run, rollouts, context, few)
+    assert batches == [few.batch] and tokens == few.tokens and len(run.backend.asked) == passes
+
+
+def test_a_response_that_was_said_twice_counts_twice():
+    run, rollouts = stand_in("grpo"), sampled(4, queries=4)
+    same = [r._replace(responses=(r.responses[0], r.responses[0]._replace(sample=1), *r.responses[2:])) for r in rollouts]
+    context = Context(run.config, 0, 0.2, 1.0, {})
+    batch = run.algorithm.batch(run.algorithm.label(same, context), context)
+    assert steps.own_responses(run, batch, same).all()
+    longer = [r._replace(responses=(r.responses[0]._replace(tokens=(1, 2)), *r.responses[1:])) for r in same]
+    assert steps.own_responses(run, batch, longer) is None
+    asked = [r._replace(prompt_tokens=(2,)) for r in same]  # after another prompt
+    assert steps.own_responses(run, batch, asked) is None
 
 
 @pytest.mark.parametrize(("temperature", "asked"), [(0.6, 0.6), (1.0, 1.0), (0.0, 1.0)])

@@ -324,10 +324,16 @@ class Model:
         self, decoder: Decoder, layer: Callable, x: Array, loras: Tree, kinds: list[Kind], cache: Cache | None
     ) -> tuple[Array, Cache | None]:
         """Layer after layer: of each a tree of its own."""
+
+        # jit: traced and differentiated once, and not for every layer
+        @functools.partial(jax.jit, static_argnums=0)
+        def run(graph: nnx.GraphDef, state: Any, *given: Any) -> tuple:
+            return layer(nnx.merge(graph, state), *given)
+
         new = []
         for i, block in enumerate(decoder.layers):
             kind, own = kinds[self.config.pattern[i]], (cache.key[i], cache.value[i]) if cache else None
-            x, kv = layer(block, x, loras[i] if loras else {}, kind, own)
+            x, kv = run(*nnx.split(block), x, loras[i] if loras else {}, kind, own)
             new.append(kv)
         return x, Cache(tuple(k for k, _ in new), tuple(v for _, v in new)) if cache else None
 

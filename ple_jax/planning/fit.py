@@ -53,8 +53,10 @@ def fitted(inputs: Inputs, backend: str, topology: str | None = None) -> Inputs:
 
 def width(config: Any, algorithm: Algorithm, heldout: int, needs: Needs) -> int:
     """Rows decoded at once: of those that fit, with which all samples of the run cost least."""
-    times = _groups(config, algorithm, heldout)
-    fits = _fitting(_WIDTH, _widths(times, config.mesh.data * config.mesh.fsdp), needs.sampling, needs.memory)
+    times, room = _groups(config, algorithm, heldout), needs.memory
+    if config.sampling.server is not None:  # they are requests to a memory that is not ours
+        room = None
+    fits = _fitting(_WIDTH, _widths(times, config.mesh.data * config.mesh.fsdp), needs.sampling, room)
     return min(fits, key=lambda rows: _cost(times, rows, needs.reading))
 
 

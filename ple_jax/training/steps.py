@@ -21,6 +21,7 @@ class Whole(NamedTuple):
 
     batch: Batch
     tokens: int  # of the forward passes for that, each counted with its own prompts
+    seconds: float  # that they took
 
 
 def update(
@@ -30,9 +31,9 @@ def update(
     some = rollouts[: run.config.eval.diagnostic_queries]
     # the policy that sampled these responses is the one before the update
     few, kl, before = at_the_start(run, some, context)
+    whole = prepare(run, rollouts, context, few)
+    batches, compared = [one.batch for one in whole], sum(one.tokens for one in whole)
     started = time.perf_counter()
-    batches, compared = prepare(run, rollouts, context, few)
-    prepared = time.perf_counter()
     collected, sizes = steps(run, batches, state.iteration, state.step)
     updated = time.perf_counter()
     said = check_policy(policy_of(run, few.batch), run.config.optimizer.lr, "optimizer.lr")
@@ -42,14 +43,14 @@ def update(
         training_tokens=trained,
         flops=costs.forward_flops(run.base.parameters, compared) + costs.update_flops(run.base.parameters, trained),
     )
-    spent = spent.took("prepare", prepared - started).took("update", updated - prepared)
+    spent = spent.took("prepare", sum(one.seconds for one in whole)).took("update", updated - started)
     means = over_queries(collected, sizes)
     metrics = {**run.algorithm.measures(means, before, after), **kl, "lr": collected[-1]["lr"]}
     return state._replace(step=state.step + len(collected), costs=spent), metrics
 
 
-def prepare(run: Run[Algorithm], rollouts: Sequence[Rollout], context: Context, few: Whole) -> tuple[list[Batch], int]:
-    """The optimiser batches of an iteration, whole before the first step, and tokens of the forward passes that that took.
+def prepare(run: Run[Algorithm], rollouts: Sequence[Rollout], context: Context, few: Whole) -> list[Whole]:
+    """The optimiser batches of an iteration, whole before the first step.
 
     What a loss compares with is of the policy that sampled. Where queries were quarantined, batches differ by one at most:
     none weighs much more than another.
@@ -60,16 +61,13 @@ def prepare(run: Run[Algorithm], rollouts: Sequence[Rollout], context: Context, 
     count = -(-len(rollouts) // run.config.optimizer.batch_queries)
     groups = [[rollouts[i] for i in some] for some in np.array_split(np.arange(len(rollouts)), count)]
     run.session.progress.phase("prepare", len(groups))
-    batches: list[Batch] = []
-    compared = 0
+    found: list[Whole] = []
     for group in groups:
         run.session.stop.check()
-        first = not batches and len(group) == len(few.batch.prompt)
-        whole = few if first else optimiser_batch(run, run.algorithm.batch(group, context), group, context)
-        batches.append(whole.batch)
-        compared += whole.tokens
+        first = not found and len(group) == len(few.batch.prompt)
+        found.append(few if first else optimiser_batch(run, run.algorithm.batch(group, context), group, context))
         run.session.progress.advance(1)
-    return batches, compared
+    return found
 
 
 def steps(
@@ -165,7 +163,9 @@ def at_the_start(
     """
     config, batch = run.config, run.algorithm.batch(rollouts, context)
     own = own_responses(run, batch, rollouts)
+    started = time.perf_counter()
     said = policy_of(run, batch, entropy=own is not None)
+    took = (time.perf_counter() - started) * run.algorithm.needs(config).old_logprobs
     if not np.isfinite(said.logprobs).all():
         raise UserError(
             f"before any step of iteration {context.iteration + 1} the policy's log-probabilities are not finite: to blame"
@@ -181,7 +181,7 @@ def at_the_start(
             f"before any step of iteration {context.iteration + 1} the loss is not finite, though the log-probabilities are:"
             f" {_options(config)} is too large or too small; mend it (in a new --workdir)"
         )
-    return few, kl, metrics
+    return few._replace(seconds=few.seconds + took), kl, metrics
 
 
 def check_policy(said: Outputs, lr: float, key: str) -> Outputs:
@@ -205,12 +205,12 @@ def optimiser_batch(
     Args:
         policy: what it says of the batch, where that is known.
     """
-    asked = None
+    started, asked = time.perf_counter(), None
     if run.algorithm.needs(run.config).teacher:
         queries = {query.id: query for query in run.data.train}
         asked = run.prompts.after_principles(batch, [queries[rollout.query_id] for rollout in rollouts])
     batch, tokens = compared(batch, run, asked, policy)
-    return Whole(run.algorithm.prepare(batch, context), tokens)
+    return Whole(run.algorithm.prepare(batch, context), tokens, time.perf_counter() - started)
 
 
 def compared(batch: Batch, run: Run[Any], asked: Batch | None = None, policy: Outputs | None = None) -> tuple[Batch, int]:

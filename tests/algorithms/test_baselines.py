@@ -215,7 +215,7 @@ def test_what_is_needed_is_there_before_the_first_step():
         c = config(name)
         module, rows = labelled(name, c, rollouts())
         stand = type("Stand", (), {"algorithm": module, "config": c, "backend": Backend()})()
-        batch, tokens = steps.optimiser_batch(stand, module.batch(rows, Context(c)), rows, Context(c))
+        batch, tokens, _ = steps.optimiser_batch(stand, module.batch(rows, Context(c)), rows, Context(c))
         assert needed <= set(batch.data)
         assert tokens == (1 + (name == "rloo")) * (1 + 2 + 3 + np.sum(LENGTHS))  # of prompts and responses, each pass
         np.testing.assert_array_equal(batch.data["old_logprobs"], outputs(batch).logprobs)

@@ -102,6 +102,12 @@ def test_the_width_fits_too():
         fit.width(c, ple, 48, needs(179)[0])
 
 
+def test_the_memory_of_a_server_is_not_ours():
+    c = config(queries_per_iteration=48, optimizer__batch_queries=1, sampling__server="http://localhost:1")
+    device, asked = needs(1)
+    assert fit.width(c, algorithms.load("ple"), 48, device) == 48 and not asked
+
+
 # ---------------------------------------------------------------- what is counted
 
 

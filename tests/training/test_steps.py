@@ -113,8 +113,7 @@ def test_one_pass_of_the_policy_serves_the_loss_and_what_is_diagnosed(algorithm,
     # and the first optimiser batch, where it is of the same queries, is that one
     run.config = run.config.copy_and_resolve_references()
     run.config.optimizer.batch_queries, run.session.stop = 40, SimpleNamespace(check=lambda: None)
-    batches, tokens = steps.prepare(run, rollouts, context, few)
-    assert batches == [few.batch] and tokens == few.tokens and len(run.backend.asked) == passes
+    assert steps.prepare(run, rollouts, context, few) == [few] and len(run.backend.asked) == passes
 
 
 def test_a_response_that_was_said_twice_counts_twice():

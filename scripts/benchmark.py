@@ -280,8 +280,8 @@ def _iteration(
     with our_iteration(here, own) as (call, texts, reward):
         with theirs(here.peer(), here.loaded.tokenizer, texts[:prompts], reward, **how) as peer:
             seconds = turns({"ours": call, "trl": peer}, here.options.repeats)
-        case = f"{prompts} prompts x {samples} samples of up to {how['new']}"
-        yield report(what, case, prompts * samples * how["new"], seconds)
+    # not before what a run prints is printed again
+    yield report(what, f"{prompts} prompts x {samples} samples of up to {how['new']}", prompts * samples * how["new"], seconds)
 
 
 @contextlib.contextmanager

@@ -51,6 +51,7 @@ from ple_jax import rewards
 from ple_jax.backend import backend as jax_backend
 from ple_jax.backend import dots, forward, lora, sharding
 from ple_jax.backend.model import Model, fill
+from ple_jax.configs import default
 from ple_jax.core import processor
 from ple_jax.core.types import Backend, Batch, Sampling
 from ple_jax.losses import dpo
@@ -192,19 +193,20 @@ def roof(here: Here, rows: int, *, said: int, times: int, backward: bool) -> Sid
 
 def measure_generate(here: Here, new: int = 64, length: int = 16) -> Iterator[dict[str, Any]]:
     rng, peer = np.random.default_rng(0), here.peer().eval()
-    for width in (16, 64):
-        ours = here.backend(width)
-        prompts = rng.integers(*here.ids, (width, length))
-        noise = rng.random((width, new), dtype=np.float32)
-        sides: dict[str, Side] = {
-            "ours": functools.partial(ours.generate, prompts.tolist(), noise, sampling=Sampling(new, ())),
-            "generate": peers.generate(peer, prompts, new),
-            "generate_batch": peers.generate_batch(peer, prompts, new),
-            "roof": roof(here, width, said=width, times=new, backward=False),
-        }
-        with contextlib.ExitStack() as stack:
-            if here.options.vllm:
-                sides["vllm"] = stack.enter_context(_vllm(here, prompts, new))
+    with contextlib.ExitStack() as stack:
+        vllm = stack.enter_context(_vllm(here, 2 * (length + new))) if here.options.vllm else None
+        for width in (16, 64):
+            ours = here.backend(width)
+            prompts = rng.integers(*here.ids, (width, length))
+            noise = rng.random((width, new), dtype=np.float32)
+            sides: dict[str, Side] = {
+                "ours": functools.partial(ours.generate, prompts.tolist(), noise, sampling=Sampling(new, ())),
+                "generate": peers.generate(peer, prompts, new),
+                "generate_batch": peers.generate_batch(peer, prompts, new),
+                "roof": roof(here, width, said=width, times=new, backward=False),
+            }
+            if vllm:
+                sides["vllm"] = vllm(prompts, new)
             yield report("generate", f"{width} x {new}", width * new, turns(sides, here.options.repeats))
 
 
@@ -280,8 +282,8 @@ def _iteration(
     with our_iteration(here, own) as (call, texts, reward):
         with theirs(here.peer(), here.loaded.tokenizer, texts[:prompts], reward, **how) as peer:
             seconds = turns({"ours": call, "trl": peer}, here.options.repeats)
-    # not before what a run prints is printed again
-    yield report(what, f"{prompts} prompts x {samples} samples of up to {how['new']}", prompts * samples * how["new"], seconds)
+    new = how["new"]  # not reported before what a run prints is shown again
+    yield report(what, f"{prompts} prompts x {samples} samples of up to {new}", prompts * samples * new, seconds)
 
 
 @contextlib.contextmanager
@@ -312,49 +314,51 @@ def our_iteration(here: Here, own: Mapping[str, Any]) -> Iterator[tuple[Side, li
 
 
 _VLLM = """
-import json, sys, time
+import json, sys
 from vllm import LLM, SamplingParams
-settings = json.loads(sys.stdin.readline())
-llm = LLM(model=settings["folder"], dtype=settings["dtype"], skip_tokenizer_init=True, max_model_len=settings["most"])
-new = settings["new"]
-how = SamplingParams(max_tokens=new, min_tokens=new, ignore_eos=True, temperature=1.0, detokenize=False)
-prompts = [{"prompt_token_ids": ids} for ids in settings["prompts"]]
-print("ready", file=sys.stderr, flush=True)
-for _ in sys.stdin:
-    llm.generate(prompts, how, use_tqdm=False)
-    print("done", file=sys.stderr, flush=True)
+from vllm.lora.request import LoRARequest
+
+if __name__ == "__main__":  # its engine is a process of its own, which imports this file
+    settings = json.loads(sys.stdin.readline())
+    policy = LoRARequest("policy", 1, settings.pop("adapter"))
+    llm = LLM(**settings, skip_tokenizer_init=True, enable_lora=True, enable_prefix_caching=False)
+    print("ready", file=sys.stderr, flush=True)
+    for line in sys.stdin:
+        prompts, new = json.loads(line)
+        how = SamplingParams(max_tokens=new, min_tokens=new, ignore_eos=True, temperature=1.0, detokenize=False)
+        llm.generate([{"prompt_token_ids": ids} for ids in prompts], how, lora_request=policy, use_tqdm=False)
+        print("done", file=sys.stderr, flush=True)
 """
 
 
 @contextlib.contextmanager
-def _vllm(here: Here, prompts: np.ndarray, new: int) -> Iterator[Side]:
-    """vLLM in a process of its own: it reads the weights from a folder, and samples whenever a line is sent to it."""
+def _vllm(here: Here, longest: int) -> Iterator[Callable[[np.ndarray, int], Side]]:
+    """vLLM in a process of its own: it reads weights and a fresh adapter from folders, and samples what it is sent."""
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "config.json").write_text(json.dumps({**here.loaded.raw, "architectures": ["LlamaForCausalLM"]}))
+        base, script = Path(folder, "model"), Path(folder, "sample.py")
+        base.mkdir()
+        script.write_text(_VLLM)
+        (base / "config.json").write_text(json.dumps({**here.loaded.raw, "architectures": ["LlamaForCausalLM"]}))
         arrays = {name: np.asarray(array, np.float32) for name, array in here.loaded.weights.items()}
-        save_file(arrays, Path(folder, "model.safetensors"), metadata={"format": "pt"})
+        save_file(arrays, base / "model.safetensors", metadata={"format": "pt"})
+        lora, tensors = default.get_config().lora, adapters.to_peft(adapters.init(here.loaded.config, LORA, seed=0))
+        adapters.write_peft(Path(folder, "adapter"), tensors, lora=lora, base_model=str(base), transposed=False)
         pipe = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
-        kind = str(here.theirs).removeprefix("torch.")
-        with subprocess.Popen([here.options.vllm, "-c", _VLLM], **pipe) as child:
+        with subprocess.Popen([here.options.vllm, script], **pipe) as child:
 
-            def until(word: str) -> None:
+            def send(what: Any, answer: str) -> None:
+                child.stdin.write(json.dumps(what) + "\n")
+                child.stdin.flush()
                 said = []
                 for line in child.stderr:
-                    if line.strip() == word:
+                    if line.strip() == answer:
                         return
                     said.append(line)
                 raise SystemExit(f"vLLM ended: {''.join(said[-20:])}")
 
-            def call() -> None:
-                child.stdin.write("\n")
-                child.stdin.flush()
-                until("done")
-
-            settings = {"folder": folder, "dtype": kind, "prompts": prompts.tolist(), "new": new, "most": 256}
-            child.stdin.write(json.dumps(settings) + "\n")
-            child.stdin.flush()
-            until("ready")
-            yield call
+            settings = {"model": str(base), "adapter": str(Path(folder, "adapter")), "max_lora_rank": LORA.rank}
+            send({**settings, "dtype": str(here.theirs).removeprefix("torch."), "max_model_len": longest}, "ready")
+            yield lambda prompts, new: functools.partial(send, [prompts.tolist(), new], "done")
             child.stdin.close()
 
 

@@ -1,6 +1,6 @@
 """Speed beside the peers at their best: the same weights, shapes, samples and rewards, in turns, in one run.
 
-    python scripts/benchmark.py [--only generate,step,dpo,grpo,iterative,memory] [--repeats 5] [--backend jax|torch]
+    python scripts/benchmark.py [--only generate,step,dpo,grpo,iterative,memory,parity] [--repeats 5] [--backend jax|torch]
                                 [--model smollm2-135m] [--vllm PYTHON] [--out FILE]
 
 Ours has the config's defaults: model.dtype=auto, an adapter on all linear modules. So have the peers (`scripts/peers.py`),
@@ -16,6 +16,7 @@ dpo        a step on 8 pairs, prompts of up to 256 tokens and responses of up to
 grpo       an iteration: 16 prompts x 4 samples of 24 tokens, VADER's rewards, 2 optimiser steps, beside TRL's GRPO.
 iterative  an iteration of DPO on two samples of 48 prompts, 6 optimiser steps, beside TRL's online DPO.
 memory     temporary memory of the compiled step, log-probabilities chunked over time and whole. Nothing is run. (JAX alone.)
+parity     how far log-probabilities and the adapter's gradient in bfloat16 are from PEFT's in float32: ours and PEFT's.
 
 The roof of `generate` and `step` is the same shapes' matmuls of frozen weights alone, in our dtype, as a side of its own.
 Every measure is a line of JSON; a table ends the output. Needs the extra `dev`.
@@ -53,14 +54,14 @@ from ple_jax.backend import dots, forward, lora, sharding
 from ple_jax.backend.model import Model, fill
 from ple_jax.configs import default
 from ple_jax.core import processor
-from ple_jax.core.types import Backend, Batch, Sampling
+from ple_jax.core.types import Array, Backend, Batch, Sampling
 from ple_jax.losses import dpo
 from ple_jax.models import adapters, weights
 from ple_jax.training import loop, opening, workdir
 
 LORA = adapters.Lora(rank=peers.RANK, alpha=float(peers.ALPHA))
 Side = Callable[[], None]
-MEASURES = ("generate", "step", "dpo", "grpo", "iterative", "memory")
+MEASURES = ("generate", "step", "dpo", "grpo", "iterative", "memory", "parity")
 
 
 class Here:
@@ -343,8 +344,9 @@ def _vllm(here: Here, longest: int) -> Iterator[Callable[[np.ndarray, int], Side
         save_file(arrays, base / "model.safetensors", metadata={"format": "pt"})
         lora, tensors = default.get_config().lora, adapters.to_peft(adapters.init(here.loaded.config, LORA, seed=0))
         adapters.write_peft(Path(folder, "adapter"), tensors, lora=lora, base_model=str(base), transposed=False)
+        env = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "2"}  # GiB; on a CPU it would ask for nearly all of the memory
         pipe = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
-        with subprocess.Popen([here.options.vllm, script], **pipe) as child:
+        with subprocess.Popen([here.options.vllm, script], env=env, **pipe) as child:
 
             def send(what: Any, answer: str) -> None:
                 child.stdin.write(json.dumps(what) + "\n")
@@ -392,6 +394,43 @@ def measure_memory(here: Here) -> Iterator[dict[str, Any]]:
     line = {"measured": "memory", "case": f"{queries} x ({length} + {k} x {new})", **peaks}
     print(json.dumps(line), flush=True)
     yield line
+
+
+def measure_parity(here: Here, queries: int = 4, length: int = 32, new: int = 32) -> Iterator[dict[str, Any]]:
+    """Of an adapter that changes something: the largest and mean difference in nats, and of the gradient its share."""
+    rng, adapter = np.random.default_rng(0), adapters.init(here.loaded.config, LORA, seed=0)
+    for module in adapter.values():
+        module["b"] = rng.normal(0, 0.02, module["b"].shape).astype(np.float32)
+    prompt = rng.integers(*here.ids, (queries, length)).astype(np.int32)
+    response = rng.integers(*here.ids, (queries, 1, new)).astype(np.int32)
+    batch = Batch(prompt, np.ones(prompt.shape, bool), response, np.ones(response.shape, bool), {})
+    theirs = {kind: peers.logprobs_and_gradient(here.loaded, adapters.to_peft(adapter), batch, kind) for kind in peers.KINDS}
+    found = {"ours": _logprobs_and_gradient(here, adapter, batch), "peft": theirs[torch.bfloat16]}
+    exact, slope = theirs[torch.float32]
+    norm = np.sqrt(sum((x**2).sum() for x in slope.values()))
+    line: dict[str, Any] = {"measured": "parity", "case": f"{queries} x ({length} + {new})"}
+    for who, (logprobs, gradient) in found.items():
+        apart = np.sqrt(sum(((gradient[name] - x) ** 2).sum() for name, x in slope.items()))
+        nats = np.abs(logprobs - exact)
+        line[f"{who}_nats"] = [round(float(x), 4) for x in (nats.mean(), nats.max())]
+        line[f"{who}_gradient"] = round(float(apart / norm), 4)
+    print(json.dumps(line), flush=True)
+    yield line
+
+
+def _logprobs_and_gradient(
+    here: Here, adapter: adapters.Adapter, batch: Batch
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Ours, in bfloat16: log-probabilities of the responses, and the gradient of minus their sum."""
+    model = Model.create(here.loaded.config, dtype=jnp.bfloat16, scan=False)
+    base = fill(model, here.loaded.weights, lambda _, array: jnp.asarray(array))
+
+    def total(adapter: Any) -> tuple[Array, Array]:
+        said = forward.outputs(model, base, lora.fuse(model, adapter, LORA), batch).logprobs
+        return -said.sum(), said
+
+    (_, said), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(adapter)
+    return np.asarray(said)[:, 0], adapters.to_peft(jax.device_get(gradient))
 
 
 def main() -> None:

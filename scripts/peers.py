@@ -3,7 +3,7 @@
 import contextlib
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from ple_jax.core.types import Batch
 from ple_jax.models import weights
 
 RANK, ALPHA = 8, 16
+KINDS = (torch.float32, torch.bfloat16)
 _PAGE = 32  # tokens
 
 
@@ -103,6 +104,26 @@ def lora_step(made: Any, batch: Batch) -> Callable[[], None]:
         optimizer.step()
 
     return call
+
+
+def logprobs_and_gradient(
+    loaded: weights.Loaded, adapter: Mapping[str, np.ndarray], batch: Batch, kind: torch.dtype
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Log-probabilities of the only response of every row, which is whole, and the gradient of minus their sum.
+
+    Args:
+        adapter: under PEFT's names, as the gradient is.
+    """
+    made = model(loaded, kind, "cpu").eval()
+    parameters = {name.replace(".default", ""): p for name, p in made.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for name, tensor in adapter.items():
+            parameters[name].copy_(torch.tensor(tensor))
+    ids, length = torch.tensor(np.concatenate([batch.prompt, batch.response[:, 0]], 1)).long(), batch.prompt.shape[1]
+    logits = made(input_ids=ids).logits[:, length - 1 : -1].float()
+    said = logits.log_softmax(-1).gather(-1, ids[:, length:, None])[..., 0]
+    (-said.sum()).backward()
+    return said.detach().numpy(), {name: p.grad.float().numpy() for name, p in parameters.items()}
 
 
 Pair = dict[str, list[int]]  # prompt_ids, chosen_ids, rejected_ids

@@ -42,3 +42,13 @@ def test_measures_run(benchmark, monkeypatch, capsys, tmp_path, backend, measure
     assert [line["measured"] for line in lines] == measures
     assert all(line["ours_tokens_per_second"] > 0 for line in lines)
     assert capsys.readouterr().out.count("\n| ") > len(lines)
+
+
+@pytest.mark.slow
+def test_parity_is_of_what_bfloat16_rounds(benchmark, monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.argv", ["benchmark.py", "--model=tiny", "--only=parity", f"--out={tmp_path / 'lines'}"])
+    benchmark.main()
+    line = json.loads((tmp_path / "lines").read_text())
+    for who in ("ours", "peft"):
+        mean, largest = line[f"{who}_nats"]
+        assert 0 < mean < largest < 0.5 and 0 < line[f"{who}_gradient"] < 0.2

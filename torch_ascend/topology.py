@@ -377,7 +377,7 @@ def needs(
 ) -> Needs:
     """As `TopologyModule.needs`: the code that trains, run on tensors without memory.
 
-    Of this machine's devices one is counted, with its own rows and a whole base: here processes are joined already.
+    Of this machine's devices one is counted, with its own rows: here processes are joined already.
     """
     rows = config.mesh.data * config.mesh.fsdp
     if topology is None:
@@ -390,12 +390,14 @@ def needs(
     source = read_source(config.model.path, config.model.revision)
     sizes = lengths_of(config, source, algorithm, train_set, heldout, principles)
 
+    elsewhere = 0 if topology else _elsewhere(config, source.config, target)
+
     def need(phase: str, width: int, queries: int) -> int:
         shared = rows // target.devices  # by the processes that are not counted
         on = with_numbers(config, width=width // shared, micro_queries=queries // shared)
         on.update_from_flattened_dict({**alone, "optimizer.batch_queries": config.optimizer.batch_queries // shared})
         found = count(on, source, target, sizes, algorithm, only=phase)
-        return next(m.total for one, m in found.phases if one.name == phase)
+        return next(m.total for one, m in found.phases if one.name == phase) - elsewhere
 
     return Needs(
         room,
@@ -403,6 +405,13 @@ def needs(
         sampling=lambda width: need("generate", width, rows),
         training=lambda queries: need("gradients", rows, queries),
     )
+
+
+def _elsewhere(config: ConfigDict, model: ModelConfig, target: Target) -> int:
+    """Bytes of the base that other devices of this machine hold; two layers are whole while they are computed."""
+    base, memory = backend.base_bytes(config, model), target.chip.memory
+    _, fsdp, _ = sharding.choose(config.mesh, base, None if memory is None else int(memory * sheet.GIB))
+    return int(max(0, 1 - 1 / fsdp - 2 / model.num_layers) * base)
 
 
 def _present(config: ConfigDict) -> Target:

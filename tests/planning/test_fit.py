@@ -133,6 +133,18 @@ def test_more_rows_need_more_memory_and_as_much_as_a_plan_says(backend):
         assert (found.training(2), found.sampling(16)) == (totals["gradients"], totals["generate"])
 
 
+@pytest.mark.slow
+def test_what_other_devices_hold_of_the_base_is_not_counted():
+    of = {"model__path": "llama-3-8b", "model__dtype": "bfloat16", "optimizer__batch_queries": 4, "model__remat": "full"}
+    inputs, module = read_inputs(config(), "torch"), backends.load_topology("torch")
+    given = {"train_set": inputs.data.train, "heldout": inputs.data.heldout, "principles": ""}
+    whole, spread = (
+        module.needs(config(**of, **mesh), None, algorithm=inputs.algorithm, **given).training(4)
+        for mesh in ({"mesh__data": 4}, {"mesh__fsdp": 4})
+    )
+    assert whole - spread == pytest.approx((1 - 1 / 4 - 2 / 32) * 2 * 8_030_261_248, rel=1e-9)
+
+
 @pytest.mark.parametrize("backend", BOTH)
 def test_the_memory_is_what_the_machine_has_free(backend, monkeypatch):
     c = config()

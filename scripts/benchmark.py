@@ -211,6 +211,14 @@ def measure_generate(here: Here, new: int = 64, length: int = 16) -> Iterator[di
             yield report("generate", f"{width} x {new}", width * new, turns(sides, here.options.repeats))
 
 
+def whole_rows(here: Here, rng: np.random.Generator, queries: int, length: int, k: int, new: int) -> Batch:
+    """Random tokens without padding."""
+    prompt = rng.integers(*here.ids, (queries, length)).astype(np.int32)
+    response = rng.integers(*here.ids, (queries, k, new)).astype(np.int32)
+    valid = {"valid": np.ones(queries, np.float32)}
+    return Batch(prompt, np.ones(prompt.shape, bool), response, np.ones(response.shape, bool), valid)
+
+
 def negative_likelihood(outputs: Any, batch: Batch) -> tuple[Any, dict[str, Any]]:
     return -outputs.logprobs.sum((1, 2)), {}
 
@@ -218,10 +226,7 @@ def negative_likelihood(outputs: Any, batch: Batch) -> tuple[Any, dict[str, Any]
 def measure_step(here: Here) -> Iterator[dict[str, Any]]:
     rng, ours, peer = np.random.default_rng(0), here.backend(16), here.peer().train()
     for name, (queries, length, k, new) in {"rows": (8, 64, 1, 64), "pairs": (8, 16, 2, 24)}.items():
-        prompt = rng.integers(*here.ids, (queries, length)).astype(np.int32)
-        response = rng.integers(*here.ids, (queries, k, new)).astype(np.int32)
-        valid = {"valid": np.ones(queries, np.float32)}
-        batch = Batch(prompt, np.ones(prompt.shape, bool), response, np.ones(response.shape, bool), valid)
+        batch = whole_rows(here, rng, queries, length, k, new)
         tokens = queries * k * (length + new)  # as a row for every response has them
         sides = {
             "ours": functools.partial(ours.update, [batch], negative_likelihood, lr=1e-4),
@@ -401,9 +406,7 @@ def measure_parity(here: Here, queries: int = 4, length: int = 32, new: int = 32
     rng, adapter = np.random.default_rng(0), adapters.init(here.loaded.config, LORA, seed=0)
     for module in adapter.values():
         module["b"] = rng.normal(0, 0.02, module["b"].shape).astype(np.float32)
-    prompt = rng.integers(*here.ids, (queries, length)).astype(np.int32)
-    response = rng.integers(*here.ids, (queries, 1, new)).astype(np.int32)
-    batch = Batch(prompt, np.ones(prompt.shape, bool), response, np.ones(response.shape, bool), {})
+    batch = whole_rows(here, rng, queries, length, 1, new)
     theirs = {kind: peers.logprobs_and_gradient(here.loaded, adapters.to_peft(adapter), batch, kind) for kind in peers.KINDS}
     found = {"ours": _logprobs_and_gradient(here, adapter, batch), "peft": theirs[torch.bfloat16]}
     exact, slope = theirs[torch.float32]

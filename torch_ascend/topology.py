@@ -366,15 +366,7 @@ def report(
     return found
 
 
-def needs(
-    config: ConfigDict,
-    topology: str | None,
-    *,
-    algorithm: Algorithm,
-    train_set: Sequence[Query],
-    heldout: Sequence[Query],
-    principles: str,
-) -> Needs:
+def needs(config: ConfigDict, topology: str | None, *, algorithm: Algorithm, source: Source, sizes: Lengths) -> Needs:
     """As `TopologyModule.needs`: the code that trains, run on tensors without memory.
 
     Of this machine's devices one is counted, with its own rows: here processes are joined already.
@@ -387,15 +379,13 @@ def needs(
         check_mesh(config.mesh, target)
         room = None if target.chip.memory is None else int(FULL * target.chip.memory * sheet.GIB)
     backend.check(config, config.mesh.fsdp)
-    source = read_source(config.model.path, config.model.revision)
-    sizes = lengths_of(config, source, algorithm, train_set, heldout, principles)
-
     elsewhere = 0 if topology else _elsewhere(config, source.config, target)
 
     def need(phase: str, width: int, queries: int) -> int:
         shared = rows // target.devices  # by the processes that are not counted
-        on = with_numbers(config, width=width // shared, micro_queries=queries // shared)
-        on.update_from_flattened_dict({**alone, "optimizer.batch_queries": config.optimizer.batch_queries // shared})
+        numbers = {"sampling.width": width, "optimizer.micro_queries": queries}
+        numbers["optimizer.batch_queries"] = config.optimizer.batch_queries
+        on = with_numbers(config, {**alone, **{key: number // shared for key, number in numbers.items()}})
         found = count(on, source, target, sizes, algorithm, only=phase)
         return next(m.total for one, m in found.phases if one.name == phase) - elsewhere
 

@@ -90,20 +90,12 @@ class TopologyModule(Protocol):
         """
         ...
 
-    def needs(
-        self,
-        config: Any,
-        topology: str | None,
-        *,
-        algorithm: Any,
-        train_set: Sequence[Query],
-        heldout: Sequence[Query],
-        principles: str,
-    ) -> Needs:
+    def needs(self, config: Any, topology: str | None, *, algorithm: Any, source: Any, sizes: Any) -> Needs:
         """What `config.sampling.width` and `config.optimizer.micro_queries` of "auto" are fitted to.
 
         Args:
             topology: as `report` takes it; None: the devices of this machine.
+            source, sizes: the model and the lengths, as `planning.outline` has them.
 
         Raises:
             UserError: as `report`.

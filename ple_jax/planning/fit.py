@@ -8,13 +8,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ml_collections import ConfigDict, FrozenConfigDict
+from ml_collections import FrozenConfigDict
 
 from ple_jax.algorithms import Algorithm
 from ple_jax.core import backends
 from ple_jax.core.backends import Needs
 from ple_jax.core.config import AUTO, FEW, flatten
 from ple_jax.core.errors import UserError
+from ple_jax.planning.outline import lengths_of, read_source, with_numbers
 from ple_jax.reports.formats import readable_bytes
 from ple_jax.training.opening import Inputs
 
@@ -39,16 +40,13 @@ def fitted(inputs: Inputs, backend: str, topology: str | None = None) -> Inputs:
     if not isinstance(algorithm, Algorithm) or config.trainer == "trl":
         who = "config.trainer='trl'" if config.trainer == "trl" else f"algorithm {config.algorithm!r}"
         raise UserError(f"config.{asked[0]} is 'auto', and what {who} needs of memory is not counted: give a number")
-    needs = backends.load_topology(backend).needs(
-        config, topology, algorithm=algorithm, train_set=inputs.data.train, heldout=inputs.data.heldout,
-        principles=inputs.principles.text,
-    )  # fmt: skip
+    source = read_source(config.model.path, config.model.revision)
+    sizes = lengths_of(config, source, algorithm, inputs.data.train, inputs.data.heldout, inputs.principles.text)
+    module = backends.load_topology(backend)
+    needs = module.needs(config, topology, algorithm=algorithm, source=source, sizes=sizes)
     found = {key: _NUMBER[key](config, algorithm, len(inputs.data.heldout), needs) for key in asked}
     print("fitted to memory:", ", ".join(f"config.{key} = {value}" for key, value in found.items()), flush=True)
-    numbers = ConfigDict(config.to_dict())
-    with numbers.ignore_type():
-        numbers.update_from_flattened_dict(found)
-    return inputs._replace(config=FrozenConfigDict(numbers))
+    return inputs._replace(config=FrozenConfigDict(with_numbers(config, found)))
 
 
 def width(config: Any, algorithm: Algorithm, heldout: int, needs: Needs) -> int:

@@ -133,11 +133,11 @@ def check_positions(config: ConfigDict, sizes: Lengths, model: ModelConfig) -> L
     return sizes._replace(answer=min(sizes.answer, model.max_positions - sizes.trained))
 
 
-def with_numbers(config: ConfigDict, *, width: int, micro_queries: int) -> ConfigDict:
-    """The config with these numbers, whatever its own are."""
+def with_numbers(config: ConfigDict, numbers: Mapping[str, int]) -> ConfigDict:
+    """The config with these numbers, by dotted keys, where its own may be "auto"."""
     changed = ConfigDict(config.to_dict())
     with changed.ignore_type():
-        changed.sampling.width, changed.optimizer.micro_queries = width, micro_queries
+        changed.update_from_flattened_dict(numbers)
     return changed
 
 

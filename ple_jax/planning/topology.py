@@ -26,7 +26,7 @@ from ple_jax.core.types import Batch, Query, Sampling
 from ple_jax.models import adapters
 from ple_jax.planning import hlo, outline, sheet
 from ple_jax.planning.flops import forward_parts, gradient_flops
-from ple_jax.planning.outline import Lengths, example_batch, judged, lengths_of, read_source
+from ple_jax.planning.outline import Lengths, Source, example_batch, judged, lengths_of, read_source
 from ple_jax.planning.targets import Target, make_mesh, open_target
 from ple_jax.reports.formats import readable_bytes
 
@@ -332,35 +332,25 @@ def report(
     return results
 
 
-def needs(
-    config: ConfigDict,
-    topology: str | None,
-    *,
-    algorithm: Algorithm,
-    train_set: Sequence[Query],
-    heldout: Sequence[Query],
-    principles: str,
-) -> Needs:
+def needs(config: ConfigDict, topology: str | None, *, algorithm: Algorithm, source: Source, sizes: Lengths) -> Needs:
     """As `TopologyModule.needs`: what the compiler says of the programs that sample and train."""
     target = open_target(topology) if topology else None
     if target is None and config.model.compile_cache:
         compilation.keep()
     mesh = make_mesh(target, **config.mesh) if target else sharding.make_mesh(**config.mesh)
     platform = target.platform if target else mesh.devices.flat[0].platform
-    source = read_source(config.model.path, config.model.revision)
-    sizes = lengths_of(config, source, algorithm, train_set, heldout, principles)
     model = backend.make_model(config, source.config, mesh, platform=platform)
 
-    def need(phase: str, **changed: int) -> int:
-        on = outline.with_numbers(config, **changed)
+    def need(phase: str, width: int, queries: int) -> int:
+        on = outline.with_numbers(config, {"sampling.width": width, "optimizer.micro_queries": queries})
         found = next(one for one in phases(on, model, mesh, sizes, algorithm, source.eos) if one.name == phase)
         return found.held + measure(found).peak
 
     return Needs(
         _room(target, mesh),
         reading=outline.reading(platform),
-        sampling=lambda width: need("generate", width=width, micro_queries=mesh.size),
-        training=lambda queries: need("gradients", width=mesh.size, micro_queries=queries),
+        sampling=lambda width: need("generate", width, mesh.size),
+        training=lambda queries: need("gradients", mesh.size, queries),
     )
 
 

@@ -111,6 +111,13 @@ def test_the_memory_of_a_server_is_not_ours():
 # ---------------------------------------------------------------- what is counted
 
 
+def counted(c, backend, inputs, principles=""):
+    """`TopologyModule.needs` of this machine."""
+    source = outline.read_source(c.model.path)
+    sizes = outline.lengths_of(c, source, inputs.algorithm, inputs.data.train, inputs.data.heldout, principles)
+    return backends.load_topology(backend).needs(c, None, algorithm=inputs.algorithm, source=source, sizes=sizes)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", BOTH)
 def test_more_rows_need_more_memory_and_as_much_as_a_plan_says(backend):
@@ -118,11 +125,11 @@ def test_more_rows_need_more_memory_and_as_much_as_a_plan_says(backend):
     inputs = read_inputs(c, backend)
     given = {"train_set": inputs.data.train, "heldout": inputs.data.heldout, "principles": inputs.principles.text}
     ple, module = algorithms.load("ple"), backends.load_topology(backend)
-    found = module.needs(c, None, algorithm=ple, **given)
+    found = counted(c, backend, inputs, inputs.principles.text)
     assert found.training(1) < found.training(2) < found.training(4)
     assert found.sampling(8) < found.sampling(16)
     planned = module.report(
-        with_numbers(c, width=16, micro_queries=2), "cpu:1", algorithm=ple, write=lambda line: None, **given
+        with_numbers(c, dict(zip(AUTO, (16, 2), strict=True))), "cpu:1", algorithm=ple, write=lambda line: None, **given
     )
     if backend == "jax":
         totals = {name: measured.peak for name, measured in planned.items()}
@@ -136,11 +143,9 @@ def test_more_rows_need_more_memory_and_as_much_as_a_plan_says(backend):
 @pytest.mark.slow
 def test_what_other_devices_hold_of_the_base_is_not_counted():
     of = {"model__path": "llama-3-8b", "model__dtype": "bfloat16", "optimizer__batch_queries": 4, "model__remat": "full"}
-    inputs, module = read_inputs(config(), "torch"), backends.load_topology("torch")
-    given = {"train_set": inputs.data.train, "heldout": inputs.data.heldout, "principles": ""}
+    inputs = read_inputs(config(), "torch")
     whole, spread = (
-        module.needs(config(**of, **mesh), None, algorithm=inputs.algorithm, **given).training(4)
-        for mesh in ({"mesh__data": 4}, {"mesh__fsdp": 4})
+        counted(config(**of, **mesh), "torch", inputs).training(4) for mesh in ({"mesh__data": 4}, {"mesh__fsdp": 4})
     )
     assert whole - spread == pytest.approx((1 - 1 / 4 - 2 / 32) * 2 * 8_030_261_248, rel=1e-9)
 
@@ -151,14 +156,7 @@ def test_the_memory_is_what_the_machine_has_free(backend, monkeypatch):
     inputs = read_inputs(c, backend)
     for free, room in ((10**9, int(outline.FULL * 10**9)), (None, None)):
         monkeypatch.setattr(processor, "free_memory", lambda free=free: free)
-        assert (
-            backends.load_topology(backend)
-            .needs(
-                c, None, algorithm=inputs.algorithm, train_set=inputs.data.train, heldout=inputs.data.heldout, principles=""
-            )
-            .memory
-            == room
-        )
+        assert counted(c, backend, inputs).memory == room
 
 
 def test_a_topology_has_a_memory_of_its_own(capsys):

@@ -181,10 +181,11 @@ def test_real_tensors_need_as_much(tmp_path, overrides):
 
 
 MESHES = {"mesh.data": 2}, {"mesh.fsdp": 2, "model.remat": "full"}
+ROUNDS = 3
 
 
-def as_one_of_two(path: str, folder: Path, rank: int) -> list[topology.Found]:
-    """What a process counts that computes everything together with another."""
+def as_one_of_two(path: str, folder: Path, rank: int) -> list[list[topology.Found]]:
+    """What a process counts that computes everything together with another, several times."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     try:
         source, found = outline.read_source(path), []
@@ -194,7 +195,7 @@ def as_one_of_two(path: str, folder: Path, rank: int) -> list[topology.Found]:
             spread = config.mesh.fsdp > 1
             mesh = sharding.make_mesh(torch.device("cpu"), data=1, fsdp=2) if spread else None
             place = on_cpu(World(rank, 2), mesh)
-            found.append(topology.measure(config, source, ops.REFERENCE, sizes, PLE, place))
+            found.append([topology.measure(config, source, ops.REFERENCE, sizes, PLE, place) for _ in range(ROUNDS)])
         return found
     finally:
         dist.destroy_process_group()
@@ -212,11 +213,12 @@ def test_two_processes_need_as_much(tmp_path):
             real = as_one_of_two(path, tmp_path, 0)
         finally:
             process.kill() if sys.exc_info()[0] else process.wait(timeout=LAST_RESORT)
-    for mesh, found in zip(MESHES, real, strict=True):
+    for mesh, rounds in zip(MESHES, real, strict=True):
         expected = count(make(path, **mesh), "cpu:2")
-        assert found.parts == expected.parts
-        # a message may be kept a little longer by the thread that sends it
-        assert besides(found) == pytest.approx(besides(expected), abs=64)
+        assert all(found.parts == expected.parts for found in rounds)
+        # the thread that sends a message may keep it while the next thing is computed: not every time
+        least = {name: min(besides(found)[name] for found in rounds) for name in besides(expected)}
+        assert least == pytest.approx(besides(expected), abs=64)
 
 
 @pytest.mark.gpu

@@ -54,7 +54,8 @@ from ple_jax.backend import dots, forward, lora, sharding
 from ple_jax.backend.model import Model, fill
 from ple_jax.configs import default
 from ple_jax.core import processor
-from ple_jax.core.types import Array, Backend, Batch, Sampling
+from ple_jax.core.packing import pack
+from ple_jax.core.types import Array, Backend, Batch, Packed, Sampling
 from ple_jax.losses import dpo
 from ple_jax.models import adapters, weights
 from ple_jax.training import loop, opening, workdir
@@ -377,24 +378,21 @@ def measure_memory(here: Here) -> Iterator[dict[str, Any]]:
     model, adapter = Model.create(c, scan=jax_backend.use_scan("auto")), adapters.init(c, LORA, seed=0)
     queries, length, k, new = 8, 64, 2, 128
 
-    def all_logits(base: Any, adapter: Any, batch: Batch) -> jax.Array:
+    def all_logits(base: Any, adapter: Any, batch: Batch, packed: Packed) -> jax.Array:
         """Logits of every token, prompts included, in fp32, kept for the backward pass."""
-        packed = forward.pack(batch)
         hidden = forward.hidden_states(model, base, lora.fuse(model, adapter, LORA), packed)
+        hidden = hidden.reshape(*packed.tokens.shape, -1)
         logp = jax.nn.log_softmax(model.logits(base, hidden))
         return jnp.take_along_axis(logp[:, :-1], packed.tokens[:, 1:, None], -1)[:, length - 1 :].sum()
 
-    def chunked(base: Any, adapter: Any, batch: Batch) -> jax.Array:
-        return forward.outputs(model, base, lora.fuse(model, adapter, LORA), batch).logprobs.sum()
+    def chunked(base: Any, adapter: Any, batch: Batch, packed: Packed) -> jax.Array:
+        return forward.outputs(model, base, lora.fuse(model, adapter, LORA), batch, packed).logprobs.sum()
 
-    shape = jax.ShapeDtypeStruct
-    batch = Batch(
-        shape((queries, length), np.int32), shape((queries, length), bool),
-        shape((queries, k, new), np.int32), shape((queries, k, new), bool), {},
-    )  # fmt: skip
+    prompt, response = np.ones((queries, length), np.int32), np.ones((queries, k, new), np.int32)
+    batch = Batch(prompt, prompt > 0, response, response > 0, {})
     peaks = {}
     for name, function in {"chunked": chunked, "all_logits": all_logits}.items():
-        compiled = jax.jit(jax.grad(function, argnums=1)).lower(model.shapes, adapter, batch).compile()
+        compiled = jax.jit(jax.grad(function, argnums=1)).lower(model.shapes, adapter, batch, pack(batch)).compile()
         peaks[f"{name}_mib"] = compiled.memory_analysis().temp_size_in_bytes >> 20
     line = {"measured": "memory", "case": f"{queries} x ({length} + {k} x {new})", **peaks}
     print(json.dumps(line), flush=True)

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 from ple_jax.backend import backend, forward
 from ple_jax.backend.model import Model, fill
 from ple_jax.core.files import read_jsonl
+from ple_jax.core.packing import pack
 from ple_jax.core.types import Batch
 from ple_jax.models import weights
 
@@ -47,11 +48,11 @@ def ours(loaded: weights.Loaded, rows: list[list[int]]) -> float:
     model = Model.create(loaded.config, dtype=jnp.float32, scan=backend.use_scan("auto"))
     base = fill(model, loaded.weights, lambda _, array: jnp.asarray(array))
     # a text is a prompt of one token and a response
-    call = jax.jit(lambda base, batch: forward.outputs(model, base, {}, batch).logprobs.sum((1, 2)))
+    call = jax.jit(lambda base, *data: forward.outputs(model, base, {}, *data).logprobs.sum((1, 2)))
     total = 0.0
     for tokens, mask in batches(rows):
         batch = Batch(tokens[:, :1], mask[:, :1], tokens[:, None, 1:], mask[:, None, 1:], {})
-        total -= np.asarray(call(base, batch), np.float64).sum()
+        total -= np.asarray(call(base, batch, pack(batch)), np.float64).sum()
     return total
 
 

@@ -4,7 +4,7 @@ import functools
 import math
 import os
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,18 @@ from ml_collections import ConfigDict
 from torch import Tensor
 
 from ple_jax import algorithms
-from ple_jax.core import processor
-from ple_jax.core.batches import decoding, packed_width, passes, reunited, rows_compiled, rows_of, worth_a_pass
+from ple_jax.core import packing, processor
+from ple_jax.core.batches import decoding
 from ple_jax.core.errors import UserError
-from ple_jax.core.types import Batch, Compiled, Loss, Outputs, Response, Sampling
+from ple_jax.core.types import Batch, Compiled, Loss, Outputs, Packed, Response, Sampling
 from ple_jax.models import adapters, weights
 from ple_jax.models.config import ModelConfig
 from ple_jax.models.families import FAMILIES
-from ple_jax.models.layout import expected_shapes, module_shapes
+from ple_jax.models.layout import attention_reach, expected_shapes, module_shapes
 from torch_ascend import checkpoint, generate, lora, ops, sharding, train
 from torch_ascend import device as devices
 from torch_ascend import model as models
-from torch_ascend.forward import Lazy, outputs
+from torch_ascend.forward import CHUNK, Lazy, outputs
 from torch_ascend.model import Model
 from torch_ascend.ops import Ops
 from torch_ascend.sharding import ALONE, Place, World
@@ -117,22 +117,14 @@ class TorchBackend:
     ) -> Outputs:
         """Log-probabilities of a batch's response tokens under the policy, the frozen reference or the base."""
         adapter = {} if base else self.reference if reference else self.policy
-        places, found = self._passes(batch), []
-        with torch.no_grad():
-            for rows in places:
-                part = rows_of(batch, rows)
-                placed, time = self._filled(part, len(batch.prompt)), packed_width(part)
-                out = outputs(self.model, adapter, placed, time=time, entropy=entropy, temperature=temperature)
-                found.append([None if x is None else sharding.gather(self.world, x).numpy() for x in out])
-        return Outputs(*(None if parts[0] is None else reunited(parts, places) for parts in zip(*found, strict=True)))
+        how = {"entropy": entropy, "temperature": temperature}
+        found = self._said(batch, lambda *data: outputs(self.model, adapter, *data, **how))
+        return Outputs(*found)
 
     @sharding.together
     def scores(self, batch: Batch) -> Float32[np.ndarray, "query k"]:
         """What the head says of every response."""
-        rows = len(batch.prompt)
-        with torch.no_grad():
-            found = Lazy(self.model, self.policy, self.put(batch, rows), packed_width(batch)).scores
-        return sharding.gather(self.world, found)[:rows].numpy()
+        return self._said(batch, lambda *data: [Lazy(self.model, self.policy, *data).scores])[0]
 
     @sharding.together
     def update(
@@ -198,14 +190,13 @@ class TorchBackend:
 
     def accumulate(self, batches: Sequence[Batch], loss: Loss, temperature: float = 1.0) -> dict[str, Tensor]:
         """The first half of an update: leaves the gradients of this process's rows in the leaves; their metrics' part."""
-        largest = max(len(b.prompt) for b in batches)
+        most = max(len(b.prompt) for b in batches)
         share = 1 / sum(float(b.data["valid"].sum()) for b in batches)
         metrics: dict[str, Tensor] = {}
-        for i, part in enumerate(rows_of(batch, rows) for batch in batches for rows in self._passes(batch)):
-            placed = self._filled(part, largest)
+        for i, data in enumerate(self.put(batch, one) for batch in batches for one in self._passes(batch, most)):
             # dropout depends on the number of steps taken, which a checkpoint holds: a resumed run draws the same
             torch.manual_seed(np.random.SeedSequence([self.seed, self.steps, i]).generate_state(1)[0])
-            found = train.gradients(self.model, loss, self.policy, placed, share, temperature, packed_width(part))
+            found = train.gradients(self.model, loss, self.policy, *data, share, temperature)
             for name, value in found.items():
                 metrics[name] = metrics.get(name, 0.0) + value
         return metrics
@@ -231,35 +222,36 @@ class TorchBackend:
     def _to_device(self, x: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(x)).to(self.model.device)
 
-    def _passes(self, batch: Batch) -> list[np.ndarray]:
-        return passes(batch, worth=worth_a_pass(self.model.device.type), least=sharding.row_multiple(self.world))
+    def _passes(self, batch: Batch, most: int) -> list[packing.Pass]:
+        """As JAX has them, so that both do the same."""
+        cost = packing.cost(self.model.device.type, attention_reach(self.model.config))
+        return packing.passes(batch, cost, most=most, shards=sharding.row_multiple(self.world))
 
-    def _filled(self, part: Batch, largest: int) -> Batch:
-        """This process's rows of a part, filled up to as many as JAX has a program for, so that both do the same."""
-        return self.put(part, rows_compiled(len(part.prompt), largest))
+    def _said(self, batch: Batch, say: Callable[..., Iterable[Tensor | None]]) -> list[Any]:
+        """What is said of every query of a batch, as numpy."""
+        made = self._passes(batch, len(batch.prompt))
+        with torch.no_grad():
+            found = [
+                [None if x is None else sharding.gather(self.world, x).numpy() for x in say(*self.put(batch, one))]
+                for one in made
+            ]
+        return [None if parts[0] is None else packing.reunited(parts, made) for parts in zip(*found, strict=True)]
 
-    def put(self, batch: Batch, rows: int) -> Batch:
-        """This process's rows of the batch on its device, after filling up with copies of the first row that are not valid.
-
-        Copies and not zeros: a loss that divides by its data would make NaN of zeros, and 0 * NaN is NaN.
-        """
-        rows = _round_up(rows, sharding.row_multiple(self.world))
-        own = sharding.own_rows(self.world, rows)
+    def put(self, batch: Batch, one: packing.Pass) -> tuple[Batch, Packed]:
+        """This process's queries of a pass of the batch on its device, and its rows."""
+        shards, whole = sharding.row_multiple(self.world), packing.part(batch, one)
+        packed = packing.pack(whole, one, shards=shards)
 
         def placed(x: np.ndarray) -> Tensor:
             # as JAX has them: no float64, which NPUs lack; token ids index, so they are int64
             x = x.astype({"f": np.float32, "i": np.int64, "u": np.int64}.get(x.dtype.kind, x.dtype))
-            return self._to_device(np.concatenate([x, np.repeat(x[:1], rows - len(x), 0)])[own])
+            return self._to_device(x[sharding.own_rows(self.world, len(x))])
 
-        data = dict(batch.data)
-        data["valid"] = np.concatenate([data["valid"], np.zeros(rows - len(batch.prompt), np.float32)])
-        prompt, prompt_mask, response, response_mask = map(placed, batch[:4])
-        placed_data = {name: placed(np.asarray(x)) for name, x in data.items()}
-        return Batch(prompt, prompt_mask, response, response_mask, placed_data)
-
-
-def _round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
+        # what is read, in whole chunks, so that shapes are few
+        used, first = -(-int(packed.used) // CHUNK) * CHUNK, packed.targets.shape[1] - packed.before.shape[1]
+        packed = packed._replace(targets=packed.targets[:, :used], before=packed.before[:, : used - first])
+        own = Batch(*map(placed, whole[:4]), {name: placed(np.asarray(x)) for name, x in whole.data.items()})
+        return own, Packed(*map(placed, packed[:-1]), used=packed.used)
 
 
 def load(config: ConfigDict) -> weights.Loaded:

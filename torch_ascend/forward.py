@@ -1,10 +1,10 @@
-"""What the model says of a batch: log-probabilities, entropy, values and scores of packed rows, chunked over time."""
+"""What the model says of a batch: log-probabilities, entropy, values and scores of packed rows, in chunks of tokens."""
 
 import functools
 from typing import Any
 
 import torch
-from jaxtyping import Float, Float32, Int64, Shaped
+from jaxtyping import Bool, Float, Float32, Int64, Shaped
 from torch import Tensor
 
 from ple_jax.core.types import Batch, Outputs, Packed
@@ -13,6 +13,7 @@ from torch_ascend import lora
 from torch_ascend.model import Model
 
 CHUNK = 512  # tokens whose logits exist at one time: 100 MB in fp32 at a vocabulary of 49152
+_NOBODY = -1.0  # nats of the tokens of who only fills a shape: not 0, where a loss may take the logarithm of 1 - p
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -73,101 +74,66 @@ def token_entropy(
     return torch.cat(value).view(targets.shape), torch.cat(spread).view(targets.shape)
 
 
-def pack(batch: Batch, time: int | None = None) -> Packed:
-    """A batch's rows as the model takes them.
+def visible(packed: Packed) -> Bool[Tensor, "row time time"]:
+    """What a token sees: of its own query what is before it, of the prompt and of its own response."""
 
-    Args:
-        batch: prompts may be padded on either side, responses on the right.
-        time: tokens of a row: at least the longest (`core.batches.packed_width`); P + K * R if it is not given.
+    def pair(x: Int64[Tensor, "row time"]) -> Bool[Tensor, "row time time"]:
+        return x[:, :, None] == x[:, None]
+
+    own = pair(packed.query) & (pair(packed.response) | (packed.response == 0)[:, None])
+    time = packed.tokens.shape[1]
+    return own & torch.ones((time, time), dtype=torch.bool, device=own.device).tril()
+
+
+def _at(x: Shaped[Tensor, "device place *rest"], index: Int64[Tensor, "device n"]) -> Shaped[Tensor, "device n *rest"]:
+    """What is in some places; of a place outside, which nobody reads, anything.
+
+    None is there twice but such: the gradient's additions have one order.
     """
-    rows, k, r = batch.response.shape
-    prompt_mask: Tensor = batch.prompt_mask
-    place = {"device": prompt_mask.device}
-    p = prompt_mask.shape[1]
-    time = min(time or p + k * r, p + k * r)
-    said_mask: Tensor = batch.response_mask.reshape(rows, k * r)
-    valid = torch.cat([prompt_mask, said_mask], 1)
-    # what is valid, in its order, before what is not
-    order = (~valid).to(torch.int32).argsort(dim=1, stable=True)[:, :time]
-    length = prompt_mask.to(torch.int64).sum(1)
-    prompt_position = (prompt_mask.to(torch.int64).cumsum(1) - 1).clamp(min=0)
-    response_position = length[:, None] + torch.arange(r, **place).repeat(k)[None]
-    positions = torch.cat([prompt_position, response_position], 1).gather(1, order)
-    segment = torch.cat(
-        [torch.full((p,), -1, **place), torch.arange(k, **place).repeat_interleave(r, output_size=k * r)]
-    ).expand(rows, -1).gather(1, order)  # fmt: skip
-    own = (segment[:, None] == -1) | (segment[:, None] == segment[:, :, None])
-    causal = torch.ones((time, time), dtype=torch.bool, **place).tril()
-    mask = causal & own & valid.gather(1, order)[:, None]
-    tokens = torch.cat([batch.prompt, batch.response.reshape(rows, k * r)], 1).gather(1, order)
-    said = (length[:, None] + torch.arange(min(k * r, time), **place)).clamp(max=time - 1)
-    begins = (positions == length[:, None]).gather(1, said)
-    places = (said_mask.to(torch.int64).cumsum(1) - 1).clamp(min=0, max=said.shape[1] - 1).reshape(rows, k, r)
-    return Packed(tokens, positions, mask, length, begins, tokens.gather(1, said), places)
+    index = index.clamp(max=x.shape[1] - 1)
+    return x.gather(1, index if x.dim() == 2 else index[..., None].expand(-1, -1, x.shape[-1]))
 
 
-def _at(x: Shaped[Tensor, "row time hidden"], index: Int64[Tensor, "row n"]) -> Shaped[Tensor, "row n hidden"]:
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+def hidden_states(model: Model, adapter: adapters.Adapter, packed: Packed) -> Float[Tensor, "device place hidden"]:
+    """Of every token of packed rows; the device is this one."""
+    states = model.apply(adapter, packed.tokens, positions=packed.positions, mask=visible(packed))
+    return states.reshape(1, -1, states.shape[-1])
 
 
-def hidden_states(model: Model, adapter: adapters.Adapter, packed: Packed) -> Float[Tensor, "row time hidden"]:
-    """Of every token of packed rows."""
-    return model.apply(adapter, packed.tokens, positions=packed.positions, mask=packed.mask)
-
-
-def predicting(hidden: Float[Tensor, "row time hidden"], packed: Packed) -> Float[Tensor, "row said hidden"]:
+def predicting(hidden: Float[Tensor, "device place hidden"], packed: Packed) -> Float[Tensor, "device token hidden"]:
     """The hidden states that predict each response token: the last prompt token's is that of every first one."""
-    place = packed.length[:, None] + torch.arange(packed.targets.shape[1], device=hidden.device)
-    # no place twice but where nothing is said: the gradient's additions have one order
-    own, last = _at(hidden, place.clamp(max=hidden.shape[1] - 1)), _at(hidden, packed.length[:, None] - 1)
-    return torch.where(packed.begins[..., None], last, torch.cat([last, own[:, :-1]], 1))
+    last = _at(hidden, packed.last[None])[:, :, None]
+    first = last.expand(-1, -1, packed.places.shape[1], -1).reshape(1, -1, hidden.shape[-1])
+    return torch.cat([first, _at(hidden, packed.before)], 1)
 
 
-def response_scores(
-    adapter: adapters.Adapter, batch: Batch, states: Float[Tensor, "row time hidden"]
-) -> Float32[Tensor, "row k"] | None:
-    """What a reward model's head says at every response's last token, where the adapter has one."""
-    if (head := lora.head(adapter, adapters.SCORE)) is None:
-        return None
-    response_mask: Tensor = batch.response_mask
-    prompt_mask: Tensor = batch.prompt_mask
-    said, length = response_mask.to(torch.int64).sum(-1), prompt_mask.to(torch.int64).sum(1, keepdim=True)
-    last = length + (said.cumsum(1) - 1).clamp(min=0)
-    return (_at(states, last).float() * head[:, 0]).sum(-1)
-
-
-def response_values(
-    adapter: adapters.Adapter, hidden: Float[Tensor, "row said hidden"]
-) -> Float32[Tensor, "row said"] | None:
-    """What a head of values says where each response token is predicted, where the adapter has one."""
-    if (head := lora.head(adapter, adapters.VALUE)) is None:
-        return None
+def _read(head: Float32[Tensor, "hidden 1"], hidden: Float[Tensor, "*batch hidden"]) -> Float32[Tensor, "*batch"]:
     return (hidden.float() * head[:, 0]).sum(-1)
 
 
-def _shaped(x: Float32[Tensor, "row said"], packed: Packed, batch: Batch) -> Float32[Tensor, "row k response_len"]:
-    """As the batch has its responses; 0 where masked."""
-    rows = len(x)
-    found = x.gather(1, packed.places.reshape(rows, -1)).reshape(packed.places.shape)
-    return torch.where(batch.response_mask, found, 0.0)
+def _of_responses(
+    x: Float32[Tensor, "device token"], places: Int64[Tensor, "query *place"]
+) -> Float32[Tensor, "query *place"]:
+    """In the order of the queries, what the device has in its order."""
+    return _at(x, places.reshape(1, -1)).reshape(places.shape)
 
 
 def outputs(
     model: Model,
     adapter: adapters.Adapter,
     batch: Batch,
+    packed: Packed,
     *,
-    time: int | None = None,
     entropy: bool = False,
     temperature: float = 1.0,
 ) -> Outputs:
     """What the model says of a batch of tensors.
 
     Args:
-        time: tokens of a packed row, as `pack` takes it.
+        packed: the batch's rows, of `core.packing.pack`.
         temperature: what the logits are divided by, above 0.
     """
-    said = Lazy(model, adapter, batch, time, temperature)
+    said = Lazy(model, adapter, batch, packed, temperature)
     logprobs, spread = said.spread() if entropy else (said.logprobs, None)
     return Outputs(logprobs, spread, said.values, said.scores)
 
@@ -178,23 +144,28 @@ class Lazy:
     entropy = None
 
     def __init__(
-        self, model: Model, adapter: adapters.Adapter, batch: Batch, time: int | None = None, temperature: float = 1.0
+        self, model: Model, adapter: adapters.Adapter, batch: Batch, packed: Packed, temperature: float = 1.0
     ):
-        self._model, self._batch, self._temperature = model, batch, temperature
-        self._packed = pack(batch, time)
-        states = hidden_states(model, adapter, self._packed)
-        self._hidden = predicting(states, self._packed)
-        self.scores = response_scores(adapter, batch, states)
-        values = response_values(adapter, self._hidden)
-        self.values = None if values is None else _shaped(values, self._packed, batch)
+        self._model, self._batch, self._packed, self._temperature = model, batch, packed, temperature
+        states = hidden_states(model, adapter, packed)
+        self._hidden = predicting(states, packed)
+        self._nobody = (packed.last >= states.shape[1])[:, None, None]
+        score, value = (lora.head(adapter, name) for name in (adapters.SCORE, adapters.VALUE))
+        self.scores = None if score is None else _of_responses(_read(score, states), packed.ends)
+        self.values = None if value is None else self._shaped(_read(value, self._hidden))
+
+    def _shaped(self, x: Float32[Tensor, "device token"]) -> Float32[Tensor, "query k response_len"]:
+        """As the batch has its responses; 0 where masked, and of who only fills its shape."""
+        return torch.where(self._batch.response_mask & ~self._nobody, _of_responses(x, self._packed.places), 0.0)
+
+    def _nats(self, x: Float32[Tensor, "device token"]) -> Float32[Tensor, "query k response_len"]:
+        return torch.where(self._batch.response_mask & self._nobody, _NOBODY, self._shaped(x))
 
     @functools.cached_property
     def logprobs(self) -> Float32[Tensor, "query k response_len"]:
-        found = token_logprobs(self._model, self._hidden, self._packed.targets, self._temperature)
-        return _shaped(found, self._packed, self._batch)
+        return self._nats(token_logprobs(self._model, self._hidden, self._packed.targets, self._temperature))
 
     def spread(self) -> tuple[Float32[Tensor, "query k response_len"], Float32[Tensor, "query k response_len"]]:
         """Log-probabilities, and the entropy, which no loss is told."""
-        found = token_entropy(self._model, self._hidden, self._packed.targets, self._temperature)
-        logprobs, spread = (_shaped(x, self._packed, self._batch) for x in found)
-        return logprobs, spread
+        logprobs, spread = token_entropy(self._model, self._hidden, self._packed.targets, self._temperature)
+        return self._nats(logprobs), self._shaped(spread)

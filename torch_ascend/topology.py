@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from ple_jax import algorithms
 from ple_jax.algorithms import Algorithm
-from ple_jax.core import processor
+from ple_jax.core import packing, processor
 from ple_jax.core.backends import Needs
 from ple_jax.core.errors import UserError, suggestion
 from ple_jax.core.types import Batch, Query, Sampling
@@ -259,7 +259,7 @@ def _training(
 
     def judge() -> None:
         with torch.no_grad():
-            forward.outputs(backend.model, backend.policy, backend.put(said, len(said.prompt)), entropy=True)
+            forward.outputs(backend.model, backend.policy, *backend.put(said, packing.alone(said, processes)), entropy=True)
 
     yield Phase("log-probs", about, judge)
     micro, about = batch(opt.micro_queries, sizes)

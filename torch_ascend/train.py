@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ple_jax.core.types import Batch, Loss
+from ple_jax.core.types import Batch, Loss, Packed
 from ple_jax.models import adapters
 from torch_ascend import sharding
 from torch_ascend.forward import Lazy
@@ -43,20 +43,20 @@ def gradients(
     loss: Loss,
     adapter: adapters.Adapter,
     batch: Batch,
+    packed: Packed,
     share: float,
     temperature: float = 1.0,
-    time: int | None = None,
 ) -> dict[str, Tensor]:
     """Adds to the leaves' gradients those of the mean loss over the optimiser batch, this micro-batch's part; its metrics.
 
     Args:
         adapter: of leaves that gather gradients.
         batch: of tensors on the model's device.
+        packed: its rows.
         share: 1 / the real rows of the optimiser batch.
         temperature: what the logits are divided by.
-        time: tokens of a packed row.
     """
-    said: Any = Lazy(model, adapter, batch, time, temperature)
+    said: Any = Lazy(model, adapter, batch, packed, temperature)
     value, metrics = loss(said, batch)
     reduced = {name: (m * batch.data["valid"]).sum() * share for name, m in {"loss": value, **metrics}.items()}
     reduced["loss"].backward()

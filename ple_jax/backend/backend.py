@@ -3,7 +3,7 @@
 import math
 import os
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,13 @@ from ml_collections import ConfigDict
 from ple_jax.backend import attention, checkpoint, compilation, generate, lora, sharding
 from ple_jax.backend.model import Model, fill
 from ple_jax.backend.train import optimizer, placement, programs
-from ple_jax.core import processor
-from ple_jax.core.batches import decoding, packed_width, passes, reunited, rows_compiled, rows_of, worth_a_pass
-from ple_jax.core.types import Batch, Compiled, Loss, Outputs, Response, Sampling
+from ple_jax.core import packing, processor
+from ple_jax.core.batches import decoding
+from ple_jax.core.types import Batch, Compiled, Loss, Outputs, Packed, Response, Sampling
 from ple_jax.models import adapters, weights
 from ple_jax.models.config import ModelConfig
 from ple_jax.models.families import FAMILIES
-from ple_jax.models.layout import expected_shapes
+from ple_jax.models.layout import attention_reach, expected_shapes
 
 
 class JaxBackend:
@@ -101,36 +101,29 @@ class JaxBackend:
         entropy: bool = False,
     ) -> Outputs:
         """Log-probabilities of a batch's response tokens under the policy, the frozen reference or the base."""
-        adapter, bare = {} if base else self.reference if reference else self.policy, _bare(batch)
-        places, found = self._passes(bare), []
-        for rows in places:
-            part = rows_of(bare, rows)
-            how = {"time": packed_width(part), "entropy": entropy, "temperature": temperature}
-            found.append(self.programs.outputs(self.base, adapter, self._filled(part, len(batch.prompt)), **how))
-        return jax.tree.map(lambda *parts: reunited(parts, places), *jax.device_get(found))
+        adapter = {} if base else self.reference if reference else self.policy
+        how = {"entropy": entropy, "temperature": temperature}
+        return self._said(_bare(batch), lambda *data: self.programs.outputs(self.base, adapter, *data, **how))
 
     def scores(self, batch: Batch) -> Float32[np.ndarray, "query k"]:
         """What the head says of every response."""
-        part = self.put(_bare(batch), _round_up(len(batch.prompt), self._multiple))
-        found = self.programs.scores(self.base, self.policy, part, time=packed_width(batch))
-        return np.asarray(jax.device_get(found))[: len(batch.prompt)]
+        return self._said(_bare(batch), lambda *data: self.programs.scores(self.base, self.policy, *data))
 
     def update(
         self, batches: Sequence[Batch], loss: Loss, *, lr: float, temperature: float = 1.0
     ) -> dict[str, float]:
         """One optimizer step on the mean loss over all rows of `batches`, gradients accumulated over them."""
-        largest = max(len(b.prompt) for b in batches)
+        most = max(len(b.prompt) for b in batches)
         real = sum(float(b.data["valid"].sum()) for b in batches)
         share = jnp.float32(1 / real)
         grads: Any = None
         parts = []
         # dropout depends on the number of steps taken, which a checkpoint holds: a resumed run draws the same
         step = jax.random.fold_in(self._key, optax.tree.get(self.state, "count"))
-        for i, part in enumerate(rows_of(batch, rows) for batch in batches for rows in self._passes(batch)):
+        how = {"loss": loss, "temperature": temperature}
+        for i, data in enumerate(self.put(batch, one) for batch in batches for one in self._passes(batch, most)):
             key = jax.random.fold_in(step, i)
-            how = {"loss": loss, "time": packed_width(part), "temperature": temperature}
-            placed = self._filled(part, largest)
-            new, values = self.programs.gradients(self.base, self.policy, placed, share, key, **how)
+            new, values = self.programs.gradients(self.base, self.policy, *data, share, key, **how)
             grads = new if grads is None else self.programs.accumulate(grads, new)
             parts.append(values)
         self.policy, self.state, norm = self.programs.apply(self.policy, self.state, grads, jnp.float32(lr))
@@ -187,35 +180,26 @@ class JaxBackend:
     def _trees(self) -> dict[str, Any]:
         return {"adapter": self.policy, "optimizer": self.state, "reference": self.reference}
 
-    def _passes(self, batch: Batch) -> list[np.ndarray]:
-        return passes(batch, worth=worth_a_pass(self.mesh.devices.flat[0].platform), least=self._multiple)
+    def _passes(self, batch: Batch, most: int) -> list[packing.Pass]:
+        cost = packing.cost(self.mesh.devices.flat[0].platform, attention_reach(self.model.config))
+        return packing.passes(batch, cost, most=most, shards=self._multiple)
 
-    def _filled(self, part: Batch, largest: int) -> Batch:
-        """A part on the devices, with the rows of the program that computes it."""
-        return self.put(part, _round_up(rows_compiled(len(part.prompt), largest), self._multiple))
+    def _said(self, batch: Batch, program: Callable[..., Any]) -> Any:
+        """What a program says of every query of a batch, as numpy."""
+        made = self._passes(batch, len(batch.prompt))
+        found = jax.device_get([program(*self.put(batch, one)) for one in made])
+        return jax.tree.map(lambda *parts: packing.reunited(parts, made), *found)
 
-    def put(self, batch: Batch, rows: int) -> Batch:
-        """The batch on the devices, filled up to `rows` with copies of its first row that are not valid.
-
-        Copies and not zeros: a loss that divides by its data would make NaN of zeros, and 0 * NaN is NaN.
-        """
-
-        def fill_up(x: np.ndarray) -> np.ndarray:
-            x = np.asarray(x, np.float32) if x.dtype == np.float64 else x
-            return np.concatenate([x, np.repeat(x[:1], rows - len(x), 0)])
-
-        filled = jax.tree.map(fill_up, batch)
-        filled.data["valid"][len(batch.prompt) :] = 0
-        return sharding.put_rows(self.mesh, filled)
+    def put(self, batch: Batch, one: packing.Pass) -> tuple[Batch, Packed]:
+        """A pass of the batch on the devices: its queries, and its rows."""
+        own = jax.tree.map(lambda x: np.asarray(x, np.float32) if x.dtype == np.float64 else x, packing.part(batch, one))
+        packed = packing.pack(own, one, shards=self._multiple)
+        return sharding.put_rows(self.mesh, (own, packed))
 
 
 def _bare(batch: Batch) -> Batch:
     """The batch without what losses compare with: a program that reads none of it should not be compiled for every kind."""
     return batch._replace(data={"valid": batch.data["valid"]})
-
-
-def _round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
 
 
 def load(config: ConfigDict) -> weights.Loaded:

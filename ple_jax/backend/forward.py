@@ -1,41 +1,42 @@
-"""What the model says of a batch: log-probabilities, entropy, values and scores of packed rows, chunked over time."""
+"""What the model says of a batch: log-probabilities, entropy, values and scores of packed rows, in chunks of tokens."""
 
 import functools
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int, Int32, Shaped
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Shaped
 
 from ple_jax.backend import sharding
 from ple_jax.backend.model import Model, head_logits
 from ple_jax.core.types import Batch, Outputs, Packed
 from ple_jax.models import adapters
 
-CHUNK = 512  # tokens whose logits exist at one time: 100 MB in fp32 at a vocabulary of 49152
+CHUNK = 512  # tokens of a device whose logits exist at one time: 100 MB in fp32 at a vocabulary of 49152
+_NOBODY = -1.0  # nats of the tokens of who only fills a shape: not 0, where a loss may take the logarithm of 1 - p
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def token_logprobs(
     head: Float[Array, "vocab hidden"],
-    hidden: Float[Array, "row time hidden"],
-    targets: Int[Array, "row time"],
+    hidden: Float[Array, "device token hidden"],
+    targets: Int[Array, "device token"],
+    used: Int[Array, ""] | int,
     softcap: float | None = None,
-    shards: int = 1,
     temperature: float = 1.0,
-) -> Float32[Array, "row time"]:
-    """log softmax(logits / temperature)[target], chunked over time: [row, time, vocab] never exists, forward or backward.
+) -> Float32[Array, "device token"]:
+    """log softmax(logits / temperature)[target], in chunks: [device, token, vocab] never exists, forward or backward.
 
     The gradient is with respect to `hidden` alone (the head is frozen) and is computed beside the value, so that the
     backward pass needs neither the logits nor a second pass over the vocabulary.
 
     Args:
+        hidden: the first dimension is spread over devices.
+        used: tokens of a device that are computed; the others are 0, but for some that fill the last chunk.
         softcap: of the logits, where the family has one.
-        shards: over how many devices rows are spread: chunks are as large as one device can take.
         temperature: that the tokens were sampled at, above 0.
     """
-    return _over_time(lambda h, y: _chunk(head, h, y, softcap, temperature)[0], hidden, targets, shards)
+    return _in_chunks(lambda h, y: (_chunk(head, h, y, softcap, temperature)[0],), hidden, targets, used)[0]
 
 
 def _chunk(
@@ -49,19 +50,25 @@ def _chunk(
     return target - normaliser, normaliser, logits
 
 
-def _over_time(f: Any, hidden: Array, targets: Array, shards: int) -> Any:
-    rows, time = targets.shape
-    # chunks along time only: rows may be spread over devices
-    size = max(1, min(time, CHUNK * shards // rows))
-    pad = -time % size
-    h = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0))).reshape(rows, -1, size, hidden.shape[-1]).swapaxes(0, 1)
-    y = jnp.pad(targets, ((0, 0), (0, pad))).reshape(rows, -1, size).swapaxes(0, 1)
-    out = jax.lax.map(lambda part: f(*part), (h, y))
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(rows, -1, *x.shape[3:])[:, :time], out)
+def _in_chunks(f: Any, hidden: Array, targets: Array, used: Array | int) -> tuple[Array, ...]:
+    """What f says, in fp32, of as many chunks as hold the tokens that are used."""
+    devices, tokens = targets.shape
+    size = max(1, min(tokens, CHUNK))
+    pad = -tokens % size
+    h, y = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0))), jnp.pad(targets, ((0, 0), (0, pad)))
+    shapes = jax.eval_shape(f, h[:, :size], y[:, :size])
+    start = tuple(jnp.zeros((devices, tokens + pad, *x.shape[2:]), x.dtype) for x in shapes)
+
+    def chunk(i: Array, found: tuple[Array, ...]) -> tuple[Array, ...]:
+        parts = f(*(jax.lax.dynamic_slice_in_dim(x, i * size, size, 1) for x in (h, y)))
+        return tuple(jax.lax.dynamic_update_slice_in_dim(x, part, i * size, 1) for x, part in zip(found, parts, strict=True))
+
+    chunks = (jnp.asarray(used, jnp.int32) + size - 1) // size
+    return tuple(x[:, :tokens] for x in jax.lax.fori_loop(0, chunks, chunk, start))
 
 
 def _token_logprobs_forward(
-    head: Array, hidden: Array, targets: Array, softcap: float | None, shards: int, temperature: float
+    head: Array, hidden: Array, targets: Array, used: Array | int, softcap: float | None, temperature: float
 ) -> tuple[Array, tuple[Array, Array]]:
     def f(h: Array, y: Array) -> tuple[Array, Array]:
         value, normaliser, logits = _chunk(head, h, y, softcap, temperature)
@@ -73,26 +80,28 @@ def _token_logprobs_forward(
             error = error / temperature
         return value, jnp.einsum("btv,vd->btd", error.astype(head.dtype), head, preferred_element_type=jnp.float32)
 
-    value, gradient = _over_time(f, hidden, targets, shards)
+    value, gradient = _in_chunks(f, hidden, targets, used)
     return value, (gradient, jnp.zeros((), hidden.dtype))
 
 
 def _token_logprobs_backward(
-    softcap: float | None, shards: int, temperature: float, saved: tuple[Array, Array], g: Array
-) -> tuple[None, Array, None]:
+    softcap: float | None, temperature: float, saved: tuple[Array, Array], g: Array
+) -> tuple[None, Array, None, None]:
     gradient, like = saved
-    return None, (g[..., None] * gradient).astype(like.dtype), None
+    return None, (g[..., None] * gradient).astype(like.dtype), None, None
+
+
 token_logprobs.defvjp(_token_logprobs_forward, _token_logprobs_backward)
 
 
 def token_entropy(
     head: Float[Array, "vocab hidden"],
-    hidden: Float[Array, "row time hidden"],
-    targets: Int[Array, "row time"],
+    hidden: Float[Array, "device token hidden"],
+    targets: Int[Array, "device token"],
+    used: Int[Array, ""] | int,
     softcap: float | None = None,
-    shards: int = 1,
     temperature: float = 1.0,
-) -> tuple[Float32[Array, "row time"], Float32[Array, "row time"]]:
+) -> tuple[Float32[Array, "device token"], Float32[Array, "device token"]]:
     """`token_logprobs`, and beside them the entropy in nats of softmax(logits / temperature); not differentiated."""
 
     def f(h: Array, y: Array) -> tuple[Array, Array]:
@@ -100,82 +109,54 @@ def token_entropy(
         logp = logits - normaliser[..., None]
         return value, -(jnp.exp(logp) * logp).sum(-1)
 
-    return _over_time(f, hidden, targets, shards)
+    return _in_chunks(f, hidden, targets, used)
 
 
-def pack(batch: Batch, time: int | None = None) -> Packed:
-    """A batch's rows as the model takes them.
+def visible(packed: Packed) -> Bool[Array, "row time time"]:
+    """What a token sees: of its own query what is before it, of the prompt and of its own response."""
 
-    Args:
-        batch: prompts may be padded on either side, responses on the right.
-        time: tokens of a row: at least the longest (`core.batches.packed_width`); P + K * R if it is not given.
-    """
-    rows, k, r = batch.response.shape
-    p, all_tokens = batch.prompt.shape[1], batch.prompt.shape[1] + k * r
-    time = min(time or all_tokens, all_tokens)
-    valid = jnp.concatenate([batch.prompt_mask, batch.response_mask.reshape(rows, k * r)], 1)
-    # what is valid, in its order, before what is not
-    order = jnp.argsort(~valid, axis=1, stable=True)[:, :time]
+    def pair(x: Int32[Array, "row time"]) -> Bool[Array, "row time time"]:
+        return x[:, :, None] == x[:, None]
 
-    def packed(x: Array) -> Array:
-        return jnp.take_along_axis(x, order, 1)
-
-    length = batch.prompt_mask.astype(jnp.int32).sum(1)
-    position = jnp.concatenate(
-        [
-            jnp.cumsum(batch.prompt_mask.astype(jnp.int32), 1) - 1,
-            length[:, None] + jnp.broadcast_to(jnp.tile(jnp.arange(r), k)[None], (rows, k * r)),
-        ],
-        1,
-    )
-    segment = packed(jnp.broadcast_to(jnp.arange(all_tokens)[None] - p, (rows, all_tokens)) // r)  # negative: the prompt's
-    there = packed(valid)
-    own = (segment[:, None] < 0) | (segment[:, None] == segment[:, :, None])
-    mask = jnp.tril(jnp.ones((time, time), bool))[None] & own & there[:, None]
-    tokens = packed(jnp.concatenate([batch.prompt, batch.response.reshape(rows, k * r)], 1))
-    said = min(k * r, time)
-    rank = jnp.cumsum(batch.response_mask.reshape(rows, k * r).astype(jnp.int32), 1) - 1
-    outside = jnp.broadcast_to(said + jnp.arange(k * r)[None], rank.shape)
-    places = jnp.where(batch.response_mask, rank.reshape(rows, k, r), outside.reshape(rows, k, r))
-    first = packed(position) == length[:, None]
-    begins, targets = (_responses(x, length, said) for x in (first, tokens))
-    return Packed(tokens, packed(position), mask, length, begins, targets, places)
+    time = packed.tokens.shape[1]
+    own = pair(packed.query) & (pair(packed.response) | (packed.response == 0)[:, None])
+    return own & jnp.tril(jnp.ones((time, time), bool))[None]
 
 
-def _responses(x: Array, length: Int32[Array, " row"], said: int) -> Shaped[Array, "row said *rest"]:
-    """What belongs to the response tokens, which stand after prompts of these lengths; zeros after the last."""
-    return _at(x, length[:, None] + jnp.arange(said)[None])
+def _at(x: Shaped[Array, "device place *rest"], index: Int32[Array, "device n"]) -> Shaped[Array, "device n *rest"]:
+    """What every device has in some places, none twice; zero where the place is outside."""
 
-
-def _at(x: Shaped[Array, "row time *rest"], index: Int32[Array, "row n"]) -> Shaped[Array, "row n *rest"]:
-    """Entries of every row, none twice; zero where the index is outside."""
-
-    def of_row(x: Array, index: Array) -> Array:
+    def of_device(x: Array, index: Array) -> Array:
         # unique: then the gradient's scatter needs no order among its additions, and is the same every time
         return x.at[index].get(unique_indices=True, mode="fill", fill_value=0)
 
-    return jax.vmap(of_row)(x, index)
+    return jax.vmap(of_device)(x, index)
 
 
-def hidden_states(model: Model, base: Any, fused: Any, packed: Packed) -> Float[Array, "row time hidden"]:
+def hidden_states(model: Model, base: Any, fused: Any, packed: Packed) -> Float[Array, "device place hidden"]:
     """Of every token of packed rows."""
-    return model.apply(base, fused, packed.tokens, positions=packed.positions, mask=packed.mask)[0]
+    states = model.apply(base, fused, packed.tokens, positions=packed.positions, mask=visible(packed))[0]
+    return states.reshape(packed.targets.shape[0], -1, states.shape[-1])
 
 
-def predicting(hidden: Float[Array, "row time hidden"], packed: Packed) -> Float[Array, "row said hidden"]:
+def predicting(hidden: Float[Array, "device place hidden"], packed: Packed) -> Float[Array, "device token hidden"]:
     """The hidden states that predict each response token: the last prompt token's is that of every first one."""
-    own = _responses(hidden, packed.length, packed.targets.shape[1])
-    last = _at(hidden, packed.length[:, None] - 1)
-    before = jnp.concatenate([last, own[:, :-1]], 1)
-    return jnp.where(packed.begins[..., None], last, before)
+    devices, _, size = hidden.shape
+    last = _at(hidden, packed.last.reshape(devices, -1))[:, :, None]
+    first = jnp.broadcast_to(last, (*last.shape[:2], packed.places.shape[1], size)).reshape(devices, -1, size)
+    return jnp.concatenate([first, _at(hidden, packed.before)], 1)
 
 
-def response_scores(
-    head: Float[Array, "hidden 1"], batch: Batch, states: Float[Array, "row time hidden"]
-) -> Float32[Array, "row k"]:
-    """What a reward model's head says at every response's last token."""
-    said, length = batch.response_mask.astype(jnp.int32).sum(-1), batch.prompt_mask.astype(jnp.int32).sum(1)
-    return _read(head, _at(states, length[:, None] + jnp.maximum(jnp.cumsum(said, 1) - 1, 0)))
+def _read(head: Float[Array, "hidden 1"], hidden: Float[Array, "*batch hidden"]) -> Float32[Array, "*batch"]:
+    # a sum, not a matmul, whose fp32 is bfloat16 on TPUs
+    return (hidden.astype(jnp.float32) * head.reshape((1,) * (hidden.ndim - 1) + (-1,))).sum(-1)
+
+
+def _of_responses(
+    x: Float32[Array, "device token"], places: Int32[Array, "query *place"]
+) -> Float32[Array, "query *place"]:
+    """In the order of the queries, what the devices have in their order; 0 where the place is outside."""
+    return _at(x, places.reshape(x.shape[0], -1)).reshape(places.shape)
 
 
 def outputs(
@@ -183,8 +164,8 @@ def outputs(
     base: Any,
     fused: Any,
     batch: Batch,
+    packed: Packed,
     *,
-    time: int | None = None,
     entropy: bool = False,
     temperature: float = 1.0,
     score: Float[Array, "hidden 1"] | None = None,
@@ -193,33 +174,27 @@ def outputs(
     """What the model says of a batch. Logits exist for response tokens alone; the compiler leaves out what is not used.
 
     Args:
-        time: tokens of a packed row, as `pack` takes it.
+        packed: the batch's rows, of `core.packing.pack`.
         temperature: what the logits are divided by, above 0.
         score: a reward model's head, read at a response's last token.
         value: PPO's head, read where each token is predicted.
     """
-    rows, k, r = batch.response.shape
-    packed = pack(batch, time)
     states = hidden_states(model, base, fused, packed)
     hidden = predicting(states, packed)
-    head, shards, softcap = model.head(base), 1, model.config.logits_softcap
+    head = model.head(base)
     if model.mesh is not None:
         # once: the loop over chunks would gather it in every turn
         head = sharding.gathered("head", head, model.mesh)
-        shards = math.gcd(rows, sharding.row_multiple(model.mesh))
-
-    def shaped(x: Float32[Array, "row said"]) -> Float32[Array, "row k response_len"]:
-        return _at(x, packed.places.reshape(rows, k * r)).reshape(rows, k, r)
-
-    how = head, hidden, packed.targets, softcap, shards, temperature
-    logprobs, spread = map(shaped, token_entropy(*how)) if entropy else (shaped(token_logprobs(*how)), None)
-    values = None if value is None else shaped(_read(value, hidden))
-    return Outputs(logprobs, spread, values, None if score is None else response_scores(score, batch, states))
-
-
-def _read(head: Float[Array, "hidden 1"], hidden: Float[Array, "*batch hidden"]) -> Float32[Array, "*batch"]:
-    # a sum, not a matmul, whose fp32 is bfloat16 on TPUs
-    return (hidden.astype(jnp.float32) * head.reshape((1,) * (hidden.ndim - 1) + (-1,))).sum(-1)
+    how = head, hidden, packed.targets, packed.used, model.config.logits_softcap, temperature
+    found = token_entropy(*how) if entropy else (token_logprobs(*how),)
+    logprobs, *spread = (_of_responses(x, packed.places) for x in found)
+    nobody = (packed.last >= states.shape[1])[:, None, None] & batch.response_mask
+    return Outputs(
+        jnp.where(nobody, _NOBODY, logprobs),
+        spread[0] if entropy else None,
+        None if value is None else _of_responses(_read(value, hidden), packed.places),
+        None if score is None else _of_responses(_read(score, states), packed.ends),
+    )
 
 
 def heads(adapter: adapters.Adapter) -> dict[str, Array]:

@@ -89,8 +89,8 @@ def gathered(name: str, x: jax.Array, mesh: Mesh) -> jax.Array:
 
 
 def rows(mesh: Mesh, ndim: int) -> NamedSharding:
-    """The sharding of a batch: first dimension over `data` and `fsdp`."""
-    return NamedSharding(mesh, PartitionSpec(BATCH, *[None] * (ndim - 1)))
+    """The sharding of a batch: first dimension over `data` and `fsdp`; a number is on every device."""
+    return NamedSharding(mesh, PartitionSpec(BATCH, *[None] * (ndim - 1)) if ndim else PartitionSpec())
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -12,7 +12,7 @@ from jaxtyping import Array
 from ple_jax.backend import generate, lora, sharding
 from ple_jax.backend.forward import heads, outputs
 from ple_jax.backend.model import Model
-from ple_jax.core.types import Batch, Loss, Outputs, Sampling
+from ple_jax.core.types import Batch, Loss, Outputs, Packed, Sampling
 from ple_jax.models import adapters
 
 
@@ -34,8 +34,8 @@ def _decayed(adapter: adapters.Adapter) -> dict[str, dict[str, bool]]:
 
 
 def gradients(
-    model: Model, settings: adapters.Lora, loss: Loss, base: Any, adapter: Any, batch: Batch, share: Array, key: Array,
-    temperature: float = 1.0, time: int | None = None,
+    model: Model, settings: adapters.Lora, loss: Loss, base: Any, adapter: Any, batch: Batch, packed: Packed, share: Array,
+    key: Array, temperature: float = 1.0,
 ) -> tuple[Any, dict[str, Array]]:  # fmt: skip
     """Gradients of the mean loss over the optimiser batch, this micro-batch's part; `share` is 1 / its real rows.
 
@@ -44,7 +44,7 @@ def gradients(
 
     def total(adapter: Any) -> tuple[Array, dict[str, Array]]:
         fused = lora.fuse(model, adapter, settings, base=base, dropout=key)
-        said = outputs(model, base, fused, batch, time=time, temperature=temperature, **heads(adapter))
+        said = outputs(model, base, fused, batch, packed, temperature=temperature, **heads(adapter))
         value, metrics = loss(said, batch)
         valid = batch.data["valid"]
         reduced = {name: (m * valid).sum() * share for name, m in {"loss": value, **metrics}.items()}
@@ -67,9 +67,9 @@ class Programs(NamedTuple):
     """The compiled programs of a run, `jax.jit` objects. What `--mode=plan --topology` compiles is these too."""
 
     generate: Any  # (base, adapter, prompt, prompt_mask, prefix, uniforms, *, sampling) -> (tokens, lengths)
-    outputs: Any  # (base, adapter, batch, *, time, entropy, temperature) -> Outputs
-    scores: Any  # (base, adapter, batch, *, time) -> scores
-    gradients: Any  # (base, adapter, batch, share, key, *, loss, time, temperature) -> (gradients, metrics)
+    outputs: Any  # (base, adapter, batch, packed, *, entropy, temperature) -> Outputs
+    scores: Any  # (base, adapter, batch, packed) -> scores
+    gradients: Any  # (base, adapter, batch, packed, share, key, *, loss, temperature) -> (gradients, metrics)
     accumulate: Any  # (gradients, gradients) -> gradients; donates the first
     apply: Any  # (adapter, state, gradients, lr) -> (adapter, state, norm); donates adapter and state
 
@@ -95,20 +95,18 @@ def programs(
     def sample(base: Any, adapter: Any, *data: Array, sampling: Sampling) -> tuple[Array, Array]:
         return generate.generate(model, base, fuse(base, adapter), *data, sampling=sampling)
 
-    def say(base: Any, adapter: Any, batch: Batch, **how: Any) -> Outputs:
-        return outputs(model, base, fuse(base, adapter), batch, **how, **heads(adapter))
+    def say(base: Any, adapter: Any, batch: Batch, packed: Packed, **how: Any) -> Outputs:
+        return outputs(model, base, fuse(base, adapter), batch, packed, **how, **heads(adapter))
 
-    def slope(
-        base: Any, adapter: Any, batch: Batch, share: Array, key: Array, loss: Loss, **how: Any
-    ) -> tuple[Any, dict[str, Array]]:
-        return gradients(model, settings, loss, base, adapter, batch, share, key, **how)
+    def slope(base: Any, adapter: Any, *data: Any, loss: Loss, **how: Any) -> tuple[Any, dict[str, Array]]:
+        return gradients(model, settings, loss, base, adapter, *data, **how)
 
     return Programs(
         generate=jax.jit(sample, static_argnames="sampling"),
-        outputs=jax.jit(say, static_argnames=("time", "entropy", "temperature")),
-        scores=jax.jit(lambda *data, time: say(*data, time=time).scores, static_argnames="time"),
+        outputs=jax.jit(say, static_argnames=("entropy", "temperature")),
+        scores=jax.jit(lambda *data: say(*data).scores),
         gradients=jax.jit(
-            slope, static_argnames=("loss", "time", "temperature"), out_shardings=(place[0], sharding.replicated(mesh))
+            slope, static_argnames=("loss", "temperature"), out_shardings=(place[0], sharding.replicated(mesh))
         ),
         accumulate=jax.jit(functools.partial(jax.tree.map, jnp.add), donate_argnums=0),
         apply=jax.jit(

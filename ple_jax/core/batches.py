@@ -3,7 +3,7 @@
 from collections.abc import Hashable, Iterator, Sequence
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int32, Shaped
+from jaxtyping import Bool, Float32, Int32
 
 from ple_jax.core.errors import UserError
 from ple_jax.core.types import Batch, Rollout
@@ -107,22 +107,6 @@ def lengths(batch: Batch) -> Int32[np.ndarray, " query"]:
     return (batch.prompt_mask.sum(1) + batch.response_mask.sum((1, 2))).astype(np.int32)
 
 
-def packed_width(batch: Batch) -> int:
-    """Tokens of a row when a batch's rows are packed: the longest, rounded up to 8, 12, 16, 24, 32, 48, 64 ...
-
-    Two sizes a doubling: from 64 to 4,096 tokens at most 13 shapes are compiled, and at most a third of the longest row is
-    padding.
-    """
-    return _width(lengths(batch))
-
-
-def _width(of_rows: Int32[np.ndarray, " query"]) -> int:
-    longest = max(8, int(of_rows.max()))
-    power = bucket(longest, 8)
-    less = power // 4 * 3
-    return less if longest <= less else power
-
-
 def micro_batches(batch: Batch, size: int) -> list[Batch]:
     """The rows of a batch in parts of `size`; the backend accumulates gradients over them.
 
@@ -136,52 +120,3 @@ def rows_of(batch: Batch, rows: Int32[np.ndarray, " part"]) -> Batch:
     """Some rows of a batch."""
     data = {name: value[rows] for name, value in batch.data.items()}
     return Batch(batch.prompt[rows], batch.prompt_mask[rows], batch.response[rows], batch.response_mask[rows], data)
-
-
-def worth_a_pass(platform: str) -> int:
-    """Tokens of padding for which a pass of its own is worth its while.
-
-    On a CPU hardly anything is lost by smaller passes; on an accelerator every pass costs its launches.
-    """
-    return 512 if platform == "cpu" else 8192
-
-
-def passes(batch: Batch, *, worth: int, least: int = 1) -> list[Int32[np.ndarray, " part"]]:
-    """The rows of a batch in as many passes as are worth it: short ones apart from long ones, which would pad them.
-
-    Sorted by length, rows are halved again and again, where the shorter half alone has `worth` tokens of padding less. So
-    the numbers of rows that programs are compiled for are halves of the largest.
-
-    Args:
-        worth: what `worth_a_pass` says.
-        least: rows of a pass, as many as devices share them.
-    """
-    size = lengths(batch)
-
-    def halved(rows: np.ndarray) -> list[np.ndarray]:
-        short, long = rows[: len(rows) // 2], rows[len(rows) // 2 :]
-        if len(short) < least or (_width(size[rows]) - _width(size[short])) * len(short) < worth:
-            return [rows]
-        return [*halved(short), *halved(long)]
-
-    return halved(np.argsort(size, kind="stable"))
-
-
-def reunited(
-    parts: Sequence[Shaped[np.ndarray, "rows *rest"]], places: Sequence[Int32[np.ndarray, " part"]]
-) -> Shaped[np.ndarray, "query *rest"]:
-    """What was computed in passes, in the order of the batch.
-
-    Args:
-        parts: of every pass; rows that only filled it up come last.
-        places: what `passes` gave.
-    """
-    kept = [part[: len(rows)] for part, rows in zip(parts, places, strict=True)]
-    return np.concatenate(kept)[np.argsort(np.concatenate(places))]
-
-
-def rows_compiled(rows: int, largest: int) -> int:
-    """The rows of the program that computes so many: half of the largest, a half of that ..., as small as holds them."""
-    while largest % 2 == 0 and largest // 2 >= rows:
-        largest //= 2
-    return largest

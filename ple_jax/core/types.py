@@ -91,18 +91,22 @@ class Batch(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """Rows of [prompt | response 1 | ... | response K | padding], without padding inside: a pair costs P + 2R tokens.
+    """Rows of queries [prompt | response 1 | ... | response K] one after another, without padding between them.
 
-    The backend's arrays, of a Batch.
+    Made by `core.packing.pack`, of a Batch, on the host. Devices have equal parts of the rows and of the queries, and a
+    place is one among all tokens of the device's rows; where no token is meant it is outside, and never twice the same.
     """
 
     tokens: Array  # "row time"
     positions: Array  # "row time": every response's are those after the prompt
-    mask: Array  # "row time time", bool: a response sees the prompt and itself, never another one
-    length: Array  # " row", of the prompt: where the responses begin
-    begins: Array  # "row said", bool: of the response tokens, in their order, whether it is its response's first
-    targets: Array  # "row said"
-    places: Array  # "row k response_len": among the response tokens, of every one; of masked ones nothing is read
+    query: Array  # "row time": whose token it is, -1 in the padding
+    response: Array  # "row time": of which response, 1 to K, or 0 in the prompt
+    last: Array  # " query": place of the prompt's last token, which predicts every response's first one
+    ends: Array  # "query k": place of every response's last token
+    before: Array  # "device later": places of the tokens that predict the later ones
+    targets: Array  # "device query*k+later": what is predicted, first tokens of all responses before the later ones
+    places: Array  # "query k response_len": of every response token among what is predicted on its device
+    used: Array  # "": how much of `targets` is read, on the device that reads most
 
 
 class Outputs(NamedTuple):

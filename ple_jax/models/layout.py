@@ -68,6 +68,11 @@ def active_weights(c: ModelConfig) -> int:
     return sum(inp * out for *_, inp, out in module_shapes(c)) + c.num_layers * experts
 
 
+def attention_reach(c: ModelConfig) -> float:
+    """Positions that a token attends to when its attention has as many operations as its matmuls with weights."""
+    return active_weights(c) / (2 * c.num_layers * c.num_heads * c.head_dim)
+
+
 def stack_experts(c: ModelConfig, kind: str, get: Callable[[str], np.ndarray]) -> np.ndarray:
     """One leaf of `backend.experts.Experts`: the router [in, experts], or a kernel of all experts [experts, in, out].
 

@@ -20,9 +20,9 @@ from ple_jax.algorithms import Algorithm
 from ple_jax.backend import backend, compilation, generate, lora, sharding, train
 from ple_jax.backend import quantize as quantization
 from ple_jax.backend.model import Model, quantized_axis
-from ple_jax.core import processor
+from ple_jax.core import packing, processor
 from ple_jax.core.backends import Needs
-from ple_jax.core.types import Batch, Query, Sampling
+from ple_jax.core.types import Batch, Packed, Query, Sampling
 from ple_jax.models import adapters
 from ple_jax.planning import hlo, outline, sheet
 from ple_jax.planning.flops import forward_parts, gradient_flops
@@ -54,16 +54,17 @@ def _abstract(tree: Any, places: Any) -> Any:
     return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places)
 
 
-def _rows(mesh: Mesh, tree: Any) -> Any:
-    """A batch as it is on the devices: rows spread, padded to a multiple of the devices they are spread over."""
-    multiple = sharding.row_multiple(mesh)
+def _placed(mesh: Mesh, batch: Batch) -> tuple[Batch, Packed]:
+    """A batch as it is on the devices where every query has a row of its own."""
+    shards = sharding.row_multiple(mesh)
+    one = packing.alone(batch, shards)
+    own = packing.part(batch, one)
 
     def leaf(x: np.ndarray) -> jax.ShapeDtypeStruct:
         dtype = np.float32 if x.dtype == np.float64 else x.dtype
-        rows = -(-x.shape[0] // multiple) * multiple
-        return jax.ShapeDtypeStruct((rows, *x.shape[1:]), dtype, sharding=sharding.rows(mesh, x.ndim))
+        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=sharding.rows(mesh, x.ndim))
 
-    return jax.tree.map(leaf, tree)
+    return jax.tree.map(leaf, (own, packing.pack(own, one, shards=shards)))
 
 
 def device_bytes(tree: Any) -> int:
@@ -214,23 +215,23 @@ def _training(on: Spread, algorithm: Algorithm) -> Iterator[Phase]:
     frozen, trained, moments = map(device_bytes, (on.base, on.adapter, on.state))  # the reference is as large as the adapter
     policy, resident = frozen + trained, trained + moments
 
-    def batch(queries: int, sizes: Lengths) -> tuple[Any, str, dict[str, float]]:
-        made = _rows(on.mesh, example_batch(config, algorithm, queries, sizes, on.model.config.vocab_size))
-        return made, *_packed(on, made)
+    def data(queries: int, sizes: Lengths) -> tuple[Any, str, dict[str, float]]:
+        made = _placed(on.mesh, example_batch(config, algorithm, queries, sizes, on.model.config.vocab_size))
+        return made, *_packed(on, made[0])
 
-    said, about, flops = batch(*judged(config, algorithm, on.sizes))
+    said, about, flops = data(*judged(config, algorithm, on.sizes))
     yield Phase(
         "log-probs", about, policy, resident, sum(flops.values()),
-        lambda: on.made.outputs.lower(on.base, on.adapter, said, entropy=True),
+        lambda: on.made.outputs.lower(on.base, on.adapter, *said, entropy=True),
     )  # fmt: skip
-    micro, about, flops = batch(opt.micro_queries, on.sizes)
+    micro, about, flops = data(opt.micro_queries, on.sizes)
     key, loss = jax.eval_shape(lambda: jax.random.key(0)), algorithm.make_loss(config)
     passes = opt.batch_queries // opt.micro_queries
     accumulated = trained if passes > 1 else 0
     yield Phase(
         "gradients", about + (f", {passes} times a step" if passes > 1 else ""), policy, resident + accumulated,
         gradient_flops(flops, config.model.remat),
-        lambda: on.made.gradients.lower(on.base, on.adapter, micro, on.whole((), jnp.float32), key, loss=loss),
+        lambda: on.made.gradients.lower(on.base, on.adapter, *micro, on.whole((), jnp.float32), key, loss=loss),
     )  # fmt: skip
     if passes > 1:
         yield Phase(

@@ -21,6 +21,7 @@ from ple_jax import modes
 from ple_jax.algorithms import Context
 from ple_jax.backend import forward as jax_forward
 from ple_jax.backend import lora as jax_lora
+from ple_jax.core.packing import pack
 from ple_jax.models import adapters
 from torch_ascend import lora
 
@@ -127,7 +128,7 @@ def test_gradients_of_policy_and_head_are_the_same_in_both_backends():
 
     def total(adapter):
         fused = jax_lora.fuse(model, adapter, tiny.LORA)
-        found = jax_forward.outputs(model, base, fused, arrays, value=adapter[adapters.VALUE]["w"])
+        found = jax_forward.outputs(model, base, fused, arrays, pack(batch), value=adapter[adapters.VALUE]["w"])
         return loss(found, arrays)[0].mean()
 
     value, wanted = jit(jax.value_and_grad(total))(adapter)

@@ -13,6 +13,7 @@ from speed import quick
 from test_train import backend, negative_likelihood, random_batch
 
 from ple_jax.backend import sharding
+from ple_jax.core import packing
 from ple_jax.core.errors import UserError
 from ple_jax.core.types import Sampling
 from ple_jax.models import adapters
@@ -33,8 +34,9 @@ def test_loss_and_gradients_equal_one_device(axes, scan):
     one, many = backend(scan=scan), backend(sharding.make_mesh(**axes), scan=scan)
 
     def gradients(b):
+        data = b.put(batch, packing.alone(batch))
         grads, metrics = b.programs.gradients(
-            b.base, b.policy, b.put(batch, 8), jnp.float32(1 / 8), jax.random.key(0), loss=negative_likelihood
+            b.base, b.policy, *data, jnp.float32(1 / 8), jax.random.key(0), loss=negative_likelihood
         )
         return jax.device_get(grads), float(metrics["loss"])
 

@@ -16,8 +16,9 @@ from test_model import build
 from ple_jax.backend import backend as jax_backend
 from ple_jax.backend import forward, lora, sharding, train
 from ple_jax.backend.model import Model, fill
-from ple_jax.core.batches import packed_width, passes
+from ple_jax.core import packing
 from ple_jax.core.errors import UserError
+from ple_jax.core.packing import pack
 from ple_jax.core.types import Batch
 from ple_jax.models import adapters
 
@@ -90,25 +91,25 @@ def peft_model(rank=4):
     return model, adapter
 
 
-@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("scan", quick([False, True], False))
-def test_packed_rows_equal_separate_rows_in_peft(scan, narrow):
-    """Log-probabilities and LoRA gradients of [prompt | y1 | y2] in one row, against PEFT on rows of their own."""
+def test_packed_rows_equal_separate_rows_in_peft(scan, shared):
+    """Log-probabilities and LoRA gradients of [prompt | y1 | y2] and of two queries in one row, against PEFT's own rows."""
     batch = random_batch()
-    time = packed_width(batch) if narrow else None
-    assert not narrow or time < batch.prompt.shape[1] + 2 * batch.response.shape[2]
+    one = packing.Pass(np.arange(4), np.array([1, 0, 1, 0]), np.array([0, 0, 31, 27]), 2, 64) if shared else None
     theirs, adapter = peft_model()
     model, base = build(scan=scan)
     expected = separate_logprobs(theirs, batch)
     fused = lora.fuse(model, adapter, tiny.LORA)
-    ours = jax.jit(lambda b: forward.outputs(model, base, fused, b, time=time, entropy=True))(batch)
+    packed = pack(batch, one)
+    ours = jax.jit(lambda *data: forward.outputs(model, base, fused, *data, entropy=True))(batch, packed)
     np.testing.assert_allclose(ours.logprobs, expected.detach().numpy(), atol=1e-4)
     assert not np.asarray(ours.logprobs)[~batch.response_mask].any()
 
     (-expected.sum() / 4).backward()
     grads, metrics = jax.jit(
         lambda a: train.gradients(
-            model, tiny.LORA, negative_likelihood, base, a, batch, jnp.float32(1 / 4), jax.random.key(0), time=time
+            model, tiny.LORA, negative_likelihood, base, a, batch, packed, jnp.float32(1 / 4), jax.random.key(0)
         )
     )(adapter)
     named = {name.replace(".default", ""): p.grad.numpy() for name, p in theirs.named_parameters() if p.grad is not None}
@@ -131,11 +132,11 @@ def test_token_logprobs_and_entropy_against_the_closed_form(softcap, temperature
     options = {"softcap": softcap, "temperature": temperature}
 
     def said(h):
-        return forward.token_logprobs(jnp.asarray(head), h, targets, softcap, 1, temperature)
+        return forward.token_logprobs(jnp.asarray(head), h, targets, 700, softcap, temperature)
 
     # 3 x 700 tokens: more than one chunk, and a rest
     np.testing.assert_allclose(jax.jit(said)(hidden), np.take_along_axis(logp, targets[..., None], -1)[..., 0], atol=1e-4)
-    value, spread = forward.token_entropy(head, hidden, targets, **options)
+    value, spread = forward.token_entropy(head, hidden, targets, 700, **options)
     np.testing.assert_allclose(spread, -(np.exp(logp) * logp).sum(-1), atol=1e-4)
     np.testing.assert_allclose(value, jax.jit(said)(hidden), atol=1e-5)
     g = rng.normal(size=targets.shape).astype(np.float32)
@@ -151,7 +152,8 @@ def test_logits_of_all_tokens_never_exist():
     adapter = tiny.random_adapter(tiny.CONFIG)
 
     def step(a):
-        return train.gradients(model, tiny.LORA, negative_likelihood, base, a, batch, jnp.float32(1), jax.random.key(0))
+        data = batch, pack(batch), jnp.float32(1), jax.random.key(0)
+        return train.gradients(model, tiny.LORA, negative_likelihood, base, a, *data)
 
     text = jax.jit(step).lower(adapter).compile().as_text()
     vocab = tiny.CONFIG.vocab_size
@@ -178,25 +180,10 @@ def test_gradient_of_confident_tokens_with_a_bfloat16_head(softcap):
     assert np.median(np.take_along_axis(p, targets[..., None], -1)) > 0.97
     slope = 1.0 if softcap is None else 1 - (logits / softcap) ** 2
     expected = ((np.eye(300)[targets] - p) * slope) @ w
-    gradient = jax.grad(lambda x: forward.token_logprobs(jnp.asarray(head), x, targets, softcap).sum())(jnp.asarray(hidden))
+    given = jnp.asarray(head), jnp.asarray(hidden)
+    gradient = jax.grad(lambda w, x: forward.token_logprobs(w, x, targets, 20, softcap).sum(), argnums=1)(*given)
     error = np.linalg.norm(np.asarray(gradient, np.float64) - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
     assert error.max() < 0.02
-
-
-def test_a_packed_row_has_no_padding_inside_and_a_response_sees_its_own():
-    """By hand: prompts of 2 and 3 tokens, responses of 2 and 1, and of 1 and 3."""
-    prompt = np.array([[0, 5, 6], [7, 8, 9]], np.int32)
-    response = np.array([[[11, 12, 0], [21, 0, 0]], [[31, 0, 0], [41, 42, 43]]], np.int32)
-    batch = Batch(prompt, prompt > 0, response, response > 0, {})
-    packed = jax.tree.map(np.asarray, forward.pack(batch, 7))
-    assert packed.tokens.tolist() == [[5, 6, 11, 12, 21, 0, 0], [7, 8, 9, 31, 41, 42, 43]]
-    assert packed.positions[0, :5].tolist() == [0, 1, 2, 3, 2] and packed.positions[1].tolist() == [0, 1, 2, 3, 3, 4, 5]
-    assert packed.length.tolist() == [2, 3] and packed.targets[:, :3].tolist() == [[11, 12, 21], [31, 41, 42]]
-    assert packed.begins[:, :4].tolist() == [[True, False, True, False], [True, True, False, False]]
-    seen = [[np.flatnonzero(row).tolist() for row in rows] for rows in packed.mask]
-    assert seen[0][:5] == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 4]]
-    assert seen[1] == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 4], [0, 1, 2, 4, 5], [0, 1, 2, 4, 5, 6]]
-    assert packed.places[batch.response_mask].tolist() == [0, 1, 2, 0, 1, 2, 3]
 
 
 def test_entropy_is_of_who_asks_for_it():
@@ -231,16 +218,24 @@ def uneven_batch() -> Batch:
     return batch._replace(prompt=np.where(batch.prompt_mask, np.maximum(batch.prompt, 1), 0).astype(np.int32))
 
 
-def test_short_rows_apart_from_long_ones_change_no_number(monkeypatch):
-    batch, whole, apart = uneven_batch(), backend(), backend()
-    together = whole.logprobs(batch, entropy=True), whole.update([batch], negative_likelihood, lr=0.01)
-    monkeypatch.setattr(jax_backend, "worth_a_pass", lambda platform: 8)
-    assert [len(rows) for rows in passes(batch, worth=8)] != [8]
-    alone = apart.logprobs(batch, entropy=True), apart.update([batch], negative_likelihood, lr=0.01)
+def each_alone(batch, cost, *, most, shards=1):
+    return [packing.alone(batch, shards)]
+
+
+@pytest.mark.parametrize("a_pass", [8, 1000])
+def test_queries_that_share_rows_and_short_ones_apart_change_no_number(a_pass, monkeypatch):
+    batch, whole, shared = uneven_batch(), backend(), backend()
+    monkeypatch.setattr(packing, "passes", each_alone)
+    alone = whole.logprobs(batch, entropy=True), whole.update([batch], negative_likelihood, lr=0.01)
+    monkeypatch.undo()
+    made = packing.passes(batch, packing.Cost(a_pass, 1e9), most=8)
+    assert len(made) > 1 if a_pass == 8 else made[0].rows < 8
+    monkeypatch.setattr(packing, "cost", lambda platform, reach: packing.Cost(a_pass, 1e9))
+    together = shared.logprobs(batch, entropy=True), shared.update([batch], negative_likelihood, lr=0.01)
     for name in ("logprobs", "entropy"):  # in the order of the batch
-        np.testing.assert_allclose(getattr(alone[0], name), getattr(together[0], name), atol=2e-5)
+        np.testing.assert_allclose(getattr(together[0], name), getattr(alone[0], name), atol=2e-5)
     known = exact.Exact(tiny.random_adapter(tiny.CONFIG)).gradient(batch, exact.negative_likelihood)
-    assert alone[1] == pytest.approx(together[1], rel=max(known.share, known.loss_share))
+    assert together[1] == pytest.approx(alone[1], rel=max(known.share, known.loss_share))
 
 
 def test_rows_that_are_not_valid_do_not_count():

@@ -51,7 +51,7 @@ def names(file: Path) -> list[str]:
     [
         ("backend", ["load", "fast_dtype", "count", "transposed", "make_model", "notes", "build"]),
         ("checkpoint", ["save", "restore"]),
-        ("forward", ["token_logprobs", "token_entropy", "pack", "hidden_states", "predicting", "outputs"]),
+        ("forward", ["token_logprobs", "token_entropy", "visible", "hidden_states", "predicting", "outputs"]),
         ("generate", ["filter_probabilities", "invert_cdf", "sample_token", "generate", "stream"]),
         ("lora", ["magnitudes"]),
         ("model", ["Cache", "Model", "fill"]),

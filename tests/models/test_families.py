@@ -20,6 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from ple_jax.backend import forward, generate, lora
 from ple_jax.backend.model import Model, fill
 from ple_jax.core.errors import UserError
+from ple_jax.core.packing import pack
 from ple_jax.core.types import Batch, Sampling
 from ple_jax.models import adapters, peft
 from ple_jax.models import weights as checkpoints
@@ -242,14 +243,14 @@ def test_packed_rows_and_their_gradients_equal_peft(family, tmp_path):
     weights = np.random.default_rng(2).normal(size=batch.response.shape).astype(np.float32)
 
     @jit
-    def ours(base, adapter, batch):
+    def ours(base, adapter, batch, packed):
         def total(adapter):
-            logprobs = forward.outputs(model, base, lora.fuse(model, adapter, LORA), batch).logprobs
+            logprobs = forward.outputs(model, base, lora.fuse(model, adapter, LORA), batch, packed).logprobs
             return (weights * logprobs).sum(), logprobs
 
         return jax.grad(total, has_aux=True)(adapter)
 
-    gradient, logprobs = ours(base, adapter, batch)
+    gradient, logprobs = ours(base, adapter, batch, pack(batch))
     expected = separate_logprobs(theirs, batch)
     np.testing.assert_allclose(logprobs, expected.detach().numpy(), atol=1e-4, rtol=0)
     (torch.from_numpy(weights) * expected).sum().backward()

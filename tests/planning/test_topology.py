@@ -24,6 +24,7 @@ from configs import tiny as tiny_config
 from ple_jax import algorithms
 from ple_jax.backend import sharding
 from ple_jax.backend.model import Model
+from ple_jax.core import packing
 from ple_jax.core.config import validate
 from ple_jax.core.errors import UserError
 from ple_jax.data.queries import Query, load_queries
@@ -147,6 +148,7 @@ def test_flops_against_xla(remat):
     adapter = topology.adapters.init(SMALL, settings, seed=0)
     made = topology.train.programs(model, adapter, mesh, transform=transform, settings=settings)
     batch = test_train.random_batch(rows=rows, k=k, prompt_len=prompt, response_len=new, vocab=512)
+    packed = packing.pack(batch)
     forward = flops.forward_parts(
         SMALL, rows=rows, tokens=time, source=time, predicted=k * new, adapter=topology.adapters.count(adapter)
     )
@@ -154,10 +156,10 @@ def test_flops_against_xla(remat):
     def counted(lowered):
         return lowered.compile().cost_analysis()["flops"]
 
-    outputs = counted(made.outputs.lower(base, adapter, batch, entropy=False))
+    outputs = counted(made.outputs.lower(base, adapter, batch, packed, entropy=False))
     assert sum(forward.values()) == pytest.approx(outputs, rel=0.1)
-    share = jnp.float32(0.5)
-    step = counted(made.gradients.lower(base, adapter, batch, share, jax.random.key(0), loss=test_train.negative_likelihood))
+    data = batch, packed, jnp.float32(0.5), jax.random.key(0)
+    step = counted(made.gradients.lower(base, adapter, *data, loss=test_train.negative_likelihood))
     assert flops.gradient_flops(forward, remat) == pytest.approx(step, rel=0.1)
 
 

@@ -23,7 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ple_jax.backend import model as decoder
 from ple_jax.core.errors import UserError
-from ple_jax.core.types import Batch
+from ple_jax.core.packing import pack
+from ple_jax.core.types import Batch, Packed
 from ple_jax.models import adapters, weights
 from ple_jax.models.adapters import Adapter, Lora
 from ple_jax.models.families import read
@@ -53,13 +54,13 @@ def build_tiny(settings: Lora = tiny.LORA, weights=None, **options: Any) -> Mode
     return build(tiny.CONFIG, tiny.RAW, weights or tiny.weights(), settings, **options)
 
 
-def to_torch(batch: Batch) -> Batch:
-    """On the device, as the backend puts it there."""
+def packed_in_torch(batch: Batch) -> tuple[Batch, Packed]:
+    """On the device, as the backend puts it there, every query in a row of its own."""
 
     def array(x: np.ndarray) -> torch.Tensor:
         return torch.tensor(x.astype(np.int64) if x.dtype == np.int32 else x)
 
-    return Batch(*map(array, batch[:4]), {name: array(x) for name, x in batch.data.items()})
+    return jax.tree.map(array, (batch, pack(batch)))
 
 
 def mask_of(mask: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
@@ -186,7 +187,7 @@ def test_packed_rows_and_their_gradients_equal_peft(family):
     adapter = adapters.from_peft({name: x.numpy() for name, x in get_peft_model_state_dict(theirs).items()})
     leaves = lora.trainable(adapter, CPU)
     weights = torch.tensor(np.random.default_rng(2).normal(size=batch.response.shape).astype(np.float32))
-    ours = torch_forward.outputs(family.model, leaves, to_torch(batch)).logprobs
+    ours = torch_forward.outputs(family.model, leaves, *packed_in_torch(batch)).logprobs
     expected = separate_logprobs(theirs, batch)
     torch.testing.assert_close(ours, expected, atol=2e-5, rtol=0)
     (weights * ours).sum().backward()
@@ -303,13 +304,12 @@ class Matmuls(TorchDispatchMode):
 def test_recomputation_changes_no_gradient(dropout):
     """`full` computes every layer twice, `dots` all but its matmuls; the adapter and the dropout are the forward pass's."""
     settings = Lora(rank=4, alpha=8.0, dropout=dropout)
-    batch, found = to_torch(random_batch()), {}
+    data, found = packed_in_torch(random_batch()), {}
     for remat in ("none", "dots", "full"):
         model, leaves = build_tiny(settings, remat=remat), lora.trainable(tiny.random_adapter(tiny.CONFIG), CPU)
-        short = Batch(*(x % 101 if x.dtype == torch.int64 else x for x in batch[:4]), batch.data)
         torch.manual_seed(0)
         with Matmuls() as forward:
-            total = torch_forward.outputs(model, leaves, short).logprobs.sum()
+            total = torch_forward.outputs(model, leaves, *data).logprobs.sum()
         with Matmuls() as backward:
             total.backward()
         found[remat] = {name: leaf.grad for name, leaf in lora.leaves(leaves).items()}, forward, backward
@@ -351,18 +351,18 @@ def test_gradient_of_jax_on_a_model_with_caps():
     from ple_jax.backend import lora as jax_lora
 
     @jit
-    def jax_gradient(adapter, base, batch):
+    def jax_gradient(adapter, base, batch, packed):
         def total(adapter):
-            said = jax_forward.outputs(model, base, jax_lora.fuse(model, adapter, LORA), batch).logprobs
+            said = jax_forward.outputs(model, base, jax_lora.fuse(model, adapter, LORA), batch, packed).logprobs
             return (mix * said).sum(), said
 
         return jax.grad(total, has_aux=True)(adapter)
 
-    wanted, said = jax_gradient(adapter, base, batch)
+    wanted, said = jax_gradient(adapter, base, batch, pack(batch))
 
     def torch_gradient(weights):
         leaves = lora.trainable(adapter, CPU)
-        ours = torch_forward.outputs(build(config, raw, weights), leaves, to_torch(batch)).logprobs
+        ours = torch_forward.outputs(build(config, raw, weights), leaves, *packed_in_torch(batch)).logprobs
         (torch.tensor(mix) * ours).sum().backward()
         return ours.detach().numpy(), {name: leaf.grad.numpy() for name, leaf in lora.leaves(leaves).items()}
 

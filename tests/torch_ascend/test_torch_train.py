@@ -15,13 +15,15 @@ import test_train
 import tiny
 import torch
 from test_families import jit
-from test_torch_model import build_tiny, to_torch
+from test_torch_model import build_tiny, packed_in_torch
 from test_train import random_batch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ple_jax.algorithms import Context, ple, reward, sft
 from ple_jax.backend import forward as jax_forward
 from ple_jax.backend import lora as jax_lora
+from ple_jax.core import packing
+from ple_jax.core.packing import pack
 from ple_jax.core.types import Batch, Outputs, Sampling
 from ple_jax.models import adapters
 from ple_jax.models.adapters import Lora
@@ -77,24 +79,24 @@ class Jax:
     def __init__(self):
         model, base = test_model.build()
 
-        def outputs(adapter, batch):
+        def outputs(adapter, batch, packed):
             fused = jax_lora.fuse(model, adapter, tiny.LORA)
-            found = jax_forward.outputs(model, base, fused, batch, score=adapter[adapters.SCORE]["w"])
+            found = jax_forward.outputs(model, base, fused, batch, packed, score=adapter[adapters.SCORE]["w"])
             return found.logprobs, found.scores
 
         self.outputs = jit(outputs)
-        self.pull = jit(lambda adapter, batch, slope: jax.vjp(lambda a: outputs(a, batch), adapter)[1](slope)[0])
+        self.pull = jit(lambda adapter, data, slope: jax.vjp(lambda a: outputs(a, *data), adapter)[1](slope)[0])
 
     def gradient(self, adapter, batch, loss) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         """The loss and its metrics, averaged over queries, and the gradient."""
-        on_jax = test_ple.convert(batch, jnp.asarray)
+        on_jax, packed = test_ple.convert(batch, jnp.asarray), pack(batch)
 
         def total(found):
             value, metrics = loss(Outputs(found[0], scores=found[1]), on_jax)
             return value.mean(), {"loss": value.mean(), **{name: m.mean() for name, m in metrics.items()}}
 
-        slope, metrics = jax.grad(total, has_aux=True)(self.outputs(adapter, on_jax))
-        return {name: float(m) for name, m in metrics.items()}, lora.leaves(self.pull(adapter, on_jax, slope))
+        slope, metrics = jax.grad(total, has_aux=True)(self.outputs(adapter, on_jax, packed))
+        return {name: float(m) for name, m in metrics.items()}, lora.leaves(self.pull(adapter, (on_jax, packed), slope))
 
 
 @pytest.fixture(scope="module")
@@ -149,9 +151,9 @@ def test_the_gradient_of_options_is_jaxs():
 
     def loss(adapter, batch):
         fused = jax_lora.fuse(model, adapter, options, base=base)
-        return -jax_forward.outputs(model, base, fused, batch).logprobs.sum() / 4
+        return -jax_forward.outputs(model, base, fused, batch, pack(batch)).logprobs.sum() / 4
 
-    value, wanted = jit(jax.value_and_grad(loss))(adapter, batch)
+    value, wanted = jit(jax.value_and_grad(lambda adapter: loss(adapter, batch)))(adapter)
     policy = backend(adapter, options, clip_norm=1e9)
     said = policy.update([batch], negative_likelihood, lr=0.0)["loss"]
     known = exact.Exact(adapter, options).gradient(batch, lambda *both: (negative_likelihood(*both)[0], {}))
@@ -235,11 +237,11 @@ class Largest(TorchDispatchMode):
 
 
 def test_logits_of_all_tokens_never_exist():
-    batch = to_torch(random_batch(rows=8, k=2, prompt_len=16, response_len=128))
+    data = packed_in_torch(random_batch(rows=8, k=2, prompt_len=16, response_len=128))
     model, adapter = build_tiny(), lora.trainable(tiny.random_adapter(tiny.CONFIG), torch.device("cpu"))
     with Largest() as largest:
-        forward.outputs(model, adapter, batch).logprobs.sum().backward()
-        forward.outputs(model, adapter, batch, entropy=True)
+        forward.outputs(model, adapter, *data).logprobs.sum().backward()
+        forward.outputs(model, adapter, *data, entropy=True)
     assert largest.found == forward.CHUNK * tiny.CONFIG.vocab_size < 8 * 2 * 128 * tiny.CONFIG.vocab_size
 
 
@@ -291,16 +293,19 @@ def test_accumulated_micro_batches_equal_one_batch(sizes):
     assert_gradients(first_gradients(split), first_gradients(whole), known.share)
 
 
-def test_short_rows_apart_from_long_ones_change_no_number(monkeypatch):
-    batch, whole, apart = test_train.uneven_batch(), backend(), backend()
-    together = whole.logprobs(batch, entropy=True), whole.update([batch], negative_likelihood, lr=0.01)
-    monkeypatch.setattr(torch_backend, "worth_a_pass", lambda platform: 8)
-    alone = apart.logprobs(batch, entropy=True), apart.update([batch], negative_likelihood, lr=0.01)
+@pytest.mark.parametrize("a_pass", [8, 1000])
+def test_queries_that_share_rows_and_short_ones_apart_change_no_number(a_pass, monkeypatch):
+    batch, whole, shared = test_train.uneven_batch(), backend(), backend()
+    monkeypatch.setattr(packing, "passes", test_train.each_alone)
+    alone = whole.logprobs(batch, entropy=True), whole.update([batch], negative_likelihood, lr=0.01)
+    monkeypatch.undo()
+    monkeypatch.setattr(packing, "cost", lambda platform, reach: packing.Cost(a_pass, 1e9))
+    together = shared.logprobs(batch, entropy=True), shared.update([batch], negative_likelihood, lr=0.01)
     for name in ("logprobs", "entropy"):  # in the order of the batch
-        np.testing.assert_allclose(getattr(alone[0], name), getattr(together[0], name), atol=2e-5)
+        np.testing.assert_allclose(getattr(together[0], name), getattr(alone[0], name), atol=2e-5)
     known = exact.Exact(tiny.random_adapter(tiny.CONFIG)).gradient(batch, negative_likelihood)
-    assert alone[1] == pytest.approx(together[1], rel=max(known.share, known.loss_share))
-    assert_gradients(first_gradients(apart), first_gradients(whole), known.share)
+    assert together[1] == pytest.approx(alone[1], rel=max(known.share, known.loss_share))
+    assert_gradients(first_gradients(shared), first_gradients(whole), known.share)
 
 
 def test_rows_that_are_not_valid_do_not_count():

@@ -427,7 +427,7 @@ def _logprobs_and_gradient(
     base = fill(model, here.loaded.weights, lambda _, array: jnp.asarray(array))
 
     def total(adapter: Any) -> tuple[Array, Array]:
-        said = forward.outputs(model, base, lora.fuse(model, adapter, LORA), batch).logprobs
+        said = forward.outputs(model, base, lora.fuse(model, adapter, LORA), batch, pack(batch)).logprobs
         return -said.sum(), said
 
     (_, said), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(adapter)

@@ -117,9 +117,8 @@ class TorchBackend:
     ) -> Outputs:
         """Log-probabilities of a batch's response tokens under the policy, the frozen reference or the base."""
         adapter = {} if base else self.reference if reference else self.policy
-        how = {"entropy": entropy, "temperature": temperature}
-        found = self._said(batch, lambda *data: outputs(self.model, adapter, *data, **how))
-        return Outputs(*found)
+        say = functools.partial(outputs, self.model, adapter, entropy=entropy, temperature=temperature)
+        return Outputs(*self._said(batch, say))
 
     @sharding.together
     def scores(self, batch: Batch) -> Float32[np.ndarray, "query k"]:
@@ -250,8 +249,10 @@ class TorchBackend:
         # what is read, in whole chunks, so that shapes are few
         used, first = -(-int(packed.used) // CHUNK) * CHUNK, packed.targets.shape[1] - packed.before.shape[1]
         packed = packed._replace(targets=packed.targets[:, :used], before=packed.before[:, : used - first])
-        own = Batch(*map(placed, whole[:4]), {name: placed(np.asarray(x)) for name, x in whole.data.items()})
-        return own, Packed(*map(placed, packed[:-1]), used=packed.used)
+        prompt, prompt_mask, response, response_mask = map(placed, whole[:4])
+        data = {name: placed(np.asarray(x)) for name, x in whole.data.items()}
+        rows = {name: placed(x) for name, x in packed._asdict().items() if name != "used"}
+        return Batch(prompt, prompt_mask, response, response_mask, data), packed._replace(**rows)
 
 
 def load(config: ConfigDict) -> weights.Loaded:

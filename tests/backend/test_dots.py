@@ -11,6 +11,7 @@ from test_train import negative_likelihood, random_batch
 
 from ple_jax.backend import dots, generate, lora, train
 from ple_jax.backend.model import Model
+from ple_jax.core.packing import pack
 from ple_jax.core.types import Sampling
 
 STEP = 2.0**-8  # largest relative error of a rounding to bfloat16
@@ -118,13 +119,12 @@ def test_a_step_and_a_response_are_of_such_dots_alone(scan, remat):
     model = Model.create(tiny.CONFIG, dtype=jnp.bfloat16, scan=scan, remat=remat)
     adapter = tiny.random_adapter(tiny.CONFIG)
 
-    def step(base, adapter, batch):
-        return train.gradients(
-            model, tiny.LORA, negative_likelihood, base, adapter, batch, jnp.float32(1), jax.random.key(0)
-        )  # fmt: skip
+    def step(base, adapter, *data):
+        return train.gradients(model, tiny.LORA, negative_likelihood, base, adapter, *data)
 
     batch = random_batch()
-    assert kinds_of_dots(jax.jit(step).lower(model.shapes, adapter, batch)) == {("bf16", "bf16", "f32")}
+    data = batch, pack(batch), jnp.float32(1), jax.random.key(0)
+    assert kinds_of_dots(jax.jit(step).lower(model.shapes, adapter, *data)) == {("bf16", "bf16", "f32")}
 
     def sample(base, adapter, prompt, mask, noise):
         fused = lora.fuse(model, adapter, tiny.LORA)

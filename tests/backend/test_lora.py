@@ -33,6 +33,7 @@ from ple_jax.backend import lora, sharding, train
 from ple_jax.backend.model import Linear, LowRank, Model, fill
 from ple_jax.core.config import validate
 from ple_jax.core.errors import UserError
+from ple_jax.core.packing import pack
 from ple_jax.core.types import Sampling
 from ple_jax.models import adapters, peft
 from ple_jax.models import weights as checkpoints
@@ -479,7 +480,8 @@ def test_gradients_under_dropout():
 
         @jit
         def step(base, adapter, key):
-            return train.gradients(model, options, negative_likelihood, base, adapter, batch, jnp.float32(1), key)[0]
+            data = batch, pack(batch), jnp.float32(1), key
+            return train.gradients(model, options, negative_likelihood, base, adapter, *data)[0]
 
         return jax.device_get(step(base, adapter, jax.random.key(key)))
 

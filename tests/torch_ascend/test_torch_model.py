@@ -304,7 +304,9 @@ class Matmuls(TorchDispatchMode):
 def test_recomputation_changes_no_gradient(dropout):
     """`full` computes every layer twice, `dots` all but its matmuls; the adapter and the dropout are the forward pass's."""
     settings = Lora(rank=4, alpha=8.0, dropout=dropout)
-    data, found = packed_in_torch(random_batch()), {}
+    batch, found = random_batch(), {}
+    vocab = tiny.CONFIG.vocab_size
+    data = packed_in_torch(batch._replace(prompt=batch.prompt % vocab, response=batch.response % vocab))
     for remat in ("none", "dots", "full"):
         model, leaves = build_tiny(settings, remat=remat), lora.trainable(tiny.random_adapter(tiny.CONFIG), CPU)
         torch.manual_seed(0)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ple_jax import algorithms
 from ple_jax.core import packing, processor
-from ple_jax.core.batches import decoding
+from ple_jax.core.batches import decoded, decoding
 from ple_jax.core.errors import UserError
 from ple_jax.core.types import Batch, Compiled, Loss, Outputs, Packed, Response, Sampling
 from ple_jax.models import adapters, weights
@@ -73,7 +73,7 @@ class TorchBackend:
         done = functools.partial(sharding.all_done, self.world, whole=self.sharded)
         own, able = sharding.own_rows(self.world, self.width), self.model.able
         for count, tokens, mask, noise in decoding(prompts, uniforms, width=self.width, smallest=self.bucket):
-            out, lengths = generate.generate(
+            found = generate.generate(
                 self.model,
                 self.policy,
                 self._to_device(tokens[own].astype(np.int64)),
@@ -86,9 +86,8 @@ class TorchBackend:
                 # collectives are not recorded, nor experts, whose kernels ask the host
                 recorded=able.records and not self.sharded and not self.model.config.experts,
             )
-            out, lengths = (sharding.gather(self.world, x) for x in (out, lengths))
-            for ids, n in zip(out[:count].tolist(), lengths[:count].tolist(), strict=True):
-                responses.append(Response(tuple(ids[:n]), finished=ids[n - 1] in sampling.eos))
+            whole = (sharding.gather(self.world, x).numpy() for x in found)
+            responses += decoded(*whole, count=count, eos=sampling.eos)
         return responses
 
     def stream(

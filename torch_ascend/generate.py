@@ -76,14 +76,24 @@ def _pick(p: Float32[Tensor, "row n"], u: Float32[Tensor, " row"]) -> tuple[Int6
     return index, inside
 
 
-def sample_token(
-    logits: Float32[Tensor, "row vocab"], u: Float32[Tensor, " row"], *, sampling: Sampling
-) -> Int64[Tensor, " row"]:
-    """One token per row: argmax at temperature 0, else the filtered distribution at quantile `u`."""
+class Drawn(NamedTuple):
+    """A token of every row, and its log-probability: of softmax(logits / temperature), whatever filters left out of it."""
+
+    token: Int64[Tensor, " row"]
+    logprob: Float32[Tensor, " row"]  # nats
+
+
+def sample_token(logits: Float32[Tensor, "row vocab"], u: Float32[Tensor, " row"], *, sampling: Sampling) -> Drawn:
+    """One token per row: argmax at temperature 0, of which log-probabilities are at 1, else the filtered distribution at
+    quantile `u`.
+    """
+    below = (logits - logits.amax(-1, keepdim=True)) / (sampling.temperature or 1.0)
+    p = below.exp()
     if sampling.temperature == 0:
-        return logits.argmax(-1)
-    p = ((logits - logits.amax(-1, keepdim=True)) / sampling.temperature).exp()
-    return invert_cdf(filter_probabilities(p, top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p), u)
+        token = logits.argmax(-1)
+    else:
+        token = invert_cdf(filter_probabilities(p, top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p), u)
+    return Drawn(token, below.gather(-1, token[:, None])[:, 0] - p.sum(-1).log())
 
 
 @torch.no_grad()  # not inference_mode: what FSDP2 gathers in it could not be used in training
@@ -99,8 +109,8 @@ def generate(
     all_done: Callable[[Bool[Tensor, " row"]], bool],
     steps_per_sync: int = 1,
     recorded: bool = False,
-) -> tuple[Int64[Tensor, "row max_new"], Int64[Tensor, " row"]]:
-    """Responses and their lengths (EOS counted, where it was sampled).
+) -> tuple[Int64[Tensor, "row max_new"], Float32[Tensor, "row max_new"], Int64[Tensor, " row"]]:
+    """Responses, their tokens' log-probabilities (`Drawn`) and their lengths (EOS counted, where it was sampled).
 
     Args:
         prompt: left-padded; every row has at least one token.
@@ -121,7 +131,7 @@ def generate(
         if i == 2 and recorded:
             repeat = devices.record(decode, model.device)
         repeat()
-    return rows.out, rows.lengths
+    return rows.out, rows.logprobs, rows.lengths
 
 
 class Sources(NamedTuple):
@@ -140,14 +150,16 @@ class _Rows:
         self.uniforms, self.sampling = uniforms, sampling
         self.eos = torch.tensor(sampling.eos, **place)
         self.out = torch.zeros(uniforms.shape, dtype=torch.int64, **place)
+        self.logprobs = torch.zeros_like(uniforms)
         self.lengths = torch.zeros(rows, dtype=torch.int64, **place)
         self.done = torch.zeros(rows, dtype=torch.bool, **place)
         self.step = torch.zeros(1, dtype=torch.int64, **place)
 
     def take(self, logits: Float32[Tensor, "row vocab"]) -> Int64[Tensor, " row"]:
         """Draws the tokens of this step and writes them down."""
-        token = sample_token(logits, self.uniforms.index_select(1, self.step)[:, 0], sampling=self.sampling)
+        token, logprob = sample_token(logits, self.uniforms.index_select(1, self.step)[:, 0], sampling=self.sampling)
         self.out.index_copy_(1, self.step, torch.where(self.done, 0, token)[:, None])
+        self.logprobs.index_copy_(1, self.step, torch.where(self.done, 0, logprob)[:, None])
         self.lengths.add_((~self.done).to(torch.int64))
         self.done.logical_or_((token[:, None] == self.eos[None]).any(-1))
         return token
@@ -218,7 +230,7 @@ def stream(
         at = places[:, start : start + tokens.shape[1]]
         mask = places[:, None] <= at[:, :, None]
         hidden = model.apply(adapter, tokens, positions=at, mask=mask, source_positions=places, cache=cache, index=start)
-        token = sample_token(model.logits(hidden[:, -1]), uniforms[i : i + 1], sampling=sampling)
+        token, _ = sample_token(model.logits(hidden[:, -1]), uniforms[i : i + 1], sampling=sampling)
         yield (chosen := int(token))
         if chosen in sampling.eos:
             return

@@ -20,7 +20,7 @@ from ple_jax.backend import attention, checkpoint, compilation, generate, lora, 
 from ple_jax.backend.model import Model, fill
 from ple_jax.backend.train import optimizer, placement, programs
 from ple_jax.core import packing, processor
-from ple_jax.core.batches import decoding
+from ple_jax.core.batches import decoded, decoding
 from ple_jax.core.types import Batch, Compiled, Loss, Outputs, Packed, Response, Sampling
 from ple_jax.models import adapters, weights
 from ple_jax.models.config import ModelConfig
@@ -71,12 +71,8 @@ class JaxBackend:
         for count, *chunk in decoding(prompts, uniforms, width=self.width, smallest=self.bucket):
             tokens, mask, noise = sharding.put_rows(self.mesh, chunk)
             shared = jax.device_put(np.asarray(prefix, np.int32), sharding.replicated(self.mesh))
-            out, lengths = jax.device_get(
-                self.programs.generate(self.base, self.policy, tokens, mask, shared, noise, sampling=sampling)
-            )
-            for ids, n in zip(out[:count], lengths[:count], strict=True):
-                chosen = tuple(int(t) for t in ids[:n])
-                responses.append(Response(chosen, finished=chosen[-1] in sampling.eos))
+            found = self.programs.generate(self.base, self.policy, tokens, mask, shared, noise, sampling=sampling)
+            responses += decoded(*jax.device_get(found), count=count, eos=sampling.eos)
         return responses
 
     def stream(

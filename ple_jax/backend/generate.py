@@ -79,14 +79,24 @@ def _pick(p: Float32[Array, "row n"], u: Float32[Array, " row"]) -> tuple[Int32[
     return index, inside
 
 
-def sample_token(
-    logits: Float32[Array, "row vocab"], u: Float32[Array, " row"], *, sampling: Sampling
-) -> Int32[Array, " row"]:
-    """One token per row: argmax at temperature 0, else the filtered distribution at quantile `u`."""
+class Drawn(NamedTuple):
+    """A token of every row, and its log-probability: of softmax(logits / temperature), whatever filters left out of it."""
+
+    token: Int32[Array, " row"]
+    logprob: Float32[Array, " row"]  # nats
+
+
+def sample_token(logits: Float32[Array, "row vocab"], u: Float32[Array, " row"], *, sampling: Sampling) -> Drawn:
+    """One token per row: argmax at temperature 0, of which log-probabilities are at 1, else the filtered distribution at
+    quantile `u`.
+    """
+    below = (logits - logits.max(-1, keepdims=True)) / jnp.float32(sampling.temperature or 1.0)
+    p = jnp.exp(below)
     if sampling.temperature == 0:
-        return jnp.argmax(logits, -1).astype(jnp.int32)
-    p = jnp.exp((logits - logits.max(-1, keepdims=True)) / jnp.float32(sampling.temperature))
-    return invert_cdf(filter_probabilities(p, top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p), u)
+        token = jnp.argmax(logits, -1).astype(jnp.int32)
+    else:
+        token = invert_cdf(filter_probabilities(p, top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p), u)
+    return Drawn(token, jnp.take_along_axis(below, token[:, None], -1)[:, 0] - jnp.log(p.sum(-1)))
 
 
 def generate(
@@ -99,8 +109,10 @@ def generate(
     uniforms: Float32[Array, "row max_new"],
     *,
     sampling: Sampling,
-) -> tuple[Int32[Array, "row max_new"], Int32[Array, " row"]]:
-    """Responses and their lengths (EOS counted, where it was sampled). Pure; jit it with model and sampling static.
+) -> tuple[Int32[Array, "row max_new"], Float32[Array, "row max_new"], Int32[Array, " row"]]:
+    """Responses, their tokens' log-probabilities (`Drawn`) and their lengths (EOS counted, where it was sampled).
+
+    Pure; jit it with model and sampling static.
 
     Args:
         lora: a fused adapter (`ple_jax.backend.lora.fuse`).
@@ -111,24 +123,31 @@ def generate(
     hidden, cache, sources = _prefill(model, base, lora, prompt, prompt_mask, prefix, new)
     eos = jnp.asarray(sampling.eos, jnp.int32)
 
-    def draw(hidden: Array, u: Array) -> Array:
+    def draw(hidden: Array, u: Array) -> Drawn:
         return sample_token(model.logits(base, hidden[:, -1]), u, sampling=sampling)
 
+    def written(out: Drawn, drawn: Drawn, done: Array, i: Array) -> Drawn:
+        def write(x: Array, value: Array) -> Array:
+            return jax.lax.dynamic_update_slice(x, jnp.where(done, 0, value)[:, None], (0, i))
+
+        return Drawn(write(out.token, drawn.token), write(out.logprob, drawn.logprob))
+
     def step(state: tuple) -> tuple:
-        i, token, cache, out, lengths, done = state
-        out = jax.lax.dynamic_update_slice(out, jnp.where(done, 0, token)[:, None], (0, i))
+        i, drawn, cache, out, lengths, done = state
+        out = written(out, drawn, done, i)
         lengths = lengths + (~done).astype(jnp.int32)
-        done = done | (token[:, None] == eos[None]).any(-1)
-        hidden, cache = _decode(model, base, lora, token, i, cache, sources)
+        done = done | (drawn.token[:, None] == eos[None]).any(-1)
+        hidden, cache = _decode(model, base, lora, drawn.token, i, cache, sources)
         u = jax.lax.dynamic_slice_in_dim(uniforms, jnp.minimum(i + 1, new - 1), 1, 1)[:, 0]
         return i + 1, draw(hidden, u), cache, out, lengths, done
 
     # the last token needs no forward pass after it: the loop makes new - 1 and the end is written below
-    nothing = jnp.zeros((rows, new), jnp.int32), jnp.zeros((rows,), jnp.int32), jnp.zeros((rows,), bool)
-    state = (jnp.int32(0), draw(hidden, uniforms[:, 0]), cache, *nothing)
-    i, token, _, out, lengths, done = jax.lax.while_loop(lambda s: (s[0] < new - 1) & ~s[-1].all(), step, state)
-    out = jax.lax.dynamic_update_slice(out, jnp.where(done, 0, token)[:, None], (0, i))
-    return out, lengths + (~done).astype(jnp.int32)
+    out = Drawn(jnp.zeros((rows, new), jnp.int32), jnp.zeros((rows, new), jnp.float32))
+    state = (
+        jnp.int32(0), draw(hidden, uniforms[:, 0]), cache, out, jnp.zeros((rows,), jnp.int32), jnp.zeros((rows,), bool)
+    )  # fmt: skip
+    i, drawn, _, out, lengths, done = jax.lax.while_loop(lambda s: (s[0] < new - 1) & ~s[-1].all(), step, state)
+    return *written(out, drawn, done, i), lengths + (~done).astype(jnp.int32)
 
 
 class Sources(NamedTuple):
@@ -260,7 +279,7 @@ def _first(
         source_positions=jnp.arange(size)[None],
     )
     last = jax.lax.dynamic_index_in_dim(hidden, length - 1, 1, keepdims=False)
-    return sample_token(model.logits(base, last), u, sampling=sampling), cache
+    return sample_token(model.logits(base, last), u, sampling=sampling).token, cache
 
 
 @functools.partial(jax.jit, static_argnames=("model", "sampling"), donate_argnames="cache")
@@ -288,4 +307,4 @@ def _next(
         index=index,
         source_positions=jnp.arange(size)[None],
     )
-    return sample_token(model.logits(base, hidden[:, 0]), u, sampling=sampling), cache
+    return sample_token(model.logits(base, hidden[:, 0]), u, sampling=sampling).token, cache

@@ -66,7 +66,7 @@ def apply_gradients(
 class Programs(NamedTuple):
     """The compiled programs of a run, `jax.jit` objects. What `--mode=plan --topology` compiles is these too."""
 
-    generate: Any  # (base, adapter, prompt, prompt_mask, prefix, uniforms, *, sampling) -> (tokens, lengths)
+    generate: Any  # (base, adapter, prompt, prompt_mask, prefix, uniforms, *, sampling) -> (tokens, log-probs, lengths)
     outputs: Any  # (base, adapter, batch, packed, *, entropy, temperature) -> Outputs
     scores: Any  # (base, adapter, batch, packed) -> scores
     gradients: Any  # (base, adapter, batch, packed, share, key, *, loss, temperature) -> (gradients, metrics)
@@ -92,7 +92,7 @@ def programs(
     def fuse(base: Any, adapter: Any) -> Any:
         return lora.fuse(model, adapter, settings, base=base)
 
-    def sample(base: Any, adapter: Any, *data: Array, sampling: Sampling) -> tuple[Array, Array]:
+    def sample(base: Any, adapter: Any, *data: Array, sampling: Sampling) -> tuple[Array, Array, Array]:
         return generate.generate(model, base, fuse(base, adapter), *data, sampling=sampling)
 
     def say(base: Any, adapter: Any, batch: Batch, packed: Packed, **how: Any) -> Outputs:

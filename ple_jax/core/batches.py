@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int32
 
 from ple_jax.core.errors import UserError
-from ple_jax.core.types import Batch, Rollout
+from ple_jax.core.types import Batch, Response, Rollout
 
 
 def bucket(length: int, smallest: int) -> int:
@@ -54,6 +54,25 @@ def decoding(
         count = min(width, len(prompts) - start)
         rows = [start + (row if row < count else 0) for row in range(width)]
         yield count, *left_padded([prompts[i] for i in rows], smallest), np.asarray(uniforms[rows], np.float32)
+
+
+def decoded(
+    tokens: Int32[np.ndarray, "row max_new"],
+    logprobs: Float32[np.ndarray, "row max_new"],
+    lengths: Int32[np.ndarray, " row"],
+    *,
+    count: int,
+    eos: Sequence[int],
+) -> list[Response]:
+    """What was decoded at once as responses: the first `count` rows.
+
+    Log-probabilities are kept to a millionth of a nat, which is less than float32 is sure of.
+    """
+    ids, nats = tokens.tolist(), np.round(logprobs.astype(np.float64), 6).tolist()
+    return [
+        Response(tuple(row[:n]), finished=row[n - 1] in eos, logprobs=tuple(said[:n]))
+        for row, said, n in zip(ids[:count], nats, lengths.tolist(), strict=False)
+    ]
 
 
 def pack(rollouts: Sequence[Rollout], picks: Sequence[Sequence[int]], *, prompt_multiple: int, response_len: int) -> Batch:

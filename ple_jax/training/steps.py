@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Float64, Int64
 
 from ple_jax.algorithms import Algorithm, Context
 from ple_jax.core.batches import micro_batches, pack
@@ -173,7 +173,7 @@ def at_the_start(
             " weights; mend that (in a new --workdir)"
         )
     few = optimiser_batch(run, batch, rollouts, context, said)
-    kl = diagnose(run, rollouts) if own is None else drift(run, few.batch, said, own)
+    kl = diagnose(run, rollouts) if own is None else drift(run, few.batch, rollouts, said, own)
     with np.errstate(all="ignore"):  # what overflows is told of below
         value, metrics = run.loss(said, few.batch)
     if not np.isfinite(value).all():
@@ -249,28 +249,31 @@ def policy_of(run: Run[Any], batch: Batch, *, entropy: bool = False) -> Outputs:
     return said
 
 
-def own_responses(run: Run[Any], batch: Batch, rollouts: Sequence[Rollout]) -> Bool[np.ndarray, "query k"] | None:
-    """Which responses of a batch the policy said after the plain prompt; None where the batch cannot stand for `diagnose`:
-    some that it said are not in there, or it is asked at another temperature than it sampled at.
+def own_responses(run: Run[Any], batch: Batch, rollouts: Sequence[Rollout]) -> Int64[np.ndarray, "query k"] | None:
+    """Which response of its rollout one of a batch is, where the policy said it after the plain prompt, -1 elsewhere.
+
+    None where the batch cannot stand for `diagnose`: some that it said are not in there, or it is asked at another
+    temperature than it sampled at.
     """
     if temperature(run) != (run.config.sampling.temperature or 1.0):
         return None
-    found = np.zeros(batch.response.shape[:2], bool)
+    found = np.full(batch.response.shape[:2], -1)
     for i, rollout in enumerate(rollouts):
         there = [tuple(ids[mask].tolist()) for ids, mask in zip(batch.response[i], batch.response_mask[i], strict=True)]
         if tuple(batch.prompt[i][batch.prompt_mask[i]].tolist()) != rollout.prompt_tokens:
             return None
-        for response in rollout.responses:
+        for number, response in enumerate(rollout.responses):
             if response.own:
-                places = [j for j, tokens in enumerate(there) if tokens == response.tokens and not found[i, j]]
+                places = [j for j, tokens in enumerate(there) if tokens == response.tokens and found[i, j] < 0]
                 if not places:
                     return None
-                found[i, places[0]] = True
+                found[i, places[0]] = number
     return found
 
 
 def diagnose(run: Run[Any], rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """KL to the reference and entropy of the policy as it is now, both in nats per token, from its own plain responses.
+    """KL to the reference and entropy of the policy as it is now, both in nats per token, from its own plain responses; and
+    how far what the sampler said of their tokens is from what the trainer says, `sampler_gap` and `sampler_gap_max`, in nats.
 
     KL is the mean over response tokens of r - 1 - log r with r = reference / policy: unbiased where the tokens are the
     policy's own, never negative, of low variance (Schulman, "Approximating KL divergence", 2020). So it is of every plain
@@ -290,27 +293,47 @@ def diagnose(run: Run[Any], rollouts: Sequence[Rollout]) -> dict[str, float]:
     policy = run.backend.logprobs(batch, temperature=heat, entropy=True)
     reference = run.backend.logprobs(batch, reference=True, temperature=heat).logprobs
     run.session.progress.advance(1)
-    return divergence(policy, reference, batch.response_mask)
+    return divergence(policy, reference, sampler_logprobs(rollouts, np.array(picks), batch), batch.response_mask)
 
 
-def drift(run: Run[Any], batch: Batch, policy: Outputs, own: Bool[np.ndarray, "query k"]) -> dict[str, float]:
+def drift(
+    run: Run[Any], batch: Batch, rollouts: Sequence[Rollout], policy: Outputs, own: Int64[np.ndarray, "query k"]
+) -> dict[str, float]:
     """`diagnose`, of what the policy says of a whole batch.
 
     Args:
         own: `own_responses`.
     """
-    if not own.any():
+    if (own < 0).all():
         return {}
     reference = batch.data.get("reference_logprobs")
     if reference is None:
         reference = run.backend.logprobs(batch, reference=True, temperature=temperature(run)).logprobs
-    return divergence(policy, reference, batch.response_mask & own[..., None])
+    mask = batch.response_mask & (own >= 0)[..., None]
+    return divergence(policy, reference, sampler_logprobs(rollouts, own, batch), mask)
 
 
-def divergence(policy: Outputs, reference: Array, mask: np.ndarray) -> dict[str, float]:
-    """`kl` and `entropy` of the tokens of a mask, in nats per token."""
+def sampler_logprobs(
+    rollouts: Sequence[Rollout], picks: Int64[np.ndarray, "query k"], batch: Batch
+) -> Float64[np.ndarray, "query k response_len"]:
+    """What the sampler said of the tokens of a batch, in nats; nan where it said nothing.
+
+    Args:
+        picks: which response of its rollout one of the batch is; -1: another's.
+    """
+    found = np.full(batch.response.shape, np.nan)
+    for (i, j), pick in np.ndenumerate(picks):
+        said = rollouts[i].responses[pick].logprobs if pick >= 0 else ()
+        found[i, j, : len(said)] = said
+    return found
+
+
+def divergence(policy: Outputs, reference: Array, sampler: Array, mask: np.ndarray) -> dict[str, float]:
+    """`kl` and `entropy` of the tokens of a mask, in nats per token, and the mean and the largest gap to the sampler."""
     log_ratio = np.asarray(reference - policy.logprobs, np.float64)[mask]
+    gap = np.abs(sampler - policy.logprobs)[mask & ~np.isnan(sampler)]
     return {
         "kl": float((np.expm1(log_ratio) - log_ratio).mean()),
         "entropy": float(np.asarray(policy.entropy)[mask].mean()),
+        **({"sampler_gap": float(gap.mean()), "sampler_gap_max": float(gap.max())} if gap.size else {}),
     }

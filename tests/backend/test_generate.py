@@ -75,7 +75,7 @@ def sampled(options, rows=(0, 1, 2), width=None, prefix=0, **sampling):
     tokens, mask = left_padded(rng, tiny.CONFIG.vocab_size, width=16)
     noise = rng.random((3, new), dtype=np.float32)
     rows = list(rows)
-    out, lengths = jax.jit(
+    out, _, lengths = jax.jit(
         lambda b, t, m, u: generate.generate(
             model, b, {}, t, m, jnp.zeros(0, jnp.int32), u, sampling=Sampling(new, **sampling)
         )
@@ -110,7 +110,7 @@ def test_sampler_and_trainer_agree():
     fused = lora.fuse(model, tiny.random_adapter(tiny.CONFIG), adapters.Lora(rank=4, alpha=4.0))
     tokens, mask = left_padded(rng, tiny.CONFIG.vocab_size, width=16)
     noise = rng.random((3, new), dtype=np.float32)
-    out, _ = generate.generate(
+    out, said, _ = generate.generate(
         model, base, fused, tokens, mask, jnp.zeros(0, jnp.int32), noise, sampling=Sampling(new, (), temperature=0.7)
     )
     whole = np.concatenate([tokens, np.asarray(out)], 1)
@@ -120,13 +120,26 @@ def test_sampler_and_trainer_agree():
     expected = (upper <= noise[..., None] * upper[..., -1:]).sum(-1)
     edge = np.abs(upper - noise[..., None]).min(-1)
     assert ((expected == np.asarray(out)) | (edge < 1e-4)).all()
+    np.testing.assert_allclose(said, np.log(np.take_along_axis(p, np.asarray(out)[..., None], -1)[..., 0]), atol=1e-5)
 
 
 def test_distribution_of_samples():
     """Frequencies of 20,000 draws against the distribution (chi-squared at 5 standard deviations)."""
     logits = np.random.default_rng(0).normal(size=30).astype(np.float32)
     u = np.random.default_rng(1).random(20_000).astype(np.float32)
-    draws = generate.sample_token(jnp.broadcast_to(jnp.asarray(logits), (20_000, 30)), u, sampling=Sampling(1, ()))
+    draws, said = generate.sample_token(jnp.broadcast_to(jnp.asarray(logits), (20_000, 30)), u, sampling=Sampling(1, ()))
     expected = 20_000 * probabilities(logits).astype(np.float64)
     statistic = ((np.bincount(draws, minlength=30) - expected) ** 2 / expected).sum()
     assert statistic < 29 + 5 * np.sqrt(2 * 29)
+    np.testing.assert_allclose(said, np.log(probabilities(logits).astype(np.float64))[draws], atol=1e-5)
+
+
+@pytest.mark.parametrize(("temperature", "at"), [(0.0, 1.0), (0.5, 0.5)])
+def test_log_probabilities_are_those_of_no_filter(temperature, at):
+    """At the temperature that was sampled at, and of what is greedy at 1; filters leave out much of the mass."""
+    logits = np.random.default_rng(0).normal(size=(50, 30)).astype(np.float32)
+    u = np.random.default_rng(1).random(50).astype(np.float32)
+    how = Sampling(1, (), temperature=temperature, top_k=3, top_p=0.6, min_p=0.2)
+    token, said = generate.sample_token(jnp.asarray(logits), jnp.asarray(u), sampling=how)
+    p = probabilities(logits / np.float32(at)).astype(np.float64)
+    np.testing.assert_allclose(said, np.log(p[np.arange(50), token]), atol=1e-5)

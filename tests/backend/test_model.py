@@ -70,7 +70,7 @@ def test_greedy_equals_transformers(scan, prefix_len):
     model, base = build(tensors=tensors, scan=scan)
     tokens, mask = left_padded(rng, tiny.CONFIG.vocab_size)
     prefix = rng.integers(1, tiny.CONFIG.vocab_size, prefix_len).astype(np.int32)
-    out, lengths = jax.jit(
+    out, _, lengths = jax.jit(
         lambda b, t, m, p, u: generate.generate(model, b, {}, t, m, p, u, sampling=Sampling(new, (), temperature=0.0))
     )(base, tokens, mask, prefix, np.zeros((3, new), np.float32))
     assert list(lengths) == [new] * 3
@@ -125,7 +125,7 @@ def test_smollm2_equals_transformers():
     exact = torch_logits(theirs.double(), tokens, mask)  # fp32 torch is 1e-4 off itself
     np.testing.assert_allclose(np.asarray(ours)[mask], exact[mask], atol=1e-4, rtol=0)
     theirs.float()
-    out, _ = jax.jit(
+    out, *_ = jax.jit(
         lambda b, t, m: generate.generate(
             model, b, {}, t, m, jnp.zeros(0, jnp.int32), jnp.zeros((3, 64)), sampling=Sampling(64, (), temperature=0.0)
         )

@@ -142,7 +142,7 @@ def test_greedy_tokens_equal_transformers(family):
     """Left-padded prompts of unequal lengths behind a prefix that is computed once for all of them."""
     model, new = family.models[not family.scan], 28
     prefix, prompt, mask, expected = decisive_prompts(family.theirs, WINDOW + 3, new)
-    out, lengths = jit(
+    out, _, lengths = jit(
         lambda base, prompt, mask, prefix, noise: generate.generate(
             model, base, {}, prompt, mask, prefix, noise, sampling=Sampling(new, (), temperature=0.0)
         )

@@ -125,7 +125,7 @@ def policy(config) -> object:
                 settings = adapters.settings(config)
                 read = adapters.read(adapter.path, loaded.config, settings)
                 fused[adapter.digest] = lora.fuse(built.model, read, settings)
-            out, n = run(fused[adapter.digest], tokens, mask, np.zeros((1, 8), np.float32))
+            out, _, n = run(fused[adapter.digest], tokens, mask, np.zeros((1, 8), np.float32))
         return iter(np.asarray(out)[0, : int(n[0])].tolist())
 
     return draw

@@ -91,11 +91,24 @@ def test_distribution_of_samples():
     logits = np.random.default_rng(0).normal(size=30).astype(np.float32)
     u = torch.tensor(np.random.default_rng(1).random(20_000).astype(np.float32))
     sampling = Sampling(1, (), temperature=0.5)
-    draws = generate.sample_token(torch.tensor(logits).expand(20_000, -1), u, sampling=sampling)
+    draws, said = generate.sample_token(torch.tensor(logits).expand(20_000, -1), u, sampling=sampling)
     p = np.exp(logits.astype(np.float64) / 0.5)
     expected = 20_000 * p / p.sum()
     statistic = ((np.bincount(draws, minlength=30) - expected) ** 2 / expected).sum()
     assert statistic < 29 + 5 * np.sqrt(2 * 29)
+    np.testing.assert_allclose(said, np.log(p / p.sum())[draws], atol=1e-5)
+
+
+@pytest.mark.parametrize(("temperature", "at"), [(0.0, 1.0), (0.5, 0.5)])
+def test_log_probabilities_are_those_of_no_filter(temperature, at):
+    """At the temperature that was sampled at, and of what is greedy at 1; filters leave out much of the mass."""
+    logits = np.random.default_rng(0).normal(size=(50, 30)).astype(np.float32)
+    u = torch.tensor(np.random.default_rng(1).random(50).astype(np.float32))
+    how = Sampling(1, (), temperature=temperature, top_k=3, top_p=0.6, min_p=0.2)
+    token, said = generate.sample_token(torch.tensor(logits), u, sampling=how)
+    exact = logits.astype(np.float64) / at
+    exact -= np.log(np.exp(exact).sum(-1, keepdims=True))
+    np.testing.assert_allclose(said, exact[np.arange(50), token], atol=1e-5)
 
 
 # ---------------------------------------------------------------- responses
@@ -124,7 +137,10 @@ def theirs():
 def test_tokens_are_those_of_jax(way, prefix, ours, theirs):
     """Six prompts at four rows at once: a chunk, and a short one that is filled up."""
     found = ours.generate(PROMPTS, NOISE, sampling=WAYS[way], prefix=prefix)
-    assert found == theirs.generate(PROMPTS, NOISE, sampling=WAYS[way], prefix=prefix)
+    wanted = theirs.generate(PROMPTS, NOISE, sampling=WAYS[way], prefix=prefix)
+    assert [one._replace(logprobs=()) for one in found] == [one._replace(logprobs=()) for one in wanted]
+    for one, other in zip(found, wanted, strict=True):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5) and len(one.logprobs) == len(one.tokens)
     assert all(type(token) is int for response in found for token in response.tokens)
     assert len({response.tokens for response in found}) == 6
 
@@ -177,7 +193,7 @@ def test_decoding_stops_when_all_have_ended(steps, ours):
         asked.append(bool(done.all()))
         return asked[-1]
 
-    _, found = generate.generate(
+    *_, found = generate.generate(
         ours.model, ours.policy, prompt, prompt > 0, torch.zeros(0, dtype=torch.int64), torch.tensor(NOISE[:3]),
         sampling=sampling, all_done=all_done, steps_per_sync=steps,
     )  # fmt: skip

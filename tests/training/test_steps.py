@@ -121,11 +121,32 @@ def test_a_response_that_was_said_twice_counts_twice():
     same = [r._replace(responses=(r.responses[0], r.responses[0]._replace(sample=1), *r.responses[2:])) for r in rollouts]
     context = Context(run.config, 0, 0.2, 1.0, {})
     batch = run.algorithm.batch(run.algorithm.label(same, context), context)
-    assert steps.own_responses(run, batch, same).all()
+    assert (steps.own_responses(run, batch, same) >= 0).all()
     longer = [r._replace(responses=(r.responses[0]._replace(tokens=(1, 2)), *r.responses[1:])) for r in same]
     assert steps.own_responses(run, batch, longer) is None
     asked = [r._replace(prompt_tokens=(2,)) for r in same]  # after another prompt
     assert steps.own_responses(run, batch, asked) is None
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_sampler_may_say_something_else_than_the_trainer(whole):
+    """The mean and the largest difference, of the policy's own plain responses that have log-probabilities alone."""
+    run, rollouts = stand_in("ple"), sampled(2, queries=8)
+    off = iter([0.5, -0.25, *[0.0] * 5])
+
+    def said(response: Response, principled: bool) -> Response:
+        logprobs = (math.log(POLICY[response.tokens[0]]) + (9.0 if principled else next(off)),)
+        return response._replace(principled=principled, logprobs=logprobs)
+
+    known = [r._replace(responses=(said(r.responses[0], False), said(r.responses[1], True))) for r in rollouts[:7]]
+    without = rollouts[7]._replace(responses=(rollouts[7].responses[0], rollouts[7].responses[1]._replace(principled=True)))
+    if whole:
+        run.loss, context = run.algorithm.make_loss(run.config), Context(run.config, 0, 0.2, 1.0, {})
+        _, found, _ = steps.at_the_start(run, run.algorithm.label([*known, without], context), context)
+    else:
+        found = steps.diagnose(run, [*known, without])
+    assert found["sampler_gap"] == pytest.approx(0.75 / 7) and found["sampler_gap_max"] == pytest.approx(0.5)
+    assert "sampler_gap" not in steps.diagnose(run, [without])
 
 
 @pytest.mark.parametrize(("temperature", "asked"), [(0.6, 0.6), (1.0, 1.0), (0.0, 1.0)])

@@ -12,12 +12,14 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
+from ple_jax.core.batches import in_blocks
 from ple_jax.core.types import Sampling
 from ple_jax.models.adapters import Adapter
 from torch_ascend import device as devices
 from torch_ascend.model import Cache, Model
 
 _BLOCK = 128
+_REACH = 128  # positions of a cache: as far as it is filled, and to a multiple of this, it is read
 
 
 def filter_probabilities(
@@ -123,14 +125,21 @@ def generate(
     hidden, cache, sources = _prefill(model, adapter, prompt, prompt_mask, prefix, new)
     rows = _Rows(uniforms, sampling)
     token = rows.take(model.logits(hidden[:, -1]))
-    decode: Callable[[], None] = functools.partial(_decode, model, adapter, token, cache, sources, rows)
-    repeat = decode
+
+    def decode(reach: int) -> Callable[[], None]:
+        return functools.partial(_decode, model, adapter, token, cache, sources, rows, reach)
+
+    reach, ran, repeat = 0, 0, decode(0)
     for i in range(1, new):
         if i % steps_per_sync == 0 and all_done(rows.done):
             break
-        if i == 2 and recorded:
-            repeat = devices.record(decode, model.device)
+        if reach < sources.begin + i:
+            reach, ran = in_blocks(sources.begin + i, _REACH), 0
+            repeat = decode(reach)
+        if ran == 1 and recorded:  # once a block: what is recorded reads as much every time
+            repeat = devices.record(repeat, model.device)
         repeat()
+        ran += 1
     return rows.out, rows.logprobs, rows.lengths
 
 
@@ -170,30 +179,36 @@ def _prefill(
 ) -> tuple[Float[Tensor, "row prompt_len hidden"], Cache, Sources]:
     """Hidden states of the prompts, and a cache with room for `new` tokens after them."""
     (rows, length), shared = prompt.shape, prefix.shape[0]
-    total, place = shared + length + new, {"device": prompt.device}
+    reached, total, place = shared + length, shared + length + new, {"device": prompt.device}
     cache = Cache.empty(model.config, rows, total, dtype=model.dtype, **place)
     if shared:
         _prefill_prefix(model, adapter, prefix, cache)
     ones = torch.ones((rows, shared), dtype=torch.bool, **place)
     source = torch.cat([ones, prompt_mask, torch.zeros((rows, new), dtype=torch.bool, **place)], 1)
-    causal = torch.arange(total, **place)[None] <= shared + torch.arange(length, **place)[:, None]
+    causal = torch.arange(reached, **place)[None] <= shared + torch.arange(length, **place)[:, None]
     position = (shared + prompt_mask.to(torch.int32).cumsum(1) - 1).clamp(min=0)
     coming = position[:, -1:] + 1 + torch.arange(new, **place)[None]
     places = torch.cat([torch.arange(shared, **place)[None].expand(rows, -1), position, coming], 1)
     hidden = model.apply(
-        adapter, prompt, positions=position, mask=source[:, None] & causal[None], source_positions=places, cache=cache,
-        index=shared,
+        adapter, prompt, positions=position, mask=source[:, None, :reached] & causal[None],
+        source_positions=places[:, :reached], cache=cache, index=shared,
     )  # fmt: skip
-    return hidden, cache, Sources(source, places, shared + length)
+    return hidden, cache, Sources(source, places, reached)
 
 
-def _decode(model: Model, adapter: Adapter, token: Tensor, cache: Cache, sources: Sources, rows: _Rows) -> None:
-    """One step, of tensors alone and in place: what a device records it can repeat."""
+def _decode(
+    model: Model, adapter: Adapter, token: Tensor, cache: Cache, sources: Sources, rows: _Rows, reach: int
+) -> None:
+    """One step, of tensors alone and in place: what a device records it can repeat.
+
+    Args:
+        reach: how much of the cache is read.
+    """
     index = rows.step + sources.begin
     sources.there.index_fill_(1, index, True)
     hidden = model.apply(
-        adapter, token[:, None], positions=sources.places.index_select(1, index), mask=sources.there[:, None],
-        source_positions=sources.places, cache=cache, index=index,
+        adapter, token[:, None], positions=sources.places.index_select(1, index), mask=sources.there[:, None, :reach],
+        source_positions=sources.places[:, :reach], cache=cache, index=index,
     )  # fmt: skip
     rows.step.add_(1)
     token.copy_(rows.take(model.logits(hidden[:, -1])))
@@ -227,9 +242,9 @@ def stream(
     places = torch.arange(total, **place)[None]
     tokens, start = torch.tensor([list(prompt)], **place), 0
     for i in range(new):
-        at = places[:, start : start + tokens.shape[1]]
-        mask = places[:, None] <= at[:, :, None]
-        hidden = model.apply(adapter, tokens, positions=at, mask=mask, source_positions=places, cache=cache, index=start)
+        at, seen = places[:, start : start + tokens.shape[1]], places[:, : in_blocks(start + tokens.shape[1], _REACH)]
+        mask = seen[:, None] <= at[:, :, None]
+        hidden = model.apply(adapter, tokens, positions=at, mask=mask, source_positions=seen, cache=cache, index=start)
         token, _ = sample_token(model.logits(hidden[:, -1]), uniforms[i : i + 1], sampling=sampling)
         yield (chosen := int(token))
         if chosen in sampling.eos:

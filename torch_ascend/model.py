@@ -73,7 +73,7 @@ class Model:
 
         Args:
             adapter: of tensors; {} for the base alone.
-            mask: whether a token may see a source position.
+            mask: whether a token may see a source position; a cache is read as far as it goes.
             source_positions: of what is in the cache (`positions` without one); read where a layer has a window.
             cache: keys and values are written to it, and read from it.
             index: where they are written: the first place of several in a row, or a tensor of places.
@@ -118,7 +118,7 @@ class Model:
             else:
                 keys.index_copy_(2, index, key)
                 values.index_copy_(2, index, value)
-            key, value = keys, values
+            key, value = (whole[:, :, : visible.shape[-1]] for whole in (keys, values))
         if visible.dtype != torch.bool:
             window = self.config.kinds[self.config.pattern[layer]].window
             visible = visible >= 0 if window is None else (visible >= 0) & (visible < window)

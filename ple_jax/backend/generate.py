@@ -170,16 +170,17 @@ def _prefill(
     if shared:
         cache = _prefill_prefix(model, base, lora, prefix, cache)
     source = jnp.concatenate([jnp.ones((rows, shared), bool), prompt_mask, jnp.zeros((rows, new), bool)], 1)
-    causal = jnp.arange(total)[None] <= shared + jnp.arange(length)[:, None]
+    reached = shared + length
+    causal = jnp.arange(reached)[None] <= shared + jnp.arange(length)[:, None]
     position = shared + jnp.cumsum(prompt_mask.astype(jnp.int32), 1) - 1
-    mask = source[:, None] & causal[None]
+    mask = source[:, None, :reached] & causal[None]
     coming = position[:, -1:] + 1 + jnp.arange(new)[None]
     before = jnp.broadcast_to(jnp.arange(shared)[None], (rows, shared))
     places = jnp.concatenate([before, position, coming], 1)
     hidden, cache = model.apply(
-        base, lora, prompt, positions=position, mask=mask, cache=cache, index=shared, source_positions=places
+        base, lora, prompt, positions=position, mask=mask, cache=cache, index=shared, source_positions=places[:, :reached]
     )
-    return hidden, cache, Sources(source, places, shared + length, position[:, -1:])
+    return hidden, cache, Sources(source, places, reached, position[:, -1:])
 
 
 def _decode(
@@ -210,7 +211,7 @@ def _prefill_prefix(model: Model, base: Any, lora: Any, prefix: Int32[Array, " p
     )
 
     def spread(whole: Array, part: Array) -> Array:
-        part = jnp.broadcast_to(part, (*whole.shape[:-2], shared, whole.shape[-1]))
+        part = jnp.broadcast_to(part[..., :shared, :], (*whole.shape[:-2], shared, whole.shape[-1]))
         return jax.lax.dynamic_update_slice(whole, part, (0,) * whole.ndim)
 
     return jax.tree.map(spread, cache, small)
@@ -267,7 +268,7 @@ def _first(
 ) -> tuple[Int32[Array, " 1"], Cache]:
     """Prefill of a right-padded prompt: what padding leaves in the cache is overwritten before anything may see it."""
     index = jnp.arange(prompt.shape[1])[None]
-    mask = (jnp.arange(size)[None] <= index[0][:, None])[None]
+    mask = (index <= index[0][:, None])[None]
     cache = model.empty_cache(1, size, base["embed"].dtype)
     hidden, cache = model.apply(
         base,
@@ -276,7 +277,7 @@ def _first(
         positions=jnp.minimum(index, length - 1),
         mask=mask,
         cache=cache,
-        source_positions=jnp.arange(size)[None],
+        source_positions=index,
     )
     last = jax.lax.dynamic_index_in_dim(hidden, length - 1, 1, keepdims=False)
     return sample_token(model.logits(base, last), u, sampling=sampling).token, cache

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ple_jax.backend import dots
 from ple_jax.backend import quantize as quantization
-from ple_jax.backend.attention import attend
+from ple_jax.backend.attention import Attention, attention_of, cache_length
 from ple_jax.backend.dots import MATMULS
 from ple_jax.backend.experts import Experts
 from ple_jax.backend.quantize import QArray, project
@@ -34,6 +34,40 @@ class Cache(NamedTuple):
 
     key: Any
     value: Any
+
+
+class LayerCache(NamedTuple):
+    """One layer's keys and values: arrays of its own, or its part of stacks, which are not taken apart for it."""
+
+    key: Array
+    value: Array
+    layer: Int[Array, ""] | None = None  # its number in the stacks
+
+    def written(self, k: Array, v: Array, index: Any) -> "LayerCache":
+        """With these from position `index` on."""
+
+        def write(whole: Array, part: Array) -> Array:
+            if self.layer is None:
+                return jax.lax.dynamic_update_slice(whole, part, (0, 0, index, 0))
+            return jax.lax.dynamic_update_slice(whole, part[None], (self.layer, 0, 0, index, 0))
+
+        return self._replace(key=write(self.key, k), value=write(self.value, v))
+
+    def read(self, start: Any, size: int) -> tuple[Float[Array, "row kv size dim"], Float[Array, "row kv size dim"]]:
+        """Keys and values of `size` positions from `start` on."""
+
+        def part(whole: Array) -> Array:
+            if self.layer is None:
+                return jax.lax.dynamic_slice_in_dim(whole, start, size, 2)
+            sizes = (1, *whole.shape[1:3], size, whole.shape[4])
+            return jax.lax.dynamic_slice(whole, (self.layer, 0, 0, start, 0), sizes)[0]
+
+        return part(self.key), part(self.value)
+
+    @property
+    def length(self) -> int:
+        """Positions that there is room for."""
+        return self.key.shape[-2]
 
 
 class LowRank(NamedTuple):
@@ -148,8 +182,8 @@ _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 class Block(nnx.Module):
-    def __init__(self, c: ModelConfig, dtype: Any, attend: Callable, mesh: Mesh | None):
-        self.c, self.attend = c, attend
+    def __init__(self, c: ModelConfig, dtype: Any, attention: Attention, mesh: Mesh | None):
+        self.c, (self.attend, self.attend_cache) = c, attention
         whole = mesh is None or mesh.size == 1
         for name in c.norms:
             setattr(self, name, Norm(c, (c.hidden_size,), dtype))
@@ -165,7 +199,7 @@ class Block(nnx.Module):
             self.gate_up = Linear((c.hidden_size, 1 + c.gated, c.intermediate_size), c.mlp_bias, dtype, whole=whole)
             self.down = Linear((c.intermediate_size, c.hidden_size), c.mlp_bias, dtype, whole=whole)
 
-    def attention(self, x: Array, lora: dict, kind: Kind, cache: tuple | None, index: Any) -> tuple:
+    def attention(self, x: Array, lora: dict, kind: Kind, cache: LayerCache | None, index: Any) -> tuple:
         c = self.c
         rows, time, _ = x.shape
         qkv = self.qkv(x, lora.get("qkv")).reshape(rows, time, c.num_kv_heads, c.group + 2, c.head_dim)
@@ -178,10 +212,13 @@ class Block(nnx.Module):
         q = q.transpose(0, 2, 3, 1, 4)
         k, v = (part.squeeze(3).transpose(0, 2, 1, 3) for part in (k, v))
         if cache is not None:
-            k = jax.lax.dynamic_update_slice(cache[0], k, (0, 0, index, 0))
-            v = jax.lax.dynamic_update_slice(cache[1], v, (0, 0, index, 0))
-        out = self.attend(q, k, v, mask=kind.mask, scale=c.query_scale, softcap=c.attention_softcap)
-        return self.o(out.transpose(0, 3, 1, 2, 4).reshape(rows, time, -1), lora.get("o")), (k, v)
+            cache = cache.written(k, v, index)
+        how = {"mask": kind.mask, "scale": c.query_scale, "softcap": c.attention_softcap}
+        if cache is not None and time == 1:
+            out = self.attend_cache(q, cache.read, length=cache.length, filled=index + 1, **how)
+        else:
+            out = self.attend(q, *(cache.read(0, kind.mask.shape[2]) if cache is not None else (k, v)), **how)
+        return self.o(out.transpose(0, 3, 1, 2, 4).reshape(rows, time, -1), lora.get("o")), cache
 
     def mlp(self, x: Array, lora: dict) -> Array:
         if self.c.experts:
@@ -198,7 +235,7 @@ class Block(nnx.Module):
     def _norm(self, name: str, x: Array) -> Array:
         return getattr(self, name)(x) if name in self.c.norms else x
 
-    def __call__(self, x: Array, lora: dict, kind: Kind, cache: tuple | None, index: Any) -> tuple:
+    def __call__(self, x: Array, lora: dict, kind: Kind, cache: LayerCache | None, index: Any) -> tuple:
         attended, cache = self.attention(self._norm("pre_attention_norm", x), lora, kind, cache, index)
         after = x + self._norm("post_attention_norm", attended)
         fed = self.mlp(self._norm("pre_mlp_norm", x if self.c.parallel else after), lora)
@@ -208,14 +245,14 @@ class Block(nnx.Module):
 class Decoder(nnx.Module):
     """Embedding, layers (a list, or one block with stacked weights), final norm, and the head [vocab, hidden]."""
 
-    def __init__(self, c: ModelConfig, dtype: Any, scan: bool, attend: Callable, mesh: Mesh | None):
+    def __init__(self, c: ModelConfig, dtype: Any, scan: bool, attention: Attention, mesh: Mesh | None):
         self.embed = nnx.Param(jnp.zeros((c.vocab_size, c.hidden_size), dtype))
         if c.learned_positions:
             self.positions = nnx.Param(jnp.zeros((c.max_positions, c.hidden_size), dtype))
         if scan:
-            self.layers = nnx.vmap(lambda _: Block(c, dtype, attend, mesh))(jnp.zeros(c.num_layers))
+            self.layers = nnx.vmap(lambda _: Block(c, dtype, attention, mesh))(jnp.zeros(c.num_layers))
         else:
-            self.layers = nnx.List([Block(c, dtype, attend, mesh) for _ in range(c.num_layers)])
+            self.layers = nnx.List([Block(c, dtype, attention, mesh) for _ in range(c.num_layers)])
         self.norm = Norm(c, (c.hidden_size,), dtype)
         if not c.tie_embeddings:
             self.head = nnx.Param(jnp.zeros((c.vocab_size, c.hidden_size), dtype))
@@ -243,8 +280,8 @@ class Model:
         mesh: Mesh | None = None,
     ) -> "Model":
         """A decoder without weights; `attention` is one of `ple_jax.backend.attention`'s implementations."""
-        chosen = functools.partial(attend, implementation=attention, mesh=mesh)
-        graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, dtype, scan, chosen, mesh)))
+        functions = attention_of(attention, mesh)
+        graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, dtype, scan, functions, mesh)))
         return Model(config, scan, remat, graph, nnx.to_pure_dict(state), mesh)
 
     def _bind(self, base: Tree) -> Decoder:
@@ -269,7 +306,8 @@ class Model:
         Args:
             lora: a fused adapter from `ple_jax.backend.lora.fuse`, or `{}` for the base alone.
             positions: position of every token; of padding it does not matter.
-            mask: which source positions a token may attend to (source = time without a cache, its length with one).
+            mask: which source positions a token may attend to: source = time without a cache, and with one as many as are
+                read of it, from the first on.
             index: where in the cache this call writes.
             source_positions: position of everything `mask` speaks of; with a cache a sliding window needs it.
         """
@@ -277,7 +315,7 @@ class Model:
         x = self._embedded(decoder, tokens, positions)
         kinds = self._kinds(positions, mask, cache, source_positions)
 
-        def layer(block: Block, x: Array, lora: dict, kind: Kind, cache: tuple | None) -> tuple:
+        def layer(block: Block, x: Array, lora: dict, kind: Kind, cache: LayerCache | None) -> tuple:
             return block(x, lora, kind, cache, index)
 
         if self.remat != "none" and cache is None:
@@ -310,15 +348,16 @@ class Model:
         graph, stacked = nnx.split(decoder.layers)
         every = jax.tree.map(lambda *x: jnp.stack(x), *kinds)
 
-        def step(x: Array, part: tuple) -> tuple:
-            state, lora, cache, i = part
+        def step(carry: tuple, part: tuple) -> tuple:
+            (x, cache), (state, lora, i, number) = carry, part
             kind = kinds[0] if len(kinds) == 1 else jax.tree.map(lambda x: x[i], every)
-            x, new = layer(nnx.merge(graph, state), x, lora, kind, cache)
-            return x, new if cache is not None else None
+            own = None if cache is None else LayerCache(cache.key, cache.value, number)
+            x, own = layer(nnx.merge(graph, state), x, lora, kind, own)
+            # carried, and not given and returned a layer at a time, which would copy all of it
+            return (x, None if own is None else Cache(own.key, own.value)), None
 
-        pattern = jnp.asarray(self.config.pattern, jnp.int32)
-        x, new = jax.lax.scan(step, x, (stacked, loras or {}, tuple(cache) if cache else None, pattern))
-        return x, Cache(*new) if cache else None
+        pattern, layers = jnp.asarray(self.config.pattern, jnp.int32), jnp.arange(self.config.num_layers)
+        return jax.lax.scan(step, (x, cache), (stacked, loras or {}, pattern, layers))[0]
 
     def _unrolled(
         self, decoder: Decoder, layer: Callable, x: Array, loras: Tree, kinds: list[Kind], cache: Cache | None
@@ -332,10 +371,10 @@ class Model:
 
         new = []
         for i, block in enumerate(decoder.layers):
-            kind, own = kinds[self.config.pattern[i]], (cache.key[i], cache.value[i]) if cache else None
+            kind, own = kinds[self.config.pattern[i]], LayerCache(cache.key[i], cache.value[i]) if cache else None
             x, kv = run(*nnx.split(block), x, loras[i] if loras else {}, kind, own)
             new.append(kv)
-        return x, Cache(tuple(k for k, _ in new), tuple(v for _, v in new)) if cache else None
+        return x, Cache(tuple(own.key for own in new), tuple(own.value for own in new)) if cache else None
 
     def _rematerialised(self, layer: Callable) -> Callable:
         """The layer, keeping for the backward pass its input ("full") or the results of its weight matmuls ("dots")."""
@@ -360,8 +399,9 @@ class Model:
         return head_logits(self.head(base), hidden, softcap=self.config.logits_softcap)
 
     def empty_cache(self, rows: int, length: int, dtype: Any) -> Cache:
+        """With room for `length` positions, and for what fills up a block."""
         c = self.config
-        shape = (rows, c.num_kv_heads, length, c.head_dim)
+        shape = (rows, c.num_kv_heads, cache_length(length), c.head_dim)
         if self.scan:
             return Cache(*(jnp.zeros((c.num_layers, *shape), dtype) for _ in range(2)))
         return Cache(*(tuple(jnp.zeros(shape, dtype) for _ in range(c.num_layers)) for _ in range(2)))

@@ -9,6 +9,11 @@ from ple_jax.core.errors import UserError
 from ple_jax.core.types import Batch, Response, Rollout
 
 
+def in_blocks(positions: int, block: int) -> int:
+    """The positions of as many whole blocks as hold so many."""
+    return -(-positions // block) * block
+
+
 def bucket(length: int, smallest: int) -> int:
     """The smallest of smallest, 2 * smallest, 4 * smallest ... that holds `length` tokens."""
     size = smallest

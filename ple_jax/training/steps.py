@@ -272,8 +272,9 @@ def own_responses(run: Run[Any], batch: Batch, rollouts: Sequence[Rollout]) -> I
 
 
 def diagnose(run: Run[Any], rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """KL to the reference and entropy of the policy as it is now, both in nats per token, from its own plain responses; and
-    how far what the sampler said of their tokens is from what the trainer says, `sampler_gap` and `sampler_gap_max`, in nats.
+    """KL to the reference and entropy of the policy as it is now, both in nats per token, from its own plain responses.
+
+    With them `sampler_gap` and `sampler_gap_max`, in nats: what the sampler said of their tokens from what the trainer says.
 
     KL is the mean over response tokens of r - 1 - log r with r = reference / policy: unbiased where the tokens are the
     policy's own, never negative, of low variance (Schulman, "Approximating KL divergence", 2020). So it is of every plain

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from speed import quick
 
 from ple_jax.backend import sharding
-from ple_jax.backend.attention import attend, choose
+from ple_jax.backend.attention import AT_ONCE, BLOCK, attend, attend_cache, cache_length, choose
 from ple_jax.core.errors import UserError
 
 SCALE = 0.3
@@ -117,6 +117,45 @@ def check(actual, expected, mask, tolerance):
         a = np.asarray(a, np.float64)
         a = np.where(sees, a, 0) if name == "out" else a
         np.testing.assert_allclose(a, e, atol=tolerance, rtol=tolerance, err_msg=name)
+
+
+@pytest.mark.parametrize("softcap", [None, 0.7])
+@pytest.mark.parametrize("filled", [1, 32, 33, 77, 320])
+def test_a_cache_is_read_in_blocks_as_far_as_it_is_filled(filled, softcap):
+    """Blocks of which nothing is visible lie before and between others; what is after the last filled one is no number."""
+    rng, length = np.random.default_rng(0), 320
+    q, k, v = (rng.normal(size=(2, 2, *shape, 16)).astype(np.float32) for shape in ((3, 1), (length,), (length,)))
+    mask = (np.arange(length) < filled)[None, None] & (rng.random((2, 1, length)) < 0.4)
+    mask[0, :, 32:64] = False
+    mask[1, :, :40] = False
+    mask[:, :, filled - 1] = True
+    end = -(-filled // BLOCK) * BLOCK
+    expected = oracle(q, k, v, mask, softcap, np.ones(q.shape))[0]
+    k[:, :, end:], v[:, :, end:] = np.nan, np.nan
+
+    def read(start, size):
+        return tuple(jax.lax.dynamic_slice_in_dim(jnp.asarray(x), start, size, 2) for x in (k, v))
+
+    @jax.jit
+    def ours(q, mask, filled):
+        how = {"length": length, "filled": filled, "mask": mask, "scale": SCALE, "softcap": softcap}
+        return attend_cache(q, read, **how, looped=True)
+
+    np.testing.assert_allclose(ours(q, mask, filled), expected, atol=1e-5)
+
+
+def test_a_short_cache_is_read_at_once_and_so_is_any_on_an_accelerator():
+    asked = []
+
+    def read(start, size):
+        asked.append(size)
+        return (jnp.zeros((1, 1, size, 8)),) * 2
+
+    for length, looped in ((AT_ONCE, True), (AT_ONCE + BLOCK, True), (AT_ONCE + BLOCK, False)):
+        q, mask = jnp.zeros((1, 1, 1, 1, 8)), jnp.ones((1, 1, length), bool)
+        attend_cache(q, read, length=length, filled=3, mask=mask, scale=1.0, looped=looped)
+    assert asked == [AT_ONCE, BLOCK, AT_ONCE + BLOCK]
+    assert [cache_length(n) for n in (1, AT_ONCE, AT_ONCE + 1)] == [1, AT_ONCE, AT_ONCE + BLOCK]
 
 
 @pytest.mark.parametrize("case", CASES)

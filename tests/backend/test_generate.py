@@ -1,5 +1,7 @@
 """Sampling: the filters against transformers' warpers, the CDF against float64, EOS, and independence of the batch."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -101,6 +103,39 @@ def test_eos_ends_a_response_and_is_its_last_token():
 def test_immediate_eos_is_a_response_of_one_token():
     first = sampled({}, eos=())[1][0]
     assert sampled({}, eos=(first,))[1] == (first,)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_room_for_more_tokens_changes_no_bit(scan):
+    rng = np.random.default_rng(5)
+    model, base = build(scan=scan)
+    tokens, mask = left_padded(rng, tiny.CONFIG.vocab_size, width=16)
+    noise, found = rng.random((3, 400), dtype=np.float32), []
+    for new in (250, 400):  # both longer than what is read at once
+        how = {"sampling": Sampling(new, (), temperature=0.7)}
+        call = jax.jit(lambda *data, how=how: generate.generate(model, base, {}, *data, **how))
+        found.append(call(tokens, mask, jnp.zeros(0, jnp.int32), noise[:, :new]))
+    (short, said, _), (long, longer, _) = found
+    np.testing.assert_array_equal(short, long[:, :250])
+    np.testing.assert_array_equal(said, longer[:, :250])
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_the_cache_is_never_copied(scan):
+    """Once it is there: every token is written into it, and what is read is read where it is."""
+    model, base = build(scan=scan)
+    prompt, new = np.ones((2, 16), np.int32), 300
+    how = {"sampling": Sampling(new, ())}
+    call = jax.jit(lambda *data: generate.generate(model, base, {}, *data, **how))
+    text = call.lower(prompt, prompt > 0, jnp.zeros(0, jnp.int32), np.zeros((2, new), np.float32)).compile().as_text()
+    c = tiny.CONFIG
+    shape = f"f32[{f'{c.num_layers},' if scan else ''}2,{c.num_kv_heads},320,{c.head_dim}]"
+    called = set(re.findall(r"body=%([\w.-]+)", text))
+    bodies = [part for part in re.split(r"\n(?=%|ENTRY)", text) if part.split(" ")[0].lstrip("%") in called]
+    made = [line for part in bodies for line in part.splitlines() if re.search(rf"= {re.escape(shape)}\S* \w", line)]
+    assert len(bodies) >= 2 and made  # of tokens, and in it of a layer's blocks
+    there = r"parameter\(|get-tuple-element\(|dynamic-update-slice"  # the last also in a fusion's name
+    assert [line for line in made if not re.search(there, line)] == []
 
 
 def test_sampler_and_trainer_agree():

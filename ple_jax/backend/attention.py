@@ -21,6 +21,7 @@ from ple_jax.core.errors import UserError
 IMPLEMENTATIONS = ("xla", "cudnn", "splash")
 _FASTEST = {"gpu": "cudnn", "cuda": "cudnn", "tpu": "splash"}  # by platform; elsewhere xla
 _dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+_PARTS = 4  # of long causal rows: of the scores 3 / 8 are left out, and a program has four times the attention in it
 _LANES = 128  # the kernels work on tiles of this many positions
 # positions of a cache: those that are read at once, and how many may be, block or not. On two cores with AVX2 30 layers of
 # 16 rows over 80 positions take 10 ms at once and 25 in blocks, 64 rows over 320 take 260 and 195
@@ -101,6 +102,7 @@ def attend(
     scale: float,
     softcap: float | None = None,
     implementation: str,
+    causal: bool = False,
     mesh: Mesh | None = None,
 ) -> Float[Array, "row kv group time dim"]:
     """softmax(cap tanh(scale q k / cap)) v over the visible source positions; scores and softmax in fp32.
@@ -112,6 +114,7 @@ def attend(
         q: queries, grouped by the KV head they share.
         mask: which source positions a query sees.
         softcap: cap of the scores before the mask; Gemma 2, arXiv:2408.00118.
+        causal: whether the mask lets no query see what is after it, so that the einsums may leave most of that out.
         implementation: what `choose` returned, or "splash_interpret": the TPU kernel emulated, for tests on CPU.
         mesh: where a fused kernel runs inside jit over several devices; the compiler cannot partition it by itself.
 
@@ -119,7 +122,7 @@ def attend(
         ValueError: an unknown implementation, or a soft cap for cuDNN.
     """
     if implementation == "xla" or q.shape[3] == 1:
-        return _einsum(q, k, v, mask, scale=scale, softcap=softcap)
+        return (_in_parts if causal else _einsum)(q, k, v, mask, scale=scale, softcap=softcap)
     match implementation:
         case "cudnn" if softcap is None:
             kernel = partial(_cudnn, scale=scale)
@@ -175,6 +178,18 @@ def attend_cache(
     blocks = (jnp.asarray(filled, jnp.int32) + BLOCK - 1) // BLOCK
     _, total, out = jax.lax.fori_loop(0, blocks, block, start)
     return (out / total).astype(q.dtype)[:, :, :, None]
+
+
+def _in_parts(q: Array, k: Array, v: Array, mask: Array, *, scale: float, softcap: float | None) -> Array:
+    """Queries of long rows a part after the other, with what is before its end."""
+    time = q.shape[3]
+    parts = max(1, min(_PARTS, time // _LANES))
+    ends = [time * (i + 1) // parts for i in range(parts)]
+    out = [
+        _einsum(x, k[:, :, :end], v[:, :, :end], mask[:, end - x.shape[3] : end, :end], scale=scale, softcap=softcap)
+        for x, end in zip(jnp.split(q, ends[:-1], 3), ends, strict=True)
+    ]
+    return jnp.concatenate(out, 3)
 
 
 def _einsum(q: Array, k: Array, v: Array, mask: Array, *, scale: float, softcap: float | None) -> Array:

@@ -217,7 +217,8 @@ class Block(nnx.Module):
         if cache is not None and time == 1:
             out = self.attend_cache(q, cache.read, length=cache.length, filled=index + 1, **how)
         else:
-            out = self.attend(q, *(cache.read(0, kind.mask.shape[2]) if cache is not None else (k, v)), **how)
+            source = (k, v) if cache is None else cache.read(0, kind.mask.shape[2])
+            out = self.attend(q, *source, causal=cache is None, **how)
         return self.o(out.transpose(0, 3, 1, 2, 4).reshape(rows, time, -1), lora.get("o")), cache
 
     def mlp(self, x: Array, lora: dict) -> Array:
@@ -306,8 +307,8 @@ class Model:
         Args:
             lora: a fused adapter from `ple_jax.backend.lora.fuse`, or `{}` for the base alone.
             positions: position of every token; of padding it does not matter.
-            mask: which source positions a token may attend to: source = time without a cache, and with one as many as are
-                read of it, from the first on.
+            mask: which source positions a token may attend to: without a cache source = time, and nothing after a token is
+                visible; with one as many as are read of it, from the first on.
             index: where in the cache this call writes.
             source_positions: position of everything `mask` speaks of; with a cache a sliding window needs it.
         """

@@ -30,10 +30,10 @@ def cost(platform: str, reach: float) -> Cost:
     """On a CPU hardly anything is lost by small passes; on an accelerator every pass costs its launches.
 
     Args:
-        reach: by operations alone. A CPU takes 2.5 times as long for those of attention (two cores with AVX2, float32, rows
-            of 384 to 1,024 tokens of SmolLM2).
+        reach: by operations alone. A CPU takes 1.6 times as long for attention (two cores with AVX2, float32, rows of 384
+            to 1,024 tokens of SmolLM2).
     """
-    return Cost(512, 0.4 * reach) if platform == "cpu" else Cost(8192, reach)
+    return Cost(512, 0.6 * reach) if platform == "cpu" else Cost(8192, reach)
 
 
 class Pass(NamedTuple):

@@ -120,6 +120,26 @@ def check(actual, expected, mask, tolerance):
 
 
 @pytest.mark.parametrize("softcap", [None, 0.7])
+@pytest.mark.parametrize("time", [130, 258, 390, 515])
+def test_long_causal_rows_are_computed_in_parts(time, softcap):
+    """One to four of them, some a position longer; packed rows, of which much is not visible anyway."""
+    rng = np.random.default_rng(time)
+    data = [rng.normal(size=(1, 1, *shape, 16)).astype(np.float32) for shape in ((2, time), (time,), (time,), (2, time))]
+    mask = (packed(time // 3, [time // 4, time // 3], 5, time) | np.eye(time, dtype=bool))[None]
+
+    @jax.jit
+    def both(*x):
+        how = {"mask": mask, "scale": SCALE, "softcap": softcap, "implementation": "xla", "causal": True}
+        out, pull = jax.vjp(lambda *x: attend(*x, **how), *x[:3])
+        return out, *pull(x[3])
+
+    for ours, exact in zip(both(*data), oracle(*data[:3], mask, softcap, data[3]), strict=True):
+        np.testing.assert_allclose(ours, exact, atol=1e-4)
+    call = jax.jit(lambda *x: attend(*x, mask=mask, scale=SCALE, implementation="xla", causal=True))
+    assert (f"x{2 * time}x{time}xf32" in call.lower(*data[:3]).as_text()) == (time < 256)  # the scores of all
+
+
+@pytest.mark.parametrize("softcap", [None, 0.7])
 @pytest.mark.parametrize("filled", [1, 32, 33, 77, 320])
 def test_a_cache_is_read_in_blocks_as_far_as_it_is_filled(filled, softcap):
     """Blocks of which nothing is visible lie before and between others; what is after the last filled one is no number."""

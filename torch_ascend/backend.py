@@ -191,7 +191,8 @@ class TorchBackend:
         most = max(len(b.prompt) for b in batches)
         share = 1 / sum(float(b.data["valid"].sum()) for b in batches)
         metrics: dict[str, Tensor] = {}
-        for i, data in enumerate(self.put(batch, one) for batch in batches for one in self._passes(batch, most)):
+        passes = ((i, self.put(batch, one)) for i, batch in enumerate(batches) for one in self._passes(batch, most))
+        for i, data in passes:
             # dropout depends on the number of steps taken, which a checkpoint holds: a resumed run draws the same
             torch.manual_seed(np.random.SeedSequence([self.seed, self.steps, i]).generate_state(1)[0])
             found = train.gradients(self.model, loss, self.policy, *data, share, temperature)
@@ -250,7 +251,7 @@ class TorchBackend:
         packed = packed._replace(targets=packed.targets[:, :used], before=packed.before[:, : used - first])
         prompt, prompt_mask, response, response_mask = map(placed, whole[:4])
         data = {name: placed(np.asarray(x)) for name, x in whole.data.items()}
-        rows = {name: placed(x) for name, x in packed._asdict().items() if name != "used"}
+        rows = {name: placed(x) for name, x in packed._asdict().items() if x.ndim}
         return Batch(prompt, prompt_mask, response, response_mask, data), packed._replace(**rows)
 
 
@@ -316,7 +317,7 @@ def make_model(config: ConfigDict, loaded: weights.Loaded, place: Place, table: 
     if config.model.quantize != "none":
         models.quantize(made, config.model.quantize)
     paths = adapters.resolve(loaded.config, config.lora.targets)
-    models.adapt(made, adapters.settings(config), paths, world=place.world)
+    models.adapt(made, adapters.settings(config), paths)
     return made
 
 

@@ -21,13 +21,14 @@ class Capabilities:
     # tokens decoded between two questions whether all responses have ended: each waits for the device
     steps_per_sync: int
     mixed_matmul: bool = False  # torch.mm takes bfloat16 and gives float32
+    strided: bool = True  # attention reads a part of a cache where it is (of NPUs nobody knows here: it may be copied)
     records: bool = False  # operators can be recorded once and repeated (tried on CUDA; NPUs may, but nobody has tried here)
 
 
 CAPABILITIES = {
     "cpu": Capabilities("gloo", steps_per_sync=1),
     "cuda": Capabilities("nccl", steps_per_sync=16, mixed_matmul=True, records=True),
-    "npu": Capabilities("hccl", steps_per_sync=16),
+    "npu": Capabilities("hccl", steps_per_sync=16, strided=False),
 }
 _INSTALL = "pip install 'ple_jax[ascend]' (torch-npu has torch's version number)"
 

@@ -86,9 +86,9 @@ def visible(packed: Packed) -> Bool[Tensor, "row time time"]:
 
 
 def _at(x: Shaped[Tensor, "device place *rest"], index: Int64[Tensor, "device n"]) -> Shaped[Tensor, "device n *rest"]:
-    """What is in some places; of a place outside, which nobody reads, anything.
+    """What is in some places, none twice; of a place outside, which nobody reads, anything.
 
-    None is there twice but such: the gradient's additions have one order.
+    The gradient's additions have one order: of what nobody reads zeros are added.
     """
     index = index.clamp(max=x.shape[1] - 1)
     return x.gather(1, index if x.dim() == 2 else index[..., None].expand(-1, -1, x.shape[-1]))
@@ -96,7 +96,8 @@ def _at(x: Shaped[Tensor, "device place *rest"], index: Int64[Tensor, "device n"
 
 def hidden_states(model: Model, adapter: adapters.Adapter, packed: Packed) -> Float[Tensor, "device place hidden"]:
     """Of every token of packed rows; the device is this one."""
-    states = model.apply(adapter, packed.tokens, positions=packed.positions, mask=visible(packed))
+    numbers = packed.number, int(packed.total)
+    states = model.apply(adapter, packed.tokens, positions=packed.positions, mask=visible(packed), numbers=numbers)
     return states.reshape(1, -1, states.shape[-1])
 
 

@@ -129,12 +129,13 @@ def generate(
     def decode(reach: int) -> Callable[[], None]:
         return functools.partial(_decode, model, adapter, token, cache, sources, rows, reach)
 
+    step = _REACH if model.able.strided else sources.there.shape[1]
     reach, ran, repeat = 0, 0, decode(0)
     for i in range(1, new):
         if i % steps_per_sync == 0 and all_done(rows.done):
             break
         if reach < sources.begin + i:
-            reach, ran = in_blocks(sources.begin + i, _REACH), 0
+            reach, ran = in_blocks(sources.begin + i, step), 0
             repeat = decode(reach)
         if ran == 1 and recorded:  # once a block: what is recorded reads as much every time
             repeat = devices.record(repeat, model.device)

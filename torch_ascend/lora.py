@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ple_jax.models.adapters import Adapter, Lora
-from torch_ascend import sharding
-from torch_ascend.sharding import ALONE, World
+
+Numbers = tuple[Tensor, int]  # of the tokens of rows, [row, time], among all of their batch; and how many these are
 
 
 def magnitudes(module: nn.Module, adapter: Adapter, device: torch.device) -> Adapter:
@@ -37,18 +37,18 @@ class Linear(nn.Module):
         current: Callable[[], Adapter],
         *,
         transposed: bool,
-        world: World = ALONE,
+        numbers: Callable[[], Numbers | None] = lambda: None,
     ):
         """
         Args:
             base: nn.Linear, or a module whose weight is [in, out] (`transposed`).
             path: its name in adapters.
             current: gives the adapter in hand.
-            world: the processes that the rows are spread over.
+            numbers: gives those of the tokens in hand.
         """
         super().__init__()
         self.base, self.path, self.current, self.transposed = base, path, current, transposed
-        self.scale, self.rate, self.world = settings.scale_of(path), settings.dropout, world
+        self.scale, self.rate, self.numbers = settings.scale_of(path), settings.dropout, numbers
 
     def forward(self, x: Float[Tensor, "*batch inp"]) -> Float[Tensor, "*batch out"]:
         y = self.base(x)
@@ -57,7 +57,7 @@ class Linear(nn.Module):
             return y
         h = x.to(module["a"].dtype)
         # only gradients are dropped for: sampling and log-probabilities see the whole input
-        h = _dropped(h, self.rate, self.world) if self.rate and torch.is_grad_enabled() else h
+        h = _dropped(h, self.rate, self.numbers()) if self.rate and torch.is_grad_enabled() else h
         low = (h @ module["a"]) @ module["b"]
         if "m" not in module:
             if torch.is_grad_enabled():  # not in place: what recomputation keeps of the forward pass (remat=dots) is this y
@@ -82,11 +82,13 @@ class Linear(nn.Module):
         return ((w * w).sum(0) + 2 * cross + square).sqrt()
 
 
-def _dropped(h: Float[Tensor, "row time inp"], rate: float, world: World) -> Float[Tensor, "row time inp"]:
-    # drawn for the rows of all processes, so that how many there are changes nothing
-    noise = torch.rand((len(h) * sharding.row_multiple(world), *h.shape[1:]), device=h.device)
-    kept = noise[sharding.own_rows(world, len(noise))] >= rate
-    return torch.where(kept, h / (1 - rate), 0.0)
+def _dropped(h: Float[Tensor, "*batch inp"], rate: float, numbers: Numbers | None) -> Float[Tensor, "*batch inp"]:
+    if numbers is None:
+        noise = torch.rand_like(h)
+    else:  # drawn for all tokens of the batch: where one lies, and how many processes there are, changes nothing
+        which, total = numbers
+        noise = torch.rand((total, h.shape[-1]), device=h.device)[which]
+    return torch.where(noise >= rate, h / (1 - rate), 0.0)
 
 
 def trainable(adapter: Adapter, device: torch.device) -> Adapter:

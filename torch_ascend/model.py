@@ -26,7 +26,6 @@ from torch_ascend import device as devices
 from torch_ascend import lora
 from torch_ascend.ops import Ops
 from torch_ascend.quantize import Quantized
-from torch_ascend.sharding import ALONE, World
 
 _ATTENTION = "ple_ops"  # our function's name among transformers' attention implementations
 
@@ -55,6 +54,7 @@ class Model:
         self.dtype = module.dtype
         self.windowed = any(kind.window is not None for kind in config.kinds)
         self.adapter: Adapter = {}  # of the call that runs
+        self.numbers: lora.Numbers | None = None  # of its tokens
         self._cache: Cache | None = None
         self._index: int | Tensor = 0
 
@@ -68,6 +68,7 @@ class Model:
         source_positions: Int[Tensor, "row source"] | None = None,
         cache: Cache | None = None,
         index: int | Int[Tensor, "time"] = 0,
+        numbers: lora.Numbers | None = None,
     ) -> Float[Tensor, "row time hidden"]:
         """Hidden states after the last norm.
 
@@ -77,17 +78,20 @@ class Model:
             source_positions: of what is in the cache (`positions` without one); read where a layer has a window.
             cache: keys and values are written to it, and read from it.
             index: where they are written: the first place of several in a row, or a tensor of places.
+            numbers: of the tokens among all of a batch, which the noise of dropout goes by.
         """
         visible = mask[:, None]
         if self.windowed:  # how far back every source lies: each layer cuts at its own window
             source = positions if source_positions is None else source_positions
             distance = positions[:, None, :, None] - source[:, None, None, :]
             visible = torch.where(visible, distance, -1).to(torch.int32)
-        self.adapter, self._cache, self._index = adapter, cache, index
+        self.adapter, self.numbers, self._cache, self._index = adapter, numbers, cache, index
         try:
             out = self.decoder(input_ids=tokens, attention_mask=visible, position_ids=positions, use_cache=False)
         finally:
-            self._cache = None  # the adapter stays: recomputation in the backward pass reads it
+            self._cache = None
+            # adapter and numbers stay: recomputation in the backward pass reads them
+            self.numbers = numbers if torch.is_grad_enabled() else None
         return out.last_hidden_state
 
     @functools.cached_property
@@ -221,13 +225,13 @@ def _checkpointed(forward: Callable[..., Tensor], remat: str) -> Callable[..., T
     return recomputed
 
 
-def adapt(model: Model, settings: Lora, paths: Iterable[str], *, world: World = ALONE) -> None:
-    """Puts `lora.Linear` in the place of the modules with these paths; rows are spread over the processes of `world`."""
+def adapt(model: Model, settings: Lora, paths: Iterable[str]) -> None:
+    """Puts `lora.Linear` in the place of the modules with these paths."""
     transposed = FAMILIES[model.config.family].transposed
     for path in paths:
         make = functools.partial(
-            lora.Linear, path=path, settings=settings, current=lambda: model.adapter, transposed=transposed,
-            world=world,
+            lora.Linear, path=path, settings=settings, current=lambda: model.adapter, numbers=lambda: model.numbers,
+            transposed=transposed,
         )
         _replace(model, path, make)
 

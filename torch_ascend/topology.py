@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from ml_collections import ConfigDict
@@ -50,7 +51,7 @@ from torch_ascend.fakes import FUSED, Weights, replaced
 from torch_ascend.model import Cache
 from torch_ascend.sharding import Place, World
 
-STEPS = 3  # tokens decoded: the cache has its whole size from the start, so that more of them need no more
+STEPS = 3  # tokens decoded: the cache has its whole size from the start, and what grows with what is read of it is small
 
 
 # ---------------------------------------------------------------- devices
@@ -252,6 +253,7 @@ def _training(
 
     def batch(queries: int, sizes: Lengths) -> tuple[Batch, str]:
         made = example_batch(config, algorithm, queries, sizes, source.config.vocab_size)
+        made = made._replace(response_mask=np.ones_like(made.response_mask))  # as long as they may be
         k, new = made.response.shape[1:]
         return made, f"{-(-queries // processes)} rows x [{sizes.trained} prompt + {k} x {new} response tokens]"
 

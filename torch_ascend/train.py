@@ -58,8 +58,11 @@ def gradients(
     """
     said: Any = Lazy(model, adapter, batch, packed, temperature)
     value, metrics = loss(said, batch)
-    reduced = {name: (m * batch.data["valid"]).sum() * share for name, m in {"loss": value, **metrics}.items()}
+    valid: Tensor = batch.data["valid"]
+    # chosen, not multiplied: of who only fills the shape a loss may be no number
+    reduced = {name: torch.where(valid > 0, m * valid, 0.0).sum() * share for name, m in {"loss": value, **metrics}.items()}
     reduced["loss"].backward()
+    model.numbers = None  # recomputation was the last to read them
     return {name: m.detach().to(torch.float32) for name, m in reduced.items()}
 
 

@@ -117,7 +117,8 @@ class JaxBackend:
         # dropout depends on the number of steps taken, which a checkpoint holds: a resumed run draws the same
         step = jax.random.fold_in(self._key, optax.tree.get(self.state, "count"))
         how = {"loss": loss, "temperature": temperature}
-        for i, data in enumerate(self.put(batch, one) for batch in batches for one in self._passes(batch, most)):
+        passes = ((i, self.put(batch, one)) for i, batch in enumerate(batches) for one in self._passes(batch, most))
+        for i, data in passes:
             key = jax.random.fold_in(step, i)
             new, values = self.programs.gradients(self.base, self.policy, *data, share, key, **how)
             grads = new if grads is None else self.programs.accumulate(grads, new)

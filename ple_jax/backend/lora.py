@@ -42,14 +42,15 @@ def magnitudes(model: Model, base: Any, adapter: Adapter, lora: Lora) -> Adapter
     return {path: {**module, "m": found[path]} for path, module in adapter.items()}
 
 
-def fuse(model: Model, adapter: Adapter, lora: Lora, *, base: Any = None, dropout: Array | None = None) -> Any:
+def fuse(model: Model, adapter: Adapter, lora: Lora, *, base: Any = None, dropout: tuple[Array, Array] | None = None) -> Any:
     """The adapter in the decoder's own layout: `{"layers": [...]}`, a list of {kernel: LowRank}, or one stacked dict.
 
     An empty adapter gives `{}`.
 
     Args:
         base: the model's weights, which DoRA needs for the norms of its directions.
-        dropout: a key; the adapter's inputs are dropped with it, and not without.
+        dropout: a key and the numbers of the tokens, `Packed.number`; the adapter's inputs are dropped with it, and not
+            without.
     """
     if not adapter:
         return {}
@@ -62,8 +63,8 @@ def fuse(model: Model, adapter: Adapter, lora: Lora, *, base: Any = None, dropou
             # zero where a module is not adapted, or where its weights are zero: W x + A B x as they are
             low = low._replace(gain=jnp.where(m == 0, 1.0, m) / jnp.where(m == 0, 1.0, norm))
         if dropout is not None and lora.dropout:
-            key = jax.random.fold_in(dropout, layer * len(_KERNELS) + _KERNELS.index(kernel))
-            low = low._replace(dropout=(key, jnp.float32(lora.dropout)))
+            key = jax.random.fold_in(dropout[0], layer * len(_KERNELS) + _KERNELS.index(kernel))
+            low = low._replace(dropout=(key, dropout[1], jnp.float32(lora.dropout)))
         layers[layer][kernel] = low
     if not model.scan:
         return {"layers": layers}

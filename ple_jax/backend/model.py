@@ -76,7 +76,7 @@ class LowRank(NamedTuple):
     down: Float[Array, "inp rank"]
     up: Float[Array, "rank *out"]
     gain: Float[Array, "*out"] | None = None  # DoRA's magnitude over the norm of its direction
-    dropout: tuple[Array, Array] | None = None  # key and rate
+    dropout: tuple[Array, Int[Array, "row time"], Array] | None = None  # key, numbers of the tokens, rate
 
 
 class Kind(NamedTuple):
@@ -123,8 +123,11 @@ class Linear(nnx.Module):
     def _dropped(self, x: Float[Array, "row time inp"], lora: LowRank) -> Float[Array, "row time inp"]:
         if lora.dropout is None:
             return x
-        key, rate = lora.dropout
-        return jnp.where(jax.random.bernoulli(key, rate, x.shape), 0, x / (1 - rate).astype(x.dtype))
+        key, number, rate = lora.dropout
+        # a key for every token: its noise is the same wherever it lies, however many devices there are
+        keys = jax.vmap(functools.partial(jax.random.fold_in, key))(number.reshape(-1))
+        drops = jax.vmap(lambda key: jax.random.bernoulli(key, rate, x.shape[-1:]))(keys)
+        return jnp.where(drops.reshape(x.shape), 0, x / (1 - rate).astype(x.dtype))
 
 
 class Norm(nnx.Module):

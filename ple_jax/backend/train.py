@@ -43,11 +43,12 @@ def gradients(
     """
 
     def total(adapter: Any) -> tuple[Array, dict[str, Array]]:
-        fused = lora.fuse(model, adapter, settings, base=base, dropout=key)
+        fused = lora.fuse(model, adapter, settings, base=base, dropout=(key, packed.number))
         said = outputs(model, base, fused, batch, packed, temperature=temperature, **heads(adapter))
         value, metrics = loss(said, batch)
         valid = batch.data["valid"]
-        reduced = {name: (m * valid).sum() * share for name, m in {"loss": value, **metrics}.items()}
+        # chosen, not multiplied: of who only fills the shape a loss may be no number
+        reduced = {name: jnp.where(valid > 0, m * valid, 0).sum() * share for name, m in {"loss": value, **metrics}.items()}
         return reduced["loss"], reduced
 
     return jax.grad(total, has_aux=True)(adapter)

@@ -134,7 +134,7 @@ def lengths(batch: Batch) -> Int32[np.ndarray, " query"]:
 def micro_batches(batch: Batch, size: int) -> list[Batch]:
     """The rows of a batch in parts of `size`; the backend accumulates gradients over them.
 
-    Rows of about the same length are in one part, which is padded to its own longest.
+    Rows of about the same length are in one part.
     """
     order = np.argsort(lengths(batch), kind="stable")
     return [rows_of(batch, order[i : i + size]) for i in range(0, len(order), size)]

@@ -45,8 +45,10 @@ class Pass(NamedTuple):
     queries: Int32[np.ndarray, " query"]  # their numbers in the batch
     row: Int32[np.ndarray, " query"]
     offset: Int32[np.ndarray, " query"]  # tokens before it in its row
+    number: Int32[np.ndarray, " query"]  # tokens of the batch before it, in the order of the batch
     rows: int
     time: int  # tokens of a row
+    total: int  # tokens of the batch
 
 
 def width(longest: int) -> int:
@@ -73,7 +75,7 @@ def passes(batch: Batch, cost: Cost, *, most: int, shards: int = 1) -> list[Pass
     of 8 at most 6 numbers of rows are compiled for every width.
 
     Args:
-        most: queries of every pass: fewer are filled up, which costs no token.
+        most: queries of every pass: fewer are filled up, which costs the head alone, of their first tokens.
         shards: devices, or processes, over which queries and rows are spread.
     """
     size, each = lengths(batch), -(-most // shards)
@@ -110,14 +112,16 @@ def _laid(queries: np.ndarray, size: np.ndarray, each: int, shards: int, time: i
     used = int((free < time).sum(1).max())
     rows = next(count for count in row_counts(each) if count >= used)
     row += rows * np.arange(shards, dtype=np.int32)[:, None]
-    return Pass(taken.reshape(-1), row.reshape(-1), offset.reshape(-1), rows * shards, time)
+    where = taken.reshape(-1), row.reshape(-1), offset.reshape(-1)
+    return Pass(*where, _numbers(size)[where[0]], rows * shards, time, int(size.sum()))
+
+
+def _numbers(size: np.ndarray) -> np.ndarray:
+    return (np.cumsum(size) - size).astype(np.int32)
 
 
 def part(batch: Batch, one: Pass) -> Batch:
-    """The queries of a pass; where none is there is a copy of one, which is not valid.
-
-    Copies and not zeros: a loss that divides by its data would make NaN of zeros, and 0 * NaN is NaN.
-    """
+    """The queries of a pass; where none is there is a copy of one's data, which is not valid: zeros are no data."""
     there = one.queries >= 0
     found = rows_of(batch, np.where(there, one.queries, one.queries.max()))
     return found._replace(data=found.data | {"valid": np.where(there, found.data["valid"], 0).astype(np.float32)})
@@ -127,7 +131,8 @@ def alone(batch: Batch, shards: int = 1) -> Pass:
     """Every query in a row of its own, as wide as the batch's arrays: what a pass needs at most."""
     queries, time = len(batch.prompt), batch.prompt.shape[1] + math.prod(batch.response.shape[1:])
     rows = np.arange(-(-queries // shards) * shards, dtype=np.int32)
-    return Pass(np.where(rows < queries, rows, -1), rows, np.zeros_like(rows), len(rows), time)
+    taken, size = np.where(rows < queries, rows, -1), lengths(batch)
+    return Pass(taken, rows, np.zeros_like(rows), _numbers(size)[taken], len(rows), time, int(size.sum()))
 
 
 def pack(batch: Batch, one: Pass | None = None, *, shards: int = 1) -> Packed:
@@ -151,13 +156,15 @@ def pack(batch: Batch, one: Pass | None = None, *, shards: int = 1) -> Packed:
         positions=rows(found.position, 0),
         query=rows(found.query, -1),
         response=rows(found.response, 0),
+        number=rows(found.number, 0),
+        total=np.int32(one.total),
         **_ends(batch, one, shards),
         **_predictions(batch, one, shards, found),
     )
 
 
 class _Tokens(NamedTuple):
-    """Every token that is there, in the order in which they follow each other in the rows; arrays of one dimension."""
+    """Every token that is there, query after query; arrays of one dimension."""
 
     token: np.ndarray
     query: np.ndarray
@@ -165,6 +172,7 @@ class _Tokens(NamedTuple):
     within: np.ndarray  # its place in its response, where it is of one
     position: np.ndarray  # as the model counts: every response follows the prompt
     flat: np.ndarray  # its place in the rows, taken together
+    number: np.ndarray  # among all tokens of the batch
 
 
 def _tokens(batch: Batch, one: Pass) -> _Tokens:
@@ -181,6 +189,7 @@ def _tokens(batch: Batch, one: Pass) -> _Tokens:
         within,
         np.where(response > 0, length + within, rank),
         one.row[query] * one.time + one.offset[query] + rank,
+        one.number[query] + rank,
     )
 
 
@@ -188,10 +197,12 @@ def _ends(batch: Batch, one: Pass, shards: int) -> dict[str, np.ndarray]:
     """Places, among all tokens of a device, of a prompt's last token and of every response's."""
     queries, k, _ = batch.response.shape
     area = one.rows * one.time // shards
-    last = (one.row * one.time + one.offset) % area + batch.prompt_mask.sum(1) - 1
-    ends = last[:, None] + np.maximum(np.cumsum(batch.response_mask.sum(-1), 1), 1)
-    there, outside = (one.queries >= 0)[:, None], area + np.arange(queries * k).reshape(queries, k)
-    last, ends = np.where(there[:, 0], last, outside[:, 0]), np.where(there, ends, outside)
+    length, said = batch.prompt_mask.sum(1), batch.response_mask.sum(-1)
+    last = (one.row * one.time + one.offset) % area + length - 1
+    ends = last[:, None] + np.cumsum(said, 1)
+    there, outside = one.queries >= 0, area + np.arange(queries * k).reshape(queries, k)
+    last = np.where(there & (length > 0), last, outside[:, 0])
+    ends = np.where(there[:, None] & (said > 0), ends, outside)
     return {"last": last.astype(np.int32), "ends": ends.astype(np.int32)}
 
 

@@ -106,13 +106,15 @@ class Packed(NamedTuple):
     before: Array  # "device later": places of the tokens that predict the later ones
     targets: Array  # "device query*k+later": what is predicted, first tokens of all responses before the later ones
     places: Array  # "query k response_len": of every response token among what is predicted on its device
+    number: Array  # "row time": of every token among all of its batch: dropout's noise is of it, wherever it lies
     used: Array  # "": how much of `targets` is read, on the device that reads most
+    total: Array  # "": tokens of the batch
 
 
 class Outputs(NamedTuple):
     """What a model says of a batch: the backend's arrays inside a loss, numpy outside; fp32."""
 
-    logprobs: Array  # "query k response_len", of the response tokens alone; 0 where masked
+    logprobs: Array  # "query k response_len", of the response tokens alone; 0 where masked, -1 of who only fills the shape
     entropy: Array | None = None  # the same shape
     values: Array | None = None  # the same shape, where an algorithm asks for a value head
     scores: Array | None = None  # "query k": a reward model's head at the last token of every response

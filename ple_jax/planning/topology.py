@@ -153,7 +153,7 @@ def _sampling(on: Spread) -> Iterator[Phase]:
     total = sizes.prefix + sizes.sampled + sizes.new
     policy = device_bytes(on.base) + device_bytes(on.adapter)
     resident = device_bytes(on.adapter) + device_bytes(on.state)  # the reference and the optimizer's moments
-    first = sum(on.forward(width, sizes.sampled, total, 1).values())
+    first = sum(on.forward(width, sizes.sampled, total - sizes.new, 1).values())
     first += sum(on.forward(1, sizes.prefix, sizes.prefix, 0).values())
     one = sum(on.forward(width, 1, total, 1).values())
     rows = f"{width} rows x [{f'{sizes.prefix} shared + ' if sizes.prefix else ''}{sizes.sampled} prompt"

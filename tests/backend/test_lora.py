@@ -434,7 +434,8 @@ def dropped(key: int, rate: float, x: np.ndarray) -> np.ndarray:
     """What is left of an adapter's input."""
     one = jnp.eye(x.shape[-1])
     linear = Linear((x.shape[-1],) * 2, False, jnp.float32, whole=True)  # the kernel is zero
-    return np.asarray(linear(jnp.asarray(x), LowRank(one, one, dropout=(jax.random.key(key), jnp.float32(rate)))))
+    number = jnp.arange(x[..., 0].size).reshape(x.shape[:-1])
+    return np.asarray(linear(jnp.asarray(x), LowRank(one, one, dropout=(jax.random.key(key), number, jnp.float32(rate)))))
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
@@ -456,14 +457,15 @@ def test_every_layer_and_kernel_has_a_draw_of_its_own():
     adapter, keys = tiny.random_adapter(tiny.CONFIG), {}
     for scan in (False, True):
         model = Model.create(tiny.CONFIG, scan=scan)
-        lows = low_ranks(lora.fuse(model, adapter, replace(tiny.LORA, dropout=0.25), dropout=jax.random.key(3)))
-        assert all(np.all(low.dropout[1] == 0.25) for low in lows)
+        draw = jax.random.key(3), jnp.arange(6).reshape(2, 3)
+        lows = low_ranks(lora.fuse(model, adapter, replace(tiny.LORA, dropout=0.25), dropout=draw))
+        assert all(np.all(low.dropout[2] == 0.25) for low in lows)
         data = [np.reshape(jax.random.key_data(low.dropout[0]), (-1, 2)).tolist() for low in lows]
         keys[scan] = {tuple(key) for layers in data for key in layers}
         # no key is given to sample or to evaluate, and none counts where the rate is zero
         for fused in (
             lora.fuse(model, adapter, replace(tiny.LORA, dropout=0.25)),
-            lora.fuse(model, adapter, tiny.LORA, dropout=jax.random.key(3)),
+            lora.fuse(model, adapter, tiny.LORA, dropout=draw),
         ):
             assert all(low.dropout is None for low in low_ranks(fused))
     assert keys[False] == keys[True] and len(keys[True]) == 4 * tiny.CONFIG.num_layers

@@ -96,7 +96,8 @@ def peft_model(rank=4):
 def test_packed_rows_equal_separate_rows_in_peft(scan, shared):
     """Log-probabilities and LoRA gradients of [prompt | y1 | y2] and of two queries in one row, against PEFT's own rows."""
     batch = random_batch()
-    one = packing.Pass(np.arange(4), np.array([1, 0, 1, 0]), np.array([0, 0, 31, 27]), 2, 64) if shared else None
+    places = np.arange(4), np.array([1, 0, 1, 0]), np.array([0, 0, 31, 27]), np.zeros(4, int)
+    one = packing.Pass(*places, 2, 64, 99) if shared else None
     theirs, adapter = peft_model()
     model, base = build(scan=scan)
     expected = separate_logprobs(theirs, batch)
@@ -236,6 +237,24 @@ def test_queries_that_share_rows_and_short_ones_apart_change_no_number(a_pass, m
         np.testing.assert_allclose(getattr(together[0], name), getattr(alone[0], name), atol=2e-5)
     known = exact.Exact(tiny.random_adapter(tiny.CONFIG)).gradient(batch, exact.negative_likelihood)
     assert together[1] == pytest.approx(alone[1], rel=max(known.share, known.loss_share))
+
+
+def test_of_who_only_fills_the_shape_a_loss_may_be_no_number(monkeypatch):
+    """A ratio to a likelihood that is not its own overflows: neither the loss nor a gradient has anything of it."""
+    batch = random_batch(rows=6, response_len=64)
+    ours = backend()
+    batch.data["old"] = ours.logprobs(batch).logprobs.sum((1, 2))
+    assert (batch.data["old"] + batch.response_mask.sum((1, 2))).min() < -100  # exp of it is infinite
+
+    def ratio(outputs, batch):
+        value = jnp.exp(outputs.logprobs.sum((1, 2)) - batch.data["old"])
+        return value, {"ratio": value}
+
+    found = []
+    for a_pass in (1, 100_000):
+        monkeypatch.setattr(packing, "cost", lambda platform, reach, a_pass=a_pass: packing.Cost(a_pass, 1e9))
+        found.append(backend().update([batch], ratio, lr=0.01))
+    assert found[0] == pytest.approx(found[1], rel=1e-3) and found[0]["ratio"] == pytest.approx(1, rel=1e-3)
 
 
 def test_rows_that_are_not_valid_do_not_count():

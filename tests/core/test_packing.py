@@ -135,12 +135,13 @@ def test_a_row_has_no_padding_inside():
 
 
 def test_two_queries_in_one_row():
-    one = packing.Pass(np.array([0, 1]), np.array([0, 0]), np.array([7, 0]), 1, 16)
+    one = packing.Pass(np.array([0, 1]), np.array([0, 0]), np.array([7, 0]), np.array([0, 5]), 1, 16, 12)
     packed = pack(by_hand(), one)
     assert packed.tokens.tolist() == [[7, 8, 9, 31, 41, 42, 43, 5, 6, 11, 12, 21, 0, 0, 0, 0]]
     assert packed.positions[0, :12].tolist() == [0, 1, 2, 3, 3, 4, 5, 0, 1, 2, 3, 2]
     assert packed.query[0].tolist() == [1] * 7 + [0] * 5 + [-1] * 4
     assert packed.last.tolist() == [8, 2] and packed.ends.tolist() == [[10, 11], [3, 6]]
+    assert packed.number[0, :12].tolist() == [*range(5, 12), *range(5)] and packed.total == 12
     assert packed.before[0, :3].tolist() == [9, 4, 5]
 
 
@@ -155,7 +156,7 @@ def test_places_are_those_of_a_device():
 
 def test_a_query_that_only_fills_the_shape_has_no_token_and_is_not_valid():
     batch = by_hand()
-    one = packing.Pass(np.array([1, -1]), np.array([0, 0]), np.array([0, 0]), 1, 8)
+    one = packing.Pass(np.array([1, -1]), np.array([0, 0]), np.array([0, 0]), np.array([5, 5]), 1, 8, 12)
     own = part(batch, one)
     assert own.data["valid"].tolist() == [1, 0] and own.prompt.tolist() == [[7, 8, 9]] * 2
     packed = pack(own, one)
@@ -171,6 +172,7 @@ def test_no_place_is_there_twice(seed, k, shards):
     rng = np.random.default_rng(seed)
     prompts = rng.integers(1, 9, 6).tolist()
     batch = of_lengths(prompts, rng.integers(1, 6, (6, k)).tolist())
+    numbers: list[np.ndarray] = []
     for one in passes(batch, Cost(1, 1e9), most=6, shards=shards):
         own = part(batch, one)
         packed = pack(own, one, shards=shards)
@@ -178,6 +180,8 @@ def test_no_place_is_there_twice(seed, k, shards):
             for places in getattr(packed, name).reshape(shards, -1):
                 assert len(set(places.tolist())) == len(places), name
         flat = packed.tokens.reshape(shards, -1)
+        assert packed.total == packing.lengths(batch).sum()
+        numbers.append(packed.number[packed.query >= 0])
         for i in np.flatnonzero(one.queries >= 0):
             device = i // (len(one.queries) // shards)
             said = own.response[i][own.response_mask[i]]
@@ -185,6 +189,18 @@ def test_no_place_is_there_twice(seed, k, shards):
             assert flat[device][packed.last[i]] == own.prompt[i, -1]
             ends = [own.response[i, j][own.response_mask[i, j]][-1] for j in range(k)]
             assert flat[device][packed.ends[i]].tolist() == ends
+    assert sorted(np.concatenate(numbers)) == list(range(packing.lengths(batch).sum()))  # wherever a token lies
+
+
+def test_where_no_token_is_none_is_meant():
+    """A response without tokens, a prompt without any: no place is another query's."""
+    batch = by_hand()
+    batch.response_mask[0, 0] = False
+    batch.prompt_mask[1] = False
+    packed = pack(batch)
+    area = packed.tokens.size
+    assert packed.last[0] == 1 and packed.last[1] >= area
+    assert packed.ends[0, 0] >= area and packed.ends[0, 1] == 2 and packed.ends[1].tolist() == [9, 12]
 
 
 def test_what_passes_computed_is_put_in_the_order_of_the_batch():

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
+import journals
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -210,7 +211,7 @@ def test_both_backends_train_from_a_wheel(installed):
     rollouts = sorted(path.name for path in (jax / "rollouts").iterdir())
     assert len(rollouts) >= 3  # of as many iterations
     for name in rollouts:
-        assert (jax / "rollouts" / name).read_bytes() == (torch / "rollouts" / name).read_bytes(), name
+        journals.assert_the_same(jax / "rollouts" / name, torch / "rollouts" / name)
     for run in (jax, torch):
         assert all((run / name).exists() for name in ("report.html", "summary.json", "adapter/README.md"))
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import journals
 import numpy as np
 import pytest
 import tiny
@@ -84,7 +85,7 @@ def test_a_whole_run_with_every_tensor_on_the_npu(ranks, options, tmp_path, on_c
     result = simulator.run(WATCHED.format(arguments=arguments), ranks=ranks, env={"NPU_SIM_FUSED": "1"})
     for kind in ("rollouts", "evaluations"):
         for file in (on_cpu / kind).iterdir():
-            assert (tmp_path / "run" / kind / file.name).read_bytes() == file.read_bytes()
+            journals.assert_the_same(tmp_path / "run" / kind / file.name, file)
     curves = [
         [json.loads(line) for line in (where / "metrics.jsonl").read_text().splitlines()]
         for where in (on_cpu, tmp_path / "run")

@@ -308,6 +308,23 @@ def test_queries_that_share_rows_and_short_ones_apart_change_no_number(a_pass, m
     assert_gradients(first_gradients(shared), first_gradients(whole), known.share)
 
 
+def test_of_who_only_fills_the_shape_a_loss_may_be_no_number(monkeypatch):
+    """A ratio to a likelihood that is not its own overflows: neither the loss nor a gradient has anything of it."""
+    batch = random_batch(rows=6, response_len=64)
+    batch.data["old"] = backend().logprobs(batch).logprobs.sum((1, 2))
+    assert (batch.data["old"] + batch.response_mask.sum((1, 2))).min() < -100  # exp of it is infinite
+
+    def ratio(outputs, batch):
+        value = (outputs.logprobs.sum((1, 2)) - batch.data["old"]).exp()
+        return value, {"ratio": value}
+
+    found = []
+    for a_pass in (1, 100_000):
+        monkeypatch.setattr(packing, "cost", lambda platform, reach, a_pass=a_pass: packing.Cost(a_pass, 1e9))
+        found.append(backend().update([batch], ratio, lr=0.01))
+    assert found[0] == pytest.approx(found[1], rel=1e-3) and found[0]["ratio"] == pytest.approx(1, rel=1e-3)
+
+
 def test_rows_that_are_not_valid_do_not_count():
     """Not even where their loss is no number: 0 / 0 in what fills the shape up."""
     batch = random_batch(rows=6)

@@ -125,23 +125,31 @@ def generate(
     hidden, cache, sources = _prefill(model, adapter, prompt, prompt_mask, prefix, new)
     rows = _Rows(uniforms, sampling)
     token = rows.take(model.logits(hidden[:, -1]))
-
-    def decode(reach: int) -> Callable[[], None]:
-        return functools.partial(_decode, model, adapter, token, cache, sources, rows, reach)
-
-    step = _REACH if model.able.strided else sources.there.shape[1]
-    reach, ran, repeat = 0, 0, decode(0)
+    every = _REACH if model.able.strided else sources.there.shape[1]
+    step = _Step(functools.partial(_decode, model, adapter, token, cache, sources, rows), every, model.device, recorded)
     for i in range(1, new):
         if i % steps_per_sync == 0 and all_done(rows.done):
             break
-        if reach < sources.begin + i:
-            reach, ran = in_blocks(sources.begin + i, step), 0
-            repeat = decode(reach)
-        if ran == 1 and recorded:  # once a block: what is recorded reads as much every time
-            repeat = devices.record(repeat, model.device)
-        repeat()
-        ran += 1
+        step(sources.begin + i)
     return rows.out, rows.logprobs, rows.lengths
+
+
+class _Step:
+    """`_decode`, of a cache as far as it is filled; where steps are recorded, once for every reach."""
+
+    def __init__(self, decode: Callable[[int], None], every: int, device: torch.device, recorded: bool):
+        self.decode, self.every, self.device, self.recorded = decode, every, device, recorded
+        self.reach = self.ran = 0
+        self.repeat: Callable[[], None] = functools.partial(decode, 0)
+
+    def __call__(self, filled: int) -> None:
+        if self.reach < filled:
+            self.reach, self.ran = in_blocks(filled, self.every), 0
+            self.repeat = functools.partial(self.decode, self.reach)
+        elif self.ran == 1 and self.recorded:
+            self.repeat = devices.record(self.repeat, self.device)
+        self.repeat()
+        self.ran += 1
 
 
 class Sources(NamedTuple):

@@ -159,12 +159,25 @@ def attend_cache(
     mask = jnp.pad(mask, ((0, 0), (0, 0), (0, length - mask.shape[2])))
     if not looped or length <= AT_ONCE:
         return _einsum(q, *read(0, length), mask, scale=scale, softcap=softcap)
-    queries = q[:, :, :, 0]
+    blocks = (jnp.asarray(filled, jnp.int32) + BLOCK - 1) // BLOCK
+    return _in_blocks(q[:, :, :, 0], read, blocks, mask, scale=scale, softcap=softcap)[:, :, :, None]
+
+
+def _in_blocks(
+    q: Float[Array, "row kv group dim"],
+    read: Read,
+    blocks: Int[Array, ""],
+    mask: Bool[Array, "row 1 length"],
+    *,
+    scale: float,
+    softcap: float | None,
+) -> Float[Array, "row kv group dim"]:
+    """What a query sees in so many blocks, added up in their order."""
 
     def block(i: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         largest, total, out = state
         k, v = read(i * BLOCK, BLOCK)
-        scores = _dot("bkgd,bksd->bkgs", queries, k) * scale
+        scores = _dot("bkgd,bksd->bkgs", q, k) * scale
         if softcap is not None:
             scores = softcap * jnp.tanh(scores / softcap)
         seen = jax.lax.dynamic_slice_in_dim(mask, i * BLOCK, BLOCK, 2)[:, :, None]
@@ -174,10 +187,9 @@ def attend_cache(
         added = _dot("bkgs,bksd->bkgd", exponentials.astype(q.dtype), v)
         return new, total * shrunk + exponentials.sum(-1, keepdims=True), out * shrunk + added
 
-    start = (jnp.full((*queries.shape[:3], 1), _UNSEEN), jnp.zeros((*queries.shape[:3], 1)), jnp.zeros(queries.shape))
-    blocks = (jnp.asarray(filled, jnp.int32) + BLOCK - 1) // BLOCK
+    start = (jnp.full((*q.shape[:3], 1), _UNSEEN), jnp.zeros((*q.shape[:3], 1)), jnp.zeros(q.shape))
     _, total, out = jax.lax.fori_loop(0, blocks, block, start)
-    return (out / total).astype(q.dtype)[:, :, :, None]
+    return (out / total).astype(q.dtype)
 
 
 def _in_parts(q: Array, k: Array, v: Array, mask: Array, *, scale: float, softcap: float | None) -> Array:

@@ -59,12 +59,18 @@ def _in_chunks(f: Any, hidden: Array, targets: Array, used: Array | int) -> tupl
     shapes = jax.eval_shape(f, h[:, :size], y[:, :size])
     start = tuple(jnp.zeros((devices, tokens + pad, *x.shape[2:]), x.dtype) for x in shapes)
 
-    def chunk(i: Array, found: tuple[Array, ...]) -> tuple[Array, ...]:
+    def chunk(state: tuple[Array, tuple[Array, ...]]) -> tuple[Array, tuple[Array, ...]]:
+        i, found = state
         parts = f(*(jax.lax.dynamic_slice_in_dim(x, i * size, size, 1) for x in (h, y)))
-        return tuple(jax.lax.dynamic_update_slice_in_dim(x, part, i * size, 1) for x, part in zip(found, parts, strict=True))
+        written = [
+            jax.lax.dynamic_update_slice_in_dim(x, part, i * size, 1) for x, part in zip(found, parts, strict=True)
+        ]
+        return i + 1, tuple(written)
 
-    chunks = (jnp.asarray(used, jnp.int32) + size - 1) // size
-    return tuple(x[:, :tokens] for x in jax.lax.fori_loop(0, chunks, chunk, start))
+    chunks, most = (jnp.asarray(used, jnp.int32) + size - 1) // size, (tokens + pad) // size
+    # both bounds: the constant is what a reader of the program, such as `planning.hlo`, knows
+    _, found = jax.lax.while_loop(lambda s: (s[0] < most) & (s[0] < chunks), chunk, (jnp.int32(0), start))
+    return tuple(x[:, :tokens] for x in found)
 
 
 def _token_logprobs_forward(

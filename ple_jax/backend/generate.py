@@ -110,14 +110,13 @@ def generate(
     *,
     sampling: Sampling,
 ) -> tuple[Int32[Array, "row max_new"], Float32[Array, "row max_new"], Int32[Array, " row"]]:
-    """Responses, their tokens' log-probabilities (`Drawn`) and their lengths (EOS counted, where it was sampled).
-
-    Pure; jit it with model and sampling static.
+    """Responses, their tokens' log-probabilities (`Drawn`) and their lengths, a sampled EOS counted. Pure.
 
     Args:
         lora: a fused adapter (`ple_jax.backend.lora.fuse`).
         prompt: left-padded; every row has at least one token.
         prefix: tokens that stand before every prompt (the principles); computed once and shared by all rows.
+        sampling: static in a jit, as the model is.
     """
     rows, new = uniforms.shape
     hidden, cache, sources = _prefill(model, base, lora, prompt, prompt_mask, prefix, new)
@@ -126,15 +125,9 @@ def generate(
     def draw(hidden: Array, u: Array) -> Drawn:
         return sample_token(model.logits(base, hidden[:, -1]), u, sampling=sampling)
 
-    def written(out: Drawn, drawn: Drawn, done: Array, i: Array) -> Drawn:
-        def write(x: Array, value: Array) -> Array:
-            return jax.lax.dynamic_update_slice(x, jnp.where(done, 0, value)[:, None], (0, i))
-
-        return Drawn(write(out.token, drawn.token), write(out.logprob, drawn.logprob))
-
     def step(state: tuple) -> tuple:
         i, drawn, cache, out, lengths, done = state
-        out = written(out, drawn, done, i)
+        out = _written(out, drawn, done, i)
         lengths = lengths + (~done).astype(jnp.int32)
         done = done | (drawn.token[:, None] == eos[None]).any(-1)
         hidden, cache = _decode(model, base, lora, drawn.token, i, cache, sources)
@@ -143,11 +136,18 @@ def generate(
 
     # the last token needs no forward pass after it: the loop makes new - 1 and the end is written below
     out = Drawn(jnp.zeros((rows, new), jnp.int32), jnp.zeros((rows, new), jnp.float32))
-    state = (
-        jnp.int32(0), draw(hidden, uniforms[:, 0]), cache, out, jnp.zeros((rows,), jnp.int32), jnp.zeros((rows,), bool)
-    )  # fmt: skip
+    state = jnp.int32(0), draw(hidden, uniforms[:, 0]), cache, out, jnp.zeros(rows, jnp.int32), jnp.zeros(rows, bool)
     i, drawn, _, out, lengths, done = jax.lax.while_loop(lambda s: (s[0] < new - 1) & ~s[-1].all(), step, state)
-    return *written(out, drawn, done, i), lengths + (~done).astype(jnp.int32)
+    return *_written(out, drawn, done, i), lengths + (~done).astype(jnp.int32)
+
+
+def _written(out: Drawn, drawn: Drawn, done: Bool[Array, " row"], i: Int32[Array, ""]) -> Drawn:
+    """With the i-th token of every row, which is 0 where that has ended."""
+
+    def write(x: Array, value: Array) -> Array:
+        return jax.lax.dynamic_update_slice(x, jnp.where(done, 0, value)[:, None], (0, i))
+
+    return Drawn(write(out.token, drawn.token), write(out.logprob, drawn.logprob))
 
 
 class Sources(NamedTuple):

@@ -188,6 +188,19 @@ def test_room_for_more_tokens_changes_no_bit_and_is_not_read(ours, monkeypatch):
     assert reads == [(prompt, prompt)] * layers + [(1, 128 if n <= 128 else prompt + 150) for n in filled]
 
 
+def test_a_step_is_recorded_once_for_every_reach(ours, monkeypatch):
+    """After it ran once; what is repeated decodes the same tokens."""
+    recorded: list[object] = []
+    monkeypatch.setattr(generate.devices, "record", lambda call, device: recorded.append(call) or call)
+    prompt = torch.tensor([[0] * (16 - len(p)) + p for p in PROMPTS[:3]])
+    noise = torch.rand((3, 150), generator=torch.Generator().manual_seed(0))
+    data = prompt, prompt > 0, torch.zeros(0, dtype=torch.int64), noise
+    how = {"sampling": Sampling(150, ()), "all_done": lambda done: False, "steps_per_sync": 16}
+    one, other = (generate.generate(ours.model, ours.policy, *data, **how, recorded=on) for on in (False, True))
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    assert len(recorded) == 2  # of 128 positions, and of all 166
+
+
 @pytest.mark.parametrize("way", ["greedy", "sampled with EOS"])
 def test_how_often_the_device_is_asked_changes_nothing(way, ours, monkeypatch):
     """Whether all have ended is asked every token or every few: what is decoded beyond the end is not there."""

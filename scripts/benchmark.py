@@ -378,21 +378,21 @@ def measure_memory(here: Here) -> Iterator[dict[str, Any]]:
     model, adapter = Model.create(c, scan=jax_backend.use_scan("auto")), adapters.init(c, LORA, seed=0)
     queries, length, k, new = 8, 64, 2, 128
 
-    def all_logits(base: Any, adapter: Any, batch: Batch, packed: Packed) -> jax.Array:
+    def all_logits(base: Any, adapter: Any, packed: Packed) -> jax.Array:
         """Logits of every token, prompts included, in fp32, kept for the backward pass."""
         hidden = forward.hidden_states(model, base, lora.fuse(model, adapter, LORA), packed)
         hidden = hidden.reshape(*packed.tokens.shape, -1)
         logp = jax.nn.log_softmax(model.logits(base, hidden))
         return jnp.take_along_axis(logp[:, :-1], packed.tokens[:, 1:, None], -1)[:, length - 1 :].sum()
 
-    def chunked(base: Any, adapter: Any, batch: Batch, packed: Packed) -> jax.Array:
-        return forward.outputs(model, base, lora.fuse(model, adapter, LORA), batch, packed).logprobs.sum()
+    def chunked(base: Any, adapter: Any, packed: Packed) -> jax.Array:
+        return forward.outputs(model, base, lora.fuse(model, adapter, LORA), packed).logprobs.sum()
 
     prompt, response = np.ones((queries, length), np.int32), np.ones((queries, k, new), np.int32)
     batch = Batch(prompt, prompt > 0, response, response > 0, {})
     peaks = {}
     for name, function in {"chunked": chunked, "all_logits": all_logits}.items():
-        compiled = jax.jit(jax.grad(function, argnums=1)).lower(model.shapes, adapter, batch, pack(batch)).compile()
+        compiled = jax.jit(jax.grad(function, argnums=1)).lower(model.shapes, adapter, pack(batch)).compile()
         peaks[f"{name}_mib"] = compiled.memory_analysis().temp_size_in_bytes >> 20
     line = {"measured": "memory", "case": f"{queries} x ({length} + {k} x {new})", **peaks}
     print(json.dumps(line), flush=True)
@@ -427,7 +427,7 @@ def _logprobs_and_gradient(
     base = fill(model, here.loaded.weights, lambda _, array: jnp.asarray(array))
 
     def total(adapter: Any) -> tuple[Array, Array]:
-        said = forward.outputs(model, base, lora.fuse(model, adapter, LORA), batch, pack(batch)).logprobs
+        said = forward.outputs(model, base, lora.fuse(model, adapter, LORA), pack(batch)).logprobs
         return -said.sum(), said
 
     (_, said), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(adapter)

@@ -48,11 +48,11 @@ def ours(loaded: weights.Loaded, rows: list[list[int]]) -> float:
     model = Model.create(loaded.config, dtype=jnp.float32, scan=backend.use_scan("auto"))
     base = fill(model, loaded.weights, lambda _, array: jnp.asarray(array))
     # a text is a prompt of one token and a response
-    call = jax.jit(lambda base, *data: forward.outputs(model, base, {}, *data).logprobs.sum((1, 2)))
+    call = jax.jit(lambda base, packed: forward.outputs(model, base, {}, packed).logprobs.sum((1, 2)))
     total = 0.0
     for tokens, mask in batches(rows):
         batch = Batch(tokens[:, :1], mask[:, :1], tokens[:, None, 1:], mask[:, None, 1:], {})
-        total -= np.asarray(call(base, batch, pack(batch)), np.float64).sum()
+        total -= np.asarray(call(base, pack(batch)), np.float64).sum()
     return total
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ple_jax import algorithms
 from ple_jax.core import packing, processor
-from ple_jax.core.batches import decoded, decoding
+from ple_jax.core.batches import decoded, decoding, round_up
 from ple_jax.core.errors import UserError
 from ple_jax.core.types import Batch, Compiled, Loss, Outputs, Packed, Response, Sampling
 from ple_jax.models import adapters, weights
@@ -122,7 +122,7 @@ class TorchBackend:
     @sharding.together
     def scores(self, batch: Batch) -> Float32[np.ndarray, "query k"]:
         """What the head says of every response."""
-        return self._said(batch, lambda *data: [Lazy(self.model, self.policy, *data).scores])[0]
+        return self._said(batch, lambda packed: [Lazy(self.model, self.policy, packed).scores])[0]
 
     @sharding.together
     def update(
@@ -226,33 +226,34 @@ class TorchBackend:
         cost = packing.cost(self.model.device.type, attention_reach(self.model.config))
         return packing.passes(batch, cost, most=most, shards=sharding.row_multiple(self.world))
 
-    def _said(self, batch: Batch, say: Callable[..., Iterable[Tensor | None]]) -> list[Any]:
+    def _said(self, batch: Batch, say: Callable[[Packed], Iterable[Tensor | None]]) -> list[Any]:
         """What is said of every query of a batch, as numpy."""
-        made = self._passes(batch, len(batch.prompt))
+        made, shards = self._passes(batch, len(batch.prompt)), sharding.row_multiple(self.world)
+        rows = (packing.laid_out(batch, one, shards=shards)[1] for one in made)
         with torch.no_grad():
             found = [
-                [None if x is None else sharding.gather(self.world, x).numpy() for x in say(*self.put(batch, one))]
-                for one in made
+                [None if x is None else sharding.gather(self.world, x).numpy() for x in say(self.put_rows(packed))]
+                for packed in rows
             ]
         return [None if parts[0] is None else packing.reunited(parts, made) for parts in zip(*found, strict=True)]
 
     def put(self, batch: Batch, one: packing.Pass) -> tuple[Batch, Packed]:
         """This process's queries of a pass of the batch on its device, and its rows."""
-        shards, whole = sharding.row_multiple(self.world), packing.part(batch, one)
-        packed = packing.pack(whole, one, shards=shards)
+        whole, packed = packing.laid_out(batch, one, shards=sharding.row_multiple(self.world))
+        prompt, prompt_mask, response, response_mask = map(self._own, whole[:4])
+        data = {name: self._own(np.asarray(x)) for name, x in whole.data.items()}
+        return Batch(prompt, prompt_mask, response, response_mask, data), self.put_rows(packed)
 
-        def placed(x: np.ndarray) -> Tensor:
-            # as JAX has them: no float64, which NPUs lack; token ids index, so they are int64
-            x = x.astype({"f": np.float32, "i": np.int64, "u": np.int64}.get(x.dtype.kind, x.dtype))
-            return self._to_device(x[sharding.own_rows(self.world, len(x))])
-
-        # what is read, in whole chunks, so that shapes are few
-        used, first = -(-int(packed.used) // CHUNK) * CHUNK, packed.targets.shape[1] - packed.before.shape[1]
+    def put_rows(self, packed: Packed) -> Packed:
+        """This process's packed rows on its device; of what is predicted what is read, in whole chunks: shapes are few."""
+        used, first = round_up(int(packed.used), CHUNK), packed.targets.shape[1] - packed.before.shape[1]
         packed = packed._replace(targets=packed.targets[:, :used], before=packed.before[:, : used - first])
-        prompt, prompt_mask, response, response_mask = map(placed, whole[:4])
-        data = {name: placed(np.asarray(x)) for name, x in whole.data.items()}
-        rows = {name: placed(x) for name, x in packed._asdict().items() if x.ndim}
-        return Batch(prompt, prompt_mask, response, response_mask, data), packed._replace(**rows)
+        return packed._replace(**{name: self._own(x) for name, x in packed._asdict().items() if x.ndim})
+
+    def _own(self, x: np.ndarray) -> Tensor:
+        """This process's part of an array on its device, as JAX has it: no float64, which NPUs lack; indices are int64."""
+        x = x.astype({"f": np.float32, "i": np.int64, "u": np.int64}.get(x.dtype.kind, x.dtype))
+        return self._to_device(x[sharding.own_rows(self.world, len(x))])
 
 
 def load(config: ConfigDict) -> weights.Loaded:

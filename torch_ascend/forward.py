@@ -7,13 +7,12 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int64, Shaped
 from torch import Tensor
 
-from ple_jax.core.types import Batch, Outputs, Packed
+from ple_jax.core.types import Outputs, Packed
 from ple_jax.models import adapters
 from torch_ascend import lora
 from torch_ascend.model import Model
 
 CHUNK = 512  # tokens whose logits exist at one time: 100 MB in fp32 at a vocabulary of 49152
-_NOBODY = -1.0  # nats of the tokens of who only fills a shape: not 0, where a loss may take the logarithm of 1 - p
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -115,26 +114,25 @@ def _read(head: Float32[Tensor, "hidden 1"], hidden: Float[Tensor, "*batch hidde
 def _of_responses(
     x: Float32[Tensor, "device token"], places: Int64[Tensor, "query *place"]
 ) -> Float32[Tensor, "query *place"]:
-    """In the order of the queries, what the device has in its order."""
-    return _at(x, places.reshape(1, -1)).reshape(places.shape)
+    """In the order of the queries, what the device has in its order; 0 where the place is outside."""
+    return torch.where(places < x.shape[1], _at(x, places.reshape(1, -1)).reshape(places.shape), 0.0)
 
 
 def outputs(
     model: Model,
     adapter: adapters.Adapter,
-    batch: Batch,
     packed: Packed,
     *,
     entropy: bool = False,
     temperature: float = 1.0,
 ) -> Outputs:
-    """What the model says of a batch of tensors.
+    """What the model says of a batch.
 
     Args:
-        packed: the batch's rows, of `core.packing.pack`.
+        packed: its rows, of `core.packing.pack`, as tensors.
         temperature: what the logits are divided by, above 0.
     """
-    said = Lazy(model, adapter, batch, packed, temperature)
+    said = Lazy(model, adapter, packed, temperature)
     logprobs, spread = said.spread() if entropy else (said.logprobs, None)
     return Outputs(logprobs, spread, said.values, said.scores)
 
@@ -144,29 +142,21 @@ class Lazy:
 
     entropy = None
 
-    def __init__(
-        self, model: Model, adapter: adapters.Adapter, batch: Batch, packed: Packed, temperature: float = 1.0
-    ):
-        self._model, self._batch, self._packed, self._temperature = model, batch, packed, temperature
+    def __init__(self, model: Model, adapter: adapters.Adapter, packed: Packed, temperature: float = 1.0):
+        self._model, self._packed, self._temperature = model, packed, temperature
         states = hidden_states(model, adapter, packed)
         self._hidden = predicting(states, packed)
-        self._nobody = (packed.last >= states.shape[1])[:, None, None]
         score, value = (lora.head(adapter, name) for name in (adapters.SCORE, adapters.VALUE))
         self.scores = None if score is None else _of_responses(_read(score, states), packed.ends)
-        self.values = None if value is None else self._shaped(_read(value, self._hidden))
-
-    def _shaped(self, x: Float32[Tensor, "device token"]) -> Float32[Tensor, "query k response_len"]:
-        """As the batch has its responses; 0 where masked, and of who only fills its shape."""
-        return torch.where(self._batch.response_mask & ~self._nobody, _of_responses(x, self._packed.places), 0.0)
-
-    def _nats(self, x: Float32[Tensor, "device token"]) -> Float32[Tensor, "query k response_len"]:
-        return torch.where(self._batch.response_mask & self._nobody, _NOBODY, self._shaped(x))
+        self.values = None if value is None else _of_responses(_read(value, self._hidden), packed.places)
 
     @functools.cached_property
     def logprobs(self) -> Float32[Tensor, "query k response_len"]:
-        return self._nats(token_logprobs(self._model, self._hidden, self._packed.targets, self._temperature))
+        found = token_logprobs(self._model, self._hidden, self._packed.targets, self._temperature)
+        return _of_responses(found, self._packed.places)
 
     def spread(self) -> tuple[Float32[Tensor, "query k response_len"], Float32[Tensor, "query k response_len"]]:
         """Log-probabilities, and the entropy, which no loss is told."""
-        logprobs, spread = token_entropy(self._model, self._hidden, self._packed.targets, self._temperature)
-        return self._nats(logprobs), self._shaped(spread)
+        found = token_entropy(self._model, self._hidden, self._packed.targets, self._temperature)
+        logprobs, spread = (_of_responses(x, self._packed.places) for x in found)
+        return logprobs, spread

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
-from ple_jax.core.batches import in_blocks
+from ple_jax.core.batches import round_up
 from ple_jax.core.types import Sampling
 from ple_jax.models.adapters import Adapter
 from torch_ascend import device as devices
@@ -144,7 +144,7 @@ class _Step:
 
     def __call__(self, filled: int) -> None:
         if self.reach < filled:
-            self.reach, self.ran = in_blocks(filled, self.every), 0
+            self.reach, self.ran = round_up(filled, self.every), 0
             self.repeat = functools.partial(self.decode, self.reach)
         elif self.ran == 1 and self.recorded:
             self.repeat = devices.record(self.repeat, self.device)
@@ -251,7 +251,7 @@ def stream(
     places = torch.arange(total, **place)[None]
     tokens, start = torch.tensor([list(prompt)], **place), 0
     for i in range(new):
-        at, seen = places[:, start : start + tokens.shape[1]], places[:, : in_blocks(start + tokens.shape[1], _REACH)]
+        at, seen = places[:, start : start + tokens.shape[1]], places[:, : round_up(start + tokens.shape[1], _REACH)]
         mask = seen[:, None] <= at[:, :, None]
         hidden = model.apply(adapter, tokens, positions=at, mask=mask, source_positions=seen, cache=cache, index=start)
         token, _ = sample_token(model.logits(hidden[:, -1]), uniforms[i : i + 1], sampling=sampling)

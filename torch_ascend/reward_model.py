@@ -13,6 +13,7 @@ from jaxtyping import Float32
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from ple_jax.core.batches import round_up
 from ple_jax.core.errors import UserError
 from torch_ascend import device as devices
 from torch_ascend import sharding
@@ -61,7 +62,7 @@ class _Classifier:
     @sharding.together
     def classify(self, ids: Sequence[Sequence[int]]) -> Float32[np.ndarray, "n labels"]:
         world = sharding.world()
-        count = -(-len(ids) // sharding.row_multiple(world)) * sharding.row_multiple(world)
+        count = round_up(len(ids), sharding.row_multiple(world))
         rows = [*ids, *[ids[0]] * (count - len(ids))][sharding.own_rows(world, count)]
         width = max(map(len, ids))  # of all processes' rows: how many they are should not change a digit
         own = torch.cat([self._logits([row], len(row)) for row in rows]) if self.alone else self._logits(rows, width)

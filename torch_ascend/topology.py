@@ -260,8 +260,9 @@ def _training(
     said, about = batch(*judged(config, algorithm, sizes))
 
     def judge() -> None:
+        rows = backend.put_rows(packing.laid_out(said, packing.alone(said, processes), shards=processes)[1])
         with torch.no_grad():
-            forward.outputs(backend.model, backend.policy, *backend.put(said, packing.alone(said, processes)), entropy=True)
+            forward.outputs(backend.model, backend.policy, rows, entropy=True)
 
     yield Phase("log-probs", about, judge)
     micro, about = batch(opt.micro_queries, sizes)

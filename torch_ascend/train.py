@@ -56,7 +56,7 @@ def gradients(
         share: 1 / the real rows of the optimiser batch.
         temperature: what the logits are divided by.
     """
-    said: Any = Lazy(model, adapter, batch, packed, temperature)
+    said: Any = Lazy(model, adapter, packed, temperature)
     value, metrics = loss(said, batch)
     valid: Tensor = batch.data["valid"]
     # chosen, not multiplied: of who only fills the shape a loss may be no number

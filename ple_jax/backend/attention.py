@@ -15,7 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from ple_jax.backend.sharding import BATCH, row_multiple
-from ple_jax.core.batches import in_blocks
+from ple_jax.core.batches import round_up
 from ple_jax.core.errors import UserError
 
 IMPLEMENTATIONS = ("xla", "cudnn", "splash")
@@ -48,7 +48,7 @@ def attention_of(implementation: str, mesh: Mesh | None) -> Attention:
 
 def cache_length(positions: int) -> int:
     """Positions of a cache with room for so many: whole blocks, where it is read in blocks."""
-    return positions if positions <= AT_ONCE else in_blocks(positions, BLOCK)
+    return positions if positions <= AT_ONCE else round_up(positions, BLOCK)
 
 
 def choose(setting: str, *, platform: str, dtype: Any, softcap: float | None, head_dim: int) -> str:

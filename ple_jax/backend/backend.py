@@ -99,11 +99,11 @@ class JaxBackend:
         """Log-probabilities of a batch's response tokens under the policy, the frozen reference or the base."""
         adapter = {} if base else self.reference if reference else self.policy
         how = {"entropy": entropy, "temperature": temperature}
-        return self._said(_bare(batch), lambda *data: self.programs.outputs(self.base, adapter, *data, **how))
+        return self._said(batch, lambda packed: self.programs.outputs(self.base, adapter, packed, **how))
 
     def scores(self, batch: Batch) -> Float32[np.ndarray, "query k"]:
         """What the head says of every response."""
-        return self._said(_bare(batch), lambda *data: self.programs.scores(self.base, self.policy, *data))
+        return self._said(batch, lambda packed: self.programs.scores(self.base, self.policy, packed))
 
     def update(
         self, batches: Sequence[Batch], loss: Loss, *, lr: float, temperature: float = 1.0
@@ -181,22 +181,18 @@ class JaxBackend:
         cost = packing.cost(self.mesh.devices.flat[0].platform, attention_reach(self.model.config))
         return packing.passes(batch, cost, most=most, shards=self._multiple)
 
-    def _said(self, batch: Batch, program: Callable[..., Any]) -> Any:
+    def _said(self, batch: Batch, program: Callable[[Packed], Any]) -> Any:
         """What a program says of every query of a batch, as numpy."""
         made = self._passes(batch, len(batch.prompt))
-        found = jax.device_get([program(*self.put(batch, one)) for one in made])
+        rows = (packing.laid_out(batch, one, shards=self._multiple)[1] for one in made)
+        found = jax.device_get([program(sharding.put_rows(self.mesh, packed)) for packed in rows])
         return jax.tree.map(lambda *parts: packing.reunited(parts, made), *found)
 
     def put(self, batch: Batch, one: packing.Pass) -> tuple[Batch, Packed]:
         """A pass of the batch on the devices: its queries, and its rows."""
-        own = jax.tree.map(lambda x: np.asarray(x, np.float32) if x.dtype == np.float64 else x, packing.part(batch, one))
-        packed = packing.pack(own, one, shards=self._multiple)
-        return sharding.put_rows(self.mesh, (own, packed))
-
-
-def _bare(batch: Batch) -> Batch:
-    """The batch without what losses compare with: a program that reads none of it should not be compiled for every kind."""
-    return batch._replace(data={"valid": batch.data["valid"]})
+        data = packing.laid_out(batch, one, shards=self._multiple)
+        narrow = jax.tree.map(lambda x: np.asarray(x, np.float32) if x.dtype == np.float64 else x, data)
+        return sharding.put_rows(self.mesh, narrow)
 
 
 def load(config: ConfigDict) -> weights.Loaded:

@@ -9,11 +9,10 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Shaped
 
 from ple_jax.backend import sharding
 from ple_jax.backend.model import Model, head_logits
-from ple_jax.core.types import Batch, Outputs, Packed
+from ple_jax.core.types import Outputs, Packed
 from ple_jax.models import adapters
 
 CHUNK = 512  # tokens of a device whose logits exist at one time: 100 MB in fp32 at a vocabulary of 49152
-_NOBODY = -1.0  # nats of the tokens of who only fills a shape: not 0, where a loss may take the logarithm of 1 - p
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -169,7 +168,6 @@ def outputs(
     model: Model,
     base: Any,
     fused: Any,
-    batch: Batch,
     packed: Packed,
     *,
     entropy: bool = False,
@@ -180,7 +178,7 @@ def outputs(
     """What the model says of a batch. Logits exist for response tokens alone; the compiler leaves out what is not used.
 
     Args:
-        packed: the batch's rows, of `core.packing.pack`.
+        packed: its rows, of `core.packing.pack`.
         temperature: what the logits are divided by, above 0.
         score: a reward model's head, read at a response's last token.
         value: PPO's head, read where each token is predicted.
@@ -194,9 +192,8 @@ def outputs(
     how = head, hidden, packed.targets, packed.used, model.config.logits_softcap, temperature
     found = token_entropy(*how) if entropy else (token_logprobs(*how),)
     logprobs, *spread = (_of_responses(x, packed.places) for x in found)
-    nobody = (packed.last >= states.shape[1])[:, None, None] & batch.response_mask
     return Outputs(
-        jnp.where(nobody, _NOBODY, logprobs),
+        logprobs,
         spread[0] if entropy else None,
         None if value is None else _of_responses(_read(value, hidden), packed.places),
         None if score is None else _of_responses(_read(score, states), packed.ends),

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from ple_jax.backend import sharding
 from ple_jax.backend.backend import make_model
 from ple_jax.backend.model import Model, fill
-from ple_jax.core.batches import bucket
+from ple_jax.core.batches import bucket, round_up
 from ple_jax.models import weights
 
 _BUCKET = 32  # tokens
@@ -47,7 +47,7 @@ def classifier(
     base = fill(model, loaded.weights, sharding.put_weight(devices, kv_heads=loaded.config.num_kv_heads))
     head = jax.device_put(loaded.weights[weights.SCORE].astype(np.float32), sharding.replicated(devices))
     pad = weights.pad_token(loaded.raw)
-    height = -(-rows // sharding.row_multiple(devices)) * sharding.row_multiple(devices)
+    height = round_up(rows, sharding.row_multiple(devices))
 
     @jax.jit
     def logits(base: Any, head: Array, tokens: Array, mask: Array, last: Array) -> Array:

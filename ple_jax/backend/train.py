@@ -44,7 +44,7 @@ def gradients(
 
     def total(adapter: Any) -> tuple[Array, dict[str, Array]]:
         fused = lora.fuse(model, adapter, settings, base=base, dropout=(key, packed.number))
-        said = outputs(model, base, fused, batch, packed, temperature=temperature, **heads(adapter))
+        said = outputs(model, base, fused, packed, temperature=temperature, **heads(adapter))
         value, metrics = loss(said, batch)
         valid = batch.data["valid"]
         # chosen, not multiplied: of who only fills the shape a loss may be no number
@@ -68,8 +68,8 @@ class Programs(NamedTuple):
     """The compiled programs of a run, `jax.jit` objects. What `--mode=plan --topology` compiles is these too."""
 
     generate: Any  # (base, adapter, prompt, prompt_mask, prefix, uniforms, *, sampling) -> (tokens, log-probs, lengths)
-    outputs: Any  # (base, adapter, batch, packed, *, entropy, temperature) -> Outputs
-    scores: Any  # (base, adapter, batch, packed) -> scores
+    outputs: Any  # (base, adapter, packed, *, entropy, temperature) -> Outputs
+    scores: Any  # (base, adapter, packed) -> scores
     gradients: Any  # (base, adapter, batch, packed, share, key, *, loss, temperature) -> (gradients, metrics)
     accumulate: Any  # (gradients, gradients) -> gradients; donates the first
     apply: Any  # (adapter, state, gradients, lr) -> (adapter, state, norm); donates adapter and state
@@ -96,8 +96,8 @@ def programs(
     def sample(base: Any, adapter: Any, *data: Array, sampling: Sampling) -> tuple[Array, Array, Array]:
         return generate.generate(model, base, fuse(base, adapter), *data, sampling=sampling)
 
-    def say(base: Any, adapter: Any, batch: Batch, packed: Packed, **how: Any) -> Outputs:
-        return outputs(model, base, fuse(base, adapter), batch, packed, **how, **heads(adapter))
+    def say(base: Any, adapter: Any, packed: Packed, **how: Any) -> Outputs:
+        return outputs(model, base, fuse(base, adapter), packed, **how, **heads(adapter))
 
     def slope(base: Any, adapter: Any, *data: Any, loss: Loss, **how: Any) -> tuple[Any, dict[str, Array]]:
         return gradients(model, settings, loss, base, adapter, *data, **how)

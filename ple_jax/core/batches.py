@@ -9,9 +9,9 @@ from ple_jax.core.errors import UserError
 from ple_jax.core.types import Batch, Response, Rollout
 
 
-def in_blocks(positions: int, block: int) -> int:
-    """The positions of as many whole blocks as hold so many."""
-    return -(-positions // block) * block
+def round_up(count: int, multiple: int) -> int:
+    """The smallest multiple that is no less."""
+    return -(-count // multiple) * multiple
 
 
 def bucket(length: int, smallest: int) -> int:
@@ -76,7 +76,7 @@ def decoded(
     ids, nats = tokens.tolist(), np.round(logprobs.astype(np.float64), 6).tolist()
     return [
         Response(tuple(row[:n]), finished=row[n - 1] in eos, logprobs=tuple(said[:n]))
-        for row, said, n in zip(ids[:count], nats, lengths.tolist(), strict=False)
+        for row, said, n in zip(ids[:count], nats[:count], lengths[:count].tolist(), strict=True)
     ]
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int32, Shaped
 
-from ple_jax.core.batches import bucket, lengths, rows_of
+from ple_jax.core.batches import bucket, lengths, round_up, rows_of
 from ple_jax.core.types import Batch, Packed
 
 
@@ -84,7 +84,8 @@ def passes(batch: Batch, cost: Cost, *, most: int, shards: int = 1) -> list[Pass
     def halved(queries: np.ndarray) -> tuple[float, list[Pass]]:
         found = _cheapest(queries, size, cost, each, shards, widest)
         price = cost.of(found.rows, found.time)
-        if len(queries) == 1:
+        # two passes cost no less than their tokens, whatever the rows are
+        if len(queries) == 1 or price <= 2 * cost.a_pass + size[queries].sum():
             return price, [found]
         short, long = (halved(half) for half in np.split(queries, [len(queries) // 2]))
         return (short[0] + long[0], short[1] + long[1]) if short[0] + long[0] < price else (price, [found])
@@ -130,9 +131,15 @@ def part(batch: Batch, one: Pass) -> Batch:
 def alone(batch: Batch, shards: int = 1) -> Pass:
     """Every query in a row of its own, as wide as the batch's arrays: what a pass needs at most."""
     queries, time = len(batch.prompt), batch.prompt.shape[1] + math.prod(batch.response.shape[1:])
-    rows = np.arange(-(-queries // shards) * shards, dtype=np.int32)
+    rows = np.arange(round_up(queries, shards), dtype=np.int32)
     taken, size = np.where(rows < queries, rows, -1), lengths(batch)
     return Pass(taken, rows, np.zeros_like(rows), _numbers(size)[taken], len(rows), time, int(size.sum()))
+
+
+def laid_out(batch: Batch, one: Pass, *, shards: int) -> tuple[Batch, Packed]:
+    """A pass of a batch: its part of it, and that part's rows."""
+    own = part(batch, one)
+    return own, pack(own, one, shards=shards)
 
 
 def pack(batch: Batch, one: Pass | None = None, *, shards: int = 1) -> Packed:

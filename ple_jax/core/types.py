@@ -114,7 +114,7 @@ class Packed(NamedTuple):
 class Outputs(NamedTuple):
     """What a model says of a batch: the backend's arrays inside a loss, numpy outside; fp32."""
 
-    logprobs: Array  # "query k response_len", of the response tokens alone; 0 where masked, -1 of who only fills the shape
+    logprobs: Array  # "query k response_len", of the response tokens alone; 0 where masked, and of who only fills the shape
     entropy: Array | None = None  # the same shape
     values: Array | None = None  # the same shape, where an algorithm asks for a value head
     scores: Array | None = None  # "query k": a reward model's head at the last token of every response

@@ -13,6 +13,7 @@ from ml_collections import FrozenConfigDict
 from ple_jax.algorithms import Algorithm
 from ple_jax.core import backends
 from ple_jax.core.backends import Needs
+from ple_jax.core.batches import round_up
 from ple_jax.core.config import AUTO, FEW, flatten
 from ple_jax.core.errors import UserError
 from ple_jax.planning.outline import lengths_of, read_source, with_numbers
@@ -83,7 +84,7 @@ def _groups(config: Any, algorithm: Algorithm, heldout: int) -> dict[int, int]:
 def _widths(groups: Mapping[int, int], multiple: int) -> list[int]:
     """Widths that leave little of a chunk empty: for every group those that cut it into 1, 2, 3 ... chunks."""
     step = math.lcm(_ROW, multiple)
-    found = {-(-rows // chunks // step) * step for rows in groups for chunks in range(1, rows + 1)}
+    found = {round_up(-(-rows // chunks), step) for rows in groups for chunks in range(1, rows + 1)}
     return sorted(width for width in found if width < FEW)
 
 

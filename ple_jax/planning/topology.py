@@ -57,14 +57,13 @@ def _abstract(tree: Any, places: Any) -> Any:
 def _placed(mesh: Mesh, batch: Batch) -> tuple[Batch, Packed]:
     """A batch as it is on the devices where every query has a row of its own."""
     shards = sharding.row_multiple(mesh)
-    one = packing.alone(batch, shards)
-    own = packing.part(batch, one)
+    data = packing.laid_out(batch, packing.alone(batch, shards), shards=shards)
 
     def leaf(x: np.ndarray) -> jax.ShapeDtypeStruct:
         dtype = np.float32 if x.dtype == np.float64 else x.dtype
         return jax.ShapeDtypeStruct(x.shape, dtype, sharding=sharding.rows(mesh, x.ndim))
 
-    return jax.tree.map(leaf, (own, packing.pack(own, one, shards=shards)))
+    return jax.tree.map(leaf, data)
 
 
 def device_bytes(tree: Any) -> int:
@@ -222,7 +221,7 @@ def _training(on: Spread, algorithm: Algorithm) -> Iterator[Phase]:
     said, about, flops = data(*judged(config, algorithm, on.sizes))
     yield Phase(
         "log-probs", about, policy, resident, sum(flops.values()),
-        lambda: on.made.outputs.lower(on.base, on.adapter, *said, entropy=True),
+        lambda: on.made.outputs.lower(on.base, on.adapter, said[1], entropy=True),
     )  # fmt: skip
     micro, about, flops = data(opt.micro_queries, on.sizes)
     key, loss = jax.eval_shape(lambda: jax.random.key(0)), algorithm.make_loss(config)

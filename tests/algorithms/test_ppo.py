@@ -128,7 +128,7 @@ def test_gradients_of_policy_and_head_are_the_same_in_both_backends():
 
     def total(adapter):
         fused = jax_lora.fuse(model, adapter, tiny.LORA)
-        found = jax_forward.outputs(model, base, fused, arrays, pack(batch), value=adapter[adapters.VALUE]["w"])
+        found = jax_forward.outputs(model, base, fused, pack(batch), value=adapter[adapters.VALUE]["w"])
         return loss(found, arrays)[0].mean()
 
     value, wanted = jit(jax.value_and_grad(total))(adapter)

@@ -243,14 +243,14 @@ def test_packed_rows_and_their_gradients_equal_peft(family, tmp_path):
     weights = np.random.default_rng(2).normal(size=batch.response.shape).astype(np.float32)
 
     @jit
-    def ours(base, adapter, batch, packed):
+    def ours(base, adapter, packed):
         def total(adapter):
-            logprobs = forward.outputs(model, base, lora.fuse(model, adapter, LORA), batch, packed).logprobs
+            logprobs = forward.outputs(model, base, lora.fuse(model, adapter, LORA), packed).logprobs
             return (weights * logprobs).sum(), logprobs
 
         return jax.grad(total, has_aux=True)(adapter)
 
-    gradient, logprobs = ours(base, adapter, batch, pack(batch))
+    gradient, logprobs = ours(base, adapter, pack(batch))
     expected = separate_logprobs(theirs, batch)
     np.testing.assert_allclose(logprobs, expected.detach().numpy(), atol=1e-4, rtol=0)
     (torch.from_numpy(weights) * expected).sum().backward()

@@ -156,7 +156,7 @@ def test_flops_against_xla(remat):
     def counted(lowered):
         return lowered.compile().cost_analysis()["flops"]
 
-    outputs = counted(made.outputs.lower(base, adapter, batch, packed, entropy=False))
+    outputs = counted(made.outputs.lower(base, adapter, packed, entropy=False))
     assert sum(forward.values()) == pytest.approx(outputs, rel=0.1)
     data = batch, packed, jnp.float32(0.5), jax.random.key(0)
     step = counted(made.gradients.lower(base, adapter, *data, loss=test_train.negative_likelihood))

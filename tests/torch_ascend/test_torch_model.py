@@ -54,13 +54,13 @@ def build_tiny(settings: Lora = tiny.LORA, weights=None, **options: Any) -> Mode
     return build(tiny.CONFIG, tiny.RAW, weights or tiny.weights(), settings, **options)
 
 
-def packed_in_torch(batch: Batch) -> tuple[Batch, Packed]:
-    """On the device, as the backend puts it there, every query in a row of its own."""
+def packed_in_torch(batch: Batch) -> Packed:
+    """Its rows on the device, as the backend puts it there, every query in a row of its own."""
 
     def array(x: np.ndarray) -> torch.Tensor:
         return torch.tensor(x.astype(np.int64) if x.dtype == np.int32 else x)
 
-    return jax.tree.map(array, (batch, pack(batch)))
+    return jax.tree.map(array, pack(batch))
 
 
 def mask_of(mask: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
@@ -187,7 +187,7 @@ def test_packed_rows_and_their_gradients_equal_peft(family):
     adapter = adapters.from_peft({name: x.numpy() for name, x in get_peft_model_state_dict(theirs).items()})
     leaves = lora.trainable(adapter, CPU)
     weights = torch.tensor(np.random.default_rng(2).normal(size=batch.response.shape).astype(np.float32))
-    ours = torch_forward.outputs(family.model, leaves, *packed_in_torch(batch)).logprobs
+    ours = torch_forward.outputs(family.model, leaves, packed_in_torch(batch)).logprobs
     expected = separate_logprobs(theirs, batch)
     torch.testing.assert_close(ours, expected, atol=2e-5, rtol=0)
     (weights * ours).sum().backward()
@@ -306,12 +306,12 @@ def test_recomputation_changes_no_gradient(dropout):
     settings = Lora(rank=4, alpha=8.0, dropout=dropout)
     batch, found = random_batch(), {}
     vocab = tiny.CONFIG.vocab_size
-    data = packed_in_torch(batch._replace(prompt=batch.prompt % vocab, response=batch.response % vocab))
+    packed = packed_in_torch(batch._replace(prompt=batch.prompt % vocab, response=batch.response % vocab))
     for remat in ("none", "dots", "full"):
         model, leaves = build_tiny(settings, remat=remat), lora.trainable(tiny.random_adapter(tiny.CONFIG), CPU)
         torch.manual_seed(0)
         with Matmuls() as forward:
-            total = torch_forward.outputs(model, leaves, *data).logprobs.sum()
+            total = torch_forward.outputs(model, leaves, packed).logprobs.sum()
         with Matmuls() as backward:
             total.backward()
         found[remat] = {name: leaf.grad for name, leaf in lora.leaves(leaves).items()}, forward, backward
@@ -353,18 +353,18 @@ def test_gradient_of_jax_on_a_model_with_caps():
     from ple_jax.backend import lora as jax_lora
 
     @jit
-    def jax_gradient(adapter, base, batch, packed):
+    def jax_gradient(adapter, base, packed):
         def total(adapter):
-            said = jax_forward.outputs(model, base, jax_lora.fuse(model, adapter, LORA), batch, packed).logprobs
+            said = jax_forward.outputs(model, base, jax_lora.fuse(model, adapter, LORA), packed).logprobs
             return (mix * said).sum(), said
 
         return jax.grad(total, has_aux=True)(adapter)
 
-    wanted, said = jax_gradient(adapter, base, batch, pack(batch))
+    wanted, said = jax_gradient(adapter, base, pack(batch))
 
     def torch_gradient(weights):
         leaves = lora.trainable(adapter, CPU)
-        ours = torch_forward.outputs(build(config, raw, weights), leaves, *packed_in_torch(batch)).logprobs
+        ours = torch_forward.outputs(build(config, raw, weights), leaves, packed_in_torch(batch)).logprobs
         (torch.tensor(mix) * ours).sum().backward()
         return ours.detach().numpy(), {name: leaf.grad.numpy() for name, leaf in lora.leaves(leaves).items()}
 

@@ -2,8 +2,8 @@
 
     python tests/killed.py MODULE:QUALIFIED.NAME N before|after MAIN-ARGUMENTS...
 
-N = 0 never kills. Every call of Backend.generate is counted into the file named by $GENERATED, a line of rows each. A run
-of one backend does not import what the other one is made of: torch's run has no JAX to import.
+N = 0 never kills. Every call of Journal.keep is counted into the file named by $GENERATED, a line each: which journal, and
+how many responses had ended. A run of one backend does not import what the other one is made of: torch's has no JAX.
 """
 
 import functools
@@ -47,10 +47,10 @@ def killing(n: int, when: str):
 
 def counting(function):
     @functools.wraps(function)
-    def call(self, prompts, *args, **kwargs):
+    def call(self, responses, *args, **kwargs):
         with Path(os.environ["GENERATED"]).open("a") as file:
-            file.write(f"{len(prompts)}\n")
-        return function(self, prompts, *args, **kwargs)
+            file.write(f"{self.path.parent.name}/{self.path.stem} {len(responses)}\n")
+        return function(self, responses, *args, **kwargs)
 
     return call
 
@@ -59,11 +59,11 @@ if __name__ == "__main__":
     where, n, when, *arguments = sys.argv[1:]
     sys.path.insert(0, str(Path(__file__).parent.parent))
     if "--backend=torch" in arguments:
-        own, other = "torch_ascend.backend:TorchBackend", ("jax", "jaxlib", "flax", "optax", "orbax", "qwix")
+        other: tuple[str, ...] = ("jax", "jaxlib", "flax", "optax", "orbax", "qwix")
         sys.modules.update(dict.fromkeys(other))  # as if they were not installed
     else:
-        own, other = "ple_jax.backend.backend:JaxBackend", ("torch",)
-    patch(f"{own}.generate", counting)
+        other = ("torch",)
+    patch("ple_jax.training.journal:Journal.keep", counting)
     patch(where, killing(int(n), when))
     sys.argv = ["ple_jax.main", *arguments]
     from ple_jax import main

@@ -4,10 +4,10 @@ import functools
 import math
 import os
 import platform
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,10 +16,10 @@ from ml_collections import ConfigDict
 from torch import Tensor
 
 from ple_jax import algorithms
-from ple_jax.core import packing, processor
-from ple_jax.core.batches import decoded, decoding, round_up
+from ple_jax.core import packing, processor, refill
+from ple_jax.core.batches import round_up
 from ple_jax.core.errors import UserError
-from ple_jax.core.types import Batch, Compiled, Loss, Outputs, Packed, Response, Sampling
+from ple_jax.core.types import Batch, Compiled, Loss, Outputs, Packed, Response, Sampling, Tell
 from ple_jax.models import adapters, weights
 from ple_jax.models.config import ModelConfig
 from ple_jax.models.families import FAMILIES
@@ -28,9 +28,18 @@ from torch_ascend import checkpoint, generate, lora, ops, sharding, train
 from torch_ascend import device as devices
 from torch_ascend import model as models
 from torch_ascend.forward import CHUNK, Lazy, outputs
-from torch_ascend.model import Model
+from torch_ascend.model import Cache, Model
 from torch_ascend.ops import Ops
 from torch_ascend.sharding import ALONE, Place, World
+
+
+class _Decoded(NamedTuple):
+    """What is sampled with: what all prompts that share it begin with, this process's rows, and their steps."""
+
+    prefix: Cache | None
+    rows: generate.Rows
+    sampling: Sampling
+    decode: generate.Decoding
 
 
 class TorchBackend:
@@ -56,10 +65,10 @@ class TorchBackend:
         self.leaves = lora.leaves(self.policy)
         self.optimizer = train.optimizer(self.leaves, weight_decay=weight_decay)
         self.reference = lora.frozen(self.policy)  # the start adapter; a fresh one is the base itself
+        self._decoded: _Decoded | None = None
 
     # -------------------------------------------------------------- Backend
 
-    @sharding.together
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -67,28 +76,13 @@ class TorchBackend:
         *,
         sampling: Sampling,
         prefix: Sequence[int] = (),
+        known: Mapping[int, Response] | None = None,
+        tell: Tell | None = None,
     ) -> list[Response]:
-        """One response per prompt, decoded `width` rows at a time, which are spread over the processes."""
-        responses: list[Response] = []
-        done = functools.partial(sharding.all_done, self.world, whole=self.sharded)
-        own, able = sharding.own_rows(self.world, self.width), self.model.able
-        for count, tokens, mask, noise in decoding(prompts, uniforms, width=self.width, smallest=self.bucket):
-            found = generate.generate(
-                self.model,
-                self.policy,
-                self._to_device(tokens[own].astype(np.int64)),
-                self._to_device(mask[own]),
-                self._to_device(np.asarray(prefix, np.int64)),
-                self._to_device(noise[own]),
-                sampling=sampling,
-                all_done=done,
-                steps_per_sync=able.steps_per_sync,
-                # collectives are not recorded, nor experts, whose kernels ask the host
-                recorded=able.records and not self.sharded and not self.model.config.experts,
-            )
-            whole = (sharding.gather(self.world, x).numpy() for x in found)
-            responses += decoded(*whole, count=count, eos=sampling.eos)
-        return responses
+        """One response per prompt, `width` of them decoded at once, in rows of all processes."""
+        requests = refill.Requests([tuple(prompt) for prompt in prompts], uniforms, sampling, tuple(prefix))
+        how = {"width": self.width, "smallest": self.bucket, "lanes": sharding.row_multiple(self.world)}
+        return refill.sample(self, requests, **how, known=known, tell=tell)
 
     def stream(
         self,
@@ -184,7 +178,63 @@ class TorchBackend:
     def compiled(self) -> Compiled:
         return Compiled(0, 0.0)
 
+    # -------------------------------------------------------------- refill.Engine
+
+    @sharding.together
+    def open(self, shape: refill.Shape, sampling: Sampling) -> None:
+        """Makes this process's rows, all of them free, and computes the prefix."""
+        model, prefix = self.model, None
+        if shape.prefix:
+            prefix = generate.read_prefix(model, self.policy, self._to_device(np.asarray(shape.prefix, np.int64)))
+        room = shape.room + len(shape.prefix) * (not model.holds_prefix)
+        rows = generate.Rows(model, shape.rows // sharding.row_multiple(self.world), room, shape.new, sampling.eos)
+        # collectives are not recorded, nor experts, whose kernels ask the host
+        recorded = model.able.records and not self.sharded and not model.config.experts
+        self._decoded = _Decoded(
+            prefix, rows, sampling, generate.Decoding(model, self.policy, prefix, rows, sampling, recorded=recorded)
+        )
+
+    @sharding.together
+    def begin(self, group: refill.Group) -> None:
+        """Reads this process's prompts, and draws the first token of every response to them."""
+        prefix, rows, sampling, _ = self._open_rows
+        tokens, lengths = map(self._own, (group.tokens, group.lengths))
+        mine, first = sharding.own_rows(self.world, len(group.row)), self.world.rank * len(rows.done)
+        begins = (group.row[mine] >= first) & (group.row[mine] < first + len(rows.done))
+        if not self.sharded and not begins.any():
+            return
+        prompt = group.prompt[mine][begins] - self.world.rank * len(lengths)
+        chosen = (x.astype(np.int64) for x in (prompt, group.row[mine][begins] - first))
+        rest = map(self._to_device, (*chosen, group.uniforms[mine][begins]))
+        own = refill.Group(tokens, lengths, group.shared, *rest)
+        generate.begin(self.model, self.policy, prefix if group.shared else None, rows, own, sampling=sampling)
+
+    @sharding.together
+    def decode(self, free: int) -> refill.Decoded:
+        """Decodes until so many of every process's rows are free, and `STEPS` tokens at most."""
+        _, rows, _, decode = self._open_rows
+        enough = functools.partial(sharding.enough, self.world, free, whole=self.sharded)
+        decode(enough, steps=refill.STEPS, unasked=self.model.able.steps_per_sync)
+        found = (rows.done, rows.length, rows.tokens, rows.logprobs)
+        return refill.Decoded(*(sharding.gather(self.world, x).numpy() for x in found))
+
+    def close(self) -> None:
+        """Lets go of the rows; of those of other processes not where a call of all of them has failed."""
+        if sharding.busy():
+            self._decoded = None
+        else:
+            self._let_go()
+
+    @sharding.together
+    def _let_go(self) -> None:
+        self._decoded = None
+
     # -------------------------------------------------------------- inside
+
+    @property
+    def _open_rows(self) -> "_Decoded":
+        assert self._decoded is not None, "rows are opened first"
+        return self._decoded
 
     def accumulate(self, batches: Sequence[Batch], loss: Loss, temperature: float = 1.0) -> dict[str, Tensor]:
         """The first half of an update: leaves the gradients of this process's rows in the leaves; their metrics' part."""
@@ -276,6 +326,10 @@ def forget() -> None:
 def check(config: ConfigDict, fsdp: int) -> None:
     """Refuses what a config may ask for and this backend has not, where the base is spread over `fsdp` devices."""
     sharding.check_tensor(config.mesh)
+    if config.sampling.fold_adapter:
+        raise UserError(
+            "config.sampling.fold_adapter is True, and the torch backend folds none: set it to False, or take --backend=jax"
+        )
     if config.model.quantize != "none" and fsdp > 1:
         raise UserError(
             f"config.model.quantize is {config.model.quantize!r} and the base is to be spread over {fsdp} devices: the torch"

@@ -113,13 +113,18 @@ def synchronize(device: torch.device) -> None:
         module(device.type).synchronize(device)
 
 
-def record(call: Callable[[], None], device: torch.device) -> Callable[[], None]:
+def recording_memory() -> Any:
+    """Memory for the temporary tensors of recordings of which never two are repeated at once."""
+    return torch.cuda.graph_pool_handle()
+
+
+def record(call: Callable[[], None], memory: Any) -> Callable[[], None]:
     """A function that repeats what `call` does on the device, launched as one; `call` must have run once before.
 
     Its tensors stay where they are in memory, and nothing in it may wait for the device.
     """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):  # recorded, not run
+    with torch.cuda.graph(graph, pool=memory):  # recorded, not run
         call()
     return graph.replay
 

@@ -1,10 +1,11 @@
-"""Sampling: prefill, then decode with a KV cache of one size, the noise given as data.
+"""Sampling in rows that are refilled: prompts are read into some (`begin`), and a token of each is drawn at a time.
 
 Its twin is `ple_jax/backend/generate.py`. Tokens are drawn by inverting the CDF in the same order of additions as there, so
 that both backends draw the same ones.
 """
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -13,13 +14,14 @@ from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
 from ple_jax.core.batches import round_up
+from ple_jax.core.refill import Group
 from ple_jax.core.types import Sampling
 from ple_jax.models.adapters import Adapter
 from torch_ascend import device as devices
+from torch_ascend.attention import BLOCK as REACH  # a cache is read as far as it is filled, in whole blocks
 from torch_ascend.model import Cache, Model
 
 _BLOCK = 128
-_REACH = 128  # positions of a cache: as far as it is filled, and to a multiple of this, it is read
 
 
 def filter_probabilities(
@@ -59,7 +61,7 @@ def invert_cdf(p: Float32[Tensor, "row vocab"], u: Float32[Tensor, " row"]) -> I
     edges between tokens elsewhere.
     """
     rows, vocab = p.shape
-    blocks = torch.nn.functional.pad(p, (0, -vocab % _BLOCK)).view(rows, -1, _BLOCK)
+    blocks = torch.nn.functional.pad(p, (0, -vocab % _BLOCK)).view(rows, -(-vocab // _BLOCK), _BLOCK)
     block, rest = _pick(blocks.sum(-1), u)
     token, _ = _pick(blocks.gather(1, block[:, None, None].expand(-1, 1, _BLOCK))[:, 0], rest)
     return block * _BLOCK + token
@@ -98,138 +100,177 @@ def sample_token(logits: Float32[Tensor, "row vocab"], u: Float32[Tensor, " row"
     return Drawn(token, below.gather(-1, token[:, None])[:, 0] - p.sum(-1).log())
 
 
-@torch.no_grad()  # not inference_mode: what FSDP2 gathers in it could not be used in training
-def generate(
-    model: Model,
-    adapter: Adapter,
-    prompt: Int64[Tensor, "row prompt_len"],
-    prompt_mask: Bool[Tensor, "row prompt_len"],
-    prefix: Int64[Tensor, " prefix_len"],
-    uniforms: Float32[Tensor, "row max_new"],
-    *,
-    sampling: Sampling,
-    all_done: Callable[[Bool[Tensor, " row"]], bool],
-    steps_per_sync: int = 1,
-    recorded: bool = False,
-) -> tuple[Int64[Tensor, "row max_new"], Float32[Tensor, "row max_new"], Int64[Tensor, " row"]]:
-    """Responses, their tokens' log-probabilities (`Drawn`) and their lengths (EOS counted, where it was sampled).
+class Rows:
+    """What is decoded together: a response in every row, or the last one that ended there; tensors written in place.
 
     Args:
-        prompt: left-padded; every row has at least one token.
-        prefix: tokens that stand before every prompt (the principles); computed once and shared by all rows.
-        all_done: whether decoding may stop; it waits for the device.
-        steps_per_sync: tokens decoded between two calls of `all_done`.
+        count: of them, on this process's device.
+        room: positions of a row's own prompt and response.
+        new: most tokens of a response.
+        eos: what ends one.
+    """
+
+    def __init__(self, model: Model, count: int, room: int, new: int, eos: Sequence[int]):
+        place, whole = {"device": model.device}, {"device": model.device, "dtype": torch.int64}
+        size = round_up(room, REACH) if model.holds_prefix else room
+        self.cache = Cache.empty(model.config, count, size, dtype=model.dtype, **place)
+        self.eos = torch.tensor(eos, **whole)
+        self.filled = torch.zeros(count, **whole)  # how many positions are written
+        self.shared = torch.zeros(count, dtype=torch.bool, **place)  # whether the prefix stands before them
+        self.token = torch.zeros(count, **whole)  # drawn last; not written yet
+        self.length = torch.zeros(count, **whole)  # tokens drawn
+        self.done = torch.ones(count, dtype=torch.bool, **place)
+        self.uniforms = torch.zeros((count, new), **place)
+        self.tokens = torch.zeros((count, new), **whole)  # 0 after the end, as log-probabilities are
+        self.logprobs = torch.zeros((count, new), **place)
+
+    @property
+    def length_of_cache(self) -> int:
+        return self.cache.keys[0].shape[2]
+
+
+@torch.no_grad()  # not inference_mode: what FSDP2 gathers in it could not be used in training
+def read_prefix(model: Model, adapter: Adapter, prefix: Int64[Tensor, " prefix_len"]) -> Cache:
+    """Keys and values of one row, which all that share the prefix attend to."""
+    shared, place = prefix.shape[0], {"device": prefix.device}
+    cache = Cache.empty(model.config, 1, shared, dtype=model.dtype, **place)
+    causal = torch.ones((shared, shared), dtype=torch.bool, **place).tril()[None]
+    model.apply(adapter, prefix[None], positions=torch.arange(shared, **place)[None], mask=causal, cache=cache)
+    return cache
+
+
+@torch.no_grad()
+def begin(
+    model: Model,
+    adapter: Adapter,
+    prefix: Cache | None,
+    rows: Rows,
+    group: Group,
+    *,
+    sampling: Sampling,
+) -> None:
+    """Reads the prompts of a group, and draws the first token of every response to them.
+
+    Args:
+        prefix: what `read_prefix` gave, where the prompts stand after it.
+        group: of this process alone, its numbers as tensors; of responses only those that begin.
+    """
+    hidden, cache, before = _read(model, adapter, prefix, group.tokens, group.lengths)
+    last = hidden.gather(1, (group.lengths - 1)[:, None, None].expand(-1, 1, hidden.shape[-1]))[:, 0]
+    token, logprob = sample_token(model.logits(last).index_select(0, group.prompt), group.uniforms[:, 0], sampling=sampling)
+    # where the prefix cannot be held once for all, it is a part of every row
+    start = before if model.holds_prefix else 0
+    for whole, part in zip((*rows.cache.keys, *rows.cache.values), (*cache.keys, *cache.values), strict=True):
+        own = part[:, :, start:].index_select(0, group.prompt)
+        whole[:, :, : own.shape[2]].index_copy_(0, group.row, own)
+    first = torch.zeros_like(group.uniforms)
+    first[:, 0] = 1
+    lengths = group.lengths.index_select(0, group.prompt) + before - start
+    written = {
+        "filled": lengths,
+        "shared": torch.full_like(lengths, start > 0, dtype=torch.bool),
+        "token": token,
+        "length": torch.ones_like(lengths),
+        "done": _ends(token, rows.eos) | (first.shape[1] == 1),
+        "uniforms": group.uniforms,
+        "tokens": token[:, None] * first.to(torch.int64),
+        "logprobs": logprob[:, None] * first,
+    }
+    for name, value in written.items():
+        getattr(rows, name).index_copy_(0, group.row, value)
+
+
+def _read(
+    model: Model, adapter: Adapter, prefix: Cache | None, tokens: Tensor, lengths: Tensor
+) -> tuple[Float[Tensor, "prompt length hidden"], Cache, int]:
+    """Hidden states of prompts, padded on the right, their keys and values after the prefix's, and how long that is."""
+    (count, length), place = tokens.shape, {"device": tokens.device}
+    before = 0 if prefix is None else prefix.keys[0].shape[2]
+    cache = Cache.empty(model.config, count, before + length, dtype=model.dtype, **place)
+    if prefix is not None:
+        for whole, part in zip((*cache.keys, *cache.values), (*prefix.keys, *prefix.values), strict=True):
+            whole[:, :, :before] = part
+    source = torch.arange(before + length, **place)[None].expand(count, -1)
+    place_of, ends = source[:, before:], before + lengths[:, None]
+    mask = (source[:, None] <= place_of[:, :, None]) & (source < ends)[:, None]
+    position = torch.minimum(place_of, ends - 1)  # of padding too one that the model has
+    hidden = model.apply(adapter, tokens, positions=position, mask=mask, source_positions=source, cache=cache, index=before)
+    return hidden, cache, before
+
+
+def _ends(token: Int64[Tensor, " row"], eos: Int64[Tensor, " n"]) -> Bool[Tensor, " row"]:
+    return (token[:, None] == eos[None]).any(-1)
+
+
+class Decoding:
+    """Steps of some rows, of their cache as far as it is filled; where they are recorded, once for every reach.
+
+    Args:
+        prefix: what `read_prefix` gave, if any row stands after it.
         recorded: whether the device records a step and repeats it (a CUDA graph), so that it waits for no launch.
     """
-    new = uniforms.shape[1]
-    hidden, cache, sources = _prefill(model, adapter, prompt, prompt_mask, prefix, new)
-    rows = _Rows(uniforms, sampling)
-    token = rows.take(model.logits(hidden[:, -1]))
-    every = _REACH if model.able.strided else sources.there.shape[1]
-    step = _Step(functools.partial(_decode, model, adapter, token, cache, sources, rows), every, model.device, recorded)
-    for i in range(1, new):
-        if i % steps_per_sync == 0 and all_done(rows.done):
-            break
-        step(sources.begin + i)
-    return rows.out, rows.logprobs, rows.lengths
+
+    def __init__(
+        self, model: Model, adapter: Adapter, prefix: Cache | None, rows: Rows, sampling: Sampling, *, recorded: bool
+    ):
+        self.rows, self.device, self.recorded = rows, model.device, recorded
+        self.every = REACH if model.holds_prefix else rows.length_of_cache
+        self.step = functools.partial(_step, model, adapter, prefix if model.holds_prefix else None, rows, sampling)
+        self.repeats: dict[int, Callable[[], None]] = {}  # by reach
+        self.ran: Counter[int] = Counter()  # of each, how often
+        self.memory = devices.recording_memory() if recorded else None  # of all of them: none runs while another does
+
+    def __call__(self, enough: Callable[[Bool[Tensor, " row"]], bool], *, steps: int, unasked: int) -> None:
+        """Decodes so many tokens of every row at most.
+
+        Args:
+            enough: whether decoding may stop; it waits for the device.
+            unasked: tokens decoded between two calls of it.
+        """
+        filled = int(torch.where(self.rows.done, 0, self.rows.filled).amax())
+        for i in range(steps):
+            if i % unasked == 0 and enough(self.rows.done):
+                return
+            self._repeat(min(round_up(filled + i + 1, self.every), self.rows.length_of_cache))
+
+    def _repeat(self, reach: int) -> None:
+        repeat = self.repeats.setdefault(reach, functools.partial(self.step, reach))
+        if self.recorded and self.ran[reach] == 1:  # and not before it has run
+            repeat = self.repeats[reach] = devices.record(repeat, self.memory)
+        repeat()
+        self.ran[reach] += 1
 
 
-class _Step:
-    """`_decode`, of a cache as far as it is filled; where steps are recorded, once for every reach."""
+@torch.no_grad()
+def _step(model: Model, adapter: Adapter, prefix: Cache | None, rows: Rows, sampling: Sampling, reach: int) -> None:
+    """Writes the token of every row and draws the next one; a row that is done stays as it is.
 
-    def __init__(self, decode: Callable[[int], None], every: int, device: torch.device, recorded: bool):
-        self.decode, self.every, self.device, self.recorded = decode, every, device, recorded
-        self.reach = self.ran = 0
-        self.repeat: Callable[[], None] = functools.partial(decode, 0)
-
-    def __call__(self, filled: int) -> None:
-        if self.reach < filled:
-            self.reach, self.ran = round_up(filled, self.every), 0
-            self.repeat = functools.partial(self.decode, self.reach)
-        elif self.ran == 1 and self.recorded:
-            self.repeat = devices.record(self.repeat, self.device)
-        self.repeat()
-        self.ran += 1
-
-
-class Sources(NamedTuple):
-    """What a row attends to while it is decoded: [prefix | padded prompt | generated]."""
-
-    there: Bool[Tensor, "row source"]  # of all until now; written in place
-    places: Int64[Tensor, "row source"]  # position of each
-    begin: int  # index of the first generated token
-
-
-class _Rows:
-    """What was sampled until now, in tensors that are written in place."""
-
-    def __init__(self, uniforms: Float32[Tensor, "row max_new"], sampling: Sampling):
-        rows, place = len(uniforms), {"device": uniforms.device}
-        self.uniforms, self.sampling = uniforms, sampling
-        self.eos = torch.tensor(sampling.eos, **place)
-        self.out = torch.zeros(uniforms.shape, dtype=torch.int64, **place)
-        self.logprobs = torch.zeros_like(uniforms)
-        self.lengths = torch.zeros(rows, dtype=torch.int64, **place)
-        self.done = torch.zeros(rows, dtype=torch.bool, **place)
-        self.step = torch.zeros(1, dtype=torch.int64, **place)
-
-    def take(self, logits: Float32[Tensor, "row vocab"]) -> Int64[Tensor, " row"]:
-        """Draws the tokens of this step and writes them down."""
-        token, logprob = sample_token(logits, self.uniforms.index_select(1, self.step)[:, 0], sampling=self.sampling)
-        self.out.index_copy_(1, self.step, torch.where(self.done, 0, token)[:, None])
-        self.logprobs.index_copy_(1, self.step, torch.where(self.done, 0, logprob)[:, None])
-        self.lengths.add_((~self.done).to(torch.int64))
-        self.done.logical_or_((token[:, None] == self.eos[None]).any(-1))
-        return token
-
-
-def _prefill(
-    model: Model, adapter: Adapter, prompt: Tensor, prompt_mask: Tensor, prefix: Tensor, new: int
-) -> tuple[Float[Tensor, "row prompt_len hidden"], Cache, Sources]:
-    """Hidden states of the prompts, and a cache with room for `new` tokens after them."""
-    (rows, length), shared = prompt.shape, prefix.shape[0]
-    reached, total, place = shared + length, shared + length + new, {"device": prompt.device}
-    cache = Cache.empty(model.config, rows, total, dtype=model.dtype, **place)
-    if shared:
-        _prefill_prefix(model, adapter, prefix, cache)
-    ones = torch.ones((rows, shared), dtype=torch.bool, **place)
-    source = torch.cat([ones, prompt_mask, torch.zeros((rows, new), dtype=torch.bool, **place)], 1)
-    causal = torch.arange(reached, **place)[None] <= shared + torch.arange(length, **place)[:, None]
-    position = (shared + prompt_mask.to(torch.int32).cumsum(1) - 1).clamp(min=0)
-    coming = position[:, -1:] + 1 + torch.arange(new, **place)[None]
-    places = torch.cat([torch.arange(shared, **place)[None].expand(rows, -1), position, coming], 1)
-    hidden = model.apply(
-        adapter, prompt, positions=position, mask=source[:, None, :reached] & causal[None],
-        source_positions=places[:, :reached], cache=cache, index=shared,
-    )  # fmt: skip
-    return hidden, cache, Sources(source, places, reached)
-
-
-def _decode(
-    model: Model, adapter: Adapter, token: Tensor, cache: Cache, sources: Sources, rows: _Rows, reach: int
-) -> None:
-    """One step, of tensors alone and in place: what a device records it can repeat.
+    Of tensors alone and in place: what a device records it can repeat.
 
     Args:
         reach: how much of the cache is read.
     """
-    index = rows.step + sources.begin
-    sources.there.index_fill_(1, index, True)
+    place, (count, new) = {"device": rows.token.device}, rows.tokens.shape
+    live, own = ~rows.done, torch.arange(reach, **place)[None]
+    seen, source, start = own <= rows.filled[:, None], own, torch.zeros_like(rows.filled)
+    if prefix is not None:
+        before = torch.arange(prefix.keys[0].shape[2], **place)[None].expand(count, -1)
+        start = rows.shared.to(torch.int64) * before.shape[1]
+        seen = torch.cat([rows.shared[:, None].expand_as(before), seen], 1)
+        source = torch.cat([before, start[:, None] + own], 1)
     hidden = model.apply(
-        adapter, token[:, None], positions=sources.places.index_select(1, index), mask=sources.there[:, None, :reach],
-        source_positions=sources.places[:, :reach], cache=cache, index=index,
+        adapter, rows.token[:, None], positions=(start + rows.filled)[:, None], mask=seen[:, None],
+        source_positions=source.expand(count, -1), cache=rows.cache, index=rows.filled, prefix=prefix,
     )  # fmt: skip
-    rows.step.add_(1)
-    token.copy_(rows.take(model.logits(hidden[:, -1])))
-
-
-def _prefill_prefix(model: Model, adapter: Adapter, prefix: Int64[Tensor, " prefix_len"], cache: Cache) -> None:
-    shared, place = prefix.shape[0], {"device": prefix.device}
-    small = Cache.empty(model.config, 1, shared, dtype=model.dtype, **place)
-    causal = torch.ones((shared, shared), dtype=torch.bool, **place).tril()[None]
-    model.apply(adapter, prefix[None], positions=torch.arange(shared, **place)[None], mask=causal, cache=small)
-    for whole, part in zip((*cache.keys, *cache.values), (*small.keys, *small.values), strict=True):
-        whole[:, :, :shared] = part
+    u = rows.uniforms.gather(1, rows.length.clamp(max=new - 1)[:, None])[:, 0]
+    token, logprob = sample_token(model.logits(hidden[:, 0]), u, sampling=sampling)
+    here = (torch.arange(new, **place)[None] == rows.length[:, None]) & live[:, None]
+    rows.tokens.copy_(torch.where(here, token[:, None], rows.tokens))
+    rows.logprobs.copy_(torch.where(here, logprob[:, None], rows.logprobs))
+    rows.token.copy_(torch.where(live, token, rows.token))
+    rows.filled.add_(live.to(torch.int64))
+    rows.length.add_(live.to(torch.int64))
+    rows.done.logical_or_(_ends(token, rows.eos) | (rows.length >= new))
 
 
 # ---------------------------------------------------------------- one token at a time, for a person who waits
@@ -251,7 +292,7 @@ def stream(
     places = torch.arange(total, **place)[None]
     tokens, start = torch.tensor([list(prompt)], **place), 0
     for i in range(new):
-        at, seen = places[:, start : start + tokens.shape[1]], places[:, : round_up(start + tokens.shape[1], _REACH)]
+        at, seen = places[:, start : start + tokens.shape[1]], places[:, : round_up(start + tokens.shape[1], REACH)]
         mask = seen[:, None] <= at[:, :, None]
         hidden = model.apply(adapter, tokens, positions=at, mask=mask, source_positions=seen, cache=cache, index=start)
         token, _ = sample_token(model.logits(hidden[:, -1]), uniforms[i : i + 1], sampling=sampling)

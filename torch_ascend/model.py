@@ -24,6 +24,7 @@ from ple_jax.models.families import FAMILIES
 from ple_jax.models.layout import module_shapes
 from torch_ascend import device as devices
 from torch_ascend import lora
+from torch_ascend.attention import attend_cache
 from torch_ascend.ops import Ops
 from torch_ascend.quantize import Quantized
 
@@ -56,6 +57,7 @@ class Model:
         self.adapter: Adapter = {}  # of the call that runs
         self.numbers: lora.Numbers | None = None  # of its tokens
         self._cache: Cache | None = None
+        self._prefix: Cache | None = None
         self._index: int | Tensor = 0
 
     def apply(
@@ -67,7 +69,8 @@ class Model:
         mask: Bool[Tensor, "row time source"],
         source_positions: Int[Tensor, "row source"] | None = None,
         cache: Cache | None = None,
-        index: int | Int[Tensor, "time"] = 0,
+        index: int | Int[Tensor, " row"] = 0,
+        prefix: Cache | None = None,
         numbers: lora.Numbers | None = None,
     ) -> Float[Tensor, "row time hidden"]:
         """Hidden states after the last norm.
@@ -77,7 +80,9 @@ class Model:
             mask: whether a token may see a source position; a cache is read as far as it goes.
             source_positions: of what is in the cache (`positions` without one); read where a layer has a window.
             cache: keys and values are written to it, and read from it.
-            index: where they are written: the first place of several in a row, or a tensor of places.
+            index: where they are written: the first place of several, or of one token a row, each at its own place.
+            prefix: keys and values of one row, which every row may attend to where it has one token; `mask` and
+                `source_positions` begin with it.
             numbers: of the tokens among all of a batch, which the noise of dropout goes by.
         """
         visible = mask[:, None]
@@ -85,11 +90,12 @@ class Model:
             source = positions if source_positions is None else source_positions
             distance = positions[:, None, :, None] - source[:, None, None, :]
             visible = torch.where(visible, distance, -1).to(torch.int32)
-        self.adapter, self.numbers, self._cache, self._index = adapter, numbers, cache, index
+        self.adapter, self.numbers = adapter, numbers
+        self._cache, self._prefix, self._index = cache, prefix, index
         try:
             out = self.decoder(input_ids=tokens, attention_mask=visible, position_ids=positions, use_cache=False)
         finally:
-            self._cache = None
+            self._cache = self._prefix = None
             # adapter and numbers stay: recomputation in the backward pass reads them
             self.numbers = numbers if torch.is_grad_enabled() else None
         return out.last_hidden_state
@@ -114,22 +120,44 @@ class Model:
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scale: float, softcap: float | None
     ) -> Float[Tensor, "row head time dim"]:
-        if self._cache is not None:
-            keys, values, index = self._cache.keys[layer], self._cache.values[layer], self._index
-            if isinstance(index, int):
-                keys[:, :, index : index + key.shape[2]] = key
-                values[:, :, index : index + key.shape[2]] = value
-            else:
-                keys.index_copy_(2, index, key)
-                values.index_copy_(2, index, value)
-            key, value = (whole[:, :, : visible.shape[-1]] for whole in (keys, values))
         if visible.dtype != torch.bool:
             window = self.config.kinds[self.config.pattern[layer]].window
             visible = visible >= 0 if window is None else (visible >= 0) & (visible < window)
-        return self.ops.attention(query, key, value, visible, scale=scale, softcap=softcap)
+        how: Any = {"scale": scale, "softcap": softcap}
+        if self._cache is None:
+            return self.ops.attention(query, key, value, visible, **how)
+        cache, prefix, index = self._cache, self._prefix, self._index
+        before = None if prefix is None else (prefix.keys[layer], prefix.values[layer])
+        reach = visible.shape[-1] - (0 if before is None else before[0].shape[2])
+        key, value = (
+            _written(whole[layer], part, index)[:, :, :reach] for whole, part in zip(cache, (key, value), strict=True)
+        )
+        if isinstance(index, Tensor) and self.holds_prefix:
+            return attend_cache(query, key, value, visible, prefix=before, **how)
+        return self.ops.attention(query, key, value, visible, **how)
+
+    @property
+    def holds_prefix(self) -> bool:
+        """Whether one token a row attends to its cache in blocks, and to a prefix that all rows share.
+
+        Where scores in float32 would need a copy of the keys, or a part of a cache might be copied to be read, each row has
+        the prefix in its own cache, and all of that is read at once.
+        """
+        return self.able.strided and (self.dtype == torch.float32 or self.able.mixed_matmul)
 
     def layers(self) -> nn.ModuleList:
         return self.module.get_submodule(our_names(FAMILIES[self.config.family].layers))
+
+
+def _written(whole: Tensor, part: Float[Tensor, "row kv time dim"], index: int | Tensor) -> Tensor:
+    """A layer's keys or values with these at a place, written in place."""
+    if isinstance(index, int):
+        whole[:, :, index : index + part.shape[2]] = part
+        return whole
+    rows, heads, length, dim = whole.shape
+    first = torch.arange(rows * heads, device=whole.device).view(rows, heads) * length
+    whole.view(-1, dim).index_copy_(0, (first + index[:, None]).flatten(), part.reshape(-1, dim))
+    return whole
 
 
 def _attention(

@@ -143,6 +143,11 @@ def together(function: F) -> F:
     return cast(F, call)
 
 
+def busy() -> bool:
+    """Whether a call that all processes make is under way, or has failed."""
+    return _busy
+
+
 def shared(made: T) -> T:
     """Makes the methods of an object callable `together`; every process has one of its own."""
     if _world.size > 1:
@@ -248,12 +253,12 @@ def add_up(world: World, tensors: Sequence[Tensor]) -> None:
         tensor.copy_(part.view_as(tensor))
 
 
-def all_done(world: World, done: Tensor, *, whole: bool) -> bool:
-    """Whether every row has ended; of all processes if `whole`, as it must be where a forward pass is a collective."""
-    open_rows = (~done).sum()
+def enough(world: World, free: int, done: Tensor, *, whole: bool) -> bool:
+    """Whether so many rows have ended; of every process if `whole`, as it must be where a forward pass is a collective."""
+    lacking = (done.sum() < free).to(torch.int64)
     if whole and world.size > 1:
-        dist.all_reduce(open_rows)
-    return int(open_rows) == 0
+        dist.all_reduce(lacking)
+    return int(lacking) == 0
 
 
 def from_first(make: Callable[[], T]) -> T:

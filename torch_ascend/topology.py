@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from ple_jax import algorithms
 from ple_jax.algorithms import Algorithm
-from ple_jax.core import packing, processor
+from ple_jax.core import packing, processor, refill
 from ple_jax.core.backends import Needs
 from ple_jax.core.errors import UserError, suggestion
 from ple_jax.core.types import Batch, Query, Sampling
@@ -35,6 +35,7 @@ from ple_jax.planning.outline import (
     FULL,
     Lengths,
     Source,
+    decoded_rows,
     example_batch,
     judged,
     lengths_of,
@@ -48,7 +49,6 @@ from torch_ascend import device as devices
 from torch_ascend.backend import TorchBackend
 from torch_ascend.counting import Counter, count_bytes
 from torch_ascend.fakes import FUSED, Weights, replaced
-from torch_ascend.model import Cache
 from torch_ascend.sharding import Place, World
 
 STEPS = 3  # tokens decoded: the cache has its whole size from the start, and what grows with what is read of it is small
@@ -215,33 +215,37 @@ def phases(
 ) -> Iterator[Phase]:
     """An iteration of a process, in the order in which things happen."""
     if config.sampling.server is None:
-        yield _sampling(backend, config, source, sizes)
+        yield _sampling(backend, config, source, sizes, algorithm)
     yield from _training(backend, config, source, sizes, algorithm)
 
 
-def _sampling(backend: TorchBackend, config: ConfigDict, source: Source, sizes: Lengths) -> Phase:
-    """A few tokens of this process's rows."""
+def _sampling(backend: TorchBackend, config: ConfigDict, source: Source, sizes: Lengths, algorithm: Algorithm) -> Phase:
+    """The longest prompts that are read at once, and a few tokens of this process's rows, of a cache that is full."""
     model, s, place = backend.model, config.sampling, {"device": backend.model.device}
-    rows = s.width // sharding.row_multiple(backend.world)
+    lanes = sharding.row_multiple(backend.world)
+    sampling = Sampling(sizes.new, source.eos, s.temperature, s.top_k, s.top_p, s.min_p)
+    shape = decoded_rows(config, algorithm, sizes, lanes=lanes)
+    count, begun = (number // lanes for number in shape.group(sizes.sampled))
+    room = shape.room + (0 if model.holds_prefix else sizes.prefix)
 
     def sample() -> None:
-        steps = iter(range(STEPS))
-        generate.generate(
-            model,
-            backend.policy,
-            torch.ones((rows, sizes.sampled), dtype=torch.int64, **place),
-            torch.ones((rows, sizes.sampled), dtype=torch.bool, **place),
-            torch.ones(sizes.prefix, dtype=torch.int64, **place),
-            torch.zeros((rows, sizes.new), **place),
-            sampling=Sampling(sizes.new, source.eos, s.temperature, s.top_k, s.top_p, s.min_p),
-            all_done=lambda _: next(steps) == STEPS - 1,
-        )
+        numbers, length = (torch.zeros(begun, dtype=torch.int64, **place), torch.arange(begun, **place)), sizes.sampled
+        prompts = torch.ones((count, length), dtype=torch.int64, **place), torch.full((count,), length, **place)
+        group = refill.Group(*prompts, sizes.prefix > 0, *numbers, torch.zeros((begun, sizes.new), **place))
+        prefix = None
+        if sizes.prefix:
+            tokens = torch.ones(sizes.prefix, dtype=torch.int64, **place)
+            prefix = generate.read_prefix(model, backend.policy, tokens)
+        rows = generate.Rows(model, shape.part, room, sizes.new, source.eos)
+        generate.begin(model, backend.policy, prefix, rows, group, sampling=sampling)
+        decoding = generate.Decoding(model, backend.policy, prefix, rows, sampling, recorded=False)
+        for _ in range(STEPS):
+            decoding.step(rows.cache.keys[0].shape[2])
 
-    total = sizes.prefix + sizes.sampled + sizes.new
-    cache = Cache.empty(source.config, rows, total, dtype=model.dtype, **place)
+    cache = generate.Rows(model, shape.part, room, sizes.new, source.eos).cache
     size = readable_bytes(count_bytes([*cache.keys, *cache.values]))
     shared = f"{sizes.prefix} shared + " if sizes.prefix else ""
-    about = f"{rows} rows x [{shared}{sizes.sampled} prompt + {sizes.new} new tokens], KV cache {size}"
+    about = f"{shape.part} rows x [{shared}{sizes.sampled} prompt + {sizes.new} new tokens], KV cache {size}"
     return Phase("generate", about, sample)
 
 

@@ -40,10 +40,12 @@ class Attention(NamedTuple):
 
 def attention_of(implementation: str, mesh: Mesh | None) -> Attention:
     """Both functions, of one of `IMPLEMENTATIONS`."""
-    platform = (jax.devices() if mesh is None else list(mesh.devices.flat))[0].platform
-    # on an accelerator the host is asked of every block whether there is another one
-    looped = platform == "cpu"
-    return Attention(partial(attend, implementation=implementation, mesh=mesh), partial(attend_cache, looped=looped))
+    return Attention(partial(attend, implementation=implementation, mesh=mesh), partial(attend_cache, looped=loops(mesh)))
+
+
+def loops(mesh: Mesh | None) -> bool:
+    """Whether `attend_cache` reads blocks in a loop: an accelerator's host is asked of each whether there is another one."""
+    return (jax.devices() if mesh is None else list(mesh.devices.flat))[0].platform == "cpu"
 
 
 def cache_length(positions: int) -> int:
@@ -114,7 +116,8 @@ def attend(
         q: queries, grouped by the KV head they share.
         mask: which source positions a query sees.
         softcap: cap of the scores before the mask; Gemma 2, arXiv:2408.00118.
-        causal: whether the mask lets no query see what is after it, so that the einsums may leave most of that out.
+        causal: whether the mask lets no query see what is after it, the last one being the last of the source, so that the
+            einsums may leave most of that out.
         implementation: what `choose` returned, or "splash_interpret": the TPU kernel emulated, for tests on CPU.
         mesh: where a fused kernel runs inside jit over several devices; the compiler cannot partition it by itself.
 
@@ -134,72 +137,90 @@ def attend(
 
 
 def attend_cache(
-    q: Float[Array, "row kv group 1 dim"],
-    read: Read,
-    *,
-    length: int,
-    filled: Int[Array, ""] | int,
-    mask: Bool[Array, "row 1 source"],
-    scale: float,
-    softcap: float | None = None,
-    looped: bool,
-) -> Float[Array, "row kv group 1 dim"]:
-    """`attend` of one token of every row to a cache.
+    q: Float[Array, "row kv group 1 dim"], read: Read, *, length: int, reach: Int[Array, ""] | int,
+    mask: Bool[Array, "row 1 source"], scale: float, softcap: float | None = None, looped: bool,
+    prefix: tuple[Float[Array, "1 kv before dim"], Float[Array, "1 kv before dim"]] | None = None,
+) -> Float[Array, "row kv group 1 dim"]:  # fmt: skip
+    """`attend` of one token of every row to a cache, and to a prefix that is held once for all rows.
 
-    A cache of more than `AT_ONCE` positions is read in blocks, in their order, as far as it is filled: one that is longer
-    costs nothing, and changes no bit, as a block of which nothing is visible adds zeros.
+    One of more than `AT_ONCE` positions is read in blocks, in their order, as far as `reach` says: more room, or a longer
+    row beside one, changes no bit, as a block of which nothing is visible adds zeros.
 
     Args:
         read: (start, size) -> keys and values of these positions, [row, kv, size, dim] each.
         length: positions of the cache, as `cache_length` has them.
-        filled: of them, how many have been written.
-        mask: as far as `source`, what a query sees; nothing after it.
-        looped: where a loop costs little. Otherwise all of any cache is read at once.
+        reach: of them, how many are read: all that any row sees. Where there is no loop only a number does that.
+        mask: what a query sees of the prefix, and then of as many positions as are named; nothing after them.
+        looped: whether blocks are small ones in a loop, where that costs little, or as many as are read at once elsewhere.
     """
-    mask = jnp.pad(mask, ((0, 0), (0, 0), (0, length - mask.shape[2])))
-    if not looped or length <= AT_ONCE:
-        return _einsum(q, *read(0, length), mask, scale=scale, softcap=softcap)
-    blocks = (jnp.asarray(filled, jnp.int32) + BLOCK - 1) // BLOCK
-    return _in_blocks(q[:, :, :, 0], read, blocks, mask, scale=scale, softcap=softcap)[:, :, :, None]
+    before = 0 if prefix is None else prefix[0].shape[2]
+    mask = jnp.pad(mask, ((0, 0), (0, 0), (0, before + length - mask.shape[2])))[:, :, None]
+    part = partial(_part_of, q[:, :, :, 0], scale=scale, softcap=softcap)
+    found = _Part(jnp.full((*q.shape[:3], 1), _UNSEEN), jnp.zeros((*q.shape[:3], 1)), jnp.zeros(q[:, :, :, 0].shape))
+    if prefix is not None:
+        found = _of_prefix(q[:, :, :, 0], *prefix, mask[..., :before], scale=scale, softcap=softcap)
+
+    def block(start: Array | int, found: _Part, size: int = BLOCK) -> _Part:
+        seen = jax.lax.dynamic_slice_in_dim(mask, before + start, size, 3)
+        return _joined(found, part(*read(start, size), seen))
+
+    if looped and length > AT_ONCE:
+        blocks = (jnp.asarray(reach, jnp.int32) + BLOCK - 1) // BLOCK
+        found = jax.lax.fori_loop(0, blocks, lambda i, found: block(i * BLOCK, found), found)
+    else:
+        for start in range(0, min(length, reach) if isinstance(reach, int) else length, AT_ONCE):
+            found = block(start, found, min(AT_ONCE, length - start))
+    return (found.out / found.total).astype(q.dtype)[:, :, :, None]
 
 
-def _in_blocks(
-    q: Float[Array, "row kv group dim"],
-    read: Read,
-    blocks: Int[Array, ""],
-    mask: Bool[Array, "row 1 length"],
-    *,
-    scale: float,
-    softcap: float | None,
-) -> Float[Array, "row kv group dim"]:
-    """What a query sees in so many blocks, added up in their order."""
+def _of_prefix(q: Array, k: Array, v: Array, seen: Array, *, scale: float, softcap: float | None) -> "_Part":
+    """What all rows see of keys and values that are held once."""
+    if q.dtype == jnp.float32:
+        return _part_of(q, k[0], v[0], seen, scale=scale, softcap=softcap)
+    # one row of all their queries: a CPU has no dot of bfloat16 whose batch lies between other dimensions
+    rows, kv, group, dim = q.shape
+    together = q.transpose(1, 0, 2, 3).reshape(1, kv, rows * group, dim)
+    each = jnp.broadcast_to(seen, (rows, 1, group, seen.shape[-1])).reshape(1, 1, rows * group, -1)
+    found = _part_of(together, k, v, each, scale=scale, softcap=softcap)
+    return _Part(*(x.reshape(kv, rows, group, -1).transpose(1, 0, 2, 3) for x in found))
 
-    def block(i: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        largest, total, out = state
-        k, v = read(i * BLOCK, BLOCK)
-        scores = _dot("bkgd,bksd->bkgs", q, k) * scale
-        if softcap is not None:
-            scores = softcap * jnp.tanh(scores / softcap)
-        seen = jax.lax.dynamic_slice_in_dim(mask, i * BLOCK, BLOCK, 2)[:, :, None]
-        scores = jnp.where(seen, scores, jnp.float32(_UNSEEN))
-        new = jnp.maximum(largest, scores.max(-1, keepdims=True))
-        exponentials, shrunk = jnp.exp(scores - new), jnp.exp(largest - new)
-        added = _dot("bkgs,bksd->bkgd", exponentials.astype(q.dtype), v)
-        return new, total * shrunk + exponentials.sum(-1, keepdims=True), out * shrunk + added
 
-    start = (jnp.full((*q.shape[:3], 1), _UNSEEN), jnp.zeros((*q.shape[:3], 1)), jnp.zeros(q.shape))
-    _, total, out = jax.lax.fori_loop(0, blocks, block, start)
-    return (out / total).astype(q.dtype)
+class _Part(NamedTuple):
+    """A softmax over a part of what is seen, and what it weighs, not divided by its sum yet; in float32."""
+
+    largest: Float[Array, "row kv group 1"]  # of the scores
+    total: Float[Array, "row kv group 1"]
+    out: Float[Array, "row kv group dim"]
+
+
+def _part_of(q: Array, k: Array, v: Array, seen: Array, *, scale: float, softcap: float | None) -> _Part:
+    """Of keys and values [row, kv, source, dim], or [kv, source, dim] of all rows."""
+    source = "bksd" if k.ndim == 4 else "ksd"
+    scores = _dot(f"bkgd,{source}->bkgs", q, k) * scale
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    scores = jnp.where(seen, scores, jnp.float32(_UNSEEN))
+    largest = scores.max(-1, keepdims=True)
+    weights = jnp.exp(scores - largest)
+    return _Part(largest, weights.sum(-1, keepdims=True), _dot(f"bkgs,{source}->bkgd", weights.astype(q.dtype), v))
+
+
+def _joined(a: _Part, b: _Part) -> _Part:
+    """Of both parts together; one of which nothing is seen adds zeros to another."""
+    largest = jnp.maximum(a.largest, b.largest)
+    x, y = jnp.exp(a.largest - largest), jnp.exp(b.largest - largest)
+    return _Part(largest, a.total * x + b.total * y, a.out * x + b.out * y)
 
 
 def _in_parts(q: Array, k: Array, v: Array, mask: Array, *, scale: float, softcap: float | None) -> Array:
-    """Queries of long rows a part after the other, with what is before its end."""
-    time = q.shape[3]
+    """Queries of long rows a part after the other, with what is before its end: of what precedes all of them everything."""
+    time, before = q.shape[3], k.shape[2] - q.shape[3]
     parts = max(1, min(_PARTS, time // _LANES))
     ends = [time * (i + 1) // parts for i in range(parts)]
+    attend = partial(_einsum, scale=scale, softcap=softcap)
     out = [
-        _einsum(x, k[:, :, :end], v[:, :, :end], mask[:, end - x.shape[3] : end, :end], scale=scale, softcap=softcap)
-        for x, end in zip(jnp.split(q, ends[:-1], 3), ends, strict=True)
+        attend(x, k[:, :, :s], v[:, :, :s], mask[:, end - x.shape[3] : end, :s])
+        for x, end, s in zip(jnp.split(q, ends[:-1], 3), ends, [before + end for end in ends], strict=True)
     ]
     return jnp.concatenate(out, 3)
 
@@ -220,9 +241,7 @@ def _softmax(q: Array, k: Array, v: Array, mask: Array, scale: float, softcap: f
     return _softmax_forward(q, k, v, mask, scale, softcap)[0]
 
 
-def _softmax_forward(
-    q: Array, k: Array, v: Array, mask: Array, scale: float, softcap: float | None
-) -> tuple[Array, Any]:
+def _softmax_forward(q: Array, k: Array, v: Array, mask: Array, scale: float, softcap: float | None) -> tuple[Array, Any]:
     scores = _dot("bkqd,bksd->bkqs", q, k) * scale
     cap = None
     if softcap is not None:

@@ -3,10 +3,10 @@
 import math
 import os
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +17,26 @@ from jaxtyping import Float32
 from ml_collections import ConfigDict
 
 from ple_jax.backend import attention, checkpoint, compilation, generate, lora, sharding
-from ple_jax.backend.model import Model, fill
+from ple_jax.backend.generate import Rows
+from ple_jax.backend.model import Cache, Model, fill
 from ple_jax.backend.train import optimizer, placement, programs
-from ple_jax.core import packing, processor
-from ple_jax.core.batches import decoded, decoding
-from ple_jax.core.types import Batch, Compiled, Loss, Outputs, Packed, Response, Sampling
+from ple_jax.core import packing, processor, refill
+from ple_jax.core.batches import bucket
+from ple_jax.core.types import Batch, Compiled, Loss, Outputs, Packed, Response, Sampling, Tell
 from ple_jax.models import adapters, weights
 from ple_jax.models.config import ModelConfig
 from ple_jax.models.families import FAMILIES
 from ple_jax.models.layout import attention_reach, expected_shapes
+
+
+class _Decoded(NamedTuple):
+    """What is sampled with: base and adapter as they were, what all prompts that share it begin with, and the rows."""
+
+    base: Any
+    fused: Any
+    prefix: Cache | None
+    rows: Rows
+    sampling: Sampling
 
 
 class JaxBackend:
@@ -44,8 +55,9 @@ class JaxBackend:
         clip_norm: float,
         weight_decay: float,
         seed: int = 0,
+        fold: bool = False,
     ):
-        self.model, self.mesh, self.base, self.width, self.bucket = model, mesh, base, width, bucket
+        self.model, self.mesh, self.base, self.width, self.bucket, self.fold = model, mesh, base, width, bucket, fold
         transform = optimizer(clip_norm=clip_norm, weight_decay=weight_decay)
         place, state_place = placement(adapter, transform, mesh)
         self.policy = jax.device_put(adapter, place)
@@ -54,7 +66,7 @@ class JaxBackend:
         self.freeze_reference()  # the start adapter; a fresh one is the base itself
         self._key = jax.random.key(seed)
         self.programs = programs(model, adapter, mesh, transform=transform, settings=settings)
-        self._fuse = jax.jit(lambda base, adapter: lora.fuse(model, adapter, settings, base=base))
+        self._decoded: _Decoded | None = None
 
     # -------------------------------------------------------------- Backend
 
@@ -65,15 +77,13 @@ class JaxBackend:
         *,
         sampling: Sampling,
         prefix: Sequence[int] = (),
+        known: Mapping[int, Response] | None = None,
+        tell: Tell | None = None,
     ) -> list[Response]:
-        """One response per prompt, decoded `width` rows at a time."""
-        responses: list[Response] = []
-        for count, *chunk in decoding(prompts, uniforms, width=self.width, smallest=self.bucket):
-            tokens, mask, noise = sharding.put_rows(self.mesh, chunk)
-            shared = jax.device_put(np.asarray(prefix, np.int32), sharding.replicated(self.mesh))
-            found = self.programs.generate(self.base, self.policy, tokens, mask, shared, noise, sampling=sampling)
-            responses += decoded(*jax.device_get(found), count=count, eos=sampling.eos)
-        return responses
+        """One response per prompt, `width` of them decoded at once."""
+        requests = refill.Requests([tuple(prompt) for prompt in prompts], uniforms, sampling, tuple(prefix))
+        how = {"width": self.width, "smallest": self.bucket, "multiple": self._multiple}
+        return refill.sample(self, requests, **how, known=known, tell=tell)
 
     def stream(
         self,
@@ -84,7 +94,7 @@ class JaxBackend:
         base: bool = False,
     ) -> Iterator[int]:
         """The tokens of one response as they are sampled; of the base without the adapter, if `base`."""
-        fused = {} if base else self._fuse(self.base, self.policy)
+        fused = {} if base else self.programs.fuse(self.base, self.policy)
         return generate.stream(self.model, self.base, fused, np.asarray(prompt, np.int32), uniforms, sampling=sampling)
 
     def logprobs(
@@ -105,9 +115,7 @@ class JaxBackend:
         """What the head says of every response."""
         return self._said(batch, lambda packed: self.programs.scores(self.base, self.policy, packed))
 
-    def update(
-        self, batches: Sequence[Batch], loss: Loss, *, lr: float, temperature: float = 1.0
-    ) -> dict[str, float]:
+    def update(self, batches: Sequence[Batch], loss: Loss, *, lr: float, temperature: float = 1.0) -> dict[str, float]:
         """One optimizer step on the mean loss over all rows of `batches`, gradients accumulated over them."""
         most = max(len(b.prompt) for b in batches)
         real = sum(float(b.data["valid"].sum()) for b in batches)
@@ -168,7 +176,55 @@ class JaxBackend:
     def compiled(self) -> Compiled:
         return compilation.compiled()
 
+    # -------------------------------------------------------------- refill.Engine
+
+    def open(self, shape: refill.Shape, sampling: Sampling) -> None:
+        """Makes the rows, all of them free, and computes the prefix; the adapter is that of now."""
+        base, fused, prefix = self.base, {}, None
+        if self.fold:
+            base = lora.folded(self.base, self.programs.fold(self.base, self.policy))
+        else:
+            fused = self.programs.fuse(self.base, self.policy)
+        if shape.prefix:
+            tokens = jax.device_put(np.asarray(shape.prefix, np.int32), sharding.replicated(self.mesh))
+            prefix = self.programs.prefix(base, fused, tokens)
+        rows = self.programs.rows(base, count=shape.rows, room=shape.room, new=shape.new)
+        self._decoded = _Decoded(base, fused, prefix, rows, sampling)
+
+    def begin(self, group: refill.Group) -> None:
+        """Reads prompts, and draws the first token of every response to them."""
+        base, fused, prefix, rows, sampling = self._open_rows
+        tokens, lengths = sharding.put_rows(self.mesh, (group.tokens, group.lengths))
+        rest = jax.device_put((group.prompt, group.row, group.uniforms), sharding.replicated(self.mesh))
+        there = base, fused, prefix if group.shared else None
+        rows = self.programs.begin(*there, rows, tokens, lengths, *rest, sampling=sampling)
+        self._decoded = self._open_rows._replace(rows=rows)
+
+    def decode(self, free: int) -> refill.Decoded:
+        """Decodes until so many rows are free, and `STEPS` tokens at most."""
+        *there, rows, sampling = self._open_rows
+        how = {"sampling": sampling, "within": self._within(rows)}
+        rows = self.programs.decode(*there, rows, jnp.int32(free), jnp.int32(refill.STEPS), **how)
+        self._decoded = self._open_rows._replace(rows=rows)
+        return refill.Decoded(*jax.device_get((rows.done, rows.length, *rows.out)))
+
+    def close(self) -> None:
+        """Lets go of the rows."""
+        self._decoded = None
+
     # -------------------------------------------------------------- inside
+
+    @property
+    def _open_rows(self) -> "_Decoded":
+        assert self._decoded is not None, "rows are opened first"
+        return self._decoded
+
+    def _within(self, rows: Rows) -> int | None:
+        """Positions that the rows are in after `STEPS` tokens more; None where the device finds out for itself."""
+        if attention.loops(self.mesh):
+            return None
+        filled, done = jax.device_get((rows.filled, rows.done))
+        return bucket(int(np.where(done, 0, filled).max()) + refill.STEPS, attention.AT_ONCE)
 
     @property
     def _multiple(self) -> int:
@@ -282,4 +338,5 @@ def build(config: ConfigDict, loaded: weights.Loaded, *, head: str | None = None
         clip_norm=config.optimizer.clip_norm,
         weight_decay=config.optimizer.weight_decay,
         seed=config.seed,
+        fold=config.sampling.fold_adapter,
     )

@@ -1,7 +1,7 @@
-"""Sampling: prefill, then decode with a KV cache, in one compiled call per shape.
+"""Sampling in rows that are refilled: prompts are read into some (`begin`), and all are decoded a token at a time.
 
-Sampling noise comes in as data, one uniform per row and step, and is turned into a token by inverting the CDF: a response
-depends on its own uniforms and not on its place in a batch.
+Which prompts go where is said by `ple_jax.core.refill`. Sampling noise comes in as data, one uniform per row and token, and
+is turned into a token by inverting the CDF: a response depends on its own uniforms and not on its row.
 """
 
 import functools
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from ple_jax.backend.model import Cache, Model
+from ple_jax.backend.model import Cache, Model, copied
 from ple_jax.core.batches import bucket
 from ple_jax.core.types import Sampling
 
@@ -99,122 +99,157 @@ def sample_token(logits: Float32[Array, "row vocab"], u: Float32[Array, " row"],
     return Drawn(token, jnp.take_along_axis(below, token[:, None], -1)[:, 0] - jnp.log(p.sum(-1)))
 
 
-def generate(
+class Rows(NamedTuple):
+    """What is decoded together: a response in every row, or the last one that ended there."""
+
+    cache: Cache  # of a row's own prompt and response, from position 0 on
+    filled: Int32[Array, " row"]  # how many positions are written
+    shared: Bool[Array, " row"]  # whether the prefix stands before them
+    token: Int32[Array, " row"]  # drawn last; not written yet
+    length: Int32[Array, " row"]  # tokens drawn
+    done: Bool[Array, " row"]
+    uniforms: Float32[Array, "row new"]
+    out: Drawn  # "row new" each; 0 after the end
+
+
+def empty_rows(model: Model, count: int, room: int, new: int, dtype: Any) -> Rows:
+    """Rows of which none has begun, of so many positions and new tokens each."""
+    numbers, no, noise = jnp.zeros(count, jnp.int32), jnp.zeros(count, bool), jnp.zeros((count, new), jnp.float32)
+    out = Drawn(jnp.zeros((count, new), jnp.int32), noise)
+    return Rows(model.empty_cache(count, room, dtype), numbers, no, numbers, numbers, ~no, noise, out)
+
+
+def read_prefix(model: Model, base: Any, lora: Any, prefix: Int32[Array, " prefix_len"]) -> Cache:
+    """Keys and values of one row, which all that share the prefix attend to."""
+    shared = prefix.shape[0]
+    position = jnp.arange(shared)[None]
+    mask = jnp.tril(jnp.ones((shared, shared), bool))[None]
+    cache = model.empty_cache(1, shared, base["embed"].dtype)
+    _, cache = model.apply(base, lora, prefix[None], positions=position, mask=mask, cache=cache, source_positions=position)
+    return jax.tree.map(lambda x: x[..., :shared, :], cache)
+
+
+def begin(
     model: Model,
     base: Any,
     lora: Any,
-    prompt: Int32[Array, "row prompt_len"],
-    prompt_mask: Bool[Array, "row prompt_len"],
-    prefix: Int32[Array, " prefix_len"],
-    uniforms: Float32[Array, "row max_new"],
+    prefix: Cache | None,
+    rows: Rows,
+    tokens: Int32[Array, "prompt length"],
+    lengths: Int32[Array, " prompt"],
+    prompt: Int32[Array, " begun"],
+    row: Int32[Array, " begun"],
+    uniforms: Float32[Array, "begun new"],
     *,
     sampling: Sampling,
-) -> tuple[Int32[Array, "row max_new"], Float32[Array, "row max_new"], Int32[Array, " row"]]:
-    """Responses, their tokens' log-probabilities (`Drawn`) and their lengths, a sampled EOS counted. Pure.
+) -> Rows:
+    """Reads the prompts of a `Group`, and draws the first token of every response to them. Pure.
 
     Args:
         lora: a fused adapter (`ple_jax.backend.lora.fuse`).
-        prompt: left-padded; every row has at least one token.
-        prefix: tokens that stand before every prompt (the principles); computed once and shared by all rows.
+        prefix: what `read_prefix` gave, where the prompts stand after it.
         sampling: static in a jit, as the model is.
     """
-    rows, new = uniforms.shape
-    hidden, cache, sources = _prefill(model, base, lora, prompt, prompt_mask, prefix, new)
-    eos = jnp.asarray(sampling.eos, jnp.int32)
-
-    def draw(hidden: Array, u: Array) -> Drawn:
-        return sample_token(model.logits(base, hidden[:, -1]), u, sampling=sampling)
-
-    def step(state: tuple) -> tuple:
-        i, drawn, cache, out, lengths, done = state
-        out = _written(out, drawn, done, i)
-        lengths = lengths + (~done).astype(jnp.int32)
-        done = done | (drawn.token[:, None] == eos[None]).any(-1)
-        hidden, cache = _decode(model, base, lora, drawn.token, i, cache, sources)
-        u = jax.lax.dynamic_slice_in_dim(uniforms, jnp.minimum(i + 1, new - 1), 1, 1)[:, 0]
-        return i + 1, draw(hidden, u), cache, out, lengths, done
-
-    # the last token needs no forward pass after it: the loop makes new - 1 and the end is written below
-    out = Drawn(jnp.zeros((rows, new), jnp.int32), jnp.zeros((rows, new), jnp.float32))
-    state = jnp.int32(0), draw(hidden, uniforms[:, 0]), cache, out, jnp.zeros(rows, jnp.int32), jnp.zeros(rows, bool)
-    i, drawn, _, out, lengths, done = jax.lax.while_loop(lambda s: (s[0] < new - 1) & ~s[-1].all(), step, state)
-    return *_written(out, drawn, done, i), lengths + (~done).astype(jnp.int32)
+    hidden, cache = _read(model, base, lora, prefix, tokens, lengths)
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], 1)[:, 0]
+    drawn = sample_token(model.logits(base, last)[prompt], uniforms[:, 0], sampling=sampling)
+    first, begun = jnp.arange(uniforms.shape[1]) == 0, len(row)
+    ends = _ends(drawn.token, sampling) | (len(first) == 1)
+    out = Drawn(*(jnp.where(first, x[:, None], 0) for x in drawn))
+    numbers = lengths[prompt], jnp.full(begun, prefix is not None), drawn.token, jnp.ones(begun, jnp.int32)
+    written = rows[1:], (*numbers, ends, uniforms, out)
+    # a row that is not there is one where nothing begins
+    put = jax.tree.map(lambda whole, part: whole.at[row].set(part, mode="drop"), *written)
+    return Rows(copied(rows.cache, cache, prompt, row), *put)
 
 
-def _written(out: Drawn, drawn: Drawn, done: Bool[Array, " row"], i: Int32[Array, ""]) -> Drawn:
-    """With the i-th token of every row, which is 0 where that has ended."""
-
-    def write(x: Array, value: Array) -> Array:
-        return jax.lax.dynamic_update_slice(x, jnp.where(done, 0, value)[:, None], (0, i))
-
-    return Drawn(write(out.token, drawn.token), write(out.logprob, drawn.logprob))
-
-
-class Sources(NamedTuple):
-    """What a row attends to while it is decoded: [prefix | padded prompt | generated]."""
-
-    there: Bool[Array, "row source"]  # of prefix and prompt
-    places: Int32[Array, "row source"]  # position of each
-    begin: int  # index of the first generated token
-    position: Int32[Array, "row 1"]  # of the prompt's last token
-
-
-def _prefill(
-    model: Model, base: Any, lora: Any, prompt: Array, prompt_mask: Array, prefix: Array, new: int
-) -> tuple[Float[Array, "row prompt_len hidden"], Cache, Sources]:
-    """Hidden states of the prompts, and a cache with room for `new` tokens after them."""
-    rows, length = prompt.shape
-    shared = prefix.shape[0]
-    total = shared + length + new
-    cache = model.empty_cache(rows, total, base["embed"].dtype)
-    if shared:
-        cache = _prefill_prefix(model, base, lora, prefix, cache)
-    source = jnp.concatenate([jnp.ones((rows, shared), bool), prompt_mask, jnp.zeros((rows, new), bool)], 1)
-    reached = shared + length
-    causal = jnp.arange(reached)[None] <= shared + jnp.arange(length)[:, None]
-    position = shared + jnp.cumsum(prompt_mask.astype(jnp.int32), 1) - 1
-    mask = source[:, None, :reached] & causal[None]
-    coming = position[:, -1:] + 1 + jnp.arange(new)[None]
-    before = jnp.broadcast_to(jnp.arange(shared)[None], (rows, shared))
-    places = jnp.concatenate([before, position, coming], 1)
+def _read(
+    model: Model, base: Any, lora: Any, prefix: Cache | None, tokens: Array, lengths: Array
+) -> tuple[Float[Array, "prompt length hidden"], Cache]:
+    """Hidden states of prompts, padded on the right, and their keys and values."""
+    count, length = tokens.shape
+    before = 0 if prefix is None else jax.tree.leaves(prefix)[0].shape[-2]
+    cache = model.empty_cache(count, before + length, base["embed"].dtype)
+    if prefix is not None:
+        cache = jax.tree.map(_spread, cache, prefix)
+    source = jnp.broadcast_to(jnp.arange(before + length)[None], (count, before + length))
+    position = source[:, before:]
+    mask = (source[:, None] <= position[:, :, None]) & (source < before + lengths[:, None])[:, None]
     hidden, cache = model.apply(
-        base, lora, prompt, positions=position, mask=mask, cache=cache, index=shared, source_positions=places[:, :reached]
+        base, lora, tokens, positions=position, mask=mask, cache=cache, index=before, source_positions=source
     )
-    return hidden, cache, Sources(source, places, reached, position[:, -1:])
+    return hidden, jax.tree.map(lambda x: x[..., before : before + length, :], cache)
 
 
-def _decode(
-    model: Model, base: Any, lora: Any, token: Int32[Array, " row"], i: Array, cache: Cache, sources: Sources
-) -> tuple[Float[Array, "row 1 hidden"], Cache]:
-    """Hidden states of the i-th generated token, which is written to the cache."""
-    index, places = sources.begin + i, jnp.arange(sources.there.shape[1])
-    seen = sources.there | ((places >= sources.begin) & (places <= index))[None]
-    return model.apply(
+def _spread(whole: Array, part: Array) -> Array:
+    """A cache whose rows all begin with this one."""
+    part = jnp.broadcast_to(part, (*whole.shape[:-2], *part.shape[-2:]))
+    return jax.lax.dynamic_update_slice(whole, part, (0,) * whole.ndim)
+
+
+def _ends(token: Int32[Array, " row"], sampling: Sampling) -> Bool[Array, " row"]:
+    return (token[:, None] == jnp.asarray(sampling.eos, jnp.int32)[None]).any(-1)
+
+
+def decode(
+    model: Model,
+    base: Any,
+    lora: Any,
+    prefix: Cache | None,
+    rows: Rows,
+    free: Int32[Array, ""],
+    steps: Int32[Array, ""],
+    *,
+    sampling: Sampling,
+    unasked: int = 1,
+    within: int | None = None,
+) -> Rows:
+    """Decodes until so many rows are done, or all; so many steps at most. Pure; arguments as `begin` has them.
+
+    Args:
+        unasked: steps between two looks at what is done; where a device is asked for it the host waits for the answer.
+        within: positions of the cache, which no row leaves in this call: of an accelerator's no more are read.
+    """
+
+    def going(state: tuple[Array, Rows]) -> Array:
+        return (state[0] < steps) & (state[1].done.sum(dtype=jnp.int32) < free)
+
+    def some(state: tuple[Array, Rows]) -> tuple[Array, Rows]:
+        step = functools.partial(_step, model, base, lora, prefix, sampling, within)
+        return state[0] + unasked, jax.lax.fori_loop(0, unasked, lambda _, rows: step(rows), state[1])
+
+    return jax.lax.while_loop(going, some, (jnp.int32(0), rows))[1]
+
+
+def _step(
+    model: Model, base: Any, lora: Any, prefix: Cache | None, sampling: Sampling, within: int | None, rows: Rows
+) -> Rows:
+    """Writes the token of every row and draws the next one; a row that is done stays as it is."""
+    before, new = 0 if prefix is None else jax.tree.leaves(prefix)[0].shape[-2], rows.uniforms.shape[1]
+    places = jnp.arange(jax.tree.leaves(rows.cache)[0].shape[-2])[None]
+    start, live = before * rows.shared.astype(jnp.int32), ~rows.done
+    seen = jnp.broadcast_to(rows.shared[:, None], (len(start), before)), places <= rows.filled[:, None]
+    source = jnp.broadcast_to(jnp.arange(before)[None], (len(start), before)), start[:, None] + places
+    hidden, cache = model.apply(
         base,
         lora,
-        token[:, None],
-        positions=sources.position + 1 + i,
-        mask=seen[:, None],
-        cache=cache,
-        index=index,
-        source_positions=sources.places,
+        rows.token[:, None],
+        positions=(start + rows.filled)[:, None],
+        mask=jnp.concatenate(seen, 1)[:, None],
+        cache=rows.cache,
+        index=rows.filled,
+        source_positions=jnp.concatenate(source, 1),
+        prefix=prefix,
+        reach=within or jnp.where(live, rows.filled + 1, 0).max(),
     )
-
-
-def _prefill_prefix(model: Model, base: Any, lora: Any, prefix: Int32[Array, " prefix_len"], cache: Cache) -> Cache:
-    shared = prefix.shape[0]
-    small = model.empty_cache(1, shared, base["embed"].dtype)
-    position = jnp.arange(shared)[None]
-    mask = jnp.tril(jnp.ones((shared, shared), bool))[None]
-    _, small = model.apply(
-        base, lora, prefix[None], positions=position, mask=mask, cache=small, source_positions=position
-    )
-
-    def spread(whole: Array, part: Array) -> Array:
-        part = jnp.broadcast_to(part[..., :shared, :], (*whole.shape[:-2], shared, whole.shape[-1]))
-        return jax.lax.dynamic_update_slice(whole, part, (0,) * whole.ndim)
-
-    return jax.tree.map(spread, cache, small)
+    u = jnp.take_along_axis(rows.uniforms, jnp.minimum(rows.length, new - 1)[:, None], 1)[:, 0]
+    drawn = sample_token(model.logits(base, hidden[:, 0]), u, sampling=sampling)
+    here = (jnp.arange(new)[None] == rows.length[:, None]) & live[:, None]
+    more = live.astype(jnp.int32)
+    done = rows.done | _ends(drawn.token, sampling) | (rows.length + 1 >= new)
+    out = Drawn(*(jnp.where(here, x[:, None], old) for old, x in zip(rows.out, drawn, strict=True)))
+    token = jnp.where(live, drawn.token, rows.token)
+    return Rows(cache, rows.filled + more, rows.shared, token, rows.length + more, done, rows.uniforms, out)
 
 
 # ---------------------------------------------------------------- one token at a time, for a person who waits
@@ -305,7 +340,8 @@ def _next(
         positions=index[None, None],
         mask=mask,
         cache=cache,
-        index=index,
+        index=index[None],
         source_positions=jnp.arange(size)[None],
+        reach=index + 1,
     )
     return sample_token(model.logits(base, hidden[:, 0]), u, sampling=sampling).token, cache

@@ -3,6 +3,7 @@
 Stacking layers and fusing q, k, v (gate, up) happens here; what is trained, saved and exported knows of neither.
 """
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -70,6 +71,40 @@ def fuse(model: Model, adapter: Adapter, lora: Lora, *, base: Any = None, dropou
         return {"layers": layers}
     kernels = [kernel for kernel in _KERNELS if any(kernel in layer for layer in layers)]
     return {"layers": {kernel: _stack_layers([layer.get(kernel) for layer in layers]) for kernel in kernels}}
+
+
+def fold(model: Model, base: Any, adapter: Adapter, lora: Lora) -> Any:
+    """The kernels of the base with the adapter in them, rounded to their dtype, by layer and name, for `folded`.
+
+    Args:
+        base: the model's weights, none of them quantised.
+    """
+
+    def kernel(part: tuple[Array, LowRank]) -> Array:
+        whole, low = part
+        out = whole.astype(jnp.float32) + jnp.tensordot(low.down, low.up, 1)
+        return (out if low.gain is None else out * jnp.expand_dims(low.gain, 0)).astype(whole.dtype)
+
+    def layer(base: Any, low: Mapping[str, LowRank]) -> dict[str, Array]:
+        # one layer of a stack after the other: in float32 there are never more
+        each = functools.partial(jax.lax.map, kernel) if model.scan else kernel
+        return {name: each((base[name]["kernel"], low[name])) for name in low}
+
+    fused = fuse(model, adapter, lora, base=base).get("layers", [])
+    if model.scan:
+        return layer(base["layers"], fused) if fused else {}
+    return {i: layer(base["layers"][i], low) for i, low in enumerate(fused)}
+
+
+def folded(base: Any, kernels: Any) -> Any:
+    """The base with these kernels, of `fold`, in the place of its own; all other arrays are the base's."""
+
+    def layer(own: Any, kernels: Mapping[str, Array]) -> Any:
+        return {**own, **{name: {**own[name], "kernel": kernel} for name, kernel in kernels.items()}}
+
+    layers, scanned = base["layers"], not all(isinstance(key, int) for key in base["layers"])
+    new = layer(layers, kernels) if scanned else {i: layer(layers[i], kernels.get(i, {})) for i in layers}
+    return {**base, "layers": new}
 
 
 def _adapted(c: ModelConfig, adapter: Adapter) -> Iterator[tuple[int, str, dict[str, str]]]:

@@ -44,12 +44,14 @@ class LayerCache(NamedTuple):
     layer: Int[Array, ""] | None = None  # its number in the stacks
 
     def written(self, k: Array, v: Array, index: Any) -> "LayerCache":
-        """With these from position `index` on."""
+        """With these from position `index` on; of one token a row, each at its own."""
 
         def write(whole: Array, part: Array) -> Array:
-            if self.layer is None:
-                return jax.lax.dynamic_update_slice(whole, part, (0, 0, index, 0))
-            return jax.lax.dynamic_update_slice(whole, part[None], (self.layer, 0, 0, index, 0))
+            layer = () if self.layer is None else (self.layer,)
+            if jnp.ndim(index):
+                at = (*layer, jnp.arange(part.shape[0]), slice(None), index)
+                return whole.at[at].set(part[:, :, 0], mode="promise_in_bounds", unique_indices=True)
+            return jax.lax.dynamic_update_slice(whole, part if not layer else part[None], (*layer, 0, 0, index, 0))
 
         return self._replace(key=write(self.key, k), value=write(self.value, v))
 
@@ -85,6 +87,13 @@ class Kind(NamedTuple):
     cos: Float[Array, "row time half"]
     sin: Float[Array, "row time half"]
     mask: Bool[Array, "row time source"]
+
+
+class Reading(NamedTuple):
+    """How a call writes to a cache and reads it."""
+
+    index: Any  # where it writes: from there on, or of one token a row, each at its own place
+    reach: Int[Array, ""] | int | None  # of one token a row: how many positions are read
 
 
 def _flat(kernel: Float[Array, "inp *out"] | QArray) -> Float[Array, "inp outputs"] | QArray:
@@ -202,7 +211,9 @@ class Block(nnx.Module):
             self.gate_up = Linear((c.hidden_size, 1 + c.gated, c.intermediate_size), c.mlp_bias, dtype, whole=whole)
             self.down = Linear((c.intermediate_size, c.hidden_size), c.mlp_bias, dtype, whole=whole)
 
-    def attention(self, x: Array, lora: dict, kind: Kind, cache: LayerCache | None, index: Any) -> tuple:
+    def attention(
+        self, x: Array, lora: dict, kind: Kind, cache: LayerCache | None, prefix: LayerCache | None, reading: Reading
+    ) -> tuple:
         c = self.c
         rows, time, _ = x.shape
         qkv = self.qkv(x, lora.get("qkv")).reshape(rows, time, c.num_kv_heads, c.group + 2, c.head_dim)
@@ -215,13 +226,14 @@ class Block(nnx.Module):
         q = q.transpose(0, 2, 3, 1, 4)
         k, v = (part.squeeze(3).transpose(0, 2, 1, 3) for part in (k, v))
         if cache is not None:
-            cache = cache.written(k, v, index)
+            cache = cache.written(k, v, reading.index)
         how = {"mask": kind.mask, "scale": c.query_scale, "softcap": c.attention_softcap}
-        if cache is not None and time == 1:
-            out = self.attend_cache(q, cache.read, length=cache.length, filled=index + 1, **how)
+        if cache is not None and jnp.ndim(reading.index):
+            before = None if prefix is None else prefix.read(0, prefix.length)
+            out = self.attend_cache(q, cache.read, length=cache.length, reach=reading.reach, prefix=before, **how)
         else:
             source = (k, v) if cache is None else cache.read(0, kind.mask.shape[2])
-            out = self.attend(q, *source, causal=cache is None, **how)
+            out = self.attend(q, *source, causal=True, **how)
         return self.o(out.transpose(0, 3, 1, 2, 4).reshape(rows, time, -1), lora.get("o")), cache
 
     def mlp(self, x: Array, lora: dict) -> Array:
@@ -239,8 +251,8 @@ class Block(nnx.Module):
     def _norm(self, name: str, x: Array) -> Array:
         return getattr(self, name)(x) if name in self.c.norms else x
 
-    def __call__(self, x: Array, lora: dict, kind: Kind, cache: LayerCache | None, index: Any) -> tuple:
-        attended, cache = self.attention(self._norm("pre_attention_norm", x), lora, kind, cache, index)
+    def __call__(self, x: Array, lora: dict, kind: Kind, *caches: Any) -> tuple:
+        attended, cache = self.attention(self._norm("pre_attention_norm", x), lora, kind, *caches)
         after = x + self._norm("post_attention_norm", attended)
         fed = self.mlp(self._norm("pre_mlp_norm", x if self.c.parallel else after), lora)
         return after + self._norm("post_mlp_norm", fed), cache
@@ -302,8 +314,10 @@ class Model:
         positions: Int[Array, "row time"],
         mask: Bool[Array, "row time source"],
         cache: Cache | None = None,
-        index: Int[Array, ""] | int = 0,
+        index: Int[Array, ""] | Int[Array, " row"] | int = 0,
         source_positions: Int[Array, "row source"] | None = None,
+        prefix: Cache | None = None,
+        reach: Int[Array, ""] | int | None = None,
     ) -> tuple[Float[Array, "row time hidden"], Any]:
         """Final hidden states (after the last norm), and the given `Cache` with this call's keys and values, or None.
 
@@ -311,21 +325,23 @@ class Model:
             lora: a fused adapter from `ple_jax.backend.lora.fuse`, or `{}` for the base alone.
             positions: position of every token; of padding it does not matter.
             mask: which source positions a token may attend to: without a cache source = time, and nothing after a token is
-                visible; with one as many as are read of it, from the first on.
-            index: where in the cache this call writes.
+                visible; with one as many as are read of it, from the first on, after all of the prefix.
+            index: where in the cache this call writes: from there on, or one token a row, each at its own place.
             source_positions: position of everything `mask` speaks of; with a cache a sliding window needs it.
+            prefix: keys and values of one row, which every row may attend to where it has one token.
+            reach: with a place a row, how many positions of the cache any of them attends to, at most.
         """
         decoder = self._bind(base)
         x = self._embedded(decoder, tokens, positions)
         kinds = self._kinds(positions, mask, cache, source_positions)
 
-        def layer(block: Block, x: Array, lora: dict, kind: Kind, cache: LayerCache | None) -> tuple:
-            return block(x, lora, kind, cache, index)
+        def layer(block: Block, x: Array, lora: dict, kind: Kind, *caches: LayerCache | None) -> tuple:
+            return block(x, lora, kind, *caches, Reading(index, reach))
 
         if self.remat != "none" and cache is None:
             layer = self._rematerialised(layer)
         run = self._scanned if self.scan else self._unrolled
-        x, cache = run(decoder, layer, x, lora.get("layers"), kinds, cache)
+        x, cache = run(decoder, layer, x, lora.get("layers"), kinds, cache, prefix)
         return decoder.norm(x), cache
 
     def _embedded(self, decoder: Decoder, tokens: Array, positions: Array) -> Float[Array, "row time hidden"]:
@@ -346,17 +362,17 @@ class Model:
         return [Kind(*rope(positions, k, mask.shape[-1]), mask & (back < k.window) if k.window else mask) for k in kinds]
 
     def _scanned(
-        self, decoder: Decoder, layer: Callable, x: Array, loras: Tree, kinds: list[Kind], cache: Cache | None
+        self, decoder: Decoder, layer: Callable, x: Array, loras: Tree, kinds: list[Kind], *caches: Cache | None
     ) -> tuple[Array, Cache | None]:
         """All layers by one compiled body: their weights, adapters and caches are stacks."""
         graph, stacked = nnx.split(decoder.layers)
-        every = jax.tree.map(lambda *x: jnp.stack(x), *kinds)
+        every, (cache, prefix) = jax.tree.map(lambda *x: jnp.stack(x), *kinds), caches
 
         def step(carry: tuple, part: tuple) -> tuple:
             (x, cache), (state, lora, i, number) = carry, part
             kind = kinds[0] if len(kinds) == 1 else jax.tree.map(lambda x: x[i], every)
-            own = None if cache is None else LayerCache(cache.key, cache.value, number)
-            x, own = layer(nnx.merge(graph, state), x, lora, kind, own)
+            own, before = (None if c is None else LayerCache(c.key, c.value, number) for c in (cache, prefix))
+            x, own = layer(nnx.merge(graph, state), x, lora, kind, own, before)
             # carried, and not given and returned a layer at a time, which would copy all of it
             return (x, None if own is None else Cache(own.key, own.value)), None
 
@@ -364,7 +380,7 @@ class Model:
         return jax.lax.scan(step, (x, cache), (stacked, loras or {}, pattern, layers))[0]
 
     def _unrolled(
-        self, decoder: Decoder, layer: Callable, x: Array, loras: Tree, kinds: list[Kind], cache: Cache | None
+        self, decoder: Decoder, layer: Callable, x: Array, loras: Tree, kinds: list[Kind], *caches: Cache | None
     ) -> tuple[Array, Cache | None]:
         """Layer after layer: of each a tree of its own."""
 
@@ -375,20 +391,20 @@ class Model:
 
         new = []
         for i, block in enumerate(decoder.layers):
-            kind, own = kinds[self.config.pattern[i]], LayerCache(cache.key[i], cache.value[i]) if cache else None
-            x, kv = run(*nnx.split(block), x, loras[i] if loras else {}, kind, own)
+            kind, own = kinds[self.config.pattern[i]], [LayerCache(c.key[i], c.value[i]) if c else None for c in caches]
+            x, kv = run(*nnx.split(block), x, loras[i] if loras else {}, kind, *own)
             new.append(kv)
-        return x, Cache(tuple(own.key for own in new), tuple(own.value for own in new)) if cache else None
+        return x, Cache(tuple(own.key for own in new), tuple(own.value for own in new)) if caches[0] else None
 
     def _rematerialised(self, layer: Callable) -> Callable:
         """The layer, keeping for the backward pass its input ("full") or the results of its weight matmuls ("dots")."""
         policy = jax.checkpoint_policies.save_only_these_names(MATMULS) if self.remat == "dots" else None
 
-        def run(block: Block, x: Array, lora: dict, kind: Kind, cache: None) -> tuple:
+        def run(block: Block, x: Array, lora: dict, kind: Kind, *nothing: None) -> tuple:
             graph, state = nnx.split(block)
 
             def body(state: Any, x: Array, lora: dict, kind: Kind) -> Array:
-                return layer(nnx.merge(graph, state), x, lora, kind, None)[0]
+                return layer(nnx.merge(graph, state), x, lora, kind, *nothing)[0]
 
             return jax.checkpoint(body, policy=policy)(state, x, lora, kind), None
 
@@ -409,6 +425,17 @@ class Model:
         if self.scan:
             return Cache(*(jnp.zeros((c.num_layers, *shape), dtype) for _ in range(2)))
         return Cache(*(tuple(jnp.zeros(shape, dtype) for _ in range(c.num_layers)) for _ in range(2)))
+
+
+def copied(cache: Cache, part: Cache, chosen: Int[Array, " begun"], rows: Int[Array, " begun"]) -> Cache:
+    """A cache that begins, in some rows, with what chosen rows of another one hold; rows that are not there are left out."""
+
+    def put(whole: Array, part: Array) -> Array:
+        axis = whole.ndim - 4  # after the layers of a stack
+        at = (*[slice(None)] * axis, rows, slice(None), slice(0, part.shape[-2]))
+        return whole.at[at].set(jnp.take(part, chosen, axis=axis), mode="drop")
+
+    return jax.tree.map(put, cache, part)
 
 
 def head_logits(

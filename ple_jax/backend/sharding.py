@@ -114,6 +114,30 @@ def put_rows(mesh: Mesh, tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.device_put(x, rows(mesh, np.ndim(x))), tree)
 
 
+def decoded_rows(tree: Any, mesh: Mesh) -> Any:
+    """NamedShardings of what is decoded: rows over `data` and `fsdp`, of caches also KV heads over `tensor`; a row that is
+    held for all is on every device.
+    """
+
+    def leaf(x: Any) -> NamedSharding:
+        if x.ndim < 4:
+            return rows(mesh, x.ndim)
+        heads = "tensor" if x.shape[-3] % mesh.shape["tensor"] == 0 else None
+        spread = BATCH if x.shape[-4] % row_multiple(mesh) == 0 else None
+        return NamedSharding(mesh, PartitionSpec(*[None] * (x.ndim - 4), spread, heads, None, None))
+
+    return jax.tree.map(leaf, tree)
+
+
+def kernels(tree: Any, mesh: Mesh, kv_heads: int) -> Any:
+    """NamedShardings of kernels by their names: those of the base's own."""
+
+    def leaf(path: tuple, x: Any) -> NamedSharding:
+        return NamedSharding(mesh, spec(f"layers/{path[-1].key}/kernel", x.shape, mesh, kv_heads=kv_heads))
+
+    return jax.tree_util.tree_map_with_path(leaf, tree)
+
+
 def row_multiple(mesh: Mesh) -> int:
     """Rows of a batch must be a multiple of this."""
     return math.prod(mesh.shape[a] for a in BATCH)

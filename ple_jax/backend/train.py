@@ -1,6 +1,7 @@
 """The pure training step, and the compiled programs of a run. Its twin is `torch_ascend/train.py`."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +13,7 @@ from jaxtyping import Array
 from ple_jax.backend import generate, lora, sharding
 from ple_jax.backend.forward import heads, outputs
 from ple_jax.backend.model import Model
-from ple_jax.core.types import Batch, Loss, Outputs, Packed, Sampling
+from ple_jax.core.types import Batch, Loss, Outputs, Packed
 from ple_jax.models import adapters
 
 
@@ -67,7 +68,12 @@ def apply_gradients(
 class Programs(NamedTuple):
     """The compiled programs of a run, `jax.jit` objects. What `--mode=plan --topology` compiles is these too."""
 
-    generate: Any  # (base, adapter, prompt, prompt_mask, prefix, uniforms, *, sampling) -> (tokens, log-probs, lengths)
+    fuse: Any  # (base, adapter) -> fused adapter
+    fold: Any  # (base, adapter) -> kernels with the adapter in them: sampling takes base and `fused`, or these and {}
+    rows: Any  # (base, *, count, room, new) -> Rows, all of them free
+    prefix: Any  # (base, fused, tokens) -> Cache
+    begin: Any  # (base, fused, prefix, rows, *group, *, sampling) -> Rows; donates the rows
+    decode: Any  # (base, fused, prefix, rows, free, steps, *, sampling, within) -> Rows; donates the rows
     outputs: Any  # (base, adapter, packed, *, entropy, temperature) -> Outputs
     scores: Any  # (base, adapter, packed) -> scores
     gradients: Any  # (base, adapter, batch, packed, share, key, *, loss, temperature) -> (gradients, metrics)
@@ -93,8 +99,9 @@ def programs(
     def fuse(base: Any, adapter: Any) -> Any:
         return lora.fuse(model, adapter, settings, base=base)
 
-    def sample(base: Any, adapter: Any, *data: Array, sampling: Sampling) -> tuple[Array, Array, Array]:
-        return generate.generate(model, base, fuse(base, adapter), *data, sampling=sampling)
+    def fold(base: Any, adapter: Any) -> Any:
+        kernels = lora.fold(model, base, adapter, settings)
+        return jax.lax.with_sharding_constraint(kernels, sharding.kernels(kernels, mesh, model.config.num_kv_heads))
 
     def say(base: Any, adapter: Any, packed: Packed, **how: Any) -> Outputs:
         return outputs(model, base, fuse(base, adapter), packed, **how, **heads(adapter))
@@ -103,7 +110,9 @@ def programs(
         return gradients(model, settings, loss, base, adapter, *data, **how)
 
     return Programs(
-        generate=jax.jit(sample, static_argnames="sampling"),
+        fuse=jax.jit(fuse),
+        fold=jax.jit(fold),
+        **_sampling(model, mesh),
         outputs=jax.jit(say, static_argnames=("entropy", "temperature")),
         scores=jax.jit(lambda *data: say(*data).scores),
         gradients=jax.jit(
@@ -116,3 +125,30 @@ def programs(
             out_shardings=(*place, sharding.replicated(mesh)),
         ),
     )
+
+
+def _sampling(model: Model, mesh: Mesh) -> dict[str, Any]:
+    """The programs that sample, and leave rows and their caches where they are."""
+
+    def spread(made: Callable[..., Any]) -> Callable[..., Any]:
+        """The same, with what it gives where rows and their caches are."""
+
+        @functools.wraps(made)
+        def call(*data: Any, **how: Any) -> Any:
+            found = made(*data, **how)
+            return jax.lax.with_sharding_constraint(found, sharding.decoded_rows(found, mesh))
+
+        return call
+
+    def empty(base: Any, *, count: int, room: int, new: int) -> generate.Rows:
+        return generate.empty_rows(model, count, room, new, base["embed"].dtype)
+
+    begin = functools.partial(generate.begin, model)
+    # an accelerator's host waits for the answer whether enough have ended
+    decode = functools.partial(generate.decode, model, unasked=1 if mesh.devices.flat[0].platform == "cpu" else 8)
+    return {
+        "rows": jax.jit(spread(empty), static_argnames=("count", "room", "new")),
+        "prefix": jax.jit(spread(functools.partial(generate.read_prefix, model))),
+        "begin": jax.jit(spread(begin), static_argnames="sampling", donate_argnums=3),
+        "decode": jax.jit(spread(decode), static_argnames=("sampling", "within"), donate_argnums=3),
+    }

@@ -47,13 +47,13 @@ def _seal(k: str, value: Any) -> str:
 
 
 class Cache:
-    """A file of values by key, for one writer. It is opened at the first use and closed on leaving the context.
+    """A file of values by key, for one writer at a time. It is opened at the first use and closed on leaving the context.
 
     A value that is not as it was stored is as good as none: it is computed again.
     """
 
     def __init__(self, path: str | Path):
-        self._path = Path(path)
+        self.path = Path(path)
         self._database: sqlite3.Connection | None = None
 
     def __enter__(self) -> Self:
@@ -84,19 +84,19 @@ class Cache:
 
     def _open(self) -> sqlite3.Connection:
         if self._database is None:
-            self._database = sqlite3.connect(self._path)
+            self._database = sqlite3.connect(self.path)
             self._database.execute("PRAGMA synchronous = FULL")
             self._database.text_factory = lambda data: data.decode(errors="replace")  # a damaged text is another, no error
             self._database.execute(_TABLE)
         return self._database
 
     def _refused(self, error: sqlite3.DatabaseError) -> UserError:
-        if self._database is not None and not self._path.exists():  # to SQLite it is read-only then
-            return UserError(f"{self._path} is gone: something removed it, or its folder, while the run went on")
+        if self._database is not None and not self.path.exists():  # to SQLite it is read-only then
+            return UserError(f"{self.path} is gone: something removed it, or its folder, while the run went on")
         # a full disk, a folder that is not there, no right to write; or a table that is not the one that was made
         if isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode != sqlite3.SQLITE_ERROR:
-            return UserError(f"{self._path}: {error}; mend that and give the same command again: what was scored is kept")
-        return UserError(f"{self._path} is damaged ({error}); delete it: what it held is scored again")
+            return UserError(f"{self.path}: {error}; mend that and give the same command again: what was scored is kept")
+        return UserError(f"{self.path} is damaged ({error}); delete it: what it held is scored again")
 
 
 class Incomplete(UserError):

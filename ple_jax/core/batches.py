@@ -1,12 +1,12 @@
 """From rollouts to the padded arrays of a Batch."""
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int32
+from jaxtyping import Bool, Int32
 
 from ple_jax.core.errors import UserError
-from ple_jax.core.types import Batch, Response, Rollout
+from ple_jax.core.types import Batch, Rollout
 
 
 def round_up(count: int, multiple: int) -> int:
@@ -22,19 +22,6 @@ def bucket(length: int, smallest: int) -> int:
     return size
 
 
-def plan_chunks(groups: Sequence[Hashable], width: int) -> list[list[int]]:
-    """Cuts rows into chunks of at most `width` rows of one group, in order of first appearance.
-
-    Args:
-        groups: the group of every row, e.g. its prompt bucket.
-        width: rows decoded at once.
-    """
-    members: dict[Hashable, list[int]] = {}
-    for row, group in enumerate(groups):
-        members.setdefault(group, []).append(row)
-    return [rows[i : i + width] for rows in members.values() for i in range(0, len(rows), width)]
-
-
 def left_padded(
     prompts: Sequence[Sequence[int]], smallest: int
 ) -> tuple[Int32[np.ndarray, "row prompt_len"], Bool[np.ndarray, "row prompt_len"]]:
@@ -45,39 +32,6 @@ def left_padded(
         tokens[row, length - len(prompt) :] = prompt
         mask[row, length - len(prompt) :] = True
     return tokens, mask
-
-
-def decoding(
-    prompts: Sequence[Sequence[int]], uniforms: Float32[np.ndarray, "row max_new"], *, width: int, smallest: int
-) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
-    """What is decoded at once, `width` rows at a time: how many of them count, prompts, their mask, noise.
-
-    Short chunks are filled with copies of their first row, which end when it does: rows of noise would not end, and
-    decoding goes on until all have.
-    """
-    for start in range(0, len(prompts), width):
-        count = min(width, len(prompts) - start)
-        rows = [start + (row if row < count else 0) for row in range(width)]
-        yield count, *left_padded([prompts[i] for i in rows], smallest), np.asarray(uniforms[rows], np.float32)
-
-
-def decoded(
-    tokens: Int32[np.ndarray, "row max_new"],
-    logprobs: Float32[np.ndarray, "row max_new"],
-    lengths: Int32[np.ndarray, " row"],
-    *,
-    count: int,
-    eos: Sequence[int],
-) -> list[Response]:
-    """What was decoded at once as responses: the first `count` rows.
-
-    Log-probabilities are kept to a millionth of a nat, which is less than float32 is sure of.
-    """
-    ids, nats = tokens.tolist(), np.round(logprobs.astype(np.float64), 6).tolist()
-    return [
-        Response(tuple(row[:n]), finished=row[n - 1] in eos, logprobs=tuple(said[:n]))
-        for row, said, n in zip(ids[:count], nats[:count], lengths[:count].tolist(), strict=True)
-    ]
 
 
 def pack(rollouts: Sequence[Rollout], picks: Sequence[Sequence[int]], *, prompt_multiple: int, response_len: int) -> Batch:

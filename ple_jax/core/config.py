@@ -235,6 +235,7 @@ RULES: dict[str, Rule] = {
     "sampling.min_p": real(lambda v: 0 <= v < 1, "of at least 0 and below 1 (0 is off)"),
     "sampling.width": auto_or(whole(1, FEW)),
     "sampling.bucket": whole(1, MANY),
+    "sampling.fold_adapter": flag,
     "sampling.server": _optional_server,
     "sampling.server_key_env": _optional_variable,
     "sampling.server_sleep": flag,
@@ -385,7 +386,7 @@ def validate(config: "ConfigDict") -> None:
                 f"config.optimizer.weight_decay is {decay:g} and config.{key} {lr:g}: a step would take {lr * decay:g} times"
                 " every weight from itself; usual are 0 to 0.1"
             )
-    for wrong in (_not_served(flat), _learns_nothing(flat), _never_warm(flat), _unread(flat)):
+    for wrong in (_not_served(flat), _not_folded(flat), _learns_nothing(flat), _never_warm(flat), _unread(flat)):
         if wrong:
             raise UserError(wrong)
 
@@ -398,6 +399,17 @@ def _not_served(flat: Mapping[str, Any]) -> str:
             f"config.{wrong[0]} is {flat[wrong[0]]!r}, and vLLM serves no DoRA adapter, and in many versions one rank and"
             " alpha for all modules: unset it or config.sampling.server"
         )
+    return ""
+
+
+def _not_folded(flat: Mapping[str, Any]) -> str:
+    """Where there is nothing that the adapter could be folded into."""
+    for key, off in (("model.quantize", "none"), ("sampling.server", None)):
+        if flat["sampling.fold_adapter"] and flat[key] != off:
+            return (
+                f"config.sampling.fold_adapter is True and config.{key} {flat[key]!r}: the adapter is folded into weights of"
+                f" this process that are not quantised; leave it at False, or set --config.{key}={off}"
+            )
     return ""
 
 

@@ -60,6 +60,7 @@ class Endpoint:
     api_key_env: str | None = None  # environment variable whose value is sent as `Authorization: Bearer ...`
     headers: Mapping[str, str] = field(default_factory=dict)  # environment variables by the header for their value
     _secrets: dict[str, str] = field(init=False, repr=False)  # what no message may show
+    _stops: set[threading.Event] = field(init=False, repr=False, default_factory=set)  # of calls under way
     _in_a_row: int = field(init=False, repr=False, default=0)  # failures, one after the other
     failure: str = field(init=False, repr=False, default="")  # why the newest rows without a number have none
 
@@ -88,12 +89,14 @@ class Endpoint:
     def __call__(self, first: Sequence[str], second: Sequence[str]) -> list[float]:
         values, why = np.full(len(first), np.nan), ""
         stop, pool = threading.Event(), ThreadPoolExecutor(self.concurrency)
+        self._stops.add(stop)
         try:
             slices = [slice(start, start + self.size) for start in range(0, len(first), self.size)]
             why = self._gather({pool.submit(self._ask, first[s], second[s], stop): s for s in slices}, values, stop)
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)
+            self._stops.discard(stop)
         if why:
             self._in_a_row = 0
             raise Incomplete(
@@ -101,6 +104,11 @@ class Endpoint:
                 values,
             )
         return values.tolist()
+
+    def cancel(self) -> None:
+        """Ends calls that other threads have under way: what was sent has this one try, and nothing more is sent."""
+        for stop in list(self._stops):
+            stop.set()
 
     def _gather(
         self, under_way: Mapping[Future[Sequence[float]], slice], values: Float64[np.ndarray, " n"], stop: threading.Event
@@ -124,6 +132,8 @@ class Endpoint:
         return why
 
     def _ask(self, first: Sequence[str], second: Sequence[str], stop: threading.Event) -> Sequence[float]:
+        if stop.is_set():
+            raise CancelledError
         sent = dict(self._secrets)
         if self.api_key_env is not None:
             sent["Authorization"] = f"Bearer {sent['Authorization']}"

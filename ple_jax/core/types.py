@@ -129,6 +129,7 @@ class Compiled(NamedTuple):
 
 Loss = Callable[[Outputs, Batch], tuple[Array, dict[str, Array]]]  # value per query, metrics per query
 Sink = Callable[[dict[str, float], int], None]  # (metrics, step)
+Tell = Callable[[dict[int, Response]], None]  # of responses that have ended, by the number of their request
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,8 @@ class Reward:
     refuses: Callable[[str], str] | None = None  # why answers to a prompt cannot be scored, "" where they can
     parts: Mapping[str, "Reward"] = field(default_factory=dict)
     combine: Callable[[Mapping[str, np.ndarray]], np.ndarray] | None = None  # float64 [n] of every part -> float64 [n]
+    # of a reward that a server computes: it may be asked while this process samples, and this ends what it is asked then
+    cancel: Callable[[], None] | None = None
     failure: Callable[[], str] = str  # why the newest value that is missing is, where the reward knows; else nothing
 
 
@@ -175,8 +178,16 @@ class Backend(Protocol):
         *,
         sampling: Sampling,
         prefix: Sequence[int] = (),
+        known: Mapping[int, Response] | None = None,
+        tell: Tell | None = None,
     ) -> list[Response]:
-        """Samples one response per prompt; `prefix` stands before every prompt and is computed once."""
+        """Samples one response per prompt.
+
+        Args:
+            prefix: what many of the prompts begin with, which is computed once.
+            known: responses by the number of their prompt, which are not sampled again.
+            tell: told of responses as they end, in whatever order, and now and then with none; what it raises ends all.
+        """
         ...
 
     def stream(

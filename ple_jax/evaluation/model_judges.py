@@ -210,8 +210,9 @@ class _Asked:
         # neighbours of one length waste no padding
         fits = sorted((i for i in range(len(asked)) if len(asked[i]) <= room), key=lambda i: -len(asked[i]))
         said = np.full(len(asked), np.nan)
-        for start in range(0, len(fits), self.width):
-            some = fits[start : start + self.width]
+        size = self.width if self.mode == "likelihood" else max(1, len(fits))  # texts are decoded `width` at once
+        for start in range(0, len(fits), size):
+            some = fits[start : start + size]
             said[some] = self._verdicts([asked[i] for i in some], answers)
         return said.tolist()
 

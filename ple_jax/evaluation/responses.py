@@ -38,6 +38,7 @@ from ple_jax.core.types import Batch, Query, Response, Reward, Rollout, Slot
 from ple_jax.data.left_out import QuerySet
 from ple_jax.data.load import Data, load_heldout
 from ple_jax.data.queries import digest
+from ple_jax.training import ahead
 from ple_jax.training.journal import Journal
 from ple_jax.training.journal import read as read_journal
 from ple_jax.training.opening import fitted
@@ -155,7 +156,9 @@ def write(run: Run[Algorithm], queries: QuerySet, second: Reward | None, *, back
     if (rollouts := journal.read()) is None:
         scored.unlink(missing_ok=True)  # of responses that were deleted
         slots = [Slot(kind, options.principled, number) for number in range(options.samples)]
-        rollouts = score(sample(run, run.data.heldout, slots, journal, RESPONSES), run.reward, run.session)
+        with ahead.scoring(run.reward, run.session) as ask:
+            sampled = sample(run, run.data.heldout, slots, journal, RESPONSES, ask)
+        rollouts = score(sampled, run.reward, run.session)
         journal.complete(rollouts)
     if not scored.exists():
         asked = [run.prompts.render(query, options.principled).whole for query in run.data.heldout]

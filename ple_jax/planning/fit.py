@@ -5,6 +5,7 @@ counted as `--mode=plan --topology` counts it, before any weight is read.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -70,26 +71,26 @@ _NUMBER = {_WIDTH: width, _MICRO: micro_queries}
 
 
 def _groups(config: Any, algorithm: Algorithm, heldout: int) -> dict[int, int]:
-    """How often a run decodes so many rows of one kind."""
+    """How often a run samples so many responses."""
     slots = [slot for slot in algorithm.collect(config) if slot.source == "policy"]
-    times: dict[int, int] = {}
-    for principled in {slot.principled for slot in slots}:
-        rows = config.queries_per_iteration * sum(slot.principled is principled for slot in slots)
-        times[rows] = times.get(rows, 0) + config.iterations
-    rows = heldout * config.eval.samples
-    times[rows] = times.get(rows, 0) + 2 + math.ceil(config.iterations / config.eval.every)
-    return times
+    evaluations = math.ceil(config.iterations / config.eval.every)
+    # before training what the principled prompt gives is evaluated too
+    counts = (len(slots) * config.queries_per_iteration, config.iterations), (2 * heldout * config.eval.samples, 1)
+    times: Counter[int] = Counter()
+    for rows, often in (*counts, (heldout * config.eval.samples, evaluations)):
+        times[rows] += often * (rows > 0)
+    return dict(+times)
 
 
 def _widths(groups: Mapping[int, int], multiple: int) -> list[int]:
-    """Widths that leave little of a chunk empty: for every group those that cut it into 1, 2, 3 ... chunks."""
+    """Widths that leave few rows idle at the end: for every group those that hold it 1, 2, 3 ... times over."""
     step = math.lcm(_ROW, multiple)
-    found = {round_up(-(-rows // chunks), step) for rows in groups for chunks in range(1, rows + 1)}
+    found = {round_up(-(-rows // times), step) for rows in groups for times in range(1, rows + 1)}
     return sorted(width for width in found if width < FEW)
 
 
 def _cost(times: Mapping[int, int], width: int, reading: int) -> int:
-    """What decoding takes, in rows: every step of a chunk reads the weights, and computes all of its rows."""
+    """What decoding takes, in rows: every step reads the weights, and computes all rows, idle ones too."""
     return sum(often * -(-rows // width) * (reading + width) for rows, often in times.items())
 
 

@@ -4,6 +4,7 @@ Both `topology.py` start from it, JAX's and torch's.
 """
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from ple_jax.algorithms import Algorithm, Context, given_sources
 from ple_jax.core.batches import bucket
 from ple_jax.core.config import PACKAGE, PUBLISHED
 from ple_jax.core.errors import Unusable, UserError
+from ple_jax.core.refill import Shape
 from ple_jax.core.types import Batch, Query, Response, Rollout, Slot, Tokenizer
 from ple_jax.models import families, hub, weights
 from ple_jax.models import tokenizer as tokenizers
@@ -147,6 +149,16 @@ def reading(platform: str) -> int:
     By steps of 16 and of 64 rows on two CPU cores; of accelerators by what they multiply a second for every byte they read.
     """
     return 16 if platform == "cpu" else 256
+
+
+def decoded_rows(config: ConfigDict, algorithm: Algorithm, sizes: Lengths, *, lanes: int = 1, multiple: int = 1) -> Shape:
+    """The rows that a run decodes at once, for its longest prompts; arguments as `refill.sample` has them."""
+    asked = Counter(slot.principled for slot in algorithm.collect(config) if slot.source == "policy")
+    most, part = max([*asked.values(), config.eval.samples]), config.sampling.width // lanes
+    # of fewer responses to a prompt more prompts are read at once
+    mean = max(1, min(config.eval.samples, sum(asked.values()) // max(1, len(asked))))
+    room, prefix = sizes.sampled + sizes.new, (0,) * sizes.prefix
+    return Shape(config.sampling.width, lanes, multiple, min(part, most), min(part, mean), room, sizes.new, prefix)
 
 
 def judged(config: ConfigDict, algorithm: Algorithm, sizes: Lengths) -> tuple[int, Lengths]:

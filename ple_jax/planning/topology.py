@@ -4,6 +4,7 @@ The programs are those that train (`train.programs`); weights are shapes with sh
 TPUs on any machine; where it is not installed the same sheet is made on simulated CPU devices.
 """
 
+import functools
 import math
 import re
 import time
@@ -13,14 +14,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from ple_jax.algorithms import Algorithm
-from ple_jax.backend import backend, compilation, generate, lora, sharding, train
+from ple_jax.backend import backend, compilation, lora, sharding, train
 from ple_jax.backend import quantize as quantization
 from ple_jax.backend.model import Model, quantized_axis
-from ple_jax.core import packing, processor
+from ple_jax.core import packing, processor, refill
 from ple_jax.core.backends import Needs
 from ple_jax.core.types import Batch, Packed, Query, Sampling
 from ple_jax.models import adapters
@@ -143,70 +144,70 @@ def phases(
 ) -> Iterator[Phase]:
     """Everything a run compiles, in the order in which it happens."""
     on = spread(config, model, mesh, sizes, algorithm, eos)
-    yield from _sampling(on)
+    yield from _sampling(on, algorithm)
     yield from _training(on, algorithm)
 
 
-def _sampling(on: Spread) -> Iterator[Phase]:
-    sizes, width = on.sizes, on.config.sampling.width
-    total = sizes.prefix + sizes.sampled + sizes.new
-    policy = device_bytes(on.base) + device_bytes(on.adapter)
-    resident = device_bytes(on.adapter) + device_bytes(on.state)  # the reference and the optimizer's moments
-    first = sum(on.forward(width, sizes.sampled, total - sizes.new, 1).values())
-    first += sum(on.forward(1, sizes.prefix, sizes.prefix, 0).values())
-    one = sum(on.forward(width, 1, total, 1).values())
-    rows = f"{width} rows x [{f'{sizes.prefix} shared + ' if sizes.prefix else ''}{sizes.sampled} prompt"
-    yield Phase("prefill", f"{rows} tokens]", policy, resident, first, lambda: _generation(on, 1))
+def _sampling(on: Spread, algorithm: Algorithm) -> Iterator[Phase]:
+    """What reads the longest prompts, and what decodes: rows, prefix and the fused adapter are there in both."""
+    sizes = on.sizes
+    shape = outline.decoded_rows(on.config, algorithm, sizes, multiple=sharding.row_multiple(on.mesh))
+    count, _ = shape.group(sizes.sampled)
+    programs = _generation(on, shape)
+    # the adapter, the reference, the optimizer's moments; and the kernels of the base, where others sample
+    held = 2 * device_bytes(on.adapter) + device_bytes(on.state)
+    held += device_bytes(_kernels(on.base)) if on.config.sampling.fold_adapter else 0
+    before = f"{sizes.prefix} shared + " if sizes.prefix else ""
+    given = sum(map(device_bytes, programs.kept))
     yield Phase(
-        "decode step", f"{width} rows x 1 token over {total} positions", policy, resident, one, lambda: _decoding(on, total)
-    )
+        "prefill", f"{count} prompts x [{before}{sizes.sampled} tokens]", given, held,
+        sum(on.forward(count, sizes.sampled, sizes.prefix + sizes.sampled, 1).values()), programs.begin,
+    )  # fmt: skip
+    about = f"{shape.rows} rows x 1 token over [{before}{shape.room}] positions"
     yield Phase(
-        "generate", f"{rows} + {sizes.new} new tokens]", policy, resident, first + (sizes.new - 1) * one,
-        lambda: _generation(on, sizes.new),
+        "decode step", about, given, held,
+        sum(on.forward(shape.rows, 1, sizes.prefix + shape.room, 1).values()), programs.decode,
     )  # fmt: skip
 
 
-def _generation(on: Spread, new: int) -> Any:
-    """`train.programs`' generate, lowered for `new` tokens."""
-    width, length = on.config.sampling.width, on.sizes.sampled
-    prompt = on.rows(width, length, dtype=jnp.int32), on.rows(width, length, dtype=jnp.bool_)
-    prefix, noise = on.whole((on.sizes.prefix,), jnp.int32), on.rows(width, new, dtype=jnp.float32)
-    return on.made.generate.lower(on.base, on.adapter, *prompt, prefix, noise, sampling=on.sampling)
+def _kernels(base: Any) -> list[Any]:
+    found = jax.tree_util.tree_leaves_with_path(base["layers"])
+    return [x for path, x in found if path[-1].key == "kernel"]
 
 
-def _decoding(on: Spread, total: int) -> Any:
-    """One token of every row, lowered: the body of generate's loop."""
-    model, mesh, width, rows = on.model, on.mesh, on.config.sampling.width, on.rows
-    settings = adapters.settings(on.config)
-    fuse = jax.jit(lambda base, adapter: lora.fuse(model, adapter, settings, base=base))
-    # fused before the loop in generate: where the compiler puts it is where the loop finds it
-    places = fuse.lower(on.base, on.adapter).compile().output_shardings
-    fused = _abstract(jax.eval_shape(fuse, on.base, on.adapter), places)
+class _Generation(NamedTuple):
+    """The programs that sample, to be lowered, and what they find on the devices."""
 
-    def step(
-        base: Any, fused: Any, cache: Any, token: Any, position: Any, mask: Any, places: Any, index: Any, u: Any
-    ) -> Any:
-        hidden, cache = model.apply(
-            base, fused, token, positions=position, mask=mask, cache=cache, index=index, source_positions=places
-        )
-        return generate.sample_token(model.logits(base, hidden[:, -1]), u, sampling=on.sampling), cache
-
-    token, position = rows(width, 1, dtype=jnp.int32), rows(width, 1, dtype=jnp.int32)
-    mask, u = rows(width, 1, total, dtype=jnp.bool_), rows(width, dtype=jnp.float32)
-    whole, index = rows(width, total, dtype=jnp.int32), on.whole((), jnp.int32)
-    cache = _cache(model, mesh, width, total, jnp.dtype(on.config.model.dtype))
-    return jax.jit(step, donate_argnums=2).lower(on.base, fused, cache, token, position, mask, whole, index, u)
+    kept: tuple[Any, ...]  # the base as it samples, the fused adapter, the prefix, the rows
+    begin: Callable[[], Any]
+    decode: Callable[[], Any]
 
 
-def _cache(model: Model, mesh: Mesh, rows: int, length: int, dtype: Any) -> Any:
-    """Keys and values where generate's loop has them: rows spread, and heads where they divide."""
-    heads = "tensor" if model.config.num_kv_heads % mesh.shape["tensor"] == 0 else None
+def _generation(on: Spread, shape: refill.Shape) -> _Generation:
+    made, ints = on.made, jnp.int32
+    count, begun = shape.group(on.sizes.sampled)
 
-    def placed(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        place = PartitionSpec(*[None] * (x.ndim - 4), sharding.BATCH, heads, None, None)
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, place))
+    def compiled(program: Any, *given: Any, **static: Any) -> Any:
+        """What a program gives, where it puts it."""
+        places = program.lower(*given, **static).compile().output_shardings
+        return _abstract(jax.eval_shape(functools.partial(program, **static), *given), places)
 
-    return jax.tree.map(placed, jax.eval_shape(lambda: model.empty_cache(rows, length, dtype)))
+    base, fused = on.base, {}
+    if on.config.sampling.fold_adapter:
+        base = lora.folded(on.base, compiled(made.fold, on.base, on.adapter))
+    else:
+        fused = compiled(made.fuse, on.base, on.adapter)
+    prefix = compiled(made.prefix, base, fused, on.whole((on.sizes.prefix,), ints)) if on.sizes.prefix else None
+    rows = compiled(made.rows, base, count=shape.rows, room=shape.room, new=shape.new)
+    numbers, noise = on.whole((begun,), ints), on.whole((begun, shape.new), jnp.float32)
+    prompts = on.rows(count, on.sizes.sampled, dtype=ints), on.rows(count, dtype=ints)
+    group = *prompts, numbers, numbers, noise
+    there, limit = (base, fused, prefix, rows), on.whole((), ints)
+    return _Generation(
+        there,
+        lambda: made.begin.lower(*there, *group, sampling=on.sampling),
+        lambda: made.decode.lower(*there, limit, limit, sampling=on.sampling),
+    )
 
 
 def _training(on: Spread, algorithm: Algorithm) -> Iterator[Phase]:
@@ -341,16 +342,17 @@ def needs(config: ConfigDict, topology: str | None, *, algorithm: Algorithm, sou
     platform = target.platform if target else mesh.devices.flat[0].platform
     model = backend.make_model(config, source.config, mesh, platform=platform)
 
-    def need(phase: str, width: int, queries: int) -> int:
+    def need(width: int, queries: int, name: str = "") -> int:
         on = outline.with_numbers(config, {"sampling.width": width, "optimizer.micro_queries": queries})
-        found = next(one for one in phases(on, model, mesh, sizes, algorithm, source.eos) if one.name == phase)
-        return found.held + measure(found).peak
+        run = spread(on, model, mesh, sizes, algorithm, source.eos)
+        found = (one for one in _training(run, algorithm) if one.name == name) if name else _sampling(run, algorithm)
+        return max(one.held + measure(one).peak for one in found)
 
     return Needs(
         _room(target, mesh),
         reading=outline.reading(platform),
-        sampling=lambda width: need("generate", width, mesh.size),
-        training=lambda queries: need("gradients", mesh.size, queries),
+        sampling=lambda width: need(width, mesh.size),
+        training=lambda queries: need(mesh.size, queries, "gradients"),
     )
 
 

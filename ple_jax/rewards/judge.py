@@ -87,6 +87,7 @@ def make(
         version=f"{VERSION} {what}",
         scale=(lowest, highest),
         batch=4 * concurrency,
+        cancel=score.cancel,
         failure=lambda: score.failure,
     )
 

@@ -46,7 +46,8 @@ def make(
 
     score = Endpoint(url, where=WHERE, body=body, read=_read, size=batch, concurrency=concurrency, **http)
     many = 4 * batch * concurrency  # enough for every connection to stay busy, and little to lose
-    return Reward(name, score, version=f"{VERSION} {version or _known_by(url)}", batch=many, failure=lambda: score.failure)
+    version = f"{VERSION} {version or _known_by(url)}"
+    return Reward(name, score, version=version, batch=many, cancel=score.cancel, failure=lambda: score.failure)
 
 
 def _known_by(url: str) -> str:

@@ -6,6 +6,7 @@ other backend's. What it asks of a server (vLLM from 0.10.2 on): /v1/models, /v1
 /v1/unload_lora_adapter, /v1/completions, /version, and with `sleeps` /sleep and /wake_up.
 """
 
+import contextlib
 import functools
 import hashlib
 import shutil
@@ -18,7 +19,7 @@ from jaxtyping import Float32
 
 from ple_jax.core.errors import UserError
 from ple_jax.core.secrets import from_environment
-from ple_jax.core.types import Backend, Batch, Compiled, Loss, Outputs, Response, Sampling
+from ple_jax.core.types import Backend, Batch, Compiled, Loss, Outputs, Response, Sampling, Tell
 from ple_jax.models import adapters, peft
 from ple_jax.serving import commands
 from ple_jax.serving.protocol import request, response, same
@@ -68,24 +69,32 @@ class Served:
         *,
         sampling: Sampling,
         prefix: Sequence[int] = (),
+        known: Mapping[int, Response] | None = None,
+        tell: Tell | None = None,
     ) -> list[Response]:
         """One response per prompt, `width` requests under way at once. The noise seeds the server's own.
 
         A response depends on its prompt, its noise and the adapter, not on its place among the prompts, as far as the
-        server's arithmetic does not depend on what it computes together. `prefix` is sent with every prompt: sharing it
-        is the business of the server's prefix cache.
+        server's arithmetic does not depend on what it computes together. What prompts share is the business of the server's
+        prefix cache.
         """
-        if not prompts:
-            return []
-        limit = sampling.max_new_tokens
-        self.server.wake()
-        name = self._current(len(prefix) + max(map(len, prompts)) + limit)
-        read = functools.partial(response, eos=sampling.eos, limit=limit, vocab=self._vocab)
-        bodies = [
-            request([*prefix, *prompt], noise, model=name, sampling=sampling)
-            for prompt, noise in zip(prompts, uniforms, strict=True)
-        ]
-        return self.server.complete(bodies, read=read, width=self.width, tokens=limit)
+        found = dict(known or {})
+        if len(found) < len(prompts):
+            limit = sampling.max_new_tokens
+            self.server.wake()
+            name = self._current(max(map(len, prompts)) + limit)
+            read = functools.partial(response, eos=sampling.eos, limit=limit, vocab=self._vocab)
+            bodies = {
+                i: request(list(prompt), noise, model=name, sampling=sampling)
+                for i, (prompt, noise) in enumerate(zip(prompts, uniforms, strict=True))
+                if i not in found
+            }
+            with contextlib.closing(self.server.complete(bodies, read=read, width=self.width, tokens=limit)) as completions:
+                for ended in completions:
+                    found |= ended
+                    if tell is not None:
+                        tell(ended)
+        return [found[i] for i in range(len(prompts))]
 
     def stream(
         self, prompt: Sequence[int], uniforms: Float32[np.ndarray, " max_new"], *, sampling: Sampling, base: bool = False
@@ -109,9 +118,7 @@ class Served:
         self.server.rest()
         return self.inner.scores(batch)
 
-    def update(
-        self, batches: Sequence[Batch], loss: Loss, *, lr: float, temperature: float = 1.0
-    ) -> dict[str, float]:
+    def update(self, batches: Sequence[Batch], loss: Loss, *, lr: float, temperature: float = 1.0) -> dict[str, float]:
         self.server.rest()
         self._name = None
         return self.inner.update(batches, loss, lr=lr, temperature=temperature)

@@ -3,8 +3,8 @@
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Generator, Mapping
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +15,7 @@ from ple_jax.serving import protocol
 
 T = TypeVar("T")
 PATIENCE = retry.Patience(timeout=600.0, retries=5, backoff=1.0)
+_LOOK = 1.0  # seconds after which who waits for completions is asked whether they are still wanted
 AGAIN = "and give the same command again: what was sampled is kept"
 
 
@@ -46,16 +47,21 @@ class Server:
         return self._ask("GET", "/v1/models", read=protocol.models)
 
     def complete(
-        self, bodies: Sequence[Mapping[str, Any]], *, read: Callable[[bytes], T], width: int, tokens: int
-    ) -> list[T]:
-        """The completions of all requests, `width` of them under way at once, of at most `tokens` tokens each."""
+        self, bodies: Mapping[int, Mapping[str, Any]], *, read: Callable[[bytes], T], width: int, tokens: int
+    ) -> Generator[dict[int, T], None, None]:
+        """The completions of all requests as they come, by number: `width` requests under way at once, of at most `tokens`
+        tokens each. The first that fails ends all; what had come is given before.
+        """
         pool = ThreadPoolExecutor(width)
         try:
             ask = functools.partial(self._ask, "POST", "/v1/completions", read=read, slack=tokens)
-            under_way = [pool.submit(ask, body) for body in bodies]
-            for done in as_completed(under_way):
-                done.result()  # the first that fails ends all
-            return [done.result() for done in under_way]
+            waiting = {pool.submit(ask, body): number for number, body in bodies.items()}
+            while waiting:
+                done, _ = wait(waiting, timeout=_LOOK, return_when=FIRST_COMPLETED)
+                numbers = {future: waiting.pop(future) for future in done}
+                yield {number: future.result() for future, number in numbers.items() if future.exception() is None}
+                for future in numbers:
+                    future.result()
         finally:
             self._stop.set()
             pool.shutdown(cancel_futures=True)

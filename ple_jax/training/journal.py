@@ -1,12 +1,12 @@
 """The journal of rollouts: what was sampled, written once, atomically, and read by resume, report and evaluation.
 
-While an iteration is being sampled its finished chunks are appended to iter_0003.partial.jsonl; when it is complete and
+While an iteration is being sampled what has ended is appended to iter_0003.partial.jsonl; when it is complete and
 labelled, iter_0003.jsonl takes its place. All lines are sealed (`core.files`): what is read is what was written.
 """
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,29 +33,37 @@ class Journal:
         self.partial.unlink(missing_ok=True)  # a kill between the last two steps of `complete` leaves it behind
         return read(self.path)
 
-    def finished_chunks(self, asked: Sequence[str] = ()) -> dict[int, list[Response]]:
-        """The chunks that were finished before; those that were not, or are damaged, are taken out of the file.
+    def finished(self, asked: Sequence[str] = ()) -> dict[int, Response]:
+        """The responses that ended before, by number; lines that are torn or damaged are taken out of the file.
 
         Args:
-            asked: of every chunk what `keep` was told that it answers; those that answer something else go too.
+            asked: what each number answers, as `keep` was told; what answers something else is left out.
         """
         if not self.partial.exists():
             return {}
-        lines, wanted = files.lines(self.partial, torn=True), dict(enumerate(asked))
-        found = {line: value for line in lines if (value := _chunk(line)) is not None}
-        kept = {k: v for k, v in found.items() if not asked or v.get("asked") == wanted.get(v["chunk"], "none")}
+        wanted = dict(enumerate(asked))
+        found = {line: _answers(line) for line in files.lines(self.partial, torn=True)}
+        kept = {
+            line: right
+            for line, answers in found.items()
+            if (right := [a for a in answers if not asked or a["asked"] == wanted.get(a["number"])])
+        }
         if (whole := b"".join(line + b"\n" for line in kept)) != self.partial.read_bytes():
             files.write_bytes(self.partial, whole)
-        return {value["chunk"]: [_response(r) for r in value["responses"]] for value in kept.values()}
+        return {answer["number"]: _response(answer) for answers in kept.values() for answer in answers}
 
-    def keep(self, chunk: int, responses: Sequence[Response], asked: str = "") -> None:
-        """One finished chunk, and a digest of what it answers; on return it is on disk."""
+    def keep(self, responses: Mapping[int, Response], asked: Sequence[str] = ()) -> None:
+        """Some that have ended, by number; on return they are on disk, in one line.
+
+        Args:
+            asked: a digest of what each number answers.
+        """
         self.partial.parent.mkdir(parents=True, exist_ok=True)
-        line = {"chunk": chunk, "asked": asked, "responses": [_plain(r) for r in responses]}
-        files.append_line(self.partial, files.seal(json.dumps(line, ensure_ascii=False)))
+        answers = [{"number": n, "asked": asked[n] if asked else "", **_plain(r)} for n, r in responses.items()]
+        files.append_line(self.partial, files.seal(json.dumps({"answers": answers}, ensure_ascii=False)))
 
     def complete(self, rollouts: Sequence[Rollout]) -> None:
-        """The whole iteration, in one step; the chunks are removed."""
+        """The whole iteration, in one step; what was kept until then is removed."""
         write(self.path, rollouts)
         self.partial.unlink(missing_ok=True)
 
@@ -111,13 +119,13 @@ def check(workdir: Path, iteration: int) -> None:
             read(path, remedy=again if path == start else "put a copy of it back, or remove it: the run goes on without it")
 
 
-def _chunk(line: bytes) -> dict[str, Any] | None:
-    """A line of a partial journal; None where it is damaged."""
+def _answers(line: bytes) -> list[dict[str, Any]]:
+    """What a line of a partial journal holds; nothing where it is damaged, or an earlier version's."""
     try:
         value, sealed = files.opened(line)
     except ValueError:
-        return None
-    return value if sealed else None
+        return []
+    return value.get("answers", []) if sealed else []
 
 
 def _line(rollout: Rollout) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from ple_jax.algorithms import Algorithm, Context, given_sources
 from ple_jax.core.errors import Damaged
 from ple_jax.core.types import Compiled, Query, Rollout, Slot
 from ple_jax.data.queries import draw
-from ple_jax.training import costs
+from ple_jax.training import ahead, costs
 from ple_jax.training.journal import Journal, check, read
 from ple_jax.training.measures import evaluate, log_iteration, mean_length, summarise
 from ple_jax.training.run import Run
@@ -122,8 +122,9 @@ def collect(run: Run[Algorithm], context: Context, state: State) -> tuple[State,
     queries = draw(run.data.train, config.queries_per_iteration, seed=config.seed, iteration=iteration)
     if (rollouts := journal.read()) is None:
         started = time.perf_counter()
-        sampled = sample(run, queries, slots, journal, iteration)
-        scoring = time.perf_counter()
+        with ahead.scoring(run.reward, session) as score:
+            sampled = sample(run, queries, slots, journal, iteration, score)
+            scoring = time.perf_counter()
         _, kept = sorted_out(sampled, journal.path.stem, config, run.reward, session)
         spent = state.costs.took("generate", scoring - started).took("score", time.perf_counter() - scoring)
         state = state._replace(costs=spent)

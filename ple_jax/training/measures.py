@@ -15,6 +15,7 @@ from ple_jax.core.errors import Damaged
 from ple_jax.core.noise import HELDOUT
 from ple_jax.core.types import Response, Rollout, Slot
 from ple_jax.formulas import intervals, texts
+from ple_jax.training import ahead
 from ple_jax.training.journal import Journal, read
 from ple_jax.training.run import Run
 from ple_jax.training.sampling import sample
@@ -111,7 +112,8 @@ def evaluate(run: Run[Algorithm], iteration: int) -> list[Rollout]:
         slots = [Slot("plain", False, s) for s in range(run.config.eval.samples)]
         if iteration == 0:
             slots += [Slot("principled", True, s) for s in range(run.config.eval.samples)]
-        sampled = sample(run, run.data.heldout, slots, journal, HELDOUT)
+        with ahead.scoring(run.reward, run.session) as score:
+            sampled = sample(run, run.data.heldout, slots, journal, HELDOUT, score)
         # those without a reward stay where they are: evaluations are of the same queries
         rollouts, _ = sorted_out(sampled, f"heldout_{iteration:04d}", run.config, run.reward, run.session)
         journal.complete(rollouts)

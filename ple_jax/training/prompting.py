@@ -19,10 +19,8 @@ _LOOKED_AT = 64  # queries whose principled prompts tell what all of them share,
 
 
 class Rendered(NamedTuple):
-    """A prompt as the backend gets it: `prefix` (shared by all principled prompts) + `tokens`."""
+    """A prompt as the backend gets it, and as text."""
 
-    prefix: tuple[int, ...]
-    tokens: tuple[int, ...]
     whole: tuple[int, ...]
     text: str
 
@@ -43,7 +41,7 @@ class Prompts(NamedTuple):
     principles: principles.Principles
     eos: tuple[int, ...] = ()  # what ends a response
     context: float = math.inf  # tokens that the model takes at once
-    prefix: tuple[int, ...] = ()  # what the principled prompts share: computed once a call of generate, not once a row
+    prefix: tuple[int, ...] = ()  # what the principled prompts share: computed once a call of generate, not for every prompt
 
     def of(self, query: Query, principled: bool) -> tuple[str, list[int]]:
         """The prompt of a query as text and tokens.
@@ -81,10 +79,7 @@ class Prompts(NamedTuple):
     def render(self, query: Query, principled: bool) -> Rendered:
         """The same for a backend."""
         text, ids = self.of(query, principled)
-        whole, n = tuple(ids), len(self.prefix)
-        if principled and n and whole[:n] == self.prefix and len(whole) > n:
-            return Rendered(self.prefix, whole[n:], whole, text)
-        return Rendered((), whole, whole, text)
+        return Rendered(tuple(ids), text)
 
     def sharing(self, queries: Sequence[Query]) -> "Prompts":
         """These prompts, with what the principled ones of some queries share as their prefix."""

@@ -1,4 +1,4 @@
-"""From queries to responses: sampled in chunks that survive a kill, or taken from the records."""
+"""From queries to responses: sampled, each kept as soon as it has ended, or taken from the records."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,60 +6,83 @@ from typing import Any
 import numpy as np
 
 from ple_jax import prompts
-from ple_jax.core.batches import bucket, plan_chunks
 from ple_jax.core.identity import digest
 from ple_jax.core.noise import uniforms
 from ple_jax.core.types import Query, Response, Rollout, Sampling, Slot
+from ple_jax.training import ahead
 from ple_jax.training.journal import Journal
-from ple_jax.training.prompting import Prompts, Rendered
+from ple_jax.training.prompting import Prompts
 from ple_jax.training.run import Run
 
 Row = tuple[Query, Slot]  # one response that is asked for
 
 
 def sample(
-    run: Run[Any], queries: Sequence[Query], slots: Sequence[Slot], journal: Journal, stream: int
+    run: Run[Any],
+    queries: Sequence[Query],
+    slots: Sequence[Slot],
+    journal: Journal,
+    stream: int,
+    score: ahead.Ask = ahead.nobody,
 ) -> list[Rollout]:
-    """One response for every query and slot. Chunks that the journal already holds are not sampled again.
+    """One response for every query and slot. Those that the journal already holds are not sampled again.
 
     Args:
         stream: of the noise: the iteration, or one of those of `core.noise` that are none.
+        score: told of what has ended, as soon as it is in the journal.
     """
-    config, progress, k = run.config, run.session.progress, len(slots)
-    rows = [(query, slot) for query in queries for slot in slots]
+    k, rows = len(slots), [(query, slot) for query in queries for slot in slots]
     responses = {i: given(*row, run.prompts) for i, row in enumerate(rows) if row[1].source != "policy"}
     asked = [i for i in range(len(rows)) if i not in responses]
-    rendered = {i: run.prompts.render(rows[i][0], rows[i][1].principled) for i in asked}
-    groups = [(rendered[i].prefix, bucket(len(rendered[i].tokens), config.sampling.bucket)) for i in asked]
-    chunks = [[asked[j] for j in chunk] for chunk in plan_chunks(groups, config.sampling.width)]
-    # a reward that was mended may refuse other prompts: then chunks are of others, and what is there answers none of them
-    asked_of = [digest(repr((rows[i][0].id, rows[i][1], rendered[i].whole)).encode() for i in chunk) for chunk in chunks]
-    finished = journal.finished_chunks(asked_of)
-    progress.phase("generate" if stream >= 0 else "evaluate", len(chunks))
-    for number, chunk in enumerate(chunks):
-        run.session.stop.check()
-        if number not in finished:
-            finished[number] = _drawn(run, [rows[i] for i in chunk], [rendered[i] for i in chunk], stream)
-            journal.keep(number, finished[number], asked_of[number])
-        responses |= dict(zip(chunk, finished[number], strict=True))
-        progress.advance(1, tokens=sum(len(r.tokens) for r in finished[number]))
+    if asked:
+        drawn = _drawn(run, [rows[i] for i in asked], journal, stream, score)
+        responses |= dict(zip(asked, drawn, strict=True))
     return [
         Rollout(q.id, q.prompt, run.prompts.render(q, False).whole, tuple(responses[i * k + j] for j in range(k)))
         for i, q in enumerate(queries)
     ]
 
 
-def _drawn(run: Run[Any], rows: Sequence[Row], rendered: Sequence[Rendered], stream: int) -> list[Response]:
-    """The responses of one chunk, whose prompts share their prefix."""
-    settings, thinking = sampling_of(run.config, run.base.eos), run.config.task.thinking
-    noise = np.stack([_noise(run.config, stream, *row) for row in rows])
-    tokens, prefix = [prompt.tokens for prompt in rendered], rendered[0].prefix
-    drawn = run.backend.generate(tokens, noise, sampling=settings, prefix=prefix)
-    texts = [
-        prompts.answer(response.tokens, run.base.tokenizer, prompt=prompt.text, thinking=thinking)
-        for response, prompt in zip(drawn, rendered, strict=True)
+def _drawn(
+    run: Run[Any], rows: Sequence[Row], journal: Journal, stream: int, score: ahead.Ask
+) -> list[Response]:
+    """What the policy answers, in the order of the rows."""
+    config, progress = run.config, run.session.progress
+    rendered = [run.prompts.render(query, slot.principled) for query, slot in rows]
+    # a reward that was mended may refuse other prompts: then numbers are of others, and what is there answers none of them
+    asked = [
+        digest([repr((query.id, slot, prompt.whole)).encode()]) for (query, slot), prompt in zip(rows, rendered, strict=True)
     ]
-    return [_for_slot(response, slot, text) for response, (_, slot), text in zip(drawn, rows, texts, strict=True)]
+    found = journal.finished(asked)
+    progress.phase("generate" if stream >= 0 else "evaluate", len(rows))
+    progress.advance(len(found))
+    if len(found) == len(rows):
+        return [found[i] for i in range(len(rows))]
+    run.session.stop.check()
+
+    def tell(ended: dict[int, Response]) -> None:
+        if ended:
+            texts = {i: _text(run, response, rendered[i].text) for i, response in ended.items()}
+            made = {i: _for_slot(response, rows[i][1], texts[i]) for i, response in ended.items()}
+            journal.keep(made, asked)
+            found.update(made)
+            score([(rows[i][0].prompt, text) for i, text in texts.items()])
+            progress.advance(len(made), tokens=sum(len(r.tokens) for r in made.values()))
+        run.session.stop.check()
+
+    run.backend.generate(
+        [prompt.whole for prompt in rendered],
+        np.stack([_noise(config, stream, *row) for row in rows]),
+        sampling=sampling_of(config, run.base.eos),
+        prefix=run.prompts.prefix,
+        known=dict(found),
+        tell=tell,
+    )
+    return [found[i] for i in range(len(rows))]
+
+
+def _text(run: Run[Any], response: Response, prompt: str) -> str:
+    return prompts.answer(response.tokens, run.base.tokenizer, prompt=prompt, thinking=run.config.task.thinking)
 
 
 def sampling_of(config: Any, eos: tuple[int, ...]) -> Sampling:
@@ -74,9 +97,7 @@ def given(query: Query, slot: Slot, rendering: Prompts, *, limit: int | None = N
 
 
 def _for_slot(response: Response, slot: Slot, text: str) -> Response:
-    return response._replace(
-        kind=slot.kind, sample=slot.sample, text=text, principled=slot.principled, source=slot.source
-    )
+    return response._replace(kind=slot.kind, sample=slot.sample, text=text, principled=slot.principled, source=slot.source)
 
 
 def _noise(config: Any, stream: int, query: Query, slot: Slot) -> np.ndarray:

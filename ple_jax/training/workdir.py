@@ -157,7 +157,8 @@ def _compared(
     vouched = [key for name in accept for key in ACCEPTED[name]]
     if refused := [key for key in keys if key not in (*EXECUTION, *LENGTH, *vouched)]:
         names = ", ".join(refused)
-        raise UserError(f"--workdir={workdir} belongs to another config, differing in {names}; {_remedy(refused)}")
+        says = f"--workdir={workdir} belongs to another config, differing in {names}; {_remedy(refused)}"
+        raise UserError(f"{says} (its config.json has its own)")
     return found, keys
 
 

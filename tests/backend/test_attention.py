@@ -158,23 +158,28 @@ def test_a_cache_is_read_in_blocks_as_far_as_it_is_filled(filled, softcap):
 
     @jax.jit
     def ours(q, mask, filled):
-        how = {"length": length, "filled": filled, "mask": mask, "scale": SCALE, "softcap": softcap}
+        how = {"length": length, "reach": filled, "mask": mask, "scale": SCALE, "softcap": softcap}
         return attend_cache(q, read, **how, looped=True)
 
     np.testing.assert_allclose(ours(q, mask, filled), expected, atol=1e-5)
 
 
-def test_a_short_cache_is_read_at_once_and_so_is_any_on_an_accelerator():
+def test_a_short_cache_is_read_at_once_and_of_a_long_one_large_blocks_on_an_accelerator():
+    """As many of them as a number says; of what only the device knows all."""
     asked = []
 
     def read(start, size):
         asked.append(size)
         return (jnp.zeros((1, 1, size, 8)),) * 2
 
-    for length, looped in ((AT_ONCE, True), (AT_ONCE + BLOCK, True), (AT_ONCE + BLOCK, False)):
+    longer, short, long = AT_ONCE + BLOCK, jnp.int32(3), jnp.int32(AT_ONCE + 1)
+    for length, reach, looped in (
+        (AT_ONCE, short, True), (longer, short, True), (longer, long, False), (longer, AT_ONCE, False),
+        (longer, 1000, False),
+    ):  # fmt: skip
         q, mask = jnp.zeros((1, 1, 1, 1, 8)), jnp.ones((1, 1, length), bool)
-        attend_cache(q, read, length=length, filled=3, mask=mask, scale=1.0, looped=looped)
-    assert asked == [AT_ONCE, BLOCK, AT_ONCE + BLOCK]
+        attend_cache(q, read, length=length, reach=reach, mask=mask, scale=1.0, looped=looped)
+    assert asked == [AT_ONCE, BLOCK, AT_ONCE, BLOCK, AT_ONCE, AT_ONCE, BLOCK]
     assert [cache_length(n) for n in (1, AT_ONCE, AT_ONCE + 1)] == [1, AT_ONCE, AT_ONCE + BLOCK]
 
 

@@ -126,10 +126,13 @@ def test_a_step_and_a_response_are_of_such_dots_alone(scan, remat):
     data = batch, pack(batch), jnp.float32(1), jax.random.key(0)
     assert kinds_of_dots(jax.jit(step).lower(model.shapes, adapter, *data)) == {("bf16", "bf16", "f32")}
 
-    def sample(base, adapter, prompt, mask, noise):
-        fused = lora.fuse(model, adapter, tiny.LORA)
-        prefix = jnp.zeros(0, jnp.int32)
-        return generate.generate(model, base, fused, prompt, mask, prefix, noise, sampling=Sampling(4, ()))
+    def sample(base, adapter, tokens, lengths, number, noise):
+        """A prefix, prompts after it and a step of decoding, which reads a cache in blocks."""
+        fused, how = lora.fuse(model, adapter, tiny.LORA), {"sampling": Sampling(4, ())}
+        rows = generate.empty_rows(model, 4, 300, 4, jnp.bfloat16)
+        prefix = generate.read_prefix(model, base, fused, tokens[0])
+        rows = generate.begin(model, base, fused, prefix, rows, tokens, lengths, number, number, noise, **how)
+        return generate.decode(model, base, fused, prefix, rows, jnp.int32(4), jnp.int32(1), **how)
 
-    data = batch.prompt, batch.prompt_mask, np.zeros((4, 4), np.float32)
+    data = batch.prompt, batch.prompt_mask.sum(1, dtype=np.int32), np.arange(4, dtype=np.int32), np.zeros((4, 4), np.float32)
     assert kinds_of_dots(jax.jit(sample).lower(model.shapes, adapter, *data)) == {("bf16", "bf16", "f32")}

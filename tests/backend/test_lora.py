@@ -187,6 +187,9 @@ def test_logits_and_gradients_equal_peft(case):
         return jax.grad(total, has_aux=True)(adapter)
 
     gradients, said = ours(adapter, base)
+    kernels = jit(lambda base, adapter: lora.fold(model, base, adapter, options))(base, adapter)
+    folded = jit(lambda base: logits(model, base, {}))(lora.folded(base, kernels))
+    np.testing.assert_allclose(folded, said, atol=1e-4, rtol=0)
     expected = theirs(input_ids=torch.tensor(TOKENS).long()).logits
     np.testing.assert_allclose(said, expected.detach().numpy(), atol=1e-4, rtol=0)
     (torch.from_numpy(mix) * expected).sum().backward()

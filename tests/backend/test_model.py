@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from decoded import responses, unpadded
 from speed import quick
 
-from ple_jax.backend import generate, lora
+from ple_jax.backend import lora
 from ple_jax.backend.model import Model, fill
 from ple_jax.core.types import Sampling
 from ple_jax.models import weights
@@ -62,7 +63,7 @@ def test_logits_equal_transformers(scan, tie, kv_heads):
 @pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize("prefix_len", [0, 5])
 def test_greedy_equals_transformers(scan, prefix_len):
-    """Token for token, on left-padded rows of unequal length, with and without a shared prefix computed once."""
+    """Token for token, of prompts of unequal length, with and without a shared prefix computed once."""
     import torch
 
     new, rng = 24, np.random.default_rng(3)
@@ -70,10 +71,9 @@ def test_greedy_equals_transformers(scan, prefix_len):
     model, base = build(tensors=tensors, scan=scan)
     tokens, mask = left_padded(rng, tiny.CONFIG.vocab_size)
     prefix = rng.integers(1, tiny.CONFIG.vocab_size, prefix_len).astype(np.int32)
-    out, _, lengths = jax.jit(
-        lambda b, t, m, p, u: generate.generate(model, b, {}, t, m, p, u, sampling=Sampling(new, (), temperature=0.0))
-    )(base, tokens, mask, prefix, np.zeros((3, new), np.float32))
-    assert list(lengths) == [new] * 3
+    prompts = [(*prefix.tolist(), *prompt) for prompt in unpadded(tokens, mask)]
+    how = {"sampling": Sampling(new, (), temperature=0.0), "prefix": prefix.tolist()}
+    out = [r.tokens for r in responses(model, base, {}, prompts, np.zeros((3, new), np.float32), **how)]
     theirs = tiny.transformers_model(tiny.RAW, tensors)
     for row in range(3):
         prompt = torch.tensor(np.concatenate([prefix, tokens[row][mask[row]]])).long()[None]
@@ -125,11 +125,8 @@ def test_smollm2_equals_transformers():
     exact = torch_logits(theirs.double(), tokens, mask)  # fp32 torch is 1e-4 off itself
     np.testing.assert_allclose(np.asarray(ours)[mask], exact[mask], atol=1e-4, rtol=0)
     theirs.float()
-    out, *_ = jax.jit(
-        lambda b, t, m: generate.generate(
-            model, b, {}, t, m, jnp.zeros(0, jnp.int32), jnp.zeros((3, 64)), sampling=Sampling(64, (), temperature=0.0)
-        )
-    )(base, tokens, mask)
+    greedy = Sampling(64, (), temperature=0.0)
+    out = [r.tokens for r in responses(model, base, {}, ids, np.zeros((3, 64), np.float32), sampling=greedy)]
     reference = theirs.generate(
         torch.tensor(tokens).long(),
         attention_mask=torch.tensor(mask).long(),

@@ -69,8 +69,8 @@ def test_updates_and_checkpoints_across_meshes(axes, tmp_path):
 def test_generated_tokens(axes):
     """Equal, but where the two top logits are so near that rounding decides (none here in fp32, at this seed)."""
     rng = np.random.default_rng(0)
-    prompts = [rng.integers(1, tiny.CONFIG.vocab_size, n).tolist() for n in (3, 7, 5, 16, 9, 2, 4, 8)]
-    noise = rng.random((8, 10), dtype=np.float32)
+    prompts = [[5, 6, *rng.integers(1, tiny.CONFIG.vocab_size, n).tolist()] for n in (3, 7, 5, 16, 9, 2, 4, 8, 6)]
+    noise = rng.random((9, 10), dtype=np.float32)
     for temperature in (0.0, 1.0):
         sampling = Sampling(10, (), temperature=temperature)
         one = backend(width=8).generate(prompts, noise, sampling=sampling, prefix=(5, 6))

@@ -40,7 +40,7 @@ def negative_likelihood(outputs, batch):
     return -outputs.logprobs.sum((1, 2)), {"tokens": batch.response_mask.sum((1, 2)).astype(jnp.float32)}
 
 
-def backend(mesh=None, tensors=None, adapter=None, scan=False, width=4, weight_decay=0.01, settings=tiny.LORA):
+def backend(mesh=None, tensors=None, adapter=None, scan=False, width=4, weight_decay=0.01, settings=tiny.LORA, fold=False):
     mesh = mesh or sharding.make_mesh()
     tensors = tensors or tiny.weights()
     model = Model.create(tiny.CONFIG, scan=scan)
@@ -57,6 +57,7 @@ def backend(mesh=None, tensors=None, adapter=None, scan=False, width=4, weight_d
         settings=settings,
         width=width,
         bucket=16,
+        fold=fold,
         clip_norm=1.0,
         weight_decay=weight_decay,
     )

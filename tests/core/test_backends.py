@@ -49,10 +49,11 @@ def names(file: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("file", "shared"),
     [
+        ("attention", ["attend_cache"]),
         ("backend", ["load", "fast_dtype", "count", "transposed", "make_model", "notes", "build"]),
         ("checkpoint", ["save", "restore"]),
         ("forward", ["token_logprobs", "token_entropy", "visible", "hidden_states", "predicting", "outputs"]),
-        ("generate", ["filter_probabilities", "invert_cdf", "sample_token", "generate", "stream"]),
+        ("generate", ["filter_probabilities", "invert_cdf", "sample_token", "read_prefix", "begin", "stream"]),
         ("lora", ["magnitudes"]),
         ("model", ["Cache", "Model", "fill"]),
         ("reward_model", ["classifier"]),

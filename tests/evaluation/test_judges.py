@@ -677,7 +677,7 @@ def test_a_local_model_is_asked_in_its_chat_template(fake, cache, mode):
     assert any(f"[{mark}: conversation]\n\n\nHuman: Hi\n\nAssistant:\n[{mark}: reply A]\n" in text for text in texts)
     if mode == "text":  # greedy
         assert all(sampling == (30, (256,), 0.0, 0, 1.0, 0.0) for sampling, _ in backend.sampled)
-        assert [shape for _, shape in backend.sampled] == [(4, 30), (2, 30)]
+        assert [shape for _, shape in backend.sampled] == [(6, 30)]
     else:  # passes of one number of rows
         assert [len(batch.prompt) for batch in backend.batches] == [4, 4]
 

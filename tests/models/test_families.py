@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from decoded import responses, unpadded
 from families import UNSUPPORTED, VARIANTS, WINDOW
 from safetensors.numpy import save_file
 from speed import quick
@@ -139,16 +140,14 @@ def test_decoding_token_by_token_gives_the_same_logits(family):
 
 
 def test_greedy_tokens_equal_transformers(family):
-    """Left-padded prompts of unequal lengths behind a prefix that is computed once for all of them."""
+    """Prompts of unequal lengths behind a prefix that is computed once for all of them."""
     model, new = family.models[not family.scan], 28
     prefix, prompt, mask, expected = decisive_prompts(family.theirs, WINDOW + 3, new)
-    out, _, lengths = jit(
-        lambda base, prompt, mask, prefix, noise: generate.generate(
-            model, base, {}, prompt, mask, prefix, noise, sampling=Sampling(new, (), temperature=0.0)
-        )
-    )(family.bases[not family.scan], prompt, mask, prefix, np.zeros((len(LENGTHS), new), np.float32))
-    np.testing.assert_array_equal(out, expected)
-    assert list(lengths) == [new] * len(LENGTHS)
+    prompts = [(*prefix.tolist(), *own) for own in unpadded(prompt, mask)]
+    noise, greedy = np.zeros((len(LENGTHS), new), np.float32), Sampling(new, (), temperature=0.0)
+    how = {"sampling": greedy, "prefix": prefix.tolist()}
+    found = responses(model, family.bases[not family.scan], {}, prompts, noise, **how)
+    np.testing.assert_array_equal([r.tokens for r in found], expected)
 
 
 @pytest.mark.parametrize("name", quick(["mistral", "gemma3_text", "gpt2"], "gemma3_text"))

@@ -1,6 +1,7 @@
 """Numbers of "auto": fitted to a memory, chosen by what a run samples, recorded, and taken from there when a run goes on."""
 
 import json
+from collections import Counter
 
 import pytest
 from ml_collections import FrozenConfigDict
@@ -74,18 +75,20 @@ def test_what_does_not_fit_at_all_is_told():
 @pytest.mark.parametrize(
     ("queries", "heldout", "reading", "expected"),
     [
-        (48, 48, 16, 48),  # one chunk of each kind, none of it empty
-        (48, 64, 16, 64),  # the quickstart's: two chunks of every evaluation would cost more than 16 empty rows
-        (48, 500, 16, 72),  # evaluations are most of the run: 7 chunks, the last of which is nearly whole
-        (33, 33, 256, 40),
-        (1000, 8, 256, 504),  # small evaluations would be mostly empty
+        (48, 48, 16, 48),  # an iteration is two of them, and an evaluation one
+        (48, 64, 16, 96),  # the quickstart's: an iteration is one of them, and an evaluation leaves 32 rows idle
+        (48, 500, 16, 128),  # evaluations are most of the run: 4 of them, of which the last is nearly whole
+        (33, 33, 256, 72),
+        (1000, 8, 256, 672),  # small evaluations would be mostly idle
     ],
 )
 def test_the_width_with_which_all_samples_cost_least(queries, heldout, reading, expected):
     c = config(queries_per_iteration=queries, optimizer__batch_queries=1, iterations=5, eval__every=1, eval__samples=1)
     ple = algorithms.load("ple")
     found = fit.width(c, ple, heldout, needs(None, reading=reading)[0])
-    times = {queries: 2 * 5, heldout: 2 + 5} if queries != heldout else {queries: 2 * 5 + 2 + 5}
+    times = Counter({2 * queries: 5})
+    times.update({heldout: 5})
+    times.update({2 * heldout: 1})
 
     def cost(width):
         return sum(n * -(-rows // width) * (width + reading) for rows, n in times.items())
@@ -133,7 +136,8 @@ def test_more_rows_need_more_memory_and_as_much_as_a_plan_says(backend):
     )
     if backend == "jax":
         totals = {name: measured.peak for name, measured in planned.items()}
-        held = {"gradients": found.training(2) - totals["gradients"], "generate": found.sampling(16) - totals["generate"]}
+        most = max(totals["prefill"], totals["decode step"])
+        held = {"gradients": found.training(2) - totals["gradients"], "sampling": found.sampling(16) - most}
         assert all(0 < extra < totals["gradients"] for extra in held.values())  # reference and moments
     else:
         totals = {phase.name: measured.total for phase, measured in planned.phases}
@@ -184,11 +188,11 @@ def test_nothing_is_counted_where_all_is_given():
 def test_a_run_records_them_and_goes_on_with_them(tmp_path, backend, monkeypatch):
     train(config(iterations=1), tmp_path, backend)
     kept = flatten(json.loads((tmp_path / "config.json").read_text()))
-    assert {key: kept[key] for key in AUTO} == {"sampling.width": 8, "optimizer.micro_queries": 4}
+    assert {key: kept[key] for key in AUTO} == {"sampling.width": 16, "optimizer.micro_queries": 4}
     monkeypatch.setattr(processor, "free_memory", lambda: 1)  # on a smaller machine
     assert numbers(type("Inputs", (), {"config": begun(config(), tmp_path, backend)})) == {key: kept[key] for key in AUTO}
     train(config(iterations=2), tmp_path, backend)
-    with pytest.raises(UserError, match="config.optimizer.micro_queries is 'auto', and 1, the least, needs"):
+    with pytest.raises(UserError, match="config.sampling.width is 'auto', and 8, the least, needs"):
         train(config(), tmp_path / "new", backend)
 
 

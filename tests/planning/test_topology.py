@@ -323,7 +323,7 @@ def test_advice_follows_what_dominates():
     assert "model.remat=full" in temporary and "optimizer.micro_queries=4" in temporary
     config.model.remat = "full"
     assert "remat" not in lines(_phase("gradients"), _measured(2, 30))
-    assert "sampling.width=4" in lines(_phase("generate"), _measured(2, 30))
+    assert "sampling.width=4" in lines(_phase("decode step"), _measured(2, 30))
 
 
 # ---------------------------------------------------------------- the whole report
@@ -357,7 +357,7 @@ def _report(config, name):
     return found, "\n".join(lines)
 
 
-PHASES = ["prefill", "decode step", "generate", "log-probs", "gradients", "apply"]
+PHASES = ["prefill", "decode step", "log-probs", "gradients", "apply"]
 
 
 @needs_libtpu
@@ -371,9 +371,9 @@ def test_the_tpu_compiler_makes_the_report(tmp_path, restored_cache):
         assert not m.refused and 0 < m.arguments and m.arguments + m.outputs + m.temporaries <= m.peak < 2**30, name
     # layers=auto scans on a TPU: fsdp makes something be gathered or reduced in the loop over both layers
     assert any(c.looped and c.times == 2 for c in found["gradients"].collectives)
-    # the loop that decodes is left at the latest after 7 of 8 tokens, each of which goes through both layers
-    assert {c.times for c in found["generate"].collectives if c.looped} <= {2, 7, 14}
-    assert any(c.times == 14 for c in found["generate"].collectives)
+    # it is looked whether rows have ended after every 8 tokens, each of which goes through both layers
+    assert {c.times for c in found["decode step"].collectives if c.looped} <= {1, 2, 8, 16}
+    assert any(c.times == 16 for c in found["decode step"].collectives)
     assert {c.times for c in found["prefill"].collectives} <= {1, 2}
 
 

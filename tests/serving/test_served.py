@@ -10,8 +10,6 @@ import threading
 import time
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import FrozenConfigDict
@@ -22,7 +20,6 @@ from vllm_server import Loaded, Sampler, Vllm, noise
 from configs import tiny as tiny_config
 from ple_jax import modes
 from ple_jax.backend import backend, generate, lora
-from ple_jax.core.batches import bucket
 from ple_jax.core.config import validate
 from ple_jax.core.errors import UserError
 from ple_jax.core.types import Response, Sampling
@@ -110,23 +107,17 @@ def policy(config) -> object:
     fused: dict[str, object] = {}
     lock = threading.Lock()  # or the first requests would compile at once
 
-    @jax.jit
-    def run(fused, tokens, mask, noise):
-        one = Sampling(8, (EOS,), temperature=0.0)
-        return generate.generate(built.model, built.base, fused, tokens, mask, jnp.zeros(0, jnp.int32), noise, sampling=one)
+    greedy, noise = Sampling(8, (EOS,), temperature=0.0), np.zeros(8, np.float32)
 
     def draw(adapter: Loaded, body):
         assert body["temperature"] == 0
-        length = bucket(len(body["prompt"]), 256)
-        tokens, mask = np.zeros((1, length), np.int32), np.zeros((1, length), bool)
-        tokens[0, length - len(body["prompt"]) :], mask[0, length - len(body["prompt"]) :] = body["prompt"], True
         with lock:
             if adapter.digest not in fused:
                 settings = adapters.settings(config)
                 read = adapters.read(adapter.path, loaded.config, settings)
                 fused[adapter.digest] = lora.fuse(built.model, read, settings)
-            out, _, n = run(fused[adapter.digest], tokens, mask, np.zeros((1, 8), np.float32))
-        return iter(np.asarray(out)[0, : int(n[0])].tolist())
+            prompt, policy = np.array(body["prompt"], np.int32), (built.model, built.base, fused[adapter.digest])
+            return iter(list(generate.stream(*policy, prompt, noise, sampling=greedy)))
 
     return draw
 
@@ -271,7 +262,7 @@ def test_requests_say_everything(vllm, tmp_path):
     server = vllm()
     _, backend = connect(server, tmp_path)
     sampling = Sampling(6, (EOS, 9), temperature=0.7, top_k=50, top_p=0.9, min_p=0.05)
-    sample(backend, PROMPTS[:1], UNIFORMS[:1], sampling, prefix=(90, 91))
+    sample(backend, [[90, 91, *PROMPTS[0]]], UNIFORMS[:1], sampling, prefix=(90, 91))
     (body,) = server.bodies()
     assert body == {
         "model": next(iter(server.registry)), "prompt": [90, 91, 1, 2, 3], "max_tokens": 6, "temperature": 0.7, "top_k": 50,

@@ -18,9 +18,10 @@ from test_torch_model import build
 from test_torch_train import backend
 
 from ple_jax.backend import generate as jax_generate
+from ple_jax.core import refill
 from ple_jax.core.types import Response, Sampling
 from ple_jax.models import adapters, weights
-from torch_ascend import generate
+from torch_ascend import attention, generate, model, sharding
 
 # ---------------------------------------------------------------- from a distribution to a token
 
@@ -135,9 +136,10 @@ def theirs():
 
 @pytest.mark.parametrize(("way", "prefix"), [("greedy", []), ("sampled", []), ("sampled with EOS", PREFIX)])
 def test_tokens_are_those_of_jax(way, prefix, ours, theirs):
-    """Six prompts at four rows at once: a chunk, and a short one that is filled up."""
-    found = ours.generate(PROMPTS, NOISE, sampling=WAYS[way], prefix=prefix)
-    wanted = theirs.generate(PROMPTS, NOISE, sampling=WAYS[way], prefix=prefix)
+    """Six prompts in four rows; all but one of them after the prefix, where there is one."""
+    prompts = [*([*prefix, *prompt] for prompt in PROMPTS[:5]), PROMPTS[5]]
+    found = ours.generate(prompts, NOISE, sampling=WAYS[way], prefix=prefix)
+    wanted = theirs.generate(prompts, NOISE, sampling=WAYS[way], prefix=prefix)
     assert [one._replace(logprobs=()) for one in found] == [one._replace(logprobs=()) for one in wanted]
     for one, other in zip(found, wanted, strict=True):
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4) and len(one.logprobs) == len(one.tokens)
@@ -173,32 +175,42 @@ def test_eos_ends_a_response_and_is_its_last_token(ours):
 def test_room_for_more_tokens_changes_no_bit_and_is_not_read(ours, monkeypatch):
     """The cache is read as far as it is filled, in whole blocks."""
     short, reads = ours.generate(PROMPTS[:4], NOISE[:4, :8], sampling=WAYS["sampled"]._replace(max_new_tokens=8)), []
-    whole = ours.model.ops.attention
 
-    def attention(query, key, *rest, **how):
-        reads.append((query.shape[2], key.shape[2]))
-        return whole(query, key, *rest, **how)
+    def attend_cache(query, keys, *rest, **how):
+        reads.append(keys.shape[2])
+        return attention.attend_cache(query, keys, *rest, **how)
 
-    monkeypatch.setattr(ours.model, "ops", ours.model.ops._replace(attention=attention))
+    monkeypatch.setattr(model, "attend_cache", attend_cache)
     noise = np.concatenate([NOISE[:4, :8], np.random.default_rng(0).random((4, 142), dtype=np.float32)], 1)
     long = ours.generate(PROMPTS[:4], noise, sampling=WAYS["sampled"]._replace(max_new_tokens=150))
     assert [(r.tokens[:8], r.logprobs[:8]) for r in long] == [(r.tokens, r.logprobs) for r in short]
-    prompt, layers = 16, tiny.CONFIG.num_layers
-    filled = [prompt + i for i in range(1, 150) for _ in range(layers)]
-    assert reads == [(prompt, prompt)] * layers + [(1, 128 if n <= 128 else prompt + 150) for n in filled]
+    longest, layers = max(map(len, PROMPTS[:4])), tiny.CONFIG.num_layers
+    assert reads == [128 if longest + i <= 128 else 256 for i in range(1, 150) for _ in range(layers)]
 
 
 def test_a_step_is_recorded_once_for_every_reach(ours, monkeypatch):
     """After it ran once; what is repeated decodes the same tokens."""
     recorded: list[object] = []
-    monkeypatch.setattr(generate.devices, "record", lambda call, device: recorded.append(call) or call)
-    prompt = torch.tensor([[0] * (16 - len(p)) + p for p in PROMPTS[:3]])
-    noise = torch.rand((3, 150), generator=torch.Generator().manual_seed(0))
-    data = prompt, prompt > 0, torch.zeros(0, dtype=torch.int64), noise
-    how = {"sampling": Sampling(150, ()), "all_done": lambda done: False, "steps_per_sync": 16}
-    one, other = (generate.generate(ours.model, ours.policy, *data, **how, recorded=on) for on in (False, True))
-    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-    assert len(recorded) == 2  # of 128 positions, and of all 166
+
+    def record(call, memory):
+        """What a device records may not read memory of the host, as a tensor made of a list does."""
+        recorded.append(call)
+
+        def repeat() -> None:
+            with monkeypatch.context() as patch:
+                patch.setattr(torch, "tensor", None)
+                call()
+
+        return repeat
+
+    monkeypatch.setattr(generate.devices, "record", record)
+    monkeypatch.setattr(generate.devices, "recording_memory", object)
+    noise, found = np.random.default_rng(0).random((6, 150), dtype=np.float32), []
+    for on in (False, True):
+        monkeypatch.setattr(ours.model, "able", dataclasses.replace(ours.model.able, records=on))
+        found.append(ours.generate(PROMPTS, noise, sampling=Sampling(150, ())))
+    assert found[0] == found[1]
+    assert len(recorded) == 2  # of 128 positions, and of 256, though rows are refilled in between
 
 
 @pytest.mark.parametrize("way", ["greedy", "sampled with EOS"])
@@ -207,29 +219,38 @@ def test_how_often_the_device_is_asked_changes_nothing(way, ours, monkeypatch):
     found = {}
     for steps in (1, 16):
         monkeypatch.setattr(ours.model, "able", dataclasses.replace(ours.model.able, steps_per_sync=steps))
-        found[steps] = ours.generate(PROMPTS, NOISE, sampling=WAYS[way], prefix=PREFIX)
+        found[steps] = ours.generate([[*PREFIX, *p] for p in PROMPTS], NOISE, sampling=WAYS[way], prefix=PREFIX)
     assert found[1] == found[16]
 
 
 @pytest.mark.parametrize("steps", [1, 3, 16])
-def test_decoding_stops_when_all_have_ended(steps, ours):
-    """At the first question after the end, and never more often asked than said; the last token needs none."""
+def test_decoding_stops_when_enough_have_ended(steps, ours, monkeypatch):
+    """At the first question after the end, and never more often asked than said."""
     whole = [r.tokens for r in ours.generate(PROMPTS[:3], NOISE[:3], sampling=WAYS["sampled"])]
     sampling = WAYS["sampled"]._replace(eos=tuple(tokens[i] for tokens, i in zip(whole, (1, 7, 10), strict=True)))
     lengths = [len(r.tokens) for r in ours.generate(PROMPTS[:3], NOISE[:3], sampling=sampling)]
-    asked: list[bool] = []
-    prompt = torch.tensor([[0] * (16 - len(p)) + p for p in PROMPTS[:3]])
+    monkeypatch.setattr(ours.model, "able", dataclasses.replace(ours.model.able, steps_per_sync=steps))
+    asked: list[int] = []
+    enough = sharding.enough
 
-    def all_done(done: torch.Tensor) -> bool:
-        asked.append(bool(done.all()))
-        return asked[-1]
+    def counted(world, free, done, **how):
+        asked.append(int(done.sum()))
+        return enough(world, free, done, **how)
 
-    *_, found = generate.generate(
-        ours.model, ours.policy, prompt, prompt > 0, torch.zeros(0, dtype=torch.int64), torch.tensor(NOISE[:3]),
-        sampling=sampling, all_done=all_done, steps_per_sync=steps,
-    )  # fmt: skip
-    assert found.tolist() == lengths and 3 < max(lengths) <= 11
-    assert asked == [False] * ((max(lengths) - 1) // steps) + [True] * (-(-max(lengths) // steps) * steps < 20)
+    monkeypatch.setattr(sharding, "enough", counted)
+    requests = refill.Requests([tuple(p) for p in PROMPTS[:3]], NOISE[:3], sampling)
+    ours.open(refill.shape_of(requests, width=3, smallest=16), sampling)
+    row = np.arange(3, dtype=np.int32)
+    tokens = np.array([p + [0] * (16 - len(p)) for p in PROMPTS[:3]], np.int32)
+    ours.begin(refill.Group(tokens, np.array([len(p) for p in PROMPTS[:3]], np.int32), False, row, row, NOISE[:3]))
+    for free in (2, 3):  # the first token of each was drawn when it began
+        asked.clear()
+        found = ours.decode(free)
+        ended = sorted(lengths)[free - 1]
+        assert (found.lengths >= ended).sum() >= 3 - free and found.done.sum() >= free
+        assert asked[:-1] == [n for n in asked if n < free] and asked[-1] >= free
+    assert found.lengths.tolist() == lengths and 3 < max(lengths) <= 11
+    ours.close()
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma2", "gemma3_text", "gpt2", "smollm3", "qwen3_moe"])
@@ -241,11 +262,11 @@ def test_greedy_tokens_equal_transformers(name, tmp_path):
     prefix, prompt, mask, expected = decisive_prompts(theirs, WINDOW + 3, new)
     fresh = adapters.init(loaded.config, LORA, seed=0)
     policy = backend(fresh, model=build(loaded.config, loaded.raw, loaded.weights), width=len(LENGTHS))
-    prompts = [row[seen].tolist() for row, seen in zip(prompt, mask, strict=True)]
+    prompts = [[*prefix.tolist(), *row[seen].tolist()] for row, seen in zip(prompt, mask, strict=True)]
     noise, greedy = np.zeros((len(LENGTHS), new), np.float32), Sampling(new, (), temperature=0.0)
     found = policy.generate(prompts, noise, sampling=greedy, prefix=prefix.tolist())
     assert [list(r.tokens) for r in found] == expected.tolist()
-    assert list(policy.stream([*prefix.tolist(), *prompts[0]], noise[0], sampling=greedy)) == expected[0].tolist()
+    assert list(policy.stream(prompts[0], noise[0], sampling=greedy)) == expected[0].tolist()
 
 
 # ---------------------------------------------------------------- one token at a time

@@ -256,8 +256,8 @@ def test_the_cache_and_what_a_layer_leaves_behind(tmp_path):
     config = make(write(tmp_path / "m", num_hidden_layers=4), **{"model.remat": "full"})
     found = [planned("910b:1", model__remat="full"), count(config, "910b:1")]
     more = {name: besides(found[1])[name] - besides(found[0])[name] for name in besides(found[0])}
-    rows, prompt, new = 8, 32, 8
-    assert more["generate"] == 2 * (2 * rows * KV_HEADS * (prompt + new) * DIM * 4)
+    rows, prompt, new, read = 8, 32, 8, 4  # as many prompts are read at once
+    assert more["generate"] == 2 * (2 * (rows * (prompt + new) + read * prompt) * KV_HEADS * DIM * 4)
     # of the adapter's gradients there are none yet at the peak, where the backward pass begins
     assert more["gradients"] == 2 * (rows * (prompt + 2 * new) * HIDDEN * 4)
     assert more["log-probs"] == 0
@@ -375,9 +375,9 @@ def test_peaks_of_two_layers_of_llama_3_8b(tmp_path):
         "task.max_prompt_tokens": 512, "sampling.max_new_tokens": 256, "queries_per_iteration": 16,
         "optimizer.batch_queries": 16, "optimizer.micro_queries": 16,
     }  # fmt: skip
-    found = count(make(write(tmp_path / "m", **raw | {"num_hidden_layers": 2}), **overrides), "910b:8")
-    rows, prompt, inner, cache = 8, 512, 14336, 2 * 2 * 8 * 8 * 768 * 128 * 2
-    wide = rows * prompt * inner
+    found = count(make(write(tmp_path / "m", **raw | {"num_hidden_layers": 2, "head_dim": 128}), **overrides), "910b:8")
+    rows, prompt, inner, token = 8, 512, 14336, 2 * 2 * 8 * 128 * 2
+    wide, cache = prompt * inner, (rows * 768 + prompt) * token  # one prompt is read at a time
     # up or gate of all tokens in bfloat16, beside the adapter's part of it and their sum in fp32
     assert cache + 2 * wide + 2 * 4 * wide <= besides(found)["generate"] <= cache + 12 * 2 * wide
     tokens, logits = 2 * (512 + 2 * 256), 512 * 128_256 * 4

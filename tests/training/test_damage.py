@@ -66,12 +66,13 @@ class Stopped(Exception):
     pass
 
 
-def stop_at(owner: Any, name: str, n: int) -> Any:
-    """A context in which the n-th call of a function stops the run."""
+def stop_at(owner: Any, name: str, n: int, tell: Any = lambda *_: None) -> Any:
+    """A context in which the n-th call of a function stops the run; 0: none does. `tell` is told what each is called on."""
     function, calls = getattr(owner, name), []
 
     def call(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
+        tell(args[0])
         if len(calls) == n:
             raise Stopped
         return function(*args, **kwargs)
@@ -82,13 +83,17 @@ def stop_at(owner: Any, name: str, n: int) -> Any:
 
 
 class Runs:
-    """A whole run of a backend; one stopped in its third iteration between two chunks, and one between two updates."""
+    """A whole run of a backend; one stopped in its third iteration while it samples, and one between two updates."""
 
     def __init__(self, backend: str, folder: Path):
         self.backend, self.whole = backend, folder / "whole"
-        assert modes.train(config(), self.whole, backend) == 0
-        # two chunks of the first evaluation; two of every iteration, and one of its evaluation
-        self.halves = {"sampling": (Journal, "keep", 10), "updating": (steps, "step", 6)}
+        kept: list[str] = []
+        with stop_at(Journal, "keep", 0, lambda journal: kept.append(f"{journal.path.parent.name}/{journal.path.stem}")):
+            assert modes.train(config(), self.whole, backend) == 0
+        assert kept.count("rollouts/iter_0002") > 1
+        # before the last of what it samples is kept
+        last = len(kept) - kept[::-1].index("rollouts/iter_0002")
+        self.halves = {"sampling": (Journal, "keep", last), "updating": (steps, "step", 6)}
         for name, (owner, function, n) in self.halves.items():
             with stop_at(owner, function, n), pytest.raises(Stopped):
                 modes.train(config(), folder / name, backend)
@@ -155,7 +160,7 @@ class Loaded:
             self.metrics = (path / "metrics.jsonl").read_bytes()
             journal = Journal(path / "rollouts", self.state.iteration)
             self.rollouts = journal.read()
-            self.chunks = {} if self.rollouts else journal.finished_chunks()
+            self.chunks = {} if self.rollouts else journal.finished()
             queries = draw(run.data.train, 8, seed=0, iteration=self.state.iteration)
             self.bad = loop.quarantined(journal, queries, self.rollouts) if self.rollouts else []
             self.evaluations = {i: self.evaluation(path, i) for i in (0, self.state.iteration)}

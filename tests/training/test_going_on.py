@@ -63,11 +63,11 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def sampled(monkeypatch) -> list[int]:
-    """Rows sampled, a number for every call."""
+    """Responses asked for, a number for every call."""
     rows, generate = [], TorchBackend.generate
 
     def counting(self, prompts, *args, **kwargs):
-        rows.append(len(prompts))
+        rows.append(len(prompts) - len(kwargs["known"]))
         return generate(self, prompts, *args, **kwargs)
 
     monkeypatch.setattr(TorchBackend, "generate", counting)

@@ -1,4 +1,4 @@
-"""The journal survives being cut anywhere; chunks and noise depend on what they are for and on nothing else."""
+"""The journal survives being cut anywhere; noise depends on what it is for and on nothing else."""
 
 import hashlib
 import json
@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ple_jax.core.batches import bucket, plan_chunks
+from ple_jax.core import files
+from ple_jax.core.batches import bucket
 from ple_jax.core.conversation import Conversation
 from ple_jax.core.errors import UserError
 from ple_jax.core.noise import uniforms
@@ -39,9 +40,9 @@ prompt = text | conversation
 rollout = st.builds(Rollout, text, prompt, ids, st.lists(response, max_size=3).map(tuple), number, number, text)
 
 
-def sampled(chunk):
+def sampled(responses):
     """What a backend knows of a response: neither reward nor score nor weight, which are NaN and equal nothing."""
-    return [(r.tokens, r.finished, r.kind, r.sample, r.text) for r in chunk]
+    return [(r.tokens, r.finished, r.kind, r.sample, r.text) for r in responses]
 
 
 @settings(max_examples=50)
@@ -80,66 +81,76 @@ def test_the_line_of_a_rollout(tmp_path):
     assert math.isnan(second.tau) and math.isnan(second.margin)
 
 
-def test_from_chunks_to_the_complete_file(tmp_path):
+def test_from_responses_to_the_complete_file(tmp_path):
     journal = Journal(tmp_path / "rollouts", 0)
-    assert journal.finished_chunks() == {} and journal.read() is None
-    journal.keep(2, RESPONSES)
-    journal.keep(0, RESPONSES[:1])
+    assert journal.finished() == {} and journal.read() is None
+    journal.keep({2: RESPONSES[0], 5: RESPONSES[1]})
+    journal.keep({0: RESPONSES[0]})
     again = Journal(tmp_path / "rollouts", 0)
-    assert {k: sampled(v) for k, v in again.finished_chunks().items()} == {2: sampled(RESPONSES), 0: sampled(RESPONSES[:1])}
+    found = again.finished()
+    assert list(found) == [2, 5, 0] and sampled(found.values()) == sampled([*RESPONSES, RESPONSES[0]])
     assert again.read() is None
     again.complete(ROLLOUTS)
-    assert [r.query_id for r in again.read()] == ["q"] and again.finished_chunks() == {}
+    assert [r.query_id for r in again.read()] == ["q"] and again.finished() == {}
     assert [p.name for p in (tmp_path / "rollouts").iterdir()] == ["iter_0000.jsonl"]
 
 
-def test_a_chunk_of_other_prompts_is_sampled_again(tmp_path):
+def test_a_response_to_another_prompt_is_sampled_again(tmp_path):
+    journal, asked = Journal(tmp_path, 0), ["first", "second", "third"]
+    journal.keep({0: RESPONSES[0]}, asked)
+    journal.keep({2: RESPONSES[0], 1: RESPONSES[1]}, asked)
+    assert list(Journal(tmp_path, 0).finished([*asked, "fourth"])) == [0, 2, 1]
+    assert list(Journal(tmp_path, 0).finished(["first", "other", "third"])) == [0, 2]
+    assert list(Journal(tmp_path, 0).finished(["other", "second", "other"])) == [1]
+    assert list(Journal(tmp_path, 0).finished(asked)) == [2, 1]  # the first line was taken out
+    assert Journal(tmp_path, 0).finished(["second"]) == {}
+
+
+def test_lines_of_an_earlier_version_are_sampled_again(tmp_path):
     journal = Journal(tmp_path, 0)
-    journal.keep(0, RESPONSES, "first")
-    journal.keep(1, RESPONSES, "second")
-    assert list(Journal(tmp_path, 0).finished_chunks(["first", "second", "third"])) == [0, 1]
-    assert list(Journal(tmp_path, 0).finished_chunks(["first", "other"])) == [0]
-    assert list(Journal(tmp_path, 0).finished_chunks(["first", "second"])) == [0]  # it was taken out
-    assert Journal(tmp_path, 0).finished_chunks(["second"]) == {}
+    journal.keep({0: RESPONSES[0]})
+    kept = journal.partial.read_bytes()
+    files.append_line(journal.partial, files.seal(json.dumps({"chunk": 1, "asked": "", "responses": []})))
+    assert list(journal.finished()) == [0] and journal.partial.read_bytes() == kept
 
 
 def test_cut_at_every_byte(tmp_path, monkeypatch):
     """Whole lines survive, a torn one is cut off, and appending goes on after them."""
-    journal = Journal(tmp_path, 0)
-    for chunk in range(2):
-        journal.keep(chunk, RESPONSES)
+    journal, some = Journal(tmp_path, 0), dict(enumerate(RESPONSES))
+    for line in range(2):
+        journal.keep({10 * line + i: r for i, r in some.items()})
     data = journal.partial.read_bytes()
     monkeypatch.setattr(os, "fsync", lambda _: None)  # a thousand of them take seconds
     for cut in range(len(data) + 1):
         journal.partial.write_bytes(data[:cut])
-        whole = data[:cut].count(b"\n")
-        assert list(journal.finished_chunks()) == list(range(whole))
-        journal.keep(9, RESPONSES)
-        found = journal.finished_chunks()
-        assert list(found) == [*range(whole), 9]
-        assert all(sampled(chunk) == sampled(RESPONSES) for chunk in found.values())
+        whole = [10 * line + i for line in range(data[:cut].count(b"\n")) for i in some]
+        assert list(journal.finished()) == whole
+        journal.keep({90: RESPONSES[0]})
+        found = journal.finished()
+        assert list(found) == [*whole, 90]
+        assert sampled(found.values()) == sampled([*[some[i % 10] for i in whole], RESPONSES[0]])
 
 
-def test_a_damaged_chunk_is_sampled_again_and_the_others_are_not(tmp_path):
+def test_a_damaged_line_is_sampled_again_and_the_others_are_not(tmp_path):
     """Whatever bit of it is changed: what is read of the file is what was written to it, or not read."""
     journal = Journal(tmp_path, 0)
-    for chunk in range(3):
-        journal.keep(chunk, RESPONSES[:1])
+    for number in range(3):
+        journal.keep({number: RESPONSES[0]})
     first, second, third = journal.partial.read_bytes().splitlines(keepends=True)
     for bit in range(0, 8 * (len(second) - 1), 5):
         damaged = bytearray(second)
         damaged[bit // 8] ^= 1 << bit % 8
         journal.partial.write_bytes(first + damaged + third)
-        found = journal.finished_chunks()
-        assert sorted(found) == [0, 2] and all(sampled(chunk) == sampled(RESPONSES[:1]) for chunk in found.values())
+        found = journal.finished()
+        assert sorted(found) == [0, 2] and sampled(found.values()) == sampled([RESPONSES[0]] * 2)
         assert journal.partial.read_bytes() == first + third
 
 
 def test_the_samplers_log_probabilities_have_a_place(tmp_path):
     journal = Journal(tmp_path, 0)
     said = RESPONSES[0]._replace(logprobs=(-0.1 - 0.2, -math.inf, -1e-320))
-    journal.keep(0, [said, RESPONSES[1]])
-    assert [r.logprobs for r in journal.finished_chunks()[0]] == [said.logprobs, ()]
+    journal.keep({0: said, 1: RESPONSES[1]})
+    assert [r.logprobs for r in journal.finished().values()] == [said.logprobs, ()]
     journal.complete([Rollout("q", "p", (1,), (said, RESPONSES[1]))])
     assert [r.logprobs for r in journal.read()[0].responses] == [said.logprobs, ()]
     written = json.loads(journal.path.read_text())["responses"]
@@ -147,21 +158,22 @@ def test_the_samplers_log_probabilities_have_a_place(tmp_path):
 
 
 @settings(max_examples=50)
-@given(st.lists(st.lists(response, max_size=3), min_size=1, max_size=3), st.data())
-def test_cut_anywhere(chunks, data):
+@given(st.lists(st.lists(response, min_size=1, max_size=3), min_size=1, max_size=3), st.data())
+def test_cut_anywhere(lines, data):
     with tempfile.TemporaryDirectory() as folder:
         journal = Journal(Path(folder), 0)
-        for number, chunk in enumerate(chunks):
-            journal.keep(number, chunk)
+        for number, line in enumerate(lines):
+            journal.keep({10 * number + i: r for i, r in enumerate(line)})
         content = journal.partial.read_bytes()
         cut = data.draw(st.integers(0, len(content)))
         journal.partial.write_bytes(content[:cut])
-        assert journal.finished_chunks() == dict(enumerate(chunks[: content[:cut].count(b"\n")]))
+        whole = lines[: content[:cut].count(b"\n")]
+        assert journal.finished() == {10 * number + i: r for number, line in enumerate(whole) for i, r in enumerate(line)}
 
 
 def test_killed_before_the_final_name(tmp_path, monkeypatch):
     journal = Journal(tmp_path, 0)
-    journal.keep(0, RESPONSES)
+    journal.keep({0: RESPONSES[0]})
 
     def killed(*_):
         raise KeyboardInterrupt
@@ -169,14 +181,14 @@ def test_killed_before_the_final_name(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Path, "replace", killed)
         journal.complete(ROLLOUTS)
-    assert journal.read() is None and list(journal.finished_chunks()) == [0]
+    assert journal.read() is None and list(journal.finished()) == [0]
     journal.complete(ROLLOUTS)
     assert [p.name for p in tmp_path.iterdir()] == ["iter_0000.jsonl"]
 
 
 def test_killed_after_the_final_name(tmp_path, monkeypatch):
     journal = Journal(tmp_path, 0)
-    journal.keep(0, RESPONSES)
+    journal.keep({0: RESPONSES[0]})
 
     def killed(*_, **__):
         raise KeyboardInterrupt
@@ -193,19 +205,6 @@ def test_a_foreign_file_is_named(tmp_path, line):
     (tmp_path / "iter_0000.jsonl").write_text(line + "\n")
     with pytest.raises(UserError, match=r"iter_0000\.jsonl:1 is .*delete the file to sample it again"):
         journal.read(tmp_path / "iter_0000.jsonl")
-
-
-def test_plan_chunks_by_hand():
-    assert plan_chunks(["a", "b", "a", "a", "b", "a", "a"], 2) == [[0, 2], [3, 5], [6], [1, 4]]
-    assert plan_chunks([], 4) == []
-
-
-@given(st.lists(st.tuples(st.booleans(), st.sampled_from([16, 32])), max_size=60), st.integers(1, 9))
-def test_plan_chunks(groups, width):
-    chunks = plan_chunks(groups, width)
-    assert sorted(row for chunk in chunks for row in chunk) == list(range(len(groups)))
-    assert all(len({groups[row] for row in chunk}) == 1 and len(chunk) <= width for chunk in chunks)
-    assert len(chunks) == sum(math.ceil(groups.count(group) / width) for group in set(groups))
 
 
 @pytest.mark.parametrize(("length", "size"), [(0, 16), (1, 16), (16, 16), (17, 32), (33, 64), (64, 64), (1000, 1024)])

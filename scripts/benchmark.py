@@ -1,7 +1,9 @@
 """Speed beside the peers at their best: the same weights, shapes, samples and rewards, in turns, in one run.
 
-    python scripts/benchmark.py [--only generate,step,dpo,grpo,iterative,memory,parity] [--repeats 5] [--backend jax|torch]
-                                [--model smollm2-135m] [--vllm PYTHON] [--out FILE]
+    python scripts/benchmark.py [--only generate,chat,samples,growth,step,dpo,grpo,iterative,memory,parity] [--repeats 5]
+                                [--backend jax|torch] [--model smollm2-135m] [--data FILE] [--prompts 64] [--vllm PYTHON]
+                                [--without generate_batch,...] [--out FILE]
+    python scripts/benchmark.py --gpu    # what one card does, in under 8 minutes: see scripts/card.py
 
 Ours has the config's defaults: model.dtype=auto, an adapter on all linear modules. So have the peers (`scripts/peers.py`),
 in the dtype that multiplies faster here. All sides of a measure take turns, so that a slow machine slows all; what
@@ -10,6 +12,11 @@ compiles or warms up, is not measured.
 
 generate   64 new tokens after prompts of 16, at 16 and 64 rows, no EOS: transformers' generate and generate_batch, and vLLM
            with --vllm=PYTHON, an interpreter that has it.
+chat       one response to each of --prompts prompts of --data (HH's records; the quickstart's openings without one), in the
+           chat template, of up to 256 tokens with EOS, 64 rows at once: beside generate in batches sorted by length,
+           generate_batch and vLLM. Tokens are those of responses; each side counts its own.
+samples    as GRPO has it: 8 samples of 64 tokens, no EOS, of each of 32 prompts of 256 tokens.
+growth     of ours alone, 16 rows: --new tokens (64 to 2,048), and of 64 tokens --times as many queries as rows (2 to 16).
 step       a LoRA step: "rows", 8 x 128, labels on the last 64, and "pairs", 8 x (16 + 2 x 24), beside PEFT.
 dpo        a step on 8 pairs, prompts of up to 256 tokens and responses of up to 48, with the reference's log-probabilities,
            beside TRL's DPO; real tokens are counted.
@@ -26,6 +33,7 @@ import argparse
 import contextlib
 import functools
 import importlib
+import importlib.util
 import io
 import json
 import os
@@ -43,8 +51,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import peers
-import torch
 from ml_collections import FrozenConfigDict
 from safetensors.numpy import save_file
 
@@ -56,31 +62,44 @@ from ple_jax.configs import default
 from ple_jax.core import processor
 from ple_jax.core.packing import pack
 from ple_jax.core.types import Array, Backend, Batch, Packed, Sampling
+from ple_jax.data.queries import load_queries
 from ple_jax.losses import dpo
 from ple_jax.models import adapters, weights
+from ple_jax.prompts import render
 from ple_jax.training import loop, opening, workdir
 
-LORA = adapters.Lora(rank=peers.RANK, alpha=float(peers.ALPHA))
-Side = Callable[[], None]
-MEASURES = ("generate", "step", "dpo", "grpo", "iterative", "memory", "parity")
+try:
+    import peers
+except ImportError:  # on a card `--gpu` measures what is installed
+    peers = None  # type: ignore[assignment]
+LORA = adapters.Lora(rank=8, alpha=16.0)  # as the peers have it
+Side = Callable[[], Any]  # what it returns is how many tokens it made, where each side makes its own number
+MEASURES = ("generate", "chat", "samples", "growth", "step", "dpo", "grpo", "iterative", "memory", "parity")
 
 
 class Here:
     """What all measures share: the weights, both sides' dtypes, how often."""
 
-    def __init__(self, options: argparse.Namespace):
-        self.options, self.loaded = options, weights.load(options.model)
+    def __init__(self, options: argparse.Namespace, loaded: weights.Loaded | None = None):
+        self.options, self.loaded = options, loaded or weights.load(options.model)
         self.device = "cpu" if jax.default_backend() == "cpu" else "cuda"
-        self.theirs = peers.dtype(self.device)
+        self.theirs = peers.dtype(self.device) if peers else None
         vocab = self.loaded.config.vocab_size
         self.ids = min(1000, vocab // 2), vocab  # of ordinary tokens: special ones are the first
         self.ours = "bfloat16" if self.device != "cpu" or processor.bfloat16() else "float32"
 
-    def backend(self, width: int) -> Backend:
-        """Ours, with a fresh adapter."""
+    def backend(self, width: int, *, backend: str | None = None, fold: bool = False) -> Backend:
+        """Ours, with a fresh adapter.
+
+        Args:
+            backend: that of the options, if it is not given.
+            fold: whether JAX samples with the adapter folded in.
+        """
         adapter = adapters.init(self.loaded.config, LORA, seed=0)
         shared = {"width": width, "bucket": 16, "clip_norm": 1.0, "weight_decay": 0.0}
-        if self.options.backend == "torch":
+        if (backend or self.options.backend) == "torch":
+            import torch
+
             from torch_ascend import model, ops
             from torch_ascend.backend import TorchBackend
 
@@ -92,39 +111,65 @@ class Here:
         mesh = sharding.make_mesh()
         made = Model.create(self.loaded.config, dtype=jnp.dtype(self.ours), scan=jax_backend.use_scan("auto"))
         base = fill(made, self.loaded.weights, lambda _, array: jax.device_put(array, sharding.replicated(mesh)))
-        return jax_backend.JaxBackend(made, base, adapter, mesh, settings=LORA, **shared)
+        return jax_backend.JaxBackend(made, base, adapter, mesh, settings=LORA, fold=fold, **shared)
+
+    @property
+    def their_dtype(self) -> str:
+        return str(self.theirs).removeprefix("torch.") if self.theirs else self.ours
 
     def peer(self) -> Any:
         return peers.model(self.loaded, self.theirs, self.device)
 
     def said(self) -> dict[str, Any]:
-        names = ("jax", "jaxlib", "torch", "transformers", "peft", "trl", "numpy")
+        names = ("jax", "jaxlib", "torch", "transformers", "peft", "trl", "vllm", "numpy")
         return {
-            "backend": self.options.backend, "dtype": self.ours, "peers_dtype": str(self.theirs).removeprefix("torch."),
+            "backend": self.options.backend, "dtype": self.ours, "peers_dtype": self.their_dtype,
             "processor": platform.processor() or platform.machine(), "bfloat16_units": processor.bfloat16(),
             "cores": len(os.sched_getaffinity(0)), "device": jax.devices()[0].device_kind, "model": self.options.model,
-            **{name: version(name) for name in names},
+            **{name: version(name) for name in names if importlib.util.find_spec(name)},
         }  # fmt: skip
 
 
 # ---------------------------------------------------------------- turns
 
 
-def turns(sides: Mapping[str, Side], repeats: int) -> dict[str, list[float]]:
-    """Seconds of every side, `repeats` times, one after the other; one unmeasured call of each first."""
+def tried(makers: Mapping[str, Callable[[], Side]]) -> tuple[dict[str, Side], dict[str, Any]]:
+    """The sides that can be made and called once, and why the others cannot: peers, or ours on a card nobody has tried."""
+    sides, failed = {}, {}
+    for name, make in makers.items():
+        try:
+            side = make()
+            side()
+            sides[name] = side
+        except Exception as error:
+            failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    if "ours" not in sides:
+        raise SystemExit(f"ours: {failed['ours']}")
+    return sides, {"failed": failed} if failed else {}
+
+
+def turns(
+    sides: Mapping[str, Side], repeats: int, *, tokens: int | None = None, warm: bool = False
+) -> dict[str, list[float]]:
+    """Seconds of every side, `repeats` times, one after the other; one unmeasured call of each first.
+
+    Args:
+        tokens: seconds are for so many, of a side that made another number.
+        warm: all have been called already.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(repeats + 1):
+    for turn in range(warm, repeats + 1):
         for name, call in sides.items():
             started = time.perf_counter()
-            call()
+            made = call()
             if turn:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append((time.perf_counter() - started) * (tokens / made if tokens else 1))
     return seconds
 
 
-def report(what: str, case: str, tokens: int, seconds: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """One line: tokens/s of every side, and ours over each peer's, turn by turn."""
-    line: dict[str, Any] = {"measured": what, "case": case, "tokens": tokens}
+def report(what: str, case: str, tokens: int, seconds: Mapping[str, Sequence[float]], **more: Any) -> dict[str, Any]:
+    """One line: tokens/s of every side, and ours over each peer's, turn by turn; and what is known besides."""
+    line: dict[str, Any] = {"measured": what, "case": case, "tokens": tokens, **more}
     ours = seconds["ours"]
     for name, own in seconds.items():
         line[f"{name}_tokens_per_second"] = round(tokens / statistics.median(own), 1)
@@ -204,12 +249,92 @@ def measure_generate(here: Here, new: int = 64, length: int = 16) -> Iterator[di
             sides: dict[str, Side] = {
                 "ours": functools.partial(ours.generate, prompts.tolist(), noise, sampling=Sampling(new, ())),
                 "generate": peers.generate(peer, prompts, new),
-                "generate_batch": peers.generate_batch(peer, prompts, new),
+                "generate_batch": peers.generate_batch(peer, prompts.tolist(), new, eos=(), width=width),
                 "roof": roof(here, width, said=width, times=new, backward=False),
             }
             if vllm:
-                sides["vllm"] = vllm(prompts, new)
+                sides["vllm"] = vllm(prompts.tolist(), new, ())
             yield report("generate", f"{width} x {new}", width * new, turns(sides, here.options.repeats))
+
+
+def measure_chat(here: Here, new: int = 256, width: int = 64) -> Iterator[dict[str, Any]]:
+    """Responses that end at EOS: of a static batch the rows that have ended wait for the others."""
+    prompts, noise = chat_prompts(here), np.random.default_rng(0).random((here.options.prompts, new), dtype=np.float32)
+    ours, how = here.backend(width), {"eos": here.loaded.eos, "width": width}
+
+    def call() -> int:
+        return sum(len(r.tokens) for r in ours.generate(prompts, noise, sampling=Sampling(new, here.loaded.eos)))
+
+    tokens, longest = call(), max(map(len, prompts))
+    with sampling_peers(here, prompts, new, **how) as made:
+        sides, failed = tried({"ours": lambda: call, **made})
+        case = f"{len(prompts)} prompts of up to {longest}, up to {new} new (mean {tokens / len(prompts):.0f})"
+        yield report("chat", case, tokens, turns(sides, here.options.repeats, tokens=tokens, warm=True), **failed)
+
+
+def measure_samples(
+    here: Here, count: int = 32, length: int = 256, samples: int = 8, new: int = 64, width: int = 64
+) -> Iterator[dict[str, Any]]:
+    """Several responses to each prompt, which is read once."""
+    rng, ours, how = np.random.default_rng(0), here.backend(width), {"eos": (), "width": width}
+    prompts = np.repeat(rng.integers(*here.ids, (count, length)), samples, 0).tolist()
+    noise, tokens = rng.random((len(prompts), new), dtype=np.float32), len(prompts) * new
+    call = functools.partial(ours.generate, prompts, noise, sampling=Sampling(new, ()))
+    with sampling_peers(here, prompts, new, **how) as made:
+        sides, failed = tried({"ours": lambda: call, **made})
+        seconds = turns(sides, here.options.repeats, warm=True)
+        yield report("samples", f"{count} x {samples} x ({length} + {new})", tokens, seconds, **failed)
+
+
+def measure_growth(here: Here, width: int = 16, length: int = 16) -> Iterator[dict[str, Any]]:
+    """Seconds a step as responses get longer, and a query as there are more; ours alone."""
+    rng, ours = np.random.default_rng(0), here.backend(width)
+    for times, new in [*((1, new) for new in here.options.new), *((times, 64) for times in here.options.times)]:
+        prompts = rng.integers(*here.ids, (width * times, length)).tolist()
+        noise = rng.random((len(prompts), new), dtype=np.float32)
+        call = functools.partial(ours.generate, prompts, noise, sampling=Sampling(new, ()))
+        # more queries are of the same programs
+        seconds = turns({"ours": call}, here.options.repeats, warm=times > 1)
+        c, mean = here.loaded.config, length + new / 2
+        cache = 2 * c.num_layers * width * c.num_kv_heads * c.head_dim * mean * jnp.dtype(here.ours).itemsize
+        more = {
+            "ms_a_step": round(1e3 * statistics.median(seconds["ours"]) / (times * new), 2),
+            "cache_mib": round(cache / 2**20, 1),  # that a step reads, on the average
+        }
+        yield report("growth", f"{times} x {width} x {new}", len(prompts) * new, seconds, **more)
+
+
+def chat_prompts(here: Here) -> list[list[int]]:
+    """Token ids of the first prompts, as the chat template has them, or as they are where there is none."""
+    data, count, tokenizer = here.options.data, here.options.prompts, here.loaded.tokenizer
+    queries = load_queries(data or "quickstart_train", format="hh" if data else "records").queries[:count]
+    if len(queries) < count:
+        raise SystemExit(f"--prompts {count}: there are {len(queries)}")
+    return [render(query, None, tokenizer, chat=tokenizer.chat_template is not None)[1] for query in queries]
+
+
+@contextlib.contextmanager
+def sampling_peers(
+    here: Here, prompts: Sequence[Sequence[int]], new: int, **how: Any
+) -> Iterator[dict[str, Callable[[], Side]]]:
+    """What makes the peers that are installed and that --without does not name.
+
+    Args:
+        how: `eos` and `width` of the peers.
+    """
+    with contextlib.ExitStack() as stack:
+        model = functools.cache(lambda: here.peer().eval())
+
+        def vllm() -> Side:
+            return stack.enter_context(_vllm(here, max(map(len, prompts)) + new))(prompts, new, list(how["eos"]))
+
+        made: dict[str, Callable[[], Side]] = {}
+        if peers is not None:
+            made["generate_sorted"] = lambda: peers.generate_sorted(model(), prompts, new, **how)
+            made["generate_batch"] = lambda: peers.generate_batch(model(), prompts, new, **how)
+        if here.options.vllm:
+            made["vllm"] = vllm
+        yield {name: make for name, make in made.items() if name not in here.options.without.split(",")}
 
 
 def whole_rows(here: Here, rng: np.random.Generator, queries: int, length: int, k: int, new: int) -> Batch:
@@ -294,7 +419,7 @@ def _iteration(
 
 
 @contextlib.contextmanager
-def our_iteration(here: Here, own: Mapping[str, Any]) -> Iterator[tuple[Side, list[str], peers.Reward]]:
+def our_iteration(here: Here, own: Mapping[str, Any]) -> Iterator[tuple[Side, list[str], "peers.Reward"]]:
     config = importlib.import_module("ple_jax.configs.quickstart").get_config()
     config.update_from_flattened_dict(
         {"iterations": 1000, "eval.every": 1000, "task.max_heldout": 8, "sinks": (), "model.path": here.options.model, **own}
@@ -331,15 +456,15 @@ if __name__ == "__main__":  # its engine is a process of its own, which imports 
     llm = LLM(**settings, skip_tokenizer_init=True, enable_lora=True, enable_prefix_caching=False)
     print("ready", file=sys.stderr, flush=True)
     for line in sys.stdin:
-        prompts, new = json.loads(line)
-        how = SamplingParams(max_tokens=new, min_tokens=new, ignore_eos=True, temperature=1.0, detokenize=False)
-        llm.generate([{"prompt_token_ids": ids} for ids in prompts], how, lora_request=policy, use_tqdm=False)
-        print("done", file=sys.stderr, flush=True)
+        prompts, new, eos = json.loads(line)
+        how = SamplingParams(max_tokens=new, ignore_eos=True, stop_token_ids=eos, temperature=1.0, detokenize=False)
+        found = llm.generate([{"prompt_token_ids": ids} for ids in prompts], how, lora_request=policy, use_tqdm=False)
+        print("made", sum(len(one.outputs[0].token_ids) for one in found), file=sys.stderr, flush=True)
 """
 
 
 @contextlib.contextmanager
-def _vllm(here: Here, longest: int) -> Iterator[Callable[[np.ndarray, int], Side]]:
+def _vllm(here: Here, longest: int) -> Iterator[Callable[..., Side]]:
     """vLLM in a process of its own: it reads weights and a fresh adapter from folders, and samples what it is sent."""
     with tempfile.TemporaryDirectory() as folder:
         base, script = Path(folder, "model"), Path(folder, "sample.py")
@@ -354,19 +479,19 @@ def _vllm(here: Here, longest: int) -> Iterator[Callable[[np.ndarray, int], Side
         pipe = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
         with subprocess.Popen([here.options.vllm, script], env=env, **pipe) as child:
 
-            def send(what: Any, answer: str) -> None:
+            def send(what: Any, answer: str) -> int:
                 child.stdin.write(json.dumps(what) + "\n")
                 child.stdin.flush()
                 said = []
                 for line in child.stderr:
-                    if line.strip() == answer:
-                        return
+                    if line.split()[:1] == [answer]:
+                        return int(line.split()[-1]) if answer == "made" else 0
                     said.append(line)
                 raise SystemExit(f"vLLM ended: {''.join(said[-20:])}")
 
             settings = {"model": str(base), "adapter": str(Path(folder, "adapter")), "max_lora_rank": LORA.rank}
-            send({**settings, "dtype": str(here.theirs).removeprefix("torch."), "max_model_len": longest}, "ready")
-            yield lambda prompts, new: functools.partial(send, [prompts.tolist(), new], "done")
+            send({**settings, "dtype": here.their_dtype, "max_model_len": longest}, "ready")
+            yield lambda *asked: functools.partial(send, asked, "made")
             child.stdin.close()
 
 
@@ -406,8 +531,9 @@ def measure_parity(here: Here, queries: int = 4, length: int = 32, new: int = 32
         module["b"] = rng.normal(0, 0.02, module["b"].shape).astype(np.float32)
     batch = whole_rows(here, rng, queries, length, 1, new)
     theirs = {kind: peers.logprobs_and_gradient(here.loaded, adapters.to_peft(adapter), batch, kind) for kind in peers.KINDS}
-    found = {"ours": _logprobs_and_gradient(here, adapter, batch), "peft": theirs[torch.bfloat16]}
-    exact, slope = theirs[torch.float32]
+    full, half = peers.KINDS
+    found = {"ours": _logprobs_and_gradient(here, adapter, batch), "peft": theirs[half]}
+    exact, slope = theirs[full]
     norm = np.sqrt(sum((x**2).sum() for x in slope.values()))
     line: dict[str, Any] = {"measured": "parity", "case": f"{queries} x ({length} + {new})"}
     for who, (logprobs, gradient) in found.items():
@@ -440,20 +566,41 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", default=",".join(MEASURES), help="some of the measures, with commas between")
     parser.add_argument("--backend", default="jax", choices=("jax", "torch"))
+    parser.add_argument("--data", type=Path, help="HH's records, whose prompts `chat` takes; else the quickstart's openings")
+    parser.add_argument("--prompts", type=int, default=64, help="how many `chat` takes")
+    parser.add_argument("--new", type=lambda text: [int(n) for n in text.split(",")], default=[64, 256, 512, 2048])
+    parser.add_argument("--gpu", action="store_true", help="what one card does, and nothing else")
+    parser.add_argument("--minutes", type=float, default=6, help="after which --gpu begins no measure")
+    parser.add_argument("--times", type=lambda text: [int(n) for n in text.split(",")], default=[2, 4, 16])
+    parser.add_argument("--without", default="", help="peers that are left out, with commas between")
     parser.add_argument("--vllm", metavar="PYTHON", help="an interpreter that has vLLM, which is then a peer of `generate`")
     parser.add_argument("--out", type=Path, help="a file that the lines are added to")
     options = parser.parse_args()
     if unknown := set(options.only.split(",")) - set(MEASURES):
         parser.error(f"--only: no measure {', '.join(sorted(unknown))}; choose from {', '.join(MEASURES)}")
-    here, lines = Here(options), []
+    if not options.gpu and peers is None:
+        parser.error("the peers are not installed: pip install 'ple_jax[dev]', or give --gpu")
+    if options.gpu:
+        here = Here(options, importlib.import_module("card").loaded(small=jax.default_backend() == "cpu"))
+    else:
+        here = Here(options)
     print(json.dumps(here.said()), flush=True)
-    for name in options.only.split(","):
-        for line in globals()[f"measure_{name}"](here):
-            lines.append(line)
-            if options.out:
-                with options.out.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({**here.said(), **line}) + "\n")
+    lines = []
+    for line in measured(here):
+        lines.append(line)
+        if options.out:
+            with options.out.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({**here.said(), **line}) + "\n")
     print(table(lines))
+
+
+def measured(here: Here) -> Iterator[dict[str, Any]]:
+    """The lines of what is asked for."""
+    if here.options.gpu:
+        yield from importlib.import_module("card").lines(here)
+        return
+    for name in here.options.only.split(","):
+        yield from globals()[f"measure_{name}"](here)
 
 
 if __name__ == "__main__":

@@ -63,23 +63,52 @@ def generate(made: Any, prompts: np.ndarray, new: int) -> Callable[[], None]:
     return call
 
 
-def generate_batch(made: Any, prompts: np.ndarray, new: int) -> Callable[[], None]:
+def generate_sorted(
+    made: Any, prompts: Sequence[Sequence[int]], new: int, *, eos: Sequence[int], width: int
+) -> Callable[[], int]:
+    """`generate` in batches of `width` prompts of about the same length, each until all of it have ended."""
+    order = sorted(prompts, key=len)
+    batches = [order[i : i + width] for i in range(0, len(order), width)]
+
+    def call() -> int:
+        tokens = 0
+        for batch in batches:
+            longest = max(map(len, batch))
+            ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in batch], device=made.device)
+            mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in batch], device=made.device)
+            with torch.inference_mode():
+                out = made.generate(
+                    input_ids=ids, attention_mask=mask, max_new_tokens=new, do_sample=True, top_k=0, pad_token_id=0,
+                    eos_token_id=list(eos) or None,
+                )[:, longest:]  # fmt: skip
+            ended = torch.isin(out, torch.tensor(list(eos), device=out.device, dtype=out.dtype))
+            tokens += int((ended.cumsum(1) - ended.long() == 0).sum())
+        return tokens
+
+    return call
+
+
+def generate_batch(
+    made: Any, prompts: Sequence[Sequence[int]], new: int, *, eos: Sequence[int], width: int
+) -> Callable[[], int]:
     """transformers' continuous batching, on the model inside PEFT's, whose adapter is in its modules."""
     inner = made.get_base_model()
-    settings = GenerationConfig(max_new_tokens=new, do_sample=True, top_k=0, eos_token_id=-1, pad_token_id=0)
-    rows, how = prompts.tolist(), {}
+    ends = list(eos) or -1
+    settings = GenerationConfig(max_new_tokens=new, do_sample=True, top_k=0, eos_token_id=ends, pad_token_id=0)
+    longest, how = max(map(len, prompts)), {}
     if made.device.type == "cpu":  # where it would take nine tenths of the memory for keys and values
-        pages = len(rows) * -(-(prompts.shape[1] + new) // _PAGE)
+        pages = width * -(-(longest + new) // _PAGE)
         how["continuous_batching_config"] = ContinuousBatchingConfig(
-            page_size=_PAGE, num_blocks=pages + len(rows), max_batch_tokens=max(prompts.size, _PAGE)
+            page_size=_PAGE, num_blocks=pages + width, max_batch_tokens=max(width * min(longest, 64), longest, _PAGE)
         )
 
-    def call() -> None:
+    def call() -> int:
         with torch.inference_mode():
-            found = inner.generate_batch(rows, generation_config=settings, progress_bar=False, **how)
-        lengths = {len(one.generated_tokens) for one in found.values()}
-        if len(found) != len(rows) or lengths != {new}:
-            raise RuntimeError(f"generate_batch gave {len(found)} responses of {sorted(lengths)} tokens")
+            found = inner.generate_batch(list(prompts), generation_config=settings, progress_bar=False, **how)
+        lengths = [len(one.generated_tokens) for one in found.values()]
+        if len(found) != len(prompts) or (not eos and set(lengths) != {new}):
+            raise RuntimeError(f"generate_batch gave {len(found)} responses of {sorted(set(lengths))} tokens")
+        return sum(lengths)
 
     return call
 

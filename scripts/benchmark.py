@@ -248,7 +248,7 @@ def measure_generate(here: Here, new: int = 64, length: int = 16) -> Iterator[di
             noise = rng.random((width, new), dtype=np.float32)
             sides: dict[str, Side] = {
                 "ours": functools.partial(ours.generate, prompts.tolist(), noise, sampling=Sampling(new, ())),
-                "generate": peers.generate(peer, prompts, new),
+                "generate": peers.generate_sorted(peer, prompts.tolist(), new, eos=(), width=width),
                 "generate_batch": peers.generate_batch(peer, prompts.tolist(), new, eos=(), width=width),
                 "roof": roof(here, width, said=width, times=new, backward=False),
             }

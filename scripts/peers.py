@@ -49,24 +49,10 @@ def model(loaded: weights.Loaded, kind: torch.dtype, device: str) -> Any:
 # ---------------------------------------------------------------- sampling
 
 
-def generate(made: Any, prompts: np.ndarray, new: int) -> Callable[[], None]:
-    """transformers' `generate`: a static batch that waits for its longest response."""
-    ids = torch.tensor(prompts, device=made.device)
-
-    def call() -> None:
-        with torch.inference_mode():
-            made.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new,
-                do_sample=True, top_k=0, eos_token_id=None,
-            )  # fmt: skip
-
-    return call
-
-
 def generate_sorted(
     made: Any, prompts: Sequence[Sequence[int]], new: int, *, eos: Sequence[int], width: int
 ) -> Callable[[], int]:
-    """`generate` in batches of `width` prompts of about the same length, each until all of it have ended."""
+    """transformers' `generate` in batches of `width` prompts of about the same length, each until all of it have ended."""
     order = sorted(prompts, key=len)
     batches = [order[i : i + width] for i in range(0, len(order), width)]
 
@@ -78,8 +64,8 @@ def generate_sorted(
             mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in batch], device=made.device)
             with torch.inference_mode():
                 out = made.generate(
-                    input_ids=ids, attention_mask=mask, max_new_tokens=new, do_sample=True, top_k=0, pad_token_id=0,
-                    eos_token_id=list(eos) or None,
+                    input_ids=ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=None if eos else new,
+                    do_sample=True, top_k=0, pad_token_id=0, eos_token_id=list(eos) or None,
                 )[:, longest:]  # fmt: skip
             ended = torch.isin(out, torch.tensor(list(eos), device=out.device, dtype=out.dtype))
             tokens += int((ended.cumsum(1) - ended.long() == 0).sum())

@@ -124,19 +124,11 @@ class Rows:
         self.tokens = torch.zeros((count, new), **whole)  # 0 after the end, as log-probabilities are
         self.logprobs = torch.zeros((count, new), **place)
 
-    @property
-    def length_of_cache(self) -> int:
-        return self.cache.keys[0].shape[2]
-
 
 @torch.no_grad()  # not inference_mode: what FSDP2 gathers in it could not be used in training
 def read_prefix(model: Model, adapter: Adapter, prefix: Int64[Tensor, " prefix_len"]) -> Cache:
     """Keys and values of one row, which all that share the prefix attend to."""
-    shared, place = prefix.shape[0], {"device": prefix.device}
-    cache = Cache.empty(model.config, 1, shared, dtype=model.dtype, **place)
-    causal = torch.ones((shared, shared), dtype=torch.bool, **place).tril()[None]
-    model.apply(adapter, prefix[None], positions=torch.arange(shared, **place)[None], mask=causal, cache=cache)
-    return cache
+    return _read(model, adapter, None, prefix[None], torch.full((1,), len(prefix), device=prefix.device))[1]
 
 
 @torch.no_grad()
@@ -155,10 +147,11 @@ def begin(
         prefix: what `read_prefix` gave, where the prompts stand after it.
         group: of this process alone, its numbers as tensors; of responses only those that begin.
     """
-    hidden, cache, before = _read(model, adapter, prefix, group.tokens, group.lengths)
+    hidden, cache = _read(model, adapter, prefix, group.tokens, group.lengths)
     last = hidden.gather(1, (group.lengths - 1)[:, None, None].expand(-1, 1, hidden.shape[-1]))[:, 0]
     token, logprob = sample_token(model.logits(last).index_select(0, group.prompt), group.uniforms[:, 0], sampling=sampling)
     # where the prefix cannot be held once for all, it is a part of every row
+    before = 0 if prefix is None else prefix.length
     start = before if model.holds_prefix else 0
     for whole, part in zip((*rows.cache.keys, *rows.cache.values), (*cache.keys, *cache.values), strict=True):
         own = part[:, :, start:].index_select(0, group.prompt)
@@ -182,10 +175,10 @@ def begin(
 
 def _read(
     model: Model, adapter: Adapter, prefix: Cache | None, tokens: Tensor, lengths: Tensor
-) -> tuple[Float[Tensor, "prompt length hidden"], Cache, int]:
-    """Hidden states of prompts, padded on the right, their keys and values after the prefix's, and how long that is."""
+) -> tuple[Float[Tensor, "prompt length hidden"], Cache]:
+    """Hidden states of prompts, padded on the right, and their keys and values, after the prefix's."""
     (count, length), place = tokens.shape, {"device": tokens.device}
-    before = 0 if prefix is None else prefix.keys[0].shape[2]
+    before = 0 if prefix is None else prefix.length
     cache = Cache.empty(model.config, count, before + length, dtype=model.dtype, **place)
     if prefix is not None:
         for whole, part in zip((*cache.keys, *cache.values), (*prefix.keys, *prefix.values), strict=True):
@@ -195,7 +188,7 @@ def _read(
     mask = (source[:, None] <= place_of[:, :, None]) & (source < ends)[:, None]
     position = torch.minimum(place_of, ends - 1)  # of padding too one that the model has
     hidden = model.apply(adapter, tokens, positions=position, mask=mask, source_positions=source, cache=cache, index=before)
-    return hidden, cache, before
+    return hidden, cache
 
 
 def _ends(token: Int64[Tensor, " row"], eos: Int64[Tensor, " n"]) -> Bool[Tensor, " row"]:
@@ -214,7 +207,7 @@ class Decoding:
         self, model: Model, adapter: Adapter, prefix: Cache | None, rows: Rows, sampling: Sampling, *, recorded: bool
     ):
         self.rows, self.device, self.recorded = rows, model.device, recorded
-        self.every = REACH if model.holds_prefix else rows.length_of_cache
+        self.every = REACH if model.holds_prefix else rows.cache.length
         self.step = functools.partial(_step, model, adapter, prefix if model.holds_prefix else None, rows, sampling)
         self.repeats: dict[int, Callable[[], None]] = {}  # by reach
         self.ran: Counter[int] = Counter()  # of each, how often
@@ -231,7 +224,7 @@ class Decoding:
         for i in range(steps):
             if i % unasked == 0 and enough(self.rows.done):
                 return
-            self._repeat(min(round_up(filled + i + 1, self.every), self.rows.length_of_cache))
+            self._repeat(min(round_up(filled + i + 1, self.every), self.rows.cache.length))
 
     def _repeat(self, reach: int) -> None:
         repeat = self.repeats.setdefault(reach, functools.partial(self.step, reach))
@@ -254,7 +247,7 @@ def _step(model: Model, adapter: Adapter, prefix: Cache | None, rows: Rows, samp
     live, own = ~rows.done, torch.arange(reach, **place)[None]
     seen, source, start = own <= rows.filled[:, None], own, torch.zeros_like(rows.filled)
     if prefix is not None:
-        before = torch.arange(prefix.keys[0].shape[2], **place)[None].expand(count, -1)
+        before = torch.arange(prefix.length, **place)[None].expand(count, -1)
         start = rows.shared.to(torch.int64) * before.shape[1]
         seen = torch.cat([rows.shared[:, None].expand_as(before), seen], 1)
         source = torch.cat([before, start[:, None] + own], 1)

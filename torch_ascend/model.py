@@ -37,6 +37,11 @@ class Cache(NamedTuple):
     keys: list[Tensor]
     values: list[Tensor]
 
+    @property
+    def length(self) -> int:
+        """Positions that there is room for."""
+        return self.keys[0].shape[2]
+
     @classmethod
     def empty(cls, config: ModelConfig, rows: int, source: int, *, dtype: torch.dtype, device: torch.device) -> "Cache":
         shape = (rows, config.num_kv_heads, source, config.head_dim)
@@ -128,7 +133,7 @@ class Model:
             return self.ops.attention(query, key, value, visible, **how)
         cache, prefix, index = self._cache, self._prefix, self._index
         before = None if prefix is None else (prefix.keys[layer], prefix.values[layer])
-        reach = visible.shape[-1] - (0 if before is None else before[0].shape[2])
+        reach = visible.shape[-1] - (0 if prefix is None else prefix.length)
         key, value = (
             _written(whole[layer], part, index)[:, :, :reach] for whole, part in zip(cache, (key, value), strict=True)
         )

@@ -240,7 +240,7 @@ def _sampling(backend: TorchBackend, config: ConfigDict, source: Source, sizes: 
         generate.begin(model, backend.policy, prefix, rows, group, sampling=sampling)
         decoding = generate.Decoding(model, backend.policy, prefix, rows, sampling, recorded=False)
         for _ in range(STEPS):
-            decoding.step(rows.cache.keys[0].shape[2])
+            decoding.step(rows.cache.length)
 
     cache = generate.Rows(model, shape.part, room, sizes.new, source.eos).cache
     size = readable_bytes(count_bytes([*cache.keys, *cache.values]))

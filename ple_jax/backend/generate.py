@@ -121,12 +121,7 @@ def empty_rows(model: Model, count: int, room: int, new: int, dtype: Any) -> Row
 
 def read_prefix(model: Model, base: Any, lora: Any, prefix: Int32[Array, " prefix_len"]) -> Cache:
     """Keys and values of one row, which all that share the prefix attend to."""
-    shared = prefix.shape[0]
-    position = jnp.arange(shared)[None]
-    mask = jnp.tril(jnp.ones((shared, shared), bool))[None]
-    cache = model.empty_cache(1, shared, base["embed"].dtype)
-    _, cache = model.apply(base, lora, prefix[None], positions=position, mask=mask, cache=cache, source_positions=position)
-    return jax.tree.map(lambda x: x[..., :shared, :], cache)
+    return _read(model, base, lora, None, prefix[None], jnp.array([len(prefix)]))[1]
 
 
 def begin(
@@ -168,7 +163,7 @@ def _read(
 ) -> tuple[Float[Array, "prompt length hidden"], Cache]:
     """Hidden states of prompts, padded on the right, and their keys and values."""
     count, length = tokens.shape
-    before = 0 if prefix is None else jax.tree.leaves(prefix)[0].shape[-2]
+    before = 0 if prefix is None else prefix.length
     cache = model.empty_cache(count, before + length, base["embed"].dtype)
     if prefix is not None:
         cache = jax.tree.map(_spread, cache, prefix)
@@ -225,8 +220,8 @@ def _step(
     model: Model, base: Any, lora: Any, prefix: Cache | None, sampling: Sampling, within: int | None, rows: Rows
 ) -> Rows:
     """Writes the token of every row and draws the next one; a row that is done stays as it is."""
-    before, new = 0 if prefix is None else jax.tree.leaves(prefix)[0].shape[-2], rows.uniforms.shape[1]
-    places = jnp.arange(jax.tree.leaves(rows.cache)[0].shape[-2])[None]
+    before, new = 0 if prefix is None else prefix.length, rows.uniforms.shape[1]
+    places = jnp.arange(rows.cache.length)[None]
     start, live = before * rows.shared.astype(jnp.int32), ~rows.done
     seen = jnp.broadcast_to(rows.shared[:, None], (len(start), before)), places <= rows.filled[:, None]
     source = jnp.broadcast_to(jnp.arange(before)[None], (len(start), before)), start[:, None] + places
@@ -331,7 +326,7 @@ def _next(
     sampling: Sampling,
 ) -> tuple[Int32[Array, " 1"], Cache]:
     """The token after `token`, which stands at position `index`."""
-    size = jax.tree.leaves(cache)[0].shape[-2]
+    size = cache.length
     mask = (jnp.arange(size) <= index)[None, None]
     hidden, cache = model.apply(
         base,

@@ -35,6 +35,11 @@ class Cache(NamedTuple):
     key: Any
     value: Any
 
+    @property
+    def length(self) -> int:
+        """Positions that there is room for."""
+        return jax.tree.leaves(self)[0].shape[-2]
+
 
 class LayerCache(NamedTuple):
     """One layer's keys and values: arrays of its own, or its part of stacks, which are not taken apart for it."""

@@ -40,7 +40,7 @@ class Endpoint:
 
     Raises:
         UserError: an option that cannot be, or an environment variable that is not set.
-        Incomplete: when called, after a request that no repetition mends, or too many failures.
+        Incomplete: when called, after a request that no repetition mends, too many failures, or `cancel`.
     """
 
     url: str  # where requests are posted
@@ -93,6 +93,7 @@ class Endpoint:
         try:
             slices = [slice(start, start + self.size) for start in range(0, len(first), self.size)]
             why = self._gather({pool.submit(self._ask, first[s], second[s], stop): s for s in slices}, values, stop)
+            why = why or ("it is not to be asked any more" if stop.is_set() else "")
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)

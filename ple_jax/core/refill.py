@@ -217,15 +217,15 @@ class _Queue:
         count, most, each = count // shape.lanes, most // shape.lanes, -(-self.left // shape.lanes)
         for lane, free in enumerate(self.free):
             number, at = count * lane, most * lane
-            begun, rows = at, min(len(free), most, max(each, len(self.waiting[0].requests) if self.waiting else 0))
-            while number < count * (lane + 1) and self._fits((length, shared), rows - (at - begun)):
+            rows = min(len(free), most, max(each, len(self.waiting[0].requests) if self.waiting else 0))
+            while number < count * (lane + 1) and self._fits((length, shared), rows):
                 own = self.waiting.popleft()
                 tokens[number, : len(own.tokens)], lengths[number] = own.tokens, len(own.tokens)
                 for request in own.requests:
                     prompt[at], row[at], uniforms[at] = number, free.pop(0), self.requests.uniforms[request]
                     self.busy[int(row[at])] = request
                     at += 1
-                self.left -= len(own.requests)
+                self.left, rows = self.left - len(own.requests), rows - len(own.requests)
                 number += 1
         return Group(tokens, lengths, shared, prompt, row, uniforms)
 

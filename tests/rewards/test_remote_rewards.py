@@ -353,6 +353,35 @@ def test_values_of_requests_under_way_are_kept(serve):
     np.testing.assert_array_equal(error.value.values, [1, *[math.nan] * 7])
 
 
+def test_of_what_is_cancelled_nothing_more_is_sent(serve, tmp_path):
+    """Of the call under way what was sent has its answer, which is kept; the calls that would follow are not made."""
+    asked, go_on = threading.Event(), threading.Event()
+
+    def answer(number, body, handler):
+        asked.set()
+        go_on.wait(LAST_RESORT)
+        return lengths(number, body, handler)
+
+    server, failed = serve(answer), []
+    reward = remote(server, batch=1, concurrency=1)
+
+    def ask():
+        with Cache(tmp_path / "rewards.sqlite") as cache, pytest.raises(answers.Incomplete, match="not to be asked any more"):
+            score(reward, cache=cache)
+        failed.append(True)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    assert asked.wait(LAST_RESORT)
+    reward.cancel()
+    go_on.set()
+    thread.join(LAST_RESORT)
+    assert failed and len(server.bodies) == 1
+    with Cache(tmp_path / "rewards.sqlite") as cache:
+        assert score(reward, cache=cache).tolist() == LENGTHS  # it may be asked again, and for what is not there
+    assert len(server.bodies) == len(TEXTS)
+
+
 def test_a_failure_does_not_wait_for_the_pauses_of_others(serve):
     server = serve(lambda number, body, handler: (404, "gone", {}) if body["query"] == ["a"] else (500, "", {}))
     started = time.monotonic()

@@ -88,7 +88,7 @@ def get_config() -> ConfigDict:
     c.sampling.min_p = 0.0
     # rows decoded at once; part of the result (see docs/promises.md); auto: by the run's numbers of queries and the memory
     c.sampling.width = config_dict.FieldReference(64, field_type=object)
-    c.sampling.bucket = 16  # prompts are padded to this many tokens or its next doubling: 16, 32, 64 ...
+    c.sampling.bucket = 16  # prompts are padded to 16, 32, 64, 128, 192, 256, 384 ... tokens, this being the first
     # sample with weights that the adapter is folded into: a copy of the layers, made each time (docs/speed.md)
     c.sampling.fold_adapter = False
     c.sampling.server = config_dict.placeholder(str)  # a vLLM that samples, http://host:port (docs/serving.md)

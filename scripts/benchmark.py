@@ -133,19 +133,21 @@ class Here:
 # ---------------------------------------------------------------- turns
 
 
-def tried(makers: Mapping[str, Callable[[], Side]]) -> tuple[dict[str, Side], dict[str, Any]]:
-    """The sides that can be made and called once, and why the others cannot: peers, or ours on a card nobody has tried."""
-    sides, failed = {}, {}
+def tried(makers: Mapping[str, Callable[[], Side]]) -> tuple[dict[str, Side], Any, dict[str, Any]]:
+    """The sides that can be made and called once, what ours returned, and why the others cannot: peers, or ours on a card
+    nobody has tried.
+    """
+    sides, returned, failed = {}, {}, {}
     for name, make in makers.items():
         try:
             side = make()
-            side()
+            returned[name] = side()
             sides[name] = side
         except Exception as error:
             failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     if "ours" not in sides:
         raise SystemExit(f"ours: {failed['ours']}")
-    return sides, {"failed": failed} if failed else {}
+    return sides, returned["ours"], {"failed": failed} if failed else {}
 
 
 def turns(
@@ -265,9 +267,9 @@ def measure_chat(here: Here, new: int = 256, width: int = 64) -> Iterator[dict[s
     def call() -> int:
         return sum(len(r.tokens) for r in ours.generate(prompts, noise, sampling=Sampling(new, here.loaded.eos)))
 
-    tokens, longest = call(), max(map(len, prompts))
+    longest = max(map(len, prompts))
     with sampling_peers(here, prompts, new, **how) as made:
-        sides, failed = tried({"ours": lambda: call, **made})
+        sides, tokens, failed = tried({"ours": lambda: call, **made})
         case = f"{len(prompts)} prompts of up to {longest}, up to {new} new (mean {tokens / len(prompts):.0f})"
         yield report("chat", case, tokens, turns(sides, here.options.repeats, tokens=tokens, warm=True), **failed)
 
@@ -281,7 +283,7 @@ def measure_samples(
     noise, tokens = rng.random((len(prompts), new), dtype=np.float32), len(prompts) * new
     call = functools.partial(ours.generate, prompts, noise, sampling=Sampling(new, ()))
     with sampling_peers(here, prompts, new, **how) as made:
-        sides, failed = tried({"ours": lambda: call, **made})
+        sides, _, failed = tried({"ours": lambda: call, **made})
         seconds = turns(sides, here.options.repeats, warm=True)
         yield report("samples", f"{count} x {samples} x ({length} + {new})", tokens, seconds, **failed)
 
@@ -475,7 +477,8 @@ def _vllm(here: Here, longest: int) -> Iterator[Callable[..., Side]]:
         save_file(arrays, base / "model.safetensors", metadata={"format": "pt"})
         lora, tensors = default.get_config().lora, adapters.to_peft(adapters.init(here.loaded.config, LORA, seed=0))
         adapters.write_peft(Path(folder, "adapter"), tensors, lora=lora, base_model=str(base), transposed=False)
-        env = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "2"}  # GiB; on a CPU it would ask for nearly all of the memory
+        # on a CPU: GiB for its cache, of which it would ask for nearly all there are; and all cores, where it keeps one free
+        env = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
         pipe = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
         with subprocess.Popen([here.options.vllm, script], env=env, **pipe) as child:
 
@@ -487,7 +490,7 @@ def _vllm(here: Here, longest: int) -> Iterator[Callable[..., Side]]:
                     if line.split()[:1] == [answer]:
                         return int(line.split()[-1]) if answer == "made" else 0
                     said.append(line)
-                raise SystemExit(f"vLLM ended: {''.join(said[-20:])}")
+                raise RuntimeError(f"vLLM ended: {''.join(said[-20:])}")
 
             settings = {"model": str(base), "adapter": str(Path(folder, "adapter")), "max_lora_rank": LORA.rank}
             send({**settings, "dtype": here.their_dtype, "max_model_len": longest}, "ready")

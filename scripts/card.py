@@ -142,7 +142,7 @@ def decode(
         "torch": functools.partial(ours, backend="torch"),
     }
     with benchmark.sampling_peers(here, prompts, new, eos=(), width=rows) as peers:
-        sides, failed = benchmark.tried({**makers, **peers})
+        sides, _, failed = benchmark.tried({**makers, **peers})
         seconds = benchmark.turns(sides, here.options.repeats, warm=True)
     cache = 2 * c.num_layers * c.num_kv_heads * c.head_dim * rows * (length + new / 2)
     least = 2 * (active_weights(c) + c.vocab_size * c.hidden_size + cache) * new / (card["read_gb_s"] * 1e9)
@@ -162,7 +162,7 @@ def step(
     makers: dict[str, Callable[[], benchmark.Side]] = {"ours": ours, "torch": functools.partial(ours, backend="torch")}
     if benchmark.peers is not None:
         makers["peft"] = lambda: benchmark.peers.lora_step(here.peer().train(), batch)
-    sides, failed = benchmark.tried(makers)
+    sides, _, failed = benchmark.tried(makers)
     seconds, time_ = benchmark.turns(sides, here.options.repeats, warm=True), length + k * new
     counts = {"rows": queries, "tokens": time_, "source": time_, "predicted": k * new}
     parts = forward_parts(c, **counts, adapter=adapters.count(adapters.init(c, benchmark.LORA, seed=0)))

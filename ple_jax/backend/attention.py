@@ -26,9 +26,10 @@ _LANES = 128  # the kernels work on tiles of this many positions
 # positions of a cache: those that are read at once, and how many may be, block or not. On two cores with AVX2 30 layers of
 # 16 rows over 80 positions take 10 ms at once and 25 in blocks, 64 rows over 320 take 260 and 195
 BLOCK, AT_ONCE = 32, 256
+_ROWS = 16  # whose blocks are read together, as far as one of them goes: of 8 a position takes half as long again
 _UNSEEN = -1e30  # a score, not -inf: queries that see nothing must not give NaN
 
-Read = Callable[[Any, int], tuple[Array, Array]]
+Read = Callable[[Any, int, slice], tuple[Array, Array]]
 
 
 class Attention(NamedTuple):
@@ -40,7 +41,9 @@ class Attention(NamedTuple):
 
 def attention_of(implementation: str, mesh: Mesh | None) -> Attention:
     """Both functions, of one of `IMPLEMENTATIONS`."""
-    return Attention(partial(attend, implementation=implementation, mesh=mesh), partial(attend_cache, looped=loops(mesh)))
+    alone = mesh is None or mesh.size == 1  # rows of several devices are not taken apart
+    of_cache = partial(attend_cache, looped=loops(mesh), together=_ROWS if alone else None)
+    return Attention(partial(attend, implementation=implementation, mesh=mesh), of_cache)
 
 
 def loops(mesh: Mesh | None) -> bool:
@@ -137,8 +140,8 @@ def attend(
 
 
 def attend_cache(
-    q: Float[Array, "row kv group 1 dim"], read: Read, *, length: int, reach: Int[Array, ""] | int,
-    mask: Bool[Array, "row 1 source"], scale: float, softcap: float | None = None, looped: bool,
+    q: Float[Array, "row kv group 1 dim"], read: Read, *, length: int, reach: Int[Array, "#row"] | int,
+    mask: Bool[Array, "row 1 source"], scale: float, softcap: float | None = None, looped: bool, together: int | None = None,
     prefix: tuple[Float[Array, "1 kv before dim"], Float[Array, "1 kv before dim"]] | None = None,
 ) -> Float[Array, "row kv group 1 dim"]:  # fmt: skip
     """`attend` of one token of every row to a cache, and to a prefix that is held once for all rows.
@@ -147,26 +150,32 @@ def attend_cache(
     row beside one, changes no bit, as a block of which nothing is visible adds zeros.
 
     Args:
-        read: (start, size) -> keys and values of these positions, [row, kv, size, dim] each.
+        read: (start, size, rows) -> keys and values of these positions, [row, kv, size, dim] each.
         length: positions of the cache, as `cache_length` has them.
-        reach: of them, how many are read: all that any row sees. Where there is no loop only a number does that.
+        reach: of them, how many are read: all that a row sees. Where there is no loop only a number, of any row, does that.
         mask: what a query sees of the prefix, and then of as many positions as are named; nothing after them.
         looped: whether blocks are small ones in a loop, where that costs little, or as many as are read at once elsewhere.
+        together: rows of a loop, if they are so many times a number, each with a reach of its own; else it is of all rows.
     """
     before = 0 if prefix is None else prefix[0].shape[2]
     mask = jnp.pad(mask, ((0, 0), (0, 0), (0, before + length - mask.shape[2])))[:, :, None]
-    part = partial(_part_of, q[:, :, :, 0], scale=scale, softcap=softcap)
     found = _Part(jnp.full((*q.shape[:3], 1), _UNSEEN), jnp.zeros((*q.shape[:3], 1)), jnp.zeros(q[:, :, :, 0].shape))
     if prefix is not None:
         found = _of_prefix(q[:, :, :, 0], *prefix, mask[..., :before], scale=scale, softcap=softcap)
 
-    def block(start: Array | int, found: _Part, size: int = BLOCK) -> _Part:
-        seen = jax.lax.dynamic_slice_in_dim(mask, before + start, size, 3)
-        return _joined(found, part(*read(start, size), seen))
+    def block(start: Array | int, found: _Part, size: int = BLOCK, rows: slice = slice(None)) -> _Part:
+        seen = jax.lax.dynamic_slice_in_dim(mask[rows], before + start, size, 3)
+        return _joined(found, _part_of(q[rows, :, :, 0], *read(start, size, rows), seen, scale=scale, softcap=softcap))
 
     if looped and length > AT_ONCE:
-        blocks = (jnp.asarray(reach, jnp.int32) + BLOCK - 1) // BLOCK
-        found = jax.lax.fori_loop(0, blocks, lambda i, found: block(i * BLOCK, found), found)
+        reached = (jnp.broadcast_to(jnp.asarray(reach, jnp.int32), len(q)) + BLOCK - 1) // BLOCK
+        size = together if together and len(q) % together == 0 else len(q)
+        parts = []
+        for rows in (slice(first, first + size) for first in range(0, len(q), size)):
+            own = jax.tree.map(lambda x, rows=rows: x[rows], found)
+            step = partial(lambda i, found, rows: block(i * BLOCK, found, rows=rows), rows=rows)
+            parts.append(jax.lax.fori_loop(0, reached[rows].max(), step, own))
+        found = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
     else:
         for start in range(0, min(length, reach) if isinstance(reach, int) else length, AT_ONCE):
             found = block(start, found, min(AT_ONCE, length - start))

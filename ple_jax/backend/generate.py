@@ -235,7 +235,7 @@ def _step(
         index=rows.filled,
         source_positions=jnp.concatenate(source, 1),
         prefix=prefix,
-        reach=within or jnp.where(live, rows.filled + 1, 0).max(),
+        reach=within or jnp.where(live, rows.filled + 1, 0),
     )
     u = jnp.take_along_axis(rows.uniforms, jnp.minimum(rows.length, new - 1)[:, None], 1)[:, 0]
     drawn = sample_token(model.logits(base, hidden[:, 0]), u, sampling=sampling)
@@ -337,6 +337,6 @@ def _next(
         cache=cache,
         index=index[None],
         source_positions=jnp.arange(size)[None],
-        reach=index + 1,
+        reach=index[None] + 1,
     )
     return sample_token(model.logits(base, hidden[:, 0]), u, sampling=sampling).token, cache

@@ -60,14 +60,17 @@ class LayerCache(NamedTuple):
 
         return self._replace(key=write(self.key, k), value=write(self.value, v))
 
-    def read(self, start: Any, size: int) -> tuple[Float[Array, "row kv size dim"], Float[Array, "row kv size dim"]]:
+    def read(
+        self, start: Any, size: int, rows: slice = slice(None)
+    ) -> tuple[Float[Array, "row kv size dim"], Float[Array, "row kv size dim"]]:
         """Keys and values of `size` positions from `start` on."""
 
         def part(whole: Array) -> Array:
+            first, end, _ = rows.indices(whole.shape[-4])
+            sizes = end - first, whole.shape[-3], size, whole.shape[-1]
             if self.layer is None:
-                return jax.lax.dynamic_slice_in_dim(whole, start, size, 2)
-            sizes = (1, *whole.shape[1:3], size, whole.shape[4])
-            return jax.lax.dynamic_slice(whole, (self.layer, 0, 0, start, 0), sizes)[0]
+                return jax.lax.dynamic_slice(whole, (first, 0, start, 0), sizes)
+            return jax.lax.dynamic_slice(whole, (self.layer, first, 0, start, 0), (1, *sizes))[0]
 
         return part(self.key), part(self.value)
 
@@ -98,7 +101,7 @@ class Reading(NamedTuple):
     """How a call writes to a cache and reads it."""
 
     index: Any  # where it writes: from there on, or of one token a row, each at its own place
-    reach: Int[Array, ""] | int | None  # of one token a row: how many positions are read
+    reach: Int[Array, "#row"] | int | None  # of one token a row: how many positions are read
 
 
 def _flat(kernel: Float[Array, "inp *out"] | QArray) -> Float[Array, "inp outputs"] | QArray:
@@ -322,7 +325,7 @@ class Model:
         index: Int[Array, ""] | Int[Array, " row"] | int = 0,
         source_positions: Int[Array, "row source"] | None = None,
         prefix: Cache | None = None,
-        reach: Int[Array, ""] | int | None = None,
+        reach: Int[Array, "#row"] | int | None = None,
     ) -> tuple[Float[Array, "row time hidden"], Any]:
         """Final hidden states (after the last norm), and the given `Cache` with this call's keys and values, or None.
 
@@ -334,7 +337,7 @@ class Model:
             index: where in the cache this call writes: from there on, or one token a row, each at its own place.
             source_positions: position of everything `mask` speaks of; with a cache a sliding window needs it.
             prefix: keys and values of one row, which every row may attend to where it has one token.
-            reach: with a place a row, how many positions of the cache any of them attends to, at most.
+            reach: with a place a row, how many positions of the cache it attends to, at most.
         """
         decoder = self._bind(base)
         x = self._embedded(decoder, tokens, positions)

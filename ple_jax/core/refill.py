@@ -118,7 +118,7 @@ def sample(
 
     Args:
         width: rows decoded at once.
-        smallest: prompts are padded to so many tokens, or to the next doubling.
+        smallest: prompts are padded to so many tokens, or as `read_as` has it.
         lanes: parts of the rows that refill themselves alone: processes, each with its own.
         multiple: prompts read at once are a multiple of it.
         known: responses by the number of their request, which are not sampled again.
@@ -152,7 +152,14 @@ def shape_of(requests: Requests, *, width: int, smallest: int, lanes: int = 1, m
     mean = min(part, len(own) // len(samples))
     # a prompt that is asked for very often is read several times: rows are refilled in between
     most = min(max(samples.values()), max(part // _PART, mean))
-    return Shape(width, lanes, multiple, most, mean, bucket(max(own), smallest) + new, new, prefix)
+    return Shape(width, lanes, multiple, most, mean, read_as(max(own), smallest) + new, new, prefix)
+
+
+def read_as(length: int, smallest: int) -> int:
+    """Tokens that a prompt is padded to when it is read: the next doubling, or three quarters of it where that is long."""
+    size = bucket(length, smallest)
+    less = size // 4 * 3
+    return less if length <= less and size > _TOKENS else size
 
 
 def _shares(prefix: tuple[int, ...]) -> Callable[[tuple[int, ...]], bool]:
@@ -189,7 +196,7 @@ class _Queue:
         for prompt, numbers in asked.items():
             shared = _shares(prefix)(prompt)
             own = prompt[len(prefix) :] if shared else prompt
-            kind = bucket(len(own), smallest), shared
+            kind = read_as(len(own), smallest), shared
             made += [_Prompt(kind, own, numbers[i : i + part]) for i in range(0, len(numbers), part)]
         return sorted(made, key=lambda prompt: prompt.kind, reverse=True)
 

@@ -2,11 +2,12 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ple_jax.algorithms import Algorithm, OfflineAlgorithm, given_sources
 from ple_jax.core.batches import bucket, response_width
+from ple_jax.core.refill import read_as
 from ple_jax.core.types import Batch, Query, Reward, Slot, Tokenizer
 from ple_jax.data.left_out import counts, fit
 from ple_jax.data.load import Data
@@ -135,22 +136,22 @@ def _iteration(
     sampling, optimizer = config.sampling, config.optimizer
     collected, slots = algorithm.collect(config), _sampled(algorithm, config)
 
-    def buckets(lengths: Iterable[int]) -> str:
-        return " or ".join(str(size) for size in sorted({bucket(n, sampling.bucket) for n in lengths}))
+    def sizes(size: Callable[[int, int], int], lengths: Iterable[int]) -> str:
+        return " or ".join(str(n) for n in sorted({size(n, sampling.bucket) for n in lengths}))
 
     def asked(principled: bool) -> str:
         rows = config.queries_per_iteration * sum(slot.principled is principled for slot in slots)
         # the loop computes what all principled prompts share once, and pads only the rest
         shared = len(rendering.sharing(found.heldout).prefix) if principled else 0
         lengths = (len(rendering.of(query, True)[1]) for query in found.train) if principled else plain
-        rest = buckets(n - shared for n in lengths)
+        rest = sizes(read_as, (n - shared for n in lengths))
         prompt = f"{shared} shared + {rest}" if shared else rest
         return f"{rows} rows, {sampling.width} at once, each [{prompt} prompt tokens + {sampling.max_new_tokens} new]"
 
     passes = optimizer.batch_queries // optimizer.micro_queries
     own = [len(rendering.given(query, source).tokens) for query in found.train for source in given_sources(collected)]
     longest = response_width(max([1, *own]), new=sampling.max_new_tokens, most=config.task.max_answer_tokens)
-    width = f"{buckets(plain)} prompt tokens + up to {len(collected)} x {longest}"
+    width = f"{sizes(bucket, plain)} prompt tokens + up to {len(collected)} x {longest}"
     return f"Every iteration ({config.iterations} of {config.algorithm})\n" + _table(
         [
             ("queries", f"{config.queries_per_iteration} of the {len(found.train)} of {config.task.train}"),

@@ -17,7 +17,7 @@ from ple_jax.algorithms import Algorithm, Context, given_sources
 from ple_jax.core.batches import bucket
 from ple_jax.core.config import PACKAGE, PUBLISHED
 from ple_jax.core.errors import Unusable, UserError
-from ple_jax.core.refill import Shape
+from ple_jax.core.refill import Shape, read_as
 from ple_jax.core.types import Batch, Query, Response, Rollout, Slot, Tokenizer
 from ple_jax.models import families, hub, weights
 from ple_jax.models import tokenizer as tokenizers
@@ -80,8 +80,8 @@ def lengths(
     """
     smallest, new = config.sampling.bucket, config.sampling.max_new_tokens
     if tokenizer is None:
-        longest = bucket(config.task.max_prompt_tokens, smallest)
-        return Lengths(0, longest, longest, new, config.task.max_answer_tokens if sources else 0)
+        longest, answer = config.task.max_prompt_tokens, config.task.max_answer_tokens if sources else 0
+        return Lengths(0, read_as(longest, smallest), bucket(longest, smallest), new, answer)
     form = {"chat": config.task.chat, "thinking": config.task.thinking}
 
     def ids(queries: Sequence[Query], text: str | None) -> list[list[int]]:
@@ -95,7 +95,7 @@ def lengths(
     plain = max(map(len, ids([*train_set, *heldout], None)), default=1)
     prefix = len(prompts.common_prefix(ids(heldout[:64], principles))) if len(heldout) > 1 else 0
     rest = max(map(len, ids([*train_set, *heldout], principles)), default=1) - prefix
-    return Lengths(prefix, bucket(max(plain, rest), smallest), bucket(plain, smallest), new, max(answers, default=0))
+    return Lengths(prefix, read_as(max(plain, rest), smallest), bucket(plain, smallest), new, max(answers, default=0))
 
 
 def lengths_of(

@@ -1,5 +1,6 @@
 """Every implementation of attention against a float64 oracle, forward and backward; the fused ones through the compilers."""
 
+import functools
 import importlib.util
 
 import jax
@@ -153,8 +154,8 @@ def test_a_cache_is_read_in_blocks_as_far_as_it_is_filled(filled, softcap):
     expected = oracle(q, k, v, mask, softcap, np.ones(q.shape))[0]
     k[:, :, end:], v[:, :, end:] = np.nan, np.nan
 
-    def read(start, size):
-        return tuple(jax.lax.dynamic_slice_in_dim(jnp.asarray(x), start, size, 2) for x in (k, v))
+    def read(start, size, rows):
+        return tuple(jax.lax.dynamic_slice_in_dim(jnp.asarray(x)[rows], start, size, 2) for x in (k, v))
 
     @jax.jit
     def ours(q, mask, filled):
@@ -164,11 +165,32 @@ def test_a_cache_is_read_in_blocks_as_far_as_it_is_filled(filled, softcap):
     np.testing.assert_allclose(ours(q, mask, filled), expected, atol=1e-5)
 
 
+def test_rows_are_read_in_parts_each_as_far_as_its_own_are_filled():
+    """The longest row of one part is none of another's: what is after it there is no number. Parts change no bit."""
+    rng, length, reach = np.random.default_rng(0), 320, np.array([3, 40, 0, 0, 290, 33, 1, 320, 64, 0, 0, 0], np.int32)
+    q, k, v = (rng.normal(size=(12, 2, *shape, 16)).astype(np.float32) for shape in ((3, 1), (length,), (length,)))
+    mask = (np.arange(length) < np.maximum(reach, 1)[:, None])[:, None]
+    expected = oracle(q, k, v, mask, None, np.ones(q.shape))[0]
+    for first, end in ((0, 64), (4, 320), (8, 64)):
+        k[first : first + 4, :, end:], v[first : first + 4, :, end:] = np.nan, np.nan
+
+    def attended(q, k, v, mask, reach, **how):
+        def read(start, size, rows):
+            return tuple(jax.lax.dynamic_slice_in_dim(x[rows], start, size, 2) for x in (k, v))
+
+        return attend_cache(q, read, length=length, reach=reach, mask=mask, scale=SCALE, looped=True, **how)
+
+    found, busy = jax.jit(functools.partial(attended, together=4))(q, k, v, mask, reach), reach > 0
+    np.testing.assert_allclose(found[busy], expected[busy], atol=1e-5)
+    alone = jax.jit(attended)(q[4:8], k[4:8], v[4:8], mask[4:8], reach[4:8])
+    np.testing.assert_array_equal(found[4:8], alone)
+
+
 def test_a_short_cache_is_read_at_once_and_of_a_long_one_large_blocks_on_an_accelerator():
     """As many of them as a number says; of what only the device knows all."""
     asked = []
 
-    def read(start, size):
+    def read(start, size, rows):
         asked.append(size)
         return (jnp.zeros((1, 1, size, 8)),) * 2
 

@@ -157,3 +157,9 @@ def test_what_is_raised_ends_all():
     assert engine.opened == 0
     assert refill.sample(engine, asked([5]), width=2, smallest=8, known={0: Response((1,), True)}) == [Response((1,), True)]
     assert len(engine.groups) == 1  # nothing was left to be asked for
+
+
+def test_what_a_prompt_is_padded_to():
+    """Doublings, and three quarters of long ones."""
+    sizes = {1: 16, 16: 16, 17: 32, 65: 128, 128: 128, 129: 192, 192: 192, 193: 256, 257: 384, 385: 512, 635: 768, 769: 1024}
+    assert {length: refill.read_as(length, 16) for length in sizes} == sizes

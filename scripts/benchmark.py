@@ -455,11 +455,12 @@ from vllm.lora.request import LoRARequest
 if __name__ == "__main__":  # its engine is a process of its own, which imports this file
     settings = json.loads(sys.stdin.readline())
     policy = LoRARequest("policy", 1, settings.pop("adapter"))
-    llm = LLM(**settings, skip_tokenizer_init=True, enable_lora=True, enable_prefix_caching=False)
+    llm = LLM(**settings, skip_tokenizer_init=True, enable_lora=True, enable_prefix_caching=True)
     print("ready", file=sys.stderr, flush=True)
     for line in sys.stdin:
         prompts, new, eos = json.loads(line)
         how = SamplingParams(max_tokens=new, ignore_eos=True, stop_token_ids=eos, temperature=1.0, detokenize=False)
+        llm.reset_prefix_cache()  # several samples share their prompt, and turns do not
         found = llm.generate([{"prompt_token_ids": ids} for ids in prompts], how, lora_request=policy, use_tqdm=False)
         print("made", sum(len(one.outputs[0].token_ids) for one in found), file=sys.stderr, flush=True)
 """

@@ -5,7 +5,7 @@ All take the same arguments and a boolean mask per row, so left padding, sliding
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -170,16 +170,21 @@ def attend_cache(
     if looped and length > AT_ONCE:
         reached = (jnp.broadcast_to(jnp.asarray(reach, jnp.int32), len(q)) + BLOCK - 1) // BLOCK
         size = together if together and len(q) % together == 0 else len(q)
-        parts = []
-        for rows in (slice(first, first + size) for first in range(0, len(q), size)):
-            own = jax.tree.map(lambda x, rows=rows: x[rows], found)
-            step = partial(lambda i, found, rows: block(i * BLOCK, found, rows=rows), rows=rows)
-            parts.append(jax.lax.fori_loop(0, reached[rows].max(), step, own))
-        found = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+        found = _in_blocks(block, found, reached, [slice(first, first + size) for first in range(0, len(q), size)])
     else:
         for start in range(0, min(length, reach) if isinstance(reach, int) else length, AT_ONCE):
             found = block(start, found, min(AT_ONCE, length - start))
     return (found.out / found.total).astype(q.dtype)[:, :, :, None]
+
+
+def _in_blocks(block: Callable, found: "_Part", reached: Int[Array, " row"], parts: Sequence[slice]) -> "_Part":
+    """What rows see of as many blocks as they have reached, a part of the rows after the other."""
+    done = []
+    for rows in parts:
+        step = partial(lambda i, found, rows: block(i * BLOCK, found, rows=rows), rows=rows)
+        own = jax.tree.map(lambda x, rows=rows: x[rows], found)
+        done.append(jax.lax.fori_loop(0, reached[rows].max(), step, own))
+    return jax.tree.map(lambda *x: jnp.concatenate(x), *done)
 
 
 def _of_prefix(q: Array, k: Array, v: Array, seen: Array, *, scale: float, softcap: float | None) -> "_Part":

@@ -78,6 +78,7 @@ def get_config() -> ConfigDict:
     c.reward.name = "vader"
     c.reward.kwargs = {}  # its keyword arguments, overridden whole: --config.reward.kwargs="{'k': 1}"
     c.reward.max_bad_share = 0.05  # of queries with a reward that is not finite; they are left out and kept in quarantine/
+    c.reward.length_penalty = 0.0  # taken off a reward for every token of its response, before the transform
     c.reward.transform = "none"  # none | sigmoid | zscore | minmax, for selection and weights (raw rewards are logged)
 
     c.sampling = ConfigDict()
@@ -108,6 +109,8 @@ def get_config() -> ConfigDict:
     c.ple.blend = "softmax"  # softmax | sigmoid | uniform | best
     c.ple.blend_temperature = 1.0
     c.ple.blend_weight = 1.0  # 0: blended pairs are skipped (an ablation)
+    c.ple.kl_weight = 0.0  # of KL(policy, reference) on the plain responses, per nat
+    c.ple.candidates = 1  # principled responses per query, of which the best by reward meets the plain one
     c.ple.length_norm = "mean"  # mean (response length of the sample before) | response (a response's own: shortens answers)
     c.ple.percentile = (0.1, 0.2, 0.3, 0.4, 0.5)  # of selection=percentile: the share with weight 1, per iteration
     c.ple.percentile_temperature = 10.0
@@ -165,6 +168,7 @@ def get_config() -> ConfigDict:
     c.optimizer = ConfigDict()
     c.optimizer.lr = 1e-3
     c.optimizer.warmup_steps = 2
+    c.optimizer.schedule = "constant"  # constant | linear | cosine: how the rate falls to 0 over the steps after these
     c.optimizer.weight_decay = 0.0
     c.optimizer.clip_norm = 1.0  # global gradient norm
     c.optimizer.batch_queries = 8  # queries of one optimiser step
@@ -179,17 +183,26 @@ def get_config() -> ConfigDict:
 
     c.eval = ConfigDict()
     c.eval.every = 1  # iterations between evaluations; the first and the last are always evaluated
+    c.eval.points = 1  # evaluations an evaluated iteration, after equal shares of its optimiser steps
     c.eval.samples = 1  # responses per held-out query
+    # a second reward that training never sees (over-optimisation shows there), named as config.reward.name is
+    c.eval.second_reward = config_dict.placeholder(str)
+    c.eval.second_kwargs = {}
+    c.eval.best = "reward"  # reward | second | none: the evaluated policy with the highest is kept beside the newest
+    # budgets, nats per response that the policy may be from where it began: the best under each is kept, and training stops
+    # at an evaluation above all of them; ("(4, 8)", or none)
+    c.eval.max_kl = ()
+    c.eval.patience = 0  # training stops after so many evaluations without a better one (0: it does not)
     c.eval.diagnostic_queries = 8  # queries of an iteration on which KL, entropy and hinge_active are measured
 
     c.generate = ConfigDict()  # of --mode=generate: what is answered, by whom
-    c.generate.policy = "trained"  # trained (the newest checkpoint of WORKDIR) | start (the model before any training)
+    c.generate.policy = "trained"  # trained (a checkpoint of WORKDIR) | start (the model before any training)
     c.generate.principled = False  # with the principles in the prompt
     c.generate.data = config_dict.placeholder(str)  # records in config.task's format; unset: config.task.heldout
     c.generate.split = "test"  # of a folder or a data set on a hub
     c.generate.max_queries = 0  # so many of them (0: all), chosen by seed
     c.generate.samples = 4  # responses per query
-    # a second reward that training never sees (over-optimisation shows there), named as config.reward.name is
+    # as config.eval.second_reward, which it is where it is unset
     c.generate.second_reward = config_dict.placeholder(str)
     c.generate.second_kwargs = {}
 
@@ -208,6 +221,9 @@ def get_config() -> ConfigDict:
 
     c.checkpoint = ConfigDict()
     c.checkpoint.keep = 2  # newest checkpoints kept
+    # what evaluate, generate, chat, export and the run's adapter are of: best (under the largest budget) | newest | kl_4
+    # (the best under the budget of 4)
+    c.checkpoint.use = "best"
 
     c.export = ConfigDict()  # of --mode=export; a run may be exported in several ways
     c.export.merged = False  # also write WORKDIR/merged: the whole model, adapter merged, as transformers loads it

@@ -69,9 +69,9 @@ Flags
 
 Modes
   train      run all iterations; a killed run continues where it stood when the same command is given again
-  evaluate   score the held-out queries with the newest checkpoint of DIR
+  evaluate   score the held-out queries with the best checkpoint of DIR (see config.checkpoint.use)
   generate   keep several responses to a fixed set of queries (--config.generate.*), with rewards, log-probabilities and
-             measures: of the newest checkpoint of DIR, or of what it starts from
+             measures: of the best checkpoint of DIR, or of what it starts from
   compare    compare the responses of --runs: tables, tests, win rates, one page in DIR (or runs/comparison); needs no
              --config
   plan       print what train would do (parameters, shapes, steps, prompts as the model sees them), and train nothing

@@ -30,11 +30,11 @@ from ple_jax.planning import rates
 from ple_jax.planning.fit import fitted
 from ple_jax.reports import comparison_files, run_page
 from ple_jax.serving import commands
-from ple_jax.training import loop, measures, offline
+from ple_jax.training import loop, measures, offline, points
 from ple_jax.training.opening import check_length, open_run, read_inputs
 from ple_jax.training.run import Run
 from ple_jax.training.sampling import sampling_of
-from ple_jax.training.state import CHECKPOINTS, State, newest
+from ple_jax.training.state import State
 from ple_jax.training.workdir import SUMMARY, begun, check_config, going_on, lock
 from ple_jax.training.workdir import summary as finished
 
@@ -68,14 +68,15 @@ def train(config: Any, workdir: Path, backend: str, accept: Sequence[str] = ()) 
             if baselines is None:  # another trainer's rates are its own
                 rates.keep(inputs.config, backend, rates.measured(state.lines, run.backend.environment()))
             summary = (measures if online else offline).summary(run, backend, state)
-            write.write_adapter(run, state.iteration, summary)
+            taken = points.taken(run)
+            write.write_adapter(run, taken.iteration, summary)
         head = _trains_scores(inputs.algorithm, config)
         if head:  # not before the run's own copy of the base is gone
-            write.write_merged(config, workdir, backend, state.iteration, None, head=True)
+            write.write_merged(config, workdir, backend, taken.iteration, None, head=True)
         write_json(workdir / SUMMARY, summary, sealed=True)
         page = run_page.write(workdir)
     print(f"{_outcome(summary)} in {summary['wall_seconds']:.0f} s")
-    print(f"report: {page}\nadapter: {workdir / 'adapter'}")
+    print(f"report: {page}\nadapter: {workdir / 'adapter'}, of {points.told(config, taken)}")
     if head:
         print(_use_reward(workdir / "reward_model"))
     return 0
@@ -84,7 +85,7 @@ def train(config: Any, workdir: Path, backend: str, accept: Sequence[str] = ()) 
 def _whole(summary: Mapping[str, Any], config: Any, online: bool) -> bool:
     """Whether a run that wrote this summary is as long as the config wants it; earlier versions did not say it of epochs."""
     wanted = {"iterations": config.iterations} if online else {"epochs": config.offline.epochs}
-    return all(summary.get(name, value) == value for name, value in wanted.items())
+    return bool(summary.get("stopped")) or all(summary.get(name, value) == value for name, value in wanted.items())
 
 
 def _of_two_rewards(kept: Mapping[str, Any]) -> Iterator[str]:
@@ -97,16 +98,20 @@ def _of_two_rewards(kept: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _outcome(summary: Mapping[str, Any]) -> str:
+    """What a run reached: the reward of the best evaluation, under its largest budget, or else of the last one."""
     if "heldout_accuracy" in summary:
         low, high = summary["heldout_accuracy_ci95"]
         return (
             f"held-out accuracy {summary['heldout_accuracy']:.3f} (95% interval {low:.3f} to {high:.3f}), calibration error"
             f" {summary['heldout_calibration_error']:.3f}, over {summary['heldout_examples']} pairs"
         )
-    low, high = summary["heldout_gain_ci95"]
+    after, (low, high), where = summary["heldout_reward_after"], summary["heldout_gain_ci95"], ""
+    if best := list(summary.get("best", {}).values()):
+        after, (low, high) = best[-1]["reward"], best[-1]["gain_ci95"]
+        where = f", {best[-1]['kl']:.1f} nats a response from the start"
     return (
-        f"held-out reward {summary['heldout_reward_before']:.3f} -> {summary['heldout_reward_after']:.3f}"
-        f" (95% interval of the gain {low:.3f} to {high:.3f})"
+        f"held-out reward {summary['heldout_reward_before']:.3f} -> {after:.3f} (95% interval of the gain {low:.3f} to"
+        f" {high:.3f}){where}"
     )
 
 
@@ -115,25 +120,18 @@ def _trains_scores(algorithm: Algorithm | OfflineAlgorithm, config: Any) -> bool
     return algorithm.needs(config).head == "score"
 
 
-def _newest(run: Run[Any]) -> State:
-    checkpoints = run.session.workdir / CHECKPOINTS
-    if (state := newest(run.backend, checkpoints)) is None:
-        raise UserError(f"{checkpoints} holds no checkpoint yet; train first: --mode=train")
-    return state
-
-
 @contextmanager
 def on_run(
     config: Any, workdir: Path, backend: str, accept: Sequence[str] = (), *, trained: bool = True
 ) -> Iterator[tuple[Run[Any], State]]:
-    """A run at its newest checkpoint; or, not `trained`, at its start, which needs none."""
+    """A run at the checkpoint that config.checkpoint.use names; or, not `trained`, at its start, which needs none."""
     if trained and not (workdir / "config.json").exists():
         raise UserError(f"--workdir={workdir} holds no run; train one first: --mode=train")
     with lock(workdir):
         inputs = fitted(read_inputs(begun(config, workdir, backend), backend), backend)
         kept = check_config(workdir, run_keys(inputs.config, backend, inputs.digests), accept=accept)
         with open_run(workdir, backend, inputs, kept) as run:
-            yield run, _newest(run) if trained else State(run.backend.environment())
+            yield run, points.taken(run) if trained else State(run.backend.environment())
 
 
 def _check_samples(config: Any, mode: str) -> None:
@@ -142,19 +140,19 @@ def _check_samples(config: Any, mode: str) -> None:
 
 
 def evaluate(config: Any, workdir: Path, backend: str, accept: Sequence[str] = ()) -> int:
-    """Scores the held-out queries with the newest checkpoint and prints the result; reuses what training evaluated."""
+    """Scores the held-out queries and prints the result; reuses what training evaluated."""
     with on_run(config, workdir, backend, accept) as (run, state):
         if not isinstance(run.algorithm, Algorithm):
             found = offline.evaluate(run, offline.examples(run)[1], state.iteration)
             numbers = (f"{name} {value:.4f}" for name, value in found.items() if isinstance(value, float))
             print(f"step {state.iteration}: held-out {', '.join(numbers)}, over {len(run.data.heldout)} examples")
             return 0
-        rollouts = measures.evaluate(run, state.iteration)
+        rollouts = measures.evaluate(run, state.iteration, step=points.step_within(state))
     reward = measures.mean_rewards(rollouts)
     reward = reward[~np.isnan(reward)]
     low, high = intervals.bootstrap_ci(reward, seed=config.seed)
     print(
-        f"iteration {state.iteration}: held-out reward {reward.mean():.4f} (95% interval {low:.4f} to {high:.4f})"
+        f"{points.place(state)}: held-out reward {reward.mean():.4f} (95% interval {low:.4f} to {high:.4f})"
         f" over {len(reward)} queries x {config.eval.samples} samples"
     )
     return 0
@@ -171,7 +169,9 @@ def generate(config: Any, workdir: Path, backend: str, accept: Sequence[str] = (
     if any(query.completion for query in queries.queries):
         describe.check_installed()
     with on_run(config, workdir, backend, accept, trained=trained) as (run, state):
-        path = responses.write(run, queries, second, backend=backend, iteration=state.iteration)
+        path = responses.write(
+            run, queries, second, backend=backend, iteration=state.iteration, step=points.step_within(state)
+        )
     found = responses.read(path.parent, int(path.stem[5:]))
     for rollout in found.rollouts[:_SHOWN]:
         print(f"\n{rollout.query_id}  {rollout.prompt}")
@@ -202,13 +202,13 @@ def export(config: Any, workdir: Path, backend: str, accept: Sequence[str] = ())
     merge = config.export.merged or head
     if merge:  # refused before anything is loaded or written
         importlib.import_module("ple_jax.export.merged").check_folder(workdir / ("reward_model" if head else "merged"))
-    adapter, iteration, base_model = _export_adapter(config, workdir, backend, accept)
-    print(f"adapter of iteration {iteration}: {adapter} (PEFT layout, base model {base_model})")
+    adapter, state, base_model = _export_adapter(config, workdir, backend, accept)
+    print(f"adapter of {points.told(config, state)}: {adapter} (PEFT layout, base model {base_model})")
     folders = {adapter: config.export.push}
     if merge:
         repo = write.merged_repository(config)
         with lock(workdir):
-            merged = write.write_merged(config, workdir, backend, iteration, repo, head=head)
+            merged = write.write_merged(config, workdir, backend, state.iteration, repo, head=head)
         print(f"merged weights: {merged} (safetensors, for transformers)")
         folders[merged] = repo
     for folder, repo in folders.items():
@@ -229,10 +229,10 @@ def export(config: Any, workdir: Path, backend: str, accept: Sequence[str] = ())
     return 0
 
 
-def _export_adapter(config: Any, workdir: Path, backend: str, accept: Sequence[str]) -> tuple[Path, int, str]:
+def _export_adapter(config: Any, workdir: Path, backend: str, accept: Sequence[str]) -> tuple[Path, State, str]:
     # a function of its own: the base's weights are freed when it returns, before the merged model is written
     with on_run(config, workdir, backend, accept) as (run, state):
-        return write.write_adapter(run, state.iteration, finished(workdir)), state.iteration, run.base.name
+        return write.write_adapter(run, state.iteration, finished(workdir)), state, run.base.name
 
 
 def _use_reward(folder: Path) -> str:
@@ -254,7 +254,7 @@ def chat(config: Any, workdir: Path, backend: str, accept: Sequence[str] = ()) -
             date=run.config.task.date,
             write=functools.partial(print, end="", flush=True),
         )
-    print(f"iteration {state.iteration} of {run.base.name}; /help lists the commands\n{talk.status()}", end="")
+    print(f"{run.base.name} at {points.told(config, state)}; /help lists the commands\n{talk.status()}", end="")
     if talk.options.template and not config.task.chat:
         print("this run was trained on plain text to be continued: /template off")
     if sys.stdin.isatty():

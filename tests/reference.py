@@ -70,12 +70,16 @@ def batch_loss(
     temperature: float = 1.0,
     blend_weight: float = 1.0,
     length_norm: str = "mean",
+    kl_weight: float = 0.0,
     references: Sequence[Pair] | None = None,
 ) -> float:
     """The loss of one optimiser batch, from token log-probabilities and rewards, both as (plain, principled)."""
     total = 0.0
     for i, (pair, (r_plain, r_principled)) in enumerate(zip(pairs, rewards, strict=True)):
         reference = references[i] if references else None
+        if kl_weight:
+            apart = [kl(p, q, "k2") for p, q in zip(pair[0], reference[0], strict=True)]
+            total += kl_weight * sum(apart) / (mean_length if length_norm == "mean" else len(apart))
         gap = r_principled - r_plain
         if selection == "symmetric" and gap < -tau:
             pair, reference = pair[::-1], reference[::-1] if reference else None

@@ -281,7 +281,7 @@ def test_mode_chat_on_a_pipe(run, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO("/temperature 0\n/max 12\n/template off\n/both\nHello\n"))
     assert modes.chat(config, workdir, "jax") == 0
     said = capsys.readouterr().out
-    assert "iteration 2 of tiny; /help lists the commands" in said and "trained on plain text" in said
+    assert "tiny at iteration 2; /help lists the commands" in said and "trained on plain text" in said
     with modes.on_run(config, workdir, "jax") as (opened, _):
         prompt, noise = list(b"Hello"), np.zeros((1, 12), np.float32)
         greedy = Sampling(12, opened.base.eos, temperature=0.0)

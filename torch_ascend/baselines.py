@@ -41,7 +41,7 @@ from ple_jax.core.extras import need
 from ple_jax.core.types import Query, Response, Rollout
 from ple_jax.data.queries import draw
 from ple_jax.models import adapters
-from ple_jax.training import costs, loop, measures, scoring, steps
+from ple_jax.training import costs, loop, measures, points, scoring, steps
 from ple_jax.training.journal import Journal, read
 from ple_jax.training.run import Run
 from ple_jax.training.state import State
@@ -77,6 +77,7 @@ def check(config: Any) -> None:
         "sampling.temperature=0, as TRL never samples greedily": name in SAMPLE and config.sampling.temperature == 0,
         f"model.quantize={config.model.quantize}": config.model.quantize != "none",
         "sampling.server, as TRL samples by itself": config.sampling.server is not None,
+        f"eval.points={config.eval.points}, as TRL's steps are its own": config.eval.points > 1,
         "several processes or a config.mesh of several": (
             math.prod(config.mesh.to_dict().values()) > 1 or sharding.world().size > 1
         ),
@@ -105,12 +106,12 @@ def _quiet() -> Iterator[None]:
 def train(run: Run[Algorithm]) -> State:
     """Runs, or goes on with, all iterations; returns where the run ends, as `training.loop.train` does."""
     state = loop.begin(run)
-    if state.iteration == run.config.iterations:
-        return state
+    if points.ended(run.config, state):
+        return loop.at_the_end(run, state)
     trl = Trl(run, state)
-    while state.iteration < run.config.iterations:
+    while not points.ended(run.config, state):
         state = loop.one_iteration(run, state, trl.learn)
-    return state
+    return loop.at_the_end(run, state)
 
 
 class Trl:
@@ -134,7 +135,10 @@ class Trl:
             decaying(self.parameters, options.weight_decay), lr=options.lr, betas=(0.9, 0.999), eps=1e-8
         )
         done = state.step
-        schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: steps.warmed_up(options, done + step))
+        total = steps.planned(run.config)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: steps.share_of_rate(options, done + step, total)
+        )
         self.watch = Watch(self)
         self.trainer = trainer(run, model, (self.optimizer, schedule), self)
         # while it has no state: accelerate would move Adam's counters to the device, where each is waited for
@@ -263,7 +267,7 @@ class Trl:
                 f" {bad[0][0].prompt[:80]!r}, response {bad[0][1].text[:80]!r}, and TRL leaves no query out:"
                 f" {AGAIN}; or leave config.trainer at own, in another --workdir"
             )
-        kept = scoring.transformed(scored, config.reward.transform)
+        kept = scoring.transformed(scored, config.reward)
         journal = Journal(run.session.workdir / "rollouts", self.state.iteration)
         journal.complete(run.algorithm.label(kept, self.context))
         self.rollouts = read(journal.path)

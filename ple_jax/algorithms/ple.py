@@ -5,6 +5,7 @@ A variant is a file that starts with `from ple_jax.algorithms.ple import *` and 
 `formulas.threshold`.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -23,10 +24,12 @@ __all__ = ["batch", "collect", "label", "learned", "make_loss", "measures", "nee
 
 
 def collect(config: Any) -> tuple[Slot, ...]:
-    """The responses to sample for a query: a plain and a principled one, or `ple.samples` plain ones (percentile)."""
+    """The responses to sample for a query: a plain one and `ple.candidates` principled ones, or `ple.samples` plain ones
+    (percentile).
+    """
     if config.ple.selection == "percentile":
         return plain_samples(config.ple.samples)
-    return Slot("plain", False), Slot("principled", True)
+    return Slot("plain", False), *(Slot("principled", True, sample) for sample in range(config.ple.candidates))
 
 
 def schedule(config: Any) -> Callable[[int], float]:
@@ -36,6 +39,7 @@ def schedule(config: Any) -> Callable[[int], float]:
     )
 
 
+# one piece: its docstring says what every case gives
 def label(rollouts: Sequence[Rollout], context: Context) -> list[Rollout]:
     """Decides every pair of an iteration (Alg. 1): fills tau, margin, decision and the weights of the responses.
 
@@ -46,8 +50,9 @@ def label(rollouts: Sequence[Rollout], context: Context) -> list[Rollout]:
         their options.
 
     Returns:
-      The same rollouts, labelled. `margin` is the score of the principled response minus that of the plain one.
-      "blended" pairs carry the blend weights; the responses of "ranked" pairs have weight 0: they are not blended.
+      The same rollouts, labelled. `margin` is the score of the principled response minus that of the plain one; of several
+      the best stands for all, the first of equal ones, and the others have weight 0. "blended" pairs carry the blend
+      weights; the responses of "ranked" pairs have weight 0: they are not blended.
       With selection=percentile `margin` is best minus worst, decision is "ranked", or "dropped" where the best is no
       better than the worst, and the best response carries the weight of its pair, all others 0.
 
@@ -63,10 +68,14 @@ def label(rollouts: Sequence[Rollout], context: Context) -> list[Rollout]:
         decision = np.where(pair > 0, "ranked", "dropped")
         weights = pair[:, None] * (np.arange(scores.shape[1]) == scores.argmax(axis=1)[:, None])
     else:
-        margin = scores[:, 1] - scores[:, 0]
+        query, best = np.arange(len(scores)), 1 + scores[:, 1:].argmax(1)
+        pair = np.stack([scores[:, 0], scores[query, best]], 1)
+        margin = pair[:, 1] - pair[:, 0]
         ranked = _ranked(ple.selection, margin, tau)
         decision = np.where(ranked, "ranked", "blended")
-        weights = pairing.blend_weights(ple.blend, scores, temperature=ple.blend_temperature) * ~ranked[:, None]
+        blended = pairing.blend_weights(ple.blend, pair, temperature=ple.blend_temperature) * ~ranked[:, None]
+        weights = np.zeros_like(scores)
+        weights[:, 0], weights[query, best] = blended.T
     return [
         rollout._replace(
             tau=tau,
@@ -88,14 +97,14 @@ def _ranked(selection: str, margin: np.ndarray, tau: float) -> np.ndarray:
 
 
 def needs(config: Any) -> Needs:
-    """The reference, where the ranking loss is DPO's."""
-    return Needs(reference=config.ple.rank == "dpo")
+    """The reference, where the ranking loss is DPO's or there is a KL term."""
+    return Needs(reference=config.ple.rank == "dpo" or config.ple.kl_weight > 0)
 
 
 def batch(rollouts: Sequence[Rollout], context: Context) -> Batch:
     """One optimiser batch, all its queries at once, from labelled rollouts.
 
-    Row 0 of a query is its plain response and row 1 its principled one, except that with selection=symmetric a ranked
+    Row 0 of a query is its plain response and row 1 its (best) principled one, except that with selection=symmetric a ranked
     pair, and with selection=percentile every pair, stands as (loser, winner).
 
     Returns:
@@ -117,7 +126,7 @@ def batch(rollouts: Sequence[Rollout], context: Context) -> Batch:
     ranked = np.array([rollout.decision == "ranked" for rollout in rollouts])
     weights = np.array([[r.responses[i].weight for i in pick] for r, pick in zip(rollouts, picks, strict=True)])
     pair_weights = np.ones(len(rollouts))
-    swapped = np.array([pick == (1, 0) for pick in picks])
+    swapped = np.array([pick[0] > pick[1] for pick in picks])
     if ple.selection == "percentile":
         pair_weights = pairing.batch_weights(weights[:, 1], how=ple.percentile_weights)
         weights, swapped = np.zeros_like(weights), np.zeros_like(swapped)
@@ -135,17 +144,26 @@ def batch(rollouts: Sequence[Rollout], context: Context) -> Batch:
 
 
 def learned(rollout: Rollout, config: Any) -> Sequence[Response]:
-    """Both kinds; with selection=percentile the worst and the best of the plain ones, by reward."""
-    return extremes(rollout) if config.ple.selection == "percentile" else rollout.responses
+    """The plain ones and the principled one, of several the best by reward; with selection=percentile the worst and the best
+    of the plain ones.
+    """
+    if config.ple.selection == "percentile":
+        return extremes(rollout)
+    guided = [r for r in rollout.responses if r.principled]
+    if config.ple.candidates == 1 or not guided:
+        return rollout.responses
+    best = max(guided, key=lambda r: -math.inf if math.isnan(r.reward) else r.reward)
+    return [*(r for r in rollout.responses if not r.principled), best]
 
 
 def _order(rollout: Rollout, selection: str) -> tuple[int, int]:
     """Which responses become row 0 and row 1."""
+    scores = [r.score for r in rollout.responses]
     if selection == "percentile":
-        scores = [r.score for r in rollout.responses]
         return int(np.argmin(scores)), int(np.argmax(scores))
+    best = 1 + int(np.argmax(scores[1:]))
     # under `threshold` a ranked margin is never negative
-    return (1, 0) if rollout.decision == "ranked" and rollout.margin < 0 else (0, 1)
+    return (best, 0) if rollout.decision == "ranked" and rollout.margin < 0 else (0, best)
 
 
 # one piece: its docstring says every metric, and the loss is one formula
@@ -153,13 +171,17 @@ def make_loss(config: Any) -> Loss:
     """The loss of `batch`, to be made once per run: what changes from step to step travels in the batch's data.
 
     rank_weight * ranked * (L_rank + rank_sft_weight * L_sft(winner)) + blend_weight * blended * L_blend
+        + kl_weight * KL
+
+    KL is the k2 estimate of KL(policy, reference) (`losses.kl_estimate`) on the plain response, which is the policy's own,
+    divided as likelihoods are; its gradient is that of KL(policy, reference) where the policy has not moved since.
 
     Returns:
       A function (outputs, batch) -> (value per query, metrics per query) on numpy, JAX or torch arrays. The step's loss
       is sum(value * valid) / sum(valid) over the optimiser batch. Metrics, each 0 where it does not apply: `ranked`,
-      `rank_loss`, `blend_loss`, `hinge_active` (a ranked pair whose winner does not lead yet, or not by the hinge's
-      margin; divide its sum by that of `ranked`), `lp_plain`, `lp_principled` (nats per token; of loser and winner with
-      selection=percentile).
+      `rank_loss`, `blend_loss`, `kl_loss` (with a kl_weight), `hinge_active` (a ranked pair whose winner does not lead yet,
+      or not by the hinge's margin; divide its sum by that of `ranked`), `lp_plain`, `lp_principled` (nats per token; of
+      loser and winner with selection=percentile).
 
     Raises:
       UserError: unknown ple.rank.
@@ -169,6 +191,7 @@ def make_loss(config: Any) -> Loss:
     margin = ple.rank_margin if ple.rank == "hinge" else 0.0
     likelihood = losses.mean_logprob if ple.length_norm == "response" else losses.sum_logprob
     rank_weight, rank_sft_weight, blend_weight = ple.rank_weight, ple.rank_sft_weight, ple.blend_weight
+    kl_weight = ple.kl_weight
 
     def loss(outputs: Outputs, batch: Batch) -> tuple[Array, dict[str, Array]]:
         data, mask = batch.data, batch.response_mask
@@ -189,6 +212,10 @@ def make_loss(config: Any) -> Loss:
             "lp_plain": xp.where(data["swapped"] > 0, lp[:, 1], lp[:, 0]),
             "lp_principled": xp.where(data["swapped"] > 0, lp[:, 0], lp[:, 1]),
         }
+        if kl_weight:
+            kl = likelihood(losses.kl_estimate(outputs.logprobs, data["reference_logprobs"], kind="k2"), mask)
+            metrics["kl_loss"] = xp.where(data["swapped"] > 0, kl[:, 1], kl[:, 0]) / divisor
+            value = value + kl_weight * metrics["kl_loss"]
         return value, metrics
 
     return loss

@@ -38,7 +38,10 @@ if TYPE_CHECKING:
 
 PACKAGE = Path(__file__).parent.parent
 # dictionaries of the user's own, overridden whole
-FREE = ("algorithm_kwargs", "reward.kwargs", "task.columns", "generate.second_kwargs", "compare.judge_kwargs")
+FREE = (
+    "algorithm_kwargs", "reward.kwargs", "task.columns", "eval.second_kwargs", "generate.second_kwargs",
+    "compare.judge_kwargs",
+)  # fmt: skip
 
 # keys of earlier versions -> their names now
 RENAMED = {
@@ -158,6 +161,11 @@ def _optional_variable(value: Any) -> str:
     return "" if fine else "unset or the name of an environment variable"
 
 
+def _checkpoint(value: Any) -> str:
+    fine = isinstance(value, str) and re.fullmatch(r"best|newest|kl_\d\S*", value)
+    return "" if fine else "best, newest, or kl_ and one of config.eval.max_kl: kl_4"
+
+
 def _model(value: Any) -> str:
     """A hub is asked when the model is loaded."""
     if isinstance(value, str) and is_hub_id(value):
@@ -226,6 +234,7 @@ RULES: dict[str, Rule] = {
     "reward.name": _reward,
     "reward.kwargs": free,
     "reward.max_bad_share": share,
+    "reward.length_penalty": coefficient,
     "reward.transform": choice("none", "sigmoid", "zscore", "minmax"),
     "sampling.max_new_tokens": whole(1, MANY),
     "sampling.temperature": real(lambda v: v == 0 or 1e-6 <= v <= 1e6, "from 1e-6 to 1e6, or 0 (0 is greedy)"),
@@ -252,6 +261,8 @@ RULES: dict[str, Rule] = {
     "ple.blend": choice("softmax", "sigmoid", "uniform", "best"),
     "ple.blend_temperature": scale,
     "ple.blend_weight": coefficient,
+    "ple.kl_weight": coefficient,
+    "ple.candidates": whole(1, FEW),
     "ple.length_norm": choice("mean", "response"),
     "ple.percentile": many(real(lambda v: 0 < v <= 1, "above 0 and at most 1")),
     "ple.percentile_temperature": scale,
@@ -291,6 +302,7 @@ RULES: dict[str, Rule] = {
     "offline.eval_every": whole(1, MANY),
     "optimizer.lr": positive,
     "optimizer.warmup_steps": whole(0, LARGE),
+    "optimizer.schedule": choice("constant", "linear", "cosine"),
     "optimizer.weight_decay": not_negative,
     "optimizer.clip_norm": positive,
     "optimizer.batch_queries": whole(1, MANY),
@@ -300,7 +312,13 @@ RULES: dict[str, Rule] = {
     "warm_up.epochs": whole(1, MANY),
     "warm_up.lr": positive,
     "eval.every": whole(1, MANY),
+    "eval.points": whole(1, MANY),
     "eval.samples": whole(1, FEW),
+    "eval.second_reward": optional(_reward),
+    "eval.second_kwargs": free,
+    "eval.best": choice("reward", "second", "none"),
+    "eval.max_kl": many(positive, empty=True),
+    "eval.patience": whole(0, MANY),
     "eval.diagnostic_queries": whole(1, MANY),
     "generate.policy": choice("trained", "start"),
     "generate.principled": flag,
@@ -320,6 +338,7 @@ RULES: dict[str, Rule] = {
     "mesh.fsdp": whole(1, MANY),
     "mesh.tensor": whole(1, MANY),
     "checkpoint.keep": whole(1, MANY),
+    "checkpoint.use": _checkpoint,
     "export.merged": flag,
     "export.dtype": choice("keep", "float32", "bfloat16", "float16"),
     "export.shard_gb": scale,
@@ -386,8 +405,8 @@ def validate(config: "ConfigDict") -> None:
                 f"config.optimizer.weight_decay is {decay:g} and config.{key} {lr:g}: a step would take {lr * decay:g} times"
                 " every weight from itself; usual are 0 to 0.1"
             )
-    for wrong in (_not_served(flat), _not_folded(flat), _learns_nothing(flat), _never_warm(flat), _unread(flat)):
-        if wrong:
+    for check in (_not_served, _not_folded, _learns_nothing, _never_warm, _keeps_no_best, _unread):
+        if wrong := check(flat):
             raise UserError(wrong)
 
 
@@ -422,6 +441,11 @@ def _learns_nothing(flat: Mapping[str, Any]) -> str:
         return f"config.ple.rank_weight is {weight} and {other}: no pair has a loss, nothing is learned; give one a weight"
     if name == "ple" and selection != "percentile" and math.isinf(flat["ple.tau_0"]) and flat["ple.blend_weight"] == 0:
         return f"config.ple.tau_0 is inf, which blends every pair, and {_NO_BLEND}: nothing is learned; set one of them"
+    if name == "ple" and selection == "percentile" and (unread := [k for k in _OF_A_PAIR if flat[k] != _OF_A_PAIR[k]]):
+        return (
+            f"config.{unread[0]} is {flat[unread[0]]}, and config.ple.selection 'percentile' has no principled response, and"
+            f" chooses among the plain ones: leave it at {_OF_A_PAIR[unread[0]]}"
+        )
     compares = name in ("raft", "dpo", "grpo", "rloo") or (name == "ple" and selection == "percentile")
     if compares and flat[key := f"{name}.samples"] > 1 and (greedy := _greedy(flat)):
         return (
@@ -445,7 +469,21 @@ def _never_warm(flat: Mapping[str, Any]) -> str:
     )
 
 
+def _keeps_no_best(flat: Mapping[str, Any]) -> str:
+    """What asks for a best evaluation that is not kept."""
+    for key in ("eval.max_kl", "eval.patience"):
+        if flat["eval.best"] == "none" and flat[key]:
+            return f"config.{key} is {flat[key]}, and config.eval.best 'none' keeps no best evaluation: set it to reward"
+    if flat["eval.best"] == "second" and flat["eval.second_reward"] is None:
+        return "config.eval.best is 'second', and config.eval.second_reward names none: name one, or set best to reward"
+    known = ["best", "newest", *(f"kl_{budget:g}" for budget in flat["eval.max_kl"])]
+    if (use := flat["checkpoint.use"]) not in known:
+        return f"config.checkpoint.use is {use!r}, and config.eval.max_kl keeps no such: choose {', '.join(known)}"
+    return ""
+
+
 _NO_BLEND = "config.ple.blend_weight is 0"
+_OF_A_PAIR = {"ple.kl_weight": 0.0, "ple.candidates": 1}  # what only a plain and a principled response have
 _ONE_TOKEN = {"sampling.temperature": 1e-4, "sampling.top_p": 1e-5}  # up to here one token has all of the probability
 
 
@@ -478,5 +516,6 @@ _NEED = (  # (key, the key without which nobody reads it, what to do)
     ("task.thinking", "task.chat", "set --config.task.chat=True; a chat template opens and closes the thoughts"),
     ("sampling.server_key_env", "sampling.server", "give the server's address, or unset it"),
     ("sampling.server_sleep", "sampling.server", "give the server's address, or leave it at False"),
+    ("eval.second_kwargs", "eval.second_reward", "name the reward whose arguments they are"),
     ("generate.second_kwargs", "generate.second_reward", "name the reward whose arguments they are"),
 )

@@ -6,6 +6,7 @@ user vouches for (`ACCEPTED`). Runs are seeds of one method where `method_keys` 
 """
 
 import hashlib
+import importlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ FORMAT = 2  # of config.json, journals and checkpoints; 1 had other keys, and no
 EXECUTION = (
     "model.layers", "model.attention", "model.remat", "model.device", "model.ops", "model.compile_cache",
     "sampling.server_key_env", "sampling.server_sleep", "mesh.data", "mesh.fsdp", "mesh.tensor", "checkpoint.keep",
+    "checkpoint.use",
     "optimizer.micro_queries", "reward.max_bad_share", "task.max_bad_share", "sinks",
 )  # fmt: skip
 LENGTH = ("iterations", "offline.epochs")
@@ -26,6 +28,7 @@ LENGTH = ("iterations", "offline.epochs")
 ACCEPTED = {"reward": ("inputs.reward", "reward.kwargs"), "algorithm": ("inputs.algorithm",), "config": ()}
 # what other modes do with a finished run
 _MODES = ("export", "generate", "compare")
+_OWN = ("algorithm_kwargs",)  # of an algorithm's own keys
 # of a reward's kwargs: how it is computed and not what, so that a run may go on after a server was too slow
 _HOW = ("timeout", "retries", "backoff", "max_failures", "concurrency", "batch", "api_key_env", "headers", "rows", "device")
 # keys that make no other method of a run
@@ -62,6 +65,22 @@ def upgraded(kept: Mapping[str, Any], file: Path = Path("config.json")) -> dict[
         return _of_format_1(kept)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{file} is damaged, or no config of a run ({error})") from error
+
+
+def completed(kept: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json of this format with the wanted keys that it is too old to have, at their defaults: a run was as these
+    have it before there were such keys.
+    """
+    defaults = importlib.import_module("ple_jax.configs.default").get_config().to_dict()
+
+    def filled(kept: Any, wanted: Any, default: Any) -> Any:
+        if not all(isinstance(side, Mapping) for side in (kept, wanted, default)):
+            return kept
+        new = {key: default[key] for key in wanted if key not in kept and key in default}
+        return new | {key: filled(value, wanted.get(key), default.get(key)) for key, value in kept.items()}
+
+    groups = {name: value for name, value in kept.items() if name not in _OWN}
+    return {**kept, **{name: filled(value, wanted.get(name), defaults.get(name)) for name, value in groups.items()}}
 
 
 def _of_format_1(kept: Mapping[str, Any]) -> dict[str, Any]:

@@ -38,10 +38,9 @@ from ple_jax.core.types import Batch, Query, Response, Reward, Rollout, Slot
 from ple_jax.data.left_out import QuerySet
 from ple_jax.data.load import Data, load_heldout
 from ple_jax.data.queries import digest
-from ple_jax.training import ahead
+from ple_jax.training import ahead, opening
 from ple_jax.training.journal import Journal
 from ple_jax.training.journal import read as read_journal
-from ple_jax.training.opening import fitted
 from ple_jax.training.run import Run
 from ple_jax.training.sampling import given, sample
 from ple_jax.training.scoring import score
@@ -57,9 +56,14 @@ class Generated(NamedTuple):
     scores: list[dict[str, Any]]  # a line of iter_NNNN.scores.jsonl each, in the same order
 
 
-def folder(workdir: Path, config: Any) -> Path:
-    """Where the responses that config.generate asks for are kept."""
-    return workdir / "responses" / (config.generate.policy + ("_principled" if config.generate.principled else ""))
+def folder(workdir: Path, config: Any, step: int | None = None) -> Path:
+    """Where the responses that config.generate asks for are kept.
+
+    Args:
+        step: optimiser steps taken, where the policy is of the middle of an iteration.
+    """
+    principled = "_principled" if config.generate.principled else ""
+    return workdir / "responses" / (config.generate.policy + principled + ("" if step is None else f"_step_{step}"))
 
 
 # what is read of the settings of responses
@@ -114,20 +118,17 @@ def evaluation_set(config: Any) -> QuerySet:
 
 
 def second_reward(config: Any, backend: str) -> Reward | None:
-    """The reward that training never sees, where there is one."""
-    options = config.generate
-    if options.second_reward is None:
-        return None
-    try:
-        return rewards.load(
-            options.second_reward, options.second_kwargs.to_dict(), backend=backend, mesh=config.mesh.to_dict()
-        )
-    except UserError as error:
-        raise UserError(str(error).replace("config.reward.", "config.generate.second_")) from error
+    """The reward that training never sees, where there is one: config.generate's, or that of training's evaluations."""
+    return opening.second_reward(config, backend, "generate") or opening.second_reward(config, backend, "eval")
 
 
-def write(run: Run[Algorithm], queries: QuerySet, second: Reward | None, *, backend: str, iteration: int) -> Path:
+def write(
+    run: Run[Algorithm], queries: QuerySet, second: Reward | None, *, backend: str, iteration: int, step: int | None = None
+) -> Path:
     """Samples and scores the run's policy as it is now; what was finished before is not done again.
+
+    Args:
+        iteration, step: of the policy, as `folder` has them.
 
     Returns:
         The journal's path.
@@ -135,23 +136,15 @@ def write(run: Run[Algorithm], queries: QuerySet, second: Reward | None, *, back
     Raises:
         UserError: responses with other settings are there.
     """
-    options, path = run.config.generate, folder(run.session.workdir, run.config)
+    options, path = run.config.generate, folder(run.session.workdir, run.config, step)
     path.mkdir(parents=True, exist_ok=True)
-    seen = {query.prompt for query in run.data.train}
-    if options.policy == "trained" and (both := sum(query.prompt in seen for query in queries.queries)):
-        run.session.progress.log(f"warning: {both} of {len(queries.queries)} queries are among those that were trained on")
+    if options.policy == "trained":
+        _tell_of_overlap(run, queries)
     data = Data(run.data.train, queries.queries, {"train": [], "heldout": queries.bad})
-    more = () if second is None else (second,)
-    run = fitted(run._replace(data=data, session=run.session._replace(workdir=path)), *more)
+    run = run._replace(data=data, session=run.session._replace(workdir=path))
+    run = opening.fitted(run, *(() if second is None else (second,)))
     journal, kind = Journal(path, iteration), "principled" if options.principled else "plain"
-    settings = _settings(run, second, backend=backend, iteration=iteration)
-    kept = read_json(journal.path.with_suffix(".json"), remedy=_AGAIN)
-    if kept is not None and kept != settings:
-        keys = ", ".join(differing(flatten(kept), flatten(settings)))
-        raise UserError(
-            f"{path} holds responses of iteration {iteration} with other settings ({keys}); move or delete that folder"
-        )
-    write_json(journal.path.with_suffix(".json"), settings, sealed=True)
+    _settle(journal.path.with_suffix(".json"), _settings(run, second, backend=backend, iteration=iteration))
     scored = journal.path.with_suffix(".scores.jsonl")
     if (rollouts := journal.read()) is None:
         scored.unlink(missing_ok=True)  # of responses that were deleted
@@ -164,6 +157,25 @@ def write(run: Run[Algorithm], queries: QuerySet, second: Reward | None, *, back
         asked = [run.prompts.render(query, options.principled).whole for query in run.data.heldout]
         write_sealed(scored, _scores(run, rollouts, second, asked), ascii=True)
     return journal.path
+
+
+def _tell_of_overlap(run: Run[Algorithm], queries: QuerySet) -> None:
+    """Warns of queries that were trained on."""
+    seen = {query.prompt for query in run.data.train}
+    if both := sum(query.prompt in seen for query in queries.queries):
+        run.session.progress.log(f"warning: {both} of {len(queries.queries)} queries are among those that were trained on")
+
+
+def _settle(path: Path, settings: dict[str, Any]) -> None:
+    """Writes the settings of responses, or refuses others than are there."""
+    kept = read_json(path, remedy=_AGAIN)
+    if kept is not None and kept != settings:
+        keys = ", ".join(differing(flatten(kept), flatten(settings)))
+        raise UserError(
+            f"{path.parent} holds responses of iteration {settings['iteration']} with other settings ({keys}); move or"
+            " delete that folder"
+        )
+    write_json(path, settings, sealed=True)
 
 
 def _settings(run: Run[Algorithm], second: Reward | None, *, backend: str, iteration: int) -> dict[str, Any]:

@@ -102,6 +102,7 @@ def _test(s: Settings) -> dict[str, str]:
         "generate.max_queries": "0",
         "generate.samples": str(s.samples),
         "generate.second_reward": s.second_reward,
+        "checkpoint.use": "newest",  # all methods at the end of one budget
     }
 
 

@@ -34,7 +34,8 @@ PANELS = (
     Panel("Reward", "mean per response, untransformed", ("heldout_reward", "heldout_reward_*", "reward_*")),
     Panel("Ranked share", "of the training pairs", ("ranked_share", "negative_margin_share"), share=True),
     Panel("Margin and threshold", "units of the (transformed) reward", ("margin", "tau")),
-    Panel("KL to the reference", "nats per token", ("heldout_kl", "kl")),
+    Panel("KL to the start", "nats per response, held-out", ("heldout_kl_response",)),
+    Panel("KL to the start", "nats per token", ("heldout_kl", "kl")),
     Panel("Sampler and trainer", "log-probabilities of sampled tokens apart, nats", ("sampler_gap", "sampler_gap_max")),
     Panel("Response length", "tokens", ("length_*",)),
     Panel("Log-probability", "nats per token, under the plain prompt", ("lp_*",)),
@@ -51,6 +52,7 @@ _LABELS = {
     "ranked_share": "ranked",
     "negative_margin_share": "negative margin",
     "heldout_kl": "held-out",
+    "heldout_kl_response": "held-out",
     "kl": "training responses",
     "sampler_gap": "mean",
     "sampler_gap_max": "largest",
@@ -104,7 +106,8 @@ def html(workdir: Path) -> str:
         tip_width=drawing.TIP,
         metrics=metrics,
         keys=list(dict.fromkeys(key for line in metrics for key in line if key != "iteration")),
-        samples=_samples(evaluations),
+        best=(best := next(reversed(summary.get("best", {}).values()), None)),
+        samples=_samples(evaluations, best and _evaluation(workdir, best)),
         pairs=_pairs(_rollouts(rollouts[-1])) if rollouts else {},
         shown=PAIRS,
         responses=RESPONSES,
@@ -188,17 +191,26 @@ def _rollouts(path: Path) -> list[dict[str, Any]]:
     return [{**line, "prompt": text(line["prompt"])} for line in read_jsonl(path)]
 
 
-def _samples(evaluations: list[Path]) -> dict[str, Any]:
-    """The first held-out queries in file order, each with the first response before and after."""
+def _evaluation(workdir: Path, point: Mapping[str, Any]) -> Path:
+    """The file of an evaluation that a summary tells of."""
+    folder = workdir / "evaluations"
+    return (folder / f"step_{point['step']:06d}" if point["within"] else folder) / f"iter_{point['iteration']:04d}.jsonl"
+
+
+def _samples(evaluations: list[Path], best: Path | None) -> dict[str, Any]:
+    """The first held-out queries in file order, each with the first response before and after: of the best, or else of the
+    last evaluation.
+    """
     if not evaluations:
         return {}
-    before, after = _rollouts(evaluations[0]), {line["query_id"]: line for line in _rollouts(evaluations[-1])}
+    last = best if best is not None and best.exists() else evaluations[-1]
+    before, after = _rollouts(evaluations[0]), {line["query_id"]: line for line in _rollouts(last)}
     rows = [
         (line["prompt"], line["responses"][0], after[line["query_id"]]["responses"][0])
         for line in before
         if line["query_id"] in after
     ]
-    return {"rows": rows[:SAMPLES], "total": len(rows), "iteration": int(evaluations[-1].stem.split("_")[1])}
+    return {"rows": rows[:SAMPLES], "total": len(rows), "iteration": int(last.stem.split("_")[1])}
 
 
 def _pairs(rollouts: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

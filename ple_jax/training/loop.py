@@ -8,14 +8,15 @@ iteration that was being sampled.
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from ple_jax.algorithms import Algorithm, Context, given_sources
 from ple_jax.core.errors import Damaged
 from ple_jax.core.types import Compiled, Query, Rollout, Slot
 from ple_jax.data.queries import draw
-from ple_jax.training import ahead, costs
+from ple_jax.training import ahead, costs, points
 from ple_jax.training.journal import Journal, check, read
-from ple_jax.training.measures import evaluate, log_iteration, mean_length, summarise
+from ple_jax.training.measures import evaluate, evaluate_within, log_iteration, mean_length, summarise
 from ple_jax.training.run import Run
 from ple_jax.training.sampling import given, sample
 from ple_jax.training.scoring import sorted_out
@@ -35,14 +36,22 @@ def train(run: Run[Algorithm]) -> State:
         return learn_from_samples(run, state, context_of(run, state, float(schedule(state.iteration))))
 
     state = begin(run)
-    while state.iteration < run.config.iterations:
+    while not points.ended(run.config, state):
         state = one_iteration(run, state, learn)
+    return at_the_end(run, state)
+
+
+def at_the_end(run: Run[Algorithm], state: State) -> State:
+    """The state that it is given; says why a run ends early."""
+    if why := points.stopped(run.config, state):
+        run.session.progress.log(f"stopped after {state.iteration} of {run.config.iterations} iterations: {why}")
     return state
 
 
 def begin(run: Run[Algorithm]) -> State:
     """Where the run stands, evaluated: a fresh one after its warm-up, or its newest checkpoint."""
     state = resume(run.backend, run.session)
+    points.forget_later(run.session, state)
     if state is not None:
         check(run.session.workdir, state.iteration)
     else:
@@ -105,9 +114,27 @@ def learn_from_samples(
 ) -> tuple[State, list[Rollout], dict[str, float]]:
     """Algorithm 1, lines 1 to 6."""
     state, rollouts = collect(run, context, state)
-    values = summarise(rollouts, run)
-    state, learned = update(run, rollouts, context, state)
-    return state, rollouts, values | learned
+    values, between = summarise(rollouts, run), state
+
+    def pause(taken: int, total: int, tokens: int) -> float:
+        nonlocal between
+        if not evaluates_within(run.config, state.iteration, taken, total):
+            return 0.0
+        started = time.perf_counter()
+        spent = between.costs._replace(training_tokens=state.costs.training_tokens + tokens)
+        between = evaluate_within(run, between._replace(step=state.step + taken, costs=spent))
+        return time.perf_counter() - started
+
+    after, learned = update(run, rollouts, context, state, pause)
+    seconds = {**after.costs.seconds, "evaluate": between.costs.seconds["evaluate"]}
+    kept = {name: getattr(between, name) for name in ("points", "wall_seconds", "peak_memory_bytes")}
+    return after._replace(**kept, costs=after.costs._replace(seconds=seconds)), rollouts, values | learned
+
+
+def evaluates_within(config: Any, iteration: int, taken: int, total: int) -> bool:
+    """Whether an iteration is evaluated after so many of its steps: config.eval.points share them equally."""
+    wanted, due = config.eval.points, (iteration + 1) % config.eval.every == 0 or iteration + 1 == config.iterations
+    return due and taken in {round(total * part / wanted) for part in range(1, wanted)}
 
 
 def context_of(run: Run[Algorithm], state: State, tau: float) -> Context:

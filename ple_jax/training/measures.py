@@ -15,11 +15,11 @@ from ple_jax.core.errors import Damaged
 from ple_jax.core.noise import HELDOUT
 from ple_jax.core.types import Response, Rollout, Slot
 from ple_jax.formulas import intervals, texts
-from ple_jax.training import ahead
+from ple_jax.training import ahead, points
 from ple_jax.training.journal import Journal, read
 from ple_jax.training.run import Run
 from ple_jax.training.sampling import sample
-from ple_jax.training.scoring import raw_rewards, sorted_out
+from ple_jax.training.scoring import net_rewards, sorted_out
 from ple_jax.training.state import State, logged, spent
 from ple_jax.training.steps import diagnose
 
@@ -52,7 +52,7 @@ def summarise(rollouts: Sequence[Rollout], run: Run[Algorithm]) -> dict[str, flo
         values["leak"] = values[f"overlap_{guided[0]}"] - values[f"overlap_{plain[0]}"]
         if says := warn_of_leak(values):
             run.session.progress.log(says)
-    pooled = rewards.statistics(raw_rewards(rollouts), transform)
+    pooled = rewards.statistics(net_rewards(rollouts, run.config.reward.length_penalty), transform)
     return values | {f"transform_{name}": value for name, value in pooled.items()}
 
 
@@ -98,26 +98,36 @@ def warn_of_leak(values: dict[str, float]) -> str:
 # ---------------------------------------------------------------- held-out queries
 
 
-def evaluate(run: Run[Algorithm], iteration: int) -> list[Rollout]:
+def evaluate(run: Run[Algorithm], iteration: int, *, step: int | None = None) -> list[Rollout]:
     """Responses to the held-out queries as the policy now is, scored.
 
     Noise is the same at every evaluation, so that differences between evaluations are paired. Before training the
     principled prompt is evaluated too: what the principles buy without any training. An evaluation that is there is read; a
     damaged one is made again.
+
+    Args:
+        step: the optimiser steps taken, where that is in the middle of the iteration after these.
     """
-    journal, rollouts = Journal(run.session.workdir / "evaluations", iteration), None
+    journal, rollouts = evaluation(run.session.workdir, iteration, step), None
     with contextlib.suppress(Damaged):
         rollouts = journal.read()
     if rollouts is None:
         slots = [Slot("plain", False, s) for s in range(run.config.eval.samples)]
-        if iteration == 0:
+        if iteration == 0 and step is None:
             slots += [Slot("principled", True, s) for s in range(run.config.eval.samples)]
         with ahead.scoring(run.reward, run.session) as score:
             sampled = sample(run, run.data.heldout, slots, journal, HELDOUT, score)
         # those without a reward stay where they are: evaluations are of the same queries
-        rollouts, _ = sorted_out(sampled, f"heldout_{iteration:04d}", run.config, run.reward, run.session)
+        name = f"heldout_{iteration:04d}" + ("" if step is None else f"_step_{step}")
+        rollouts, _ = sorted_out(sampled, name, run.config, run.reward, run.session)
         journal.complete(rollouts)
     return rollouts
+
+
+def evaluation(workdir: Path, iteration: int, step: int | None = None) -> Journal:
+    """Where an evaluation is, as `evaluate` has its arguments."""
+    folder = workdir / "evaluations"
+    return Journal(folder if step is None else folder / f"step_{step:06d}", iteration)
 
 
 def mean_rewards(rollouts: Sequence[Rollout], *, principled: bool = False) -> np.ndarray:
@@ -133,20 +143,34 @@ def log_iteration(run: Run[Algorithm], state: State) -> State:
     values = {**state.metrics, **state.costs.totals()}
     if iteration % config.eval.every == 0 or iteration == config.iterations:
         started = time.perf_counter()
-        values |= heldout_metrics(run, evaluate(run, iteration))
+        values |= heldout_metrics(run, evaluate(run, iteration), moved=state.step > 0)
         values["seconds_evaluate"] = time.perf_counter() - started
         state = state._replace(costs=state.costs.took("evaluate", values["seconds_evaluate"]))
+        state = points.noted(run, state, points.point(state, values))
     return logged(state, values, run.session)
 
 
-def heldout_metrics(run: Run[Algorithm], rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Mean rewards of an evaluation, and KL and entropy of the policy on some of it."""
+def evaluate_within(run: Run[Algorithm], state: State) -> State:
+    """The state with a point more, in the middle of the iteration that it stands before."""
+    started = time.perf_counter()
+    found = heldout_metrics(run, evaluate(run, state.iteration, step=state.step), moved=True)
+    state = state._replace(costs=state.costs.took("evaluate", time.perf_counter() - started))
+    return points.noted(run, state, points.point(state, found, within=True))
+
+
+def heldout_metrics(run: Run[Algorithm], rollouts: Sequence[Rollout], *, moved: bool) -> dict[str, float]:
+    """Mean rewards of an evaluation, the KL of all of it, and the entropy of the policy on some.
+
+    Args:
+        moved: whether the policy may differ from the reference.
+    """
     config = run.config
     values = {"heldout_reward": float(np.nanmean(mean_rewards(rollouts)))}
     if any(r.principled for r in rollouts[0].responses):
         values["heldout_reward_principled"] = float(np.nanmean(mean_rewards(rollouts, principled=True)))
     policy = diagnose(run, rollouts[: config.eval.diagnostic_queries])
-    return values | {f"heldout_{name}": value for name, value in policy.items()}
+    values |= {f"heldout_{name}": value for name, value in policy.items()}
+    return values | points.described(run, rollouts, points.divergences(run, rollouts, moved=moved))
 
 
 # ---------------------------------------------------------------- the end
@@ -155,10 +179,10 @@ def heldout_metrics(run: Run[Algorithm], rollouts: Sequence[Rollout]) -> dict[st
 def summary(run: Run[Algorithm], backend: str, state: State) -> dict[str, Any]:
     """summary.json: what a run did, in a few numbers."""
     config, evaluations = run.config, run.session.workdir / "evaluations"
-    before, after = before_and_after(evaluations, config.iterations)
+    before, after = before_and_after(run.session.workdir, state.iteration)
     evaluated = sum(
         len(r.tokens)
-        for path in sorted(evaluations.glob("iter_*.jsonl"))
+        for path in sorted(evaluations.rglob("iter_*.jsonl"))
         if not path.name.endswith(".partial.jsonl")
         for rollout in read(path)
         for r in rollout.responses
@@ -172,7 +196,9 @@ def summary(run: Run[Algorithm], backend: str, state: State) -> dict[str, Any]:
         "heldout_reward_after": float(after.mean()) if len(after) else math.nan,
         "heldout_gain_ci95": list(intervals.bootstrap_ci(after - before, seed=config.seed)),
         "heldout_queries": len(before),
-        "iterations": config.iterations,
+        "iterations": state.iteration,
+        "stopped": points.stopped(config, state) or None,
+        "best": best_of(run, state),
         **state.costs.counters(),
         "evaluation_tokens": evaluated,
         "seconds": state.costs.seconds,
@@ -180,12 +206,23 @@ def summary(run: Run[Algorithm], backend: str, state: State) -> dict[str, Any]:
     }
 
 
-def before_and_after(evaluations: Path, last: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mean rewards of the held-out queries that have one in the first evaluation and in the last, in the same order.
+def best_of(run: Run[Algorithm], state: State) -> dict[str, Any]:
+    """Folder of `best/` -> the evaluation that it is of, and the 95% interval of the gain since the first one."""
+    found, by = {}, run.config.eval.best
+    for name, budget in points.budgets(run.config).items():
+        if (top := points.best(points.of(state), by, budget)) is not None:
+            before, after = before_and_after(run.session.workdir, top.iteration, top.step if top.within else None)
+            gain = intervals.bootstrap_ci(after - before, seed=run.config.seed)
+            found[name] = {**top._asdict(), "gain_ci95": list(gain)}
+    return found
+
+
+def before_and_after(workdir: Path, last: int, step: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Mean rewards of the held-out queries that have one in the first evaluation and in another one, in the same order.
 
     A reward that was mended in between may give or refuse other queries than before.
     """
-    first, then = (read(Journal(evaluations, iteration).path) for iteration in (0, last))
+    first, then = read(evaluation(workdir, 0).path), read(evaluation(workdir, last, step).path)
     found = {rollout.query_id: mean for rollout, mean in zip(then, mean_rewards(then), strict=True)}
     pairs = [(b, found.get(r.query_id, math.nan)) for r, b in zip(first, mean_rewards(first), strict=True)]
     before, after = np.array(pairs, np.float64).reshape(-1, 2).T

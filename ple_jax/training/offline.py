@@ -57,7 +57,7 @@ def train(run: Run[OfflineAlgorithm]) -> State:
     while state.iteration < len(batches):
         end = min(state.iteration + every, len(batches))
         session.progress.iteration(-(-end // every))
-        state = commit(update(run, batches[state.iteration : end], state), run.backend, session)
+        state = commit(update(run, batches[state.iteration : end], state, len(batches)), run.backend, session)
         state = log(run, state, heldout)
     return state
 
@@ -68,13 +68,13 @@ def begin(run: Run[OfflineAlgorithm]) -> State:
     return state or commit(State(run.backend.environment()), run.backend, run.session)
 
 
-def update(run: Run[OfflineAlgorithm], batches: Sequence[Sequence[Any]], state: State) -> State:
-    """The optimiser steps up to the next evaluation."""
+def update(run: Run[OfflineAlgorithm], batches: Sequence[Sequence[Any]], state: State, total: int) -> State:
+    """The optimiser steps up to the next evaluation, of all that the run takes."""
     run.session.progress.phase("update", len(batches))
     collected, sizes, spent, parameters = [], [], state.costs, run.base.parameters
     for number, some in enumerate(batches, state.iteration):
         batch, looked_up = compared(run.algorithm.batch(some), run)
-        collected.append(step(run, batch, number))
+        collected.append(step(run, batch, number, total))
         sizes.append(len(batch.prompt))
         trained = costs.tokens(batch)
         run.session.progress.advance(1, tokens=trained)

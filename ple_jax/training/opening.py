@@ -35,6 +35,7 @@ class Inputs(NamedTuple):
     data: Data
     principles: principles.Principles
     reward: Reward
+    second: Reward | None  # that training never sees
     digests: dict[str, str]  # the same path with other content is another run
 
 
@@ -47,13 +48,14 @@ def read_inputs(config: Any, backend: str) -> Inputs:
             f"config.lora.dropout is {config.lora.dropout:g}, and algorithm {config.algorithm!r} compares a policy with"
             " itself, as it was when it sampled: dropout alone would move that ratio and have it clipped; set it to 0"
         )
-    text = principles.load(config.principles)
+    text, second = principles.load(config.principles), None
     if isinstance(algorithm, Algorithm):
         # held-out queries are answered, whatever is trained on
         found = load_data(config, needs=algorithms.records(algorithm.collect(config)), heldout_needs="prompt")
         reward = rewards.load(
             config.reward.name, config.reward.kwargs.to_dict(), backend=backend, mesh=config.mesh.to_dict()
         )
+        second = second_reward(config, backend, "eval")
         _check_reach(config, algorithm, reward)
         draw(found.train, config.queries_per_iteration, seed=config.seed, iteration=0)  # refuses more than there are
         principles.choose(text, config.principles_per_query, seed=config.seed, query_id="")  # refuses more than there are
@@ -65,13 +67,28 @@ def read_inputs(config: Any, backend: str) -> Inputs:
             )
         found, reward = load_data(config, needs=algorithm.records), Reward("none")
     digests = _digests(config, found, text if isinstance(algorithm, Algorithm) else None, reward)
-    return Inputs(config, algorithm, found, text, reward, digests)
+    return Inputs(config, algorithm, found, text, reward, second, digests)
+
+
+def second_reward(config: Any, backend: str, section: str) -> Reward | None:
+    """The reward that training never sees, of config.eval or config.generate; None where none is named."""
+    options = config[section]
+    if options.second_reward is None:
+        return None
+    try:
+        return rewards.load(
+            options.second_reward, options.second_kwargs.to_dict(), backend=backend, mesh=config.mesh.to_dict()
+        )
+    except UserError as error:
+        raise UserError(str(error).replace("config.reward.", f"config.{section}.second_")) from error
 
 
 def _check_reach(config: Any, algorithm: Algorithm, reward: Reward) -> None:
     """Refuses PLE's thresholds that no margin of this reward can exceed, where ranked pairs alone have a loss."""
     blends = config.ple.blend_weight > 0 or config.ple.selection == "percentile"
     if blends or config.algorithm.removeprefix("ple_jax.algorithms.") != "ple" or config.reward.transform == "zscore":
+        return
+    if config.reward.length_penalty:  # scores have no bounds then
         return
     low, high = (0.0, 1.0) if config.reward.transform in ("sigmoid", "minmax") else reward.scale
     lowest = min(map(algorithm.schedule(config), range(config.iterations)))
@@ -109,6 +126,11 @@ def check_length(inputs: Inputs, found: Mapping[str, Any], done: int) -> None:
         UserError: the run is longer already, or its thresholds depend on how long it is.
     """
     config = inputs.config
+    if config.optimizer.schedule != "constant":
+        raise UserError(
+            f"config.optimizer.schedule is {config.optimizer.schedule!r}: its rates depend on how long the run is, which"
+            " cannot be changed then; give another --workdir, or begin with the constant one"
+        )
     if not isinstance(inputs.algorithm, Algorithm):
         if config.offline.epochs < (before := found["offline"]["epochs"]):
             raise UserError(f"config.offline.epochs is {config.offline.epochs}, and was {before}: give at least as many")
@@ -163,7 +185,9 @@ def open_run(workdir: Path, backend: str, inputs: Inputs, kept: Mapping[str, Any
         outputs = sinks.make(names, workdir, redacted(config.to_dict()))
         session = Session(workdir, outputs, config.checkpoint.keep, cache, progress, stop, Clock())
         prompts = prompting.Prompts(config, base.tokenizer, inputs.principles, base.eos, base.context)
-        run: Run[Any] = Run(config, base, built, algorithm, loss, inputs.data, prompts, inputs.reward, session)
+        run: Run[Any] = Run(
+            config, base, built, algorithm, loss, inputs.data, prompts, inputs.reward, session, inputs.second
+        )
         yield fitted(run) if isinstance(algorithm, Algorithm) else run
 
 
@@ -187,7 +211,7 @@ def fitted(run: Run[Algorithm], *rewards: Reward) -> Run[Algorithm]:
         UserError: more of them than config.task.max_bad_share, or a prompt with its response is more than the model takes.
     """
     sources = algorithms.given_sources(run.algorithm.collect(run.config))
-    scored = (run.reward, *rewards)
+    scored = (run.reward, *(() if run.second is None else (run.second,)), *rewards)
     data = prompting.fitted(run.data, run.prompts, run.session.progress, sources=sources, rewards=scored)
     if listed := note(data.bad, run.session.workdir):
         run.session.progress.log(listed)

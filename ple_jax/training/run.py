@@ -63,3 +63,4 @@ class Run(NamedTuple, Generic[A]):
     prompts: Prompts
     reward: Reward
     session: Session
+    second: Reward | None = None  # that training never sees: evaluations say what it gives

@@ -20,7 +20,7 @@ def sorted_out(
     """All rollouts with their rewards, and those of them that can be used, with their scores too; see `quarantine`."""
     scored = score(rollouts, reward, session)
     kept = quarantine(scored, name, reward, session, limit=config.reward.max_bad_share)
-    return scored, transformed(kept, config.reward.transform)
+    return scored, transformed(kept, config.reward)
 
 
 def score(rollouts: Sequence[Rollout], reward: Reward, session: Session) -> list[Rollout]:
@@ -73,15 +73,22 @@ def quarantine(rollouts: Sequence[Rollout], name: str, reward: Reward, session: 
     return good
 
 
-def transformed(rollouts: Sequence[Rollout], name: str) -> list[Rollout]:
-    """Fills the scores: the rewards, transformed with statistics of all of them."""
-    scores = iter(rewards.transform(raw_rewards(rollouts), name))
+def transformed(rollouts: Sequence[Rollout], options: Any) -> list[Rollout]:
+    """Fills the scores: the rewards less their penalties, transformed with statistics of all of them.
+
+    Args:
+        options: config.reward.
+    """
+    scores = iter(rewards.transform(net_rewards(rollouts, options.length_penalty), options.transform))
     return [
         rollout._replace(responses=tuple(r._replace(score=float(next(scores))) for r in rollout.responses))
         for rollout in rollouts
     ]
 
 
-def raw_rewards(rollouts: Sequence[Rollout]) -> np.ndarray:
-    """Every response's reward, in order."""
-    return np.array([r.reward for rollout in rollouts for r in rollout.responses])
+def net_rewards(rollouts: Sequence[Rollout], penalty: float) -> np.ndarray:
+    """Every response's reward, in order, less a penalty for every token.
+
+    A reward that grows with length is optimised by length first (Singhal et al., arXiv:2310.03716).
+    """
+    return np.array([r.reward - penalty * len(r.tokens) for rollout in rollouts for r in rollout.responses])

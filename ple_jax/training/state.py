@@ -13,7 +13,7 @@ from ple_jax.training.costs import Costs
 from ple_jax.training.run import Session
 from ple_jax.training.sinks import line
 
-CHECKPOINTS, WARM_UP = "checkpoints", "warm_up"  # folders of a work directory
+CHECKPOINTS, WARM_UP, BEST = "checkpoints", "warm_up", "best"  # folders of a work directory
 
 
 class State(NamedTuple):
@@ -28,6 +28,7 @@ class State(NamedTuple):
     mean_length: float = 0.0  # tokens of a response, over what the newest sample would be trained on; 0 before there is one
     metrics: Mapping[str, float] = {}  # of the newest iteration, for the line that is written after its evaluation
     lines: tuple[Mapping[str, Any], ...] = ()  # of metrics.jsonl, of the iterations before it
+    points: tuple[Mapping[str, Any], ...] = ()  # the evaluations so far, as `training.points` has them
     examples: Mapping[str, int] = {}  # of an algorithm that samples nothing: how many there are of each set
     wall_seconds: float = 0.0
     peak_memory_bytes: int = 0
@@ -38,7 +39,8 @@ def newest(backend: Backend, checkpoints: Path) -> State | None:
     meta = backend.restore(checkpoints)
     if meta is None:
         return None
-    kept = {name: value for name, value in meta.items() if name in State._fields} | {"lines": tuple(meta.get("lines", ()))}
+    kept = {name: value for name, value in meta.items() if name in State._fields} 
+    kept |= {name: tuple(meta.get(name, ())) for name in ("lines", "points")}
     # of format 1 the counters stand beside the others
     costs = meta.get("costs", {name: value for name, value in meta.items() if name in Costs._fields})
     return State(**(kept | {"costs": Costs(**costs)}))
@@ -76,6 +78,11 @@ def commit(state: State, backend: Backend, session: Session) -> State:
 def commit_warm_up(state: State, backend: Backend, session: Session) -> State:
     """The commit point of an unfinished warm-up, which has a folder of its own until iteration 0 is committed."""
     return _save(state, backend, session, WARM_UP, state.warm_up, keep=1)
+
+
+def commit_best(state: State, backend: Backend, session: Session, name: str) -> State:
+    """Keeps the weights as they are beside the run's newest: the best under a budget, which has a folder of its own."""
+    return _save(state, backend, session, f"{BEST}/{name}", state.step, keep=1)
 
 
 def _save(state: State, backend: Backend, session: Session, folder: str, number: int, *, keep: int) -> State:

@@ -1,7 +1,8 @@
 """Optimiser steps: what a loss compares with, the steps of an iteration, and what is diagnosed beside them."""
 
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,18 +25,25 @@ class Whole(NamedTuple):
     seconds: float  # that they took
 
 
+Pause = Callable[[int, int, int], float]  # (steps taken, of how many, tokens of them) -> seconds that it took
+
+
 def update(
-    run: Run[Algorithm], rollouts: Sequence[Rollout], context: Context, state: State
+    run: Run[Algorithm], rollouts: Sequence[Rollout], context: Context, state: State, pause: Pause = lambda *_: 0.0
 ) -> tuple[State, dict[str, float]]:
-    """Algorithm 1, line 6: the iteration's optimiser steps; its metrics, with diagnostics from before and after them."""
+    """Algorithm 1, line 6: the iteration's optimiser steps; its metrics, with diagnostics from before and after them.
+
+    Args:
+        pause: called between two steps.
+    """
     some = rollouts[: run.config.eval.diagnostic_queries]
     # the policy that sampled these responses is the one before the update
     few, kl, before = at_the_start(run, some, context)
     whole = prepare(run, rollouts, context, few)
     batches, compared = [one.batch for one in whole], sum(one.tokens for one in whole)
     started = time.perf_counter()
-    collected, sizes = steps(run, batches, state.iteration, state.step)
-    updated = time.perf_counter()
+    collected, sizes, paused = steps(run, batches, state.iteration, state.step, pause)
+    updated = time.perf_counter() - paused
     said = check_policy(policy_of(run, few.batch), run.config.optimizer.lr, "optimizer.lr")
     after = run.loss(said, few.batch)[1]
     trained = run.config.optimizer.epochs * sum(map(costs.tokens, batches))
@@ -71,10 +79,12 @@ def prepare(run: Run[Algorithm], rollouts: Sequence[Rollout], context: Context, 
 
 
 def steps(
-    run: Run[Algorithm], batches: Sequence[Batch], iteration: int, done: int
-) -> tuple[list[dict[str, float]], list[int]]:
-    """The metrics of every optimiser step of an iteration, `done` of which were taken before, and the queries of each."""
-    epochs = run.config.optimizer.epochs
+    run: Run[Algorithm], batches: Sequence[Batch], iteration: int, done: int, pause: Pause
+) -> tuple[list[dict[str, float]], list[int], float]:
+    """The metrics of every optimiser step of an iteration, before which `done` were taken; the queries of each; and the
+    seconds between them.
+    """
+    epochs, paused, tokens = run.config.optimizer.epochs, 0.0, 0
     found: list[dict[str, float]] = []
     sizes: list[int] = []
     run.session.progress.phase("update", len(batches) * epochs)
@@ -82,10 +92,13 @@ def steps(
         # the first pass takes the queries as drawn, which is already a random order
         order = np.random.default_rng([run.config.seed, iteration, epoch]).permutation(len(batches))
         for index in order if epoch else range(len(batches)):
-            found.append(step(run, batches[index], done + len(found)))
+            found.append(step(run, batches[index], done + len(found), planned(run.config)))
             sizes.append(len(batches[index].prompt))
+            tokens += costs.tokens(batches[index])
             run.session.progress.advance(1, tokens=costs.tokens(batches[index]))
-    return found, sizes
+            if len(found) < epochs * len(batches):
+                paused += pause(len(found), epochs * len(batches), tokens)
+    return found, sizes, paused
 
 
 def over_queries(collected: Sequence[Mapping[str, float]], sizes: Sequence[int]) -> dict[str, float]:
@@ -98,11 +111,11 @@ def over_queries(collected: Sequence[Mapping[str, float]], sizes: Sequence[int])
     return {name: float(np.average([metrics[name] for metrics in collected], weights=sizes)) for name in collected[0]}
 
 
-def step(run: Run[Any], batch: Batch, number: int) -> dict[str, float]:
-    """Optimiser step `number` of the run: the metrics of its batch, and its learning rate."""
+def step(run: Run[Any], batch: Batch, number: int, total: int) -> dict[str, float]:
+    """Optimiser step `number` of the run's `total`: the metrics of its batch, and its learning rate."""
     run.session.stop.check()
     options = run.config.optimizer
-    lr = options.lr * warmed_up(options, number)
+    lr = options.lr * share_of_rate(options, number, total)
     micro = micro_batches(batch, options.micro_queries)
     values = run.backend.update(micro, run.loss, lr=lr, temperature=temperature(run))
     blamed = "" if number else _options(run.config)
@@ -115,9 +128,24 @@ def temperature(run: Run[Any]) -> float:
     return sampled_at if run.algorithm.needs(run.config).old_logprobs and sampled_at else 1.0
 
 
-def warmed_up(options: Any, step: int) -> float:
-    """The share of optimizer.lr that a step gets, counted from 0: linear up to 1 over optimizer.warmup_steps."""
-    return min(1.0, (step + 1) / max(1, options.warmup_steps))
+def planned(config: Any) -> int:
+    """The optimiser steps of a whole run that samples: fewer are taken where queries are left out."""
+    batches = config.queries_per_iteration // config.optimizer.batch_queries
+    return int(config.iterations * batches * config.optimizer.epochs)
+
+
+def share_of_rate(options: Any, step: int, total: int) -> float:
+    """The share of optimizer.lr that a step gets, counted from 0: linear up to 1 over optimizer.warmup_steps, then as
+    optimizer.schedule has it: 1, or down to 0, which the step after the last would have, in a line or half a cosine
+    (arXiv:1608.03983).
+    """
+    warm = max(1, options.warmup_steps)
+    if step + 1 < warm:
+        return float((step + 1) / warm)
+    if options.schedule == "constant":
+        return 1.0
+    gone = min(1.0, (step + 1 - warm) / max(1, total - warm + 1))
+    return 1 - gone if options.schedule == "linear" else (1 + math.cos(math.pi * gone)) / 2
 
 
 def _options(config: Any) -> str:

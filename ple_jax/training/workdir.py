@@ -1,7 +1,7 @@
 """The work directory: who may write to it, which config it belongs to, and how its files are written.
 
 config.json  environment.json  metrics.jsonl  bad_records.jsonl  rollouts/  evaluations/  quarantine/  rewards.sqlite
-checkpoints/  warm_up/  adapter/  reward_model/  responses/  judgement.json  tensorboard/  serving/
+checkpoints/  best/  warm_up/  adapter/  reward_model/  responses/  judgement.json  tensorboard/  serving/
 report.html  summary.json (written last: it marks a finished run)
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from ple_jax.core import backends, commits
+from ple_jax.core import backends, commits, identity
 from ple_jax.core.config import AUTO, differing, flatten
 from ple_jax.core.errors import Damaged, UserError
 from ple_jax.core.files import plain, read_json
@@ -26,7 +26,7 @@ from ple_jax.core.secrets import redacted
 SUMMARY = "summary.json"
 _SAME = "where this is the command that began the run"
 _FILES = (
-    "rollouts", "evaluations", "checkpoints", "warm_up", "adapter", "reward_model", "responses", "metrics.jsonl",
+    "rollouts", "evaluations", "checkpoints", "best", "warm_up", "adapter", "reward_model", "responses", "metrics.jsonl",
     "summary.json", "report.html",
 )  # fmt: skip
 
@@ -149,6 +149,7 @@ def _compared(
         return None, []
     if found.get("format", 1) != FORMAT:
         found = _upgraded(found, wanted, workdir)
+    found = identity.completed(found, wanted)
     day = wanted.get("task", {}).get("date")
     if day and not found.get("task", {}).get("date"):  # of no known day
         found = {**found, "task": {**found.get("task", {}), "date": day}}

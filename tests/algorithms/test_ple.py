@@ -154,6 +154,8 @@ CASES = {
     "uniform": {"blend": "uniform"},
     "best": {"blend": "best"},
     "response_length": {"length_norm": "response", "rank_sft_weight": 1.0},
+    "kl": {"kl_weight": 0.3},
+    "kl_symmetric": {"kl_weight": 0.5, "selection": "symmetric", "rank": "dpo", "length_norm": "response"},
 }
 ORACLE_NAMES = {"rank_margin": "margin", "rank_beta": "beta", "blend_temperature": "temperature"}
 
@@ -168,7 +170,7 @@ def test_loss_and_gradient_are_those_of_the_oracle_in_all_three_libraries(name):
     rollouts = make_rollouts()
     batch = ple.batch(ple.label(rollouts, Context(config, 0, TAU)), Context(config, mean_length=MEAN))
     logprobs = token_logprobs(batch, 0)
-    assert ple.needs(config).reference == (config.ple.rank == "dpo")
+    assert ple.needs(config).reference == (config.ple.rank == "dpo" or config.ple.kl_weight > 0)
     if ple.needs(config).reference:
         batch.data["reference_logprobs"] = token_logprobs(batch, 1).astype(np.float32)
     options = {ORACLE_NAMES.get(k, k): v for k, v in CASES[name].items()}
@@ -234,7 +236,7 @@ def test_metrics():
     assert metrics["hinge_active"].tolist() == [0] * 6
 
 
-@pytest.mark.parametrize("case", ["default", "dpo", "response_length"])
+@pytest.mark.parametrize("case", ["default", "dpo", "response_length", "kl"])
 def test_rows_that_only_fill_the_shape_change_nothing(case):
     config = settings(**CASES[case])
     batch = ple.batch(ple.label(make_rollouts(), Context(config, 0, TAU)), Context(config, mean_length=MEAN))
@@ -253,6 +255,50 @@ def test_rows_that_only_fill_the_shape_change_nothing(case):
     np.testing.assert_allclose(value_filled, value, rtol=1e-6)
     np.testing.assert_allclose(gradient_filled[:6], gradient, rtol=1e-6)
     np.testing.assert_array_equal(gradient_filled[6:], 0)
+
+
+# ---------------------------------------------------------------- several principled responses
+
+
+def several() -> list[Rollout]:
+    """The best principled one is the second, the first of two equals, and a worse one than the plain one."""
+
+    def guided(n: int, score: float, first: int, sample: int) -> Response:
+        return response(n, score, "principled", first, sample)._replace(principled=True)
+
+    rows = [(0.0, 0.1, 0.9, 0.2), (0.3, 0.4, 0.4, 0.1), (0.8, -0.9, -0.5, -0.7)]
+    return [
+        Rollout(
+            f"q{i}", "x", (1,),
+            (response(2, row[0]), *(guided(3 + j, s, 20 + 10 * j, j) for j, s in enumerate(row[1:]))),
+        )
+        for i, row in enumerate(rows)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("selection", ["threshold", "symmetric"])
+def test_the_best_of_several_principled_responses_stands_for_all(selection):
+    config = settings(candidates=3, selection=selection)
+    assert [(s.kind, s.sample) for s in ple.collect(config)] == [
+        ("plain", 0), ("principled", 0), ("principled", 1), ("principled", 2),
+    ]  # fmt: skip
+    labelled, context = ple.label(several(), Context(config, 0, TAU)), Context(config, mean_length=MEAN)
+    assert [r.margin for r in labelled] == pytest.approx([0.9, 0.1, -1.3])
+    symmetric = selection == "symmetric"
+    assert [r.decision for r in labelled] == ["ranked", "blended", "ranked" if symmetric else "blended"]
+    pair = reference.blend_weights((0.3, 0.4), blend="softmax", temperature=1.0)
+    assert [r.weight for r in labelled[1].responses] == pytest.approx([pair[0], pair[1], 0.0, 0.0])
+    batch, best = ple.batch(labelled, context), [1, 0, 1]
+    # the pair is that of a run which sampled no others
+    alone = [r._replace(responses=(r.responses[0], r.responses[1 + b])) for r, b in zip(several(), best, strict=True)]
+    one = settings(selection=selection)
+    expected = ple.batch(ple.label(alone, Context(one, 0, TAU)), Context(one, mean_length=MEAN))
+    for ours, theirs in zip(batch[:4], expected[:4], strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    for name, value in expected.data.items():
+        np.testing.assert_array_equal(batch.data[name], value)
+    assert [len(ple.learned(r, config)) for r in several()] == [2, 2, 2]
+    assert [ple.learned(r, config)[1].sample for r in several()] == best
 
 
 # ---------------------------------------------------------------- percentile

@@ -76,13 +76,15 @@ def test_what_is_kept(data, trained, capsys):
 
 def test_another_training_is_another_policy(data, trained, tmp_path):
     """The same directory and iteration, but other weights: what is there is not taken for theirs."""
-    c = settings(data, **SECOND)
+    newest = {"checkpoint__use": "newest"}
+    c = settings(data, **SECOND, **newest)
     shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("responses"))
     assert modes.generate(c, tmp_path / "run", "torch") == 0
-    for name in ("checkpoints", "rollouts", "evaluations", "adapter", "metrics.jsonl", "summary.json", "report.html"):
+    folders = ("checkpoints", "best", "rollouts", "evaluations", "adapter")
+    for name in (*folders, "metrics.jsonl", "summary.json", "report.html"):
         path = tmp_path / "run" / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    other = settings(data, **SECOND, optimizer__lr=0.05)
+    other = settings(data, **SECOND, **newest, optimizer__lr=0.05)
     with pytest.raises(UserError, match="belongs to another config, differing in optimizer.lr"):
         modes.train(other, tmp_path / "run", "torch")
     (tmp_path / "run" / "config.json").unlink()

@@ -56,9 +56,11 @@ def test_every_method_has_the_same_budget(out, name):
     # the test asks the same run, and differs in what it asks for alone
     test = parsed(compare_quickstart.training(settings(out), name, "1e-3", "1", test=True).arguments)
     assert (test.mode, test.workdir, test.backend) == ("generate", asked.workdir, asked.backend)
-    assert {k: v for k, v in test.config.to_dict().items() if k != "generate"} == {
-        k: v for k, v in config.to_dict().items() if k != "generate"
+    own = ("generate", "checkpoint")
+    assert {k: v for k, v in test.config.to_dict().items() if k not in own} == {
+        k: v for k, v in config.to_dict().items() if k not in own
     }
+    assert test.config.checkpoint.use == "newest"  # of all methods the end of one budget
     assert (test.config.generate.data, test.config.generate.samples) == ("quickstart_test", 4)
     assert (test.config.generate.policy, test.config.generate.second_reward) == ("trained", "bag_of_words")
 

@@ -133,7 +133,7 @@ def responses(workdir: Path) -> dict[str, list]:
 @pytest.mark.slow
 def test_a_greedy_run_is_the_one_in_process(vllm, tmp_path):
     """The same tokens, hence the same weights to the last bit: every iteration samples from the adapter of that moment."""
-    greedy = {"iterations": 2, "sampling.temperature": 0.0, "ple.tau_0": 0.0}
+    greedy = {"iterations": 2, "sampling.temperature": 0.0, "ple.tau_0": 0.0, "checkpoint.use": "newest"}
     ours = train(tmp_path / "process", **greedy)
     server = vllm(policy(FrozenConfigDict(tiny_config.get_config())))
     theirs = train(tmp_path / "server", **greedy, **{"sampling.server": server.url})

@@ -41,6 +41,7 @@ def summary(workdir: Path) -> dict:
 def config(**changes) -> FrozenConfigDict:
     """configs/tiny.py, which `run` runs, with dotted keys changed; a double underscore stands for the dot."""
     c = tiny_config.get_config()
+    c.checkpoint.use = "newest"
     c.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
     return FrozenConfigDict(c)
 

@@ -67,7 +67,8 @@ def records(tmp_path_factory) -> dict[str, str]:
 
 def config(algorithm: str, records: dict[str, str], **options) -> FrozenConfigDict:
     cut = {"task__max_answer_tokens": 8}
-    c = configured(algorithm, **{"trainer": "trl", "iterations": 2, **cut, **records, **options})
+    whole = {"trainer": "trl", "iterations": 2, "checkpoint__use": "newest"}  # the adapter is of all steps
+    c = configured(algorithm, **{**whole, **cut, **records, **options})
     validate(c)
     return FrozenConfigDict(c)
 
@@ -374,7 +375,7 @@ def test_a_run_that_was_stopped_goes_on(algorithm, options, records, start, tmp_
 def test_killed_and_continued_by_the_command(records, tmp_path, monkeypatch):
     """`kill -9`, where neither JAX nor a warning is wanted; the work directory is that of our own loop."""
     flags = [f"--config.{key.replace('__', '.')}={value}" for key, value in records.items()]
-    flags += ["--config.algorithm=grpo", "--config.trainer=trl", "--config.iterations=2"]
+    flags += ["--config.algorithm=grpo", "--config.trainer=trl", "--config.iterations=2", "--config.checkpoint.use=newest"]
     monkeypatch.setattr(test_torch_run.test_resume, "command", functools.partial(command, flags))
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     result = test_torch_run.run(whole)
@@ -386,7 +387,7 @@ def test_killed_and_continued_by_the_command(records, tmp_path, monkeypatch):
     assert result.returncode == 0, result.stderr
     assert outcome(cut) == outcome(whole) and curve(cut) == curve(whole)
     own = {
-        "adapter", "checkpoints", "config.json", "environment.json", "evaluations", "metrics.jsonl", "report.html",
+        "adapter", "best", "checkpoints", "config.json", "environment.json", "evaluations", "metrics.jsonl", "report.html",
         "rewards.sqlite", "rollouts", "summary.json", "tensorboard", ".lock",
     }  # fmt: skip
     assert {p.name for p in whole.iterdir()} == own

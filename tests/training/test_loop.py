@@ -251,11 +251,12 @@ def test_a_gain_is_of_the_queries_that_have_a_reward_before_and_after(tmp_path):
     def rewarded(**values: float) -> list[Rollout]:
         return [Rollout(i, "a", (1,), (Response((1,), True, reward=value),)) for i, value in values.items()]
 
-    write(tmp_path / "iter_0000.jsonl", rewarded(a=1.0, b=2.0, c=float("nan"), d=4.0))
-    write(tmp_path / "iter_0002.jsonl", rewarded(d=5.0, b=7.0, c=1.0))
+    folder = tmp_path / "evaluations"
+    write(folder / "iter_0000.jsonl", rewarded(a=1.0, b=2.0, c=float("nan"), d=4.0))
+    write(folder / "iter_0002.jsonl", rewarded(d=5.0, b=7.0, c=1.0))
     before, after = measures.before_and_after(tmp_path, 2)
     assert (before.tolist(), after.tolist()) == ([2.0, 4.0], [7.0, 5.0])
-    write(tmp_path / "iter_0002.jsonl", rewarded(c=1.0))
+    write(folder / "iter_0002.jsonl", rewarded(c=1.0))
     assert [len(x) for x in measures.before_and_after(tmp_path, 2)] == [0, 0]
 
 

@@ -20,7 +20,8 @@ NEVER = ("ple_jax.training.journal:Journal.keep", 0, "before")
 
 
 def command(workdir: Path, *extra: str) -> list[str]:
-    return ["--config", str(ROOT / "configs" / "tiny.py"), "--workdir", str(workdir), *extra]
+    newest = "--config.checkpoint.use=newest"  # the adapter is of all steps
+    return ["--config", str(ROOT / "configs" / "tiny.py"), "--workdir", str(workdir), newest, *extra]
 
 
 def run(workdir: Path, *extra: str, at: tuple[str, int, str] = NEVER) -> subprocess.CompletedProcess[str]:
@@ -131,7 +132,7 @@ def test_one_writer(tmp_path):
 
 def test_the_work_directory_is_as_documented(uninterrupted):
     expected = {
-        "adapter", "checkpoints", "config.json", "environment.json", "evaluations", "metrics.jsonl", "report.html",
+        "adapter", "best", "checkpoints", "config.json", "environment.json", "evaluations", "metrics.jsonl", "report.html",
         "rewards.sqlite", "rollouts", "summary.json", "tensorboard", ".lock",
     }  # fmt: skip
     assert {p.name for p in uninterrupted.iterdir()} == expected

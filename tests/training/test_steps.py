@@ -25,6 +25,22 @@ TRUE_KL = float((POLICY * np.log(POLICY / REFERENCE)).sum())
 TRUE_ENTROPY = float(-(POLICY * np.log(POLICY)).sum())
 
 
+@pytest.mark.parametrize(
+    ("schedule", "shares"),
+    [
+        ("constant", [1 / 3, 2 / 3, 1, 1, 1, 1, 1]),
+        ("linear", [1 / 3, 2 / 3, 1, 0.8, 0.6, 0.4, 0.2]),
+        ("cosine", [1 / 3, 2 / 3, 1, *((1 + math.cos(math.pi * i / 5)) / 2 for i in range(1, 5))]),
+    ],
+)
+def test_the_rate_warms_up_and_falls(schedule, shares):
+    options = SimpleNamespace(warmup_steps=3, schedule=schedule)
+    assert [steps.share_of_rate(options, i, 7) for i in range(7)] == pytest.approx(shares)
+    assert steps.share_of_rate(options, 7, 7) == pytest.approx(float(schedule == "constant"))  # the step after the last
+    assert steps.share_of_rate(SimpleNamespace(warmup_steps=0, schedule="linear"), 0, 4) == 1
+    assert steps.planned(config("ple", iterations=3, queries_per_iteration=8, optimizer__epochs=2)) == 3 * 2 * 2
+
+
 class Table:
     """A backend whose policy and reference say one token each time, with these probabilities."""
 

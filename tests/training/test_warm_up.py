@@ -89,6 +89,7 @@ def test_iterations_inherit_the_adapter_alone(records, tmp_path, monkeypatch):
     c = settings(records, iterations=2, ple__blend_weight=0.0, ple__rank_weight=0.0, optimizer__weight_decay=0.0)
     assert modes.train(c, tmp_path / "run", "torch") == 0
     lines = curve(tmp_path / "run")
-    assert [line["heldout_kl"] for line in lines] == [0, 0, 0] and lines[1]["grad_norm"] == 0
+    # what a token was drawn with is the sampler's, and the reference the trainer's
+    assert [line["heldout_kl"] for line in lines] == pytest.approx([0, 0, 0], abs=1e-9) and lines[1]["grad_norm"] == 0
     checkpoints = [Path(tmp_path / "run" / "checkpoints" / str(i)) for i in (1, 2)]
     assert all(path.exists() for path in checkpoints)

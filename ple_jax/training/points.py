@@ -1,0 +1,252 @@
+"""Evaluations as points, reward against KL: the best under every budget is kept, and a run that has spent them stops.
+
+Every method gains reward by moving away from where it began (arXiv:2210.10760), so a reward alone says half of what an
+evaluation found. KL is KL(policy, start) in nats per response, of all plain held-out responses.
+"""
+
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float64
+
+from ple_jax import rewards
+from ple_jax.core import commits
+from ple_jax.core.batches import pack
+from ple_jax.core.errors import UserError
+from ple_jax.core.types import Reward, Rollout
+from ple_jax.formulas import intervals, texts
+from ple_jax.training.run import Run, Session
+from ple_jax.training.state import BEST, CHECKPOINTS, State, commit_best, newest
+from ple_jax.training.steps import sampler_logprobs
+
+_ANY = "any"  # the folder of the best there is, where there is no budget
+
+
+class Point(NamedTuple):
+    """An evaluation: where it was made, and the means of its held-out queries under the plain prompt."""
+
+    iteration: int  # finished ones
+    step: int  # optimiser steps taken
+    within: bool  # whether in the middle of the iteration after these
+    reward: float
+    second: float | None  # of a reward that training never sees, where there is one
+    kl: float  # nats per response, and its 95% interval
+    kl_low: float
+    kl_high: float
+    kl_token: float  # nats per token
+    length: float  # tokens of a response
+    truncated: float  # share of the responses
+    distinct_2: float
+    repetition: float
+    generated_tokens: int  # of training, so far
+    training_tokens: int
+    seconds: float  # of training, so far
+
+    @property
+    def where(self) -> str:
+        return f"step {self.step}" if self.within else f"iteration {self.iteration}"
+
+
+# ---------------------------------------------------------------- measured
+
+
+def divergences(run: Run[Any], rollouts: Sequence[Rollout], *, moved: bool = True) -> Float64[np.ndarray, "query k"]:
+    """KL(policy, reference) of every plain response: the sum over its tokens of r - 1 - log r, r = reference / policy, nats.
+
+    What each token's estimate is of is unbiased, given what came before it, and so is the sum (Schulman, "Approximating KL
+    divergence", 2020). The policy's log-probabilities are those that the tokens were drawn with.
+
+    Args:
+        rollouts: of the policy as it is now, as many responses each.
+        moved: whether it may differ from the reference; else nothing is computed.
+    """
+    config = run.config
+    picks = [[i for i, response in enumerate(rollout.responses) if response.own] for rollout in rollouts]
+    found = np.zeros((len(rollouts), len(picks[0])))
+    size, heat = config.eval.diagnostic_queries, config.sampling.temperature or 1.0
+    shape = {"prompt_multiple": config.sampling.bucket, "response_len": config.sampling.max_new_tokens}
+    run.session.progress.phase("kl", len(rollouts))
+    for start in range(0, len(rollouts) if moved else 0, size):
+        run.session.stop.check()
+        some, own = rollouts[start : start + size], picks[start : start + size]
+        batch = pack(some, own, **shape)
+        policy = sampler_logprobs(some, np.array(own), batch)
+        if np.isnan(policy[batch.response_mask]).any():  # a server may say nothing
+            policy = run.backend.logprobs(batch, temperature=heat).logprobs
+        reference = run.backend.logprobs(batch, reference=True, temperature=heat).logprobs
+        log_ratio = np.where(batch.response_mask, reference - policy, 0.0).astype(np.float64)
+        found[start : start + size] = (np.expm1(log_ratio) - log_ratio).sum(-1)
+        run.session.progress.advance(len(some))
+    return found
+
+
+def described(run: Run[Any], rollouts: Sequence[Rollout], kl: Float64[np.ndarray, "query k"]) -> dict[str, float]:
+    """What an evaluation says beside its reward, as metrics.jsonl has it."""
+    said = [[r for r in rollout.responses if not r.principled] for rollout in rollouts]
+    tokens = [r.tokens for some in said for r in some]
+    low, high = intervals.bootstrap_ci(kl.mean(1), seed=run.config.seed)
+    return {
+        "heldout_kl_response": float(kl.mean()),
+        "heldout_kl_response_low": low,
+        "heldout_kl_response_high": high,
+        "heldout_kl": float(kl.sum() / sum(map(len, tokens))),
+        "heldout_length": float(np.mean([len(t) for t in tokens])),
+        "heldout_truncated": float(np.mean([not r.finished for some in said for r in some])),
+        "heldout_distinct_2": texts.distinct_n(tokens, 2),
+        "heldout_repetition": texts.repetition([r.text for some in said for r in some]),
+        **({} if run.second is None else {"heldout_second": _mean_second(run, run.second, rollouts)}),
+    }
+
+
+def _mean_second(run: Run[Any], second: Reward, rollouts: Sequence[Rollout]) -> float:
+    """Mean over queries of the finite values that it gives their plain responses."""
+    said = [[r.text for r in rollout.responses if not r.principled] for rollout in rollouts]
+    asked = [rollout.prompt for rollout, some in zip(rollouts, said, strict=True) for _ in some]
+    answered = [text for some in said for text in some]
+    values = rewards.score(second, asked, answered, cache=run.session.cache).values
+    return texts.mean([texts.mean(some) for some in np.split(values, np.cumsum([len(some) for some in said])[:-1])])
+
+
+def point(state: State, values: Mapping[str, float], *, within: bool = False) -> Point:
+    """The evaluation that `values` has the metrics of."""
+    of = {"kl": "kl_response", "kl_low": "kl_response_low", "kl_high": "kl_response_high", "kl_token": "kl"}
+    same = ("reward", "length", "truncated", "distinct_2", "repetition")
+    totals = state.costs.totals()
+    return Point(
+        state.iteration,
+        state.step,
+        within,
+        second=values.get("heldout_second"),
+        **{name: values[f"heldout_{name}"] for name in same},
+        **{name: values[f"heldout_{key}"] for name, key in of.items()},
+        generated_tokens=int(totals["total_generated_tokens"]),
+        training_tokens=int(totals["total_training_tokens"]),
+        seconds=totals["total_seconds"],
+    )
+
+
+def place(state: State) -> str:
+    """Where the state stands, in a word or two."""
+    last = newest_of(state)
+    return f"iteration {state.iteration}" if last is None else last.where
+
+
+def newest_of(state: State) -> Point | None:
+    """The evaluation of exactly these weights, if there was one."""
+    return next((point for point in reversed(of(state)) if point.step == state.step), None)
+
+
+def step_within(state: State) -> int | None:
+    """The optimiser steps taken, where the state's weights are of the middle of an iteration and were evaluated."""
+    last = newest_of(state)
+    return state.step if last is not None and last.within else None
+
+
+def of(state: State) -> list[Point]:
+    """The points of a run so far."""
+    return [Point(**kept) for kept in state.points]
+
+
+# ---------------------------------------------------------------- the best
+
+
+def budgets(config: Any) -> dict[str, float]:
+    """Folder -> nats per response, ascending: the best is kept under each; one without a limit where no budget is named."""
+    if config.eval.best == "none":
+        return {}
+    return {f"kl_{budget:g}": float(budget) for budget in sorted(config.eval.max_kl)} or {_ANY: math.inf}
+
+
+def best(points: Sequence[Point], by: str, budget: float) -> Point | None:
+    """The one with the highest `by`, "reward" or "second", of those within the budget; of equal ones the first."""
+    fit = [p for p in points if p.kl <= budget and not math.isnan(_value(p, by))]
+    return max(fit, key=lambda p: _value(p, by), default=None)
+
+
+def _value(point: Point, by: str) -> float:
+    value = getattr(point, by)
+    return math.nan if value is None else value
+
+
+def noted(run: Run[Any], state: State, new: Point) -> State:
+    """The state with another point; its checkpoint is kept where it is the best now."""
+    state = state._replace(points=(*state.points, new._asdict()))
+    points = of(state)
+    for name, budget in budgets(run.config).items():
+        kept = commits.steps(run.session.workdir / BEST / name)  # by a process that was killed after it
+        if best(points, run.config.eval.best, budget) == new and kept != [state.step]:
+            state = commit_best(state, run.backend, run.session, name)
+    return state
+
+
+def forget_later(session: Session, state: State | None) -> None:
+    """Removes what was best in steps that are not taken yet, by a process that was killed before it committed them."""
+    folder = session.workdir / BEST
+    if state is None:
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    for kept in folder.glob("*"):
+        for step in commits.steps(kept):
+            if step > state.step:
+                shutil.rmtree(kept / str(step))
+
+
+def taken(run: Run[Any]) -> State:
+    """Where the checkpoint stands that config.checkpoint.use asks for, which the backend takes up.
+
+    Raises:
+        UserError: there is none.
+    """
+    use, workdir = run.config.checkpoint.use, run.session.workdir
+    kept = list(budgets(run.config))
+    folder = workdir / CHECKPOINTS
+    if use == "best" and kept and commits.steps(workdir / BEST / kept[-1]):
+        folder = workdir / BEST / kept[-1]
+    elif use not in ("best", "newest"):
+        folder = workdir / BEST / use
+        if not commits.steps(folder):
+            there = [path.name for path in sorted((workdir / BEST).glob("*")) if commits.steps(path)]
+            raise UserError(
+                f"config.checkpoint.use is {use!r}, and {workdir} has {', '.join(['best', 'newest', *there])}: no evaluation"
+                " was within that budget"
+            )
+    if (state := newest(run.backend, folder)) is None:
+        raise UserError(f"{folder} holds no checkpoint yet; train first: --mode=train")
+    return state
+
+
+def told(config: Any, state: State) -> str:
+    """Which checkpoint `taken` has found."""
+    if config.checkpoint.use == "newest" or (last := newest_of(state)) is None:
+        return f"iteration {state.iteration}"
+    return f"{last.where}, the best evaluated: reward {last.reward:.3f}, {last.kl:.3g} nats a response from the start"
+
+
+# ---------------------------------------------------------------- the end
+
+
+def ended(config: Any, state: State) -> bool:
+    """Whether there is nothing left to train."""
+    return state.iteration >= config.iterations or bool(stopped(config, state))
+
+
+def stopped(config: Any, state: State) -> str:
+    """Why training ends before config.iterations; nothing where it does not."""
+    points = of(state)
+    if not points or state.iteration >= config.iterations:
+        return ""
+    last, limits = points[-1], budgets(config)
+    if config.eval.max_kl and last.kl > max(config.eval.max_kl):
+        return (
+            f"its budget is spent: {last.kl:.3g} nats a response from the start at {last.where}, of"
+            f" {max(config.eval.max_kl):g}"
+        )
+    if config.eval.patience and limits:
+        top = best(points, config.eval.best, max(limits.values()))
+        since = len(points) - 1 - (points.index(top) if top else 0)
+        if since >= config.eval.patience:
+            return f"no evaluation was better than that of {points[-1 - since].where} for {since}"
+    return ""

@@ -1,0 +1,249 @@
+"""Evaluations as points: their KL, which is the best under a budget, when a run stops, and who takes the best."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ml_collections import FrozenConfigDict
+
+from configs import tiny as tiny_config
+from ple_jax import modes
+from ple_jax.core import commits
+from ple_jax.core.batches import pack
+from ple_jax.core.config import validate
+from ple_jax.core.errors import UserError
+from ple_jax.models import peft
+from ple_jax.training import points
+from ple_jax.training.journal import read
+from ple_jax.training.points import Point
+from ple_jax.training.state import State
+
+
+def config_of(**overrides):
+    config = tiny_config.get_config()
+    config.update_from_flattened_dict({"sinks": (), "generate.samples": 1, **overrides})
+    validate(config)
+    return FrozenConfigDict(config)
+
+
+def train(workdir: Path, backend: str = "torch", **overrides) -> dict:
+    assert modes.train(config_of(**overrides), workdir, backend) == 0
+    return json.loads((workdir / "summary.json").read_text())
+
+
+def lines(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def at(iteration: int, reward: float, kl: float, second: float | None = None) -> Point:
+    return Point(iteration, 2 * iteration, False, reward, second, kl, kl, kl, kl / 8, 8.0, 0.0, 1.0, 0.0, 1, 1, 1.0)
+
+
+def state_of(*found: Point) -> State:
+    return State(iteration=found[-1].iteration, step=found[-1].step, points=tuple(p._asdict() for p in found))
+
+
+# ---------------------------------------------------------------- rules
+
+
+def test_the_best_is_the_highest_within_the_budget():
+    found = [at(0, 0.0, 0.0, 0.5), at(1, 0.4, 2.0, 0.9), at(2, 0.4, 3.0, 0.1), at(3, 0.7, 9.0), at(4, math.nan, 1.0)]
+    assert points.best(found, "reward", math.inf).iteration == 3
+    assert points.best(found, "reward", 9.0).iteration == 3  # a budget may be spent whole
+    assert points.best(found, "reward", 8.0).iteration == 1  # of equal ones the first
+    assert points.best(found, "reward", 1.5).iteration == 0
+    assert points.best(found, "second", math.inf).iteration == 1  # one without a second reward is none
+    assert points.best(found[3:], "reward", 1.0) is None
+
+
+def test_a_folder_for_every_budget():
+    assert points.budgets(config_of()) == {"any": math.inf}
+    assert points.budgets(config_of(**{"eval.max_kl": (8, 2.5)})) == {"kl_2.5": 2.5, "kl_8": 8.0}
+    assert points.budgets(config_of(**{"eval.best": "none"})) == {}
+
+
+def test_a_run_stops_where_its_largest_budget_is_spent():
+    config = config_of(**{"eval.max_kl": (2, 4)})
+    assert not points.stopped(config, state_of(at(0, 0.0, 0.0), at(1, 1.0, 4.0)))
+    why = points.stopped(config, state_of(at(0, 0.0, 0.0), at(1, 1.0, 4.1)))
+    assert why == "its budget is spent: 4.1 nats a response from the start at iteration 1, of 4"
+    assert not points.stopped(config, state_of(at(0, 0.0, 0.0), at(3, 1.0, 9.0)))  # it has ended by itself
+    assert points.ended(config, state_of(at(3, 1.0, 9.0)))
+
+
+def test_a_run_stops_where_nothing_gets_better():
+    config, found = config_of(**{"eval.patience": 2, "iterations": 9}), [at(0, 0.0, 0.0), at(1, 0.5, 1.0), at(2, 0.4, 1.0)]
+    assert not points.stopped(config, state_of(*found))
+    why = points.stopped(config, state_of(*found, at(3, 0.5, 1.0)))
+    assert why == "no evaluation was better than that of iteration 1 for 2"
+    assert not points.stopped(config, state_of(*found, at(3, 0.6, 1.0)))
+    # what is out of budget is not better
+    both = config_of(**{"eval.patience": 2, "iterations": 9, "eval.max_kl": (10,)})
+    assert not points.stopped(both, state_of(*found))
+    assert points.stopped(both, state_of(*found, at(3, 0.5, 1.0)))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        ({"eval.max_kl": (4,), "eval.best": "none"}, r"max_kl is \(4,\), and config.eval.best 'none' keeps no best"),
+        ({"eval.patience": 3, "eval.best": "none"}, "config.eval.patience is 3, and config.eval.best 'none'"),
+        ({"eval.best": "second"}, "config.eval.second_reward names none"),
+        ({"eval.max_kl": (0,)}, "config.eval.max_kl is"),
+        ({"checkpoint.use": "kl_4"}, "keeps no such: choose best, newest$"),
+        ({"checkpoint.use": "kl_4", "eval.max_kl": (4.5, 2)}, "choose best, newest, kl_4.5, kl_2$"),
+        ({"checkpoint.use": "last"}, "config.checkpoint.use is 'last' but must be best, newest, or kl_"),
+        ({"eval.second_kwargs": {"a": 1}}, "not read without config.eval.second_reward"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(overrides, says):
+    with pytest.raises(UserError, match=says):
+        config_of(**overrides)
+
+
+def test_what_a_killed_process_kept_of_later_steps_is_forgotten(tmp_path):
+    class Session:
+        workdir = tmp_path
+
+    for name, step in (("kl_2", 4), ("kl_8", 6)):
+        (tmp_path / "best" / name / str(step)).mkdir(parents=True)
+    points.forget_later(Session, State(step=4))
+    assert {name: commits.steps(tmp_path / "best" / name) for name in ("kl_2", "kl_8")} == {"kl_2": [4], "kl_8": []}
+    points.forget_later(Session, None)  # a run from the start has no best yet
+    assert not (tmp_path / "best").exists()
+
+
+# ---------------------------------------------------------------- a run
+
+
+SECOND = {"eval.second_reward": "length"}
+
+
+@pytest.fixture(scope="module")
+def budgeted(tmp_path_factory):
+    """A run that is soon out of one budget and never of the other."""
+    workdir = tmp_path_factory.mktemp("budgeted")
+    return workdir, train(workdir, **{"eval.max_kl": (0.05, 1e3), **SECOND})
+
+
+def test_every_evaluation_is_a_point_with_the_kl_of_all_its_responses(budgeted):
+    workdir, summary = budgeted
+    found = lines(workdir)
+    assert found[0]["heldout_kl_response"] == 0
+    for line in found[1:]:
+        assert line["heldout_kl_response_low"] < line["heldout_kl_response"] < line["heldout_kl_response_high"]
+        rollouts = read(workdir / "evaluations" / f"iter_{line['iteration']:04d}.jsonl")
+        said = [r for rollout in rollouts for r in rollout.responses]
+        tokens = [len(r.tokens) for r in said]
+        assert line["heldout_kl"] == pytest.approx(line["heldout_kl_response"] * len(said) / sum(tokens))
+        assert line["heldout_truncated"] == np.mean([not r.finished for r in said])
+        assert line["heldout_length"] == np.mean(tokens)
+        assert line["heldout_second"] != line["heldout_reward"]
+    assert summary["iterations"] == 3 and summary["stopped"] is None
+
+
+def test_kl_is_what_it_is_said_to_be(budgeted):
+    """To the base, where the adapter began as nothing, of the trainer's log-probabilities, in float64."""
+    workdir, _ = budgeted
+    config = config_of(**{"eval.max_kl": (0.05, 1e3), "checkpoint.use": "newest", **SECOND})
+    with modes.on_run(config, workdir, "torch") as (run, state):
+        rollouts = read(workdir / "evaluations" / f"iter_{state.iteration:04d}.jsonl")
+        ours = points.divergences(run, rollouts)
+        batch = pack(rollouts, [[0]] * len(rollouts), prompt_multiple=16, response_len=8)
+        policy, base = (run.backend.logprobs(batch, base=base).logprobs.astype(np.float64) for base in (False, True))
+        ratio = np.where(batch.response_mask, np.exp(base - policy), 1.0)
+        theirs = (ratio - 1 - np.log(ratio)).sum(-1)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-5)
+    assert lines(workdir)[-1]["heldout_kl_response"] == pytest.approx(ours.mean())
+
+
+def test_the_best_under_each_budget_is_kept_and_taken(budgeted, capsys):
+    workdir, summary = budgeted
+    found, best = lines(workdir), summary["best"]
+    assert list(best) == ["kl_0.05", "kl_1000"] and best["kl_0.05"]["iteration"] == 0  # nothing else was so near
+    top = max(found, key=lambda line: line["heldout_reward"])
+    assert best["kl_1000"]["iteration"] == top["iteration"] and best["kl_1000"]["reward"] == top["heldout_reward"]
+    assert best["kl_1000"]["kl"] == top["heldout_kl_response"] and best["kl_1000"]["second"] == top["heldout_second"]
+    shared = {"eval.max_kl": (0.05, 1e3), **SECOND}
+    adapters = {}
+    for use in ("best", "newest", "kl_0.05", "kl_1000"):
+        assert modes.export(config_of(**shared, **{"checkpoint.use": use}), workdir, "torch") == 0
+        adapters[use] = peft.read(workdir / "adapter")[0]
+    said = capsys.readouterr().out
+    assert f"adapter of iteration {top['iteration']}, the best evaluated: reward {top['heldout_reward']:.3f}" in said
+    assert "adapter of iteration 3: " in said and "adapter of iteration 0, the best evaluated" in said
+
+    def same(a, b):
+        return all((adapters[a][name] == adapters[b][name]).all() for name in adapters[a])
+
+    assert same("best", "kl_1000") and not same("best", "kl_0.05")
+    assert same("best", "newest") == (top["iteration"] == 3)
+    assert modes.evaluate(config_of(**shared), workdir, "torch") == 0
+    assert f"held-out reward {top['heldout_reward']:.4f}" in capsys.readouterr().out
+    assert modes.generate(config_of(**shared), workdir, "torch") == 0
+    assert (workdir / "responses" / "trained" / f"iter_{top['iteration']:04d}.scores.jsonl").exists()
+    settings = json.loads((workdir / "responses" / "trained" / f"iter_{top['iteration']:04d}.json").read_text())
+    assert settings["second_reward"] == "length"  # of the evaluations, where generate names none
+
+
+def test_a_spent_budget_ends_the_run_and_so_does_the_same_command(tmp_path, capsys):
+    overrides = {"eval.max_kl": (1e-6,), "optimizer.lr": 0.1}
+    summary = train(tmp_path, **overrides)
+    assert summary["iterations"] == 1 and summary["stopped"].startswith("its budget is spent: ")
+    assert summary["best"]["kl_1e-06"]["iteration"] == 0 and summary["best"]["kl_1e-06"]["gain_ci95"] == [0, 0]
+    said = capsys.readouterr().out
+    assert "stopped after 1 of 3 iterations: its budget is spent" in said
+    assert "of iteration 0, the best evaluated: reward" in said
+    zero = peft.read(tmp_path / "adapter")[0]
+    assert not any(tensor.any() for name, tensor in zero.items() if "lora_B" in name)  # that of the start
+    assert "Stopped after 1 iterations" in (tmp_path / "report.html").read_text()
+    train(tmp_path, **overrides)
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_several_points_an_iteration_change_nothing_of_the_training(tmp_path):
+    """One after each of two steps; they are of other weights than those at the end, and may be the best."""
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    train(whole, iterations=2)
+    summary = train(parted, iterations=2, **{"eval.points": 2, "checkpoint.use": "newest"})
+    assert [{k: v for k, v in line.items() if "second" not in k} for line in lines(whole)] == [
+        {k: v for k, v in line.items() if "second" not in k} for line in lines(parted)
+    ]
+    within = sorted((parted / "evaluations").glob("step_*/iter_*.jsonl"))
+    assert [str(path.relative_to(parted / "evaluations")) for path in within] == [
+        "step_000001/iter_0000.jsonl", "step_000003/iter_0001.jsonl",
+    ]  # fmt: skip
+    ends = [parted / "evaluations" / f"iter_{i:04d}.jsonl" for i in range(3)]
+    texts = [[r.text for rollout in read(path) for r in rollout.responses if r.own] for path in (*ends, *within)]
+    assert len({tuple(some) for some in texts}) == 5
+    config = config_of(iterations=2, **{"eval.points": 2, "checkpoint.use": "newest"})
+    with modes.on_run(config, parted, "torch") as (_, state):
+        found = points.of(state)
+    assert [(p.iteration, p.step, p.within) for p in found] == [
+        (0, 0, False), (0, 1, True), (1, 2, False), (1, 3, True),
+    ]  # fmt: skip  # that of the end is not committed any more
+    assert 0 < found[1].training_tokens < found[2].training_tokens < found[3].training_tokens
+    assert found[1].generated_tokens == found[2].generated_tokens
+    assert summary["evaluation_tokens"] > json.loads((whole / "summary.json").read_text())["evaluation_tokens"]
+
+
+def test_one_evaluated_in_the_middle_of_an_iteration_is_taken(tmp_path, capsys, monkeypatch):
+    """The reward says that it is the best."""
+    overrides = {"iterations": 1, "eval.points": 2}
+    monkeypatch.setattr(points, "best", lambda found, by, budget: found[1] if len(found) > 1 else found[0])
+    summary = train(tmp_path, **overrides)
+    assert summary["best"]["any"]["step"] == 1 and summary["best"]["any"]["within"]
+    assert "adapter, of step 1, the best evaluated" in capsys.readouterr().out
+    assert modes.evaluate(config_of(**overrides), tmp_path, "torch") == 0
+    assert "step 1: held-out reward" in capsys.readouterr().out
+    assert modes.generate(config_of(**overrides), tmp_path, "torch") == 0
+    assert (tmp_path / "responses" / "trained_step_1" / "iter_0000.scores.jsonl").exists()
+    assert "best evaluation, step 1" in " ".join((tmp_path / "report.html").read_text().split())
+
+
+def test_without_a_best_the_newest_is_taken(tmp_path, capsys):
+    summary = train(tmp_path, iterations=1, **{"eval.best": "none"})
+    assert summary["best"] == {} and not (tmp_path / "best").exists()
+    assert "adapter, of iteration 1\n" in capsys.readouterr().out

@@ -247,3 +247,20 @@ def test_without_a_best_the_newest_is_taken(tmp_path, capsys):
     summary = train(tmp_path, iterations=1, **{"eval.best": "none"})
     assert summary["best"] == {} and not (tmp_path / "best").exists()
     assert "adapter, of iteration 1\n" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- rewards less a penalty
+
+
+def test_a_reward_is_penalised_by_the_token_before_its_transform(tmp_path):
+    """Rewards stay as they were given; scores, by which pairs are decided, do not."""
+    config = config_of(iterations=1, **{"reward.length_penalty": 0.05, "reward.transform": "sigmoid"})
+    assert modes.train(config, tmp_path, "torch") == 0
+    found = [r for rollout in read(tmp_path / "rollouts" / "iter_0000.jsonl") for r in rollout.responses]
+    assert len({len(r.tokens) for r in found}) > 1
+    for r in found:
+        assert r.score == pytest.approx(1 / (1 + math.exp(-(r.reward - 0.05 * len(r.tokens)))))
+    line = lines(tmp_path)[1]
+    plain = [r for r in found if r.own]
+    assert line["reward_plain"] == pytest.approx(np.mean([r.reward for r in plain]))
+    assert line["score_plain"] == pytest.approx(np.mean([r.score for r in plain]))

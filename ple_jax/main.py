@@ -75,9 +75,9 @@ Modes
   compare    compare the responses of --runs: tables, tests, win rates, one page in DIR (or runs/comparison); needs no
              --config
   plan       print what train would do (parameters, shapes, steps, prompts as the model sees them), and train nothing
-  export     write the newest adapter of DIR in PEFT's layout with a model card; --config.export.merged=True: the merged
+  export     write the best adapter of DIR in PEFT's layout with a model card; --config.export.merged=True: the merged
              model too; --config.export.push=USER/NAME: to a hub
-  chat       talk to the newest adapter of DIR, its base, or both; principles on or off
+  chat       talk to the best adapter of DIR, its base, or both; principles on or off
   init       copy CONFIG into DIR, as a file of your own to change
 
 `python -m ple_jax.main` is the same command as `ple_jax`.

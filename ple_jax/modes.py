@@ -31,7 +31,7 @@ from ple_jax.planning.fit import fitted
 from ple_jax.reports import comparison_files, run_page
 from ple_jax.serving import commands
 from ple_jax.training import loop, measures, offline, points
-from ple_jax.training.opening import check_length, open_run, read_inputs
+from ple_jax.training.opening import check_length, open_run, read_inputs, second_reward
 from ple_jax.training.run import Run
 from ple_jax.training.sampling import sampling_of
 from ple_jax.training.state import State
@@ -165,7 +165,7 @@ def generate(config: Any, workdir: Path, backend: str, accept: Sequence[str] = (
     """
     _check_samples(config, "generate")
     trained = config.generate.policy == "trained"
-    queries, second = responses.evaluation_set(config), responses.second_reward(config, backend)
+    queries, second = responses.evaluation_set(config), second_reward(config, backend, "generate")
     if any(query.completion for query in queries.queries):
         describe.check_installed()
     with on_run(config, workdir, backend, accept, trained=trained) as (run, state):

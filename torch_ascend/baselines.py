@@ -135,7 +135,7 @@ class Trl:
             decaying(self.parameters, options.weight_decay), lr=options.lr, betas=(0.9, 0.999), eps=1e-8
         )
         done = state.step
-        total = steps.planned(run.config)
+        total = steps.planned(run.config, run.config.iterations)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: steps.share_of_rate(options, done + step, total)
         )

@@ -28,7 +28,6 @@ LENGTH = ("iterations", "offline.epochs")
 ACCEPTED = {"reward": ("inputs.reward", "reward.kwargs"), "algorithm": ("inputs.algorithm",), "config": ()}
 # what other modes do with a finished run
 _MODES = ("export", "generate", "compare")
-_OWN = ("algorithm_kwargs",)  # of an algorithm's own keys
 # of a reward's kwargs: how it is computed and not what, so that a run may go on after a server was too slow
 _HOW = ("timeout", "retries", "backoff", "max_failures", "concurrency", "batch", "api_key_env", "headers", "rows", "device")
 # keys that make no other method of a run
@@ -79,8 +78,7 @@ def completed(kept: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, A
         new = {key: default[key] for key in wanted if key not in kept and key in default}
         return new | {key: filled(value, wanted.get(key), default.get(key)) for key, value in kept.items()}
 
-    groups = {name: value for name, value in kept.items() if name not in _OWN}
-    return {**kept, **{name: filled(value, wanted.get(name), defaults.get(name)) for name, value in groups.items()}}
+    return filled(kept, wanted, defaults)
 
 
 def _of_format_1(kept: Mapping[str, Any]) -> dict[str, Any]:

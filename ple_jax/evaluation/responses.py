@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ple_jax import rewards
 from ple_jax.algorithms import Algorithm
 from ple_jax.core import identity
 from ple_jax.core.batches import bucket, left_padded, pack
@@ -38,12 +37,11 @@ from ple_jax.core.types import Batch, Query, Response, Reward, Rollout, Slot
 from ple_jax.data.left_out import QuerySet
 from ple_jax.data.load import Data, load_heldout
 from ple_jax.data.queries import digest
-from ple_jax.training import ahead, opening
+from ple_jax.training import ahead, opening, scoring
 from ple_jax.training.journal import Journal
 from ple_jax.training.journal import read as read_journal
 from ple_jax.training.run import Run
 from ple_jax.training.sampling import given, sample
-from ple_jax.training.scoring import score
 
 _AGAIN = "delete that folder and give --mode=generate again"
 
@@ -117,17 +115,13 @@ def evaluation_set(config: Any) -> QuerySet:
     return load_heldout(own)
 
 
-def second_reward(config: Any, backend: str) -> Reward | None:
-    """The reward that training never sees, where there is one: config.generate's, or that of training's evaluations."""
-    return opening.second_reward(config, backend, "generate") or opening.second_reward(config, backend, "eval")
-
-
 def write(
     run: Run[Algorithm], queries: QuerySet, second: Reward | None, *, backend: str, iteration: int, step: int | None = None
 ) -> Path:
     """Samples and scores the run's policy as it is now; what was finished before is not done again.
 
     Args:
+        second: a reward that training never sees; None for that of training's evaluations, if they have one.
         iteration, step: of the policy, as `folder` has them.
 
     Returns:
@@ -143,6 +137,7 @@ def write(
     data = Data(run.data.train, queries.queries, {"train": [], "heldout": queries.bad})
     run = run._replace(data=data, session=run.session._replace(workdir=path))
     run = opening.fitted(run, *(() if second is None else (second,)))
+    second = second or run.second
     journal, kind = Journal(path, iteration), "principled" if options.principled else "plain"
     _settle(journal.path.with_suffix(".json"), _settings(run, second, backend=backend, iteration=iteration))
     scored = journal.path.with_suffix(".scores.jsonl")
@@ -151,7 +146,7 @@ def write(
         slots = [Slot(kind, options.principled, number) for number in range(options.samples)]
         with ahead.scoring(run.reward, run.session) as ask:
             sampled = sample(run, run.data.heldout, slots, journal, RESPONSES, ask)
-        rollouts = score(sampled, run.reward, run.session)
+        rollouts = scoring.score(sampled, run.reward, run.session)
         journal.complete(rollouts)
     if not scored.exists():
         asked = [run.prompts.render(query, options.principled).whole for query in run.data.heldout]
@@ -215,7 +210,7 @@ def _scores(
 ) -> Iterator[dict[str, Any]]:
     """The lines beside the journal; `prompts` are those that the responses were sampled from."""
     samples, size = len(rollouts[0].responses), run.config.optimizer.micro_queries
-    values = _values(run, rollouts, second)
+    values = None if second is None else scoring.values(rollouts, second, run.session)
     run.session.progress.phase("log-probabilities", len(rollouts))
     for start in range(0, len(rollouts), size):
         run.session.stop.check()
@@ -230,7 +225,7 @@ def _scores(
         for i, rollout in enumerate(some):
             line: dict[str, Any] = {"query_id": rollout.query_id, "reference": run.data.heldout[start + i].completion}
             if values is not None:
-                line["second"] = values[start + i]
+                line["second"] = [float(x) if math.isfinite(x) else None for x in values[start + i]]
             line |= {"logprob": policy[i].sum(-1).tolist(), "base_logprob": base[i].sum(-1).tolist(), "kl": kl[i].tolist()}
             yield {**line, "reference_logprob": references[i][0], "reference_tokens": references[i][1]}
         run.session.progress.advance(len(some))
@@ -238,17 +233,6 @@ def _scores(
 
 def _packed(run: Run[Algorithm], rollouts: Sequence[Rollout], picks: Sequence[Sequence[int]], length: int) -> Batch:
     return pack(rollouts, picks, prompt_multiple=run.config.sampling.bucket, response_len=length)
-
-
-def _values(run: Run[Algorithm], rollouts: Sequence[Rollout], second: Reward | None) -> list[list[float | None]] | None:
-    """A second reward's values of every response; null where it gave nothing finite."""
-    if second is None:
-        return None
-    texts = [(rollout.prompt, r.text) for rollout in rollouts for r in rollout.responses]
-    asked, said = [prompt for prompt, _ in texts], [text for _, text in texts]
-    found = rewards.score(second, asked, said, cache=run.session.cache).values
-    numbers = iter(float(value) if math.isfinite(value) else None for value in found)
-    return [[next(numbers) for _ in rollout.responses] for rollout in rollouts]
 
 
 def _references(

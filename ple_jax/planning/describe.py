@@ -14,6 +14,7 @@ from ple_jax.data.load import Data
 from ple_jax.planning.rates import Rates, expected
 from ple_jax.prompts import principles
 from ple_jax.training.prompting import Prompts, usable
+from ple_jax.training.steps import planned
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -120,11 +121,6 @@ def _chosen(config: "ConfigDict", rules: principles.Principles) -> str:
     return f", {k} of {len(rules.rules)} for every query" if k else ""
 
 
-def _steps(config: "ConfigDict") -> int:
-    """Optimiser steps of an iteration."""
-    return config.queries_per_iteration // config.optimizer.batch_queries * config.optimizer.epochs
-
-
 def _sampled(algorithm: Algorithm, config: "ConfigDict") -> list[Slot]:
     return [slot for slot in algorithm.collect(config) if slot.source == "policy"]
 
@@ -160,7 +156,7 @@ def _iteration(
             *((f"  its part {name}", f"{part.name} ({_scale(part)})") for name, part in reward.parts.items()),
             (
                 "update",
-                f"{_steps(config)} optimiser steps of {optimizer.batch_queries} queries, each "
+                f"{planned(config, 1)} optimiser steps of {optimizer.batch_queries} queries, each "
                 f"{passes} x [{optimizer.micro_queries} queries x ({width})]",
             ),
         ]
@@ -184,7 +180,7 @@ def _whole_run(
     sampled, scored = (training_rows + evaluation_rows) * new, training_rows + evaluation_rows
     return "The whole run\n" + _table(
         [
-            ("optimiser steps", f"{config.iterations * _steps(config):,}{warmed}"),
+            ("optimiser steps", f"{planned(config, config.iterations):,}{warmed}"),
             ("evaluations", f"{evaluations} of {len(heldout)} x {config.eval.samples} ({config.task.heldout})"),
             (
                 "generated tokens",

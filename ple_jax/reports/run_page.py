@@ -107,7 +107,7 @@ def html(workdir: Path) -> str:
         metrics=metrics,
         keys=list(dict.fromkeys(key for line in metrics for key in line if key != "iteration")),
         best=(best := next(reversed(summary.get("best", {}).values()), None)),
-        samples=_samples(evaluations, best and _evaluation(workdir, best)),
+        samples=_samples(evaluations, best and workdir / best["responses"]),
         pairs=_pairs(_rollouts(rollouts[-1])) if rollouts else {},
         shown=PAIRS,
         responses=RESPONSES,
@@ -189,12 +189,6 @@ def _rollouts(path: Path) -> list[dict[str, Any]]:
         return prompt if isinstance(prompt, str) else conversation.render(prompt).strip()
 
     return [{**line, "prompt": text(line["prompt"])} for line in read_jsonl(path)]
-
-
-def _evaluation(workdir: Path, point: Mapping[str, Any]) -> Path:
-    """The file of an evaluation that a summary tells of."""
-    folder = workdir / "evaluations"
-    return (folder / f"step_{point['step']:06d}" if point["within"] else folder) / f"iter_{point['iteration']:04d}.jsonl"
 
 
 def _samples(evaluations: list[Path], best: Path | None) -> dict[str, Any]:

@@ -168,7 +168,7 @@ def heldout_metrics(run: Run[Algorithm], rollouts: Sequence[Rollout], *, moved: 
     values = {"heldout_reward": float(np.nanmean(mean_rewards(rollouts)))}
     if any(r.principled for r in rollouts[0].responses):
         values["heldout_reward_principled"] = float(np.nanmean(mean_rewards(rollouts, principled=True)))
-    policy = diagnose(run, rollouts[: config.eval.diagnostic_queries])
+    policy = diagnose(run, rollouts[: config.eval.diagnostic_queries], kl=False)
     values |= {f"heldout_{name}": value for name, value in policy.items()}
     return values | points.described(run, rollouts, points.divergences(run, rollouts, moved=moved))
 
@@ -207,13 +207,15 @@ def summary(run: Run[Algorithm], backend: str, state: State) -> dict[str, Any]:
 
 
 def best_of(run: Run[Algorithm], state: State) -> dict[str, Any]:
-    """Folder of `best/` -> the evaluation that it is of, and the 95% interval of the gain since the first one."""
-    found, by = {}, run.config.eval.best
+    """Folder of `best/` -> the evaluation that it is of, the 95% interval of the gain since the first one, and its file."""
+    found, by, workdir = {}, run.config.eval.best, run.session.workdir
     for name, budget in points.budgets(run.config).items():
         if (top := points.best(points.of(state), by, budget)) is not None:
-            before, after = before_and_after(run.session.workdir, top.iteration, top.step if top.within else None)
+            where = top.iteration, top.step if top.within else None
+            before, after = before_and_after(workdir, *where)
             gain = intervals.bootstrap_ci(after - before, seed=run.config.seed)
-            found[name] = {**top._asdict(), "gain_ci95": list(gain)}
+            file = evaluation(workdir, *where).path.relative_to(workdir)
+            found[name] = {**top._asdict(), "gain_ci95": list(gain), "responses": file.as_posix()}
     return found
 
 

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float64
 
-from ple_jax import rewards
 from ple_jax.core import commits
 from ple_jax.core.batches import pack
 from ple_jax.core.errors import UserError
-from ple_jax.core.types import Reward, Rollout
+from ple_jax.core.types import Rollout
 from ple_jax.formulas import intervals, texts
+from ple_jax.training import scoring
 from ple_jax.training.run import Run, Session
 from ple_jax.training.state import BEST, CHECKPOINTS, State, commit_best, newest
 from ple_jax.training.steps import sampler_logprobs
@@ -85,8 +85,10 @@ def divergences(run: Run[Any], rollouts: Sequence[Rollout], *, moved: bool = Tru
 
 def described(run: Run[Any], rollouts: Sequence[Rollout], kl: Float64[np.ndarray, "query k"]) -> dict[str, float]:
     """What an evaluation says beside its reward, as metrics.jsonl has it."""
-    said = [[r for r in rollout.responses if not r.principled] for rollout in rollouts]
-    tokens = [r.tokens for some in said for r in some]
+    plain = [x._replace(responses=tuple(r for r in x.responses if not r.principled)) for x in rollouts]
+    said = [r for rollout in plain for r in rollout.responses]
+    tokens = [r.tokens for r in said]
+    second = [] if run.second is None else scoring.values(plain, run.second, run.session)
     low, high = intervals.bootstrap_ci(kl.mean(1), seed=run.config.seed)
     return {
         "heldout_kl_response": float(kl.mean()),
@@ -94,20 +96,11 @@ def described(run: Run[Any], rollouts: Sequence[Rollout], kl: Float64[np.ndarray
         "heldout_kl_response_high": high,
         "heldout_kl": float(kl.sum() / sum(map(len, tokens))),
         "heldout_length": float(np.mean([len(t) for t in tokens])),
-        "heldout_truncated": float(np.mean([not r.finished for some in said for r in some])),
+        "heldout_truncated": float(np.mean([not r.finished for r in said])),
         "heldout_distinct_2": texts.distinct_n(tokens, 2),
-        "heldout_repetition": texts.repetition([r.text for some in said for r in some]),
-        **({} if run.second is None else {"heldout_second": _mean_second(run, run.second, rollouts)}),
+        "heldout_repetition": texts.repetition([r.text for r in said]),
+        **({} if run.second is None else {"heldout_second": texts.mean(list(map(texts.mean, second)))}),
     }
-
-
-def _mean_second(run: Run[Any], second: Reward, rollouts: Sequence[Rollout]) -> float:
-    """Mean over queries of the finite values that it gives their plain responses."""
-    said = [[r.text for r in rollout.responses if not r.principled] for rollout in rollouts]
-    asked = [rollout.prompt for rollout, some in zip(rollouts, said, strict=True) for _ in some]
-    answered = [text for some in said for text in some]
-    values = rewards.score(second, asked, answered, cache=run.session.cache).values
-    return texts.mean([texts.mean(some) for some in np.split(values, np.cumsum([len(some) for some in said])[:-1])])
 
 
 def point(state: State, values: Mapping[str, float], *, within: bool = False) -> Point:

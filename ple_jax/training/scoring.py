@@ -40,6 +40,13 @@ def score(rollouts: Sequence[Rollout], reward: Reward, session: Session) -> list
     return scored
 
 
+def values(rollouts: Sequence[Rollout], reward: Reward, session: Session) -> list[np.ndarray]:
+    """What a reward that nothing is trained on gives every response of every rollout; whatever is not finite as it is."""
+    pairs = [(rollout.prompt, r.text) for rollout in rollouts for r in rollout.responses]
+    found = rewards.score(reward, [p for p, _ in pairs], [t for _, t in pairs], cache=session.cache).values
+    return np.split(found, np.cumsum([len(rollout.responses) for rollout in rollouts])[:-1])
+
+
 def quarantine(rollouts: Sequence[Rollout], name: str, reward: Reward, session: Session, *, limit: float) -> list[Rollout]:
     """The rollouts all of whose rewards are finite; the others go to quarantine/`name`.jsonl with their texts.
 

@@ -92,7 +92,7 @@ def steps(
         # the first pass takes the queries as drawn, which is already a random order
         order = np.random.default_rng([run.config.seed, iteration, epoch]).permutation(len(batches))
         for index in order if epoch else range(len(batches)):
-            found.append(step(run, batches[index], done + len(found), planned(run.config)))
+            found.append(step(run, batches[index], done + len(found), planned(run.config, run.config.iterations)))
             sizes.append(len(batches[index].prompt))
             tokens += costs.tokens(batches[index])
             run.session.progress.advance(1, tokens=costs.tokens(batches[index]))
@@ -128,10 +128,9 @@ def temperature(run: Run[Any]) -> float:
     return sampled_at if run.algorithm.needs(run.config).old_logprobs and sampled_at else 1.0
 
 
-def planned(config: Any) -> int:
-    """The optimiser steps of a whole run that samples: fewer are taken where queries are left out."""
-    batches = config.queries_per_iteration // config.optimizer.batch_queries
-    return int(config.iterations * batches * config.optimizer.epochs)
+def planned(config: Any, iterations: int) -> int:
+    """The optimiser steps of so many iterations of a run that samples: fewer are taken where queries are left out."""
+    return int(iterations * (config.queries_per_iteration // config.optimizer.batch_queries) * config.optimizer.epochs)
 
 
 def share_of_rate(options: Any, step: int, total: int) -> float:
@@ -299,7 +298,7 @@ def own_responses(run: Run[Any], batch: Batch, rollouts: Sequence[Rollout]) -> I
     return found
 
 
-def diagnose(run: Run[Any], rollouts: Sequence[Rollout]) -> dict[str, float]:
+def diagnose(run: Run[Any], rollouts: Sequence[Rollout], *, kl: bool = True) -> dict[str, float]:
     """KL to the reference and entropy of the policy as it is now, both in nats per token, from its own plain responses.
 
     With them `sampler_gap` and `sampler_gap_max`, in nats: what the sampler said of their tokens from what the trainer says.
@@ -312,6 +311,7 @@ def diagnose(run: Run[Any], rollouts: Sequence[Rollout]) -> dict[str, float]:
 
     Args:
         rollouts: of the policy as it is now, as many responses each.
+        kl: whether the KL is wanted, for which the reference is asked.
     """
     picks = [[i for i, response in enumerate(rollout.responses) if response.own] for rollout in rollouts]
     if not picks[0]:
@@ -320,7 +320,7 @@ def diagnose(run: Run[Any], rollouts: Sequence[Rollout]) -> dict[str, float]:
     shape = {"prompt_multiple": run.config.sampling.bucket, "response_len": run.config.sampling.max_new_tokens}
     batch, heat = pack(rollouts, picks, **shape), run.config.sampling.temperature or 1.0
     policy = run.backend.logprobs(batch, temperature=heat, entropy=True)
-    reference = run.backend.logprobs(batch, reference=True, temperature=heat).logprobs
+    reference = run.backend.logprobs(batch, reference=True, temperature=heat).logprobs if kl else None
     run.session.progress.advance(1)
     return divergence(policy, reference, sampler_logprobs(rollouts, np.array(picks), batch), batch.response_mask)
 
@@ -357,12 +357,14 @@ def sampler_logprobs(
     return found
 
 
-def divergence(policy: Outputs, reference: Array, sampler: Array, mask: np.ndarray) -> dict[str, float]:
-    """`kl` and `entropy` of the tokens of a mask, in nats per token, and the mean and the largest gap to the sampler."""
-    log_ratio = np.asarray(reference - policy.logprobs, np.float64)[mask]
+def divergence(policy: Outputs, reference: Array | None, sampler: Array, mask: np.ndarray) -> dict[str, float]:
+    """`kl` (with a reference) and `entropy` of the tokens of a mask, in nats per token, and the mean and the largest gap to
+    the sampler.
+    """
+    log_ratio = None if reference is None else np.asarray(reference - policy.logprobs, np.float64)[mask]
     gap = np.abs(sampler - policy.logprobs)[mask & ~np.isnan(sampler)]
     return {
-        "kl": float((np.expm1(log_ratio) - log_ratio).mean()),
+        **({} if log_ratio is None else {"kl": float((np.expm1(log_ratio) - log_ratio).mean())}),
         "entropy": float(np.asarray(policy.entropy)[mask].mean()),
         **({"sampler_gap": float(gap.mean()), "sampler_gap_max": float(gap.max())} if gap.size else {}),
     }

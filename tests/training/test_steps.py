@@ -38,7 +38,7 @@ def test_the_rate_warms_up_and_falls(schedule, shares):
     assert [steps.share_of_rate(options, i, 7) for i in range(7)] == pytest.approx(shares)
     assert steps.share_of_rate(options, 7, 7) == pytest.approx(float(schedule == "constant"))  # the step after the last
     assert steps.share_of_rate(SimpleNamespace(warmup_steps=0, schedule="linear"), 0, 4) == 1
-    assert steps.planned(config("ple", iterations=3, queries_per_iteration=8, optimizer__epochs=2)) == 3 * 2 * 2
+    assert steps.planned(config("ple", queries_per_iteration=8, optimizer__epochs=2), 3) == 3 * 2 * 2
 
 
 class Table:

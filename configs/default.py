@@ -79,7 +79,9 @@ def get_config() -> ConfigDict:
     c.reward.kwargs = {}  # its keyword arguments, overridden whole: --config.reward.kwargs="{'k': 1}"
     c.reward.max_bad_share = 0.05  # of queries with a reward that is not finite; they are left out and kept in quarantine/
     c.reward.length_penalty = 0.0  # taken off a reward for every token of its response, before the transform
-    c.reward.transform = "none"  # none | sigmoid | zscore | minmax, for selection and weights (raw rewards are logged)
+    # none | sigmoid | zscore | minmax, for selection and weights (raw rewards are logged); shuffle: each is another response's,
+    # a control
+    c.reward.transform = "none"
 
     c.sampling = ConfigDict()
     c.sampling.max_new_tokens = 24
@@ -189,9 +191,9 @@ def get_config() -> ConfigDict:
     c.eval.second_reward = config_dict.placeholder(str)
     c.eval.second_kwargs = {}
     c.eval.best = "reward"  # reward | second | none: the evaluated policy with the highest is kept beside the newest
-    # budgets, nats per response that the policy may be from where it began: the best under each is kept, and training stops
-    # at an evaluation above all of them; ("(4, 8)", or none)
+    # budgets, nats per response that the policy may be from where it began: the best under each is kept ("(4, 8)", or none)
     c.eval.max_kl = ()
+    c.eval.stop = True  # training ends at an evaluation above all budgets
     c.eval.patience = 0  # training stops after so many evaluations without a better one (0: it does not)
     c.eval.diagnostic_queries = 8  # queries of an iteration on which KL, entropy and hinge_active are measured
 

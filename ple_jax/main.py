@@ -32,7 +32,7 @@ from ple_jax.training.interrupt import MESSAGE, Interrupted, Stop
 
 _LONGEST, _DEEPEST = 255, 4096 - 256  # bytes of the name of a file or folder, and of a path with room for what is in it
 MODES = ("train", "evaluate", "generate", "compare", "plan", "export", "chat")  # functions of ple_jax.modes
-FLAG_NAMES = ("config", "workdir", "backend", "mode", "accept", "topology", "runs", "help", "version")
+FLAG_NAMES = ("config", "workdir", "backend", "mode", "accept", "topology", "runs", "profile", "help", "version")
 ON_A_RUN = ("train", "evaluate", "generate", "export", "chat")  # modes that a run may be accepted in though it changed
 
 USAGE = """\
@@ -65,6 +65,8 @@ Flags
                          (run on tensors without memory); cpu:8 is of this machine's kind
   --runs A,B,...         with --mode=compare: work directories, LABEL=DIR, or patterns ('runs/ple_*'); runs of one label
                          are seeds of one method
+  --profile              with --mode=train: trace one iteration, the second of this process, with the framework's own
+                         profiler: DIR/profile, for TensorBoard (pip install xprof), or Perfetto
   --version              the version of this package
 
 Modes
@@ -123,6 +125,7 @@ class CommandLine(NamedTuple):
     mode: str
     topology: str | None = None  # of --mode=plan: devices to plan for
     runs: tuple[str, ...] = ()  # of --mode=compare
+    profile: bool = False  # of --mode=train
     accept: tuple[str, ...] = ()  # what was changed since a run began, of `identity.ACCEPTED`
     file: Path | None = None  # of --mode=init: the config that is copied
 
@@ -232,6 +235,7 @@ def parse(argv: Sequence[str]) -> CommandLine:
     _check_backend(config, backend)
     _check_installed(config, backend, mode)
     found = {"topology": values.topology, "runs": tuple(values.runs or ()), "accept": tuple(values.accept or ())}
+    found["profile"] = values.profile
     return CommandLine(FrozenConfigDict(config), workdir, backend, mode, **found)
 
 
@@ -259,6 +263,7 @@ def _flags(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
     flags.DEFINE_string("topology", None, "", flag_values=values)
     flags.DEFINE_list("runs", None, "", flag_values=values)
     flags.DEFINE_list("accept", None, "", flag_values=values)
+    flags.DEFINE_bool("profile", False, "", flag_values=values)
     try:
         return values, values(argv, known_only=True)
     except flags.Error as error:
@@ -280,6 +285,8 @@ def _check_flags(values: flags.FlagValues) -> None:
             raise UserError(
                 f"--accept={name}: give {', '.join(ACCEPTED)}, with --mode {', '.join(ON_A_RUN)}{suggestion(name, ACCEPTED)}"
             )
+    if values.profile and values.mode != "train":
+        raise UserError(f"--profile goes with --mode=train, and --mode is {values.mode}")
     if values.topology and values.mode != "plan":
         raise UserError(f"--topology={values.topology} goes with --mode=plan, where nothing is trained")
 
@@ -327,7 +334,7 @@ def main(run: CommandLine) -> int:
     if run.file is not None:
         return _init(run.file, run.workdir)
     modes = importlib.import_module("ple_jax.modes")
-    options = {name: value for name in ("topology", "runs", "accept") if (value := getattr(run, name))}
+    options = {name: value for name in ("topology", "runs", "accept", "profile") if (value := getattr(run, name))}
     with _processes(run) as leads, _to_the_end():
         return getattr(modes, run.mode)(run.config, run.workdir, run.backend, **options) if leads else 0
 

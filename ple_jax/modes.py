@@ -20,6 +20,7 @@ from ple_jax.core import backends
 from ple_jax.core.errors import UserError
 from ple_jax.core.files import write_json
 from ple_jax.core.identity import run_keys
+from ple_jax.core.version import project
 from ple_jax.evaluation import compare as comparison
 from ple_jax.evaluation import describe, responses
 from ple_jax.export import write
@@ -41,7 +42,7 @@ from ple_jax.training.workdir import summary as finished
 _SHOWN = 8  # queries of which --mode=generate prints the responses
 
 
-def train(config: Any, workdir: Path, backend: str, accept: Sequence[str] = ()) -> int:
+def train(config: Any, workdir: Path, backend: str, accept: Sequence[str] = (), profile: bool = False) -> int:
     """Runs Algorithm 1 (or an offline algorithm's epochs) to its end, or goes on where it stood.
 
     A finished run that is to be longer goes on too; what it left is written again at its new end.
@@ -51,19 +52,20 @@ def train(config: Any, workdir: Path, backend: str, accept: Sequence[str] = ()) 
         baselines.check(config)
     with lock(workdir):
         inputs = fitted(read_inputs(begun(config, workdir, backend), backend), backend)
-        keys = run_keys(inputs.config, backend, inputs.digests)
-        kept = going_on(workdir, keys, accept=accept, check_length=functools.partial(check_length, inputs))
-        online = isinstance(inputs.algorithm, Algorithm)
+        keys, length = run_keys(inputs.config, backend, inputs.digests), functools.partial(check_length, inputs)
+        kept = going_on(workdir, keys, accept=accept, check_length=length)
+        _check_profile(profile, online := isinstance(inputs.algorithm, Algorithm), baselines)
         if (done := finished(workdir)) and _whole(done, config, online):
             if not (workdir / "report.html").exists():  # ended between the summary and the report
                 run_page.write(workdir)
             print(f"{workdir} is finished: {_outcome(done)}; see {workdir / 'report.html'}")
             return 0
         with open_run(workdir, backend, inputs, kept) as run:
+            run = run._replace(session=run.session._replace(profile=profile))
             (workdir / SUMMARY).unlink(missing_ok=True)  # of a shorter run
             for said in _of_two_rewards(kept):
                 run.session.progress.log(said)
-            write_json(workdir / "environment.json", run.backend.environment())
+            write_json(workdir / "environment.json", {**project(), **run.backend.environment()})
             state = (baselines or (loop if online else offline)).train(run)
             if baselines is None:  # another trainer's rates are its own
                 rates.keep(inputs.config, backend, rates.measured(state.lines, run.backend.environment()))
@@ -80,6 +82,11 @@ def train(config: Any, workdir: Path, backend: str, accept: Sequence[str] = ()) 
     if head:
         print(_use_reward(workdir / "reward_model"))
     return 0
+
+
+def _check_profile(profile: bool, online: bool, baselines: Any) -> None:
+    if profile and (not online or baselines is not None):
+        raise UserError("--profile traces an iteration of our own trainer of an algorithm that samples: leave it out here")
 
 
 def _whole(summary: Mapping[str, Any], config: Any, online: bool) -> bool:

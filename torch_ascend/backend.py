@@ -5,6 +5,7 @@ import math
 import os
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -174,6 +175,10 @@ class TorchBackend:
             "threads": torch.get_num_threads(),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         }
+
+    def profile(self, folder: Path) -> AbstractContextManager[None]:
+        """Of this process, the first of several."""
+        return devices.profile(self.model.device, folder)
 
     def compiled(self) -> Compiled:
         return Compiled(0, 0.0)

@@ -1,11 +1,13 @@
 """Devices: which there are, what they can do, how full they are. The only file that may import torch_npu."""
 
+import contextlib
 import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -127,6 +129,14 @@ def record(call: Callable[[], None], memory: Any) -> Callable[[], None]:
     with torch.cuda.graph(graph, pool=memory):  # recorded, not run
         call()
     return graph.replay
+
+
+@contextlib.contextmanager
+def profile(device: torch.device, folder: Path) -> Iterator[None]:
+    """A context whose operators are traced: a file for TensorBoard, chrome://tracing or Perfetto, in the folder."""
+    profiler = importlib.import_module("torch_npu").profiler if device.type == "npu" else torch.profiler
+    with profiler.profile(on_trace_ready=profiler.tensorboard_trace_handler(str(folder))):
+        yield
 
 
 def total_memory(device: torch.device) -> int | None:

@@ -4,6 +4,7 @@ import math
 import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -172,6 +173,9 @@ class JaxBackend:
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "xla_flags": os.environ.get("XLA_FLAGS", ""),
         }
+
+    def profile(self, folder: Path) -> AbstractContextManager[None]:
+        return jax.profiler.trace(str(folder))
 
     def compiled(self) -> Compiled:
         return compilation.compiled()

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -232,6 +233,10 @@ class Backend(Protocol):
 
     def freeze_reference(self) -> None:
         """The policy as it is now becomes the reference, and the optimiser's state is as at the start of a run."""
+        ...
+
+    def profile(self, folder: Path) -> AbstractContextManager[None]:
+        """A context whose work is traced: the framework's own profile is in the folder when it ends."""
         ...
 
     def adapter(self) -> dict[str, np.ndarray]:

@@ -11,8 +11,12 @@ from ple_jax.evaluation.numbers import spent
 _TOLERANCE = 0.1  # of generated tokens, within which budgets are called equal
 
 
-def warnings(methods: Sequence[Method]) -> list[str]:
-    """What makes the comparison weaker than it looks."""
+def warnings(methods: Sequence[Method], *, equal_tokens: bool = True) -> list[str]:
+    """What makes the comparison weaker than it looks.
+
+    Args:
+        equal_tokens: whether the methods should have generated as many; at equal KL they cannot.
+    """
     found = []
     trained = [method for method in methods if method.trained]
     seeds = sorted({run.seed for method in trained for run in method.runs})
@@ -25,7 +29,7 @@ def warnings(methods: Sequence[Method]) -> list[str]:
             name, iteration = f"{method.label}, seed {run.seed}", run.generated.settings["iteration"]
             if not run.summary:
                 found.append(f"{name}: training is not finished; the responses are of iteration {iteration}")
-            elif run.summary["iterations"] != iteration:
+            elif run.point is None and run.summary["iterations"] != iteration:
                 all_ = run.summary["iterations"]
                 found.append(f"{name}: the responses are of iteration {iteration}, the costs of all {all_}")
     for method in trained:
@@ -39,7 +43,17 @@ def warnings(methods: Sequence[Method]) -> list[str]:
             )
     if len({run.generated.settings["model"] for method in methods for run in method.runs}) > 1:
         found.append("the base models differ: so do those under which perplexity and KL are measured")
-    return found + _unequal(trained) + _missing(methods)
+    return found + (_unequal(trained) if equal_tokens else []) + _missing(methods)
+
+
+def unreached(curves: Mapping[str, Any], view: str) -> list[str]:
+    """Says which methods do not get as far as the budget of a view, of `frontier.of`."""
+    short = [row for row in curves["budgets"] if row["view"] == view and row["reached"] < row["runs"]]
+    return [
+        f"{row['method']}: {row['runs'] - row['reached']} of {row['runs']} runs never get to {row['budget']:g} nats a"
+        " response, and stand with less"
+        for row in short
+    ]
 
 
 def _unequal(methods: Sequence[Method]) -> list[str]:

@@ -9,26 +9,28 @@ of methods of one measure, also those that nobody had asked about (Holm 1979).
 """
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ple_jax.core.conversation import Conversation, render
 from ple_jax.core.errors import UserError, suggestion
+from ple_jax.evaluation import caveats, entries, frontier
 from ple_jax.evaluation.caveats import notes, undecided, warnings
-from ple_jax.evaluation.methods import SAME, Method, check, expand, group, labelled, read
+from ple_jax.evaluation.methods import SAME, Method, check, group, labelled, read
 from ple_jax.evaluation.numbers import TESTED, described, tests
 from ple_jax.evaluation.win_rates import Stored, about, judged, open_judge
 
 
-def results(entries: Sequence[str], out: Path, *, config: Any, backend: str) -> Iterator[dict[str, Any]]:
-    """The comparison of runs, as `reports.comparison_files` writes it.
+def results(named: Sequence[str], out: Path, *, config: Any, backend: str) -> Iterator[dict[str, Any]]:
+    """The comparison of runs, as `reports.comparison_files` writes it: one or several views, and the frontier.
 
-    Where a judge must be asked, which may take hours, it comes first without the verdicts, and then whole.
+    A view is a comparison of checkpoints that were chosen alike: each run's best under one budget, or its last one. Where a
+    judge must be asked, which may take hours, all come first without the verdicts, and then whole.
 
     Args:
-        entries: `path` or `label=path`, globs allowed: a work directory or a folder of its responses. Methods keep the
-            order in which they are named.
+        named: entries as `evaluation.entries` has them. Methods keep the order in which they are named.
         out: an existing folder, where a judge's answers are kept.
         config: its `seed` (of resampling and of what is judged) and `compare`.
         backend: what a judge computes with, if it is a model.
@@ -38,19 +40,38 @@ def results(entries: Sequence[str], out: Path, *, config: Any, backend: str) -> 
     """
     if (out / "config.json").exists():
         raise UserError(f"--workdir={out} holds a run; give a folder of its own to the comparison")
-    runs = labelled([read(label, path) for label, path in expand(entries)])
+    found = entries.expand(named)
+    views = {view: _methods(some) for view, some in entries.views(found).items()}
+    curves = frontier.of(found, views, config.seed)
+    folders = {view: out / view if len(views) > 1 else out for view in views}
+    said = {view: caveats.unreached(curves, view) for view in views}
+    each = [_of_view(view, methods, said[view], folders[view], config, backend) for view, methods in views.items()]
+    for some in zip(*each, strict=True):
+        yield {"views": list(some), "frontier": curves}
+
+
+def _methods(found: Sequence[entries.Found]) -> list[Method]:
+    runs = labelled([read(one) for one in found])
     check(runs)
-    methods = group(runs)
+    return group(runs)
+
+
+def _of_view(
+    view: str, methods: Sequence[Method], said: Sequence[str], out: Path, config: Any, backend: str
+) -> Iterator[dict[str, Any]]:
+    """The comparison of one view; `said` comes first of its warnings."""
+    out.mkdir(exist_ok=True)
     baseline = _baseline([method.label for method in methods], config)
     # the baseline comes first: every difference to it is "method - baseline"
     ordered = sorted(methods, key=lambda method: method.label != baseline)
     pairs = [(method, against) for against, method in itertools.combinations(ordered, 2)]
     judge = open_judge(methods, config, backend)
     result: dict[str, Any] = {
+        "view": view,
         "baseline": baseline,
         "settings": settings(methods),
         "judge": about(judge, config, methods),
-        "warnings": warnings(methods),
+        "warnings": [*said, *warnings(methods, equal_tokens=math.isnan(entries.budget(view)))],
         "notes": notes(methods),
         "methods": described(methods, config.seed),
         "tests": tests(pairs, config.seed),

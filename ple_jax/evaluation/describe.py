@@ -1,37 +1,29 @@
 """What is measured of the responses that one model gave."""
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 
 from ple_jax.core.extras import need
 from ple_jax.evaluation.responses import Generated
-from ple_jax.formulas.texts import bleu, distinct_n, floats, mean, msttr, refusal_rate, repetition, rouge, words
+from ple_jax.formulas.texts import (
+    bleu,
+    distinct_n,
+    floats,
+    mean,
+    msttr,
+    perplexity,
+    refusal_rate,
+    repetition,
+    rouge,
+    words,
+)  # fmt: skip
 
 
 def check_installed() -> None:
     """Raises a UserError where a library that references need is not installed: before anything is sampled."""
     need("eval", "BLEU", "sacrebleu")
     need("eval", "ROUGE", "rouge_score")
-
-
-def perplexity(logprob_sums: Sequence[float | None] | np.ndarray, token_counts: Sequence[int] | np.ndarray) -> float:
-    """exp(-sum of log-probabilities / number of tokens), over all texts together.
-
-    Args:
-      logprob_sums: of each text's tokens, nats; where it is None or nan the text is left out.
-      token_counts: of each text.
-
-    Returns:
-      nan where there is no token.
-    """
-    sums, counts = floats(logprob_sums), floats(token_counts)
-    known = ~np.isnan(sums)
-    if not counts[known].sum():
-        return math.nan
-    with np.errstate(over="ignore"):  # inf is the answer
-        return float(np.exp(-sums[known].sum() / counts[known].sum()))
 
 
 def describe(generated: Generated) -> dict[str, float]:
@@ -47,6 +39,7 @@ def describe(generated: Generated) -> dict[str, float]:
     | distinct_1, distinct_2, distinct_3, msttr | diversity in words, of all responses together |
     | bleu, rouge1, rouge2, rougeL | beside the references; every response of a query has the same one |
     | repetition, refusal, empty, truncated | shares; truncated: not finished, and as long as max_new_tokens |
+    | overlap | share of trigrams that stand in the principles |
 
     Distinct-n falls with the number of words, and MSTTR is of so few where there is no whole segment that it says little:
     compare them at equal numbers of responses and about equal lengths. A key whose inputs are absent (no second reward, no
@@ -98,6 +91,7 @@ def _responses(generated: Generated) -> dict[str, float]:
         "bleu": bleu(texts, references),
         **rouge(texts, references),
         "repetition": repetition(texts),
+        "overlap": mean(_per_response(generated, "overlap")),
         "refusal": refusal_rate(texts),
         "empty": mean([not text.strip() for text in texts]),
         "truncated": mean([not r.finished and len(r.tokens) >= limit for r in responses]),

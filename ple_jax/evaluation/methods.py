@@ -1,10 +1,7 @@
-"""The runs that --mode=compare is given: found, read, named, checked against one another, and grouped into methods."""
+"""The runs of a comparison: read, named, checked against one another, and grouped into methods."""
 
-import glob
 import json
-import os
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +13,7 @@ from ple_jax.core.config import flatten
 from ple_jax.core.errors import Damaged, UserError
 from ple_jax.core.files import read_json, read_jsonl
 from ple_jax.core.rules import Rule, misshapen, optional, real, whole
-from ple_jax.evaluation import responses
+from ple_jax.evaluation import entries, responses
 from ple_jax.training import costs
 
 MEASURED = ("reward", "reward_second", "kl")  # measures with a value of every response
@@ -37,7 +34,7 @@ def _by_phase(value: Any) -> str:
 # what is read here of a summary.json and of a line of metrics.jsonl, which other programs may have written
 _SUMMARY: dict[str, Rule] = {
     "iterations": whole(0), "seconds": _by_phase,
-    **dict.fromkeys((*costs.COUNTERS, "wall_seconds", "evaluation_tokens", "peak_memory_bytes"), _COUNT),
+    **dict.fromkeys((*costs.COUNTERS, "wall_seconds", "evaluation_tokens", "peak_memory_bytes"), _COUNT), **entries.SUMMARY,
 }  # fmt: skip
 _LINE: dict[str, Rule] = {
     "iteration": whole(0), "heldout_reward": optional(_NUMBER), "total_seconds": _COUNT,
@@ -54,6 +51,11 @@ class Entry(NamedTuple):
     config: dict[str, Any]  # flat
     summary: dict[str, Any]  # {} where training is not finished
     lines: list[dict[str, Any]]  # of metrics.jsonl
+    point: dict[str, Any] | None  # the evaluation of what gave the responses, as `training.points.Point`, where it is known
+
+    @property
+    def workdir(self) -> Path:
+        return self.folder.parent.parent
 
     @property
     def seed(self) -> int:
@@ -79,65 +81,45 @@ class Method(NamedTuple):
         return mean(self.values[measure])
 
 
-def expand(entries: Iterable[str]) -> list[tuple[str, Path]]:
-    """Entries -> (label or "", folder of responses), globs expanded in order of name.
+def read(found: entries.Found) -> Entry:
+    """The responses of an entry, and the files of their work directory."""
+    generated, (summary, lines) = responses.read(found.folder, found.iteration), progress(found.workdir)
+    trained = generated.settings["policy"] == "trained"
+    entry = Entry(found.label, found.folder, generated, config(found.workdir), summary, lines if trained else [], None)
+    return entry._replace(point=_point(entry)) if trained else entry
+
+
+def config(workdir: Path) -> dict[str, Any]:
+    """config.json, flat; {} where there is none."""
+    kept = read_json(workdir / "config.json")
+    return {} if kept is None else flatten(identity.upgraded(kept, workdir / "config.json"))
+
+
+def progress(workdir: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """summary.json, {} where training is not finished, and the lines of metrics.jsonl.
 
     Raises:
-        UserError: nothing is there, a folder holds no responses or several sets of them, or is named twice.
+        Damaged: one of them is.
     """
-    found: list[tuple[str, Path]] = []
-    for entry in entries:
-        label, paths = "", _folders(entry)
-        if not paths and "=" in entry:  # not before: folders of a sweep have such names too
-            label, _, pattern = entry.partition("=")
-            paths = _folders(pattern.strip())
-        if not paths:
-            raise UserError(f"--runs: {entry!r} is no folder, nor a pattern that fits one (looked in {Path.cwd()})")
-        found += [(label.strip(), _responses(path)) for path in paths]
-    if not found:
-        raise UserError("--runs names nothing: --runs 'runs/ple,runs/sft' (work directories, or label=path)")
-    twice = [path for path, n in Counter(path.resolve() for _, path in found).items() if n > 1]
-    if twice:
-        raise UserError(f"--runs names {twice[0]} twice: the same responses would count as two seeds")
-    return found
-
-
-def _folders(pattern: str) -> list[Path]:
-    if not pattern:  # which would be the current folder
-        return []
-    paths = [Path(pattern)] if os.path.exists(pattern) else [Path(path) for path in sorted(glob.glob(pattern))]
-    return [path for path in paths if path.is_dir()]
-
-
-def _responses(path: Path) -> Path:
-    """The folder of responses that a path stands for."""
-    if any(path.glob("iter_*.scores.jsonl")):
-        return path
-    found = sorted(scores.parent for scores in path.glob("responses/*/iter_*.scores.jsonl"))
-    names = list(dict.fromkeys(folder.name for folder in found))
-    if "trained" in names:
-        return path / "responses" / "trained"
-    if not names:
-        raise UserError(f"{path} holds no responses; write them first: --workdir {path} --mode=generate")
-    if len(names) > 1:
-        raise UserError(f"{path}/responses holds {', '.join(names)}; name one of them in --runs: {found[0]}")
-    return found[0]
-
-
-def read(label: str, folder: Path) -> Entry:
-    """The newest responses of a folder, and the files of their work directory."""
-    workdir, generated = folder.parent.parent, responses.read(folder)
     lines: list[dict[str, Any]] = []
-    if generated.settings["policy"] == "trained" and (workdir / "metrics.jsonl").exists():
+    if (workdir / "metrics.jsonl").exists():
         lines = read_jsonl(workdir / "metrics.jsonl", torn=True)  # a run may be writing it
         if wrong := next((says for line in lines if (says := misshapen(line, _LINE))), ""):
             raise Damaged(f"{workdir / 'metrics.jsonl'} is damaged ({wrong}); {_REMEDY}")
     summary = read_json(workdir / "summary.json") or {}
     if summary and (wrong := misshapen(summary, _SUMMARY, needed=("iterations",))):
         raise Damaged(f"{workdir / 'summary.json'} is damaged ({wrong}); {_REMEDY}")
-    kept = read_json(workdir / "config.json")
-    config = {} if kept is None else flatten(identity.upgraded(kept, workdir / "config.json"))
-    return Entry(label, folder, generated, config, summary, lines)
+    return summary, lines
+
+
+def _point(entry: Entry) -> dict[str, Any] | None:
+    """The evaluation of the very policy that gave the responses, where the run was evaluated there and says so."""
+    step = entry.folder.name.partition("_step_")[2]
+    for point in entry.summary.get("points", []):
+        same = point["step"] == int(step) if step else not point["within"]
+        if same and point["iteration"] == entry.generated.settings["iteration"]:
+            return point
+    return None
 
 
 def labelled(runs: Sequence[Entry]) -> list[Entry]:

@@ -9,6 +9,7 @@ import numpy as np
 from ple_jax.evaluation import describe
 from ple_jax.evaluation.methods import MEASURED, Entry, Method, mean
 from ple_jax.formulas import intervals
+from ple_jax.formulas.texts import gain_by_length
 from ple_jax.training import costs
 
 TESTED = ("reward", "reward_second")
@@ -46,13 +47,17 @@ def described(methods: Sequence[Method], seed: int) -> list[dict[str, Any]]:
 
 
 def spent(run: Entry) -> dict[str, float]:
-    """What training cost: from summary.json, or of an unfinished run from metrics.jsonl; a base model's is nothing.
-
-    Of a start model with an adapter nobody here knows.
+    """What training cost until the responses' policy: of its last one from summary.json, or of an unfinished run from
+    metrics.jsonl; of an earlier one what its evaluation says. A base model's is nothing, of a start with an adapter nobody
+    here knows.
     """
     if not run.trained:
         known = run.generated.settings["adapter"] is None
         return dict.fromkeys((*costs.COUNTERS, "wall_seconds"), 0) if known else {}
+    if run.point is not None and run.point["step"] != run.summary["points"][-1]["step"]:
+        found = {key: run.point.get(key) for key in ("generated_tokens", "training_tokens", "seconds")}
+        named = {"train_seconds" if key == "seconds" else key: value for key, value in found.items()}
+        return {key: value for key, value in named.items() if value is not None}
     if not run.summary:
         totals = {key.removeprefix("total_"): value for key, value in last(run.lines).items() if key.startswith("total_")}
         return {"train_seconds": totals.pop("seconds"), **totals} if totals else {}
@@ -117,6 +122,16 @@ def seeds(a: Method, b: Method) -> list[int]:
     return [of.runs[i if of is a else j].seed for i, j in beside(a, b)]
 
 
+def by_length(a: Method, b: Method, measure: str) -> float:
+    """What of a - b the lengths of the responses alone would give."""
+    rewards = [method.values[measure].ravel() for method in (b, a)]
+    lengths = [
+        [len(r.tokens) for run in method.runs for rollout in run.generated.rollouts for r in rollout.responses]
+        for method in (b, a)
+    ]
+    return gain_by_length(rewards, lengths)
+
+
 def tests(pairs: Sequence[tuple[Method, Method]], seed: int) -> list[dict[str, Any]]:
     """The difference of every pair of methods in both rewards: interval, p, and that adjusted for all pairs (Holm).
 
@@ -130,7 +145,7 @@ def tests(pairs: Sequence[tuple[Method, Method]], seed: int) -> list[dict[str, A
             one, other = a.by_query(measure)[both[:, 0]], b.by_query(measure)[both[:, 1]]
             tested = intervals.paired(one, other, seed=seed)
             what = {"measure": measure, "method": a.label, "against": b.label, "seeds": seeds(a, b)}
-            found.append({**what, **tested._asdict()})
+            found.append({**what, **tested._asdict(), "by_length": by_length(a, b, measure)})
         adjusted = intervals.holm([row["p"] for row in found])
         rows += [{**row, "p_holm": p} for row, p in zip(found, adjusted, strict=True)]
     return rows

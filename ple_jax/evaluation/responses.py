@@ -6,6 +6,7 @@ query, in the journal's order, with
 
     query_id, reference      the record's own answer, "" if it has none
     second                   [n] a second reward's values, where one was asked for; null where it gave nothing finite
+    overlap                  [n] share of a response's trigrams that stand in the principles
     logprob                  [n] sum over a response's tokens of log pi, nats, under the prompt that it was sampled from
     base_logprob             [n] the same under the base without any adapter, and the plain prompt
     kl                       [n] sum over its tokens of r - 1 - log r, r = base / policy: nats, estimates KL(policy, base)
@@ -19,7 +20,7 @@ it (Schulman, "Approximating KL divergence", 2020); that is where responses are 
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +38,7 @@ from ple_jax.core.types import Batch, Query, Response, Reward, Rollout, Slot
 from ple_jax.data.left_out import QuerySet
 from ple_jax.data.load import Data, load_heldout
 from ple_jax.data.queries import digest
+from ple_jax.formulas.texts import ngram_overlap
 from ple_jax.training import ahead, opening, scoring
 from ple_jax.training.journal import Journal
 from ple_jax.training.journal import read as read_journal
@@ -62,6 +64,14 @@ def folder(workdir: Path, config: Any, step: int | None = None) -> Path:
     """
     principled = "_principled" if config.generate.principled else ""
     return workdir / "responses" / (config.generate.policy + principled + ("" if step is None else f"_step_{step}"))
+
+
+def file_of(workdir: Path, point: Mapping[str, Any]) -> Path:
+    """The scores of the trained policy's answers at an evaluation (`within`, then `step`, and `iteration`), or where they
+    would be.
+    """
+    step = f"_step_{point['step']}" if point["within"] else ""
+    return workdir / "responses" / f"trained{step}" / f"iter_{point['iteration']:04d}.scores.jsonl"
 
 
 # what is read of the settings of responses
@@ -211,6 +221,7 @@ def _scores(
     """The lines beside the journal; `prompts` are those that the responses were sampled from."""
     samples, size = len(rollouts[0].responses), run.config.optimizer.micro_queries
     values = None if second is None else scoring.values(rollouts, second, run.session)
+    principles = run.base.tokenizer.encode(run.prompts.principles.text, add_special_tokens=False)
     run.session.progress.phase("log-probabilities", len(rollouts))
     for start in range(0, len(rollouts), size):
         run.session.stop.check()
@@ -226,6 +237,7 @@ def _scores(
             line: dict[str, Any] = {"query_id": rollout.query_id, "reference": run.data.heldout[start + i].completion}
             if values is not None:
                 line["second"] = [float(x) if math.isfinite(x) else None for x in values[start + i]]
+            line["overlap"] = [ngram_overlap(response.tokens, principles, 3) for response in rollout.responses]
             line |= {"logprob": policy[i].sum(-1).tolist(), "base_logprob": base[i].sum(-1).tolist(), "kl": kl[i].tolist()}
             yield {**line, "reference_logprob": references[i][0], "reference_tokens": references[i][1]}
         run.session.progress.advance(len(some))

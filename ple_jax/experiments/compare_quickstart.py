@@ -1,24 +1,31 @@
-"""Every method on one task, at one budget, with one tuning, one evaluation: the evidence of docs/compare.md in one command.
+"""Every method on one task, with one tuning and one evaluation, at equal KL and at equal tokens: the evidence of
+docs/compare.md in one command.
 
-    python -m ple_jax.experiments.compare_quickstart --out runs/compare [--jobs 2] [--methods all] [--seeds 0,1,2]
-        [--lrs 3e-4,1e-3,3e-3,1e-2] [--backend jax] [--config quickstart] [-- --config.KEY=VALUE ...]
+    python -m ple_jax.experiments.compare_quickstart --out runs/compare [--jobs 2] [--methods main] [--seeds 0,1,2,3,4]
+        [--budgets 4,12] [--lrs 3e-4,1e-3,3e-3,1e-2] [--tune-seeds 2] [--keep DIR] [--backend jax] [--config quickstart]
+        [-- --config.KEY=VALUE ...]
 
 Give the same command again after a stop or a kill: finished runs are not repeated. Everything is a
-`python -m ple_jax.main` whose work directory is in OUT, with a log beside it.
+`python -m ple_jax.main` whose work directory is in OUT, with a log beside it. With --keep what a finished run says (metrics,
+summary, responses; no weights) is also kept in DIR, packed; a run that is there is not repeated in another OUT either.
 
 1. data: for the offline methods the start model answers queries of the train split, as many as use up the budget that the
    others sample while they train. Best and worst answer to each, by reward, are OUT/pairs.jsonl, the best OUT/sft.jsonl:
    made once, with the first seed.
-2. learning rates: every method at every rate of --lrs with the first seed. It gets the one whose held-out reward
-   (config.task.heldout, the dev split) is the highest in the end, of equal ones the smallest: OUT/lrs.json. A rate at which
-   a run diverged is out.
-3. seeds: the others, at that rate.
-4. test: these models, and the start model with and without the principles in its prompt, answer --test-data, which nothing
-   above has read, --samples times each. --second-reward, which no method was trained on, scores the answers too.
-5. comparison: `--mode=compare` of all. Its tables are printed; its page is OUT/comparison/comparison.html.
+2. learning rates: every method at every rate of --lrs with the first --tune-seeds seeds. For each budget it gets the rate
+   whose best evaluation within the budget, on config.task.heldout (the dev split), has the highest reward, as a mean over
+   these seeds; and another one by the reward in the end. Of equal ones it is the smallest: OUT/lrs.json. A rate at which a
+   run diverged is out. Variants of PLE (ablations, sensitivity) are trained at PLE's.
+3. seeds: the others, at these rates.
+4. test: of each of these runs the best checkpoint within each budget and the last one, and the start model with and without
+   the principles in its prompt, answer --test-data, which nothing above has read, --samples times each. --second-reward,
+   which no method was trained on, scores the answers too.
+5. comparison: `--mode=compare` of all, at every budget and at equal tokens, with the curves of all runs. Its tables are
+   printed; its page is OUT/comparison/comparison.html.
 
-A method samples --responses an iteration, however many of them for a query, and takes --steps optimiser steps on them.
-SFT and offline DPO sample nothing while they train: their iterations take as many queries as those with two responses each.
+A method samples --responses an iteration, however many of them for a query, and takes --steps optimiser steps on them; no
+run stops before its last iteration, so that all have generated as many in the end. SFT and offline DPO sample nothing while
+they train: their iterations take as many queries as those with two responses each.
 
 The exit code is 1 if a run failed; what speaks for the others is compared nevertheless.
 """
@@ -36,12 +43,14 @@ from ple_jax.core.conversation import Conversation
 from ple_jax.core.errors import UserError
 from ple_jax.core.files import read_json, write_json, write_jsonl
 from ple_jax.evaluation import responses
+from ple_jax.experiments import store
 from ple_jax.experiments.grid import best, number
 from ple_jax.experiments.jobs import Job, Outcome, overrides, parsed, positive, reported, run, say
-from ple_jax.experiments.methods import METHODS, budget, chosen
+from ple_jax.experiments.methods import GROUPS, METHODS, budget, chosen
 
 DATA_SAMPLES = 4  # answers per query of the offline methods' data
-SELECT = "heldout_reward_after"
+SENSITIVITY_SEEDS = 3  # of methods of that group, at most
+END = "newest"  # the view of equal tokens, as config.checkpoint.use names it
 
 # ---------------------------------------------------------------- commands
 
@@ -57,11 +66,20 @@ class Settings(NamedTuple):
     methods: list[str]
     seeds: list[str]
     lrs: list[str]  # ascending
+    tune_seeds: int  # so many of the seeds choose the rates
+    budgets: list[str]  # nats per response
+    points: int  # evaluations an iteration
     responses: int
     steps: int
     test_data: str
     samples: int
     second_reward: str
+    keep: Path | None = None
+
+    @property
+    def views(self) -> list[str]:
+        """The checkpoints of a run that are compared, as config.checkpoint.use names them."""
+        return [*(f"kl_{float(budget):g}" for budget in self.budgets), END]
 
 
 def command(
@@ -73,27 +91,56 @@ def command(
     return Job(name, (*flags, *s.given, *(f"--config.{key}={value}" for key, value in keys.items())), folder, result)
 
 
-def training(s: Settings, method: str, lr: str, seed: str, *, test: bool = False) -> Job:
-    """A method's run at one learning rate and seed; with `test` its answers to the test split."""
-    m, backend = METHODS[method], "torch" if METHODS[method].trl else s.backend
+def training(s: Settings, method: str, lr: str, seed: str) -> Job:
+    """A method's run at one learning rate and seed."""
     name = f"{method}__lr-{lr}__seed-{seed}"
-    shape = budget(method, responses=s.responses, steps=s.steps, micro=s.config.optimizer.micro_queries)
-    keys = {**m.keys, **shape, "optimizer.lr": lr, "seed": seed}
+    return command(s, name, "summary.json", _keys(s, method, lr, seed), mode="train", backend=_backend(s, method))
+
+
+def testing(s: Settings, method: str, lr: str, seed: str, view: str) -> Job:
+    """The answers to the test split of a run that is finished."""
+    trained = training(s, method, lr, seed)
+    summary = read_json(trained.result) or {}
+    last = {"iteration": s.config.iterations, "within": False}
+    point = last if view == END else summary["best"][view]
+    result = responses.file_of(trained.workdir, point).relative_to(trained.workdir).as_posix()
+    keys = _keys(s, method, lr, seed) | _test(s) | {"checkpoint.use": view}
+    name, backend = f"{trained.name}__{view}", _backend(s, method)
+    return command(s, name, result, keys, mode="generate", workdir=trained.name, backend=backend)
+
+
+def _keys(s: Settings, method: str, lr: str, seed: str) -> dict[str, str]:
+    m = METHODS[method]
+    keys = {
+        **m.keys,
+        **budget(method, responses=s.responses, steps=s.steps, micro=s.config.optimizer.micro_queries),
+        **_evaluated(s),
+        "optimizer.lr": lr,
+        "seed": seed,
+    }
     if m.data:
         keys["task.train"] = str(s.out / f"{m.data}.jsonl")
-    if m.trl:
-        keys["trainer"] = "trl"
-    if not test:
-        return command(s, name, "summary.json", keys, mode="train", backend=backend)
-    result = _responses("trained", s.config.iterations)
-    return command(s, f"{name}__test", result, keys | _test(s), mode="generate", workdir=name, backend=backend)
+    return keys | ({"trainer": "trl", "eval.points": "1"} if m.trl else {})  # TRL's steps are its own
+
+
+def _evaluated(s: Settings) -> dict[str, str]:
+    return {
+        "eval.max_kl": f"({''.join(f'{budget},' for budget in s.budgets)})",
+        "eval.stop": "False",
+        "eval.points": str(s.points),
+        "eval.second_reward": s.second_reward,
+    }
+
+
+def _backend(s: Settings, method: str) -> str:
+    return "torch" if METHODS[method].trl else s.backend
 
 
 def starting(s: Settings, *, principled: bool) -> Job:
     """The start model's answers to the test split."""
     name = "start_principled" if principled else "start"
     keys = {"generate.policy": "start", "generate.principled": str(principled), "seed": s.seeds[0], **_test(s)}
-    return command(s, name, _responses(name, 0), keys, mode="generate")
+    return command(s, name, f"responses/{name}/iter_0000.scores.jsonl", keys, mode="generate")
 
 
 def _test(s: Settings) -> dict[str, str]:
@@ -102,12 +149,7 @@ def _test(s: Settings) -> dict[str, str]:
         "generate.max_queries": "0",
         "generate.samples": str(s.samples),
         "generate.second_reward": s.second_reward,
-        "checkpoint.use": "newest",  # all methods at the end of one budget
     }
-
-
-def _responses(policy: str, iteration: int) -> str:
-    return f"responses/{policy}/iter_{iteration:04d}.scores.jsonl"
 
 
 # ---------------------------------------------------------------- stages
@@ -127,8 +169,8 @@ def make_data(s: Settings) -> None:
         "generate.max_queries": str(s.config.iterations * s.responses // DATA_SAMPLES),
         "seed": s.seeds[0],
     }
-    job = command(s, "data", _responses("start", 0), keys, mode="generate")
-    if (ended := run([job], s.out)["data"]).code:
+    job = command(s, "data", "responses/start/iter_0000.scores.jsonl", keys, mode="generate")
+    if (ended := _run(s, [job])["data"]).code:
         raise UserError(f"the data of the offline methods could not be sampled ({ended.says}); see {s.out / 'data.log'}")
     made = dict(zip(("pairs", "sft"), records(responses.read(job.result.parent, 0)), strict=True))
     for name, rows in made.items():
@@ -162,29 +204,56 @@ def records(found: responses.Generated) -> tuple[list[dict[str, Any]], list[dict
     return pairs, best_only
 
 
-def choose(s: Settings, ended: Mapping[str, Outcome]) -> dict[str, str]:
-    """The learning rate of every method by the dev split; writes lrs.json.
+def choose(s: Settings, ended: Mapping[str, Outcome]) -> dict[tuple[str, str], str]:
+    """(Method, view) -> its learning rate by the dev split; writes lrs.json.
 
     Exit code 2 is main's own, as of a run that diverged. A method of which a run was killed or crashed is left out: what it
     would have been is not known.
     """
-    rates: dict[str, str] = {}
+    rates: dict[tuple[str, str], str] = {}
     table: dict[str, Any] = {}
-    for method in s.methods:
-        jobs = [training(s, method, lr, s.seeds[0]) for lr in s.lrs]
+    for method in tuned(s):
+        grid = [{"lr": lr, "seed": seed} for lr in s.lrs for seed in _tuning(s)]
+        jobs = [training(s, method, **point) for point in grid]
         codes = [ended[job.name].code for job in jobs]
-        summaries = [read_json(job.result) if code == 0 else None for job, code in zip(jobs, codes, strict=True)]
-        values = [number((summary or {}).get(SELECT)) for summary in summaries]
-        found = best([{"lr": lr} for lr in s.lrs], values)  # the first, so the smallest, of equal ones
-        table[method] = {"lr": None, SELECT: dict(zip(s.lrs, values, strict=True))}
-        if found is None or not set(codes) <= {0, 2}:
-            say(f"{method}: left out, since {'a run' if found else 'every run'} failed; give the same command again")
-            continue
-        rates[method] = table[method]["lr"] = lr = found[0]["lr"]
-        edge = ", at the edge of the grid" if len(s.lrs) > 1 and lr in (s.lrs[0], s.lrs[-1]) else ""
-        say(f"{method}: learning rate {lr}, {SELECT} {found[1][0]:.4f}{edge}")
-    write_json(s.out / "lrs.json", {"selected_on": s.config.task.heldout, "seed": s.seeds[0], "methods": table})
-    return rates
+        summaries = [(read_json(job.result) or {}) if code == 0 else {} for job, code in zip(jobs, codes, strict=True)]
+        values = {view: [_reached(summary, view) for summary in summaries] for view in s.views}
+        found = {view: best(grid, of_view) for view, of_view in values.items()}  # of equal ones the smallest
+        whole = all(found.values()) and set(codes) <= {0, 2}
+        if not whole:
+            which = "a run" if all(found.values()) else "every rate"
+            say(f"{method}: left out, since {which} failed; give the same command again")
+        for view, top in found.items():
+            lr = top[0]["lr"] if whole and top else None
+            of_rate = {rate: [v for p, v in zip(grid, values[view], strict=True) if p["lr"] == rate] for rate in s.lrs}
+            table.setdefault(method, {})[view] = {"lr": lr, "reward": of_rate}
+            if lr is not None and top:
+                rates[method, view] = lr
+                edge = ", at the edge of the grid" if len(s.lrs) > 1 and lr in (s.lrs[0], s.lrs[-1]) else ""
+                say(f"{method}, {view}: learning rate {lr}, reward {math.fsum(top[1]) / len(top[1]):.4f}{edge}")
+    write_json(s.out / "lrs.json", {"selected_on": s.config.task.heldout, "seeds": _tuning(s), "methods": table})
+    of_ple = {view: lr for (method, view), lr in rates.items() if method == "ple"}
+    return rates | {(m, view): lr for m in s.methods if METHODS[m].of_ple for view, lr in of_ple.items()}
+
+
+def tuned(s: Settings) -> list[str]:
+    """The methods that have a learning rate of their own; PLE's variants have PLE's."""
+    return [method for method in s.methods if not METHODS[method].of_ple]
+
+
+def seeds_of(s: Settings, method: str) -> list[str]:
+    return s.seeds[:SENSITIVITY_SEEDS] if METHODS[method].group == "sensitivity" else s.seeds
+
+
+def _tuning(s: Settings) -> list[str]:
+    return s.seeds[: s.tune_seeds]
+
+
+def _reached(summary: Mapping[str, Any], view: str) -> float:
+    """The dev split's reward that chooses a rate."""
+    if view == END:
+        return number(summary.get("heldout_reward_after"))
+    return number(summary.get("best", {}).get(view, {}).get("reward"))
 
 
 def check(s: Settings) -> None:
@@ -197,7 +266,7 @@ def check(s: Settings) -> None:
     if needs_data(s) and layout != "records":
         raise UserError(f"config.task.format is {layout!r}, and the data of the offline methods are written as records")
     for seed in s.seeds:
-        parsed(command(s, "", "", {"seed": seed}, mode="plan").arguments)
+        parsed(command(s, "", "", {"seed": seed, **_evaluated(s)}, mode="plan").arguments)
     responses.evaluation_set(parsed(starting(s, principled=False).arguments).config)
 
 
@@ -205,14 +274,48 @@ def needs_data(s: Settings) -> bool:
     return any(METHODS[method].data for method in s.methods)
 
 
-def tested(s: Settings, rates: Mapping[str, str], ended: Mapping[str, Outcome]) -> dict[Job, str]:
-    """The jobs that answer the test split, of all that finished training and of the start model; with their labels."""
-    models: dict[Job, str] = {}
-    for method, lr in rates.items():
-        names = {seed: training(s, method, lr, seed).name for seed in s.seeds}
-        finished = [seed for seed, name in names.items() if ended[name].code == 0]
-        models |= {training(s, method, lr, seed, test=True): method for seed in finished}
-    return models | {starting(s, principled=False): "start", starting(s, principled=True): "start + principles"}
+def chosen_runs(s: Settings, rates: Mapping[tuple[str, str], str]) -> list[Job]:
+    """All runs at a rate that was chosen for any view, seed by seed."""
+    pairs = dict.fromkeys((method, lr) for (method, _), lr in rates.items())
+    return [training(s, method, lr, seed) for seed in s.seeds for method, lr in pairs if seed in seeds_of(s, method)]
+
+
+def restored(s: Settings, rates: Mapping[tuple[str, str], str]) -> int:
+    """Makes training jobs not done again of which a checkpoint must still answer and is gone, since runs are kept without
+    weights; how many.
+    """
+    lost = {}
+    for (method, view), lr in rates.items():
+        for seed in seeds_of(s, method):
+            job = training(s, method, lr, seed)
+            if job.result.exists() and not (job.workdir / "checkpoints").exists():
+                if not testing(s, method, lr, seed, view).result.exists():
+                    lost[job.name] = job
+    for job in lost.values():
+        store.forget(job, s.out)
+    return len(lost)
+
+
+def tested(
+    s: Settings, rates: Mapping[tuple[str, str], str], ended: Mapping[str, Outcome]
+) -> tuple[dict[Path, Job], dict[str, Path]]:
+    """The jobs that answer the test split, by the file that they write, of all that finished training and of the start
+    model; and the entries of the comparison with the files that they are of.
+    """
+    jobs: dict[Path, Job] = {}
+    entries: dict[str, Path] = {}
+    for (method, view), lr in rates.items():
+        for seed in seeds_of(s, method):
+            trained = training(s, method, lr, seed)
+            if ended[trained.name].code == 0:
+                job = testing(s, method, lr, seed, view)
+                jobs.setdefault(job.result, job)  # two budgets may have the same best
+                entries[f"{method}={job.workdir}@{view}"] = job.result
+    for label, principled in (("start", False), ("start + principles", True)):
+        job = starting(s, principled=principled)
+        jobs[job.result] = job
+        entries[f"{label}={job.result.parent}"] = job.result
+    return jobs, entries
 
 
 def compared(s: Settings, entries: Sequence[str]) -> tuple[Job, Outcome]:
@@ -234,29 +337,40 @@ def compare(s: Settings, *, jobs: int) -> int:
     Raises:
         UserError: something wrong with the command line or the data.
     """
-    tuned = [training(s, method, lr, s.seeds[0]) for method in s.methods for lr in s.lrs]
-    others, tests = len(s.methods) * (len(s.seeds) - 1), len(s.methods) * len(s.seeds) + 2
-    say(f"{len(tuned)} + {others} runs to train and {tests} models to test, of {len(s.methods)} methods; in {s.out}")
+    grid = [training(s, m, lr, seed) for seed in _tuning(s) for m in tuned(s) for lr in s.lrs]
+    say(f"{len(grid)} runs choose the learning rates of {len(tuned(s))} methods; {len(s.methods)} are compared, in {s.out}")
     check(s)
     began = time.monotonic()
+    if s.keep:
+        say(f"{store.load(s.keep, s.out)} jobs are kept in {s.keep}")
     if needs_data(s):
         with stage("data"):
             make_data(s)
     with stage("learning rates"):
-        tried = run(tuned, s.out, parallel=jobs)
-        rates = choose(s, tried)
+        ended = _run(s, grid, parallel=jobs)
+        rates = choose(s, ended)
     with stage("seeds"):
-        ended = run([training(s, m, lr, seed) for m, lr in rates.items() for seed in s.seeds[1:]], s.out, parallel=jobs)
+        if lost := restored(s, rates):
+            say(f"{lost} runs are trained again, as their weights were not kept and the test needs them")
+        ended |= _run(s, chosen_runs(s, rates), parallel=jobs)
     with stage("test"):
-        models = tested(s, rates, tried | ended)
-        ended |= run(list(models), s.out, parallel=jobs)
+        asked, entries = tested(s, rates, ended)
+        ended |= _run(s, list(asked.values()), parallel=jobs)
     with stage("comparison"):
-        entries = [f"{label}={job.result.parent}" for job, label in models.items() if ended[job.name].code == 0]
-        page, ended["comparison"] = compared(s, entries)
-    failed = [m for m in s.methods if m not in rates] + [name for name, outcome in ended.items() if outcome.code]
-    say(f"\nfailed: {', '.join(failed)}" if failed else "\nnothing failed")
+        answered = [entry for entry, file in entries.items() if ended[asked[file].name].code == 0]
+        curves = [f"{job.name.partition('__')[0]}={job.workdir}@points" for job in grid if ended[job.name].code == 0]
+        page, ended["comparison"] = compared(s, [*answered, *curves])
+    left = [method for method in s.methods if (method, END) not in rates]
+    failures = left + [name for name, outcome in ended.items() if outcome.code]
+    say(f"\nfailed: {', '.join(failures)}" if failures else "\nnothing failed")
     say(f"{(time.monotonic() - began) / 60:.1f} minutes; page: {page.result}")
-    return int(bool(failed))
+    return int(bool(failures))
+
+
+def _run(s: Settings, jobs: Sequence[Job], *, parallel: int = 1) -> dict[str, Outcome]:
+    """`jobs.run`, with what finishes kept."""
+    keep = s.keep
+    return run(jobs, s.out, parallel=parallel, done=None if keep is None else lambda job: store.save(job, s.out, keep))
 
 
 @contextmanager
@@ -275,9 +389,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--out", required=True, type=Path, metavar="DIR")
     add("--config", default="quickstart", metavar="CONFIG", help="the task (default: quickstart)")
-    add("--methods", default="all", help="all, main (without ablations), or names with commas: " + ", ".join(METHODS))
-    add("--seeds", default="0,1,2", type=_list)
+    add("--methods", default="main", help="all, or groups and names with commas: " + ", ".join((*GROUPS, *METHODS)))
+    add("--seeds", default="0,1,2,3,4", type=_list)
+    add("--budgets", default="4,12", type=_list, help="nats per response from the start (default: 4,12)")
     add("--lrs", default="3e-4,1e-3,3e-3,1e-2", type=_list, help="the same for every method")
+    add("--tune-seeds", type=positive, default=2, metavar="N", help="seeds that choose the rates (default: 2)")
+    add("--points", type=positive, default=1, help="evaluations an iteration (default: 1)")
+    add("--keep", type=Path, metavar="DIR", help="where what finished runs say is kept, packed")
     add("--jobs", type=positive, default=1, metavar="N", help="runs at a time (default: 1); they share cores and memory")
     add("--backend", default="jax", help="of all but TRL's methods (default: jax)")
     add("--responses", type=positive, default=96, help="sampled in an iteration (default: 96)")
@@ -291,10 +409,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     with reported(out):
         given = overrides(options.pop("given"))
         config = parsed((f"--config={file}", f"--backend={options['backend']}", "--mode=plan", *given)).config
-        methods, lrs = chosen(options.pop("methods")), _ascending(options.pop("lrs"))
-        return compare(
-            Settings(out=out, file=file, config=config, given=given, methods=methods, lrs=lrs, **options), jobs=jobs
-        )
+        methods = chosen(options.pop("methods"))
+        lrs, budgets = (_ascending(name, options.pop(name)) for name in ("lrs", "budgets"))
+        own = {"out": out, "file": file, "config": config, "given": given, "methods": methods, "lrs": lrs}
+        return compare(Settings(**own, budgets=budgets, **options), jobs=jobs)
 
 
 def _list(text: str) -> list[str]:
@@ -304,11 +422,11 @@ def _list(text: str) -> list[str]:
     return found
 
 
-def _ascending(lrs: Sequence[str]) -> list[str]:
+def _ascending(name: str, numbers: Sequence[str]) -> list[str]:
     try:
-        return sorted(lrs, key=float)
+        return sorted(numbers, key=float)
     except ValueError as error:
-        raise UserError(f"--lrs={','.join(lrs)}: {error}") from error
+        raise UserError(f"--{name}={','.join(numbers)}: {error}") from error
 
 
 if __name__ == "__main__":

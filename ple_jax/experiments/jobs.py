@@ -1,6 +1,7 @@
 """Runs of `ple_jax.main` that are started once: what is done is not run again, a stop ends them all."""
 
 import argparse
+import collections
 import contextlib
 import fcntl
 import json
@@ -10,12 +11,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ple_jax import main as entry
+from ple_jax.core import identity
 from ple_jax.core.errors import UserError
 from ple_jax.core.secrets import redacted
 from ple_jax.training.interrupt import MESSAGE
@@ -42,17 +44,22 @@ class Outcome(NamedTuple):
     says: str = ""
 
 
-def run(jobs: Sequence[Job], out: Path, *, parallel: int = 1) -> dict[str, Outcome]:
+def run(
+    jobs: Sequence[Job], out: Path, *, parallel: int = 1, done: Callable[[Job], None] | None = None
+) -> dict[str, Outcome]:
     """Runs what is not done yet, at most `parallel` at a time; by name how each ended, in the order of the jobs.
 
     What a job prints is appended to OUT/NAME.log. OUT/NAME.done holds what it was asked for when it ended well: the same
     is not run again, and of anything else `ple_jax.main` itself says whether the work directory is its own.
 
+    Args:
+        done: called with every job that has just ended well.
+
     Raises:
         UserError: a command line that is wrong, before anything runs.
         KeyboardInterrupt: as it came, when all that ran have stopped.
     """
-    wanted = {job.name: asked(job) for job in jobs}
+    wanted = {job.name: asked(job, out) for job in jobs}
     todo = [job for job in jobs if not _is_done(out, job, wanted[job.name])]
     if len(todo) < len(jobs):
         say(f"{len(jobs) - len(todo)} of {len(jobs)} are done already")
@@ -60,10 +67,13 @@ def run(jobs: Sequence[Job], out: Path, *, parallel: int = 1) -> dict[str, Outco
     processes = _Processes(out)
     with ThreadPoolExecutor(parallel) as pool:
         try:
-            futures = {pool.submit(processes.run, job, wanted[job.name]): job.name for job in todo}
+            futures = {pool.submit(processes.run, job, wanted[job.name]): job for job in todo}
             for number, future in enumerate(as_completed(futures), 1):
-                name, (outcome, seconds) = futures[future], future.result()
+                job, (outcome, seconds) = futures[future], future.result()
+                name = job.name
                 outcomes[name] = outcome
+                if done is not None and not outcome.code:
+                    done(job)
                 failed = f"exit code {outcome.code}, {outcome.says} (all of it is in {out / f'{name}.log'})"
                 say(f"[{number}/{len(todo)}] {name}: {failed if outcome.code else 'done'} after {seconds:.0f} s")
         except BaseException:
@@ -80,9 +90,14 @@ class _Processes:
         self._out = out
         self._running: list[subprocess.Popen[bytes]] = []
         self._stopping = threading.Event()
+        self._folders: dict[Path, threading.Lock] = collections.defaultdict(threading.Lock)  # one process in each at a time
 
     def run(self, job: Job, wanted: str) -> tuple[Outcome, float]:
         """Runs a job to its end, and marks it as done if it ended well; how it ended, and after how many seconds."""
+        with self._folders[job.workdir]:
+            return self._run(job, wanted)
+
+    def _run(self, job: Job, wanted: str) -> tuple[Outcome, float]:
         _wait_until_free(job.workdir, self._stopping)
         started, log = time.monotonic(), self._out / f"{job.name}.log"
         with log.open("ab") as file:
@@ -92,7 +107,7 @@ class _Processes:
                 process.terminate()
             code = process.wait()
         if code == 0:
-            (self._out / f"{job.name}.done").write_text(wanted, encoding="utf-8")
+            mark(job, self._out).write_text(wanted, encoding="utf-8")
         return Outcome(code, _last_line(log) if code else ""), time.monotonic() - started
 
     def stop(self) -> None:
@@ -115,15 +130,33 @@ def parsed(arguments: Sequence[str]) -> entry.CommandLine:
     return entry.parse(["ple_jax.main", *arguments])
 
 
-def asked(job: Job) -> str:
-    """All that a command line asks for, with the whole config, as text."""
+def asked(job: Job, out: Path) -> str:
+    """All that a command line asks for, with the whole config, as text; the same wherever OUT is."""
     found = parsed(job.arguments)
-    return json.dumps({**found._asdict(), "config": redacted(found.config.to_dict())}, indent=1, default=str)
+    text = json.dumps({**found._asdict(), "config": redacted(found.config.to_dict())}, indent=1, default=str)
+    return text.replace(json.dumps(f"{out}/")[1:-1], "OUT/")
+
+
+def mark(job: Job, out: Path) -> Path:
+    """What says that a job is done."""
+    return out / f"{job.name}.done"
 
 
 def _is_done(out: Path, job: Job, asked: str) -> bool:
-    mark = out / f"{job.name}.done"
-    return job.result.exists() and mark.exists() and mark.read_text(encoding="utf-8") == asked
+    file = mark(job, out)
+    if not job.result.exists() or not file.exists():
+        return False
+    kept, wanted = file.read_text(encoding="utf-8"), json.loads(asked)
+    with contextlib.suppress(ValueError):
+        return _completed(json.loads(kept), wanted) == wanted
+    return False
+
+
+def _completed(kept: Any, wanted: Mapping[str, Any]) -> Any:
+    """What a mark says, with the keys that the config has been given since."""
+    if not isinstance(kept, Mapping) or not isinstance(kept.get("config"), Mapping):
+        return kept
+    return {**kept, "config": json.loads(json.dumps(identity.completed(kept["config"], wanted["config"]), default=str))}
 
 
 def _wait_until_free(workdir: Path, stopping: threading.Event) -> None:

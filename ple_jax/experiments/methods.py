@@ -11,8 +11,12 @@ class Method(NamedTuple):
     samples: int
     keys: dict[str, str]
     data: str = ""  # "pairs" or "sft": it trains on these
-    ablation: bool = False
+    group: str = "main"  # or "ablations", "sensitivity": of PLE, at its learning rate; or "trl"
     trl: bool = False
+
+    @property
+    def of_ple(self) -> bool:
+        return self.group in ("ablations", "sensitivity")
 
 
 _PERCENTILE = {  # the authors' released code is DPO, without a likelihood term
@@ -20,14 +24,14 @@ _PERCENTILE = {  # the authors' released code is DPO, without a likelihood term
     "ple.rank": "dpo", "ple.rank_beta": "0.1", "ple.rank_sft_weight": "0.0",
 }  # fmt: skip
 
+
+def _of_ple(group: str, keys: dict[str, str], *, samples: int = 2) -> Method:
+    """PLE but for these keys."""
+    return Method(samples, {"ple.kl_weight": "0.0", **keys}, group=group)
+
+
 METHODS = {
-    "ple": Method(2, {}),
-    "ple_no_ranking": Method(2, {"ple.rank_weight": "0.0"}, ablation=True),
-    "ple_all_blended": Method(2, {"ple.tau_0": "inf"}, ablation=True),
-    "ple_no_blend": Method(2, {"ple.blend_weight": "0.0"}, ablation=True),
-    "ple_constant_tau": Method(2, {"ple.alpha": "1.0"}, ablation=True),
-    "ple_uniform": Method(2, {"ple.blend": "uniform"}, ablation=True),
-    "ple_percentile": Method(8, _PERCENTILE, ablation=True),
+    "ple": Method(2, {"ple.kl_weight": "0.0"}),  # the method's own loss, whatever the config adds to it
     "context_distillation": Method(1, {"algorithm": "context_distillation"}),
     "self_distillation": Method(1, {"algorithm": "self_distillation"}),
     "raft": Method(4, {"algorithm": "raft", "raft.samples": "4"}),
@@ -37,41 +41,66 @@ METHODS = {
     "ppo": Method(1, {"algorithm": "ppo", "ppo.samples": "1"}),
     "rloo": Method(4, {"algorithm": "rloo", "rloo.samples": "4"}),
     "grpo": Method(4, {"algorithm": "grpo", "grpo.samples": "4"}),
-    "trl_sft": Method(2, {"algorithm": "sft"}, data="sft", trl=True),
-    "trl_dpo": Method(2, {"algorithm": "dpo", "dpo.samples": "0"}, data="pairs", trl=True),
-    "trl_rloo": Method(4, {"algorithm": "rloo", "rloo.samples": "4"}, trl=True),
-    "trl_grpo": Method(4, {"algorithm": "grpo", "grpo.samples": "4"}, trl=True),
+    "ple_no_ranking": _of_ple("ablations", {"ple.rank_weight": "0.0"}),
+    "ple_all_blended": _of_ple("ablations", {"ple.tau_0": "inf"}),
+    "ple_no_blend": _of_ple("ablations", {"ple.blend_weight": "0.0"}),
+    "ple_constant_tau": _of_ple("ablations", {"ple.alpha": "1.0"}),
+    "ple_uniform": _of_ple("ablations", {"ple.blend": "uniform"}),
+    "ple_empty": _of_ple("ablations", {"principles": "none"}),
+    "ple_irrelevant": _of_ple("ablations", {"principles": "irrelevant"}),
+    "ple_reversed": _of_ple("ablations", {"principles": "negative_review"}),
+    "ple_shuffled": _of_ple("ablations", {"reward.transform": "shuffle"}),
+    "ple_kl": _of_ple("ablations", {"ple.kl_weight": "0.05"}),
+    "ple_percentile": _of_ple("ablations", _PERCENTILE, samples=8),
+    "ple_tau_0": _of_ple("sensitivity", {"ple.tau_0": "0.0"}),
+    "ple_tau_0.05": _of_ple("sensitivity", {"ple.tau_0": "0.05"}),
+    "ple_tau_0.5": _of_ple("sensitivity", {"ple.tau_0": "0.5"}),
+    "ple_tau_1": _of_ple("sensitivity", {"ple.tau_0": "1.0"}),
+    "ple_alpha_0.5": _of_ple("sensitivity", {"ple.alpha": "0.5"}),
+    "ple_alpha_0.7": _of_ple("sensitivity", {"ple.alpha": "0.7"}),
+    "ple_candidates_2": _of_ple("sensitivity", {"ple.candidates": "2"}, samples=3),
+    "ple_candidates_3": _of_ple("sensitivity", {"ple.candidates": "3"}, samples=4),
+    "ple_candidates_4": _of_ple("sensitivity", {"ple.candidates": "4"}, samples=5),
+    "ple_sigmoid": _of_ple("sensitivity", {"reward.transform": "sigmoid"}),
+    "ple_zscore": _of_ple("sensitivity", {"reward.transform": "zscore"}),
+    "trl_sft": Method(2, {"algorithm": "sft"}, data="sft", group="trl", trl=True),
+    "trl_dpo": Method(2, {"algorithm": "dpo", "dpo.samples": "0"}, data="pairs", group="trl", trl=True),
+    "trl_rloo": Method(4, {"algorithm": "rloo", "rloo.samples": "4"}, group="trl", trl=True),
+    "trl_grpo": Method(4, {"algorithm": "grpo", "grpo.samples": "4"}, group="trl", trl=True),
 }
+_LEAST = 0.9  # of the responses of an iteration, where they make no equal batches
+GROUPS = tuple(dict.fromkeys(method.group for method in METHODS.values()))
 
 
 def chosen(text: str) -> list[str]:
-    """The methods that `main` (without ablations), `all` or a list of names means, in the order of the table.
+    """The methods that a list of groups and names means, or `all`, in the order of the table.
 
     Raises:
-        UserError: a name that is none.
+        UserError: a name that is none, or variants of PLE without PLE, whose learning rate they take.
     """
-    if text in ("main", "all"):
-        return [name for name, method in METHODS.items() if text == "all" or not method.ablation]
-    wanted = [name.strip() for name in text.split(",")]
-    if unknown := [name for name in wanted if name not in METHODS]:
-        known = ("main", "all", *METHODS)
+    wanted = {name.strip() for name in text.split(",")}
+    known = ("all", *GROUPS, *METHODS)
+    if unknown := sorted(wanted - set(known)):
         raise UserError(f"--methods: {unknown[0]!r} is none of {', '.join(known)}{suggestion(unknown[0], known)}")
-    return [name for name in METHODS if name in wanted]
+    found = [name for name, method in METHODS.items() if wanted & {"all", method.group, name}]
+    if "ple" not in found and (variants := [name for name in found if METHODS[name].of_ple]):
+        raise UserError(f"--methods: {variants[0]} is trained at the learning rate of ple, which is not among them: add it")
+    return found
 
 
 def budget(name: str, *, responses: int, steps: int, micro: int) -> dict[str, str]:
     """Queries of an iteration, of an optimiser step and of a pass over the model (`micro` at most).
 
     Raises:
-        UserError: an iteration's responses are no equal batches.
+        UserError: an iteration's responses are no equal batches, nor is nearly all of them.
     """
     samples = METHODS[name].samples
-    if responses % (samples * steps):
+    batch = responses // (samples * steps)
+    if batch * samples * steps < _LEAST * responses:
         raise UserError(
-            f"--responses={responses} must be a multiple of {samples * steps}: {name} takes {samples} a query, in"
-            f" --steps={steps} equal batches"
+            f"--responses={responses} must be a multiple of {samples * steps}, or little more: {name} takes {samples} a"
+            f" query, in --steps={steps} equal batches"
         )
-    batch = responses // samples // steps
     return {
         "queries_per_iteration": str(batch * steps),
         "optimizer.batch_queries": str(batch),

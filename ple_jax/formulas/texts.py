@@ -185,7 +185,39 @@ def _with_reference(responses: Sequence[str], references: Sequence[str]) -> list
     return [pair for pair in zip(responses, references, strict=True) if pair[1].strip()]
 
 
-# ---------------------------------------------------------------- refusals, perplexity
+# ---------------------------------------------------------------- length
+
+
+def gain_by_length(
+    rewards: Sequence[Sequence[float] | np.ndarray], lengths: Sequence[Sequence[int] | np.ndarray]
+) -> float:
+    """What of the difference in mean reward between two sets of responses their lengths alone would give.
+
+    It is the slope of reward on length among the responses of one set, pooled over both, times the difference in mean
+    length. A reward that has learned to like long answers shows here.
+
+    Args:
+      rewards, lengths: of the one set and of the other, [n] each; responses without a finite reward are left out.
+
+    Returns:
+      second - first, in units of the reward; 0 where no two responses of a set differ in length.
+
+    >>> gain_by_length([[0.0, 1.0], [5.0, 6.0]], [[2, 4], [8, 10]])
+    3.0
+    """
+    above, below, means = 0.0, 0.0, []
+    for reward, length in zip(map(floats, rewards), map(floats, lengths), strict=True):
+        known = np.isfinite(reward)
+        reward, length = reward[known], length[known]
+        if not len(length):
+            return math.nan
+        apart = length - length.mean()
+        above, below = above + float(apart @ (reward - reward.mean())), below + float(apart @ apart)
+        means.append(float(length.mean()))
+    return above / below * (means[1] - means[0]) if below else 0.0
+
+
+# ---------------------------------------------------------------- refusals
 
 
 def is_refusal(text: str) -> bool:
@@ -203,6 +235,24 @@ def refusal_rate(texts: Sequence[str]) -> float:
 
 
 # ---------------------------------------------------------------- all of them
+
+
+def perplexity(logprob_sums: Sequence[float | None] | np.ndarray, token_counts: Sequence[int] | np.ndarray) -> float:
+    """exp(-sum of log-probabilities / number of tokens), over all texts together.
+
+    Args:
+      logprob_sums: of each text's tokens, nats; where it is None or nan the text is left out.
+      token_counts: of each text.
+
+    Returns:
+      nan where there is no token.
+    """
+    sums, counts = floats(logprob_sums), floats(token_counts)
+    known = ~np.isnan(sums)
+    if not counts[known].sum():
+        return math.nan
+    with np.errstate(over="ignore"):  # inf is the answer
+        return float(np.exp(-sums[known].sum() / counts[known].sum()))
 
 
 def floats(values: Sequence[Any] | np.ndarray) -> np.ndarray:

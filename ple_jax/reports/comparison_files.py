@@ -1,18 +1,19 @@
 """The files of a comparison: comparison.json, and tables, pages and columns of numbers that are all made from it."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ple_jax.core.files import write_csv, write_json, write_text
+from ple_jax.evaluation.frontier import COLUMNS
 from ple_jax.evaluation.methods import MEASURED
 from ple_jax.evaluation.numbers import TESTED
-from ple_jax.reports import comparison_page
+from ple_jax.reports import comparison_page, frontier
 from ple_jax.reports import comparison_tables as layout
 
 _ENDS = ("_low", "_high", "_difference", "_p_holm", "_difference_low", "_difference_high")
-_TESTS = ("measure", "method", "against", "seeds", "difference", "low", "high", "p", "p_holm")
+_TESTS = ("measure", "method", "against", "seeds", "difference", "low", "high", "p", "p_holm", "by_length")
 _WINS = (
     "method", "against", "seeds", "win", "tie", "loss", "win_rate", "low", "high", "position_bias", "consistency", "judged",
     "failed",
@@ -20,17 +21,62 @@ _WINS = (
 
 
 def write(result: Mapping[str, Any], out: Path) -> Path:
-    """Writes comparison.json and comparison.html, table.md, .csv and .tex, seeds.csv, tests.csv and wins.csv.
+    """Writes comparison.json and comparison.html, table.md, .csv and .tex, seeds.csv, tests.csv and wins.csv; of several
+    views all this in a folder each, and a page, tables and comparison.json of all of them. Also frontier.csv, the curves.
 
     Prints the tables and whatever speaks against the comparison (unequal budgets, missing seeds ...).
 
     Args:
         result: of `evaluation.compare.results`.
-        out: an existing folder.
+        out: an existing folder, with one of its own for each of several views.
 
     Returns:
         The page's path.
     """
+    if len(result["views"]) == 1:
+        text = _write_view({**result["views"][0], "frontier": result["frontier"]}, out)
+        warnings = result["views"][0]["warnings"]
+    else:
+        for view in result["views"]:
+            _write_view({**view, "frontier": {"runs": [], "budgets": []}}, out / view["view"])
+        text = _write_views(result, out)
+        warnings = [f"{frontier.title(v['view'])}: {warning}" for v in result["views"] for warning in v["warnings"]]
+    if rows := list(_evaluations(result["frontier"])):
+        write_csv(out / "frontier.csv", list(rows[0]), rows)
+    print(text)
+    for warning in warnings:
+        print(f"warning: {warning}")
+    return out / "comparison.html"
+
+
+def _write_views(result: Mapping[str, Any], out: Path) -> str:
+    """The main page of several views; the tables as text."""
+    write_json(out / "comparison.json", {**result, "views": [_numbers(view) for view in result["views"]]})
+    first = result["views"][0]
+    tables = frontier.tables(result)
+    text = layout.markdown(first, tables)
+    write_text(out / "table.md", text)
+    write_text(out / "table.tex", layout.latex(first, tables))
+    write_text(out / "comparison.html", comparison_page.of_views(result, tables))
+    return text
+
+
+def _numbers(view: Mapping[str, Any]) -> dict[str, Any]:
+    """A view without what its own comparison.json has of every query and example."""
+    methods = [{key: method[key] for key in ("label", "seeds", "measures", "intervals")} for method in view["methods"]]
+    return {"view": view["view"], "baseline": view["baseline"], "methods": methods, "tests": view["tests"]}
+
+
+def _evaluations(curves: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """A row an evaluation of every run."""
+    for run in curves["runs"]:
+        for i in range(len(run["kl"])):
+            whose = {"method": run["label"], "lr": run["lr"], "seed": run["seed"], "folder": run["folder"]}
+            yield {**whose, **{name: run[name][i] for name in COLUMNS}}
+
+
+def _write_view(result: Mapping[str, Any], out: Path) -> str:
+    """The files of one view; its tables as text."""
     write_json(out / "comparison.json", result)
     kept = json.loads((out / "comparison.json").read_text(encoding="utf-8"))  # what is not finite is null there
     tables = layout.tables(kept)
@@ -49,10 +95,7 @@ def write(result: Mapping[str, Any], out: Path) -> Path:
     write_csv(out / "seeds.csv", ["method", "seed", "folder", "iteration", *measures], _seeds(kept))
     write_csv(out / "tests.csv", _TESTS, ({**row, "seeds": _joined(row["seeds"])} for row in kept["tests"]))
     write_csv(out / "wins.csv", _WINS, ({**row, "seeds": _joined(row["seeds"])} for row in kept["wins"]))
-    print(texts["table.md"])
-    for warning in kept["warnings"]:
-        print(f"warning: {warning}")
-    return out / "comparison.html"
+    return texts["table.md"]
 
 
 def _methods(result: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ple_jax.core.config import flatten
-from ple_jax.reports import comparison_charts, drawing, formats, pages
+from ple_jax.reports import comparison_charts, drawing, formats, frontier, pages
 from ple_jax.reports.comparison_tables import Table, described, every_seed, judge
 
 
@@ -25,11 +25,30 @@ def html(result: Mapping[str, Any], found: Sequence[Table]) -> str:
         tip_width=drawing.TIP,
         strips=list(comparison_charts.strips(result)),
         scatter=list(comparison_charts.scatter(result)),
+        frontier=list(frontier.charts({"views": [result], "frontier": result["frontier"]})),
         curves=list(comparison_charts.curves(result)),
         wins=comparison_charts.wins(result),
         differences=list(comparison_charts.differences(result)),
         seeds=every_seed(result),
         settings={**own, "judge.kwargs": result["judge"]["kwargs"]},
+    )
+
+
+def of_views(result: Mapping[str, Any], found: Sequence[Table]) -> str:
+    """The main page of a comparison at several budgets; each has a page of its own in its folder."""
+    views = [(view["view"], frontier.title(view["view"]), view) for view in result["views"]]
+    marks = frontier.marks(result)
+    return pages.render(
+        "budgets.html",
+        views=views,
+        line=described(result["views"][0]),
+        settings=result["views"][0]["settings"],
+        tables=found,
+        marks=list(marks.values()),
+        by_label=marks,
+        tip_width=drawing.TIP,
+        charts=list(frontier.charts(result)),
+        runs=list(frontier.every_run(result)),
     )
 
 

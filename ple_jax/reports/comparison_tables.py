@@ -22,7 +22,7 @@ class Table(NamedTuple):
 _QUALITY = (
     ("KL", "kl"), ("perplexity", "perplexity"), ("length", "length"), ("Distinct-1", "distinct_1"),
     ("Distinct-2", "distinct_2"), ("Distinct-3", "distinct_3"), ("MSTTR", "msttr"), ("BLEU", "bleu"),
-    ("ROUGE-L", "rougeL"), ("repetition", "repetition"), ("refusal", "refusal"), ("empty", "empty"),
+    ("ROUGE-L", "rougeL"), ("repetition", "repetition"), ("overlap", "overlap"), ("refusal", "refusal"), ("empty", "empty"),
     ("cut off", "truncated"), ("no reward", "bad_reward"),
 )  # fmt: skip
 _COSTS = (
@@ -47,7 +47,8 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
             _QUALITY,
             "Means over seeds. KL to the base model in nats per response; perplexity of the responses under the base model;"
             " length in tokens; Distinct-n, MSTTR and ROUGE-L from 0 to 1, BLEU from 0 to 100; repetition is the share of a"
-            " text's 4-grams that are repeats; refusals, empty, cut-off and unrewarded responses are shares.",
+            " text's 4-grams that are repeats, overlap that of its trigrams that stand in the principles; refusals, empty,"
+            " cut-off and unrewarded responses are shares.",
         )
     )
     found.append(
@@ -70,34 +71,35 @@ def _rewards(result: Mapping[str, Any], measure: str, name: str) -> Table:
     tested = {row["method"]: row for row in result["tests"] if row["measure"] == measure and row["against"] == baseline}
     won = {row["method"]: row for row in result["wins"] if row["against"] == baseline}
     wins = measure == "reward" and any(row["win_rate"] is not None for row in won.values())
+    lengths = any(row["by_length"] for row in tested.values())
     rows = []
     for method in methods:
-        label = method["label"]
-        row = [
-            label,
-            str(len(method["seeds"])),
-            interval(method["measures"].get(measure), method["intervals"].get(measure), digits),
-        ]
+        label, mean = method["label"], interval(method["measures"].get(measure), method["intervals"].get(measure), digits)
         test, win = tested.get(label), won.get(label)
         if test is None or test["difference"] is None:
-            row += ["baseline" if label == baseline else MISSING, MISSING]
+            against = ["baseline" if label == baseline else MISSING, MISSING, MISSING]
         else:
             difference = interval(test["difference"], (test["low"], test["high"]), digits, "+")
-            row += [difference, p_value(test["p_holm"])]
-        if wins:
-            row += [interval(win["win_rate"], (win["low"], win["high"]), 3) if win else MISSING]
-        rows.append(row)
-    everything = [row for row in result["tests"] if row["measure"] == measure and row["p"] is not None]
+            of_length = MISSING if test["by_length"] is None else f"{test['by_length']:+.{digits}f}"
+            against = [difference, p_value(test["p_holm"]), of_length]
+        rate = interval(win["win_rate"], (win["low"], win["high"]), 3) if win else MISSING
+        rows.append([label, str(len(method["seeds"])), mean, *against[: 2 + lengths], *([rate] if wins else [])])
+    head = ["method", "seeds", name, "difference", "p", *(["by length"] if lengths else []), *(["win rate"] if wins else [])]
+    return Table(measure, name.capitalize(), f"{_note(result, measure, wins, lengths)}.", head, rows)
+
+
+def _note(result: Mapping[str, Any], measure: str, wins: bool, lengths: bool) -> str:
+    baseline = result["baseline"]
     note = "Mean over seeds with its 95% interval, seeds and queries both draws"
-    if everything:
-        n = len(everything)
+    if n := sum(row["measure"] == measure and row["p"] is not None for row in result["tests"]):
         adjusted = f"p adjusted for all {n} pairs of methods (Holm)" if n > 1 else "p of the one pair"
         note += f"; difference to {baseline} on the same seeds and queries; {adjusted}"
+    if lengths:
+        note += ". By length: what of the difference the lengths of the responses alone would give"
     if wins:
         asked = f"on {result['judge']['samples']} responses to each of {result['judge']['queries']} queries"
         note += f". Win rate against {baseline}, a tie is half a win; judge: {judge(result)}, {asked}"
-    head = ["method", "seeds", name, "difference", "p", *(["win rate"] if wins else [])]
-    return Table(measure, name.capitalize(), f"{note}.", head, rows)
+    return note
 
 
 def _means(result: Mapping[str, Any], name: str, title: str, columns: Sequence[tuple[str, str]], note: str) -> Table:

@@ -12,6 +12,7 @@ from ple_jax.reports.formats import short
 
 COLOURS = 8
 DASHES = 3
+_NEAR = 3.0  # lines nearer than this cover one another
 TIP = 214  # width of what appears under the pointer
 
 
@@ -64,6 +65,7 @@ class Line(NamedTuple):
     level: bool = False  # nothing was spent along this axis
     end: tuple[float, float] | None = None  # from where a line leads to its number, if it has one beside the plot
     label: float = 0.0  # where that stands
+    quiet: bool = False  # grey: of another series than the chart is about
 
 
 class Point(NamedTuple):
@@ -100,6 +102,7 @@ class Chart(NamedTuple):
     lines: Sequence[Line] = ()
     points: Sequence[Point] = ()
     bands: Sequence[Band] = ()
+    rules: Sequence[tuple[float, str]] = ()  # lines across x, and what they say
 
 
 def mark(index: int, label: str) -> Mark:
@@ -129,6 +132,20 @@ def round_ticks(low: float, high: float) -> list[float]:
 def path(points: Iterable[tuple[float, float]]) -> str:
     """The `d` of an SVG path through the points."""
     return "M" + "L".join(f"{x} {y}" for x, y in points)
+
+
+def told_apart(lines: Sequence[Line]) -> list[Line]:
+    """The lines, of which one that would cover another, wherever both are, is dashed, so that both are seen."""
+    found: list[Line] = []
+    for line in lines:
+        places = {x: y for x, y, _ in line.dots}
+        covered = [
+            other for other in found
+            if (shared := [abs(y - places[x]) for x, y, _ in other.dots if x in places]) and max(shared) < _NEAR
+        ]  # fmt: skip
+        dash = max((other.mark.dash + 1 for other in covered), default=line.mark.dash)
+        found.append(line._replace(mark=line.mark._replace(dash=max(dash, line.mark.dash) % DASHES)))
+    return found
 
 
 def band(title: str, x: float, step: float, frame: Frame, rows: Sequence[tuple[Mark, str]]) -> Band:

@@ -1,5 +1,7 @@
 """The report of a run: one self-contained HTML file, made only from the files of its work directory."""
 
+import importlib
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +14,7 @@ from ple_jax.core.files import read_json, read_jsonl, write_text
 from ple_jax.core.secrets import redacted
 from ple_jax.reports import drawing, formats, pages
 from ple_jax.reports.drawing import Band, Chart, Frame, Line, Mark, Scale
+from ple_jax.reports.formats import MISSING
 
 SAMPLES = 10  # held-out queries shown before and after
 PAIRS = 4  # training rollouts shown of each decision
@@ -63,7 +66,8 @@ _LABELS = {
     "train_accuracy": "training",
     "train_loss": "training",
 }
-_OF_KINDS = 5  # the colour of held-out responses of a kind
+# colours of kinds of response, the same in every chart, and that of what is of no kind: a second such line is dashed
+_HELDOUT, _HELDOUT_KIND, _OF_KINDS, _NO_KIND = 0, 5, (1, 2, 3, 6, 7), 4
 _SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -92,6 +96,8 @@ def html(workdir: Path) -> str:
     files = ("summary", "config", "environment")
     summary, config, environment = (read_json(workdir / f"{name}.json") or {} for name in files)
     config = flatten(redacted(config), whole=())  # of an earlier version it may hold a key
+    changed = different(config)
+    best = next(reversed(summary.get("best", {}).values()), None)
     evaluations = sorted((workdir / "evaluations").glob("iter_????.jsonl"))
     rollouts = sorted((workdir / "rollouts").glob("iter_????.jsonl"))
     about = [config.get(key) for key in ("model.path", "task.train", "reward.name", "principles")]
@@ -100,18 +106,59 @@ def html(workdir: Path) -> str:
         name=workdir.resolve().name,
         about=[*about, summary.get("backend")],
         summary=summary,
-        config=config,
+        config={key: value for key, value in config.items() if key not in changed},
+        changed=changed,
+        algorithm=config.get("algorithm"),
+        seed=config.get("seed"),
+        doubts=list(doubts(summary, best)),
         environment=environment,
         charts=list(charts(metrics)),
         tip_width=drawing.TIP,
         metrics=metrics,
         keys=list(dict.fromkeys(key for line in metrics for key in line if key != "iteration")),
-        best=(best := next(reversed(summary.get("best", {}).values()), None)),
+        best=best,
         samples=_samples(evaluations, best and workdir / best["responses"]),
         pairs=_pairs(_rollouts(rollouts[-1])) if rollouts else {},
         shown=PAIRS,
         responses=RESPONSES,
     )
+
+
+def different(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a flat config.json whose values are not the defaults'; what it was begun with is not among them."""
+    usual = importlib.import_module("ple_jax.configs.default").get_config().to_dict()
+    usual = flatten(json.loads(json.dumps(usual)), whole=())  # tuples are lists in a file
+    known = {key: value for key, value in config.items() if key in usual or key.partition(".")[0] in usual}
+    return {key: value for key, value in known.items() if value != usual.get(key)}
+
+
+def _three_digits(value: float) -> str:
+    return formats.number(value, 3)
+
+
+# of an evaluation: what it is called, its key, and how it is written
+_DOUBTS = (
+    ("KL to the start, nats a response", "kl", _three_digits), ("KL to the start, nats a token", "kl_token", _three_digits),
+    ("second reward, which training never sees", "second", _three_digits),
+    ("perplexity under the start", "perplexity", _three_digits), ("cut off", "truncated", formats.share),
+    ("tokens a response", "length", _three_digits), ("Distinct-2", "distinct_2", _three_digits),
+    ("repeated 4-grams", "repetition", formats.share), ("trigrams that stand in the principles", "overlap", formats.share),
+)  # fmt: skip
+
+
+def doubts(summary: Mapping[str, Any], best: Mapping[str, Any] | None) -> Iterator[tuple[str, str, str]]:
+    """What stands beside the headline: of the first evaluation and of the best one, as text."""
+    first = next(iter(summary.get("points", [])), None)
+    if best is None or first is None:
+        return
+    for what, key, text in _DOUBTS:
+        if formats.is_number(best.get(key)):
+            before, after = (text(point[key]) if formats.is_number(point.get(key)) else MISSING for point in (first, best))
+            around = f" ({_three_digits(best['kl_low'])} to {_three_digits(best['kl_high'])})" if key == "kl" else ""
+            yield what, before, after + around
+    if formats.is_number(by_length := best.get("gain_by_length")):
+        gain = best["reward"] - first["reward"]
+        yield "of the gain in reward, what length alone would give", "", f"{by_length:+.3f} of {gain:+.3f}"
 
 
 def charts(metrics: Sequence[Mapping[str, Any]]) -> Iterator[Chart]:
@@ -150,24 +197,24 @@ def _chart(panel: Panel, found: Mapping[str, Points], kinds: Sequence[str], acro
         places = [(across.at(iteration), up.at(value)) for iteration, value in points]
         dots = [(x, y, "") for x, y in places]  # the bands say what they are
         lines.append(Line(_mark(panel, key, i, kinds), drawing.path(places), dots, text(points[-1][1])))
+    lines = drawing.told_apart(lines)
     said = {line.mark: {i: text(v) for i, v in points} for line, points in zip(lines, found.values(), strict=True)}
     labels = up.labels(lambda tick: formats.share(tick, 0)) if panel.share else up.labels()
     return Chart(panel.title, panel.note, FRAME, across.labels(), labels, lines, bands=_bands(said, across))
 
 
-def _three_digits(value: float) -> str:
-    return formats.number(value, 3)
-
-
 def _mark(panel: Panel, key: str, i: int, kinds: Sequence[str]) -> Mark:
-    """Colours follow the kind of response, the same in every chart; the first is that of what has no kind."""
+    """A colour stands for a kind of response; what is of none has the colour of text, and the second of such is dashed."""
     prefix = next((p[:-1] for p in panel.metrics if p.endswith("*") and key.startswith(p[:-1])), "")
-    kind = key.removeprefix(prefix)
+    kind, label = key.removeprefix(prefix), _LABELS.get(key, key.removeprefix(prefix))
     if prefix == "heldout_reward_":
-        return drawing.mark(_OF_KINDS, f"held-out, {kind}")
-    if prefix:
-        return drawing.mark(1 + kinds.index(kind) if kind in kinds else 0, _LABELS.get(key, kind))
-    return drawing.mark(2 * i, _LABELS.get(key, kind))
+        return Mark(i + 1, f"held-out, {kind}", _HELDOUT_KIND, 0)
+    if key.startswith("heldout"):
+        return Mark(i + 1, label, _HELDOUT, 0)
+    if prefix and kind in kinds:
+        at = kinds.index(kind)
+        return Mark(i + 1, label, _OF_KINDS[at % len(_OF_KINDS)], at // len(_OF_KINDS) % drawing.DASHES)
+    return Mark(i + 1, label, _NO_KIND, i % drawing.DASHES)
 
 
 def _bands(said: Mapping[Mark, Mapping[int, str]], across: Scale) -> list[Band]:

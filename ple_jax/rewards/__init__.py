@@ -142,10 +142,11 @@ def _brief(value: Any) -> str:
 
 
 def transform(raw: Float64[np.ndarray, " n"], name: str) -> Float64[np.ndarray, " n"]:
-    """none | sigmoid | zscore | minmax. Statistics are pooled over all responses; zero spread gives 0.
+    """none | sigmoid | zscore | minmax | shuffle. Statistics are pooled over all responses; zero spread gives 0.
 
     Pooled, because statistics of each kind alone would erase the margin between the kinds. Beware: zscore on rewards that
-    have converged blows noise up to differences of 1.
+    have converged blows noise up to differences of 1. shuffle is a control: the same rewards, but each is another
+    response's; a method that learns as much from these does not learn from the reward.
     """
     raw = np.asarray(raw, np.float64)
     match name:
@@ -158,7 +159,10 @@ def transform(raw: Float64[np.ndarray, " n"], name: str) -> Float64[np.ndarray, 
             return (unit - unit.mean()) / (unit.std() or 1.0)
         case "minmax":
             return _unit(raw)
-    raise UserError(f"config.reward.transform {name!r}: choose none, sigmoid, zscore or minmax")
+        case "shuffle":  # by their order alone, so that rounding draws no other one
+            order = np.argsort(raw, kind="stable")
+            return raw[np.random.default_rng(order.tolist()).permutation(len(raw))]
+    raise UserError(f"config.reward.transform {name!r}: choose none, sigmoid, zscore, minmax or shuffle")
 
 
 def statistics(raw: Float64[np.ndarray, " n"], name: str) -> dict[str, float]:

@@ -140,6 +140,9 @@ class Served:
         """What `inner` says, and the server's version: its address may change when a run goes on."""
         return {**self.inner.environment(), "vllm": self.server.version}
 
+    def profile(self, folder: Path) -> contextlib.AbstractContextManager[None]:
+        return self.inner.profile(folder)
+
     def compiled(self) -> Compiled:
         return self.inner.compiled()
 

@@ -5,9 +5,10 @@ after. What is on disk decides where a run stands: the newest checkpoint (the co
 iteration that was being sampled.
 """
 
+import contextlib
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ple_jax.algorithms import Algorithm, Context, given_sources
@@ -24,6 +25,7 @@ from ple_jax.training.state import WARM_UP, State, commit, resume
 from ple_jax.training.steps import update
 from ple_jax.training.warm_up import warm_up
 
+PROFILE = "profile"  # a folder of the work directory
 # what an iteration learns: the state after it, its rollouts, and its metrics
 Learn = Callable[[State], tuple[State, list[Rollout], dict[str, float]]]
 
@@ -36,9 +38,21 @@ def train(run: Run[Algorithm]) -> State:
         return learn_from_samples(run, state, context_of(run, state, float(schedule(state.iteration))))
 
     state = begin(run)
+    # the second iteration of this process, as the first compiles; of one iteration that one
+    traced = min(state.iteration + 1, run.config.iterations - 1) if run.session.profile else None
     while not points.ended(run.config, state):
-        state = one_iteration(run, state, learn)
+        with profiled(run) if state.iteration == traced else contextlib.nullcontext():
+            state = one_iteration(run, state, learn)
     return at_the_end(run, state)
+
+
+@contextlib.contextmanager
+def profiled(run: Run[Algorithm]) -> Iterator[None]:
+    """A context whose work is traced, in WORKDIR/profile."""
+    folder = run.session.workdir / PROFILE
+    with run.backend.profile(folder):
+        yield
+    run.session.progress.log(f"profile of this iteration: {folder}")
 
 
 def at_the_end(run: Run[Algorithm], state: State) -> State:

@@ -11,6 +11,7 @@ import numpy as np
 
 from ple_jax import rewards
 from ple_jax.algorithms import Algorithm
+from ple_jax.core.conversation import render
 from ple_jax.core.errors import Damaged
 from ple_jax.core.noise import HELDOUT
 from ple_jax.core.types import Response, Rollout, Slot
@@ -20,9 +21,11 @@ from ple_jax.training.journal import Journal, read
 from ple_jax.training.run import Run
 from ple_jax.training.sampling import sample
 from ple_jax.training.scoring import net_rewards, sorted_out
+from ple_jax.training.sinks import show_samples
 from ple_jax.training.state import State, logged, spent
 from ple_jax.training.steps import diagnose
 
+_SHOWN = 8  # held-out queries of which an experiment tracker shows the response
 _LEAK = 0.1  # share of trigrams above which principles are said to leak
 
 
@@ -143,11 +146,28 @@ def log_iteration(run: Run[Algorithm], state: State) -> State:
     values = {**state.metrics, **state.costs.totals()}
     if iteration % config.eval.every == 0 or iteration == config.iterations:
         started = time.perf_counter()
-        values |= heldout_metrics(run, evaluate(run, iteration), moved=state.step > 0)
+        rollouts = evaluate(run, iteration)
+        values |= heldout_metrics(run, rollouts, moved=state.step > 0)
+        show_samples(run.session.sinks, _samples(rollouts[:_SHOWN]), iteration)
         values["seconds_evaluate"] = time.perf_counter() - started
         state = state._replace(costs=state.costs.took("evaluate", values["seconds_evaluate"]))
         state = points.noted(run, state, points.point(state, values))
     return logged(state, values, run.session)
+
+
+def _samples(rollouts: Sequence[Rollout]) -> list[dict[str, Any]]:
+    """The first response to each query under the plain prompt: not selected."""
+    first = [(rollout, next(r for r in rollout.responses if not r.principled)) for rollout in rollouts]
+    return [
+        {
+            "query": rollout.query_id,
+            "prompt": rollout.prompt if isinstance(rollout.prompt, str) else render(rollout.prompt.messages).strip(),
+            "response": response.text,
+            "reward": None if math.isnan(response.reward) else response.reward,
+            "finished": response.finished,
+        }
+        for rollout, response in first
+    ]
 
 
 def evaluate_within(run: Run[Algorithm], state: State) -> State:
@@ -199,6 +219,7 @@ def summary(run: Run[Algorithm], backend: str, state: State) -> dict[str, Any]:
         "iterations": state.iteration,
         "stopped": points.stopped(config, state) or None,
         "best": best_of(run, state),
+        "points": [point._asdict() for point in points.of(state)],
         **state.costs.counters(),
         "evaluation_tokens": evaluated,
         "seconds": state.costs.seconds,
@@ -215,8 +236,19 @@ def best_of(run: Run[Algorithm], state: State) -> dict[str, Any]:
             before, after = before_and_after(workdir, *where)
             gain = intervals.bootstrap_ci(after - before, seed=run.config.seed)
             file = evaluation(workdir, *where).path.relative_to(workdir)
-            found[name] = {**top._asdict(), "gain_ci95": list(gain), "responses": file.as_posix()}
+            length = gain_by_length(workdir, *where)
+            found[name] = {**top._asdict(), "gain_ci95": list(gain), "gain_by_length": length, "responses": file.as_posix()}
     return found
+
+
+def gain_by_length(workdir: Path, last: int, step: int | None = None) -> float:
+    """What of the gain since the first evaluation the lengths of the responses alone would give."""
+    plain = [
+        [r for rollout in read(journal.path) for r in rollout.responses if not r.principled]
+        for journal in (evaluation(workdir, 0), evaluation(workdir, last, step))
+    ]
+    rewards, lengths = [[r.reward for r in some] for some in plain], [[len(r.tokens) for r in some] for some in plain]
+    return texts.gain_by_length(rewards, lengths)
 
 
 def before_and_after(workdir: Path, last: int, step: int | None = None) -> tuple[np.ndarray, np.ndarray]:

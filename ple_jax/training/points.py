@@ -44,6 +44,8 @@ class Point(NamedTuple):
     generated_tokens: int  # of training, so far
     training_tokens: int
     seconds: float  # of training, so far
+    perplexity: float = math.nan  # of the responses under the start
+    overlap: float = math.nan  # share of their trigrams that stand in the principles
 
     @property
     def where(self) -> str:
@@ -53,7 +55,14 @@ class Point(NamedTuple):
 # ---------------------------------------------------------------- measured
 
 
-def divergences(run: Run[Any], rollouts: Sequence[Rollout], *, moved: bool = True) -> Float64[np.ndarray, "query k"]:
+class Divergences(NamedTuple):
+    """What the reference says of every plain response, in nats, sums over its tokens."""
+
+    kl: Float64[np.ndarray, "query k"]
+    logprob: Float64[np.ndarray, "query k"]  # under the reference
+
+
+def divergences(run: Run[Any], rollouts: Sequence[Rollout], *, moved: bool = True) -> Divergences:
     """KL(policy, reference) of every plain response: the sum over its tokens of r - 1 - log r, r = reference / policy, nats.
 
     What each token's estimate is of is unbiased, given what came before it, and so is the sum (Schulman, "Approximating KL
@@ -61,44 +70,48 @@ def divergences(run: Run[Any], rollouts: Sequence[Rollout], *, moved: bool = Tru
 
     Args:
         rollouts: of the policy as it is now, as many responses each.
-        moved: whether it may differ from the reference; else nothing is computed.
+        moved: whether it may differ from the reference; else that is not asked.
     """
     config = run.config
     picks = [[i for i, response in enumerate(rollout.responses) if response.own] for rollout in rollouts]
-    found = np.zeros((len(rollouts), len(picks[0])))
+    kl, logprob = (np.zeros((len(rollouts), len(picks[0]))) for _ in range(2))
     size, heat = config.eval.diagnostic_queries, config.sampling.temperature or 1.0
     shape = {"prompt_multiple": config.sampling.bucket, "response_len": config.sampling.max_new_tokens}
     run.session.progress.phase("kl", len(rollouts))
-    for start in range(0, len(rollouts) if moved else 0, size):
+    for start in range(0, len(rollouts), size):
         run.session.stop.check()
         some, own = rollouts[start : start + size], picks[start : start + size]
         batch = pack(some, own, **shape)
         policy = sampler_logprobs(some, np.array(own), batch)
         if np.isnan(policy[batch.response_mask]).any():  # a server may say nothing
             policy = run.backend.logprobs(batch, temperature=heat).logprobs
-        reference = run.backend.logprobs(batch, reference=True, temperature=heat).logprobs
-        log_ratio = np.where(batch.response_mask, reference - policy, 0.0).astype(np.float64)
-        found[start : start + size] = (np.expm1(log_ratio) - log_ratio).sum(-1)
+        reference = run.backend.logprobs(batch, reference=True, temperature=heat).logprobs if moved else policy
+        policy, reference = (np.where(batch.response_mask, x, 0.0).astype(np.float64) for x in (policy, reference))
+        kl[start : start + size] = (np.expm1(reference - policy) - (reference - policy)).sum(-1)
+        logprob[start : start + size] = reference.sum(-1)
         run.session.progress.advance(len(some))
-    return found
+    return Divergences(kl, logprob)
 
 
-def described(run: Run[Any], rollouts: Sequence[Rollout], kl: Float64[np.ndarray, "query k"]) -> dict[str, float]:
+def described(run: Run[Any], rollouts: Sequence[Rollout], found: Divergences) -> dict[str, float]:
     """What an evaluation says beside its reward, as metrics.jsonl has it."""
     plain = [x._replace(responses=tuple(r for r in x.responses if not r.principled)) for x in rollouts]
     said = [r for rollout in plain for r in rollout.responses]
     tokens = [r.tokens for r in said]
     second = [] if run.second is None else scoring.values(plain, run.second, run.session)
-    low, high = intervals.bootstrap_ci(kl.mean(1), seed=run.config.seed)
+    principles = run.base.tokenizer.encode(run.prompts.principles.text, add_special_tokens=False)
+    low, high = intervals.bootstrap_ci(found.kl.mean(1), seed=run.config.seed)
     return {
-        "heldout_kl_response": float(kl.mean()),
+        "heldout_kl_response": float(found.kl.mean()),
         "heldout_kl_response_low": low,
         "heldout_kl_response_high": high,
-        "heldout_kl": float(kl.sum() / sum(map(len, tokens))),
+        "heldout_kl": float(found.kl.sum() / sum(map(len, tokens))),
+        "heldout_perplexity": texts.perplexity(found.logprob.ravel(), [len(t) for t in tokens]),
         "heldout_length": float(np.mean([len(t) for t in tokens])),
         "heldout_truncated": float(np.mean([not r.finished for r in said])),
         "heldout_distinct_2": texts.distinct_n(tokens, 2),
         "heldout_repetition": texts.repetition([r.text for r in said]),
+        "heldout_overlap": float(np.mean([texts.ngram_overlap(t, principles, 3) for t in tokens])),
         **({} if run.second is None else {"heldout_second": texts.mean(list(map(texts.mean, second)))}),
     }
 
@@ -106,7 +119,7 @@ def described(run: Run[Any], rollouts: Sequence[Rollout], kl: Float64[np.ndarray
 def point(state: State, values: Mapping[str, float], *, within: bool = False) -> Point:
     """The evaluation that `values` has the metrics of."""
     of = {"kl": "kl_response", "kl_low": "kl_response_low", "kl_high": "kl_response_high", "kl_token": "kl"}
-    same = ("reward", "length", "truncated", "distinct_2", "repetition")
+    same = ("reward", "length", "truncated", "distinct_2", "repetition", "perplexity", "overlap")
     totals = state.costs.totals()
     return Point(
         state.iteration,
@@ -232,7 +245,7 @@ def stopped(config: Any, state: State) -> str:
     if not points or state.iteration >= config.iterations:
         return ""
     last, limits = points[-1], budgets(config)
-    if config.eval.max_kl and last.kl > max(config.eval.max_kl):
+    if config.eval.max_kl and config.eval.stop and last.kl > max(config.eval.max_kl):
         return (
             f"its budget is spent: {last.kl:.3g} nats a response from the start at {last.where}, of"
             f" {max(config.eval.max_kl):g}"

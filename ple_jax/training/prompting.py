@@ -52,7 +52,7 @@ class Prompts(NamedTuple):
         config, text = self.config, None
         if principled:
             k = config.principles_per_query
-            text = principles.choose(self.principles, k, seed=config.seed, query_id=query.id)
+            text = principles.choose(self.principles, k, seed=config.seed, query_id=query.id) or None
         return prompts.render(query, text, self.tokenizer, **self._form)
 
     @property

@@ -49,6 +49,7 @@ class Session(NamedTuple):
     progress: Progress
     stop: Stop
     clock: Clock
+    profile: bool = False  # whether an iteration is traced
 
 
 class Run(NamedTuple, Generic[A]):

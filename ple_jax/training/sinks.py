@@ -1,4 +1,8 @@
-"""Where metrics go. A sink is a plain callable `(metrics, step) -> None`; any function of your own is one too."""
+"""Where metrics go. A sink is a plain callable `(metrics, step) -> None`; any function of your own is one too.
+
+A tracker's sink has a method `samples` besides, which shows texts of an evaluation. Its own variables (WANDB_PROJECT,
+MLFLOW_EXPERIMENT_NAME, TRACKIO_PROJECT ...) stand above what it is given here.
+"""
 
 import hashlib
 import importlib
@@ -53,6 +57,30 @@ def line(metrics: Mapping[str, float], step: int) -> dict[str, Any]:
     return json.loads(json.dumps({"iteration": step, **finite}, default=lambda scalar: scalar.item()))
 
 
+_PROJECT, _TABLE = "ple_jax", "heldout_samples"  # what it is called there
+
+
+class Tracker:
+    """The sink of an experiment tracker, which takes tables too."""
+
+    def __init__(self, log: Sink, table: Callable[[list[Mapping[str, Any]], int], None]):
+        self._log, self._table = log, table
+
+    def __call__(self, metrics: dict[str, float], step: int) -> None:
+        self._log(_finite(metrics), step)
+
+    def samples(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        """Shows texts of an evaluation: rows with the same keys (prompt, response, reward ...)."""
+        self._table([{"iteration": step, **row} for row in rows], step)
+
+
+def show_samples(sinks: Sequence[Sink], rows: Sequence[Mapping[str, Any]], step: int) -> None:
+    """Gives texts to the sinks that show some."""
+    for sink in sinks:
+        if rows and (samples := getattr(sink, "samples", None)) is not None:
+            samples(rows, step)
+
+
 def _jsonl(workdir: Path, config: dict[str, Any]) -> Sink:
     path = workdir / "metrics.jsonl"
     return lambda metrics, step: files.append_line(path, json.dumps(line(metrics, step)))
@@ -88,28 +116,54 @@ def _tensorboard(workdir: Path, config: dict[str, Any]) -> Sink:
 def _wandb(workdir: Path, config: dict[str, Any]) -> Sink:
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its crash reports are telemetry
     wandb = _package("wandb", "wandb")
-    run = wandb.init(project="ple_jax", name=workdir.name, dir=str(workdir), config=config, resume="auto")
-    return lambda metrics, step: run.log(_finite(metrics), step=step)
+    given = {"project": _PROJECT, "name": workdir.name, "dir": str(workdir), "resume": "auto"}
+    own = {key: value for key, value in given.items() if f"WANDB_{key.upper()}" not in os.environ}
+    run = wandb.init(config=config, **own)
+
+    def table(rows: list[Mapping[str, Any]], step: int) -> None:
+        columns = list(rows[0])
+        run.log({_TABLE: wandb.Table(columns=columns, data=[[row[c] for c in columns] for row in rows])}, step=step)
+
+    return Tracker(lambda metrics, step: run.log(metrics, step=step), table)
 
 
 def _mlflow(workdir: Path, config: dict[str, Any]) -> Sink:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{workdir.resolve() / 'mlflow.db'}")
+    own = f"sqlite:///{workdir.resolve() / 'mlflow.db'}"
+    own = os.environ.setdefault("MLFLOW_TRACKING_URI", own) == own
     mlflow = _package("mlflow", "mlflow")
-    mlflow.set_experiment("ple_jax")
-    known = mlflow.search_runs(filter_string=f"run_name LIKE '%-{_digest(workdir)}'", output_format="list")
-    run_id = known[0].info.run_id if known else None
+    if "MLFLOW_EXPERIMENT_ID" not in os.environ:
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", _PROJECT)
+        if own and mlflow.get_experiment_by_name(name) is None:  # its artifacts would stand where the command was given
+            mlflow.create_experiment(name, artifact_location=(workdir.resolve() / "mlflow").as_uri())
+        mlflow.set_experiment(name)
+    if (run_id := os.environ.get("MLFLOW_RUN_ID")) is None:
+        known = mlflow.search_runs(filter_string=f"run_name LIKE '%-{_digest(workdir)}'", output_format="list")
+        run_id = known[0].info.run_id if known else None
     run_id = mlflow.start_run(run_id, run_name=f"{workdir.name}-{_digest(workdir)}").info.run_id
     mlflow.log_params(flatten(config, whole=()))
-    return lambda metrics, step: mlflow.log_metrics(_finite(metrics), step=step, run_id=run_id)
+
+    def table(rows: list[Mapping[str, Any]], step: int) -> None:
+        file = f"{_TABLE}/iteration_{step:04d}.json"
+        there = [found.path for found in mlflow.MlflowClient().list_artifacts(run_id, _TABLE)]
+        if file not in there:  # a run that goes on evaluates the iteration that it stands at again, and rows are appended
+            columns = {key: [row[key] for row in rows] for key in rows[0]}
+            mlflow.log_table(columns, artifact_file=file, run_id=run_id)
+
+    return Tracker(lambda metrics, step: mlflow.log_metrics(metrics, step=step, run_id=run_id), table)
 
 
 def _trackio(workdir: Path, config: dict[str, Any]) -> Sink:
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     trackio = _package("trackio", "trackio")
-    name = f"{workdir.name}-{_digest(workdir)}"
-    run = trackio.init(project="ple_jax", name=name, config=config, resume="allow")
-    return lambda metrics, step: run.log(_finite(metrics), step=step)
+    name, project = f"{workdir.name}-{_digest(workdir)}", os.environ.get("TRACKIO_PROJECT", _PROJECT)
+    run = trackio.init(project=project, name=name, config=config, resume="allow")
+
+    def table(rows: list[Mapping[str, Any]], step: int) -> None:
+        frame = _package("pandas", "pandas").DataFrame(rows)  # which trackio brings along
+        run.log({_TABLE: trackio.Table(dataframe=frame)}, step=step)
+
+    return Tracker(lambda metrics, step: run.log(metrics, step=step), table)
 
 
 def _digest(workdir: Path) -> str:

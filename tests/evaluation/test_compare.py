@@ -22,7 +22,8 @@ from ple_jax.core.files import write_json
 from ple_jax.core.types import Response, Rollout
 from ple_jax.evaluation import compare as comparing
 from ple_jax.evaluation import win_rates
-from ple_jax.evaluation.methods import expand, labelled, read
+from ple_jax.evaluation.entries import Found, expand
+from ple_jax.evaluation.methods import labelled, read
 from ple_jax.formulas import intervals
 from ple_jax.reports import comparison_charts, comparison_files, drawing, formats
 from ple_jax.training import journal
@@ -422,7 +423,7 @@ def test_a_reward_that_is_named_judges(judged):
 
 
 def labels(entries):
-    return [run.label for run in labelled([read(label, path) for label, path in expand(map(str, entries))])]
+    return [run.label for run in labelled([read(found) for found in expand(map(str, entries))])]
 
 
 def test_labels_are_the_algorithm_and_what_else_tells_methods_apart(tmp_path):
@@ -487,14 +488,14 @@ def test_entries_are_labels_globs_folders_of_responses_and_paths_with_an_equals_
     write_run(tmp_path / "a", const(1.0), policy="start")
     monkeypatch.chdir(tmp_path)
     found = expand(["tuned = sweep/lr=0.1", "sweep/lr=0.2", "X=[ab]", "a/responses/start"])
-    assert [(label, str(path)) for label, path in found] == [
+    assert [(one.label, str(one.folder)) for one in found] == [
         ("tuned", "sweep/lr=0.1/responses/trained"), ("", "sweep/lr=0.2/responses/trained"),
         ("X", "a/responses/trained"), ("X", "b/responses/trained"), ("", "a/responses/start")]  # fmt: skip
 
 
 def test_a_work_directory_without_trained_responses_gives_its_only_other_ones(tmp_path):
     write_run(tmp_path / "s", const(1.0), policy="start")
-    assert expand([str(tmp_path / "s")]) == [("", tmp_path / "s" / "responses" / "start")]
+    assert expand([str(tmp_path / "s")]) == [Found("", tmp_path / "s" / "responses" / "start", None, "")]
     write_run(tmp_path / "s", const(1.0), policy="start", principled=True)
     with pytest.raises(UserError, match="responses holds start, start_principled; name one of them in --runs: .*/start$"):
         expand([str(tmp_path / "s")])
@@ -993,7 +994,7 @@ def test_files_of_another_shape_are_named(tmp_path, file, content, says):
         content = {key: value for key, value in kept.items() if key != "digest"} | content
     path.write_text(json.dumps(content) + "\n")
     with pytest.raises(UserError, match=f"{path} is damaged \\({says}"):
-        read("", tmp_path / "a" / "responses" / "trained")
+        read(Found("", tmp_path / "a" / "responses" / "trained", None, ""))
 
 
 @pytest.mark.parametrize("file", ["metrics.jsonl", *(f"responses/trained/iter_0005{end}.jsonl" for end in ("", ".scores"))])
@@ -1003,10 +1004,10 @@ def test_a_folder_in_the_place_of_a_file(tmp_path, file):
     path.unlink(missing_ok=True)
     path.mkdir()
     with pytest.raises(UserError, match=str(path)):
-        read("", tmp_path / "a" / "responses" / "trained")
+        read(Found("", tmp_path / "a" / "responses" / "trained", None, ""))
 
 
 def test_an_empty_summary_is_of_an_unfinished_run(tmp_path):
     write_run(tmp_path / "a", const(1.0))
     (tmp_path / "a" / "summary.json").write_text("{}")
-    assert read("", tmp_path / "a" / "responses" / "trained").summary == {}
+    assert read(Found("", tmp_path / "a" / "responses" / "trained", None, "")).summary == {}

@@ -8,6 +8,7 @@ import pytest
 from test_sweep import TINY, call
 
 from ple_jax import algorithms
+from ple_jax.core.config import flatten
 from ple_jax.core.errors import UserError
 from ple_jax.core.files import read_json
 from ple_jax.core.types import Response, Rollout
@@ -22,7 +23,8 @@ def settings(out: Path, *given: str, names: str = "all", **options) -> compare_q
     config = parsed((f"--config={file}", "--mode=plan", *given)).config
     values = {
         "out": out, "file": file, "config": config, "given": given, "backend": "jax", "seeds": ["0", "1"],
-        "methods": methods.chosen(names), "lrs": ["1e-4", "1e-3"], "responses": 96, "steps": 6,
+        "methods": methods.chosen(names), "lrs": ["1e-4", "1e-3"], "tune_seeds": 1, "budgets": ["2", "4"], "points": 2,
+        "responses": 96, "steps": 6,
         "test_data": "quickstart_test", "samples": 4, "second_reward": "bag_of_words",
     }  # fmt: skip
     return compare_quickstart.Settings(**values | options)
@@ -42,8 +44,9 @@ def test_every_method_has_the_same_budget(out, name):
     config, method = asked.config, methods.METHODS[name]
     slots = algorithms.load(config.algorithm).collect(config)
     sampled = [slot for slot in slots if slot.source == "policy"]
-    assert config.iterations * config.queries_per_iteration * len(sampled) == (0 if method.data else 480)
-    assert config.queries_per_iteration == (48 if method.data else 96 // len(sampled))
+    total = 450 if name in ("ple_candidates_2", "ple_candidates_4") else 480  # 3 or 5 a query make no equal batches of 96
+    assert config.iterations * config.queries_per_iteration * len(sampled) == (0 if method.data else total)
+    assert config.queries_per_iteration == (48 if method.data else total // 5 // len(sampled))
     assert config.queries_per_iteration // config.optimizer.batch_queries == 6
     assert (config.optimizer.lr, config.seed) == (1e-3, 1)
     assert (asked.backend, config.trainer) == (("torch", "trl") if name.startswith("trl_") else ("jax", "own"))
@@ -53,16 +56,27 @@ def test_every_method_has_the_same_budget(out, name):
         assert method.data == {"sft": "sft", "dpo": "pairs"}[config.algorithm]
     else:
         assert config.task.train == "quickstart_train"
+    # every run goes on to its end, and keeps its best within each budget
+    own = config.eval
+    points = 1 if method.trl else 2
+    assert (own.max_kl, own.stop, own.points, own.second_reward) == ((2, 4), False, points, "bag_of_words")
     # the test asks the same run, and differs in what it asks for alone
-    test = parsed(compare_quickstart.training(settings(out), name, "1e-3", "1", test=True).arguments)
-    assert (test.mode, test.workdir, test.backend) == ("generate", asked.workdir, asked.backend)
-    own = ("generate", "checkpoint")
-    assert {k: v for k, v in test.config.to_dict().items() if k not in own} == {
-        k: v for k, v in config.to_dict().items() if k not in own
-    }
-    assert test.config.checkpoint.use == "newest"  # of all methods the end of one budget
-    assert (test.config.generate.data, test.config.generate.samples) == ("quickstart_test", 4)
-    assert (test.config.generate.policy, test.config.generate.second_reward) == ("trained", "bag_of_words")
+    job.workdir.mkdir()
+    best = {"kl_2": {"iteration": 1, "step": 9, "within": True}, "kl_4": {"iteration": 3, "step": 18, "within": False}}
+    job.result.write_text(json.dumps({"best": best}))
+    files = {"kl_2": "trained_step_9/iter_0001", "kl_4": "trained/iter_0003", "newest": "trained/iter_0005"}
+    for view, file in files.items():
+        tested = compare_quickstart.testing(settings(out), name, "1e-3", "1", view)
+        test = parsed(tested.arguments)
+        assert (test.mode, test.workdir, test.backend) == ("generate", asked.workdir, asked.backend)
+        assert tested.last == f"responses/{file}.scores.jsonl"
+        modes = ("generate", "checkpoint")
+        assert {k: v for k, v in test.config.to_dict().items() if k not in modes} == {
+            k: v for k, v in config.to_dict().items() if k not in modes
+        }
+        assert test.config.checkpoint.use == view
+        assert (test.config.generate.data, test.config.generate.samples) == ("quickstart_test", 4)
+        assert (test.config.generate.policy, test.config.generate.second_reward) == ("trained", "bag_of_words")
 
 
 @pytest.mark.slow
@@ -72,27 +86,39 @@ def test_trl_has_what_its_methods_ask_for(out):
     names = [name for name in methods.METHODS if name.startswith("trl_")]
     for name in names:
         baselines.check(parsed(compare_quickstart.training(settings(out), name, "1e-3", "0").arguments).config)
-    assert len(names) == 4
+    assert len(names) == 4 and all(methods.METHODS[name].trl for name in names)
 
 
-def test_ablations_differ_from_ple_in_one_thing(out):
+def test_variants_differ_from_ple_in_one_thing(out):
     def flat(name):
         job = compare_quickstart.training(settings(out), name, "1e-3", "0")
-        return parsed(job.arguments).config.ple.to_dict()
+        config = parsed(job.arguments).config
+        return {key: value for key, value in flatten(config.to_dict()).items() if key.startswith(("ple.", "pri", "reward."))}
 
     ple = flat("ple")
+    assert ple["ple.kl_weight"] == 0.0
     found = {
         name: {key: value for key, value in flat(name).items() if value != ple[key]}
         for name, method in methods.METHODS.items()
-        if method.ablation
+        if method.of_ple
     }
+    percentile = {"selection": "percentile", "rank": "dpo", "rank_beta": 0.1, "rank_sft_weight": 0.0}
     assert found == {
-        "ple_no_ranking": {"rank_weight": 0.0},
-        "ple_all_blended": {"tau_0": math.inf},
-        "ple_no_blend": {"blend_weight": 0.0},
-        "ple_constant_tau": {"alpha": 1.0},
-        "ple_uniform": {"blend": "uniform"},
-        "ple_percentile": {"selection": "percentile", "rank": "dpo", "rank_beta": 0.1, "rank_sft_weight": 0.0},
+        "ple_no_ranking": {"ple.rank_weight": 0.0},
+        "ple_all_blended": {"ple.tau_0": math.inf},
+        "ple_no_blend": {"ple.blend_weight": 0.0},
+        "ple_constant_tau": {"ple.alpha": 1.0},
+        "ple_uniform": {"ple.blend": "uniform"},
+        "ple_empty": {"principles": "none"},
+        "ple_irrelevant": {"principles": "irrelevant"},
+        "ple_reversed": {"principles": "negative_review"},
+        "ple_shuffled": {"reward.transform": "shuffle"},
+        "ple_kl": {"ple.kl_weight": 0.05},
+        "ple_percentile": {f"ple.{key}": value for key, value in percentile.items()},
+        **{f"ple_tau_{tau:g}": {"ple.tau_0": tau} for tau in (0, 0.05, 0.5, 1)},
+        **{f"ple_alpha_{alpha:g}": {"ple.alpha": alpha} for alpha in (0.5, 0.7)},
+        **{f"ple_candidates_{n}": {"ple.candidates": n} for n in (2, 3, 4)},
+        **{f"ple_{name}": {"reward.transform": name} for name in ("sigmoid", "zscore")},
     }
 
 
@@ -104,23 +130,51 @@ def test_a_method_wins_over_what_the_user_gives(out):
 
 
 def test_budgets_that_do_not_divide():
-    with pytest.raises(UserError, match="--responses=96 must be a multiple of 40: ple_percentile takes 8 a query"):
-        methods.budget("ple_percentile", responses=96, steps=5, micro=8)
+    says = "--responses=96 must be a multiple of 56, or little more: ple_percentile takes 8 a query"
+    with pytest.raises(UserError, match=says):
+        methods.budget("ple_percentile", responses=96, steps=7, micro=8)
     assert methods.budget("ppo", responses=30, steps=2, micro=8) == {
         "queries_per_iteration": "30",
         "optimizer.batch_queries": "15",
         "optimizer.micro_queries": "5",
     }
+    # 5 a query: 90 of the 96
+    assert methods.budget("ple_candidates_4", responses=96, steps=6, micro=8)["queries_per_iteration"] == "18"
 
 
 def test_methods_by_name():
     everything = methods.chosen("all")
-    assert everything == list(methods.METHODS) and len(everything) == 20
+    assert everything == list(methods.METHODS) and methods.GROUPS == ("main", "ablations", "sensitivity", "trl")
     main = methods.chosen("main")
-    assert [name for name in everything if name not in main] == [n for n in everything if n.startswith("ple_")]
+    assert len(main) == 10 and main[0] == "ple" and not any(methods.METHODS[name].of_ple for name in main)
     assert methods.chosen("sft, ple") == ["ple", "sft"]
-    with pytest.raises(UserError, match="'dpo_offlne' is none of main, all, ple.*did you mean 'dpo_offline'"):
+    assert methods.chosen("ple,ablations") == ["ple", *(n for n in everything if methods.METHODS[n].group == "ablations")]
+    with pytest.raises(UserError, match="'dpo_offlne' is none of all, main, .*did you mean 'dpo_offline'"):
         methods.chosen("ple,dpo_offlne")
+    with pytest.raises(UserError, match="ple_empty is trained at the learning rate of ple, which is not among them"):
+        methods.chosen("sft,ple_empty")
+
+
+def test_variants_of_ple_have_its_rate_and_the_sensitivity_fewer_seeds(out):
+    s = settings(out, names="ple,ple_empty,ple_tau_1,sft", seeds=["0", "1", "2", "3"])
+    assert compare_quickstart.tuned(s) == ["ple", "sft"]
+    rewards = {"ple": {"1e-4": 0.1, "1e-3": 0.3}, "sft": {"1e-4": 0.2, "1e-3": 0.1}}
+    ended = {}
+    for method, of_rate in rewards.items():
+        for lr, reward in of_rate.items():
+            job = compare_quickstart.training(s, method, lr, "0")
+            ended[job.name] = Outcome(0)
+            job.workdir.mkdir()
+            best = {view: {"reward": reward} for view in ("kl_2", "kl_4")}
+            job.result.write_text(json.dumps({"best": best, "heldout_reward_after": reward}))
+    rates = compare_quickstart.choose(s, ended)
+    assert {method: rates[method, "kl_2"] for method in s.methods} == {
+        "ple": "1e-3", "ple_empty": "1e-3", "ple_tau_1": "1e-3", "sft": "1e-4"}  # fmt: skip
+    seeds = {}
+    for job in compare_quickstart.chosen_runs(s, rates):
+        method, _, seed = job.name.split("__")
+        seeds.setdefault(method, []).append(seed)
+    assert {method: len(found) for method, found in seeds.items()} == {"ple": 4, "ple_empty": 4, "ple_tau_1": 3, "sft": 4}
 
 
 def test_the_start_model_with_and_without_principles(out):
@@ -162,30 +216,39 @@ def test_offline_records_are_best_and_worst_as_they_were_sampled():
     ]
 
 
-def test_the_learning_rate_is_chosen_on_the_dev_split(out, capsys):
-    s = settings(out, names="ple,raft,sft,ppo,grpo", lrs=["1e-4", "1e-3", "1e-2"])
-    reached = {  # exit code, reward
-        "ple": [(0, 0.5), (0, 0.7), (0, 0.7)],  # the smaller of equal ones
-        "raft": [(0, 0.9), (2, 0.0), (0, 0.1)],
-        "sft": [(2, 0.0), (2, 0.0), (2, 0.0)],
-        "ppo": [(0, 0.5), (-9, 0.0), (0, 0.3)],  # killed: which is the best is not known
-        "grpo": [(0, None), (0, 0.2), (0, 0.1)],
+def test_the_learning_rate_is_chosen_on_the_dev_split_for_every_budget_as_a_mean_over_seeds(out, capsys):
+    s = settings(out, names="ple,raft,sft,ppo,grpo", lrs=["1e-4", "1e-3", "1e-2"], tune_seeds=2, seeds=["3", "4", "5"])
+    reached = {  # of each rate, of both seeds: exit code, reward within 2, within 4 and in the end
+        "ple": [
+            [(0, 0.5, 0.5, 0.5)] * 2, [(0, 0.2, 0.9, 0.7), (0, 0.4, 0.5, 0.7)], [(0, 0.1, 0.6, 0.8), (0, 0.1, 0.6, 0.6)],
+        ],
+        "raft": [[(0, 0.9, 0.9, 0.9)] * 2, [(0, 1.0, 1.0, 1.0), (2, 0, 0, 0)], [(0, 0.1, 0.1, 0.1)] * 2],
+        "sft": [[(2, 0, 0, 0)] * 2] * 3,
+        "ppo": [[(0, 0.5, 0.5, 0.5)] * 2, [(-9, 0, 0, 0), (0, 0, 0, 0)], [(0, 0.3, 0.3, 0.3)] * 2],  # killed: unknown
+        "grpo": [[(0, None, 0.1, 0.1)] * 2, [(0, 0.2, 0.1, 0.1)] * 2, [(0, 0.1, 0.1, 0.1)] * 2],
     }
     ended = {}
-    for method, runs in reached.items():
-        for lr, (code, reward) in zip(s.lrs, runs, strict=True):
-            job = compare_quickstart.training(s, method, lr, "0")
-            ended[job.name] = Outcome(code)
-            job.workdir.mkdir()
-            job.result.write_text(json.dumps({"heldout_reward_after": reward}))
-    assert compare_quickstart.choose(s, ended) == {"ple": "1e-3", "raft": "1e-4", "grpo": "1e-3"}
+    for method, rates in reached.items():
+        for lr, runs in zip(s.lrs, rates, strict=True):
+            for seed, (code, *rewards) in zip("34", runs, strict=True):
+                job = compare_quickstart.training(s, method, lr, seed)
+                ended[job.name] = Outcome(code)
+                job.workdir.mkdir()
+                best = {view: {"reward": reward} for view, reward in zip(("kl_2", "kl_4"), rewards, strict=False)}
+                job.result.write_text(json.dumps({"best": best, "heldout_reward_after": rewards[-1]}))
+    assert compare_quickstart.choose(s, ended) == {
+        ("ple", "kl_2"): "1e-4", ("ple", "kl_4"): "1e-3", ("ple", "newest"): "1e-3",  # the smaller of equal ones
+        **{("raft", view): "1e-4" for view in s.views},  # of a rate at which a seed diverged nothing is said
+        ("grpo", "kl_2"): "1e-3", ("grpo", "kl_4"): "1e-4", ("grpo", "newest"): "1e-4",
+    }  # fmt: skip
     shown = capsys.readouterr().out
-    assert "ple: learning rate 1e-3, heldout_reward_after 0.7000\n" in shown and "0.9000, at the edge of the grid\n" in shown
-    assert "sft: left out, since every run failed" in shown and "ppo: left out, since a run failed" in shown
+    assert "ple, newest: learning rate 1e-3, reward 0.7000\n" in shown
+    assert "ple, kl_2: learning rate 1e-4, reward 0.5000, at the edge of the grid\n" in shown
+    assert "sft: left out, since every rate failed" in shown and "ppo: left out, since a run failed" in shown
     written = json.loads((out / "lrs.json").read_text())
-    assert written["selected_on"] == "quickstart_heldout" and written["seed"] == "0"
-    assert written["methods"]["raft"] == {"lr": "1e-4", "heldout_reward_after": {"1e-4": 0.9, "1e-3": None, "1e-2": 0.1}}
-    assert written["methods"]["ppo"]["lr"] is None
+    assert written["selected_on"] == "quickstart_heldout" and written["seeds"] == ["3", "4"]
+    assert written["methods"]["raft"]["kl_2"]["lr"] == "1e-4" and written["methods"]["ppo"]["kl_2"]["lr"] is None
+    assert written["methods"]["ple"]["kl_4"]["reward"] == {"1e-4": [0.5, 0.5], "1e-3": [0.9, 0.5], "1e-2": [0.6, 0.6]}
 
 
 @pytest.mark.parametrize(
@@ -197,6 +260,8 @@ def test_the_learning_rate_is_chosen_on_the_dev_split(out, capsys):
         (["--second-reward", "bag_of_word"], "did you mean 'bag_of_words'?"),
         (["--seeds", "0,x"], "--config.seed=x"),
         (["--lrs", "1e-3,fast"], "--lrs=1e-3,fast"),
+        (["--budgets", "4,much"], "--budgets=4,much"),
+        (["--budgets", "-1"], "config.eval.max_kl is"),
         (["--", "--config.task.format=hh"], "config.task.format is 'hh'"),
     ],
 )
@@ -208,36 +273,54 @@ def test_mistakes_of_a_comparison_cost_no_run(capsys, tmp_path, arguments, says)
 
 @pytest.mark.slow
 def test_a_whole_comparison(capsys, tmp_path):
-    arguments = ["--config", TINY, "--out", str(tmp_path), "--methods", "ple,dpo_offline", "--seeds", "0,1", "--lrs", "1e-2"]
+    root, keep = tmp_path / "out", tmp_path / "kept"
+    arguments = ["--config", TINY, "--methods", "ple,dpo_offline", "--seeds", "0,1", "--lrs", "1e-2,1e-1"]
     arguments += ["--responses", "16", "--steps", "2", "--samples", "2", "--test-data", "tiny_heldout", "--jobs", "2"]
-    arguments += ["--", "--config.iterations=2", "--config.sinks=()"]
-    found = call(capsys, compare_quickstart.main, *arguments)
+    arguments += ["--tune-seeds", "1", "--budgets", "0.01,1000", "--keep", str(keep), "--", "--config.iterations=2"]
+    arguments += ["--config.sinks=()"]
+    found = call(capsys, compare_quickstart.main, "--out", str(root), *arguments)
     assert found.code == 0, found.out + found.err
-    assert "nothing failed" in found.out and (tmp_path / "comparison" / "comparison.html").exists()
-    for label in ("ple", "dpo_offline", "start + principles"):
-        assert label in (tmp_path / "comparison" / "table.md").read_text()
+    assert "nothing failed" in found.out
+    table = (root / "comparison" / "table.md").read_text()
+    for text in ("ple", "dpo_offline", "start + principles", "Within 0.01 nats", "Within 1000 nats", "At equal tokens"):
+        assert text in table
+    assert "0 of 2" in table  # nothing here gets to 1000 nats
+    for view in ("kl_0.01", "kl_1000", "newest"):
+        assert (root / "comparison" / view / "comparison.html").exists()
+        assert f'href="{view}/comparison.html"' in (root / "comparison" / "comparison.html").read_text()
     # as many responses for the offline methods' data as others sample while they train
-    answers = read(tmp_path / "data" / "responses" / "start" / "iter_0000.jsonl")
+    answers = read(root / "data" / "responses" / "start" / "iter_0000.jsonl")
     assert sum(len(rollout.responses) for rollout in answers) == 2 * 16
     by_query = {rollout.query_id: rollout for rollout in answers}
-    pairs = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
+    pairs = [json.loads(line) for line in (root / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
     for pair in pairs:
         rewards = {r.text: r.reward for r in by_query[pair["id"]].responses}
         assert rewards[pair["chosen"]] == max(rewards.values()) > min(rewards.values()) == rewards[pair["rejected"]]
-    for method in ("ple", "dpo_offline"):
+    rates = {method: views["newest"]["lr"] for method, views in read_json(root / "lrs.json")["methods"].items()}
+    for method, lr in rates.items():
         for seed in (0, 1):
-            folder = tmp_path / f"{method}__lr-1e-2__seed-{seed}"
-            tested = responses.read(folder / "responses" / "trained")
+            folder = root / f"{method}__lr-{lr}__seed-{seed}"
+            tested = responses.read(folder / "responses" / "trained", 2)
             assert tested.settings["seed"] == seed and tested.settings["iteration"] == 2
             assert (tested.settings["data"], tested.settings["second_reward"]) == ("tiny_heldout", "bag_of_words")
             assert len(tested.rollouts) == 8 and all(len(rollout.responses) == 2 for rollout in tested.rollouts)
-            trained = read(folder / "rollouts" / "iter_0000.jsonl")
-            assert len(trained) == 8 and read_json(folder / "summary.json")["queries"] == 16
+            summary = read_json(folder / "summary.json")
+            assert summary["queries"] == 16 and len(summary["points"]) == 5 and summary["stopped"] is None
 
     # the same command again: only the page is made anew. Then as if a run had been killed at its end
-    logs = {path: path.read_text() for path in tmp_path.glob("*.log") if path.name != "comparison.log"}
-    lost = tmp_path / "ple__lr-1e-2__seed-1"
+    logs = {path: path.read_text() for path in root.glob("*.log") if path.name != "comparison.log"}
+    lost = root / f"ple__lr-{rates['ple']}__seed-1"
     (lost / "summary.json").unlink()
-    again = call(capsys, compare_quickstart.main, *arguments)
+    again = call(capsys, compare_quickstart.main, "--out", str(root), *arguments)
     assert again.code == 0 and "nothing failed" in again.out and (lost / "summary.json").exists()
-    assert [path.name for path, text in logs.items() if path.read_text() != text] == ["ple__lr-1e-2__seed-1.log"]
+    assert [path.name for path, text in logs.items() if path.read_text() != text] == [f"{lost.name}.log"]
+
+    # in another folder, with what was kept: nothing is run, and the tables are the same
+    other = call(capsys, compare_quickstart.main, "--out", str(tmp_path / "other"), *arguments)
+    assert other.code == 0 and {path.name for path in (tmp_path / "other").glob("*.log")} == {"comparison.log"}
+    assert (tmp_path / "other" / "comparison" / "table.md").read_text() == table
+    # answers that were not kept need the run's weights, which never are: it is trained again, and says the same
+    (keep / f"{lost.name}__newest.tar.xz").unlink()
+    third = call(capsys, compare_quickstart.main, "--out", str(tmp_path / "third"), *arguments)
+    assert third.code == 0 and "1 runs are trained again" in third.out
+    assert (tmp_path / "third" / "comparison" / "table.md").read_text() == table

@@ -33,7 +33,7 @@ sys.exit(code)
 @pytest.fixture
 def make(tmp_path, monkeypatch):
     """(name, exit code, program) -> a job; what it was asked for is in job.arguments."""
-    monkeypatch.setattr(jobs, "asked", lambda job: json.dumps(job.arguments))
+    monkeypatch.setattr(jobs, "asked", lambda job, out: json.dumps(job.arguments))
     monkeypatch.setattr(jobs, "command", lambda job: [sys.executable, "-S", "-c", *job.arguments])
 
     def make(name: str, code: int = 0, program: str = PROGRAM) -> jobs.Job:
@@ -65,7 +65,7 @@ def test_what_is_done_is_not_run_again(make, tmp_path, capsys):
 
 
 def test_a_mistake_is_said_before_anything_runs(make, tmp_path, monkeypatch):
-    def asked(job):
+    def asked(job, out):
         if job.name == "second":
             raise UserError("no such key")
 
@@ -146,7 +146,7 @@ signal.signal(signal.SIGTERM, stop)
 os.kill(os.getppid(), {number})
 signal.pause()
 '''
-jobs.asked = lambda job: job.name
+jobs.asked = lambda job, out: f'"{{job.name}}"'
 jobs.command = lambda job: [sys.executable, "-S", "-c", child, str(job.workdir)]
 with jobs.reported(out):
     ended = jobs.run([jobs.Job(name, (), out / name, "summary.json") for name in ("one", "two")], out)

@@ -16,7 +16,7 @@ from rouge_score import rouge_scorer
 
 from ple_jax.core.errors import UserError
 from ple_jax.core.types import Response, Rollout
-from ple_jax.evaluation.describe import describe, perplexity
+from ple_jax.evaluation.describe import describe
 from ple_jax.evaluation.responses import Generated
 from ple_jax.formulas import intervals, texts
 from ple_jax.formulas.texts import (
@@ -25,6 +25,7 @@ from ple_jax.formulas.texts import (
     is_refusal,
     msttr,
     ngram_overlap,
+    perplexity,
     refusal_rate,
     repetition,
     rouge,

@@ -406,6 +406,16 @@ def test_sigmoid_of_huge_rewards():
     np.testing.assert_array_equal(rewards.transform(np.array([-1e9, 0.0, 1e9]), "sigmoid"), [0, 0.5, 1])
 
 
+@given(st.lists(st.integers(-50, 50), min_size=40, max_size=60, unique=True))
+def test_shuffled_rewards_are_the_same_ones_of_other_responses(numbers):
+    raw = np.array(numbers, np.float64)
+    found = rewards.transform(raw, "shuffle")
+    assert sorted(found) == sorted(raw) and (found == raw).mean() < 0.5
+    # drawn by their order: rounding, as of another backend, draws no other one, and other rewards do
+    np.testing.assert_array_equal(rewards.transform(raw + 1e-9 * np.arange(len(raw)), "shuffle").round(), found)
+    assert (rewards.transform(raw[::-1], "shuffle") != found).any()
+
+
 def test_unknown_transform():
-    with pytest.raises(UserError, match="'log': choose none, sigmoid, zscore or minmax"):
+    with pytest.raises(UserError, match="'log': choose none, sigmoid, zscore, minmax or shuffle"):
         rewards.transform(np.zeros(2), "log")

@@ -150,12 +150,15 @@ def test_kl_is_what_it_is_said_to_be(budgeted):
     config = config_of(**{"eval.max_kl": (0.05, 1e3), "checkpoint.use": "newest", **SECOND})
     with modes.on_run(config, workdir, "torch") as (run, state):
         rollouts = read(workdir / "evaluations" / f"iter_{state.iteration:04d}.jsonl")
-        ours = points.divergences(run, rollouts)
+        ours, logprob = points.divergences(run, rollouts)
         batch = pack(rollouts, [[0]] * len(rollouts), prompt_multiple=16, response_len=8)
         policy, base = (run.backend.logprobs(batch, base=base).logprobs.astype(np.float64) for base in (False, True))
         ratio = np.where(batch.response_mask, np.exp(base - policy), 1.0)
         theirs = (ratio - 1 - np.log(ratio)).sum(-1)
     np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(logprob, np.where(batch.response_mask, base, 0.0).sum(-1), rtol=1e-4)
+    tokens = batch.response_mask.sum()
+    assert lines(workdir)[-1]["heldout_perplexity"] == pytest.approx(np.exp(-logprob.sum() / tokens), rel=1e-4)
     assert lines(workdir)[-1]["heldout_kl_response"] == pytest.approx(ours.mean())
 
 

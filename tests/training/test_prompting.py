@@ -18,6 +18,7 @@ from ple_jax.core.identity import method_keys, run_keys
 from ple_jax.core.types import Query, Reward
 from ple_jax.data.load import Data
 from ple_jax.models.tokenizer import byte_tokenizer
+from ple_jax.prompts import principles
 from ple_jax.prompts.principles import Principles
 from ple_jax.training import prompting, workdir
 
@@ -64,6 +65,15 @@ def test_a_conversation_that_the_template_refuses_is_a_bad_record():
     assert reasons(queries, rendering(task__chat=False))[0] == ["good", "twice", "begun", "system"]
     with pytest.raises(UserError, match="'twice' is refused.*2 of 4 records of here cannot be used .template 2."):
         reasons(queries, rendering(task__max_bad_share=0.4))
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_principles_without_a_rule_are_no_principles(chat):
+    """The control: a principled prompt that is the plain one, and not one with an empty system turn or line."""
+    prompts = rendering(task__chat=chat)._replace(principles=principles.load("none"))
+    queries = [Query("a", "say it"), Query("b", "say more")]
+    assert [prompts.of(query, True) for query in queries] == [prompts.of(query, False) for query in queries]
+    assert rendering(task__chat=chat).of(queries[0], True) != prompts.of(queries[0], True)
 
 
 def test_turns_that_the_template_takes_without_principles_alone():

@@ -12,6 +12,8 @@ from ple_jax.core.config import find, names
 from ple_jax.core.errors import UserError, suggestion
 from ple_jax.core.noise import uniforms
 
+NONE = "none"  # the set without a rule: its prompts are the plain ones
+
 
 class Principles(NamedTuple):
     """A set of rules, of one file or of several."""
@@ -92,7 +94,7 @@ def _one(source: str) -> Principles:
     if lines and lines[0].startswith("# version:"):
         version = lines.pop(0).removeprefix("# version:").strip()
     text = "\n".join(lines).strip()
-    if not text:
+    if not text and source != NONE:
         raise UserError(f"principles file {path} is empty; write a few rules into it")
     version = version or hashlib.sha256(text.encode()).hexdigest()[:8]
     heading, *rules = (part.removesuffix("\n") for part in re.split(r"^\d+\. ", text, flags=re.MULTILINE))

@@ -1,0 +1,165 @@
+"""What --runs names: folders of responses, work directories, and which of a run's checkpoints is meant.
+
+An entry is `path` or `label=path`, globs allowed, and may end in `@` and a checkpoint as `config.checkpoint.use` names it:
+`PLE=runs/ple_*@kl_4` are the answers of the best checkpoint within 4 nats, `@newest` those of the last one, `@best` those
+of the best under the largest budget. `@points` are no answers: the run's evaluations alone, for the frontier.
+"""
+
+import glob
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ple_jax.core.errors import Damaged, UserError
+from ple_jax.core.files import read_json
+from ple_jax.core.rules import Rule, flag, misshapen, optional, real, whole
+from ple_jax.evaluation import responses
+from ple_jax.training.points import Point
+
+NEWEST, POINTS = "newest", "points"
+_NUMBER = real(lambda v: True, "")
+# how an evaluation stands in summary.json
+_POINT: dict[str, Rule] = {
+    **dict.fromkeys(Point._fields, optional(_NUMBER)), "iteration": whole(0), "step": whole(0), "within": flag,
+}  # fmt: skip
+
+
+def _points(value: Any) -> str:
+    rows = list(value.values()) if isinstance(value, Mapping) else value
+    needed = ("iteration", "step", "within")
+    fine = isinstance(rows, list) and not any(misshapen(row, _POINT, needed=needed) for row in rows)
+    return "" if fine else "evaluations"
+
+
+SUMMARY: dict[str, Rule] = {"best": _points, "points": _points}
+
+
+class Found(NamedTuple):
+    """One set of responses, or a run's evaluations."""
+
+    label: str  # "" if none was given
+    folder: Path  # of responses
+    iteration: int | None  # of these; None: the newest
+    view: str  # the checkpoint that was meant, as config.checkpoint.use names it; "": one that stands in every view
+
+    @property
+    def workdir(self) -> Path:
+        return self.folder.parent.parent
+
+
+def expand(entries: Iterable[str]) -> list[Found]:
+    """What the entries name, globs expanded in order of name.
+
+    A work directory whose checkpoints under several budgets have answered stands for all of them.
+
+    Raises:
+        UserError: nothing is there, a folder holds no responses or several sets of them, or is named twice.
+    """
+    found: list[Found] = []
+    for entry in entries:
+        label, pattern, view = _parts(entry)
+        if not (paths := _folders(pattern)):
+            raise UserError(f"--runs: {entry!r} is no folder, nor a pattern that fits one (looked in {Path.cwd()})")
+        found += [one for path in paths for one in _of_path(label, path, view)]
+    if not found:
+        raise UserError("--runs names nothing: --runs 'runs/ple,runs/sft' (work directories, or label=path)")
+    named = Counter((one.folder.resolve(), one.iteration, one.view) for one in found)
+    if twice := [folder for (folder, _, _), n in named.items() if n > 1]:
+        raise UserError(f"--runs names {twice[0]} twice: the same responses would count as two seeds")
+    return found
+
+
+def _parts(entry: str) -> tuple[str, str, str]:
+    """Label, pattern and checkpoint of an entry; a path may hold = and @ itself."""
+    if _folders(entry):
+        return "", entry, ""
+    rest, _, view = entry.rpartition("@")
+    if not rest or not re.fullmatch(r"best|newest|points|kl_\d\S*", view.strip()):
+        rest, view = entry, ""
+    label = ""
+    if not _folders(rest) and "=" in rest:  # not before: folders of a sweep have such names too
+        label, _, rest = rest.partition("=")
+    return label.strip(), rest.strip(), view.strip()
+
+
+def _folders(pattern: str) -> list[Path]:
+    if not pattern:  # which would be the current folder
+        return []
+    paths = [Path(pattern)] if os.path.exists(pattern) else [Path(path) for path in sorted(glob.glob(pattern))]
+    return [path for path in paths if path.is_dir()]
+
+
+def _of_path(label: str, path: Path, view: str) -> list[Found]:
+    """The sets of responses that a path stands for."""
+    if any(path.glob("iter_*.scores.jsonl")):
+        if view:
+            raise UserError(f"--runs: {path} is a folder of responses, and @{view} goes with a work directory")
+        return [Found(label, path, None, "")]
+    if view == POINTS:
+        return [Found(label, path / "responses" / "trained", None, POINTS)]
+    answers = _by_view(path)
+    if view:
+        file = answers.get(view)
+        if file is None or not file.exists():
+            there = [name for name, file in answers.items() if file.exists()]
+            known = f"it has answers of {', '.join(there)}" if there else "it has none of a trained checkpoint"
+            raise UserError(
+                f"{path} holds no answers of its checkpoint {view!r} ({known}); write them: --workdir {path} --mode=generate"
+                f" --config.checkpoint.use={view}"
+            )
+        return [_found(label, file, view)]
+    answered = {name: file for name, file in answers.items() if name != "best" and file.exists()}
+    if any(name != NEWEST for name in answered):
+        return [_found(label, file, name) for name, file in answered.items()]
+    return [Found(label, _responses(path), None, "")]
+
+
+def _by_view(workdir: Path) -> dict[str, Path]:
+    """Checkpoint of a finished run -> the file that its answers are in, or would be."""
+    summary = read_json(workdir / "summary.json") or {}
+    if wrong := misshapen(summary, SUMMARY):
+        raise Damaged(f"{workdir / 'summary.json'} is damaged ({wrong}); give the training's command again, which writes it")
+    if "iterations" not in summary:
+        return {}
+    best = {name: responses.file_of(workdir, point) for name, point in summary.get("best", {}).items()}
+    last = responses.file_of(workdir, {"iteration": summary["iterations"], "within": False})
+    budgets = {name: file for name, file in best.items() if name.startswith("kl_")}
+    return {**budgets, NEWEST: last, **({"best": list(best.values())[-1]} if best else {})}
+
+
+def _found(label: str, file: Path, view: str) -> Found:
+    return Found(label, file.parent, int(file.name[5:9]), view)
+
+
+def _responses(path: Path) -> Path:
+    """The only folder of responses of a work directory, or that of the trained policy."""
+    found = sorted(scores.parent for scores in path.glob("responses/*/iter_*.scores.jsonl"))
+    names = list(dict.fromkeys(folder.name for folder in found))
+    if "trained" in names:
+        return path / "responses" / "trained"
+    if not names:
+        raise UserError(f"{path} holds no responses; write them first: --workdir {path} --mode=generate")
+    if len(names) > 1:
+        raise UserError(f"{path}/responses holds {', '.join(names)}; name one of them in --runs: {found[0]}")
+    return found[0]
+
+
+def views(found: Sequence[Found]) -> dict[str, list[Found]]:
+    """Checkpoint -> what stands in the comparison of it: budgets ascending, the newest last; one of them without any name
+    where nothing names one.
+    """
+    names = {one.view for one in found} - {"", POINTS}
+    order = sorted(names, key=_order) or [""]
+    return {name: [one for one in found if one.view in ("", name)] for name in order}
+
+
+def _order(view: str) -> float:
+    return budget(view) if view.startswith("kl_") else float("inf")
+
+
+def budget(view: str) -> float:
+    """Nats per response of a view; nan of one without."""
+    return float(view.removeprefix("kl_")) if view.startswith("kl_") else float("nan")

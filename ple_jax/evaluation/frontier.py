@@ -1,0 +1,124 @@
+"""Runs as curves, reward against KL: what a method reaches at a budget of drift, and how much of it on the way.
+
+A curve is a run's evaluations in the order of training, on the dev split, as far as each is further from the start than all
+before it: reward is a function of KL there, and between two evaluations it is taken to be linear. What a method has at a
+budget is the mean over the seeds that reach it, with an interval over these seeds.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float64
+
+from ple_jax.evaluation.entries import POINTS, Found, budget
+from ple_jax.evaluation.methods import Method, config, progress
+from ple_jax.formulas import intervals
+
+COLUMNS = ("iteration", "step", "kl", "kl_low", "kl_high", "reward", "second", "generated_tokens", "seconds")
+
+
+class Curve(NamedTuple):
+    """The evaluations of a run."""
+
+    label: str
+    seed: int
+    lr: float | None
+    points: list[Mapping[str, Any]]  # as `training.points.Point`, in the order of training
+
+    def values(self, name: str) -> Float64[np.ndarray, " point"]:
+        return np.array([math.nan if (v := point.get(name)) is None else v for point in self.points], np.float64)
+
+
+def rising(kl: Float64[np.ndarray, " point"], value: Float64[np.ndarray, " point"]) -> tuple[np.ndarray, np.ndarray]:
+    """The points at which KL is larger than at all before; those without a value are out."""
+    known = np.isfinite(kl) & np.isfinite(value)
+    kl, value = kl[known], value[known]
+    before = np.maximum.accumulate(np.concatenate([[-np.inf], kl[:-1]])) if len(kl) else kl
+    return kl[kl > before], value[kl > before]
+
+
+def at(kl: Float64[np.ndarray, " point"], value: Float64[np.ndarray, " point"], limit: float) -> float:
+    """The value where the curve first gets to `limit` nats; nan where it does not.
+
+    >>> at(np.array([0.0, 4.0, 3.0, 8.0]), np.array([0.0, 1.0, 9.0, 3.0]), 6.0)
+    2.0
+    """
+    x, y = rising(kl, value)
+    return float(np.interp(limit, x, y)) if len(x) and x[0] <= limit <= x[-1] else math.nan
+
+
+def area(kl: Float64[np.ndarray, " point"], value: Float64[np.ndarray, " point"], limit: float) -> float:
+    """The mean value over the way from the first point to `limit` nats, its area over its width; nan if it ends before.
+
+    >>> area(np.array([0.0, 4.0, 8.0]), np.array([0.0, 1.0, 1.0]), 8.0)
+    0.75
+    """
+    x, y = rising(kl, value)
+    if not len(x) or not x[0] < limit <= x[-1]:
+        return math.nan
+    inside = x < limit
+    x, y = np.append(x[inside], limit), np.append(y[inside], np.interp(limit, x, y))
+    return float(np.trapezoid(y, x) / (x[-1] - x[0]))
+
+
+def of(found: Sequence[Found], views: Mapping[str, Sequence[Method]], seed: int) -> dict[str, Any]:
+    """The curves of all runs and, for every view with a budget, what each of its methods has there.
+
+    Args:
+        found: all entries, also those of points alone.
+        views: the methods of every view.
+    """
+    members = {
+        (view, method.label): {run.workdir for run in method.runs if run.trained}
+        for view, methods in views.items()
+        for method in methods
+    }
+    labels = {workdir: label for (_, label), workdirs in members.items() for workdir in sorted(workdirs)}
+    labels |= {one.workdir: one.label for one in found if one.view == POINTS and one.workdir not in labels}
+    curves = {workdir: found for workdir, label in labels.items() if (found := _curve(workdir, label)).points}
+    runs = [
+        {
+            **{name: getattr(curve, name) for name in ("label", "seed", "lr")},
+            "folder": str(workdir),
+            "views": [view for (view, _), workdirs in members.items() if workdir in workdirs],
+            **{name: [point.get(name) for point in curve.points] for name in COLUMNS},
+        }
+        for workdir, curve in curves.items()
+    ]
+    budgets = []
+    for (view, label), workdirs in members.items():
+        own, limit = [curves[workdir] for workdir in sorted(workdirs) if workdir in curves], budget(view)
+        if own and not math.isnan(limit):
+            budgets.append({"view": view, "budget": limit, "method": label, **_at_budget(own, limit, seed)})
+    return {"runs": runs, "budgets": budgets}
+
+
+def _curve(workdir: Path, label: str) -> Curve:
+    (summary, lines), own = progress(workdir), config(workdir)
+    points = summary.get("points") or [_of_line(line) for line in lines if line.get("heldout_kl_response") is not None]
+    return Curve(label, own.get("seed", 0), own.get("optimizer.lr"), points)
+
+
+def _of_line(line: Mapping[str, Any]) -> dict[str, Any]:
+    """The evaluation of a line of metrics.jsonl, of a run that is not finished."""
+    kl = "heldout_kl_response"
+    return {
+        "iteration": line["iteration"], "kl": line[kl], "kl_low": line.get(f"{kl}_low"), "kl_high": line.get(f"{kl}_high"),
+        "reward": line["heldout_reward"], "second": line.get("heldout_second"),
+        "generated_tokens": line["total_generated_tokens"], "seconds": line["total_seconds"],
+    }  # fmt: skip
+
+
+def _at_budget(curves: Sequence[Curve], limit: float, seed: int) -> dict[str, Any]:
+    """How many seeds reach a budget; the reward, the second one and the area there, with their intervals."""
+    row: dict[str, Any] = {"runs": len(curves)}
+    row["reached"] = sum(not math.isnan(at(curve.values("kl"), curve.values("reward"), limit)) for curve in curves)
+    for name, measured, key in (("reward", at, "reward"), ("second", at, "second"), ("area", area, "reward")):
+        found = np.array([measured(curve.values("kl"), curve.values(key), limit) for curve in curves])
+        known = found[~np.isnan(found)]
+        low, high = intervals.bootstrap_ci(known, seed=seed) if len(known) > 1 else (math.nan, math.nan)
+        row |= {name: float(known.mean()) if len(known) else math.nan, f"{name}_low": low, f"{name}_high": high}
+    return row

@@ -17,6 +17,8 @@ from statistics import fmean
 
 DOCS = Path(__file__).parent.parent / "docs"
 INK, SOFT, RULE, COLOURS = "#1d2126", "#626b76", "#e4e5e3", ("#0f7b6c", "#c2601a", "#3b6fb5")
+_MISSING = "–"
+_BUDGET, _MOST_KL = 20.0, 30.0  # nats a response: the quickstart's config.eval.max_kl, and the end of the axis
 _INTERVAL = re.compile(r"(-?[\d.]+) \((-?[\d.]+) to (-?[\d.]+)\)")
 
 
@@ -52,11 +54,14 @@ def _mean_and_interval(cell: str) -> tuple[float, float, float]:
 
 
 def table_of_runs(folders: Sequence[Path]) -> str:
-    """Held-out reward, with its 95% bootstrap interval over queries, and KL: the evaluated iterations of finished runs."""
+    """Held-out reward, with its 95% bootstrap interval over queries, and KL in nats a response: the evaluated iterations of
+    finished runs; a dash where one had spent its budget before.
+    """
     seeds = [json.loads((folder / "summary.json").read_text(encoding="utf-8"))["seed"] for folder in folders]
     header = ["iteration", *(f"seed {seed}: {what}" for seed in seeds for what in ("reward (95%)", "KL"))]
     runs = [dict(_iterations(folder)) for folder in folders]
-    rows = [[str(i), *(cell for run in runs for cell in run[i])] for i in runs[0]]
+    evaluated = sorted({iteration for run in runs for iteration in run})
+    rows = [[str(i), *(cell for run in runs for cell in run.get(i, (_MISSING, _MISSING)))] for i in evaluated]
     first, *others = (f"| {' | '.join(row)} |" for row in (header, *rows))
     return "\n".join([first, "|---" * len(header) + "|", *others])
 
@@ -71,7 +76,7 @@ def _iterations(folder: Path) -> Iterator[tuple[int, tuple[str, str]]]:
             plain = [[r["reward"] for r in rollout["responses"] if r["kind"] == "plain"] for rollout in rollouts]
             low, high = intervals.bootstrap_ci([fmean(rewards) for rewards in plain], seed=0)
             reward = f"{line['heldout_reward']:.3f} ({low:.3f} to {high:.3f})"
-            yield line["iteration"], (reward, f"{line['heldout_kl']:.2f}")
+            yield line["iteration"], (reward, f"{line['heldout_kl_response']:.1f}")
 
 
 # ---------------------------------------------------------------- drawing
@@ -112,6 +117,12 @@ class Panel:
         path = "M" + "L".join(f"{x} {y}" for x, y in places)
         self.svg.append(f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="2.5" stroke-linejoin="round"/>')
         self.svg += [f'<circle cx="{x}" cy="{y}" r="3.5" fill="{colour}"/>' for x, y in places]
+
+    def across(self, y: float, words: str) -> None:
+        """A dotted line at one value of y."""
+        height = self.at(self.of_x[0], y)[1]
+        self.svg.append(f'<path d="M{self.left} {height}h{self.width}" stroke="{SOFT}" stroke-dasharray="2 3"/>')
+        self.text(self.left + 4, height - 5, words)
 
     def names(self, ends: Mapping[str, float]) -> None:
         """The curves' names on the right, where they end or, so that all can be read, next to it."""
@@ -159,17 +170,19 @@ def quickstart(rows: Sequence[dict[str, str]]) -> str:
     seeds = [name.removesuffix(": KL") for name in rows[0] if name.endswith(": KL")]
     last, iterations = float(rows[-1]["iteration"]), [float(row["iteration"]) for row in rows]
     reward = Panel(left=48, top=52, width=340, height=218, x=(0, last), y=(-0.1, 1))
-    drift = Panel(left=502, top=52, width=300, height=218, x=(0, last), y=(0, 2))
+    drift = Panel(left=502, top=52, width=300, height=218, x=(0, last), y=(0, _MOST_KL))
     reward.axes("held-out reward, mean over 64 openings", "iteration", iterations, (0, 0.25, 0.5, 0.75, 1))
-    drift.axes("its cost: KL to the start, nats a token", "iteration", iterations, (0, 0.5, 1, 1.5, 2))
-    curves = {seed: [_mean_and_interval(row[f"{seed}: reward (95%)"]) for row in rows] for seed in seeds}
+    drift.axes("its cost: KL to the start, nats a response", "iteration", iterations, (0, 5, 10, 15, 20, 25, 30))
+    drift.across(_BUDGET, "the budget")
+    known = {seed: [row for row in rows if row[f"{seed}: KL"] != _MISSING] for seed in seeds}
+    curves = {seed: [_mean_and_interval(row[f"{seed}: reward (95%)"]) for row in known[seed]] for seed in seeds}
     for values, colour in zip(curves.values(), COLOURS, strict=True):  # all below the curves
-        reward.band(*([(x, value[i]) for x, value in zip(iterations, values, strict=True)] for i in (1, 2)), colour)
+        reward.band(*([(x, value[i]) for x, value in zip(iterations, values, strict=False)] for i in (1, 2)), colour)
     for (seed, values), colour in zip(curves.items(), COLOURS, strict=True):
-        reward.line([(x, mean) for x, (mean, _, _) in zip(iterations, values, strict=True)], colour)
-        drift.line([(x, float(row[f"{seed}: KL"])) for x, row in zip(iterations, rows, strict=True)], colour)
+        reward.line([(x, mean) for x, (mean, _, _) in zip(iterations, values, strict=False)], colour)
+        drift.line([(x, float(row[f"{seed}: KL"])) for x, row in zip(iterations, known[seed], strict=False)], colour)
     reward.names({seed: values[-1][0] for seed, values in curves.items()})
-    drift.names({seed: float(rows[-1][f"{seed}: KL"]) for seed in seeds})
+    drift.names({seed: float(known[seed][-1][f"{seed}: KL"]) for seed in seeds})
     return picture([reward, drift], "The quickstart: held-out reward and KL by iteration", width=870, height=326)
 
 

@@ -134,7 +134,7 @@ class Command(NamedTuple):
     @property
     def settings(self) -> set[str]:
         """What has a part in the run, and not only in what is made of it: config, backend, overrides."""
-        made_of_it = tuple(f"--config.{name}." for name in ("generate", "compare", "export"))
+        made_of_it = tuple(f"--config.{name}." for name in ("generate", "compare", "export", "checkpoint"))
         overrides = {word for word in self.arguments if word.startswith("--config.") and not word.startswith(made_of_it)}
         return overrides | {f"--config {self.flag('config')}", f"--backend {self.flag('backend') or 'jax'}"}
 
@@ -384,7 +384,7 @@ def test_tables_name_all_there_is():
     assert names("method.md", "algorithm") == modules("ple_jax/algorithms") - {"ple"}
     assert names("rewards.md", "name") - {"mine.py:score", "package.module:function"} == modules("ple_jax/rewards")
     sets = {file.stem for file in (ROOT / "ple_jax").rglob("principles/*.txt")}
-    assert len(sets) == 5 and sets <= set(spans((DOCS / "method.md").read_text(encoding="utf-8")))
+    assert len(sets) == 8 and sets <= set(spans((DOCS / "method.md").read_text(encoding="utf-8")))
 
 
 def test_readme_is_short():
@@ -419,8 +419,8 @@ def test_a_table_is_printed_from_runs(draw_docs, tmp_path):
     (tmp_path / "evaluations").mkdir()
     (tmp_path / "summary.json").write_text('{"seed": 3}')
     (tmp_path / "metrics.jsonl").write_text(
-        '{"iteration": 0, "heldout_reward": 0.5, "heldout_kl": 0.0}\n{"iteration": 1, "loss": 1.0}\n'
-        '{"iteration": 2, "heldout_reward": 0.75, "heldout_kl": 0.125}\n'
+        '{"iteration": 0, "heldout_reward": 0.5, "heldout_kl_response": 0.0}\n{"iteration": 1, "loss": 1.0}\n'
+        '{"iteration": 2, "heldout_reward": 0.75, "heldout_kl_response": 12.25}\n'
     )
     for iteration, rewards in ((0, (0.25, 0.75)), (2, (1.0, 0.5))):  # a principled response, if any, is not in the mean
         responses = [{"kind": "plain", "reward": reward} for reward in rewards] + [{"kind": "principled", "reward": 9.0}]
@@ -428,9 +428,15 @@ def test_a_table_is_printed_from_runs(draw_docs, tmp_path):
     assert draw_docs.table_of_runs([tmp_path]).splitlines() == [
         "| iteration | seed 3: reward (95%) | seed 3: KL |",
         "|---|---|---|",
-        "| 0 | 0.500 (0.500 to 0.500) | 0.00 |",  # both queries have the same mean: so has every resample
-        "| 2 | 0.750 (0.750 to 0.750) | 0.12 |",
+        "| 0 | 0.500 (0.500 to 0.500) | 0.0 |",  # both queries have the same mean: so has every resample
+        "| 2 | 0.750 (0.750 to 0.750) | 12.2 |",
     ]
+    shorter = tmp_path / "shorter"  # one that had spent its budget
+    (shorter / "evaluations").mkdir(parents=True)
+    (shorter / "summary.json").write_text('{"seed": 4}')
+    (shorter / "metrics.jsonl").write_text((tmp_path / "metrics.jsonl").read_text().splitlines()[0] + "\n")
+    (shorter / "evaluations" / "iter_0000.jsonl").write_text((tmp_path / "evaluations" / "iter_0000.jsonl").read_text())
+    assert draw_docs.table_of_runs([tmp_path, shorter]).splitlines()[-1] == "| 2 | 0.750 (0.750 to 0.750) | 12.2 | – | – |"
 
 
 def test_the_variant_that_is_shown_is_the_one_that_is_tested():

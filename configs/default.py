@@ -79,8 +79,8 @@ def get_config() -> ConfigDict:
     c.reward.kwargs = {}  # its keyword arguments, overridden whole: --config.reward.kwargs="{'k': 1}"
     c.reward.max_bad_share = 0.05  # of queries with a reward that is not finite; they are left out and kept in quarantine/
     c.reward.length_penalty = 0.0  # taken off a reward for every token of its response, before the transform
-    # none | sigmoid | zscore | minmax, for selection and weights (raw rewards are logged); shuffle: each is another response's,
-    # a control
+    # none | sigmoid | zscore | minmax, for selection and weights (raw rewards are logged); shuffle: each is another
+    # response's, a control
     c.reward.transform = "none"
 
     c.sampling = ConfigDict()

@@ -64,9 +64,10 @@ Flags
                          v5e:2x4, v5p:2x2x2 ... (compiled; libtpu does it for TPUs), with --backend=torch 910b:8, h100:8
                          (run on tensors without memory); cpu:8 is of this machine's kind
   --runs A,B,...         with --mode=compare: work directories, LABEL=DIR, or patterns ('runs/ple_*'); runs of one label
-                         are seeds of one method
-  --profile              with --mode=train: trace one iteration, the second of this process, with the framework's own
-                         profiler: DIR/profile, for TensorBoard (pip install xprof), or Perfetto
+                         are seeds of one method. DIR@kl_4, DIR@newest: the answers of that checkpoint;
+                         LABEL=DIR@points: no answers, the run's curve
+  --profile              with --mode=train: trace one iteration, the second of this process, with the framework's
+                         own profiler: DIR/profile, for TensorBoard (pip install xprof) or Perfetto
   --version              the version of this package
 
 Modes
@@ -125,9 +126,9 @@ class CommandLine(NamedTuple):
     mode: str
     topology: str | None = None  # of --mode=plan: devices to plan for
     runs: tuple[str, ...] = ()  # of --mode=compare
-    profile: bool = False  # of --mode=train
     accept: tuple[str, ...] = ()  # what was changed since a run began, of `identity.ACCEPTED`
     file: Path | None = None  # of --mode=init: the config that is copied
+    profile: bool = False  # of --mode=train: trace an iteration
 
 
 @contextlib.contextmanager

@@ -71,10 +71,10 @@ def train(config: Any, workdir: Path, backend: str, accept: Sequence[str] = (), 
                 rates.keep(inputs.config, backend, rates.measured(state.lines, run.backend.environment()))
             summary = (measures if online else offline).summary(run, backend, state)
             taken = points.taken(run)
-            write.write_adapter(run, taken.iteration, summary)
+            write.write_adapter(run, taken, summary)
         head = _trains_scores(inputs.algorithm, config)
         if head:  # not before the run's own copy of the base is gone
-            write.write_merged(config, workdir, backend, taken.iteration, None, head=True)
+            write.write_merged(config, workdir, backend, taken, None, head=True)
         write_json(workdir / SUMMARY, summary, sealed=True)
         page = run_page.write(workdir)
     print(f"{_outcome(summary)} in {summary['wall_seconds']:.0f} s")
@@ -215,7 +215,7 @@ def export(config: Any, workdir: Path, backend: str, accept: Sequence[str] = ())
     if merge:
         repo = write.merged_repository(config)
         with lock(workdir):
-            merged = write.write_merged(config, workdir, backend, state.iteration, repo, head=head)
+            merged = write.write_merged(config, workdir, backend, state, repo, head=head)
         print(f"merged weights: {merged} (safetensors, for transformers)")
         folders[merged] = repo
     for folder, repo in folders.items():
@@ -239,7 +239,7 @@ def export(config: Any, workdir: Path, backend: str, accept: Sequence[str] = ())
 def _export_adapter(config: Any, workdir: Path, backend: str, accept: Sequence[str]) -> tuple[Path, State, str]:
     # a function of its own: the base's weights are freed when it returns, before the merged model is written
     with on_run(config, workdir, backend, accept) as (run, state):
-        return write.write_adapter(run, state.iteration, finished(workdir)), state, run.base.name
+        return write.write_adapter(run, state, finished(workdir)), state, run.base.name
 
 
 def _use_reward(folder: Path) -> str:

@@ -52,6 +52,9 @@ class TestParse:
         assert run.accept == ("reward", "config") and parse(DEFAULT, f"--workdir={tmp_path}").accept == ()
         with pytest.raises(UserError, match="--accept=rewards: give reward, algorithm, config, .*; did you mean 'reward'?"):
             parse(DEFAULT, f"--workdir={tmp_path}", "--accept=rewards")
+        assert parse(DEFAULT, f"--workdir={tmp_path}", "--profile").profile is True
+        with pytest.raises(UserError, match="--profile goes with --mode=train, and --mode is plan"):
+            parse(DEFAULT, "--mode=plan", "--profile")
         with pytest.raises(UserError, match="--accept=reward: give reward, .*, with --mode train, "):
             parse(DEFAULT, "--mode=plan", "--accept=reward")
 
@@ -84,7 +87,7 @@ class TestParse:
         )
         expected.reward.kwargs = {"k": 1, "words": ("a",)}
         assert run.config.to_dict() == expected.to_dict()
-        assert run[1:] == (tmp_path, "jax", "evaluate", None, (), (), None)
+        assert run[1:] == (tmp_path, "jax", "evaluate", None, (), (), None, False)
         with pytest.raises(AttributeError):
             run.config.seed = 1
 
@@ -92,11 +95,11 @@ class TestParse:
         assert parse(DEFAULT, "--mode=plan", "--config.task.chat").config.task.chat is True
 
     def test_plan_needs_no_workdir(self):
-        assert parse(DEFAULT, "--mode=plan")[1:] == (Path("."), "jax", "plan", None, (), (), None)
+        assert parse(DEFAULT, "--mode=plan")[1:] == (Path("."), "jax", "plan", None, (), (), None, False)
 
     def test_compare_needs_runs_and_nothing_else(self, tmp_path):
         run = parse("--mode=compare", "--runs=a,PPO=b,PPO=c")
-        assert run[1:] == (Path("runs/comparison"), "jax", "compare", None, ("a", "PPO=b", "PPO=c"), (), None)
+        assert run[1:] == (Path("runs/comparison"), "jax", "compare", None, ("a", "PPO=b", "PPO=c"), (), None, False)
         assert run.config.to_dict() == default.get_config().to_dict()
         other = parse("--mode=compare", "--runs=a", f"--workdir={tmp_path}", "--config.compare.examples=3")
         assert other.workdir == tmp_path and other.config.compare.examples == 3
@@ -230,7 +233,7 @@ def test_init_copies_a_config(tmp_path, monkeypatch, capsys):
     copied = tmp_path / "here" / "mine" / "quickstart.py"
     assert copied.read_text() == (ROOT / "configs" / "quickstart.py").read_text()
     assert capsys.readouterr().out.endswith(" --config here/mine/quickstart.py --workdir runs/mine\n")
-    copied.write_text(copied.read_text().replace("rank_sft_weight = 1.0", "rank_sft_weight = 0.5"))
+    copied.write_text(copied.read_text().replace("rank_sft_weight = 5.0", "rank_sft_weight = 0.5"))
     assert parse(f"--config={copied}", "--mode=plan").config.ple.rank_sft_weight == 0.5
     with pytest.raises(UserError, match="here/mine/quickstart.py exists"):
         main.main(parse("--mode=init", "--config=quickstart", "--workdir=here/mine"))

@@ -8,6 +8,7 @@ import numpy as np
 from ple_jax.evaluation.methods import Method, method_keys
 from ple_jax.evaluation.numbers import spent
 
+_PATHS = {"task.train": "inputs.train", "task.heldout": "inputs.heldout"}  # a path -> the digest of what it holds
 _TOLERANCE = 0.1  # of generated tokens, within which budgets are called equal
 
 
@@ -23,12 +24,17 @@ def warnings(methods: Sequence[Method], *, equal_tokens: bool = True) -> list[st
     for method in methods:
         configs = [method_keys(run) for run in method.runs]
         everything = sorted({key for config in configs for key in config})
-        if keys := [key for key in everything if any(config.get(key) != configs[0].get(key) for config in configs)]:
+        keys = [key for key in everything if any(config.get(key) != configs[0].get(key) for config in configs)]
+        # the same records elsewhere are no other ones
+        keys = [key for key in keys if key not in _PATHS or _PATHS[key] in keys or configs[0].get(_PATHS[key]) is None]
+        if keys:
             found.append(f"the runs of {method.label} differ in more than their seeds: {', '.join(keys)}")
         for run in method.runs if method.trained else ():
             name, iteration = f"{method.label}, seed {run.seed}", run.generated.settings["iteration"]
             if not run.summary:
                 found.append(f"{name}: training is not finished; the responses are of iteration {iteration}")
+            elif run.point is not None and run.point["step"] == 0:
+                found.append(f"{name}: no evaluation after the first one was chosen: these are the start model's answers")
             elif run.point is None and run.summary["iterations"] != iteration:
                 all_ = run.summary["iterations"]
                 found.append(f"{name}: the responses are of iteration {iteration}, the costs of all {all_}")
@@ -104,7 +110,10 @@ def notes(methods: Sequence[Method]) -> list[str]:
         )
     if start := [method.label for method in methods if not method.trained and len(method.runs) == 1]:
         found.append(f"{', '.join(start)}: one run, which stands beside every seed of the others")
-    total = {method.label: sum(spent(run).get("generated_tokens", 1) for run in method.runs) for method in methods}
+    total = {
+        method.label: sum(run.summary.get("generated_tokens", spent(run).get("generated_tokens", 1)) for run in method.runs)
+        for method in methods
+    }
     if offline := [method.label for method in methods if method.trained and not total[method.label]]:
         found.append(f"{', '.join(offline)}: nothing is sampled while it trains; compare the tokens that it was trained on")
     drawn, plain = methods[0].runs[0].generated.settings["sampling"], {"temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0}

@@ -40,32 +40,39 @@ def results(named: Sequence[str], out: Path, *, config: Any, backend: str) -> It
     """
     if (out / "config.json").exists():
         raise UserError(f"--workdir={out} holds a run; give a folder of its own to the comparison")
-    found = entries.expand(named)
-    views = {view: _methods(some) for view, some in entries.views(found).items()}
+    found, left_out = entries.expand(named)
+    views = _by_view(found)
     curves = frontier.of(found, views, config.seed)
-    folders = {view: out / view if len(views) > 1 else out for view in views}
-    said = {view: caveats.unreached(curves, view) for view in views}
-    each = [_of_view(view, methods, said[view], folders[view], config, backend) for view, methods in views.items()]
+    baseline = _baseline([method.label for methods in views.values() for method in methods], config)
+    judge = open_judge(next(iter(views.values())), config, backend)
+    said = {view: [*left_out, *caveats.unreached(curves, view)] for view in views}
+    each = [_of_view(view, methods, baseline, judge, said[view], out, config) for view, methods in views.items()]
     for some in zip(*each, strict=True):
         yield {"views": list(some), "frontier": curves}
 
 
-def _methods(found: Sequence[entries.Found]) -> list[Method]:
-    runs = labelled([read(one) for one in found])
+def _by_view(found: Sequence[entries.Found]) -> dict[str, list[Method]]:
+    """The methods of every view; a run has one label in all of them."""
+    answers = [one for one in found if one.view != entries.POINTS]
+    runs = labelled([read(one) for one in answers])
     check(runs)
-    return group(runs)
+    views: dict[str, list[Method]] = {}
+    for view in entries.views(found):
+        views[view] = group([run for one, run in zip(answers, runs, strict=True) if one.view in ("", view)])
+    return views
 
 
 def _of_view(
-    view: str, methods: Sequence[Method], said: Sequence[str], out: Path, config: Any, backend: str
+    view: str, methods: Sequence[Method], wanted: str, judge: Any, said: Sequence[str], out: Path, config: Any
 ) -> Iterator[dict[str, Any]]:
     """The comparison of one view; `said` comes first of its warnings."""
-    out.mkdir(exist_ok=True)
-    baseline = _baseline([method.label for method in methods], config)
+    labels = [method.label for method in methods]
+    baseline = wanted if wanted in labels else labels[0]
+    if baseline != wanted:
+        said = [*said, f"{wanted}, the baseline, has no answers here: the differences are to {baseline}"]
     # the baseline comes first: every difference to it is "method - baseline"
     ordered = sorted(methods, key=lambda method: method.label != baseline)
     pairs = [(method, against) for against, method in itertools.combinations(ordered, 2)]
-    judge = open_judge(methods, config, backend)
     result: dict[str, Any] = {
         "view": view,
         "baseline": baseline,
@@ -84,7 +91,7 @@ def _of_view(
 
 
 def _baseline(labels: Sequence[str], config: Any) -> str:
-    """The method that others are tested against."""
+    """The method that others are tested against: the one that is asked for, or the first."""
     baseline = labels[0] if config.compare.baseline is None else config.compare.baseline
     if baseline not in labels:
         raise UserError(

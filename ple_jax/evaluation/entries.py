@@ -2,7 +2,7 @@
 
 An entry is `path` or `label=path`, globs allowed, and may end in `@` and a checkpoint as `config.checkpoint.use` names it:
 `PLE=runs/ple_*@kl_4` are the answers of the best checkpoint within 4 nats, `@newest` those of the last one, `@best` those
-of the best under the largest budget. `@points` are no answers: the run's evaluations alone, for the frontier.
+of the best under the largest budget. `LABEL=path@points` are no answers: the run's evaluations alone, for the frontier.
 """
 
 import glob
@@ -43,33 +43,84 @@ class Found(NamedTuple):
     label: str  # "" if none was given
     folder: Path  # of responses
     iteration: int | None  # of these; None: the newest
-    view: str  # the checkpoint that was meant, as config.checkpoint.use names it; "": one that stands in every view
+    view: str  # the checkpoint that answered, as config.checkpoint.use names it; "": one that stands in every view
 
     @property
     def workdir(self) -> Path:
         return self.folder.parent.parent
 
 
-def expand(entries: Iterable[str]) -> list[Found]:
+class Expanded(NamedTuple):
+    """All that the entries name, and what of it is left out."""
+
+    found: list[Found]
+    left_out: list[str]  # in sentences
+
+
+def expand(entries: Iterable[str]) -> Expanded:
     """What the entries name, globs expanded in order of name.
 
-    A work directory whose checkpoints under several budgets have answered stands for all of them.
+    Work directories without a checkpoint stand for those with which all of them have answered; where there is none, for
+    their newest answers.
 
     Raises:
         UserError: nothing is there, a folder holds no responses or several sets of them, or is named twice.
     """
     found: list[Found] = []
+    open_: list[Found] = []  # whose checkpoints are all that have answered
     for entry in entries:
         label, pattern, view = _parts(entry)
         if not (paths := _folders(pattern)):
             raise UserError(f"--runs: {entry!r} is no folder, nor a pattern that fits one (looked in {Path.cwd()})")
-        found += [one for path in paths for one in _of_path(label, path, view)]
-    if not found:
-        raise UserError("--runs names nothing: --runs 'runs/ple,runs/sft' (work directories, or label=path)")
+        for path in paths:
+            one = _of_path(label, path, view)
+            found.append(one)
+            if not view and one.folder.parent.parent == path and _trained(one):
+                open_.append(one)
+    if not any(one.view != POINTS for one in found):
+        raise UserError("--runs names no answers: --runs 'runs/ple,runs/sft' (work directories, or label=path)")
+    everything = Expanded(*_common(found, open_))
+    _check(everything.found)
+    return everything
+
+
+def _check(found: Sequence[Found]) -> None:
     named = Counter((one.folder.resolve(), one.iteration, one.view) for one in found)
     if twice := [folder for (folder, _, _), n in named.items() if n > 1]:
         raise UserError(f"--runs names {twice[0]} twice: the same responses would count as two seeds")
-    return found
+    views = {one.view for one in found} - {"", POINTS}
+    if views and (unnamed := [one for one in found if not one.view and _trained(one)]):
+        raise UserError(
+            f"--runs: {unnamed[0].folder} does not say of which checkpoint it is, and others do: say it, as in"
+            f" {unnamed[0].workdir}@{min(views)}"
+        )
+
+
+def _trained(one: Found) -> bool:
+    """Whether these are a run's own answers under the plain prompt, and not those of what it starts from."""
+    return re.fullmatch(r"trained(_step_\d+)?", one.folder.name) is not None
+
+
+def _common(found: Sequence[Found], open_: Sequence[Found]) -> tuple[list[Found], list[str]]:
+    """The entries, with those that name no checkpoint once for each with which all of these have answered."""
+    files = {one: {view: file for view, file in _by_view(one.workdir).items() if file.exists()} for one in open_}
+    seen = list(dict.fromkeys(view for of in files.values() for view in of if view != "best"))
+    shared = [view for view in seen if all(view in of for of in files.values())]
+    if not any(view.startswith("kl_") for view in seen):
+        return [one._replace(folder=_responses(one.workdir)) if one in files else one for one in found], []
+    if not shared:
+        lacking = next(one for one, of in files.items() if seen[0] not in of)
+        raise UserError(
+            f"--runs: there is no checkpoint with which all runs have answered; {lacking.workdir} has not with {seen[0]!r}"
+            " (its training may not be finished, or have no such budget): leave it out, or name others, as in DIR@newest"
+        )
+    left_out = [
+        f"{view} is left out: {', '.join(str(one.workdir) for one, of in files.items() if view not in of)} has not answered"
+        for view in seen
+        if view not in shared
+    ]
+    each = [[_found(one.label, files[one][view], view) for view in shared] if one in files else [one] for one in found]
+    return [one for some in each for one in some], left_out
 
 
 def _parts(entry: str) -> tuple[str, str, str]:
@@ -77,7 +128,7 @@ def _parts(entry: str) -> tuple[str, str, str]:
     if _folders(entry):
         return "", entry, ""
     rest, _, view = entry.rpartition("@")
-    if not rest or not re.fullmatch(r"best|newest|points|kl_\d\S*", view.strip()):
+    if not rest or not re.fullmatch(r"best|newest|points|kl_\d[\d.e+-]*", view.strip()):
         rest, view = entry, ""
     label = ""
     if not _folders(rest) and "=" in rest:  # not before: folders of a sweep have such names too
@@ -92,29 +143,29 @@ def _folders(pattern: str) -> list[Path]:
     return [path for path in paths if path.is_dir()]
 
 
-def _of_path(label: str, path: Path, view: str) -> list[Found]:
-    """The sets of responses that a path stands for."""
+def _of_path(label: str, path: Path, view: str) -> Found:
+    """The set of responses that a path stands for; without a checkpoint the newest one."""
     if any(path.glob("iter_*.scores.jsonl")):
         if view:
             raise UserError(f"--runs: {path} is a folder of responses, and @{view} goes with a work directory")
-        return [Found(label, path, None, "")]
+        return Found(label, path, None, "")
     if view == POINTS:
-        return [Found(label, path / "responses" / "trained", None, POINTS)]
+        if not label:
+            raise UserError(f"--runs: {path}@points needs the label of its method: LABEL={path}@points")
+        return Found(label, path / "responses" / "trained", None, POINTS)
     answers = _by_view(path)
-    if view:
-        file = answers.get(view)
-        if file is None or not file.exists():
-            there = [name for name, file in answers.items() if file.exists()]
-            known = f"it has answers of {', '.join(there)}" if there else "it has none of a trained checkpoint"
-            raise UserError(
-                f"{path} holds no answers of its checkpoint {view!r} ({known}); write them: --workdir {path} --mode=generate"
-                f" --config.checkpoint.use={view}"
-            )
-        return [_found(label, file, view)]
-    answered = {name: file for name, file in answers.items() if name != "best" and file.exists()}
-    if any(name != NEWEST for name in answered):
-        return [_found(label, file, name) for name, file in answered.items()]
-    return [Found(label, _responses(path), None, "")]
+    if not view:  # which of them is decided when all are known
+        some = any(file.exists() for file in answers.values())
+        return Found(label, path / "responses" / "trained" if some else _responses(path), None, "")
+    file = answers.get(view)
+    if file is None or not file.exists():
+        there = [name for name, file in answers.items() if file.exists()]
+        known = f"it has answers of {', '.join(there)}" if there else "it has none of a trained checkpoint"
+        raise UserError(
+            f"{path} holds no answers of its checkpoint {view!r} ({known}); write them: --workdir {path} --mode=generate"
+            f" --config.checkpoint.use={view}"
+        )
+    return _found(label, file, view)
 
 
 def _by_view(workdir: Path) -> dict[str, Path]:
@@ -135,7 +186,7 @@ def _found(label: str, file: Path, view: str) -> Found:
 
 
 def _responses(path: Path) -> Path:
-    """The only folder of responses of a work directory, or that of the trained policy."""
+    """The folder of responses of the trained policy, or the only one of a work directory."""
     found = sorted(scores.parent for scores in path.glob("responses/*/iter_*.scores.jsonl"))
     names = list(dict.fromkeys(folder.name for folder in found))
     if "trained" in names:
@@ -147,17 +198,13 @@ def _responses(path: Path) -> Path:
     return found[0]
 
 
-def views(found: Sequence[Found]) -> dict[str, list[Found]]:
-    """Checkpoint -> what stands in the comparison of it: budgets ascending, the newest last; one of them without any name
-    where nothing names one.
-    """
-    names = {one.view for one in found} - {"", POINTS}
-    order = sorted(names, key=_order) or [""]
-    return {name: [one for one in found if one.view in ("", name)] for name in order}
+def views(found: Sequence[Found]) -> list[str]:
+    """The checkpoints that are compared: budgets ascending, then the others, the newest last; "" where none is named."""
+    return sorted({one.view for one in found} - {"", POINTS}, key=_order) or [""]
 
 
-def _order(view: str) -> float:
-    return budget(view) if view.startswith("kl_") else float("inf")
+def _order(view: str) -> tuple[float, bool]:
+    return (budget(view) if view.startswith("kl_") else float("inf"), view == NEWEST)
 
 
 def budget(view: str) -> float:

@@ -17,7 +17,7 @@ from ple_jax.evaluation.entries import POINTS, Found, budget
 from ple_jax.evaluation.methods import Method, config, progress
 from ple_jax.formulas import intervals
 
-COLUMNS = ("iteration", "step", "kl", "kl_low", "kl_high", "reward", "second", "generated_tokens", "seconds")
+COLUMNS = ("iteration", "step", "within", "kl", "kl_low", "kl_high", "reward", "second", "generated_tokens", "seconds")
 
 
 class Curve(NamedTuple):
@@ -78,7 +78,7 @@ def of(found: Sequence[Found], views: Mapping[str, Sequence[Method]], seed: int)
     }
     labels = {workdir: label for (_, label), workdirs in members.items() for workdir in sorted(workdirs)}
     labels |= {one.workdir: one.label for one in found if one.view == POINTS and one.workdir not in labels}
-    curves = {workdir: found for workdir, label in labels.items() if (found := _curve(workdir, label)).points}
+    curves = {workdir: curve for workdir, label in labels.items() if (curve := _curve(workdir, label)).points}
     runs = [
         {
             **{name: getattr(curve, name) for name in ("label", "seed", "lr")},

@@ -55,9 +55,8 @@ def spent(run: Entry) -> dict[str, float]:
         known = run.generated.settings["adapter"] is None
         return dict.fromkeys((*costs.COUNTERS, "wall_seconds"), 0) if known else {}
     if run.point is not None and run.point["step"] != run.summary["points"][-1]["step"]:
-        found = {key: run.point.get(key) for key in ("generated_tokens", "training_tokens", "seconds")}
-        named = {"train_seconds" if key == "seconds" else key: value for key, value in found.items()}
-        return {key: value for key, value in named.items() if value is not None}
+        names = {"generated_tokens": "generated_tokens", "training_tokens": "training_tokens", "seconds": "train_seconds"}
+        return {name: run.point[key] for key, name in names.items() if run.point.get(key) is not None}
     if not run.summary:
         totals = {key.removeprefix("total_"): value for key, value in last(run.lines).items() if key.startswith("total_")}
         return {"train_seconds": totals.pop("seconds"), **totals} if totals else {}
@@ -123,11 +122,13 @@ def seeds(a: Method, b: Method) -> list[int]:
 
 
 def by_length(a: Method, b: Method, measure: str) -> float:
-    """What of a - b the lengths of the responses alone would give."""
-    rewards = [method.values[measure].ravel() for method in (b, a)]
+    """What of a - b the lengths of the responses alone would give, of the runs that are beside one another."""
+    both = beside(a, b)
+    sides = [(b, sorted({j for _, j in both})), (a, sorted({i for i, _ in both}))]
+    rewards = [method.values[measure][runs].ravel() for method, runs in sides]
     lengths = [
-        [len(r.tokens) for run in method.runs for rollout in run.generated.rollouts for r in rollout.responses]
-        for method in (b, a)
+        [len(r.tokens) for i in runs for rollout in method.runs[i].generated.rollouts for r in rollout.responses]
+        for method, runs in sides
     ]
     return gain_by_length(rewards, lengths)
 

@@ -45,11 +45,12 @@ from ple_jax.core.files import read_json, write_json, write_jsonl
 from ple_jax.evaluation import responses
 from ple_jax.experiments import store
 from ple_jax.experiments.grid import best, number
-from ple_jax.experiments.jobs import Job, Outcome, overrides, parsed, positive, reported, run, say
-from ple_jax.experiments.methods import GROUPS, METHODS, budget, chosen
+from ple_jax.experiments.jobs import Job, Outcome, is_done, overrides, parsed, positive, reported, run, say
+from ple_jax.experiments.methods import GROUPS, METHODS, PLE, budget, chosen
 
 DATA_SAMPLES = 4  # answers per query of the offline methods' data
 SENSITIVITY_SEEDS = 3  # of methods of that group, at most
+DIVERGED = "lower --config.optimizer.lr"  # in what main says of a run whose learning rate was too high
 END = "newest"  # the view of equal tokens, as config.checkpoint.use names it
 
 # ---------------------------------------------------------------- commands
@@ -86,7 +87,7 @@ def command(
     s: Settings, name: str, result: str, keys: dict[str, str], *, mode: str, workdir: str = "", backend: str = ""
 ) -> Job:
     """A job in OUT/workdir, or else in OUT/name, whose last file is `result` there; `keys` override what the user gave."""
-    folder = s.out / (workdir or name)
+    folder, keys = s.out / (workdir or name), {**PLE, **_evaluated(s), **keys}  # the same question whatever a config becomes
     flags = (f"--config={s.file}", f"--mode={mode}", f"--backend={backend or s.backend}", f"--workdir={folder}")
     return Job(name, (*flags, *s.given, *(f"--config.{key}={value}" for key, value in keys.items())), folder, result)
 
@@ -101,8 +102,7 @@ def testing(s: Settings, method: str, lr: str, seed: str, view: str) -> Job:
     """The answers to the test split of a run that is finished."""
     trained = training(s, method, lr, seed)
     summary = read_json(trained.result) or {}
-    last = {"iteration": s.config.iterations, "within": False}
-    point = last if view == END else summary["best"][view]
+    point = {"iteration": summary["iterations"], "within": False} if view == END else summary["best"][view]
     result = responses.file_of(trained.workdir, point).relative_to(trained.workdir).as_posix()
     keys = _keys(s, method, lr, seed) | _test(s) | {"checkpoint.use": view}
     name, backend = f"{trained.name}__{view}", _backend(s, method)
@@ -114,7 +114,6 @@ def _keys(s: Settings, method: str, lr: str, seed: str) -> dict[str, str]:
     keys = {
         **m.keys,
         **budget(method, responses=s.responses, steps=s.steps, micro=s.config.optimizer.micro_queries),
-        **_evaluated(s),
         "optimizer.lr": lr,
         "seed": seed,
     }
@@ -127,6 +126,7 @@ def _evaluated(s: Settings) -> dict[str, str]:
     return {
         "eval.max_kl": f"({''.join(f'{budget},' for budget in s.budgets)})",
         "eval.stop": "False",
+        "eval.patience": "0",
         "eval.points": str(s.points),
         "eval.second_reward": s.second_reward,
     }
@@ -207,19 +207,18 @@ def records(found: responses.Generated) -> tuple[list[dict[str, Any]], list[dict
 def choose(s: Settings, ended: Mapping[str, Outcome]) -> dict[tuple[str, str], str]:
     """(Method, view) -> its learning rate by the dev split; writes lrs.json.
 
-    Exit code 2 is main's own, as of a run that diverged. A method of which a run was killed or crashed is left out: what it
-    would have been is not known.
+    A method of which a run was killed, crashed or had no memory is left out: what it would have been is not known.
     """
     rates: dict[tuple[str, str], str] = {}
     table: dict[str, Any] = {}
     for method in tuned(s):
         grid = [{"lr": lr, "seed": seed} for lr in s.lrs for seed in _tuning(s)]
         jobs = [training(s, method, **point) for point in grid]
-        codes = [ended[job.name].code for job in jobs]
-        summaries = [(read_json(job.result) or {}) if code == 0 else {} for job, code in zip(jobs, codes, strict=True)]
+        outcomes = [ended[job.name] for job in jobs]
+        summaries = [(read_json(job.result) or {}) if not o.code else {} for job, o in zip(jobs, outcomes, strict=True)]
         values = {view: [_reached(summary, view) for summary in summaries] for view in s.views}
         found = {view: best(grid, of_view) for view, of_view in values.items()}  # of equal ones the smallest
-        whole = all(found.values()) and set(codes) <= {0, 2}
+        whole = all(found.values()) and all(not outcome.code or DIVERGED in outcome.says for outcome in outcomes)
         if not whole:
             which = "a run" if all(found.values()) else "every rate"
             say(f"{method}: left out, since {which} failed; give the same command again")
@@ -263,6 +262,8 @@ def check(s: Settings) -> None:
         UserError: there is one.
     """
     layout = s.config.task.format
+    if "," in str(s.out):
+        raise UserError(f"--out={s.out} has a comma, which parts the runs that are compared: give another folder")
     if needs_data(s) and layout != "records":
         raise UserError(f"config.task.format is {layout!r}, and the data of the offline methods are written as records")
     for seed in s.seeds:
@@ -281,18 +282,22 @@ def chosen_runs(s: Settings, rates: Mapping[tuple[str, str], str]) -> list[Job]:
 
 
 def restored(s: Settings, rates: Mapping[tuple[str, str], str]) -> int:
-    """Makes training jobs not done again of which a checkpoint must still answer and is gone, since runs are kept without
+    """Makes finished trainings unbegun of which a checkpoint must still answer and is gone, as runs are kept without their
     weights; how many.
     """
-    lost = {}
+    answers: dict[Job, dict[Path, list[Job]]] = {}  # training -> file -> who writes it: two budgets may have the same best
     for (method, view), lr in rates.items():
         for seed in seeds_of(s, method):
             job = training(s, method, lr, seed)
-            if job.result.exists() and not (job.workdir / "checkpoints").exists():
-                if not testing(s, method, lr, seed, view).result.exists():
-                    lost[job.name] = job
-    for job in lost.values():
-        store.forget(job, s.out)
+            if is_done(job, s.out) and not (job.workdir / "checkpoints").exists():
+                asked = testing(s, method, lr, seed, view)
+                answers.setdefault(job, {}).setdefault(asked.result, []).append(asked)
+    _take(s, [job for of in answers.values() for some in of.values() for job in some])
+    lost = [
+        job for job, of in answers.items() if not all(any(is_done(one, s.out) for one in some) for some in of.values())
+    ]
+    for job in lost:
+        store.forget(job, s.out, s.keep)
     return len(lost)
 
 
@@ -309,7 +314,8 @@ def tested(
             trained = training(s, method, lr, seed)
             if ended[trained.name].code == 0:
                 job = testing(s, method, lr, seed, view)
-                jobs.setdefault(job.result, job)  # two budgets may have the same best
+                if job.result not in jobs or is_done(job, s.out):  # two budgets may have the same best
+                    jobs[job.result] = job
                 entries[f"{method}={job.workdir}@{view}"] = job.result
     for label, principled in (("start", False), ("start + principles", True)):
         job = starting(s, principled=principled)
@@ -341,8 +347,6 @@ def compare(s: Settings, *, jobs: int) -> int:
     say(f"{len(grid)} runs choose the learning rates of {len(tuned(s))} methods; {len(s.methods)} are compared, in {s.out}")
     check(s)
     began = time.monotonic()
-    if s.keep:
-        say(f"{store.load(s.keep, s.out)} jobs are kept in {s.keep}")
     if needs_data(s):
         with stage("data"):
             make_data(s)
@@ -350,14 +354,16 @@ def compare(s: Settings, *, jobs: int) -> int:
         ended = _run(s, grid, parallel=jobs)
         rates = choose(s, ended)
     with stage("seeds"):
+        wanted = chosen_runs(s, rates)
+        _take(s, wanted)
         if lost := restored(s, rates):
             say(f"{lost} runs are trained again, as their weights were not kept and the test needs them")
-        ended |= _run(s, chosen_runs(s, rates), parallel=jobs)
+        ended |= _run(s, wanted, parallel=jobs)
     with stage("test"):
         asked, entries = tested(s, rates, ended)
         ended |= _run(s, list(asked.values()), parallel=jobs)
     with stage("comparison"):
-        answered = [entry for entry, file in entries.items() if ended[asked[file].name].code == 0]
+        answered = [entry for entry, file in entries.items() if not ended[asked[file].name].code and file.exists()]
         curves = [f"{job.name.partition('__')[0]}={job.workdir}@points" for job in grid if ended[job.name].code == 0]
         page, ended["comparison"] = compared(s, [*answered, *curves])
     left = [method for method in s.methods if (method, END) not in rates]
@@ -368,9 +374,19 @@ def compare(s: Settings, *, jobs: int) -> int:
 
 
 def _run(s: Settings, jobs: Sequence[Job], *, parallel: int = 1) -> dict[str, Outcome]:
-    """`jobs.run`, with what finishes kept."""
-    keep = s.keep
-    return run(jobs, s.out, parallel=parallel, done=None if keep is None else lambda job: store.save(job, s.out, keep))
+    """`jobs.run`, of what is not kept; what finishes is."""
+    if (keep := s.keep) is None:
+        return run(jobs, s.out, parallel=parallel)
+    _take(s, jobs)
+    for job in jobs:  # of a command without --keep, or one that was killed before it got here
+        if is_done(job, s.out) and not store.holds(job, s.out, keep):
+            store.save(job, s.out, keep)
+    return run(jobs, s.out, parallel=parallel, done=lambda job: store.save(job, s.out, keep))
+
+
+def _take(s: Settings, jobs: Sequence[Job]) -> None:
+    if s.keep is not None and (taken := sum(store.take(job, s.out, s.keep) for job in jobs)):
+        say(f"{taken} jobs are taken from {s.keep}")
 
 
 @contextmanager

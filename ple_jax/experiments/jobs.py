@@ -16,6 +16,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ml_collections import ConfigDict
+
 from ple_jax import main as entry
 from ple_jax.core import identity
 from ple_jax.core.errors import UserError
@@ -60,7 +62,7 @@ def run(
         KeyboardInterrupt: as it came, when all that ran have stopped.
     """
     wanted = {job.name: asked(job, out) for job in jobs}
-    todo = [job for job in jobs if not _is_done(out, job, wanted[job.name])]
+    todo = [job for job in jobs if not is_done(job, out, wanted[job.name])]
     if len(todo) < len(jobs):
         say(f"{len(jobs) - len(todo)} of {len(jobs)} are done already")
     outcomes = {job.name: Outcome(0) for job in jobs}
@@ -134,6 +136,11 @@ def asked(job: Job, out: Path) -> str:
     """All that a command line asks for, with the whole config, as text; the same wherever OUT is."""
     found = parsed(job.arguments)
     text = json.dumps({**found._asdict(), "config": redacted(found.config.to_dict())}, indent=1, default=str)
+    return anywhere(text, out)
+
+
+def anywhere(text: str, out: Path) -> str:
+    """A text of JSON in which OUT stands for the folder of that name."""
     return text.replace(json.dumps(f"{out}/")[1:-1], "OUT/")
 
 
@@ -142,21 +149,27 @@ def mark(job: Job, out: Path) -> Path:
     return out / f"{job.name}.done"
 
 
-def _is_done(out: Path, job: Job, asked: str) -> bool:
+def is_done(job: Job, out: Path, wanted: str | None = None) -> bool:
+    """Whether a job has ended well, with all that it asks for today; `wanted` is `asked` of it, where that is known."""
     file = mark(job, out)
-    if not job.result.exists() or not file.exists():
-        return False
-    kept, wanted = file.read_text(encoding="utf-8"), json.loads(asked)
+    return job.result.exists() and file.exists() and is_wanted(job, out, file.read_text(encoding="utf-8"), wanted)
+
+
+def is_wanted(job: Job, out: Path, kept: str, wanted: str | None = None) -> bool:
+    """Whether a mark is of what a job asks for, but for what could not be asked for when it was written."""
+    today = json.loads(asked(job, out) if wanted is None else wanted)
     with contextlib.suppress(ValueError):
-        return _completed(json.loads(kept), wanted) == wanted
+        return _completed(json.loads(anywhere(kept, out)), today) == today
     return False
 
 
-def _completed(kept: Any, wanted: Mapping[str, Any]) -> Any:
-    """What a mark says, with the keys that the config has been given since."""
+def _completed(kept: Any, today: Any) -> Any:
+    """What a mark says, with the flags and the keys that there are since, at their defaults."""
     if not isinstance(kept, Mapping) or not isinstance(kept.get("config"), Mapping):
         return kept
-    return {**kept, "config": json.loads(json.dumps(identity.completed(kept["config"], wanted["config"]), default=str))}
+    flags = json.loads(json.dumps({**entry.CommandLine(ConfigDict(), Path(), "", "")._asdict(), "config": {}}, default=str))
+    config = json.loads(json.dumps(identity.completed(kept["config"], today["config"]), default=str))
+    return {**flags, **kept, "config": config}
 
 
 def _wait_until_free(workdir: Path, stopping: threading.Event) -> None:

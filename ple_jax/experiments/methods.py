@@ -27,11 +27,13 @@ _PERCENTILE = {  # the authors' released code is DPO, without a likelihood term
 
 def _of_ple(group: str, keys: dict[str, str], *, samples: int = 2) -> Method:
     """PLE but for these keys."""
-    return Method(samples, {"ple.kl_weight": "0.0", **keys}, group=group)
+    return Method(samples, keys, group=group)
 
 
+# what is called PLE here, whatever the config makes of it: the paper's loss, and the likelihood term of ranked pairs
+PLE = {"ple.kl_weight": "0.0", "ple.rank_weight": "1.0", "ple.rank_sft_weight": "1.0"}
 METHODS = {
-    "ple": Method(2, {"ple.kl_weight": "0.0"}),  # the method's own loss, whatever the config adds to it
+    "ple": Method(2, {}),
     "context_distillation": Method(1, {"algorithm": "context_distillation"}),
     "self_distillation": Method(1, {"algorithm": "self_distillation"}),
     "raft": Method(4, {"algorithm": "raft", "raft.samples": "4"}),
@@ -50,7 +52,8 @@ METHODS = {
     "ple_irrelevant": _of_ple("ablations", {"principles": "irrelevant"}),
     "ple_reversed": _of_ple("ablations", {"principles": "negative_review"}),
     "ple_shuffled": _of_ple("ablations", {"reward.transform": "shuffle"}),
-    "ple_kl": _of_ple("ablations", {"ple.kl_weight": "0.05"}),
+    "ple_kl": _of_ple("ablations", {"ple.kl_weight": "0.1"}),
+    "ple_soft": _of_ple("ablations", {"ple.kl_weight": "0.1", "ple.rank_weight": "0.2", "ple.rank_sft_weight": "5.0"}),
     "ple_percentile": _of_ple("ablations", _PERCENTILE, samples=8),
     "ple_tau_0": _of_ple("sensitivity", {"ple.tau_0": "0.0"}),
     "ple_tau_0.05": _of_ple("sensitivity", {"ple.tau_0": "0.05"}),

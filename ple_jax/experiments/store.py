@@ -1,32 +1,64 @@
 """What finished jobs say, packed to be kept: a file a job, which an interruption, or a machine that goes, does not lose.
 
-DIR/NAME.tar.xz holds what a job has written when it had ended, and the mark that it is done: of a training its config,
-environment, summary and metrics, of an answer the responses. No weights, no checkpoints, no rollouts.
+DIR/NAME.tar.xz holds what a job has written, and the mark that it is done: of a training its config, environment, summary
+and metrics, of answers the responses, but for the log-probability of every token. No weights, no checkpoints, no rollouts.
+A job is taken from there where its mark says what is asked today; of anything else that has its name nothing is read.
 """
 
+import lzma
 import shutil
 import tarfile
+import tempfile
 from pathlib import Path
 
+from ple_jax.core import identity
 from ple_jax.core.errors import Damaged
-from ple_jax.experiments.jobs import Job, mark
+from ple_jax.experiments.jobs import Job, is_done, is_wanted, mark
+from ple_jax.training import journal
 
-_SUFFIX = ".tar.xz"
+_WHOSE = "training"  # in every archive: the digest of the training's summary
 _OF_RUN = ("config.json", "environment.json", "summary.json", "metrics.jsonl")
 
 
+def archive(job: Job, keep: Path) -> Path:
+    return keep / f"{job.name}.tar.xz"
+
+
 def save(job: Job, out: Path, keep: Path) -> None:
-    """Packs a job that ended well; an earlier file of the same name is replaced."""
+    """Packs a job that ended well; an earlier file of its name is replaced."""
     keep.mkdir(parents=True, exist_ok=True)
-    written = [job.workdir / name for name in _OF_RUN]
+    written = [mark(job, out)]
+    if job.workdir == out / job.name:
+        written += [job.workdir / name for name in _OF_RUN]
     if job.result.parent != job.workdir:  # a set of responses: three files of one iteration
         written += sorted(job.result.parent.glob(f"{job.result.name.partition('.')[0]}.*"))
     new = keep / f".{job.name}.new"
-    with tarfile.open(new, "w:xz", preset=9) as archive:
-        for path in (*written, mark(job, out)):
+    with tempfile.TemporaryDirectory() as folder, tarfile.open(new, "w:xz", preset=9) as packed:
+        whose = Path(folder) / _WHOSE
+        whose.write_text(_digest(job.workdir), encoding="utf-8")
+        packed.add(whose, _WHOSE, filter=_plain)
+        for path in written:
             if path.exists():
-                archive.add(path, path.relative_to(out).as_posix(), filter=_plain)
-    new.replace(keep / f"{job.name}{_SUFFIX}")
+                packed.add(_lean(path, Path(folder)), path.relative_to(out).as_posix(), filter=_plain)
+    new.replace(archive(job, keep))
+
+
+def _digest(workdir: Path) -> str:
+    """Of a training, whose summary has the seconds that it took, as no other one; of no training that of nothing."""
+    summary = workdir / "summary.json"
+    return identity.digest([summary.read_bytes() if summary.exists() else b""])
+
+
+def _lean(path: Path, folder: Path) -> Path:
+    """A journal without the tokens' log-probabilities, which are most of it; any other file as it is."""
+    if not path.name.startswith("iter_") or path.suffixes != [".jsonl"]:
+        return path
+    lean = [
+        rollout._replace(responses=tuple(response._replace(logprobs=()) for response in rollout.responses))
+        for rollout in journal.read(path)
+    ]
+    journal.write(folder / path.name, lean)
+    return folder / path.name
 
 
 def _plain(member: tarfile.TarInfo) -> tarfile.TarInfo:
@@ -37,24 +69,62 @@ def _plain(member: tarfile.TarInfo) -> tarfile.TarInfo:
     return member
 
 
-def load(keep: Path, out: Path) -> int:
-    """Unpacks the jobs that are not done in OUT; how many are kept.
+def holds(job: Job, out: Path, keep: Path) -> bool:
+    """Whether a job that is done in OUT is kept as it is there."""
+    if not archive(job, keep).exists():
+        return False
+    with tempfile.TemporaryDirectory() as folder:
+        unpacked = _unpacked(job, keep, Path(folder))
+        return _wanted(job, out, unpacked) and (unpacked / _WHOSE).read_text(encoding="utf-8") == _digest(job.workdir)
+
+
+def take(job: Job, out: Path, keep: Path) -> bool:
+    """Unpacks a job that is not done in OUT, in the place of what it may have begun there; whether it was taken.
+
+    Answers are taken beside the very training that gave them alone.
 
     Raises:
-        Damaged: a file cannot be read.
+        Damaged: its file cannot be read.
     """
-    files = sorted(keep.glob(f"*{_SUFFIX}"))
-    for file in files:
-        if not (out / f"{file.name.removesuffix(_SUFFIX)}.done").exists():
-            try:
-                with tarfile.open(file, "r:xz") as archive:
-                    archive.extractall(out, filter="data")
-            except (tarfile.TarError, OSError, EOFError) as error:
-                raise Damaged(f"{file} is damaged ({error}); delete it, and that job is done again") from error
-    return len(files)
+    if is_done(job, out) or not archive(job, keep).exists():
+        return False
+    with tempfile.TemporaryDirectory(dir=out) as folder:
+        unpacked = _unpacked(job, keep, Path(folder))
+        own = job.workdir == out / job.name
+        whose = unpacked / _WHOSE
+        if not _wanted(job, out, unpacked) or not (own or whose.read_text(encoding="utf-8") == _digest(job.workdir)):
+            return False
+        whose.unlink()
+        if own:
+            shutil.rmtree(job.workdir, ignore_errors=True)
+        # the mark comes last
+        for path in sorted((p for p in unpacked.rglob("*") if p.is_file()), key=lambda path: path.parent == unpacked):
+            place = out / path.relative_to(unpacked)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(place)
+    return True
 
 
-def forget(job: Job, out: Path) -> None:
-    """Makes a job that is done one that was never begun."""
-    mark(job, out).unlink(missing_ok=True)
+def _unpacked(job: Job, keep: Path, folder: Path) -> Path:
+    file = archive(job, keep)
+    try:
+        with tarfile.open(file, "r:xz") as packed:
+            packed.extractall(folder, filter="data")
+    except (tarfile.TarError, lzma.LZMAError, OSError, EOFError) as error:
+        raise Damaged(f"{file} is damaged ({error}); delete it, and that job is done again") from error
+    return folder
+
+
+def _wanted(job: Job, out: Path, unpacked: Path) -> bool:
+    """Whether an archive is of what the job asks for, and of a version that says whose answers these are."""
+    kept = mark(job, unpacked)
+    return (unpacked / _WHOSE).is_file() and kept.is_file() and is_wanted(job, out, kept.read_text(encoding="utf-8"))
+
+
+def forget(job: Job, out: Path, keep: Path | None) -> None:
+    """Makes a training that is done one that was never begun, and its answers too, wherever they were kept."""
+    for folder, suffix in ((out, ".done"), (keep, ".tar.xz")):
+        if folder is not None:
+            for file in (folder / f"{job.name}{suffix}", *folder.glob(f"{job.name}__*{suffix}")):
+                file.unlink(missing_ok=True)
     shutil.rmtree(job.workdir, ignore_errors=True)

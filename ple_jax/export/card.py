@@ -16,10 +16,13 @@ from ple_jax.core.version import VERSION
 from ple_jax.models.hub import is_remote
 from ple_jax.serving.commands import rank_limit
 
-_METRICS = (  # metrics.jsonl -> words
-    ("heldout_reward", "held-out reward (mean)"),
-    ("heldout_kl", "KL to the reference (nats per token)"),
-    ("heldout_entropy", "entropy (nats per token)"),
+_METRICS = (  # metrics.jsonl, an evaluation's point -> words
+    ("heldout_reward", "reward", "held-out reward (mean)"),
+    ("heldout_second", "second", "a reward that training never sees (mean)"),
+    ("heldout_kl_response", "kl", "KL to the start (nats per response)"),
+    ("heldout_kl", "kl_token", "KL to the start (nats per token)"),
+    ("heldout_distinct_2", "distinct_2", "Distinct-2"),
+    ("heldout_entropy", "", "entropy (nats per token)"),
 )
 _PACKAGES = ("python", "jax", "flax", "optax", "torch", "torch-npu", "transformers", "peft", "trl")
 
@@ -32,12 +35,11 @@ def render(
     iteration: int,
     summary: Mapping[str, Any],
     defaults: Mapping[str, Any],
+    point: Mapping[str, Any] | None = None,
     repo: str | None = None,
     head: bool = False,
 ) -> str:
-    """The text of README.md for the export of one checkpoint.
-
-    Reads config.json and, where the run has got so far, environment.json and metrics.jsonl.
+    """The text of README.md for the export of one checkpoint: of config.json, environment.json and metrics.jsonl.
 
     Args:
         workdir: a run's work directory.
@@ -46,19 +48,21 @@ def render(
         iteration: the checkpoint's iteration.
         summary: what summary.json says, or {}; left out where it speaks of another iteration.
         defaults: the default config, nested: the card shows what differs from it.
+        point: the evaluation of what is exported, as `training.points.Point`, where there is one.
         repo: hub id that the export will have, if any.
         head: whether it is a reward model.
     """
     from huggingface_hub import ModelCard
 
-    tree = redacted(read_json(workdir / "config.json") or {})
-    name, trl, on_hub = _name(tree["algorithm"]), tree["trainer"] == "trl", is_remote(base_model)
+    tree, on_hub = redacted(read_json(workdir / "config.json") or {}), is_remote(base_model)
+    name, trl = _name(tree["algorithm"]), tree["trainer"] == "trl"
     tags = ["reward-model" if head else name, "lora", *(["trl"] if trl else [])]
     header = _header(base_model if on_hub else None, library, tags, head)
     body = _body(
         "reward_model.md" if head else "policy.md", **_said(workdir, tree, defaults), library=library, on_hub=on_hub,
         base=base_model if on_hub else Path(base_model).name, method=("TRL's " if trl else "") + _spelled(name),
-        name=repo or "path/to/this/folder", iteration=iteration, metrics=_metrics(workdir, iteration),
+        name=repo or "path/to/this/folder", iteration=iteration, metrics=_metrics(workdir, iteration, point),
+        step=point["step"] if point is not None and point["within"] else None,
         summary=summary if summary.get("steps" if head else "iterations") == iteration else {},
     )  # fmt: skip
     return str(ModelCard(f"---\n{header}\n---\n\n{body}"))
@@ -125,13 +129,15 @@ def _sentence(docstring: str) -> str:
     return re.sub(r"arXiv:(\d{4}\.\d{4,5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", "`".join(parts))
 
 
-def _metrics(workdir: Path, iteration: int) -> list[tuple[str, float, float]]:
-    """What is known before training and at the newest evaluation up to `iteration`."""
+def _metrics(workdir: Path, iteration: int, point: Mapping[str, Any] | None) -> list[tuple[str, float, float]]:
+    """What is known before training and at the evaluation that is exported, or the newest one up to `iteration`."""
     path = workdir / "metrics.jsonl"
     lines = read_jsonl(path) if path.exists() else []
     rows = []
-    for key, words in _METRICS:
+    for key, name, words in _METRICS:
         known = [line[key] for line in lines if line.get(key) is not None and line["iteration"] <= iteration]
+        if point is not None and (name or point["within"]):  # an evaluation within an iteration has no line
+            known = known[:1] + [value for value in [point.get(name)] if value is not None]
         if len(known) > 1:
             rows.append((words, known[0], known[-1]))
     return rows

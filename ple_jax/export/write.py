@@ -9,13 +9,15 @@ from ple_jax.core import backends
 from ple_jax.core.files import write_text
 from ple_jax.export import card
 from ple_jax.models.adapters import write_peft
+from ple_jax.training import points
 from ple_jax.training.run import Run
+from ple_jax.training.state import State
 from ple_jax.training.workdir import summary as finished
 
 HEAD = "score"  # what transformers calls a classifier's head
 
 
-def write_adapter(run: Run[Any], iteration: int, summary: Mapping[str, Any]) -> Path:
+def write_adapter(run: Run[Any], state: State, summary: Mapping[str, Any]) -> Path:
     """The adapter in PEFT's layout and its model card, in the work directory; `summary` is {} for an unfinished run.
 
     A head that was trained alone is written the same way, without a LoRA matrix: PEFT has no such thing, `write_merged`
@@ -32,16 +34,16 @@ def write_adapter(run: Run[Any], iteration: int, summary: Mapping[str, Any]) -> 
         head=HEAD if head else None,
     )
     push = run.config.export.push
-    readme = _card(workdir, "peft", base.name, iteration, summary, push, head=head)
+    readme = _card(workdir, "peft", base.name, state, summary, push, head=head)
     write_text(folder / "README.md", readme)
     return folder
 
 
-def write_merged(config: Any, workdir: Path, backend: str, iteration: int, repo: str | None, *, head: bool) -> Path:
+def write_merged(config: Any, workdir: Path, backend: str, state: State, repo: str | None, *, head: bool) -> Path:
     """The base with the exported adapter merged, for transformers: `merged`, or with a head `reward_model`.
 
     Args:
-        iteration: the adapter's.
+        state: where the adapter stands.
         repo: hub id that the folder will have, if any.
     """
     from ple_jax.export import merged as weights  # numpy alone, whatever the backend
@@ -54,21 +56,23 @@ def write_merged(config: Any, workdir: Path, backend: str, iteration: int, repo:
         workdir / ("reward_model" if head else "merged"),
         dtype=config.export.dtype,
         shard_gb=config.export.shard_gb,
-        readme=_card(workdir, "transformers", loaded.name, iteration, summary, repo, head=head),
-        about={"iteration": iteration, "dtype": config.export.dtype},
+        readme=_card(workdir, "transformers", loaded.name, state, summary, repo, head=head),
+        about={"iteration": state.iteration, "dtype": config.export.dtype},
         head=HEAD if head else None,
     )
 
 
 def _card(
-    workdir: Path, library: str, base_model: str, iteration: int, summary: Mapping[str, Any], repo: str | None, *, head: bool
+    workdir: Path, library: str, base_model: str, state: State, summary: Mapping[str, Any], repo: str | None, *, head: bool
 ) -> str:
+    point = points.newest_of(state)
     return card.render(
         workdir,
         library=library,
         base_model=base_model,
-        iteration=iteration,
+        iteration=state.iteration,
         summary=summary,
+        point=None if point is None else point._asdict(),
         defaults=importlib.import_module("ple_jax.configs.default").get_config().to_dict(),
         repo=repo,
         head=head,

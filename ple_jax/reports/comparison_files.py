@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ple_jax.core.files import write_csv, write_json, write_text
+from ple_jax.core.files import plain, write_csv, write_json, write_text
 from ple_jax.evaluation.frontier import COLUMNS
 from ple_jax.evaluation.methods import MEASURED
 from ple_jax.evaluation.numbers import TESTED
@@ -28,7 +28,7 @@ def write(result: Mapping[str, Any], out: Path) -> Path:
 
     Args:
         result: of `evaluation.compare.results`.
-        out: an existing folder, with one of its own for each of several views.
+        out: an existing folder.
 
     Returns:
         The page's path.
@@ -38,6 +38,7 @@ def write(result: Mapping[str, Any], out: Path) -> Path:
         warnings = result["views"][0]["warnings"]
     else:
         for view in result["views"]:
+            (out / view["view"]).mkdir(exist_ok=True)
             _write_view({**view, "frontier": {"runs": [], "budgets": []}}, out / view["view"])
         text = _write_views(result, out)
         warnings = [f"{frontier.title(v['view'])}: {warning}" for v in result["views"] for warning in v["warnings"]]
@@ -52,12 +53,12 @@ def write(result: Mapping[str, Any], out: Path) -> Path:
 def _write_views(result: Mapping[str, Any], out: Path) -> str:
     """The main page of several views; the tables as text."""
     write_json(out / "comparison.json", {**result, "views": [_numbers(view) for view in result["views"]]})
-    first = result["views"][0]
-    tables = frontier.tables(result)
+    kept = plain(result)  # what is not finite is null, as in a file
+    first, tables = kept["views"][0], frontier.tables(kept)
     text = layout.markdown(first, tables)
     write_text(out / "table.md", text)
     write_text(out / "table.tex", layout.latex(first, tables))
-    write_text(out / "comparison.html", comparison_page.of_views(result, tables))
+    write_text(out / "comparison.html", comparison_page.of_views(kept, tables))
     return text
 
 

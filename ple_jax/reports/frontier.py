@@ -18,7 +18,9 @@ _COLUMNS = {"reward": "reward", "reward_second": "second"}  # measure of answers
 
 def title(view: str) -> str:
     """What a view compares."""
-    return f"Within {view.removeprefix('kl_')} nats a response" if view.startswith("kl_") else "At equal tokens"
+    if view.startswith("kl_"):
+        return f"Within {view.removeprefix('kl_')} nats a response"
+    return {"best": "The best of each run", "newest": "At equal tokens"}.get(view, "All answers")
 
 
 # ---------------------------------------------------------------- tables
@@ -30,9 +32,10 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
 
 
 _HEAD = (
-    "KL", "training reward", "difference", "p", "second reward", "perplexity", "cut off", "Distinct-2", "repetition",
+    "KL", "training reward", "difference", "p", "by length", "second reward", "perplexity", "cut off", "Distinct-2",
+    "repetition", "overlap",
 )  # fmt: skip
-_TEXTS = ("perplexity", "truncated", "distinct_2", "repetition")
+_TEXTS = ("perplexity", "truncated", "distinct_2", "repetition", "overlap")
 
 
 def _of_view(view: Mapping[str, Any], frontier: Mapping[str, Any]) -> Table:
@@ -50,29 +53,36 @@ def _of_view(view: Mapping[str, Any], frontier: Mapping[str, Any]) -> Table:
         known = [", ".join(f"{rate:g}" for rate in sorted(rates)) or MISSING, *([gets] if reached else [])]
         rows.append([label, *known, spans["kl"], spans["reward"], *against, spans["reward_second"], *texts])
     head = ["method", "rate", *(["seeds that get there"] if reached else []), *_HEAD]
-    return Table(name, title(name), _note(view["baseline"], bool(reached)), head, rows)
+    return Table(name, title(name), _note(name, view["baseline"]), head, rows)
 
 
 def _against_baseline(view: Mapping[str, Any], label: str, digits: int) -> list[str]:
-    """The difference in reward, and p."""
+    """The difference in reward, p, and what of it the lengths of the responses alone would give."""
     of = {"measure": "reward", "method": label, "against": view["baseline"]}
     test = next((row for row in view["tests"] if of.items() <= row.items() and row["difference"] is not None), None)
     if test is None:
-        return ["baseline" if label == view["baseline"] else MISSING, MISSING]
-    return [interval(test["difference"], (test["low"], test["high"]), digits, "+"), p_value(test["p_holm"])]
+        return ["baseline" if label == view["baseline"] else MISSING, MISSING, MISSING]
+    length = MISSING if test["by_length"] is None else f"{test['by_length']:+.{digits}f}"
+    return [interval(test["difference"], (test["low"], test["high"]), digits, "+"), p_value(test["p_holm"]), length]
 
 
-def _note(baseline: str, budget: bool) -> str:
-    chosen = (
-        "Each run's best evaluation within the budget on the dev split, which chose the learning rate too, answers the test"
-        " split; a run that never gets as far as the budget stands with the best that it has"
-        if budget
-        else "The last policy of each run, all of which sampled as many responses, at the learning rate that is best there"
+_CHOSEN = {
+    "best": "The best evaluation of each run on the dev split answers the test split",
+    "newest": "The last policy of each run answers the test split",
+}
+
+
+def _note(view: str, baseline: str) -> str:
+    chosen = _CHOSEN.get(
+        view,
+        "The best evaluation of each run within the budget on the dev split answers the test split; a run that never gets as"
+        " far as the budget stands with the best that it has",
     )
     return (
         f"{chosen}. Means over seeds with 95% intervals, seeds and queries both draws; KL to the start in nats per"
         f" response, of these answers; difference to {baseline} on the same seeds and queries, p adjusted for all pairs"
-        " (Holm)."
+        " (Holm); by length: what of it the lengths of the responses alone would give; perplexity under the base model;"
+        " overlap: the share of trigrams that stand in the principles."
     )
 
 
@@ -113,12 +123,12 @@ def marks(result: Mapping[str, Any]) -> dict[str, Mark]:
 
 
 def charts(result: Mapping[str, Any]) -> Iterator[Chart]:
-    """Each reward against KL, a line a method: the mean over the seeds of the rate that is best at the largest budget."""
+    """Each reward against KL, a line a method: the mean over its runs that stand in the table of the largest budget."""
     for measure, name in REWARDS.items():
         if drawn := _Drawn.of(result, measure, FRAME):
             lines = [drawn.line(label, numbered=True) for label in drawn.means]
             places = drawing.spread([line.label for line in lines], FRAME.top + 4, FRAME.bottom - 4, 15)
-            lines = [line._replace(label=place) for line, place in zip(lines, places, strict=True)]
+            lines = [line._replace(label=place) for line, place in zip(drawing.told_apart(lines), places, strict=True)]
             yield drawn.chart(name.capitalize(), "against KL, nats per response; dev split", lines)
 
 
@@ -188,11 +198,17 @@ def _pairs(run: Mapping[str, Any], column: str) -> list[tuple[float, float]]:
 
 
 def _mean(runs: Sequence[Mapping[str, Any]], column: str) -> list[tuple[float, float]]:
-    """Mean KL and mean reward of each evaluation that all runs have."""
-    each = [_pairs(run, column) for run in runs]
-    shared = min(map(len, each))
-    found = np.mean([pairs[:shared] for pairs in each], axis=0)
+    """Mean KL and mean value of each evaluation that all runs have."""
+    each = [dict(zip(_places(run), zip(run["kl"], run[column], strict=True), strict=True)) for run in runs]
+    shared = [place for place in each[0] if all(all(map(is_number, of.get(place, (None,)))) for of in each)]
+    found = [np.mean([of[place] for of in each], axis=0) for place in shared]
     return [(float(x), float(y)) for x, y in found]
+
+
+def _places(run: Mapping[str, Any]) -> list[tuple[int, int | None]]:
+    """Where each evaluation was made: after so many iterations, or within the next one."""
+    columns = zip(run["iteration"], run["step"], run["within"], strict=True)
+    return [(iteration, step if within else None) for iteration, step, within in columns]
 
 
 def cut(places: Sequence[tuple[float, float]], end: float) -> list[tuple[float, float]]:

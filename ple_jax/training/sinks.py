@@ -129,18 +129,20 @@ def _wandb(workdir: Path, config: dict[str, Any]) -> Sink:
 
 def _mlflow(workdir: Path, config: dict[str, Any]) -> Sink:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    own = f"sqlite:///{workdir.resolve() / 'mlflow.db'}"
-    own = os.environ.setdefault("MLFLOW_TRACKING_URI", own) == own
+    store = f"sqlite:///{workdir.resolve() / 'mlflow.db'}"
+    own = os.environ.setdefault("MLFLOW_TRACKING_URI", store) == store
     mlflow = _package("mlflow", "mlflow")
-    if "MLFLOW_EXPERIMENT_ID" not in os.environ:
+    if not {"MLFLOW_EXPERIMENT_ID", "MLFLOW_RUN_ID"} & set(os.environ):  # a run has an experiment
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", _PROJECT)
         if own and mlflow.get_experiment_by_name(name) is None:  # its artifacts would stand where the command was given
             mlflow.create_experiment(name, artifact_location=(workdir.resolve() / "mlflow").as_uri())
         mlflow.set_experiment(name)
-    if (run_id := os.environ.get("MLFLOW_RUN_ID")) is None:
+    if (run_id := os.environ.get("MLFLOW_RUN_ID")) is not None:
+        mlflow.start_run(run_id)  # and keeps its name
+    else:
         known = mlflow.search_runs(filter_string=f"run_name LIKE '%-{_digest(workdir)}'", output_format="list")
         run_id = known[0].info.run_id if known else None
-    run_id = mlflow.start_run(run_id, run_name=f"{workdir.name}-{_digest(workdir)}").info.run_id
+        run_id = mlflow.start_run(run_id, run_name=f"{workdir.name}-{_digest(workdir)}").info.run_id
     mlflow.log_params(flatten(config, whole=()))
 
     def table(rows: list[Mapping[str, Any]], step: int) -> None:

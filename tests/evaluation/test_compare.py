@@ -423,7 +423,7 @@ def test_a_reward_that_is_named_judges(judged):
 
 
 def labels(entries):
-    return [run.label for run in labelled([read(found) for found in expand(map(str, entries))])]
+    return [run.label for run in labelled([read(found) for found in expand(map(str, entries)).found])]
 
 
 def test_labels_are_the_algorithm_and_what_else_tells_methods_apart(tmp_path):
@@ -487,7 +487,7 @@ def test_entries_are_labels_globs_folders_of_responses_and_paths_with_an_equals_
         write_run(tmp_path / name, const(1.0))
     write_run(tmp_path / "a", const(1.0), policy="start")
     monkeypatch.chdir(tmp_path)
-    found = expand(["tuned = sweep/lr=0.1", "sweep/lr=0.2", "X=[ab]", "a/responses/start"])
+    found = expand(["tuned = sweep/lr=0.1", "sweep/lr=0.2", "X=[ab]", "a/responses/start"]).found
     assert [(one.label, str(one.folder)) for one in found] == [
         ("tuned", "sweep/lr=0.1/responses/trained"), ("", "sweep/lr=0.2/responses/trained"),
         ("X", "a/responses/trained"), ("X", "b/responses/trained"), ("", "a/responses/start")]  # fmt: skip
@@ -495,7 +495,7 @@ def test_entries_are_labels_globs_folders_of_responses_and_paths_with_an_equals_
 
 def test_a_work_directory_without_trained_responses_gives_its_only_other_ones(tmp_path):
     write_run(tmp_path / "s", const(1.0), policy="start")
-    assert expand([str(tmp_path / "s")]) == [Found("", tmp_path / "s" / "responses" / "start", None, "")]
+    assert expand([str(tmp_path / "s")]).found == [Found("", tmp_path / "s" / "responses" / "start", None, "")]
     write_run(tmp_path / "s", const(1.0), policy="start", principled=True)
     with pytest.raises(UserError, match="responses holds start, start_principled; name one of them in --runs: .*/start$"):
         expand([str(tmp_path / "s")])
@@ -553,7 +553,7 @@ def refused(root, name):
     """Entries, changes of config.compare, and what is said of them."""
     a, b = root / "a", root / "b"
     return {
-        "nothing": ([], {}, "--runs names nothing"),
+        "nothing": ([], {}, "--runs names no answers"),
         "no folder": ([root / "nowhere"], {}, "nowhere' is no folder, nor a pattern that fits one"),
         "empty": ([""], {}, "'' is no folder"),
         "only a label": (["label="], {}, "'label=' is no folder"),

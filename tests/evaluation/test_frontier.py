@@ -77,17 +77,19 @@ ANSWERS = {"trained/1": 0.25, "trained_step_9/1": 0.45, "trained/5": 0.85}
 
 
 def named(*entries):
-    return {(one.view, f"{one.folder.name}/{one.iteration}") for one in expand(map(str, entries))}
+    return {(one.view, f"{one.folder.name}/{one.iteration}") for one in expand(map(str, entries)).found}
+
+
+EVERYTHING = {("kl_4", "trained/1"), ("kl_8", "trained_step_9/1"), ("newest", "trained/5")}
 
 
 def test_a_work_directory_stands_for_the_checkpoints_that_have_answered(tmp_path):
     run = budgeted(tmp_path / "a", ANSWERS, points=POINTS, best=BEST)
-    everything = {("kl_4", "trained/1"), ("kl_8", "trained_step_9/1"), ("newest", "trained/5")}
-    assert named(run) == everything
+    assert named(run) == EVERYTHING
     assert named(f"{run}@kl_8") == {("kl_8", "trained_step_9/1")} and named(f"x={run}@newest") == {("newest", "trained/5")}
     assert named(f"{run}@best") == {("best", "trained_step_9/1")}
     (run / "responses" / "trained_step_9" / "iter_0001.scores.jsonl").unlink()
-    assert named(run) == everything - {("kl_8", "trained_step_9/1")}
+    assert named(run) == EVERYTHING - {("kl_8", "trained_step_9/1")}
     says = r"no answers of its checkpoint 'kl_8' \(it has answers of kl_4, newest\); .* --config.checkpoint.use=kl_8"
     with pytest.raises(UserError, match=says):
         expand([f"{run}@kl_8"])
@@ -98,15 +100,76 @@ def test_a_work_directory_stands_for_the_checkpoints_that_have_answered(tmp_path
     assert named(run) == {("", "trained/None")}
 
 
+def test_what_not_all_have_answered_with_is_left_out_and_said(tmp_path):
+    """And a checkpoint that was never meant, whose answers are the very file of another one, makes no table."""
+    run = budgeted(tmp_path / "a", ANSWERS, points=POINTS, best=BEST)
+    last = POINTS[:2] + [point(5, 7.0, 0.9)]
+    other = budgeted(tmp_path / "b", {"trained/5": 0.9}, points=last, best={"kl_4": last[1], "kl_8": last[2]}, seed=1)
+    found = expand([str(run), str(other)])
+    assert {(one.view, one.folder.parent.parent.name) for one in found.found} == {
+        (view, name) for view in ("kl_8", "newest") for name in "ab"
+    }
+    assert found.left_out == [f"kl_4 is left out: {other} has not answered"]
+    # nothing in common
+    scores = other / "responses" / "trained" / "iter_0005.scores.jsonl"
+    scores.rename(scores.with_name("iter_0002.scores.jsonl"))
+    with pytest.raises(UserError, match=r"no checkpoint with which all runs have answered; \S+/b has not with 'kl_4' \(its"):
+        expand([str(run), str(other)])
+
+
+def test_a_trained_policy_of_which_the_checkpoint_is_not_said_stands_in_no_budget(tmp_path):
+    """What a run without budgets has got to is not what it has at 4 nats."""
+    run = budgeted(tmp_path / "a", ANSWERS, points=POINTS, best=BEST)
+    write_run(tmp_path / "free", const(1.0, samples=2), seed=1)
+    found = expand([str(run), str(tmp_path / "free")])
+    assert [one.view for one in found.found] == ["newest", "newest"]
+    assert found.left_out == [f"{view} is left out: {tmp_path}/free has not answered" for view in ("kl_4", "kl_8")]
+    with pytest.raises(UserError, match=r"free/responses/trained does not say of which checkpoint it is"):
+        expand([f"{run}@kl_4", str(tmp_path / "free" / "responses" / "trained")])
+    write_run(tmp_path / "s", const(0.0, samples=2), policy="start")
+    assert ("", "start/None") in named(f"{run}@kl_4", tmp_path / "s")
+
+
+def test_checkpoints_within_iterations_alone_are_found(tmp_path):
+    best = {"kl_4": point(0, 3.0, 0.3, step=3, within=True), "kl_8": POINTS[2]}
+    answers = {"trained_step_3/0": 0.2, "trained_step_9/1": 0.4}
+    run = budgeted(tmp_path / "a", answers, points=POINTS, best=best)
+    assert not (run / "responses" / "trained").exists() or not any((run / "responses" / "trained").iterdir())
+    assert named(run) == {("kl_4", "trained_step_3/0"), ("kl_8", "trained_step_9/1")}
+
+
+def test_answers_under_the_principles_stand_beside_any_budget(tmp_path):
+    run = budgeted(tmp_path / "a", ANSWERS, points=POINTS, best=BEST)
+    write_run(tmp_path / "b", const(0.3, samples=2), principled=True)
+    assert ("", "trained_principled/None") in named(f"{run}@kl_4", tmp_path / "b")
+
+
+def test_that_nothing_but_the_start_is_within_a_budget_is_said(tmp_path, capsys):
+    budgeted(tmp_path / "a", {"trained/0": 0.1}, points=POINTS, best={"kl_1": POINTS[0]})
+    result = compare(tmp_path, [f"{tmp_path}/a@kl_1"])
+    says = "ple, seed 0: no evaluation after the first one was chosen: these are the start model's answers"
+    assert says in result["warnings"]
+    assert not any("nothing is sampled while it trains" in note for note in result["notes"])
+
+
 def test_a_path_may_hold_an_at_sign(tmp_path):
-    run = budgeted(tmp_path / "a@kl_4", ANSWERS, points=POINTS, best=BEST)
-    assert len(expand([str(run)])) == 3 and named(f"{run}@newest") == {("newest", "trained/5")}
+    run = budgeted(tmp_path / "a@kl_4" / "b", ANSWERS, points=POINTS, best=BEST)
+    assert named(run) == EVERYTHING == named(f"x={run}")
+    assert named(f"{run}@newest") == {("newest", "trained/5")} == named(f"x={run}@newest")
 
 
-def test_views_are_ascending_and_what_has_no_view_stands_in_all():
-    one, four, twelve, last, curve = (Found(name, None, None, name) for name in ("", "kl_4", "kl_12", "newest", "points"))
-    assert views([last, twelve, one, curve, four]) == {"kl_4": [one, four], "kl_12": [twelve, one], "newest": [last, one]}
-    assert views([one]) == {"": [one]}
+def test_points_are_no_answers_and_need_a_label(tmp_path):
+    run = budgeted(tmp_path / "a", ANSWERS, points=POINTS, best=BEST)
+    with pytest.raises(UserError, match="a@points needs the label of its method: LABEL="):
+        expand([f"{run}@points"])
+    with pytest.raises(UserError, match="--runs names no answers"):
+        expand([f"x={run}@points"])
+
+
+def test_views_are_budgets_ascending_and_the_newest_last():
+    found = [Found(name, None, None, name) for name in ("newest", "kl_12", "", "points", "best", "kl_4")]
+    assert views(found) == ["kl_4", "kl_12", "best", "newest"]
+    assert views(found[2:3]) == [""]
 
 
 def test_a_summary_of_another_shape_is_named(tmp_path):
@@ -150,6 +213,7 @@ def test_every_budget_has_its_own_answers(made):
         for view in rewards
     }
     assert costs == {"kl_4": 100, "kl_8": 100, "newest": 1000}
+    assert "nan" not in said and "nan" not in (out / "table.tex").read_text()
     assert "Within 8 nats a response: ple: 1 of 2 runs never get to 8 nats a response, and stand with less" in said
     assert "unequal budgets" not in said.partition("At equal tokens: ")[0]
 
@@ -196,7 +260,7 @@ def test_the_page_links_every_budget_and_draws_curves_as_far_as_they_matter(made
     ple, raft = training.lines
     # the mean of both seeds, of the evaluations that both have
     assert ple.dots[0][0] == x["0"] < ple.dots[1][0] < x["4"] and ple.dots[1][1] > ple.dots[2][1]  # up is less
-    assert ple.dots[1][2] == "ple: 0.300 at 3 nats" and ple.dots[2][2] == "ple: 0.450 at 5.5 nats"
+    assert ple.dots[1][2] == "ple: 0.300 at 3 nats" and ple.dots[2][2] == "ple: 0.700 at 7.5 nats"
     assert [label for _, label in training.rules] == ["4 nats", "8 nats"] and training.rules[0][0] == x["4"]
     everything = list(drawn.every_run(kept))
     assert [chart.title for chart in everything] == ["1 ple", "2 raft"]
@@ -206,6 +270,38 @@ def test_the_page_links_every_budget_and_draws_curves_as_far_as_they_matter(made
 
 def test_a_curve_ends_where_the_chart_does():
     assert drawn.cut([(0.0, 0.0), (2.0, 1.0), (6.0, 3.0), (1.0, 9.0)], 4.0) == [(0.0, 0.0), (2.0, 1.0), (4.0, 2.0)]
+
+
+def test_a_baseline_that_lacks_a_budget_is_said(tmp_path, capsys):
+    budgeted(tmp_path / "ple0", ANSWERS, points=POINTS, best=BEST)
+    budgeted(tmp_path / "raft0", ANSWERS, points=POINTS, best=BEST, algorithm="raft")
+    entries = [f"{tmp_path}/raft0@kl_4", f"{tmp_path}/ple0@kl_4", f"{tmp_path}/ple0@kl_8"]
+    result = compare(tmp_path, entries, baseline="raft")
+    assert [view["baseline"] for view in result["views"]] == ["raft", "ple"]
+    says = "Within 8 nats a response: raft, the baseline, has no answers here: the differences are to ple"
+    assert says in capsys.readouterr().out
+
+
+def test_a_run_has_one_label_in_all_views(tmp_path):
+    """Whichever other runs stand in them."""
+    budgeted(tmp_path / "a", ANSWERS, points=POINTS, best=BEST)
+    budgeted(tmp_path / "b", ANSWERS, points=POINTS, best=BEST, seed=1, lr=3e-3)
+    result = compare(tmp_path, [f"{tmp_path}/a@kl_4", f"{tmp_path}/a@newest", f"{tmp_path}/b@newest"])
+    labels = [[method["label"] for method in view["methods"]] for view in result["views"]]
+    assert labels == [["ple"], ["ple", "ple optimizer.lr=0.003"]]
+
+
+def test_a_mean_curve_is_of_evaluations_made_at_the_same_place():
+    def run(*places, kl):
+        columns = dict(zip(("iteration", "step", "within"), map(list, zip(*places, strict=True)), strict=True))
+        return {"label": "a", "lr": None, "seed": 0, "folder": "", "views": [""], "second": [None] * len(kl), "kl": kl,
+                "reward": [x / 10 for x in kl], **columns}  # fmt: skip
+
+    whole = run((0, 0, False), (0, 3, True), (1, 6, False), (2, 12, False), kl=[0.0, 1.0, 2.0, 4.0])
+    unfinished = run((0, None, None), (1, None, None), kl=[0.0, 4.0])  # of metrics.jsonl, without steps
+    result = {"views": [{"view": "", "methods": []}], "frontier": {"runs": [whole, unfinished], "budgets": []}}
+    (chart,) = drawn.charts(result)
+    assert [dot[2] for dot in chart.lines[0].dots] == ["a: 0.000 at 0 nats", "a: 0.300 at 3 nats"]
 
 
 def test_one_budget_alone_is_one_page_with_its_curve(tmp_path):

@@ -33,7 +33,7 @@ sys.exit(code)
 @pytest.fixture
 def make(tmp_path, monkeypatch):
     """(name, exit code, program) -> a job; what it was asked for is in job.arguments."""
-    monkeypatch.setattr(jobs, "asked", lambda job, out: json.dumps(job.arguments))
+    monkeypatch.setattr(jobs, "asked", lambda job, out: jobs.anywhere(json.dumps(job.arguments), out))
     monkeypatch.setattr(jobs, "command", lambda job: [sys.executable, "-S", "-c", *job.arguments])
 
     def make(name: str, code: int = 0, program: str = PROGRAM) -> jobs.Job:
@@ -176,3 +176,21 @@ def test_overrides_and_nothing_else():
     assert jobs.overrides(["--config.seed=1", "--noconfig.task.chat"]) == ("--config.seed=1", "--noconfig.task.chat")
     with pytest.raises(UserError, match="'--mode=plan' after `--`"):
         jobs.overrides(["--config.seed=1", "--mode=plan"])
+
+
+def test_a_mark_of_before_a_key_or_a_flag_existed_is_as_good(tmp_path):
+    """With today's defaults, in whatever folder; of any other value it is not."""
+    job = jobs.Job("a", ("--config=tiny", f"--workdir={tmp_path}/a", f"--config.task.train={tmp_path}/sft.jsonl"),
+                   tmp_path / "a", "summary.json")  # fmt: skip
+    (tmp_path / "sft.jsonl").write_text("{}")
+    today = json.loads(jobs.asked(job, tmp_path))
+    assert today["config"]["task"]["train"] == "OUT/sft.jsonl" and today["workdir"] == "OUT/a"
+    old = json.loads(json.dumps(today))
+    del old["profile"], old["config"]["eval"]["stop"]
+    old["config"]["task"]["train"], old["workdir"] = f"{tmp_path}/sft.jsonl", f"{tmp_path}/a"
+    assert jobs.is_wanted(job, tmp_path, json.dumps(old))
+    for key, value in (("stop", False), ("points", 3)):
+        other = json.loads(json.dumps(old))
+        other["config"]["eval"][key] = value
+        assert not jobs.is_wanted(job, tmp_path, json.dumps(other))
+    assert not jobs.is_wanted(job, tmp_path, "not JSON") and not jobs.is_wanted(job, tmp_path, "3")

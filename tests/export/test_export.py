@@ -433,8 +433,9 @@ def test_a_base_folder_is_served_with_the_adapter(source, tmp_path, capsys):
 
 
 def a_card(
-    workdir: Path, *, iteration=3, base_model="some/base", library="peft", summary=None, repo=None, head=False, **changes
-) -> str:
+    workdir: Path, *, iteration=3, base_model="some/base", library="peft", summary=None, repo=None, head=False, point=None,
+    **changes,
+) -> str:  # fmt: skip
     workdir.mkdir(exist_ok=True)
     settings = default.get_config()
     settings.lora.rank = 12
@@ -447,7 +448,7 @@ def a_card(
     (workdir / "environment.json").write_text(json.dumps({"jax": "9.9.9", "device": "cpu", "python": "3.99"}))
     return card.render(
         workdir, library=library, base_model=base_model, iteration=iteration, summary=summary or {},
-        defaults=default.get_config().to_dict(), repo=repo, head=head,
+        defaults=default.get_config().to_dict(), repo=repo, head=head, point=point,
     )  # fmt: skip
 
 
@@ -469,7 +470,7 @@ def test_card_of_an_adapter(tmp_path):
     assert huggingface_hub.ModelCard(text).data.base_model == "some/base"
     for part in (
         "| held-out reward (mean) | 0 | 0.3 |",
-        "| KL to the reference (nats per token) | 0 | 0.05 |",
+        "| KL to the start (nats per token) | 0 | 0.05 |",
         "95% interval over 40 queries:\n0.1235 to 0.5",
         "| `lora.rank` | `12` |",
         r"| `task.train` | `queries \| mine.jsonl` |",
@@ -490,6 +491,17 @@ def test_card_of_merged_weights_before_the_end(tmp_path):
     assert "| held-out reward (mean) | 0 | 0.2 |" in text
     assert "interval" not in text  # the summary speaks of another iteration
     assert "AutoModelForCausalLM" in text and "peft" not in text.lower() and str(tmp_path) not in text
+
+
+def test_card_of_an_evaluation_within_an_iteration(tmp_path):
+    point = {"iteration": 1, "step": 9, "within": True, "reward": 0.7, "kl": 3.0, "kl_token": 0.2, "second": None}
+    text = a_card(tmp_path / "run", iteration=1, point=point, summary=SUMMARY)
+    assert "after 9 optimiser steps, within iteration 2 of 5." in text
+    # and not what the iteration before it had
+    assert "| held-out reward (mean) | 0 | 0.7 |" in text and "| KL to the start (nats per token) | 0 | 0.2 |" in text
+    assert "never sees" not in text and "interval" not in text
+    text = a_card(tmp_path / "run", iteration=1, point={**point, "within": False, "step": 6})
+    assert "after iteration 1 of 5." in text and "| held-out reward (mean) | 0 | 0.7 |" in text
 
 
 # algorithm -> its name in the title, a part of its sentence, whether principles have a part in it

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ple_jax.core.errors import UserError
-from ple_jax.reports import formats, run_page
+from ple_jax.reports import drawing, formats, run_page
 
 HOSTILE = '<script>alert("x")</script> & </div> {{ 7 * 7 }} \u2028 "quoted"'
 VOID = {"meta", "br", "rect", "line", "path", "link", "img"}
@@ -117,6 +117,46 @@ def test_the_headline_is_the_summary(workdir):
         assert words in text
 
 
+def evaluated(**more):
+    return {
+        "iteration": 0, "step": 0, "within": False, "reward": 0.1, "second": 0.2, "kl": 0.0, "kl_low": 0.0, "kl_high": 0.0,
+        "kl_token": 0.0, "length": 24.0, "truncated": 0.5, "distinct_2": 0.92, "repetition": 0.0, "perplexity": 32.0,
+        "overlap": 0.01, **more,
+    }  # fmt: skip
+
+
+def test_what_should_make_one_doubt_it_stands_beside_the_headline(workdir):
+    summary = json.loads((workdir / "summary.json").read_text())
+    best = evaluated(iteration=2, reward=0.8, second=0.1, kl=12.5, kl_low=11.0, kl_high=14.0, perplexity=250.0, overlap=0.25,
+                     distinct_2=0.7, gain_ci95=[0.6, 0.8], gain_by_length=0.05,
+                     responses="evaluations/iter_0002.jsonl")  # fmt: skip
+    summary |= {"best": {"any": best}, "points": [evaluated(), best]}
+    (workdir / "summary.json").write_text(json.dumps(summary))
+    rows = {row[0]: row[1:] for row in page(workdir).rows if row}
+    assert rows["KL to the start, nats a response"] == ["0", "12.5 (11 to 14)"]
+    assert rows["second reward, which training never sees"] == ["0.2", "0.1"]
+    assert rows["perplexity under the start"] == ["32", "250"] and rows["Distinct-2"] == ["0.92", "0.7"]
+    assert rows["trigrams that stand in the principles"] == ["1.0%", "25.0%"] and rows["cut off"] == ["50.0%", "50.0%"]
+    assert rows["of the gain in reward, what length alone would give"] == ["", "+0.050 of +0.700"]
+    # of a run of an earlier version what it does not have is left out
+    for point in (best, summary["points"][0]):
+        del point["perplexity"], point["second"]
+    (workdir / "summary.json").write_text(json.dumps(summary))
+    rows = {row[0]: row[1:] for row in page(workdir).rows if row}
+    assert "perplexity under the start" not in rows and "Distinct-2" in rows
+
+
+def test_what_differs_from_the_defaults_comes_first(workdir):
+    config = {"format": 2, "backend": "jax", "ple": {"tau_0": 0.3, "alpha": 0.9}, "lora": {"targets": ["all-linear"]},
+              "inputs": {"train": "d1"}}  # fmt: skip
+    (workdir / "config.json").write_text(json.dumps(config))
+    assert run_page.different({"ple.tau_0": 0.3, "ple.alpha": 0.9, "backend": "jax", "lora.targets": ["all-linear"]}) == {
+        "ple.tau_0": 0.3}  # fmt: skip
+    keys = [row[0] for row in page(workdir).rows if row]
+    listed = [key for key in keys if key in ("ple.tau_0", "format", "backend", "ple.alpha", "lora.targets", "inputs.train")]
+    assert listed[0] == "ple.tau_0" and len(listed) == 6
+
+
 def test_the_table_holds_the_exact_numbers(workdir):
     rows = {row[0]: row[1:] for row in page(workdir).rows if row and row[0] in {k for m in METRICS for k in m}}
     assert set(rows) == {key for line in METRICS for key in line} - {"iteration"}
@@ -207,6 +247,35 @@ def test_other_algorithms_bring_kinds_and_decisions_of_their_own(tmp_path):
     assert "Training: collected" in seen.inside("h2")
     assert seen.inside("response") == [f"answer {i}" for i in range(4)]
     assert "and 5 more" in seen.inside("soft")
+
+
+def test_a_colour_means_one_thing():
+    """A kind of response has its colour in every chart, what is held out has one, and the rest that of text."""
+    line = {"iteration": 1, "heldout_reward": 1.0, "heldout_reward_principled": 0.5, "reward_plain": 0.1,
+            "reward_principled": 0.2, "ranked_share": 0.5, "negative_margin_share": 0.1, "margin": 0.1, "tau": 0.2,
+            "heldout_kl_response": 3.0, "heldout_kl": 0.1, "kl": 0.2, "length_plain": 5.0, "length_principled": 6.0,
+            "lp_plain": -2.0, "lp_principled": -1.0, "sampler_gap": 1e-6, "sampler_gap_max": 2e-6}  # fmt: skip
+    meanings = {}
+    for chart in run_page.charts([line | {"iteration": 0}, line]):
+        seen = [(one.mark.colour, one.mark.dash) for one in chart.lines]
+        assert len(set(seen)) == len(seen)  # told apart within a chart
+        for one in chart.lines:
+            meanings.setdefault(one.mark.colour, set()).add(one.mark.label)
+    kinds = {label: colour for colour, labels in meanings.items() for label in labels}
+    for label in ("held-out", "held-out, principled", "plain", "principled"):
+        assert meanings[kinds[label]] == {label}
+    rest = {"ranked", "negative margin", "margin", "tau", "training responses", "mean", "largest"}
+    assert meanings[kinds["tau"]] == rest
+
+
+def test_a_line_that_would_cover_another_is_dashed():
+    def line(colour, *ys):
+        places = [(10.0 * i, y, "") for i, y in enumerate(ys)]
+        return drawing.Line(drawing.Mark(1, "", colour, 0), "", places)
+
+    flat, same, apart, near = line(0, 5, 5, 5), line(1, 5, 5, 5), line(2, 5, 5, 9), line(3, 6, 6, 6)
+    assert [one.mark.dash for one in drawing.told_apart([flat, same, apart, near])] == [0, 1, 0, 2]
+    assert [one.mark.dash for one in drawing.told_apart([flat, apart])] == [0, 0]
 
 
 def test_without_metrics_the_error_says_what_to_give(tmp_path):

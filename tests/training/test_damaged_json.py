@@ -5,6 +5,7 @@ import pytest
 from ple_jax.core.errors import UserError
 from ple_jax.core.files import read_json
 from ple_jax.evaluation import methods
+from ple_jax.evaluation.entries import Found
 from ple_jax.evaluation.responses import Generated
 from ple_jax.training import workdir as workdirs
 
@@ -38,6 +39,6 @@ def test_a_comparison_of_a_run_whose_config_is_none(tmp_path, monkeypatch):
     folder = tmp_path / "responses" / "trained"
     folder.mkdir(parents=True)
     (tmp_path / "config.json").write_text('{"format": 1}')
-    monkeypatch.setattr(methods.responses, "read", lambda folder: Generated({"policy": "start"}, [], []))
+    monkeypatch.setattr(methods.responses, "read", lambda folder, iteration: Generated({"policy": "start"}, [], []))
     with pytest.raises(UserError, match="config.json is damaged, or no config of a run"):
-        methods.read("", folder)
+        methods.read(Found("", folder, None, ""))

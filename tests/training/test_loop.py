@@ -16,6 +16,7 @@ from ple_jax.core.errors import Damaged, UserError
 from ple_jax.core.files import write_json
 from ple_jax.core.identity import FORMAT
 from ple_jax.core.types import Query, Response, Rollout
+from ple_jax.core.version import VERSION
 from ple_jax.models import peft
 from ple_jax.training import loop, measures
 from ple_jax.training.journal import Journal, write
@@ -52,6 +53,41 @@ def default_run(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("default")
     # tau_0 = 0 so that about half of the pairs of a random model are ranked
     return workdir, train(workdir, **{"ple.tau_0": 0.0})
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("jax", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_one_iteration_is_traced_where_asked(tmp_path, capsys, backend, iterations):
+    """The second, as the first compiles; of one iteration that one. The run is no other one."""
+    plain, traced = tmp_path / "plain", tmp_path / "traced"
+    config = tiny_config.get_config()
+    config.sinks, config.iterations = (), iterations
+    for workdir, profile in ((plain, False), (traced, True)):
+        assert modes.train(FrozenConfigDict(config), workdir, backend, profile=profile) == 0
+        said = capsys.readouterr().out
+        assert ("profile of this iteration" in said) == profile == (workdir / "profile").exists()
+        if profile:
+            before, _, after = said.partition("profile of this iteration")
+            assert before.count("iteration 1/") == 1 and before.count("iteration 2/") == (iterations > 1)
+            assert after.count("iteration 3/") == (iterations > 1)
+    assert [file for file in (traced / "profile").rglob("*") if file.is_file() and file.stat().st_size > 1000]
+    assert rollouts(plain, iterations - 1) == rollouts(traced, iterations - 1)
+
+
+def test_a_trace_of_what_has_no_iteration_is_refused(tmp_path):
+    config = tiny_config.get_config()
+    config.algorithm = "reward"
+    for key, first in (("train", 0), ("heldout", 10)):
+        records = [{"prompt": f"{i} ", "chosen": "yes", "rejected": "no"} for i in range(first, first + 9)]
+        config.task[key] = str(tmp_path / f"{key}.jsonl")
+        Path(config.task[key]).write_text("".join(json.dumps(record) + "\n" for record in records))
+    with pytest.raises(UserError, match="--profile traces an iteration of our own trainer of an algorithm that samples"):
+        modes.train(FrozenConfigDict(config), tmp_path / "run", "torch", profile=True)
+
+
+def test_environment_says_what_made_the_run(default_run):
+    found = json.loads((default_run[0] / "environment.json").read_text())
+    assert found["ple_jax"] == VERSION and found["torch"] and {"commit", "date"} <= set(found)
 
 
 def test_metrics_are_all_there(default_run):

@@ -15,7 +15,7 @@ from ple_jax.core.batches import pack
 from ple_jax.core.config import validate
 from ple_jax.core.errors import UserError
 from ple_jax.models import peft
-from ple_jax.training import points
+from ple_jax.training import measures, points
 from ple_jax.training.journal import read
 from ple_jax.training.points import Point
 from ple_jax.training.state import State
@@ -70,6 +70,8 @@ def test_a_run_stops_where_its_largest_budget_is_spent():
     why = points.stopped(config, state_of(at(0, 0.0, 0.0), at(1, 1.0, 4.1)))
     assert why == "its budget is spent: 4.1 nats a response from the start at iteration 1, of 4"
     assert not points.stopped(config, state_of(at(0, 0.0, 0.0), at(3, 1.0, 9.0)))  # it has ended by itself
+    on = config_of(**{"eval.max_kl": (2, 4), "eval.stop": False})  # the best within each are kept all the same
+    assert not points.stopped(on, state_of(at(0, 0.0, 0.0), at(1, 1.0, 4.1)))
     assert points.ended(config, state_of(at(3, 1.0, 9.0)))
 
 
@@ -160,6 +162,50 @@ def test_kl_is_what_it_is_said_to_be(budgeted):
     tokens = batch.response_mask.sum()
     assert lines(workdir)[-1]["heldout_perplexity"] == pytest.approx(np.exp(-logprob.sum() / tokens), rel=1e-4)
     assert lines(workdir)[-1]["heldout_kl_response"] == pytest.approx(ours.mean())
+
+
+def test_every_evaluation_is_a_point_of_the_summary(budgeted):
+    workdir, summary = budgeted
+    found = lines(workdir)
+    assert [p["iteration"] for p in summary["points"]] == [0, 1, 2, 3] and not any(p["within"] for p in summary["points"])
+    for line, point in zip(found, summary["points"], strict=True):
+        assert (point["kl"], point["kl_token"]) == (line["heldout_kl_response"], line["heldout_kl"])
+        for name in ("reward", "second", "perplexity", "overlap", "distinct_2"):
+            assert point[name] == line[f"heldout_{name}"]
+        assert point["generated_tokens"] == line["total_generated_tokens"]
+    # of the gain, what length alone would give, by hand
+    best = summary["best"]["kl_1000"]
+    plain = [
+        [r for rollout in read(workdir / file) for r in rollout.responses if not r.principled]
+        for file in ("evaluations/iter_0000.jsonl", best["responses"])
+    ]
+    rewards = [np.array([r.reward for r in some]) for some in plain]
+    lengths = [np.array([len(r.tokens) for r in some]) for some in plain]
+    above = sum(((x - x.mean()) * (y - y.mean())).sum() for x, y in zip(lengths, rewards, strict=True))
+    below = sum(((x - x.mean()) ** 2).sum() for x in lengths)
+    expected = above / below * (lengths[1].mean() - lengths[0].mean()) if below else 0.0
+    assert best["gain_by_length"] == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_state_of_before_a_point_had_a_measure_is_read():
+    kept = at(1, 0.5, 2.0)._asdict()
+    del kept["perplexity"], kept["overlap"]
+    (found,) = points.of(State(points=(kept,)))
+    assert found.kl == 2.0 and math.isnan(found.perplexity) and math.isnan(found.overlap)
+
+
+def test_trackers_are_shown_the_first_responses_of_every_evaluation(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(measures, "show_samples", lambda sinks, rows, step: shown.append((step, rows)))
+    train(tmp_path, **{"iterations": 2})
+    assert [step for step, _ in shown] == [0, 1, 2]
+    for step, rows in shown:
+        rollouts = read(tmp_path / "evaluations" / f"iter_{step:04d}.jsonl")[:8]
+        assert [row["query"] for row in rows] == [rollout.query_id for rollout in rollouts]
+        for row, rollout in zip(rows, rollouts, strict=True):
+            first = rollout.responses[0]
+            assert not first.principled and (row["prompt"], row["response"]) == (rollout.prompt, first.text)
+            assert row["reward"] == first.reward and row["finished"] == first.finished
 
 
 def test_the_best_under_each_budget_is_kept_and_taken(budgeted, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import struct
 import subprocess
 import sys
@@ -115,13 +116,18 @@ class Tracker(ModuleType):
     def __init__(self, name: str):
         super().__init__(name)
         self.calls: list[tuple] = []
-        self.found: list = []
+        self.found: list = []  # runs
+        self.artifacts: list = []
+        self.known: object = "an experiment"
 
     def __getattr__(self, name: str):
         def call(*args, **kwargs):
             self.calls.append((name, args, kwargs))
-            if name == "search_runs":
-                return self.found
+            given = {"search_runs": self.found, "list_artifacts": self.artifacts, "get_experiment_by_name": self.known}
+            if name in given:
+                return given[name]
+            if name == "MlflowClient":
+                return self
             return SimpleNamespace(log=self.log, info=SimpleNamespace(run_id="r1"))
 
         return call
@@ -129,6 +135,8 @@ class Tracker(ModuleType):
 
 @pytest.fixture
 def tracker(request, monkeypatch):
+    for variable in [name for name in os.environ if name.startswith(("WANDB_", "MLFLOW_", "TRACKIO_"))]:
+        monkeypatch.delenv(variable)
     for variable in ("WANDB_ERROR_REPORTING", "MLFLOW_TRACKING_URI", "MLFLOW_DISABLE_TELEMETRY"):
         monkeypatch.setenv(variable, "set")
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
@@ -156,3 +164,86 @@ def test_mlflow_goes_on_with_the_run_of_the_same_work_directory(tracker, tmp_pat
     tracker.found = [SimpleNamespace(info=SimpleNamespace(run_id="r0"))]
     sinks.make(["mlflow"], tmp_path, {})
     assert [args for name, args, _ in tracker.calls if name == "start_run"] == [(None,), ("r0",)]
+
+
+ROWS = [{"prompt": "a", "response": "b", "reward": 0.5}, {"prompt": "c", "response": "", "reward": None}]
+TABLE = [{"iteration": 4, **row} for row in ROWS]
+
+
+@pytest.mark.parametrize("tracker", ["wandb"], indirect=True)
+def test_wandb_shows_samples_as_a_table(tracker, tmp_path):
+    (sink,) = sinks.make(["wandb"], tmp_path, {})
+    sinks.show_samples([sink], ROWS, 4)
+    calls = {name: (args, kwargs) for name, args, kwargs in tracker.calls}
+    columns = ["iteration", "prompt", "response", "reward"]
+    assert calls["Table"][1] == {"columns": columns, "data": [[row[c] for c in columns] for row in TABLE]}
+    assert list(calls["log"][0][0]) == ["heldout_samples"] and calls["log"][1] == {"step": 4}
+
+
+@pytest.mark.parametrize("tracker", ["trackio"], indirect=True)
+def test_trackio_shows_samples_as_a_table(tracker, tmp_path):
+    (sink,) = sinks.make(["trackio"], tmp_path, {})
+    sinks.show_samples([sink], ROWS, 4)
+    calls = {name: (args, kwargs) for name, args, kwargs in tracker.calls}
+    frame = calls["Table"][1]["dataframe"]
+    assert frame.astype(object).where(frame.notna(), None).to_dict("records") == TABLE
+    assert list(calls["log"][0][0]) == ["heldout_samples"] and calls["log"][1] == {"step": 4}
+
+
+@pytest.mark.parametrize("tracker", ["mlflow"], indirect=True)
+def test_mlflow_keeps_a_table_of_an_iteration_once(tracker, tmp_path):
+    (sink,) = sinks.make(["mlflow"], tmp_path, {})
+    tracker.artifacts = []
+    sinks.show_samples([sink], ROWS, 4)
+    (kept,) = [(args, kwargs) for name, args, kwargs in tracker.calls if name == "log_table"]
+    assert kept[0] == ({key: [row[key] for row in TABLE] for key in TABLE[0]},)
+    assert kept[1] == {"artifact_file": "heldout_samples/iteration_0004.json", "run_id": "r1"}
+    tracker.artifacts = [SimpleNamespace(path="heldout_samples/iteration_0004.json")]
+    sinks.show_samples([sink], ROWS, 4)  # a run that goes on evaluates where it stands once more
+    assert sum(name == "log_table" for name, _, _ in tracker.calls) == 1
+
+
+def test_a_sink_of_ones_own_shows_no_samples_and_need_not(tmp_path):
+    seen = []
+    own = lambda metrics, step: seen.append((metrics, step))  # noqa: E731
+    sinks.show_samples([own, *sinks.make(["jsonl", "tensorboard"], tmp_path, {})], ROWS, 4)
+    assert seen == []
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "trackio", "mlflow"], indirect=True)
+def test_variables_of_a_tracker_stand_above_ours(tracker, tmp_path, monkeypatch):
+    name = tracker.__name__
+    own = {
+        "wandb": {"WANDB_PROJECT": "mine", "WANDB_NAME": "it", "WANDB_RESUME": "never"},
+        "trackio": {"TRACKIO_PROJECT": "mine"},
+        "mlflow": {"MLFLOW_EXPERIMENT_NAME": "mine", "MLFLOW_RUN_ID": "r7"},
+    }[name]
+    sinks.make([name], tmp_path, {})
+    before, tracker.calls = tracker.calls, []
+    for variable, value in own.items():
+        monkeypatch.setenv(variable, value)
+    sinks.make([name], tmp_path, {})
+    ours, theirs = ({call: (args, kwargs) for call, args, kwargs in calls} for calls in (before, tracker.calls))
+    if name == "mlflow":
+        assert ours["set_experiment"][0] == ("ple_jax",) and "set_experiment" not in theirs
+        monkeypatch.delenv("MLFLOW_RUN_ID")
+        sinks.make([name], tmp_path, {})
+        assert ("set_experiment", ("mine",), {}) in tracker.calls
+        assert ours["start_run"][0] == (None,) and "search_runs" not in theirs
+        assert theirs["start_run"] == (("r7",), {})  # a run keeps its own name, and has its own experiment
+        return
+    assert ours["init"][1]["project"] == "ple_jax"
+    assert theirs["init"][1].get("project") == ("mine" if name == "trackio" else None)  # wandb reads its own
+    if name == "wandb":
+        assert ours["init"][1]["name"] == tmp_path.name and {"name", "resume"} & set(theirs["init"][1]) == set()
+
+
+@pytest.mark.parametrize("tracker", ["mlflow"], indirect=True)
+def test_artifacts_of_our_own_mlflow_store_stay_in_the_work_directory(tracker, tmp_path, monkeypatch):
+    sinks.make(["mlflow"], tmp_path, {})  # with a store of the user's
+    assert "create_experiment" not in [name for name, _, _ in tracker.calls]
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    tracker.known = None
+    sinks.make(["mlflow"], tmp_path, {})
+    (made,) = [(args, kwargs) for name, args, kwargs in tracker.calls if name == "create_experiment"]
+    assert made == (("ple_jax",), {"artifact_location": (tmp_path / "mlflow").as_uri()})

@@ -17,7 +17,7 @@ from ple_jax.formulas.texts import (
     repetition,
     rouge,
     words,
-)  # fmt: skip
+)
 
 
 def check_installed() -> None:

@@ -16,6 +16,7 @@ from jaxtyping import Float64
 from ple_jax.evaluation.entries import POINTS, Found, budget
 from ple_jax.evaluation.methods import Method, config, progress
 from ple_jax.formulas import intervals
+from ple_jax.training.points import metric
 
 COLUMNS = ("iteration", "step", "within", "kl", "kl_low", "kl_high", "reward", "second", "generated_tokens", "seconds")
 
@@ -98,18 +99,15 @@ def of(found: Sequence[Found], views: Mapping[str, Sequence[Method]], seed: int)
 
 def _curve(workdir: Path, label: str) -> Curve:
     (summary, lines), own = progress(workdir), config(workdir)
-    points = summary.get("points") or [_of_line(line) for line in lines if line.get("heldout_kl_response") is not None]
+    points = summary.get("points") or [_of_line(line) for line in lines if line.get(metric("kl")) is not None]
     return Curve(label, own.get("seed", 0), own.get("optimizer.lr"), points)
 
 
 def _of_line(line: Mapping[str, Any]) -> dict[str, Any]:
     """The evaluation of a line of metrics.jsonl, of a run that is not finished."""
-    kl = "heldout_kl_response"
-    return {
-        "iteration": line["iteration"], "kl": line[kl], "kl_low": line.get(f"{kl}_low"), "kl_high": line.get(f"{kl}_high"),
-        "reward": line["heldout_reward"], "second": line.get("heldout_second"),
-        "generated_tokens": line["total_generated_tokens"], "seconds": line["total_seconds"],
-    }  # fmt: skip
+    measured = {name: line.get(metric(name)) for name in ("kl", "kl_low", "kl_high", "reward", "second")}
+    spent = {name: line[f"total_{name}"] for name in ("generated_tokens", "seconds")}
+    return {"iteration": line["iteration"], **measured, **spent}
 
 
 def _at_budget(curves: Sequence[Curve], limit: float, seed: int) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ple_jax import losses
 from ple_jax.algorithms import Algorithm
 from ple_jax.core import identity
 from ple_jax.core.batches import bucket, left_padded, pack
@@ -231,7 +232,7 @@ def _scores(
         policy = run.backend.logprobs(plain._replace(prompt=asked[0], prompt_mask=asked[1])).logprobs
         base = run.backend.logprobs(plain, base=True).logprobs
         policy, base = (np.where(plain.response_mask, x, 0.0).astype(np.float64) for x in (policy, base))
-        kl = (np.expm1(base - policy) - (base - policy)).sum(-1)
+        kl = losses.kl_estimate(policy, base, kind="k3").sum(-1)
         references = _references(run, run.data.heldout[start : start + size], some)
         for i, rollout in enumerate(some):
             line: dict[str, Any] = {"query_id": rollout.query_id, "reference": run.data.heldout[start + i].completion}

@@ -267,7 +267,7 @@ def check(s: Settings) -> None:
     if needs_data(s) and layout != "records":
         raise UserError(f"config.task.format is {layout!r}, and the data of the offline methods are written as records")
     for seed in s.seeds:
-        parsed(command(s, "", "", {"seed": seed, **_evaluated(s)}, mode="plan").arguments)
+        parsed(command(s, "", "", {"seed": seed}, mode="plan").arguments)
     responses.evaluation_set(parsed(starting(s, principled=False).arguments).config)
 
 

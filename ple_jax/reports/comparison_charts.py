@@ -120,9 +120,7 @@ def curves(result: Mapping[str, Any]) -> Iterator[Chart]:
             continue
         x = drawing.scale([0, *everything], FRAME.left + 8, FRAME.right)
         y = drawing.scale([y for _, runs in drawn for run in runs for _, y in run.values()], FRAME.bottom, FRAME.top)
-        lines = [line for mark, runs in drawn if (line := _line(mark, runs, x, y, unit))]
-        places = drawing.spread([line.label for line in lines], FRAME.top + 4, FRAME.bottom - 4, 15)
-        lines = [line._replace(label=place) for line, place in zip(drawing.told_apart(lines), places, strict=True)]
+        lines = drawing.numbered([line for mark, runs in drawn if (line := _line(mark, runs, x, y, unit))], FRAME)
         yield Chart("Held-out reward", f"against {unit}", FRAME, x.labels(), y.labels(), lines)
 
 

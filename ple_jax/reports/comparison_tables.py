@@ -68,24 +68,27 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
 def _rewards(result: Mapping[str, Any], measure: str, name: str) -> Table:
     methods, baseline = result["methods"], result["baseline"]
     digits = decimals(method["measures"].get(measure) for method in methods)
-    tested = {row["method"]: row for row in result["tests"] if row["measure"] == measure and row["against"] == baseline}
     won = {row["method"]: row for row in result["wins"] if row["against"] == baseline}
     wins = measure == "reward" and any(row["win_rate"] is not None for row in won.values())
-    lengths = any(row["by_length"] for row in tested.values())
+    lengths = any(row["by_length"] for row in result["tests"] if (row["measure"], row["against"]) == (measure, baseline))
     rows = []
     for method in methods:
         label, mean = method["label"], interval(method["measures"].get(measure), method["intervals"].get(measure), digits)
-        test, win = tested.get(label), won.get(label)
-        if test is None or test["difference"] is None:
-            against = ["baseline" if label == baseline else MISSING, MISSING, MISSING]
-        else:
-            difference = interval(test["difference"], (test["low"], test["high"]), digits, "+")
-            of_length = MISSING if test["by_length"] is None else f"{test['by_length']:+.{digits}f}"
-            against = [difference, p_value(test["p_holm"]), of_length]
+        win, against = won.get(label), against_baseline(result, measure, label, digits)
         rate = interval(win["win_rate"], (win["low"], win["high"]), 3) if win else MISSING
         rows.append([label, str(len(method["seeds"])), mean, *against[: 2 + lengths], *([rate] if wins else [])])
     head = ["method", "seeds", name, "difference", "p", *(["by length"] if lengths else []), *(["win rate"] if wins else [])]
     return Table(measure, name.capitalize(), f"{_note(result, measure, wins, lengths)}.", head, rows)
+
+
+def against_baseline(result: Mapping[str, Any], measure: str, label: str, digits: int) -> list[str]:
+    """A method's difference to the baseline, p, and what of it the lengths of the responses alone would give."""
+    of = {"measure": measure, "method": label, "against": result["baseline"]}
+    test = next((row for row in result["tests"] if of.items() <= row.items() and row["difference"] is not None), None)
+    if test is None:
+        return ["baseline" if label == result["baseline"] else MISSING, MISSING, MISSING]
+    length = MISSING if test["by_length"] is None else f"{test['by_length']:+.{digits}f}"
+    return [interval(test["difference"], (test["low"], test["high"]), digits, "+"), p_value(test["p_holm"]), length]
 
 
 def _note(result: Mapping[str, Any], measure: str, wins: bool, lengths: bool) -> str:

@@ -148,6 +148,12 @@ def told_apart(lines: Sequence[Line]) -> list[Line]:
     return found
 
 
+def numbered(lines: Sequence[Line], frame: Frame) -> list[Line]:
+    """The lines told apart, with their numbers beside the plot where none covers another."""
+    places = spread([line.label for line in lines], frame.top + 4, frame.bottom - 4, 15)
+    return [line._replace(label=place) for line, place in zip(told_apart(lines), places, strict=True)]
+
+
 def band(title: str, x: float, step: float, frame: Frame, rows: Sequence[tuple[Mark, str]]) -> Band:
     """A band `step` wide around x; its box stands to that side on which there is room."""
     tip = x + 8 if x < frame.width / 2 else x - 8 - TIP

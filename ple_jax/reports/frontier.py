@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 
 from ple_jax.reports import drawing
-from ple_jax.reports.comparison_tables import REWARDS, Table
+from ple_jax.reports.comparison_charts import FRAME
+from ple_jax.reports.comparison_tables import REWARDS, Table, against_baseline
 from ple_jax.reports.drawing import Chart, Frame, Line, Mark, Scale
-from ple_jax.reports.formats import MISSING, decimals, interval, is_number, number, p_value
+from ple_jax.reports.formats import MISSING, decimals, interval, is_number, number
 
-FRAME = Frame(520, 320, left=52, right=480, top=12, bottom=286)
 SMALL = Frame(480, 220, left=52, right=466, top=12, bottom=186)
 _BEYOND = 1.5  # times the largest budget: as far as the curves are drawn
 _COLUMNS = {"reward": "reward", "reward_second": "second"}  # measure of answers -> of evaluations
@@ -48,22 +48,12 @@ def _of_view(view: Mapping[str, Any], frontier: Mapping[str, Any]) -> Table:
         rates = {run["lr"] for run in frontier["runs"] if run["label"] == label and name in run["views"]} - {None}
         gets = f"{reached[label]['reached']} of {reached[label]['runs']}" if label in reached else MISSING
         spans = {key: interval(measured.get(key), method["intervals"].get(key), d) for key, d in digits.items()}
-        against = _against_baseline(view, label, digits["reward"])
+        against = against_baseline(view, "reward", label, digits["reward"])
         texts = [number(measured.get(key), 3) for key in _TEXTS]
         known = [", ".join(f"{rate:g}" for rate in sorted(rates)) or MISSING, *([gets] if reached else [])]
         rows.append([label, *known, spans["kl"], spans["reward"], *against, spans["reward_second"], *texts])
     head = ["method", "rate", *(["seeds that get there"] if reached else []), *_HEAD]
     return Table(name, title(name), _note(name, view["baseline"]), head, rows)
-
-
-def _against_baseline(view: Mapping[str, Any], label: str, digits: int) -> list[str]:
-    """The difference in reward, p, and what of it the lengths of the responses alone would give."""
-    of = {"measure": "reward", "method": label, "against": view["baseline"]}
-    test = next((row for row in view["tests"] if of.items() <= row.items() and row["difference"] is not None), None)
-    if test is None:
-        return ["baseline" if label == view["baseline"] else MISSING, MISSING, MISSING]
-    length = MISSING if test["by_length"] is None else f"{test['by_length']:+.{digits}f}"
-    return [interval(test["difference"], (test["low"], test["high"]), digits, "+"), p_value(test["p_holm"]), length]
 
 
 _CHOSEN = {
@@ -126,9 +116,7 @@ def charts(result: Mapping[str, Any]) -> Iterator[Chart]:
     """Each reward against KL, a line a method: the mean over its runs that stand in the table of the largest budget."""
     for measure, name in REWARDS.items():
         if drawn := _Drawn.of(result, measure, FRAME):
-            lines = [drawn.line(label, numbered=True) for label in drawn.means]
-            places = drawing.spread([line.label for line in lines], FRAME.top + 4, FRAME.bottom - 4, 15)
-            lines = [line._replace(label=place) for line, place in zip(drawing.told_apart(lines), places, strict=True)]
+            lines = drawing.numbered([drawn.line(label, numbered=True) for label in drawn.means], FRAME)
             yield drawn.chart(name.capitalize(), "against KL, nats per response; dev split", lines)
 
 

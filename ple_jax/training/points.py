@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float64
 
+from ple_jax import losses
 from ple_jax.core import commits
 from ple_jax.core.batches import pack
 from ple_jax.core.errors import UserError
@@ -55,6 +56,15 @@ class Point(NamedTuple):
 # ---------------------------------------------------------------- measured
 
 
+# of a point what metrics.jsonl calls otherwise: its field -> the name there; the others are called heldout_FIELD
+_NAMED = {"kl": "kl_response", "kl_low": "kl_response_low", "kl_high": "kl_response_high", "kl_token": "kl"}
+
+
+def metric(field: str) -> str:
+    """The metric of an evaluation that a field of its point is."""
+    return f"heldout_{_NAMED.get(field, field)}"
+
+
 class Divergences(NamedTuple):
     """What the reference says of every plain response, in nats, sums over its tokens."""
 
@@ -87,7 +97,7 @@ def divergences(run: Run[Any], rollouts: Sequence[Rollout], *, moved: bool = Tru
             policy = run.backend.logprobs(batch, temperature=heat).logprobs
         reference = run.backend.logprobs(batch, reference=True, temperature=heat).logprobs if moved else policy
         policy, reference = (np.where(batch.response_mask, x, 0.0).astype(np.float64) for x in (policy, reference))
-        kl[start : start + size] = (np.expm1(reference - policy) - (reference - policy)).sum(-1)
+        kl[start : start + size] = losses.kl_estimate(policy, reference, kind="k3").sum(-1)
         logprob[start : start + size] = reference.sum(-1)
         run.session.progress.advance(len(some))
     return Divergences(kl, logprob)
@@ -118,16 +128,14 @@ def described(run: Run[Any], rollouts: Sequence[Rollout], found: Divergences) ->
 
 def point(state: State, values: Mapping[str, float], *, within: bool = False) -> Point:
     """The evaluation that `values` has the metrics of."""
-    of = {"kl": "kl_response", "kl_low": "kl_response_low", "kl_high": "kl_response_high", "kl_token": "kl"}
     same = ("reward", "length", "truncated", "distinct_2", "repetition", "perplexity", "overlap")
     totals = state.costs.totals()
     return Point(
         state.iteration,
         state.step,
         within,
-        second=values.get("heldout_second"),
-        **{name: values[f"heldout_{name}"] for name in same},
-        **{name: values[f"heldout_{key}"] for name, key in of.items()},
+        second=values.get(metric("second")),
+        **{name: values[metric(name)] for name in (*same, *_NAMED)},
         generated_tokens=int(totals["total_generated_tokens"]),
         training_tokens=int(totals["total_training_tokens"]),
         seconds=totals["total_seconds"],

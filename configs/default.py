@@ -56,6 +56,9 @@ def get_config() -> ConfigDict:
     # records (columns prompt, completion, chosen, rejected, messages: text or turns, as TRL reads them) | hh | imdb | tldr
     c.task.format = "records"
     c.task.columns = {}  # our name -> the data's, of format=records: --config.task.columns="{'prompt': 'question'}"
+    # several data sets at once: name -> weight, and of the keys around this one those that are its own; a reward may read
+    # `set`, the name (docs/data.md): --config.task.sets="{'a': {'train': 'a.jsonl', 'heldout': 'b.jsonl', 'weight': 2.0}}"
+    c.task.sets = {}
     c.task.words = (2, 8)  # of format=imdb: fewest and most words of a review that are the query
     c.task.streaming = False  # of a data set on a hub: read as many records as max_train says and download no more
     c.task.max_train = 0  # use so many train queries (0: all), chosen by seed
@@ -207,6 +210,18 @@ def get_config() -> ConfigDict:
     # as config.eval.second_reward, which it is where it is unset
     c.generate.second_reward = config_dict.placeholder(str)
     c.generate.second_kwargs = {}
+
+    c.probe = ConfigDict()  # of --mode=probe
+    c.probe.queries = 0  # held-out queries that are answered, the first of them (0: all)
+    c.probe.samples = 4  # responses per query and prompt, at least 2
+    c.probe.again = 64  # responses that are scored a second time: how noisy the reward is
+
+    c.harness = ConfigDict()  # of --mode=harness: tasks of lm-evaluation-harness
+    c.harness.tasks = ()  # by name: "('arc_easy','gsm8k')"
+    c.harness.include = config_dict.placeholder(str)  # a folder with YAML files of tasks of your own
+    c.harness.limit = 0  # so many questions of each task, the first of them (0: all)
+    c.harness.fewshot = config_dict.placeholder(int)  # examples before a question; unset: as the task has it
+    c.harness.policies = ("start", "trained")  # before any training, and as config.checkpoint.use says
 
     c.compare = ConfigDict()  # of --mode=compare
     c.compare.baseline = config_dict.placeholder(str)  # the method that others are tested against; unset: the first

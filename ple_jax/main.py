@@ -21,23 +21,43 @@ from ml_collections.config_flags import config_flags
 
 from ple_jax.core import extras, shipped, streams
 from ple_jax.core.backends import BACKENDS
-from ple_jax.core.config import OWN, flatten, renamed, validate
+from ple_jax.core.config import OF_FILES, OWN, flatten, renamed, validate
 from ple_jax.core.errors import UserError, suggestion
-from ple_jax.core.identity import ACCEPTED
+from ple_jax.core.identity import ACCEPTED, upgraded
 from ple_jax.core.rules import written
 from ple_jax.core.secrets import redacted
 from ple_jax.core.version import VERSION
 from ple_jax.models import smollm2
 from ple_jax.training.interrupt import MESSAGE, Interrupted, Stop
+from ple_jax.training.workdir import recorded
 
 _LONGEST, _DEEPEST = 255, 4096 - 256  # bytes of the name of a file or folder, and of a path with room for what is in it
-MODES = ("train", "evaluate", "generate", "compare", "plan", "export", "chat")  # functions of ple_jax.modes
-FLAG_NAMES = ("config", "workdir", "backend", "mode", "accept", "topology", "runs", "profile", "help", "version")
-ON_A_RUN = ("train", "evaluate", "generate", "export", "chat")  # modes that a run may be accepted in though it changed
+MODES = (
+    "train",
+    "probe",
+    "evaluate",
+    "generate",
+    "compare",
+    "harness",
+    "replay",
+    "plan",
+    "export",
+    "chat",
+)  # functions of ple_jax.modes
+FLAG_NAMES = ("config", "workdir", "backend", "mode", "accept", "topology", "runs", "against", "profile", "help", "version")
+ON_A_RUN = (
+    "train",
+    "evaluate",
+    "generate",
+    "harness",
+    "export",
+    "chat",
+)  # modes that a run may be accepted in though it changed
 
 USAGE = """\
 usage: ple_jax --config CONFIG --workdir DIR [--config.KEY=VALUE ...] [--backend=jax|torch] [--mode=MODE]
-       MODE is train (default), evaluate, generate, compare, plan, export, chat or init; --help explains them
+       MODE is train (default), probe, evaluate, generate, compare, harness, replay, plan, export, chat or init;
+       --help explains them
 """
 
 HELP = f"""\
@@ -66,6 +86,7 @@ Flags
   --runs A,B,...         with --mode=compare: work directories, LABEL=DIR, or patterns ('runs/ple_*'); runs of one label
                          are seeds of one method. DIR@kl_4, DIR@newest: the answers of that checkpoint;
                          LABEL=DIR@points: no answers, the run's curve
+  --against DIR          with --mode=replay: find the first quantity in which the runs of --workdir and DIR differ
   --profile              with --mode=train: trace one iteration, the second of this process, with the framework's
                          own profiler: DIR/profile, for TensorBoard (pip install xprof) or Perfetto
   --version              the version of this package
@@ -77,6 +98,13 @@ Modes
              measures: of the best checkpoint of DIR, or of what it starts from
   compare    compare the responses of --runs: tables, tests, win rates, one page in DIR (or runs/comparison); needs no
              --config
+  harness    what alignment cost: tasks of lm-evaluation-harness, or of your own, before and after training
+             (--config.harness.tasks ...), in DIR/harness, the report and comparisons
+  replay     label what the run of DIR sampled as --config.KEY=VALUE now says (reward, threshold, transform, selection),
+             from its journals alone: which pairs would have been ranked, and the journals as records of data sets, in
+             DIR/replay; without --config, the config is the run's own
+  probe      before any training: what the principles buy on held-out queries, together, one by one and left out, and
+             what a threshold would do with this reward (--config.probe.*): DIR/probe.html, probe.json
   plan       print what train would do (parameters, shapes, steps, prompts as the model sees them), and train nothing
   export     write the best adapter of DIR in PEFT's layout with a model card; --config.export.merged=True: the merged
              model too; --config.export.push=USER/NAME: to a hub
@@ -88,12 +116,15 @@ Modes
 Examples
   ple_jax --config tiny --workdir runs/tiny
   ple_jax --config quickstart --mode=plan
+  ple_jax --config quickstart --mode=probe --workdir runs/probe
   ple_jax --config quickstart --mode=plan --topology=v5e:2x4 --config.mesh.fsdp=8 \\
       --config.model.path=llama-3-8b --config.model.dtype=bfloat16 --config.model.remat=full
   ple_jax --config quickstart --workdir runs/low --config.ple.tau_0=0.1 --config.seed=1
   ple_jax --mode=init --config quickstart --workdir mine
   ple_jax --config mine/quickstart.py --workdir runs/mine
   ple_jax --config mine/quickstart.py --workdir runs/mine --mode=generate
+  ple_jax --mode=replay --workdir runs/mine --config.ple.tau_0=0.1
+  ple_jax --mode=replay --workdir runs/mine --against runs/other
   ple_jax --mode=compare --runs "runs/mine,PPO=runs/ppo_0,PPO=runs/ppo_1" --workdir runs/comparison
   ple_jax --config quickstart --workdir runs/variant --config.algorithm=my_variant.py \\
       --config.algorithm_kwargs="{{'strength': 2.0}}"
@@ -129,6 +160,7 @@ class CommandLine(NamedTuple):
     accept: tuple[str, ...] = ()  # what was changed since a run began, of `identity.ACCEPTED`
     file: Path | None = None  # of --mode=init: the config that is copied
     profile: bool = False  # of --mode=train: trace an iteration
+    against: Path | None = None  # of --mode=replay: another work directory
 
 
 @contextlib.contextmanager
@@ -185,6 +217,42 @@ def _load(config: str) -> tuple[Path, ConfigDict]:
     return file, found
 
 
+def _recorded(workdir: Path, config: ConfigDict) -> ConfigDict:
+    """The config with which the run of a work directory began: its config.json over the defaults."""
+    if not (kept := recorded(workdir)):
+        raise UserError(f"--workdir={workdir} holds no run (no config.json there); train one first: --mode=train")
+    usual, own = flatten(config.to_dict()), flatten(upgraded(kept, workdir / "config.json"))
+    own = {key: value for key, value in own.items() if key in usual and not key.startswith("sampling.server")}
+    values = {
+        key: float(v) if isinstance(usual[key], float) and isinstance(v, str) else v for key, v in own.items()
+    }  # "inf"
+    with config.ignore_type():
+        config.update_from_flattened_dict({key: _tuples(v) for key, v in values.items()})
+    return config
+
+
+def _without_what_was_read(config: ConfigDict, began: dict[str, object]) -> ConfigDict:
+    """The config with the defaults of what a run has read, which a replay does not, and which may be gone since."""
+    checked, usual = ConfigDict(config.to_dict()), flatten(_load("default")[1].to_dict())
+    same = [key for key in OF_FILES if flatten(config.to_dict()).get(key) == began.get(key)]
+    with checked.ignore_type():
+        checked.update_from_flattened_dict({key: usual[key] for key in same})
+    return checked
+
+
+def _tuples(value: object) -> object:
+    """The value with its lists as tuples, as configs have them."""
+    if isinstance(value, dict):
+        return {key: _tuples(v) for key, v in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _began_on(values: flags.FlagValues) -> str:
+    """The backend that is asked for, or else that of the run."""
+    known = (recorded(_workdir(values)) or {}).get("backend")
+    return known if known in BACKENDS and not values["backend"].present else values.backend
+
+
 def _override(config: ConfigDict, argv: Sequence[str]) -> ConfigDict:
     """Applies `--config.KEY=VALUE` arguments; anything else in `argv` is an error. `argv[0]` is the program."""
     keys = list(flatten(config.to_dict()))
@@ -227,17 +295,33 @@ def parse(argv: Sequence[str]) -> CommandLine:
     backend, mode = values.backend, values.mode
     _check_flags(values)
     file, config = _load(values.config or "default")
+    if mode == "replay" and not values.config and not values.against:
+        config, backend = _recorded(_workdir(values), config), _began_on(values)
     if mode == "init":
         if rest[1:]:
             raise UserError(f"{rest[1]!r} does not go with --mode=init: change the copy that it makes")
         return CommandLine(FrozenConfigDict(config), _workdir(values), backend, mode, file=file)
+    if values.against and rest[1:]:
+        raise UserError(f"--against={values.against} compares two runs as they are: leave {rest[1]!r} out")
+    began = flatten(config.to_dict())
     config, workdir = _override(config, rest), _workdir(values)
-    validate(config)
+    validate(_without_what_was_read(config, began) if mode == "replay" and not values.config else config)
     _check_backend(config, backend)
     _check_installed(config, backend, mode)
     found = {"topology": values.topology, "runs": tuple(values.runs or ()), "accept": tuple(values.accept or ())}
-    found["profile"] = values.profile
-    return CommandLine(FrozenConfigDict(config), workdir, backend, mode, **found)
+    found |= {"profile": values.profile, "against": Path(values.against) if values.against else None}
+    return CommandLine(_frozen(config), workdir, backend, mode, **found)
+
+
+def _frozen(config: ConfigDict) -> FrozenConfigDict:
+    try:
+        return FrozenConfigDict(config)
+    except (AssertionError, ValueError) as error:  # of dictionaries within lists, and of empty lists within sets
+        brief = (str(error).strip().splitlines() or ["an empty list within a list"])[-1]
+        raise UserError(
+            f"the config holds what none can ({brief}): give a value that is so nested as a file, or as the text of its"
+            " JSON, where the key takes one, as the schema of reward json_schema does"
+        ) from error
 
 
 def _answer(argv: Sequence[str]) -> None:
@@ -264,6 +348,7 @@ def _flags(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
     flags.DEFINE_string("topology", None, "", flag_values=values)
     flags.DEFINE_list("runs", None, "", flag_values=values)
     flags.DEFINE_list("accept", None, "", flag_values=values)
+    flags.DEFINE_string("against", None, "", flag_values=values)
     flags.DEFINE_bool("profile", False, "", flag_values=values)
     try:
         return values, values(argv, known_only=True)
@@ -273,19 +358,22 @@ def _flags(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
 
 def _check_flags(values: flags.FlagValues) -> None:
     """Which of our flags go together."""
-    for name in ("config", "workdir", "topology", "runs"):
+    for name in ("config", "workdir", "topology", "runs", "against"):
         if says := written(getattr(values, name)):
             raise UserError(f"--{name}={getattr(values, name)!r} must be {says}")
     compares = values.mode == "compare"
     if bool(values.runs) != compares:
         raise UserError("--runs=A,B and --mode=compare go together: the work directories that are compared")
-    if not values.config and not compares:
+    if not values.config and values.mode not in ("compare", "replay"):
         raise UserError("--config=CONFIG is missing, e.g. --config quickstart, or a file (see --help)")
     for name in values.accept or ():
         if name not in ACCEPTED or values.mode not in ON_A_RUN:
             raise UserError(
                 f"--accept={name}: give {', '.join(ACCEPTED)}, with --mode {', '.join(ON_A_RUN)}{suggestion(name, ACCEPTED)}"
             )
+    if values.against and (values.mode != "replay" or values.config):
+        other = f"--config={values.config}" if values.mode == "replay" else f"--mode={values.mode}"
+        raise UserError(f"--against={values.against} goes with --mode=replay and --workdir alone, not with {other}")
     if values.profile and values.mode != "train":
         raise UserError(f"--profile goes with --mode=train, and --mode is {values.mode}")
     if values.topology and values.mode != "plan":
@@ -322,7 +410,7 @@ def _check_installed(config: ConfigDict, backend: str, mode: str) -> None:
     """What the run needs and cannot do without, asked for before anything slow is imported or read."""
     if mode == "compare":
         extras.need("eval", "--mode=compare", "scipy")
-    else:
+    elif mode != "replay":  # which computes nothing
         extras.need(backend, f"--backend={backend}")
         if config.model.path == smollm2.NAME:
             smollm2.file()
@@ -335,7 +423,8 @@ def main(run: CommandLine) -> int:
     if run.file is not None:
         return _init(run.file, run.workdir)
     modes = importlib.import_module("ple_jax.modes")
-    options = {name: value for name in ("topology", "runs", "accept", "profile") if (value := getattr(run, name))}
+    names = ("topology", "runs", "against", "accept", "profile")
+    options = {name: value for name in names if (value := getattr(run, name))}
     with _processes(run) as leads, _to_the_end():
         return getattr(modes, run.mode)(run.config, run.workdir, run.backend, **options) if leads else 0
 
@@ -362,7 +451,7 @@ def _init(file: Path, workdir: Path) -> int:
 
 def _processes(run: CommandLine) -> contextlib.AbstractContextManager[bool]:
     """Where torchrun started several processes, the first of them leads, and the others wait for what it has them do."""
-    if run.backend == "jax" or run.mode in ("plan", "compare"):
+    if run.backend == "jax" or run.mode in ("plan", "compare", "replay"):
         return contextlib.nullcontext(True)
     return importlib.import_module("torch_ascend.sharding").processes(run.config)
 

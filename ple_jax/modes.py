@@ -13,30 +13,33 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from ple_jax import algorithms
+from ple_jax import algorithms, rewards
 from ple_jax import chat as chatting
 from ple_jax.algorithms import Algorithm, OfflineAlgorithm
 from ple_jax.core import backends
 from ple_jax.core.errors import UserError
-from ple_jax.core.files import write_json
+from ple_jax.core.files import plain, write_json
 from ple_jax.core.identity import run_keys
 from ple_jax.core.version import project
 from ple_jax.evaluation import compare as comparison
-from ple_jax.evaluation import describe, responses
+from ple_jax.evaluation import describe, differences, responses
+from ple_jax.evaluation import harness as tax
+from ple_jax.evaluation import probe as probing
+from ple_jax.evaluation import replay as replaying
 from ple_jax.export import write
 from ple_jax.formulas import intervals
 from ple_jax.models import peft
 from ple_jax.planning import describe as planning
 from ple_jax.planning import rates
 from ple_jax.planning.fit import fitted
-from ple_jax.reports import comparison_files, run_page
+from ple_jax.reports import comparison_files, probe_page, run_page
 from ple_jax.serving import commands
 from ple_jax.training import loop, measures, offline, points
-from ple_jax.training.opening import check_length, open_run, read_inputs, second_reward
+from ple_jax.training.opening import check_length, open_run, read_inputs, second_reward, training_reward
 from ple_jax.training.run import Run
 from ple_jax.training.sampling import sampling_of
 from ple_jax.training.state import State
-from ple_jax.training.workdir import SUMMARY, begun, check_config, going_on, lock
+from ple_jax.training.workdir import SUMMARY, begun, check_config, going_on, lock, recorded
 from ple_jax.training.workdir import summary as finished
 
 _SHOWN = 8  # queries of which --mode=generate prints the responses
@@ -172,7 +175,9 @@ def generate(config: Any, workdir: Path, backend: str, accept: Sequence[str] = (
     """
     _check_samples(config, "generate")
     trained = config.generate.policy == "trained"
-    queries, second = responses.evaluation_set(config), second_reward(config, backend, "generate")
+    second = second_reward(config, backend, "generate")
+    scored = training_reward(config, backend), second, second_reward(config, backend, "eval")
+    queries = responses.evaluation_set(config, reads=rewards.reads(*scored))
     if any(query.completion for query in queries.queries):
         describe.check_installed()
     with on_run(config, workdir, backend, accept, trained=trained) as (run, state):
@@ -188,6 +193,53 @@ def generate(config: Any, workdir: Path, backend: str, accept: Sequence[str] = (
     for name, value in describe.describe(found).items():
         print(f"{name:<22} {value:.4g}")
     print(f"\n{len(found.rollouts)} queries x {config.generate.samples} responses, kept in {path}")
+    return 0
+
+
+def probe(config: Any, workdir: Path, backend: str) -> int:
+    """Finds out what the principles buy before any training, rule by rule, and what the threshold means for this reward."""
+    _check_samples(config, "probe")
+    with on_run(config, workdir, backend, trained=False) as (run, _):
+        found = probing.probe(run)
+    said = probing.said(found)
+    write_json(workdir / probing.FILE, found)
+    page = probe_page.write(plain(found), said, workdir)
+    print(f"{found['queries']} held-out queries x {found['samples']} responses, {len(found['prompts'])} prompts")
+    print("\n".join(said))
+    print(f"page: {page}")
+    return 0
+
+
+def harness(config: Any, workdir: Path, backend: str, accept: Sequence[str] = ()) -> int:
+    """Asks tasks of lm-evaluation-harness before and after training: what alignment cost."""
+    tax.check(config)
+    _check_samples(config, "harness")
+    figures = {}
+    for which in sorted(config.harness.policies, reverse=True):  # trained first: there may be nothing trained
+        with on_run(config, workdir, backend, accept, trained=which == "trained") as (run, state):
+            step = points.step_within(state)
+            point = {"iteration": state.iteration, "step": step, "within": step is not None}
+            figures[which] = tax.evaluate(run, tax.file_of(workdir, point if which == "trained" else None))
+    print("\n".join(tax.said(tax.rows(figures.get("start"), figures.get("trained")))))
+    if (workdir / "report.html").exists():
+        run_page.write(workdir)
+    return 0
+
+
+def replay(config: Any, workdir: Path, backend: str, against: Path | None = None) -> int:
+    """Labels what a run sampled as the config now says, and tells what would have been decided otherwise; or, against
+    another run, the first quantity in which the two differ.
+    """
+    if against is not None:
+        found = differences.of(workdir, against)
+        print("\n".join(map(str, found)) or f"no difference: {workdir} and {against} did the same, bit by bit")
+        return 0
+    if not recorded(workdir):
+        raise UserError(f"--workdir={workdir} holds no run; train one first: --mode=train")
+    with lock(workdir / replaying.FOLDER):  # a run that goes on is not disturbed
+        result = replaying.replay(config, workdir, backend)
+    print("\n".join(replaying.said(result)))
+    print(f"journals, flips and records: {workdir / replaying.FOLDER}")
     return 0
 
 

@@ -24,7 +24,7 @@ def _columns(text: str) -> dict[str, str]:
     return {ours: theirs for ours, _, theirs in pairs}
 
 
-def _subsets(text: str) -> tuple[str, ...]:
+def _names(text: str) -> tuple[str, ...]:
     return tuple(text.split(","))
 
 
@@ -48,10 +48,11 @@ def main() -> int:
     add("--out", required=True, type=Path, metavar="DIR", help="where the files go")
     add("--train-split", default="train", dest="split", help="of a folder or a data set on a hub (default: train)")
     add("--test-split", default="test", help="likewise, of --test (default: test)")
-    add("--subsets", default=(), type=_subsets, metavar="A,B", help="configurations or sub-folders (default: all of it)")
+    add("--subsets", default=(), type=_names, metavar="A,B", help="configurations or sub-folders (default: all of it)")
     add("--columns", default={}, type=_columns, metavar="OURS=THEIRS,...", help="what the data call our columns")
     add("--words", default=(2, 8), type=_words, metavar="LOW-HIGH", help="of format imdb: words of the query (default: 2-8)")
     add("--needs", choices=formats.NEEDS, default="prompt", help="what a record must have to be of use (default: prompt)")
+    add("--keep", default=(), dest="reads", type=_names, metavar="A,B", help="columns that rewards read; all must have them")
     add("--test-share", default=0.05, type=_share, help="without --test: how much is set apart (default: 0.05)")
     add("--max-words", default=0, type=int, metavar="N", help="leave longer prompts out")
     add("--limit", default=0, type=int, metavar="N", help="use so many records, drawn by --seed")

@@ -87,7 +87,7 @@ class TestParse:
         )
         expected.reward.kwargs = {"k": 1, "words": ("a",)}
         assert run.config.to_dict() == expected.to_dict()
-        assert run[1:] == (tmp_path, "jax", "evaluate", None, (), (), None, False)
+        assert run[1:] == (tmp_path, "jax", "evaluate", None, (), (), None, False, None)
         with pytest.raises(AttributeError):
             run.config.seed = 1
 
@@ -95,11 +95,11 @@ class TestParse:
         assert parse(DEFAULT, "--mode=plan", "--config.task.chat").config.task.chat is True
 
     def test_plan_needs_no_workdir(self):
-        assert parse(DEFAULT, "--mode=plan")[1:] == (Path("."), "jax", "plan", None, (), (), None, False)
+        assert parse(DEFAULT, "--mode=plan")[1:] == (Path("."), "jax", "plan", None, (), (), None, False, None)
 
     def test_compare_needs_runs_and_nothing_else(self, tmp_path):
         run = parse("--mode=compare", "--runs=a,PPO=b,PPO=c")
-        assert run[1:] == (Path("runs/comparison"), "jax", "compare", None, ("a", "PPO=b", "PPO=c"), (), None, False)
+        assert run[1:] == (Path("runs/comparison"), "jax", "compare", None, ("a", "PPO=b", "PPO=c"), (), None, False, None)
         assert run.config.to_dict() == default.get_config().to_dict()
         other = parse("--mode=compare", "--runs=a", f"--workdir={tmp_path}", "--config.compare.examples=3")
         assert other.workdir == tmp_path and other.config.compare.examples == 3
@@ -143,7 +143,7 @@ class TestParse:
             ([DEFAULT, "--wrokdir=x"], "unknown flag --wrokdir; did you mean 'workdir'?"),
             ([DEFAULT, "train"], "leftover argument 'train'"),
             ([DEFAULT, "--config.seed", "1", "2"], "leftover argument '2'"),
-            ([DEFAULT, "--mode=trian"], "--mode=trian: value should be one of <train|evaluate|generate|compare|plan"),
+            ([DEFAULT, "--mode=trian"], "--mode=trian: value should be one of <train|probe|evaluate|generate|compare|"),
             ([DEFAULT, "--backend=tf"], "--backend=tf: value should be one of <jax|torch>"),
             ([DEFAULT], "--workdir=DIR is missing"),
             ([DEFAULT, f"--workdir={__file__}"], "is a file"),

@@ -39,7 +39,7 @@ from ple_jax.core.answers import AGAIN
 from ple_jax.core.errors import UserError
 from ple_jax.core.extras import need
 from ple_jax.core.types import Query, Response, Rollout
-from ple_jax.data.queries import draw
+from ple_jax.data.mixture import draw_queries
 from ple_jax.models import adapters
 from ple_jax.training import costs, loop, measures, points, scoring, steps
 from ple_jax.training.journal import Journal, read
@@ -127,8 +127,7 @@ class Trl:
         model = _peft_model(run)
         named = dict(model.named_parameters())
         self.parameters = {  # "path/kind", as the backend calls it -> PEFT's
-            leaf: named[f"base_model.model.{_module(leaf)}.{_PEFT[leaf.rpartition('/')[2]]}"]
-            for leaf in self.backend.leaves
+            leaf: named[f"base_model.model.{_module(leaf)}.{_PEFT[leaf.rpartition('/')[2]]}"] for leaf in self.backend.leaves
         }
         self._load(lora.leaves(self.backend.reference))  # TRL's reference is what the model is when the trainer is made
         self.optimizer = torch.optim.AdamW(
@@ -202,7 +201,7 @@ class Trl:
         """What TRL samples of the iteration's queries, and the metrics of its optimiser steps."""
         run, config, iteration = self.run, self.run.config, self.state.iteration
         self.context = context
-        self.queries = draw(run.data.train, config.queries_per_iteration, seed=config.seed, iteration=iteration)
+        self.queries = draw_queries(config, run.data.train, iteration)
         run.session.progress.phase("generate", 1)
         values = self._train([{"prompt": str(i)} for i in range(len(self.queries))])
         # the backend still has the policy that sampled
@@ -282,7 +281,7 @@ class Trl:
         responses = (
             Response(tuple(tokens), tokens[-1] in run.base.eos, sample=i, text=shown[i]) for i, tokens in enumerate(sampled)
         )
-        return Rollout(query.id, query.prompt, tuple(ids), tuple(responses))
+        return Rollout(query.id, query.prompt, tuple(ids), tuple(responses), record=query.record)
 
 
 class Watch(TrainerCallback):

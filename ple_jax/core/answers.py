@@ -111,7 +111,7 @@ class Incomplete(UserError):
 
 
 def answered(
-    questions: Mapping[str, tuple[str, ...]],
+    questions: Mapping[str, tuple[Any, ...]],
     ask: Callable[..., Any],
     check: Callable[..., Sequence[float]],
     *,
@@ -125,7 +125,7 @@ def answered(
     What a call gave is in the cache before the next one begins; values that are not finite never are.
 
     Args:
-        questions: by key, each a row of texts.
+        questions: by key, each a row of texts, and of what else is read for them.
         ask: called with the columns of some of them, as lists.
         check: (what `ask` gave, *columns) -> one number each; raises a UserError where it is something else.
         failed: what happened to so many questions, for the error where `ask` fails.
@@ -150,7 +150,7 @@ def answered(
     return known
 
 
-def _asked(ask: Callable[..., Any], columns: Sequence[list[str]], failed: str, again: str) -> tuple[Any, Incomplete | None]:
+def _asked(ask: Callable[..., Any], columns: Sequence[list[Any]], failed: str, again: str) -> tuple[Any, Incomplete | None]:
     """What a call gave, and why it stopped before the end, if it did."""
     try:
         return ask(*columns), None

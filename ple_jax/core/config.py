@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 PACKAGE = Path(__file__).parent.parent
 # dictionaries of the user's own, overridden whole
 FREE = (
-    "algorithm_kwargs", "reward.kwargs", "task.columns", "eval.second_kwargs", "generate.second_kwargs",
+    "algorithm_kwargs", "reward.kwargs", "task.columns", "task.sets", "eval.second_kwargs", "generate.second_kwargs",
     "compare.judge_kwargs",
 )  # fmt: skip
 
@@ -55,6 +55,12 @@ RENAMED = {
 # keys that one backend alone reads, all of them "auto" by default
 OWN = {"model.layers": "jax", "model.attention": "jax", "model.device": "torch", "model.ops": "torch"}
 
+
+# keys that name what a finished run has read, and a replay does not
+OF_FILES = (
+    "task.train", "task.heldout", "task.sets", "principles", "model.path", "model.adapter", "warm_up.data", "reward.name",
+    "eval.second_reward", "eval.second_kwargs", "harness.include",
+)  # fmt: skip
 
 # keys that are fitted to a device's memory where they are "auto", when a run begins
 AUTO = ("sampling.width", "optimizer.micro_queries")
@@ -97,7 +103,11 @@ def _source(value: Any) -> str:
 
 def _words(value: Any) -> str:
     fine = isinstance(value, tuple | list) and len(value) == 2 and all(type(v) is int for v in value)
-    return "" if fine and 1 <= value[0] <= value[1] else "(fewest, most) words, such as \"(2, 8)\""
+    return "" if fine and 1 <= value[0] <= value[1] else '(fewest, most) words, such as "(2, 8)"'
+
+
+def _folder(value: Any) -> str:
+    return "" if isinstance(value, str) and os.path.isdir(value) else f"a folder (looked in {Path.cwd()})"
 
 
 def _columns(value: Any) -> str:
@@ -107,6 +117,31 @@ def _columns(value: Any) -> str:
         return "a dictionary, our name -> the data's: \"{'prompt': 'question'}\""
     unknown = [key for key in value if key not in known]
     return f"of the columns {', '.join(known)}; {unknown[0]!r} is none{suggestion(unknown[0], known)}" if unknown else ""
+
+
+def _sets(value: Any) -> str:
+    """What each set has of its own is checked as the keys of config.task are."""
+    if not isinstance(value, Mapping) or not all(isinstance(of, Mapping) for of in value.values()):
+        return "a dictionary, name -> keys of the set: \"{'films': {'train': 'a.jsonl', 'heldout': 'b.jsonl'}}\""
+    for name, of in value.items():
+        if not isinstance(name, str) or not re.fullmatch(r"\w[\w-]*", name):
+            return f"of names of letters, digits, _ and -, and {name!r} is none"
+        for key, own in of.items():
+            rule = positive if key == "weight" else RULES.get(f"task.{key}") if key in _OF_A_SET else None
+            if rule is None:
+                known = ("weight", *_OF_A_SET)
+                return f"of sets with {', '.join(known)}; {key!r} of {name!r} is none{suggestion(str(key), known)}"
+            if says := written(own) or rule(own):
+                return f"of sets whose {key} is {says}; that of {name!r} is {shown(own)}"
+        if lacking := [key for key in ("train", "heldout") if key not in of]:
+            return f"of sets with train and heldout; {name!r} has no {lacking[0]}"
+    return ""
+
+
+_OF_A_SET = (
+    "train", "heldout", "train_split", "heldout_split", "subsets", "format", "columns", "words", "streaming", "max_train",
+    "max_heldout",
+)  # fmt: skip
 
 
 def _principles(value: Any) -> str:
@@ -214,6 +249,7 @@ RULES: dict[str, Rule] = {
     "lora.dropout": real(lambda v: 0 <= v < 1, "of at least 0 and below 1"),
     "task.train": _source,
     "task.heldout": _source,
+    "task.sets": _sets,
     "task.train_split": text,
     "task.heldout_split": text,
     "task.subsets": many(text, empty=True),
@@ -335,6 +371,14 @@ RULES: dict[str, Rule] = {
     "compare.judge_queries": whole(0, LARGE),
     "compare.judge_samples": whole(0, LARGE),
     "compare.examples": whole(0, LARGE),
+    "harness.tasks": many(text, empty=True),
+    "harness.include": optional(_folder),
+    "harness.limit": whole(0, LARGE),
+    "harness.fewshot": optional(whole(0, 1000)),
+    "harness.policies": many(choice("start", "trained")),
+    "probe.queries": whole(0, LARGE),
+    "probe.samples": whole(2, LARGE),
+    "probe.again": whole(0, LARGE),
     "mesh.data": whole(1, MANY),
     "mesh.fsdp": whole(1, MANY),
     "mesh.tensor": whole(1, MANY),

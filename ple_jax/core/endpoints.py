@@ -34,7 +34,7 @@ def _split(url: str) -> SplitResult | None:
 
 @dataclass
 class Endpoint:
-    """Called with two columns of texts, prompts and responses for instance, it gives a number for every row.
+    """Called with columns of texts, prompts and responses for instance, it gives a number for every row.
 
     A request that fails for good leaves NaN for its rows.
 
@@ -46,7 +46,7 @@ class Endpoint:
     url: str  # where requests are posted
     _: KW_ONLY
     where: str  # the config key that holds these options, for errors
-    body: Callable[[Sequence[str], Sequence[str]], Mapping[str, Any]]  # the JSON of a request, from some rows
+    body: Callable[..., Mapping[str, Any]]  # the JSON of a request, from the columns of some rows
     # the numbers in the JSON of an answer, given how many are expected; ValueError where they are not there
     read: Callable[[Any, int], Sequence[float]]
     size: int  # rows of one request
@@ -86,13 +86,14 @@ class Endpoint:
         if self.api_key_env is not None:
             self._secrets["Authorization"] = from_environment(self.api_key_env, f"{self.where} api_key_env")
 
-    def __call__(self, first: Sequence[str], second: Sequence[str]) -> list[float]:
-        values, why = np.full(len(first), np.nan), ""
+    def __call__(self, *columns: Sequence[Any]) -> list[float]:
+        values, why = np.full(len(columns[0]), np.nan), ""
         stop, pool = threading.Event(), ThreadPoolExecutor(self.concurrency)
         self._stops.add(stop)
         try:
-            slices = [slice(start, start + self.size) for start in range(0, len(first), self.size)]
-            why = self._gather({pool.submit(self._ask, first[s], second[s], stop): s for s in slices}, values, stop)
+            slices = [slice(start, start + self.size) for start in range(0, len(values), self.size)]
+            under_way = {pool.submit(self._ask, [column[s] for column in columns], stop): s for s in slices}
+            why = self._gather(under_way, values, stop)
             why = why or ("it is not to be asked any more" if stop.is_set() else "")
         finally:
             stop.set()
@@ -132,7 +133,7 @@ class Endpoint:
                         other.cancel()
         return why
 
-    def _ask(self, first: Sequence[str], second: Sequence[str], stop: threading.Event) -> Sequence[float]:
+    def _ask(self, columns: Sequence[Sequence[Any]], stop: threading.Event) -> Sequence[float]:
         if stop.is_set():
             raise CancelledError
         sent = dict(self._secrets)
@@ -141,8 +142,8 @@ class Endpoint:
         return retry.request(
             "POST",
             self.url,
-            self.body(first, second),
-            read=lambda content: self.read(json.loads(content), len(first)),
+            self.body(*columns),
+            read=lambda content: self.read(json.loads(content), len(columns[0])),
             headers=sent,
             patience=retry.Patience(self.timeout, self.retries, self.backoff),
             stop=stop,

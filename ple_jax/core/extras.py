@@ -12,6 +12,8 @@ MODULES = {  # extra -> what is imported of it
     "eval": ("scipy", "sacrebleu", "rouge_score"),
     "vader": ("vaderSentiment",),
     "toxicity": ("profanity_check",),
+    "json_schema": ("jsonschema",),
+    "harness": ("lm_eval",),
 }
 _MORE = {"jax": ", on a GPU 'ple_jax[cuda]', on a TPU 'ple_jax[tpu]'", "torch": ", on Ascend 'ple_jax[ascend]'"}
 

@@ -25,9 +25,9 @@ EXECUTION = (
 LENGTH = ("iterations", "offline.epochs")
 # what --accept names, code of the user's that was mended while a run went on -> the keys that may then differ; "config" is
 # for a config.json that is gone
-ACCEPTED = {"reward": ("inputs.reward", "reward.kwargs"), "algorithm": ("inputs.algorithm",), "config": ()}
+ACCEPTED = {"reward": ("inputs.reward", "inputs.record", "reward.kwargs"), "algorithm": ("inputs.algorithm",), "config": ()}
 # what other modes do with a finished run
-_MODES = ("export", "generate", "compare")
+_MODES = ("export", "generate", "compare", "probe", "harness")
 # of a reward's kwargs: how it is computed and not what, so that a run may go on after a server was too slow
 _HOW = ("timeout", "retries", "backoff", "max_failures", "concurrency", "batch", "api_key_env", "headers", "rows", "device")
 # keys that make no other method of a run
@@ -45,6 +45,12 @@ def run_keys(config: Any, backend: str, digests: Mapping[str, str]) -> dict[str,
     keys["sampling"]["server"] = None if config.sampling.server is None else "vllm"
     keys["reward"]["kwargs"] = without_how(keys["reward"]["kwargs"])
     return {"format": FORMAT, "backend": backend, **redacted(keys), "inputs": dict(digests)}
+
+
+def known_keys() -> set[str]:
+    """The outermost keys that a config.json of this format may have."""
+    usual = importlib.import_module("ple_jax.configs.default").get_config().to_dict()
+    return {*usual, "format", "backend", "inputs", "changed"}
 
 
 def without_how(kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,7 +99,8 @@ def _of_format_1(kept: Mapping[str, Any]) -> dict[str, Any]:
 def method_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     """What of a run's flat config makes it the method that it is, whatever its seed."""
     kept = {k: v for k, v in config.items() if k not in _NO_METHOD and not k.startswith(_NO_METHOD_GROUPS)}
-    if config.get("task.max_train") or config.get("task.max_heldout"):  # chosen by seed
+    chosen = [config, *({f"task.{key}": of[key] for key in of} for of in (config.get("task.sets") or {}).values())]
+    if any(of.get("task.max_train") or of.get("task.max_heldout") for of in chosen):  # by seed
         kept = {k: v for k, v in kept.items() if k not in ("inputs.train", "inputs.heldout")}
     return kept
 

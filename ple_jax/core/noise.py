@@ -10,6 +10,8 @@ from jaxtyping import Float32
 HELDOUT = -1  # evaluations while a run trains: all of them draw with the same
 RESPONSES = -2  # --mode=generate: the same for every checkpoint
 CHAT = -3  # the lines of a conversation
+PROBE = -4  # --mode=probe: the same for every prompt that it tries
+HARNESS = -5  # --mode=harness, where a task samples
 
 
 def uniforms(seed: int, iteration: int, query_id: str, kind: str, sample: int, n: int) -> Float32[np.ndarray, " n"]:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType, NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from ple_jax.core.config import find
 from ple_jax.core.errors import UserError, suggestion
@@ -43,10 +43,16 @@ def load_module(name: str, key: str) -> ModuleType:
         raise UserError(f"config.{key} {name!r} does not import: {type(error).__name__}: {error}") from error
 
 
-def load_function(
-    name: str, key: str, *, given: Sequence[str], kwargs: Mapping[str, Any], known: Sequence[str]
-) -> tuple[Callable[..., Any], list[str]]:
-    """The function `package.module:function` or `file.py:function`, and the `source` it depends on.
+class Function(NamedTuple):
+    """A function of the user's own."""
+
+    call: Callable[..., Any]
+    source: list[str]  # that it depends on, as `source` gives it
+    asks: tuple[str, ...]  # its arguments without a default that nobody has given
+
+
+def load_function(name: str, key: str, *, given: Sequence[str], kwargs: Mapping[str, Any], known: Sequence[str]) -> Function:
+    """The function `package.module:function` or `file.py:function`.
 
     Args:
         key: the config key that names it, for errors.
@@ -67,11 +73,20 @@ def load_function(
     found = getattr(module, function, None)
     if not callable(found):
         raise UserError(f"config.{key} {name!r}: {file} has no function {function!r}")
+    asks = _without_a_value(found, len(given), kwargs)
     try:
-        inspect.signature(found).bind(*([] for _ in given), **kwargs)
+        inspect.signature(found).bind(*([] for _ in given), **kwargs, **dict.fromkeys(asks))
     except TypeError as error:
         raise UserError(f"config.{key} {name!r} is not called as ({', '.join(given)}, **kwargs): {error}") from error
-    return found, source(module, found)
+    return Function(found, source(module, found), asks)
+
+
+def _without_a_value(function: Callable[..., Any], given: int, kwargs: Mapping[str, Any]) -> tuple[str, ...]:
+    """Arguments that must be given by name, after the first `given` ones."""
+    found = list(inspect.signature(function).parameters.values())
+    first = [p for p in found if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][:given]
+    others = [p for p in found if p not in first and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    return tuple(p.name for p in others if p.default is p.empty and p.name not in kwargs)
 
 
 def check_types(function: Callable[..., Any], kwargs: Mapping[str, Any], where: str) -> None:

@@ -25,6 +25,7 @@ class Query(NamedTuple):
     prompt: str
     completion: str = ""
     rejected: str = ""
+    record: Mapping[str, Any] = {}  # what the rewards read of it, by name (`Reward.reads`); plain values
 
 
 class Slot(NamedTuple):
@@ -51,6 +52,7 @@ class Response(NamedTuple):
     principled: bool = False  # of the slot that asked for it: whether the principles were in the prompt
     source: str = "policy"  # of that slot too: who gave it, the policy or the record
     logprobs: tuple[float, ...] = ()  # of every token, nats, as the sampler had them; empty where it gave none
+    noise: str = ""  # a digest of what it was drawn with; empty where nothing was drawn here
 
     @property
     def own(self) -> bool:
@@ -68,6 +70,7 @@ class Rollout(NamedTuple):
     tau: float = float("nan")
     margin: float = float("nan")
     decision: str = ""  # "ranked", "blended"; other algorithms use words of their own
+    record: Mapping[str, Any] = {}  # of the query
 
 
 class Sampling(NamedTuple):
@@ -138,15 +141,18 @@ class Reward:
     """What the method optimises: (prompts, responses) -> one float each, with a name and a scale.
 
     A prompt is the plain one, whatever the response was sampled from; where it has turns it is a
-    `conversation.Conversation`, which reads as their transcript.
+    `conversation.Conversation`, which reads as their transcript. What it `reads` of the record comes by name, a value for
+    each response: (prompts, responses, completion=[...]).
     """
 
     name: str
-    score: Callable[[Sequence[str], Sequence[str]], Sequence[float]] | None = None  # None: the combination of `parts`
+    score: Callable[..., Sequence[float]] | None = None  # None: the combination of `parts`
     version: str = "1"  # another one wherever equal texts may get other values: stored values go by name and version
     scale: tuple[float, float] = (-math.inf, math.inf)  # lowest and highest value
     batch: int = 64  # responses of one call; what finished calls gave is kept when a later one fails
-    refuses: Callable[[str], str] | None = None  # why answers to a prompt cannot be scored, "" where they can
+    reads: tuple[str, ...] = ()  # of the record: `completion`, its own answer, `rejected`, or a column of the data
+    # why answers to a prompt cannot be scored, "" where they can; it is told what the reward reads too, by name
+    refuses: Callable[..., str] | None = None
     parts: Mapping[str, "Reward"] = field(default_factory=dict)
     combine: Callable[[Mapping[str, np.ndarray]], np.ndarray] | None = None  # float64 [n] of every part -> float64 [n]
     # of a reward that a server computes: it may be asked while this process samples, and this ends what it is asked then
@@ -222,9 +228,7 @@ class Backend(Protocol):
         """What the head says of every response, as numpy; for algorithms that train one."""
         ...
 
-    def update(
-        self, batches: Sequence[Batch], loss: Loss, *, lr: float, temperature: float = 1.0
-    ) -> dict[str, float]:
+    def update(self, batches: Sequence[Batch], loss: Loss, *, lr: float, temperature: float = 1.0) -> dict[str, float]:
         """One optimizer step on the mean over all rows of `batches`; their metrics' means, and `grad_norm`.
 
         The logits are divided by `temperature`, above 0, in all that the loss is told.

@@ -1,8 +1,12 @@
 """A run's records: loaded as config.task says, checked, and cut to what the model takes."""
 
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from ple_jax.core.errors import UserError
 from ple_jax.core.types import Query
+from ple_jax.data import mixture
 from ple_jax.data.left_out import Bad, QuerySet, check_share
 from ple_jax.data.queries import disjoint, load_queries
 
@@ -15,26 +19,59 @@ class Data(NamedTuple):
     bad: dict[str, list[Bad]]  # by "train", "heldout" and "sft"
 
 
-def load_data(config: Any, *, needs: str = "prompt", heldout_needs: str | None = None) -> Data:
+def load_data(config: Any, *, needs: str = "prompt", heldout_needs: str | None = None, reads: Sequence[str] = ()) -> Data:
     """The train and held-out records of a config.
 
     Args:
         needs: what a record must have to be of use: prompt, completion or pair.
         heldout_needs: what a held-out one must have; the same if it is not given.
+        reads: what the rewards read of every record, by name.
 
     Raises:
         UserError: as `load_queries`; more bad records than config.task.max_bad_share; no train record is left.
     """
-    task = config.task
-    train = _read(config, task.train, task.train_split, task.max_train, needs)
-    heldout = _read(config, task.heldout, task.heldout_split, task.max_heldout, heldout_needs or needs)
+    train = _train(config, needs, reads)
+    heldout = load_heldout(config, needs=heldout_needs or needs, reads=reads)
     queries, both = disjoint(train.queries, heldout.queries)
     return Data(queries, heldout.queries, {"train": train.bad + both, "heldout": heldout.bad})
 
 
-def load_heldout(config: Any) -> QuerySet:
-    """The held-out records of a config alone."""
-    return _read(config, config.task.heldout, config.task.heldout_split, config.task.max_heldout, "prompt")
+def _train(config: Any, needs: str, reads: Sequence[str], optional: bool = False) -> QuerySet:
+    if config.task.sets:
+        return _mixed(config, lambda own, reads: _train(own, needs, reads, True), reads)
+    task = config.task
+    return _read(config, task.train, task.train_split, task.max_train, needs, reads, optional)
+
+
+def load_heldout(config: Any, *, needs: str = "prompt", reads: Sequence[str] = (), optional: bool = False) -> QuerySet:
+    """The held-out records of a config alone; the arguments are those of `load_data`, and `optional` of `load_queries`."""
+    if config.task.sets:
+        return _mixed(config, lambda own, reads: load_heldout(own, needs=needs, reads=reads, optional=True), reads)
+    task = config.task
+    return _read(config, task.heldout, task.heldout_split, task.max_heldout, needs, reads, optional)
+
+
+def _mixed(config: Any, load: Callable[[Any, Sequence[str]], QuerySet], reads: Sequence[str]) -> QuerySet:
+    """All sets of config.task.sets, a query of each in turn; a reward that reads `set` is told which one, and None for a
+    column that a set does not have.
+
+    Raises:
+        UserError: no set has it.
+    """
+    each: list[list[Query]] = []
+    bad: list[Bad] = []
+    columns = [name for name in reads if name != mixture.SET]
+    for name in mixture.sets(config):
+        found, told = load(mixture.config_of(config, name), columns), {mixture.SET: name} if mixture.SET in reads else {}
+        each.append([q._replace(id=f"{name}/{q.id}", record={**q.record, **told}) for q in found.queries])
+        bad += found.bad
+    queries = [query for some in itertools.zip_longest(*each) for query in some if query is not None]
+    if lacking := [name for name in columns if all(query.record[name] is None for query in queries)]:
+        raise UserError(
+            f"no record of config.task.sets has a `{lacking[0]}`, and the reward reads it: give it in config.reward.kwargs,"
+            " give the argument a default, or rename a column"
+        )
+    return QuerySet(queries, bad)
 
 
 def load_warm_up(config: Any) -> QuerySet:
@@ -42,7 +79,9 @@ def load_warm_up(config: Any) -> QuerySet:
     return _read(config, config.warm_up.data, config.task.train_split, 0, "completion")
 
 
-def _read(config: Any, source: str, split: str, limit: int, needs: str) -> QuerySet:
+def _read(
+    config: Any, source: str, split: str, limit: int, needs: str, reads: Sequence[str] = (), optional: bool = False
+) -> QuerySet:
     task = config.task
     found = load_queries(
         source,
@@ -55,6 +94,8 @@ def _read(config: Any, source: str, split: str, limit: int, needs: str) -> Query
         limit=limit,
         seed=config.seed,
         needs=needs,
+        reads=reads,
+        optional=optional,
     )
     check_share(found, source, task.max_bad_share)
     return found

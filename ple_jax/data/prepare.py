@@ -18,6 +18,7 @@ from ple_jax.data.left_out import Bad, QuerySet, write_bad
 from ple_jax.data.queries import load_queries
 
 _BAR = 40  # characters of the longest
+_OWN = ("id", "prompt", "messages", "chosen", "tools")  # columns that records are read from
 
 
 def prepare(
@@ -44,6 +45,7 @@ def prepare(
     Raises:
         UserError: as `load_queries`; nothing is left of one of the two.
     """
+    _check_kept(options.get("reads", ()))
     load = functools.partial(load_queries, seed=seed, needs=needs)
     clean = functools.partial(_clean, max_words=max_words, needs=needs)
     sets = {"train": clean(load(train, **options))}
@@ -53,6 +55,11 @@ def prepare(
     else:
         left, drawn = divide(sets["train"].queries, share=test_share, seed=seed)
         sets = {"train": sets["train"]._replace(queries=left), "test": _Set(drawn, [], {})}
+    return _written(sets, out, needs)
+
+
+def _written(sets: "Mapping[str, _Set]", out: Path, needs: str) -> dict[str, Any]:
+    """Writes all files; what summary.json has."""
     counts = {name: one.counts | _described(one, name) for name, one in sets.items()}
     out.mkdir(parents=True, exist_ok=True)
     for name, one in sets.items():
@@ -60,6 +67,11 @@ def prepare(
     write_bad(out / "bad.jsonl", {name: one.bad for name, one in sets.items()})
     write_json(out / "summary.json", counts)
     return counts
+
+
+def _check_kept(names: Sequence[str]) -> None:
+    if taken := [name for name in names if name in _OWN]:
+        raise UserError(f"--keep {taken[0]}: the column is written anyway, or would be read as something else; leave it out")
 
 
 class _Set(NamedTuple):
@@ -117,7 +129,8 @@ def _blanks() -> dict[int, str]:
 def unique(queries: Iterable[Query], *, needs: str) -> tuple[list[Query], int, int]:
     """The first of every kind; how many were exactly equal to one before, and how many only after `normalised`.
 
-    Compared is what the record is needed for: the prompt, and with needs=completion or pair its answers.
+    Compared is what the record is needed for: the prompt, what is kept of the record, and with needs=completion or pair its
+    answers.
     """
     kept: list[Query] = []
     exact, alike = set(), set()
@@ -125,6 +138,7 @@ def unique(queries: Iterable[Query], *, needs: str) -> tuple[list[Query], int, i
     for query in queries:
         parts = (query.prompt, query.completion, query.rejected)[: {"prompt": 1, "completion": 2, "pair": 3}[needs]]
         beside = [json.dumps([i, part.message]) for i, part in enumerate(parts) if isinstance(part, Answer)]
+        beside += [json.dumps(query.record, sort_keys=True)] if query.record else []
         plain, other = _hash([*parts, *beside]), _hash([*map(normalised, parts), *beside])
         if plain in exact:
             equal += 1
@@ -193,11 +207,12 @@ def write(path: Path, queries: Sequence[Query], *, needs: str) -> None:
         answers: dict[str, Any] = {"completion": query.completion} if answered else {}
         if needs == "pair":
             answers = {"chosen": query.completion, "rejected": query.rejected}
+        kept = {name: value for name, value in query.record.items() if name not in answers}
         if not isinstance(query.prompt, Conversation):
-            return {"id": query.id, "prompt": query.prompt, **answers}
+            return {"id": query.id, "prompt": query.prompt, **answers, **kept}
         turns = {key: [turn_of(text)] for key, text in answers.items()}
         tools = {"tools": query.prompt.tools} if query.prompt.tools else {}
-        return {"id": query.id, "prompt": query.prompt.messages, **turns, **tools}
+        return {"id": query.id, "prompt": query.prompt.messages, **turns, **tools, **kept}
 
     write_jsonl(path, map(record, queries))
 

@@ -17,6 +17,7 @@ from ple_jax.data.left_out import CUT, Bad, QuerySet
 _ENOUGH = 1000  # records of a stream, none of them of use: the others are not waited for
 
 
+# one piece: half of it says what every argument means
 def load_queries(
     source: str,
     *,
@@ -29,6 +30,8 @@ def load_queries(
     limit: int = 0,
     seed: int = 0,
     needs: str = "prompt",
+    reads: Sequence[str] = (),
+    optional: bool = False,
 ) -> QuerySet:
     """The queries of a source, and the records that cannot be one.
 
@@ -40,6 +43,8 @@ def load_queries(
         limit: use so many of them (0: all), drawn by `seed`, in the order of the source; of a stream the first.
         seed: of that, and of imdb's number of words.
         needs: what a record must have to be of use: prompt, completion or pair (of a chosen and a rejected answer).
+        reads: what else it must have, as `Reward.reads`: that is its `record`.
+        optional: it may also lack some of that, and then has None there.
 
     Raises:
         UserError: as `records.read`; no record at all; a column that is needed and that no record has.
@@ -51,10 +56,11 @@ def load_queries(
     if format == "imdb" and not streaming:
         found = list(found)
         labelled = any("label" in _renamed(record.value, columns) for record in found)
-    make = functools.partial(_query, make=_maker(format, needs, words=words, seed=seed, labelled=labelled), columns=columns)
+    maker = _maker(format, needs, words=words, seed=seed, labelled=labelled)
+    make = functools.partial(_query, make=maker, columns=columns, reads=reads, optional=optional)
     task = _sorted_out(found, make, streaming=streaming, limit=limit)
     _check_any(task, source)
-    return task._replace(queries=_some(task.queries, limit, seed))
+    return task._replace(queries=some(task.queries, limit, seed))
 
 
 def _sorted_out(
@@ -95,7 +101,7 @@ def _check_any(task: QuerySet, source: str) -> None:
         raise UserError(f"{nameless[0].reason}, or say its name: --config.task.columns=\"{{'prompt': 'question'}}\"")
 
 
-def _some(queries: list[Query], limit: int, seed: int) -> list[Query]:
+def some(queries: list[Query], limit: int, seed: int) -> list[Query]:
     """`limit` of them (0: all), drawn by `seed`, in their order."""
     if not 0 < limit < len(queries):
         return queries
@@ -111,11 +117,35 @@ def _maker(format: str, needs: str, **options: Any) -> Callable[[Mapping[str, An
     return lambda values, name: plain(values, needs=needs)
 
 
-def _query(record: records.Record, *, make: Callable[[Mapping[str, Any], str], Query], columns: Mapping[str, str]) -> Query:
+def _query(
+    record: records.Record,
+    *,
+    make: Callable[[Mapping[str, Any], str], Query],
+    columns: Mapping[str, str],
+    reads: Sequence[str],
+    optional: bool,
+) -> Query:
     if record.kind:
         raise formats.Unusable(record.kind, record.reason)
     values = _renamed(record.value, columns)
-    return make(values, record.name)._replace(id=record.name if values.get("id") is None else str(values["id"]))
+    query = make(values, record.name)._replace(id=record.name if values.get("id") is None else str(values["id"]))
+    return query._replace(record={name: _told(query, values, name, optional=optional) for name in reads})
+
+
+def _told(query: Query, values: Mapping[str, Any], name: str, *, optional: bool) -> Any:
+    """What a reward is told of a record under a name: the text of an answer of the query, or a column, as JSON has it."""
+    own = {"completion": str(query.completion), "rejected": str(query.rejected)}
+    value = own[name] or values.get(name) or None if name in own else values.get(name)
+    if value is None or value != value:  # NaN
+        if optional:
+            return None
+        lacks = f"an empty `{name}`" if name in values else f"no `{name}`, only {', '.join(values)}"
+        raise formats.Unusable(
+            "reward",
+            f" has {lacks}, and the reward reads it: an argument of a function without a default is a column of the data"
+            " where config.reward.kwargs does not give it",
+        )
+    return json.loads(json.dumps(value, default=str))
 
 
 def _renamed(values: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str, Any]:
@@ -149,12 +179,13 @@ def disjoint(train: Sequence[Query], heldout: Sequence[Query]) -> tuple[list[Que
 
 
 def digest(queries: Iterable[Query]) -> str:
-    """What tells one set of queries from another."""
+    """What tells one set of queries from another, whatever rewards read of its records."""
     found = hashlib.sha256()
     for query in queries:
         turns = [query.prompt.messages, query.prompt.tools] if isinstance(query.prompt, Conversation) else None
-        answers = [[i, text.message] for i, text in enumerate(query) if isinstance(text, Answer)]
-        found.update(json.dumps([*query, turns, *answers], sort_keys=True, default=str).encode() + b"\n")
+        texts = query[: Query._fields.index("record")]
+        answers = [[i, text.message] for i, text in enumerate(texts) if isinstance(text, Answer)]
+        found.update(json.dumps([*texts, turns, *answers], sort_keys=True, default=str).encode() + b"\n")
     return found.hexdigest()[:16]
 
 

@@ -22,18 +22,22 @@ from ple_jax.core.types import Reward
 WHERE = "config.compare.judge_kwargs"
 _AGAIN = "mend it and give the same command again: what one of the same version judged is kept"
 
-Decide = Callable[[Sequence[str], Sequence[str], Sequence[str]], Sequence[float]]
+Decide = Callable[..., Sequence[float]]
 
 
 @dataclass(frozen=True)
 class Judge:
-    """Says of two responses to a prompt which is better: (prompts, first, second) -> one verdict each."""
+    """Says of two responses to a prompt which is better: (prompts, first, second) -> one verdict each.
+
+    What it `reads` of the record it is told by name, a value for each pair, as rewards are.
+    """
 
     name: str
     version: str  # another one wherever equal texts may get other verdicts: stored verdicts go by name and version
     decide: Decide
     symmetric: bool = False  # the order of the two means nothing to it: the other one is not asked
     batch: int = 16  # questions of one call; what finished calls said is kept when a later one fails
+    reads: tuple[str, ...] = ()  # of the record, as `Reward.reads`
 
 
 class Outcomes(NamedTuple):
@@ -55,12 +59,15 @@ class _Higher:
     tie: float
     cache: Cache | None = None
 
-    def __call__(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> list[float]:
+    def __call__(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str], /, **fields: Any) -> list[float]:
+        records = [dict(zip(fields, row, strict=True)) for row in zip(*fields.values(), strict=True)] or [{}] * len(prompts)
         try:
-            values = rewards.score(self.reward, [*prompts, *prompts], [*first, *second], cache=self.cache).values
+            found = rewards.score(
+                self.reward, [*prompts, *prompts], [*first, *second], records=[*records, *records], cache=self.cache
+            )
         except Incomplete as error:  # whose values are of responses, and no verdicts
             raise UserError(str(error)) from error
-        a, b = np.split(np.where(np.isfinite(values), values, np.nan), 2)
+        a, b = np.split(np.where(np.isfinite(found.values), found.values, np.nan), 2)
         return np.where(np.abs(a - b) <= self.tie, 0.0, np.sign(a - b)).tolist()
 
 
@@ -73,8 +80,8 @@ def by_reward(name: str, *, kwargs: Mapping[str, Any] | None = None, tie: float 
     """
     check_tie(tie)
     reward = rewards.load(name, kwargs or {}, backend=backend)
-    version = digest(_versions(reward), tie)
-    return Judge(reward.name, version, _Higher(reward, tie), symmetric=True, batch=max(1, reward.batch // 2))
+    version, reads = digest(_versions(reward), tie), rewards.reads(reward)
+    return Judge(reward.name, version, _Higher(reward, tie), symmetric=True, batch=max(1, reward.batch // 2), reads=reads)
 
 
 def check_tie(tie: float) -> None:
@@ -89,21 +96,32 @@ def _versions(reward: Reward) -> list[Any]:
 # ---------------------------------------------------------------- comparing
 
 
-def compare(judge: Judge, prompts: Sequence[str], a: Sequence[str], b: Sequence[str], *, cache: Cache) -> Outcomes:
+def compare(
+    judge: Judge,
+    prompts: Sequence[str],
+    a: Sequence[str],
+    b: Sequence[str],
+    *,
+    records: Sequence[Mapping[str, Any]] | None = None,
+    cache: Cache,
+) -> Outcomes:
     """What a judge says of every pair of responses, shown in both orders.
 
     Verdicts are taken from the cache, or else the judge is asked, `judge.batch` questions at a time, and what it said is in
     the cache before it is asked on. Equal questions are asked once, equal responses are a tie, and a symmetric judge is
     shown one order, which counts for both. What has no verdict is not stored: it is asked again by the next command.
 
+    Args:
+        records: what is known of the record of each prompt; needed where the judge reads some of it.
+
     Raises:
         UserError: the judge failed, or gave something else than verdicts; what it said before is kept.
     """
-    n = len(prompts)
+    n, known = len(prompts), records or [{}] * len(prompts)
     if judge.symmetric:
-        first = second = _verdicts(judge, prompts, a, b, cache)
+        first = second = _verdicts(judge, prompts, a, b, known, cache)
     else:
-        said = _verdicts(judge, [*prompts, *prompts], [*a, *b], [*b, *a], cache)
+        said = _verdicts(judge, [*prompts, *prompts], [*a, *b], [*b, *a], [*known, *known], cache)
         first, second = said[:n], 0.0 - said[n:]
     none = np.isnan(first) & np.isnan(second)
     combined = np.where(none, np.nan, np.sign(np.nan_to_num(first) + np.nan_to_num(second)))
@@ -116,13 +134,23 @@ def pair(first: str, second: str) -> str:
 
 
 def _verdicts(
-    judge: Judge, prompts: Sequence[str], first: Sequence[str], second: Sequence[str], cache: Cache
+    judge: Judge,
+    prompts: Sequence[str],
+    first: Sequence[str],
+    second: Sequence[str],
+    records: Sequence[Mapping[str, Any]],
+    cache: Cache,
 ) -> Float64[np.ndarray, " n"]:
-    asked = list(zip(prompts, first, second, strict=True))
-    keys = [key(judge.name, judge.version, prompt, pair(one, other)) for prompt, one, other in asked]
+    read = rewards.read(judge.reads, records, f"judge {judge.name!r}")
+    asked = [(*of, *fields.values()) for *of, fields in zip(prompts, first, second, read, strict=True)]
+    keys = [
+        key(judge.name, judge.version, prompt, pair(one, other), fields)
+        for prompt, one, other, fields in zip(prompts, first, second, read, strict=True)
+    ]
+    decide = replace(judge.decide, cache=cache) if isinstance(judge.decide, _Higher) else judge.decide
     known = answers.answered(
         {k: question for k, question in zip(keys, asked, strict=True) if question[1] != question[2]},
-        replace(judge.decide, cache=cache) if isinstance(judge.decide, _Higher) else judge.decide,
+        rewards.by_name(decide, 3, judge.reads),
         lambda given, *columns: _checked(judge, given, len(columns[0])),
         cache=cache,
         batch=judge.batch,

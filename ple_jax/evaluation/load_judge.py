@@ -14,7 +14,7 @@ from ple_jax.evaluation.model_judges import endpoint, local
 
 def load_judge(name: str, kwargs: Mapping[str, Any], *, backend: str) -> Judge:
     """A judge by name, or a function of your own as `package.module:function` or `file.py:function`, which is called as
-    (prompts, first, second, **kwargs).
+    (prompts, first, second, **kwargs); what of its arguments has no default and is not in kwargs it reads of the record.
 
     The names are reward (`by_reward`), endpoint and model (`model_judges.endpoint`, `model_judges.local`).
 
@@ -33,8 +33,8 @@ def load_judge(name: str, kwargs: Mapping[str, Any], *, backend: str) -> Judge:
     }
     if name not in makers:
         words = ("prompts", "first", "second")
-        found, source = load_function(name, "compare.judge", given=words, kwargs=kwargs, known=list(makers))
-        return Judge(name, digest(source, kwargs), functools.partial(found, **kwargs))
+        found = load_function(name, "compare.judge", given=words, kwargs=kwargs, known=list(makers))
+        return Judge(name, digest(found.source, kwargs), functools.partial(found.call, **kwargs), reads=found.asks)
     make, offered = makers[name]
     try:
         inspect.signature(make).bind(**offered, **kwargs)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ple_jax.evaluation import describe
+from ple_jax.evaluation import describe, harness
 from ple_jax.evaluation.methods import MEASURED, Entry, Method, mean
 from ple_jax.formulas import intervals
 from ple_jax.formulas.texts import gain_by_length
@@ -27,6 +27,7 @@ def described(methods: Sequence[Method], seed: int) -> list[dict[str, Any]]:
             if "reward_second" in values:
                 values["bad_reward_second"] = float(np.isnan(method.values["reward_second"][i]).mean())
             values["heldout_area"] = area(run.lines, budget)
+            values |= tax(run)
             kept = {key: value for key, value in values.items() if not math.isnan(value)}
             where = {"seed": run.seed, "folder": str(run.folder), "iteration": run.generated.settings["iteration"]}
             runs.append({**where, "measures": kept, "curve": curve(run.lines)})
@@ -44,6 +45,23 @@ def described(methods: Sequence[Method], seed: int) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+TAX, CHANGE = "tax ", "tax change "  # how measures of tasks begin: the value, and how far it is from that before training
+
+
+def tax(run: Entry) -> dict[str, float]:
+    """What --mode=harness found of the very policy that gave the responses."""
+    found = {}
+    for row in harness.of_workdir(run.workdir, run.point) if run.point or not run.trained else ():
+        own = row["settings"]  # figures of other settings have a name, and a column, of their own
+        name = f"{row['task']} {row['measure']}" + (f", first {own['answers_to']}" if own["answers_to"] else "")
+        name += "" if own["fewshot"] is None else f", {own['fewshot']} shots"
+        if (value := row["after"] if run.trained else row["before"]) is not None:
+            found[TAX + name] = value
+        if run.trained and row["difference"] is not None:
+            found[CHANGE + name] = row["difference"]
+    return found
 
 
 def spent(run: Entry) -> dict[str, float]:

@@ -36,9 +36,10 @@ from ple_jax.core.files import read_json, read_sealed, write_json, write_sealed
 from ple_jax.core.noise import RESPONSES
 from ple_jax.core.rules import Rule, choice, flag, mapping, misshapen, optional, text, whole
 from ple_jax.core.types import Batch, Query, Response, Reward, Rollout, Slot
+from ple_jax.data import mixture
 from ple_jax.data.left_out import QuerySet
 from ple_jax.data.load import Data, load_heldout
-from ple_jax.data.queries import digest
+from ple_jax.data.queries import digest, some
 from ple_jax.formulas.texts import ngram_overlap
 from ple_jax.training import ahead, opening, scoring
 from ple_jax.training.journal import Journal
@@ -110,8 +111,11 @@ def read(path: Path, iteration: int | None = None) -> Generated:
     return found
 
 
-def evaluation_set(config: Any) -> QuerySet:
+def evaluation_set(config: Any, *, reads: Sequence[str] = ()) -> QuerySet:
     """The queries of config.generate. What a seed chooses of them is chosen by seed 0: the same for every run.
+
+    Args:
+        reads: what the rewards read of their records, by name.
 
     Raises:
         UserError: as `load_heldout`.
@@ -121,9 +125,14 @@ def evaluation_set(config: Any) -> QuerySet:
     options, own = config.generate, ConfigDict(config.to_dict())
     own.seed = 0
     if options.data is not None:
-        own.task.heldout, own.task.heldout_split, own.task.max_heldout = options.data, options.split, 0
+        own.task.heldout, own.task.heldout_split, own.task.sets = options.data, options.split, {}
+        own.task.max_heldout = options.max_queries
+        if config.task.sets and mixture.SET in reads:  # it is of none
+            found = load_heldout(own, reads=[name for name in reads if name != mixture.SET])
+            return found._replace(queries=[q._replace(record={**q.record, mixture.SET: ""}) for q in found.queries])
     own.task.max_heldout = options.max_queries or own.task.max_heldout
-    return load_heldout(own)
+    found = load_heldout(own, reads=reads)
+    return found._replace(queries=some(found.queries, options.max_queries, 0)) if own.task.sets else found
 
 
 def write(
@@ -198,7 +207,7 @@ def _settings(run: Run[Algorithm], second: Reward | None, *, backend: str, itera
         "model": run.base.name,
         "adapter": config.model.adapter,
         "weights_digest": _digest(run),
-        "data": options.data or config.task.heldout,
+        "data": options.data or mixture.source(config, "heldout"),
         "data_digest": digest(run.data.heldout),
         "queries": len(run.data.heldout),
         "samples": options.samples,
@@ -208,6 +217,8 @@ def _settings(run: Run[Algorithm], second: Reward | None, *, backend: str, itera
         "reward_version": run.reward.version,
         "second_reward": None if second is None else second.name,
     }
+    if read := [query.record for query in run.data.heldout if query.record]:
+        settings["record_digest"] = identity.digest([json.dumps(read, sort_keys=True).encode()])
     return json.loads(json.dumps(settings))
 
 

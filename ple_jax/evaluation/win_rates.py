@@ -96,7 +96,8 @@ def _verdicts(
     prompts = [a.runs[i].generated.rollouts[q].prompt for i, _, q, _ in cells]
     first = [a.runs[i].generated.rollouts[q].responses[s].text for i, _, q, s in cells]
     second = [b.runs[j].generated.rollouts[q].responses[s].text for _, j, q, s in cells]
-    return judges.compare(judge, prompts, first, second, cache=cache)
+    records = [a.runs[i].generated.rollouts[q].record for i, _, q, _ in cells]
+    return judges.compare(judge, prompts, first, second, records=records, cache=cache)
 
 
 def _turned(found: judges.Outcomes) -> judges.Outcomes:

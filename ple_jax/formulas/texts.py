@@ -188,9 +188,7 @@ def _with_reference(responses: Sequence[str], references: Sequence[str]) -> list
 # ---------------------------------------------------------------- length
 
 
-def gain_by_length(
-    rewards: Sequence[Sequence[float] | np.ndarray], lengths: Sequence[Sequence[int] | np.ndarray]
-) -> float:
+def gain_by_length(rewards: Sequence[Sequence[float] | np.ndarray], lengths: Sequence[Sequence[int] | np.ndarray]) -> float:
     """What of the difference in mean reward between two sets of responses their lengths alone would give.
 
     It is the slope of reward on length among the responses of one set, pooled over both, times the difference in mean
@@ -215,6 +213,22 @@ def gain_by_length(
         above, below = above + float(apart @ (reward - reward.mean())), below + float(apart @ apart)
         means.append(float(length.mean()))
     return above / below * (means[1] - means[0]) if below else 0.0
+
+
+def rank_correlation(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> float:
+    """Spearman's: of the ranks of two rows of finite numbers, of equal ones the mean rank; nan where either has no spread.
+
+    >>> rank_correlation([1.0, 2.0, 30.0], [3, 2, 1])
+    -1.0
+    """
+    ranks = []
+    for values in (floats(a), floats(b)):
+        if len(values) < 2 or np.ptp(values) == 0:
+            return math.nan
+        _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
+        ranks.append((np.cumsum(counts) - (counts + 1) / 2)[which])
+    one, other = (rank - rank.mean() for rank in ranks)
+    return float(np.clip(one @ other / math.sqrt((one @ one) * (other @ other)), -1.0, 1.0))
 
 
 # ---------------------------------------------------------------- refusals

@@ -9,6 +9,7 @@ from ple_jax.algorithms import Algorithm, OfflineAlgorithm, given_sources
 from ple_jax.core.batches import bucket, response_width
 from ple_jax.core.refill import read_as
 from ple_jax.core.types import Batch, Query, Reward, Slot, Tokenizer
+from ple_jax.data import mixture
 from ple_jax.data.left_out import counts, fit
 from ple_jax.data.load import Data
 from ple_jax.planning.rates import Rates, expected
@@ -53,15 +54,19 @@ def _model(config: "ConfigDict", parameters: int, adapter_parameters: int) -> st
     )
 
 
-def _records(config: "ConfigDict", found: Data) -> str:
+def _records(config: "ConfigDict", found: Data, *, drawn: bool = True) -> str:
     task = config.task
 
     def count(which: str, queries: Sequence[Query]) -> str:
-        bad = counts({which: found.bad[which]})
-        return f"{len(queries):,} of {task[which]}" + (f", left out: {bad}" if bad else "")
+        bad, sizes = counts({which: found.bad[which]}), mixture.by_set(config, ((query.id, 1) for query in queries))
+        source = ", ".join(f"{name} {len(some):,}" for name, some in sizes.items()) or task[which]
+        return f"{len(queries):,} of {source}" + (f", left out: {bad}" if bad else "")
 
     rows = [("train", count("train", found.train)), ("held out", count("heldout", found.heldout))]
-    return f"Records (format {task.format})\n" + _table(rows)
+    if not task.sets or not drawn:
+        return f"Records{'' if task.sets else f' (format {task.format})'}\n" + _table(rows)
+    each = ", ".join(f"{name} {count}" for name, count in mixture.counts(config).items())
+    return "Records\n" + _table([*rows, ("an iteration", f"{config.queries_per_iteration} queries: {each}")])
 
 
 def _scale(reward: Reward) -> str:
@@ -150,7 +155,7 @@ def _iteration(
     width = f"{sizes(bucket, plain)} prompt tokens + up to {len(collected)} x {longest}"
     return f"Every iteration ({config.iterations} of {config.algorithm})\n" + _table(
         [
-            ("queries", f"{config.queries_per_iteration} of the {len(found.train)} of {config.task.train}"),
+            ("queries", f"{config.queries_per_iteration} of the {len(found.train)} of {mixture.source(config, 'train')}"),
             *((f"generate {_WORDS[kind]}", asked(kind)) for kind in sorted({s.principled for s in slots})),
             ("reward", f"{reward.name} ({_scale(reward)}), transform {config.reward.transform}"),
             *((f"  its part {name}", f"{part.name} ({_scale(part)})") for name, part in reward.parts.items()),
@@ -163,9 +168,7 @@ def _iteration(
     )
 
 
-def _whole_run(
-    config: "ConfigDict", found: Data, algorithm: Algorithm, plain: Sequence[int], rates: Rates | None
-) -> str:
+def _whole_run(config: "ConfigDict", found: Data, algorithm: Algorithm, plain: Sequence[int], rates: Rates | None) -> str:
     """Steps, evaluations, tokens, reward calls and seconds of all iterations together."""
     heldout, new = found.heldout, config.sampling.max_new_tokens
     evaluations = 1 + math.ceil(config.iterations / config.eval.every)
@@ -181,11 +184,13 @@ def _whole_run(
     return "The whole run\n" + _table(
         [
             ("optimiser steps", f"{planned(config, config.iterations):,}{warmed}"),
-            ("evaluations", f"{evaluations} of {len(heldout)} x {config.eval.samples} ({config.task.heldout})"),
+            (
+                "evaluations",
+                f"{evaluations} of {len(heldout)} x {config.eval.samples} ({mixture.source(config, 'heldout')})",
+            ),
             (
                 "generated tokens",
-                f"at most {sampled:,}"
-                f" ({training_rows * new:,} to train on, {evaluation_rows * new:,} to evaluate)",
+                f"at most {sampled:,} ({training_rows * new:,} to train on, {evaluation_rows * new:,} to evaluate)",
             ),
             ("reward calls", f"{scored:,}"),
             ("expected time", expected(rates, sampled=sampled, trained=trained, scored=scored)),
@@ -216,7 +221,7 @@ def describe_offline(
     return "\n\n".join(
         [
             _model(config, parameters, adapter_parameters),
-            _records(config, found),
+            _records(config, found, drawn=False),
             f"The whole run ({config.algorithm})\n{_table(rows)}",
             f"First example\n{_example(algorithm.batch(examples[:1]), tokenizer)}",
         ]

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from ple_jax.evaluation.numbers import CHANGE, TAX
 from ple_jax.reports.formats import MISSING, decimals, interval, is_number, p_value
 
 REWARDS = {"reward": "training reward", "reward_second": "second reward"}
@@ -51,6 +52,7 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
             " cut-off and unrewarded responses are shares.",
         )
     )
+    found.append(_tax(result))
     found.append(
         _means(
             result,
@@ -114,6 +116,26 @@ def _means(result: Mapping[str, Any], name: str, title: str, columns: Sequence[t
         written[key] = [_plain(key, method["measures"].get(key), digits) for method in methods]
     rows = [[method["label"], *(written[key][i] for _, key in kept)] for i, method in enumerate(methods)]
     return Table(name, title, note, ["method", *(heading for heading, _ in kept)], rows)
+
+
+def _tax(result: Mapping[str, Any]) -> Table:
+    """Tasks of --mode=harness: the value, and behind it how far it is from that before training."""
+    methods = result["methods"]
+    names = dict.fromkeys(key for method in methods for key in method["measures"] if key.startswith(TAX))
+    tasks = [key.removeprefix(TAX) for key in names if not key.startswith(CHANGE)]
+
+    def cell(measures: Mapping[str, Any], task: str) -> str:
+        value, change = measures.get(TAX + task), measures.get(CHANGE + task)
+        if value is None:
+            return MISSING
+        return f"{value:.3f}" + ("" if change is None else f" ({change:+.3f})")
+
+    rows = [[method["label"], *(cell(method["measures"], task) for task in tasks)] for method in methods]
+    note = (
+        "Tasks of lm-evaluation-harness, means over seeds; in brackets the change since before training. A method whose"
+        " policy was not asked has none"
+    )
+    return Table("tax", "Alignment tax", f"{note}.", ["method", *tasks], rows)
 
 
 def every_seed(result: Mapping[str, Any]) -> Table:

@@ -12,6 +12,7 @@ from ple_jax.core.config import flatten
 from ple_jax.core.errors import UserError
 from ple_jax.core.files import read_json, read_jsonl, write_text
 from ple_jax.core.secrets import redacted
+from ple_jax.evaluation import harness
 from ple_jax.reports import drawing, formats, pages
 from ple_jax.reports.drawing import Band, Chart, Frame, Line, Mark, Scale
 from ple_jax.reports.formats import MISSING
@@ -35,6 +36,7 @@ class Panel(NamedTuple):
 
 PANELS = (
     Panel("Reward", "mean per response, untransformed", ("heldout_reward", "heldout_reward_*", "reward_*")),
+    Panel("Reward by data set", "held-out, mean per response, untransformed", ("heldout_reward/*",)),
     Panel("Ranked share", "of the training pairs", ("ranked_share", "negative_margin_share"), share=True),
     Panel("Margin and threshold", "units of the (transformed) reward", ("margin", "tau")),
     Panel("KL to the start", "nats per response, held-out", ("heldout_kl_response",)),
@@ -100,7 +102,9 @@ def html(workdir: Path) -> str:
     best = next(reversed(summary.get("best", {}).values()), None)
     evaluations = sorted((workdir / "evaluations").glob("iter_????.jsonl"))
     rollouts = sorted((workdir / "rollouts").glob("iter_????.jsonl"))
-    about = [config.get(key) for key in ("model.path", "task.train", "reward.name", "principles")]
+    sets = ", ".join(dict.fromkeys(key.split(".")[2] for key in config if key.startswith("task.sets.")))
+    about = [config.get("model.path"), sets or config.get("task.train"), config.get("reward.name"), config.get("principles")]
+    tax, tax_of = harness.newest(workdir, best)
     return pages.render(
         "run.html",
         name=workdir.resolve().name,
@@ -111,6 +115,8 @@ def html(workdir: Path) -> str:
         algorithm=config.get("algorithm"),
         seed=config.get("seed"),
         doubts=list(doubts(summary, best)),
+        tax=tax,
+        tax_of=tax_of,
         environment=environment,
         charts=list(charts(metrics)),
         tip_width=drawing.TIP,
@@ -171,6 +177,7 @@ def charts(metrics: Sequence[Mapping[str, Any]]) -> Iterator[Chart]:
     # every kind of response has a length; a suffix that is no kind (lp_plain_before, reward_calls) is no line
     lengths = [key.removeprefix("length_") for key in keys if key.startswith("length_")]
     kinds = list(dict.fromkeys(["plain", "principled", *lengths]))
+    kinds += dict.fromkeys(key.partition("/")[2] for key in keys if key.startswith("heldout_reward/"))  # data sets
     last = max(line["iteration"] for line in metrics)
     across = Scale(0, max(last, 1), FRAME.left + 10, FRAME.right - 10, range(0, last + 1, max(1, math.ceil(last / 10))))
     for panel in PANELS:
@@ -207,6 +214,8 @@ def _mark(panel: Panel, key: str, i: int, kinds: Sequence[str]) -> Mark:
     """A colour stands for a kind of response; what is of none has the colour of text, and the second of such is dashed."""
     prefix = next((p[:-1] for p in panel.metrics if p.endswith("*") and key.startswith(p[:-1])), "")
     kind, label = key.removeprefix(prefix), _LABELS.get(key, key.removeprefix(prefix))
+    if prefix == "heldout_reward/":
+        return Mark(i + 1, label, i % drawing.COLOURS, i // drawing.COLOURS % drawing.DASHES)
     if prefix == "heldout_reward_":
         return Mark(i + 1, f"held-out, {kind}", _HELDOUT_KIND, 0)
     if key.startswith("heldout"):

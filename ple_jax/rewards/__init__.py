@@ -1,4 +1,4 @@
-"""Rewards: (prompts, responses) -> one float per response.
+"""Rewards: (prompts, responses) -> one float per response; of the record, what a reward asks for by name.
 
 A reward is a module here, whose `make(**kwargs)` checks its options and returns a `Reward` (core/types.py), or a function
 of the user's own. `load` makes one by its name; `score` calls it on what the cache does not hold yet, checks what it gives
@@ -12,7 +12,8 @@ weights and files that it reads. That of a user's function is a digest of its so
 import functools
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +27,7 @@ from ple_jax.core.identity import without_how
 from ple_jax.core.types import Reward
 
 WHERE = "config.reward.kwargs"  # what errors call a reward's options
+_FENCE = re.compile(r"[ \t]*(`{3,}|~{3,})([^`]*)\Z")
 
 
 class Scored(NamedTuple):
@@ -41,6 +43,9 @@ class Scored(NamedTuple):
 def load(name: str, kwargs: Mapping[str, Any], **offered: Any) -> Reward:
     """A reward by the name of a module here, or a function of your own as `package.module:function` or
     `file.py:function`, which is called as (prompts, responses, **kwargs).
+
+    An argument of it without a default that is not in kwargs is something it reads of the record: `completion`, the record's
+    own answer, `rejected`, or a column of the data, a value for each response.
 
     Args:
         name: as in config.reward.name.
@@ -59,8 +64,9 @@ def load(name: str, kwargs: Mapping[str, Any], **offered: Any) -> Reward:
         except TypeError as error:
             raise UserError(f"{WHERE} {dict(kwargs)!r}: {error}") from error
     known, words = names("rewards", ".py"), ("prompts", "responses")
-    found, source = plugins.load_function(name, "reward.name", given=words, kwargs=kwargs, known=known)
-    return Reward(name, functools.partial(found, **kwargs), version=digest(source, without_how(kwargs)))
+    found = plugins.load_function(name, "reward.name", given=words, kwargs=kwargs, known=known)
+    version = digest(found.source, without_how(kwargs))
+    return Reward(name, functools.partial(found.call, **kwargs), version=version, reads=found.asks)
 
 
 def leaves(reward: Reward) -> list[Reward]:
@@ -68,40 +74,121 @@ def leaves(reward: Reward) -> list[Reward]:
     return [leaf for part in reward.parts.values() for leaf in leaves(part)] or [reward]
 
 
+# ---------------------------------------------------------------- what they read of the record
+
+
+def reads(*rewards: Reward | None) -> tuple[str, ...]:
+    """The names of what some rewards are told of the record, each once."""
+    return tuple(
+        dict.fromkeys(name for reward in rewards if reward is not None for leaf in leaves(reward) for name in leaf.reads)
+    )
+
+
+def read(names: Sequence[str], records: Sequence[Mapping[str, Any]], who: str) -> list[dict[str, Any]]:
+    """Of every record what these names stand for.
+
+    Raises:
+        UserError: a record lacks one, as it was kept by a run whose rewards did not read it.
+    """
+    if lacking := [name for name in names if any(name not in record for record in records)]:
+        raise UserError(
+            f"{who} reads `{lacking[0]}` of the record, and what it is asked about has none: what was kept of records"
+            " is what the rewards of their run read; name it there as eval.second_reward or generate.second_reward"
+        )
+    return [{name: record[name] for name in names} for record in records]
+
+
+def accepted(value: Any) -> list[str]:
+    """The answers that a column of a record has: of a list every one, else the one there is."""
+    return [str(one) for one in value] if isinstance(value, list) else [str(value)]
+
+
+def fenced_block(text: str, languages: Sequence[str], *, or_none: bool = False) -> str | None:
+    """The last block of a text that stands between lines of ``` (or ~~~) and whose first line names one of the languages,
+    or if there is none, no language; None if there is no such either. One that does not end, as it was cut off, counts.
+
+    Args:
+        or_none: whether a block that names no language is as good as one that names one of these.
+    """
+    blocks: list[tuple[str, list[str]]] = []
+    fence = ""
+    for line in text.splitlines():
+        mark = _FENCE.match(line)
+        if not fence and mark:
+            fence = mark[1]
+            blocks.append((mark[2].strip().casefold(), []))
+        elif fence and mark and mark[1].startswith(fence) and not mark[2].strip():
+            fence = ""
+        elif fence:
+            blocks[-1][1].append(line)
+    languages = (*languages, "") if or_none else languages
+    named = [lines for language, lines in blocks if language.split(" ")[0] in languages]
+    found = named or [lines for language, lines in blocks if not language]
+    return "\n".join(found[-1]) + "\n" if found else None
+
+
+def by_name(function: Callable[..., Any], given: int, names: Sequence[str]) -> Callable[..., Any]:
+    """The function, to be called with columns alone: the first `given` in their places, the others by these names."""
+    return lambda *columns: function(*columns[:given], **dict(zip(names, columns[given:], strict=True)))
+
+
 # ---------------------------------------------------------------- scoring
 
 
-def score(reward: Reward, prompts: Sequence[str], responses: Sequence[str], *, cache: Cache | None = None) -> Scored:
+def score(
+    reward: Reward,
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    *,
+    records: Sequence[Mapping[str, Any]] | None = None,
+    cache: Cache | None = None,
+) -> Scored:
     """The reward of every response: from the cache, or else from the reward, in calls of `reward.batch` responses.
 
-    Equal pairs of prompt and response are scored once. What a call gave is in the cache before the next one begins;
-    values that are not finite never are.
+    Equal prompts and responses, of records of which the reward reads the same, are scored once. What a call gave is in the
+    cache before the next one begins; values that are not finite never are.
+
+    Args:
+        records: what is known of the record of each response (`Query.record`); needed where the reward reads some of it.
 
     Raises:
         UserError: the reward failed, or gave another number of values, something that is no number, or a value outside
-            its scale.
+            its scale; it reads of the record what is not there.
         Incomplete: it stopped in between.
     """
+    known_of = records if records is not None else [{}] * len(responses)
     if reward.combine is not None:
-        values: dict[str, np.ndarray] = {}
-        inner: dict[str, np.ndarray] = {}
-        for name, part in reward.parts.items():
-            values[name], nested = score(part, prompts, responses, cache=cache)
-            inner |= {f"{name}.{deeper}": of_part for deeper, of_part in nested.items()}
-        combined = _checked(reward, reward.combine(values), prompts, responses)
-        return Scored(combined, values | inner)
+        return _combined(reward, prompts, responses, known_of, cache)
     assert reward.score is not None
-    keys = [key(reward.name, reward.version, p, r) for p, r in zip(prompts, responses, strict=True)]
+    told = read(reward.reads, known_of, f"reward {reward.name!r}")
+    asked = list(zip(prompts, responses, told, strict=True))
+    keys = [key(reward.name, reward.version, *one) for one in asked]
     known = answered(
-        dict(zip(keys, zip(prompts, responses, strict=True), strict=True)),
-        reward.score,
-        lambda given, asked, answers: _checked(reward, given, asked, answers).tolist(),
+        {k: (p, r, *fields.values()) for k, (p, r, fields) in zip(keys, asked, strict=True)},
+        by_name(reward.score, 2, reward.reads),
+        lambda given, asked, answers, *_: _checked(reward, given, asked, answers).tolist(),
         cache=cache,
         batch=reward.batch,
         failed=lambda n: f"reward {reward.name!r} failed on {n} responses",
         again=AGAIN,
     )
     return Scored(np.array([known[k] for k in keys], np.float64), {})
+
+
+def _combined(
+    reward: Reward,
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    records: Sequence[Mapping[str, Any]],
+    cache: Cache | None,
+) -> Scored:
+    values: dict[str, np.ndarray] = {}
+    inner: dict[str, np.ndarray] = {}
+    for name, part in reward.parts.items():
+        values[name], nested = score(part, prompts, responses, records=records, cache=cache)
+        inner |= {f"{name}.{deeper}": of_part for deeper, of_part in nested.items()}
+    assert reward.combine is not None
+    return Scored(_checked(reward, reward.combine(values), prompts, responses), values | inner)
 
 
 def _checked(reward: Reward, given: Any, prompts: Sequence[str], responses: Sequence[str]) -> Float64[np.ndarray, " n"]:

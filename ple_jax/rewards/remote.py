@@ -21,17 +21,20 @@ def make(
     *,
     name: str = "remote",
     version: str | None = None,
+    labels: str | None = None,
     batch: int = 8,
     concurrency: int = 4,
     **http: Any,
 ) -> Reward:
-    """Posts {"query": [prompt and response], "prompts": [...], "labels": [""...]}, reads {"rewards": [...]}.
+    """Posts {"query": [prompt and response], "prompts": [...], "labels": [...]}, reads {"rewards": [...]}.
 
     Args:
         url: of the server, http://localhost:5000/get_reward.
         name: of the reward.
         version: of what the server computes, by which stored values go; the url, if it is not given. Give one where the
             address changes between runs, and another when the model behind it does.
+        labels: a column of the record, or `completion`, its own answer: what the server is told as labels; "" for each, if
+            it is not given.
         batch: responses of one request.
         concurrency: requests under way at once.
         http: timeout, retries, backoff, max_failures, api_key_env, headers of `endpoints.Endpoint`.
@@ -40,14 +43,18 @@ def make(
         UserError: as `endpoints.Endpoint` does.
     """
 
-    def body(queries: Sequence[str], responses: Sequence[str]) -> dict[str, Any]:
+    def body(queries: Sequence[str], responses: Sequence[str], *known: Sequence[Any]) -> dict[str, Any]:
         whole = [q + prompts.completion(q, r, chat=False) for q, r in zip(queries, responses, strict=True)]
-        return {"query": whole, "prompts": [str(q) for q in queries], "labels": [""] * len(whole)}
+        return {"query": whole, "prompts": [str(q) for q in queries], "labels": [*known[0]] if known else [""] * len(whole)}
+
+    def reward(queries: Sequence[str], responses: Sequence[str], /, **fields: Sequence[Any]) -> list[float]:
+        return score(queries, responses, *fields.values())
 
     score = Endpoint(url, where=WHERE, body=body, read=_read, size=batch, concurrency=concurrency, **http)
     many = 4 * batch * concurrency  # enough for every connection to stay busy, and little to lose
-    version = f"{VERSION} {version or _known_by(url)}"
-    return Reward(name, score, version=version, batch=many, cancel=score.cancel, failure=lambda: score.failure)
+    version = f"{VERSION} {version or _known_by(url)}" + (f" {labels}" if labels else "")
+    reads = (labels,) if labels else ()
+    return Reward(name, reward, version=version, batch=many, reads=reads, cancel=score.cancel, failure=lambda: score.failure)
 
 
 def _known_by(url: str) -> str:

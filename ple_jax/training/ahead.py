@@ -7,19 +7,20 @@ again, and says what is wrong.
 import contextlib
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ple_jax import rewards
 from ple_jax.core.answers import Cache
 from ple_jax.core.types import Reward
 from ple_jax.training.run import Session
 
-Pair = tuple[str, str]  # a prompt, as the reward is told it, and a response
-Ask = Callable[[Sequence[Pair]], None]
+Asked = tuple[str, str, Mapping[str, Any]]  # a prompt, a response and the record, as the reward is told them
+Ask = Callable[[Sequence[Asked]], None]
 
 
-def nobody(pairs: Sequence[Pair]) -> None:
+def nobody(asked: Sequence[Asked]) -> None:
     """Asks nobody."""
 
 
@@ -33,7 +34,7 @@ def scoring(reward: Reward, session: Session) -> Iterator[Ask]:
     if not served:
         yield nobody
         return
-    waiting: queue.SimpleQueue[Sequence[Pair] | None] = queue.SimpleQueue()
+    waiting: queue.SimpleQueue[Sequence[Asked] | None] = queue.SimpleQueue()
     # a daemon: a process that is stopped does not wait for a server that does not answer
     asking = threading.Thread(target=_ask, args=(served, session.cache.path, waiting), name="ahead", daemon=True)
     asking.start()
@@ -49,7 +50,7 @@ def scoring(reward: Reward, session: Session) -> Iterator[Ask]:
     asking.join()
 
 
-def _ask(served: Sequence[Reward], path: Path, waiting: "queue.SimpleQueue[Sequence[Pair] | None]") -> None:
+def _ask(served: Sequence[Reward], path: Path, waiting: "queue.SimpleQueue[Sequence[Asked] | None]") -> None:
     """Scores what comes until None does, all that waits at once, or until a server fails."""
     with contextlib.suppress(Exception), Cache(path) as cache:
         more = True
@@ -58,6 +59,7 @@ def _ask(served: Sequence[Reward], path: Path, waiting: "queue.SimpleQueue[Seque
             while not waiting.empty():
                 found.append(waiting.get())
             more = None not in found
-            pairs = [pair for some in found if some is not None for pair in some]
-            for reward in served if pairs else ():
-                rewards.score(reward, [prompt for prompt, _ in pairs], [text for _, text in pairs], cache=cache)
+            asked = [one for some in found if some is not None for one in some]
+            for reward in served if asked else ():
+                prompts, responses, records = map(list, zip(*asked, strict=True))
+                rewards.score(reward, prompts, responses, records=records, cache=cache)

@@ -93,6 +93,7 @@ def read(path: Path, *, remedy: str = "delete the file to sample it again") -> l
                     _number(raw["tau"]),
                     _number(raw["margin"]),
                     raw["decision"],
+                    raw.get("record", {}),
                 )
             )
         except (ValueError, KeyError, TypeError) as error:
@@ -140,6 +141,7 @@ def _line(rollout: Rollout) -> dict[str, Any]:
         "responses": [_plain(r) for r in rollout.responses],
         "margin": files.plain(rollout.margin),
         "decision": rollout.decision,
+        **({"record": dict(rollout.record)} if rollout.record else {}),
     }
 
 
@@ -157,6 +159,7 @@ def _plain(response: Response) -> dict[str, Any]:
         "weight": files.plain(response.weight),
         **({"parts": files.plain(response.parts)} if response.parts else {}),
         **({"logprobs": files.plain(response.logprobs)} if response.logprobs else {}),
+        **({"noise": response.noise} if response.noise else {}),
     }
 
 
@@ -166,7 +169,7 @@ def _response(raw: dict[str, Any]) -> Response:
     values = _number(raw["reward"]), _number(raw["score"]), _number(raw["weight"]), parts
     if "source" in raw:
         logprobs = tuple(map(_number, raw.get("logprobs", ())))
-        return Response(*said, *values, raw["principled"], raw["source"], logprobs)
+        return Response(*said, *values, raw["principled"], raw["source"], logprobs, raw.get("noise", ""))
     # of format 1, where the names of kinds told who gave a response
     records = {"reference": "completion", "chosen": "completion", "rejected": "rejected"}
     return Response(*said, *values, raw["kind"] == "principled", records.get(raw["kind"], "policy"))

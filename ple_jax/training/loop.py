@@ -14,7 +14,7 @@ from typing import Any
 from ple_jax.algorithms import Algorithm, Context, given_sources
 from ple_jax.core.errors import Damaged
 from ple_jax.core.types import Compiled, Query, Rollout, Slot
-from ple_jax.data.queries import draw
+from ple_jax.data.mixture import draw_queries
 from ple_jax.training import ahead, costs, points
 from ple_jax.training.journal import Journal, check, read
 from ple_jax.training.measures import evaluate, evaluate_within, log_iteration, mean_length, summarise
@@ -123,9 +123,7 @@ def newly_compiled(run: Run[Algorithm], before: Compiled) -> dict[str, float]:
     return {"seconds_compile": seconds}
 
 
-def learn_from_samples(
-    run: Run[Algorithm], state: State, context: Context
-) -> tuple[State, list[Rollout], dict[str, float]]:
+def learn_from_samples(run: Run[Algorithm], state: State, context: Context) -> tuple[State, list[Rollout], dict[str, float]]:
     """Algorithm 1, lines 1 to 6."""
     state, rollouts = collect(run, context, state)
     values, between = summarise(rollouts, run), state
@@ -160,7 +158,7 @@ def collect(run: Run[Algorithm], context: Context, state: State) -> tuple[State,
     """Algorithm 1, lines 1 to 5: the iteration's labelled rollouts, from the journal where it is complete."""
     config, session, iteration = run.config, run.session, context.iteration
     journal, slots = Journal(session.workdir / "rollouts", iteration), run.algorithm.collect(config)
-    queries = draw(run.data.train, config.queries_per_iteration, seed=config.seed, iteration=iteration)
+    queries = draw_queries(config, run.data.train, iteration)
     if (rollouts := journal.read()) is None:
         started = time.perf_counter()
         with ahead.scoring(run.reward, session) as score:
@@ -198,9 +196,7 @@ def quarantined(journal: Journal, queries: Sequence[Query], kept: Sequence[Rollo
     return found
 
 
-def counted(
-    run: Run[Algorithm], rollouts: Sequence[Rollout], slots: Sequence[Slot], spent: costs.Costs
-) -> costs.Costs:
+def counted(run: Run[Algorithm], rollouts: Sequence[Rollout], slots: Sequence[Slot], spent: costs.Costs) -> costs.Costs:
     """The costs with an iteration's sampling and scoring; what principles add to prompts is counted apart."""
     queries = {query.id: query for query in run.data.train}
     asked = [slot for slot in slots if slot.source == "policy"]

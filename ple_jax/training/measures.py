@@ -15,6 +15,7 @@ from ple_jax.core.conversation import render
 from ple_jax.core.errors import Damaged
 from ple_jax.core.noise import HELDOUT
 from ple_jax.core.types import Response, Rollout, Slot
+from ple_jax.data.mixture import by_set
 from ple_jax.formulas import intervals, texts
 from ple_jax.training import ahead, points
 from ple_jax.training.journal import Journal, read
@@ -56,6 +57,10 @@ def summarise(rollouts: Sequence[Rollout], run: Run[Algorithm]) -> dict[str, flo
         if says := warn_of_leak(values):
             run.session.progress.log(says)
     pooled = rewards.statistics(net_rewards(rollouts, run.config.reward.length_penalty), transform)
+    for name, some in by_set(run.config, ((rollout.query_id, rollout) for rollout in rollouts)).items():
+        of_kinds = {kind: np.mean([r.reward for r in responses]) for kind, responses in _by_kind(some).items()}
+        values |= {f"reward_{kind}/{name}": float(mean) for kind, mean in of_kinds.items()}
+        values[f"ranked_share/{name}"] = float(np.mean([rollout.decision == "ranked" for rollout in some]))
     return values | {f"transform_{name}": value for name, value in pooled.items()}
 
 
@@ -190,7 +195,14 @@ def heldout_metrics(run: Run[Algorithm], rollouts: Sequence[Rollout], *, moved: 
         values["heldout_reward_principled"] = float(np.nanmean(mean_rewards(rollouts, principled=True)))
     policy = diagnose(run, rollouts[: config.eval.diagnostic_queries], kl=False)
     values |= {f"heldout_{name}": value for name, value in policy.items()}
-    return values | points.described(run, rollouts, points.divergences(run, rollouts, moved=moved))
+    found = points.divergences(run, rollouts, moved=moved)
+    ids = [rollout.query_id for rollout in rollouts]
+    for name, some in by_set(
+        config, zip(ids, zip(mean_rewards(rollouts), found.kl.mean(1), strict=True), strict=True)
+    ).items():
+        reward, kl = np.nanmean(some, axis=0).tolist()
+        values |= {f"heldout_reward/{name}": reward, f"heldout_kl_response/{name}": kl}
+    return values | points.described(run, rollouts, found)
 
 
 # ---------------------------------------------------------------- the end
@@ -238,6 +250,22 @@ def best_of(run: Run[Algorithm], state: State) -> dict[str, Any]:
             file = evaluation(workdir, *where).path.relative_to(workdir)
             length = gain_by_length(workdir, *where)
             found[name] = {**top._asdict(), "gain_ci95": list(gain), "gain_by_length": length, "responses": file.as_posix()}
+            if sets := gains_of_sets(run.config, workdir, *where):
+                found[name]["sets"] = sets
+    return found
+
+
+def gains_of_sets(config: Any, workdir: Path, last: int, step: int | None = None) -> dict[str, dict[str, Any]]:
+    """Of every data set of a mixture the mean rewards before and after, and the 95% interval of the gain."""
+    journals = [read(evaluation(workdir, 0).path), read(evaluation(workdir, last, step).path)]
+    each = [dict(zip((r.query_id for r in some), mean_rewards(some), strict=True)) for some in journals]
+    pairs = [(name, (before, each[1].get(name, math.nan))) for name, before in each[0].items()]
+    found = {}
+    for name, some in by_set(config, pairs).items():
+        values = np.array([pair for pair in some if not math.isnan(sum(pair))], np.float64).reshape(-1, 2)
+        gain = intervals.bootstrap_ci(values[:, 1] - values[:, 0], seed=config.seed)
+        before, after = values.mean(0).tolist() if len(values) else (math.nan, math.nan)
+        found[name] = {"queries": len(values), "before": before, "after": after, "gain_ci95": list(gain)}
     return found
 
 

@@ -17,7 +17,8 @@ from ple_jax.core.secrets import redacted
 from ple_jax.core.types import Reward
 from ple_jax.data.left_out import note
 from ple_jax.data.load import Data, load_data, load_warm_up
-from ple_jax.data.queries import digest, draw
+from ple_jax.data.mixture import draw_queries
+from ple_jax.data.queries import digest
 from ple_jax.models import hub, layout, peft
 from ple_jax.prompts import principles
 from ple_jax.training import prompting, sinks
@@ -50,16 +51,19 @@ def read_inputs(config: Any, backend: str) -> Inputs:
         )
     text, second = principles.load(config.principles), None
     if isinstance(algorithm, Algorithm):
+        reward, second = training_reward(config, backend), second_reward(config, backend, "eval")
         # held-out queries are answered, whatever is trained on
-        found = load_data(config, needs=algorithms.records(algorithm.collect(config)), heldout_needs="prompt")
-        reward = rewards.load(
-            config.reward.name, config.reward.kwargs.to_dict(), backend=backend, mesh=config.mesh.to_dict()
-        )
-        second = second_reward(config, backend, "eval")
+        needs, reads = algorithms.records(algorithm.collect(config)), rewards.reads(reward, second)
+        found = load_data(config, needs=needs, heldout_needs="prompt", reads=reads)
         _check_reach(config, algorithm, reward)
-        draw(found.train, config.queries_per_iteration, seed=config.seed, iteration=0)  # refuses more than there are
+        draw_queries(config, found.train, 0)  # refuses more than there are
         principles.choose(text, config.principles_per_query, seed=config.seed, query_id="")  # refuses more than there are
     else:
+        if weighted := [name for name, of in config.task.sets.to_dict().items() if of.get("weight", 1.0) != 1.0]:
+            raise UserError(
+                f"config.task.sets[{weighted[0]!r}] has a weight, and algorithm {config.algorithm!r} takes every record of"
+                " every set once an epoch: leave the weights out, and choose by max_train"
+            )
         if config.sampling.server is not None:
             raise UserError(
                 f"config.sampling.server is {config.sampling.server!r}, and algorithm {config.algorithm!r} samples nothing"
@@ -68,6 +72,11 @@ def read_inputs(config: Any, backend: str) -> Inputs:
         found, reward = load_data(config, needs=algorithm.records), Reward("none")
     digests = _digests(config, found, text if isinstance(algorithm, Algorithm) else None, reward)
     return Inputs(config, algorithm, found, text, reward, second, digests)
+
+
+def training_reward(config: Any, backend: str) -> Reward:
+    """The reward of config.reward, which may use the run's own devices."""
+    return rewards.load(config.reward.name, config.reward.kwargs.to_dict(), backend=backend, mesh=config.mesh.to_dict())
 
 
 def second_reward(config: Any, backend: str, section: str) -> Reward | None:
@@ -103,6 +112,8 @@ def _check_reach(config: Any, algorithm: Algorithm, reward: Reward) -> None:
 def _digests(config: Any, data: Data, rules: principles.Principles | None, reward: Reward) -> dict[str, str]:
     """What tells these inputs from others of the same names; `rules` is None where nothing is sampled."""
     digests = {"train": digest(data.train), "heldout": digest(data.heldout)}
+    if read := [query.record for query in (*data.train, *data.heldout) if query.record]:
+        digests["record"] = identity.digest([json.dumps(read, sort_keys=True).encode()])
     texts = {"algorithm": Path(config.algorithm).read_text()} if Path(config.algorithm).is_file() else {}
     if rules is not None:
         texts |= {"reward": json.dumps([leaf.version for leaf in rewards.leaves(reward)]), "principles": rules.text}
@@ -205,14 +216,16 @@ def fitted(run: Run[Algorithm], *rewards: Reward) -> Run[Algorithm]:
     """The run with the queries alone that the model and the rewards take; what is left out is listed in the work directory.
 
     Args:
-        rewards: that score responses beside the run's own.
+        rewards: that score responses to held-out queries beside the run's own.
 
     Raises:
         UserError: more of them than config.task.max_bad_share, or a prompt with its response is more than the model takes.
     """
     sources = algorithms.given_sources(run.algorithm.collect(run.config))
-    scored = (run.reward, *(() if run.second is None else (run.second,)), *rewards)
-    data = prompting.fitted(run.data, run.prompts, run.session.progress, sources=sources, rewards=scored)
+    own = (run.reward, *(() if run.second is None else (run.second,)))
+    data = prompting.fitted(
+        run.data, run.prompts, run.session.progress, sources=sources, rewards=own, heldout_rewards=rewards
+    )
     if listed := note(data.bad, run.session.workdir):
         run.session.progress.log(listed)
     needed = prompting.longest(data, run.prompts) + run.config.sampling.max_new_tokens

@@ -12,6 +12,7 @@ from ple_jax.core.types import Batch, Query, Reward, Tokenizer
 from ple_jax.data.formats import shorten
 from ple_jax.data.left_out import QuerySet, check_share, fit
 from ple_jax.data.load import Data
+from ple_jax.data.mixture import format_of
 from ple_jax.prompts import principles, template
 from ple_jax.training.progress import Progress
 
@@ -93,7 +94,13 @@ class Prompts(NamedTuple):
 
 
 def fitted(
-    data: Data, rendering: Prompts, progress: Progress, *, sources: Sequence[str] = (), rewards: Sequence[Reward] = ()
+    data: Data,
+    rendering: Prompts,
+    progress: Progress,
+    *,
+    sources: Sequence[str] = (),
+    rewards: Sequence[Reward] = (),
+    heldout_rewards: Sequence[Reward] = (),
 ) -> Data:
     """The data without what the model, its chat template or a reward cannot take; says how many answers are cut.
 
@@ -102,6 +109,7 @@ def fitted(
     Args:
         sources: which of a train record's own answers are trained on: "completion", "rejected".
         rewards: what scores responses.
+        heldout_rewards: what scores responses to held-out queries alone.
 
     Raises:
         UserError: there is more of it than config.task.max_bad_share.
@@ -109,8 +117,8 @@ def fitted(
     found: dict[str, QuerySet] = {}
     for which, queries in (("train", data.train), ("heldout", data.heldout)):
         progress.phase(f"check {which}", len(queries))
-        asked = tuple(sources) if which == "train" else ()
-        found[which], said = usable(queries, rendering, f"config.task.{which}", sources=asked, rewards=rewards)
+        asked, scored = (tuple(sources), rewards) if which == "train" else ((), [*rewards, *heldout_rewards])
+        found[which], said = usable(queries, rendering, f"config.task.{which}", sources=asked, rewards=scored)
         progress.advance(len(queries))
         for line in said:
             progress.log(line)
@@ -140,7 +148,7 @@ def usable(
         query = _short(query, rendering)
         if principled and task.chat:
             _check_principled(query, rendering, known)
-        if reason := next(filter(None, (refusal(reward, query.prompt) for reward in rewards)), ""):
+        if reason := next(filter(None, (refusal(reward, query) for reward in rewards)), ""):
             raise Unusable("reward", f"cannot be scored: it {reason}")
         answers = [rendering.given(query, which) for which in sources]
         _check_answers(query, answers, rendering)
@@ -195,7 +203,7 @@ def _short(query: Query, rendering: Prompts) -> Query:
         raise Unusable("empty", "has no tokens: the tokenizer knows nothing of its text; remove the line")
     if n <= limit:
         return query
-    if task.format == "tldr":
+    if format_of(task, query.id) == "tldr":
         shorter = shorten(query.prompt, lambda text: length(query._replace(prompt=text)) <= limit)
         if shorter is not None:
             return query._replace(prompt=shorter)
@@ -220,10 +228,11 @@ def _check_principled(query: Query, rendering: Prompts, known: dict[Any, str]) -
         raise Unusable("template", f"{known[kind]} (with the principles)")
 
 
-def refusal(reward: Reward, prompt: str) -> str:
-    """Why a reward, or a part of it, cannot score answers to a prompt; nothing where it can."""
-    said = [refusal(part, prompt) for part in reward.parts.values()]
-    return next(filter(None, said), "") or (reward.refuses(prompt) if reward.refuses is not None else "")
+def refusal(reward: Reward, query: Query) -> str:
+    """Why a reward, or a part of it, cannot score answers to a query; nothing where it can."""
+    if said := next(filter(None, (refusal(part, query) for part in reward.parts.values())), ""):
+        return said
+    return reward.refuses(query.prompt, **{name: query.record[name] for name in reward.reads}) if reward.refuses else ""
 
 
 def notes(config: Any, tokenizer: Tokenizer, eos: Sequence[int]) -> list[str]:

@@ -38,14 +38,18 @@ def sample(
         drawn = _drawn(run, [rows[i] for i in asked], journal, stream, score)
         responses |= dict(zip(asked, drawn, strict=True))
     return [
-        Rollout(q.id, q.prompt, run.prompts.render(q, False).whole, tuple(responses[i * k + j] for j in range(k)))
+        Rollout(
+            q.id,
+            q.prompt,
+            run.prompts.render(q, False).whole,
+            tuple(responses[i * k + j] for j in range(k)),
+            record=q.record,
+        )
         for i, q in enumerate(queries)
     ]
 
 
-def _drawn(
-    run: Run[Any], rows: Sequence[Row], journal: Journal, stream: int, score: ahead.Ask
-) -> list[Response]:
+def _drawn(run: Run[Any], rows: Sequence[Row], journal: Journal, stream: int, score: ahead.Ask) -> list[Response]:
     """What the policy answers, in the order of the rows."""
     config, progress = run.config, run.session.progress
     rendered = [run.prompts.render(query, slot.principled) for query, slot in rows]
@@ -59,20 +63,24 @@ def _drawn(
     if len(found) == len(rows):
         return [found[i] for i in range(len(rows))]
     run.session.stop.check()
+    noise = np.stack([_noise(config, stream, *row) for row in rows])
 
     def tell(ended: dict[int, Response]) -> None:
         if ended:
             texts = {i: _text(run, response, rendered[i].text) for i, response in ended.items()}
-            made = {i: _for_slot(response, rows[i][1], texts[i]) for i, response in ended.items()}
+            made = {
+                i: _for_slot(response, rows[i][1], texts[i])._replace(noise=digest([noise[i].tobytes()])[:8])
+                for i, response in ended.items()
+            }
             journal.keep(made, asked)
             found.update(made)
-            score([(rows[i][0].prompt, text) for i, text in texts.items()])
+            score([(rows[i][0].prompt, text, rows[i][0].record) for i, text in texts.items()])
             progress.advance(len(made), tokens=sum(len(r.tokens) for r in made.values()))
         run.session.stop.check()
 
     run.backend.generate(
         [prompt.whole for prompt in rendered],
-        np.stack([_noise(config, stream, *row) for row in rows]),
+        noise,
         sampling=sampling_of(config, run.base.eos),
         prefix=run.prompts.prefix,
         known=dict(found),

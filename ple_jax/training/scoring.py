@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ple_jax import rewards
-from ple_jax.core.answers import AGAIN
+from ple_jax.core.answers import AGAIN, Cache
 from ple_jax.core.errors import UserError
 from ple_jax.core.types import Response, Reward, Rollout
 from ple_jax.training.journal import write
@@ -26,9 +26,8 @@ def sorted_out(
 def score(rollouts: Sequence[Rollout], reward: Reward, session: Session) -> list[Rollout]:
     """Fills rewards, on the plain query, whatever the prompt was; nan where the reward gave nothing finite."""
     session.progress.phase("score", 1)
-    pairs = [(rollout.prompt, r.text) for rollout in rollouts for r in rollout.responses]
-    found = rewards.score(reward, [p for p, _ in pairs], [t for _, t in pairs], cache=session.cache)
-    values, at = np.where(np.isfinite(found.values), found.values, np.nan), iter(range(len(pairs)))
+    found = given(rollouts, reward, session.cache)
+    values, at = np.where(np.isfinite(found.values), found.values, np.nan), iter(range(len(found.values)))
 
     def fill(response: Response) -> Response:
         i = next(at)
@@ -42,9 +41,15 @@ def score(rollouts: Sequence[Rollout], reward: Reward, session: Session) -> list
 
 def values(rollouts: Sequence[Rollout], reward: Reward, session: Session) -> list[np.ndarray]:
     """What a reward that nothing is trained on gives every response of every rollout; whatever is not finite as it is."""
-    pairs = [(rollout.prompt, r.text) for rollout in rollouts for r in rollout.responses]
-    found = rewards.score(reward, [p for p, _ in pairs], [t for _, t in pairs], cache=session.cache).values
+    found = given(rollouts, reward, session.cache).values
     return np.split(found, np.cumsum([len(rollout.responses) for rollout in rollouts])[:-1])
+
+
+def given(rollouts: Sequence[Rollout], reward: Reward, cache: Cache | None) -> rewards.Scored:
+    """What a reward gives every response of every rollout, one after the other."""
+    asked = [(rollout, response.text) for rollout in rollouts for response in rollout.responses]
+    prompts, records = [rollout.prompt for rollout, _ in asked], [rollout.record for rollout, _ in asked]
+    return rewards.score(reward, prompts, [text for _, text in asked], records=records, cache=cache)
 
 
 def quarantine(rollouts: Sequence[Rollout], name: str, reward: Reward, session: Session, *, limit: float) -> list[Rollout]:

@@ -69,15 +69,15 @@ def begun(config: Any, workdir: Path, backend: str) -> Any:
     fit = [key for key in AUTO if flat[key] == "auto"]
     if config.task.date is not None and config.model.dtype != "auto" and not fit:
         return config
-    kept = _config(workdir) or {}
+    kept = recorded(workdir) or {}
     whole = ConfigDict(config.to_dict())
     if whole.task.date is None:
         whole.task.date = kept.get("task", {}).get("date") or today().isoformat()
     if whole.model.dtype == "auto":
         whole.model.dtype = kept.get("model", {}).get("dtype") or backends.load(backend).fast_dtype(config)
-    recorded = flatten(kept)
+    before = flatten(kept)
     with whole.ignore_type():
-        whole.update_from_flattened_dict({key: recorded[key] for key in fit if key in recorded})
+        whole.update_from_flattened_dict({key: before[key] for key in fit if key in before})
     return FrozenConfigDict(whole)
 
 
@@ -86,11 +86,23 @@ def today() -> date:
     return date.today()
 
 
-def _config(workdir: Path) -> dict[str, Any] | None:
+def recorded(workdir: Path) -> dict[str, Any] | None:
+    """What config.json says; None where there is none.
+
+    Raises:
+        Damaged: it is no config of a run.
+    """
     remedy = f"put a copy of it back, or, {_SAME}, remove it and add --accept=config"
     found = redacted(read_json(workdir / "config.json", remedy=remedy))  # an earlier version may have written a key
-    if wrong := [key for key in ("inputs", "model", "reward", "task") if not isinstance((found or {}).get(key, {}), dict)]:
-        raise Damaged(f"{workdir / 'config.json'} is damaged, or no config of a run ({wrong[0]} is no object); {remedy}")
+    says = [
+        f"{key} is no object"
+        for key in ("inputs", "model", "reward", "task")
+        if not isinstance((found or {}).get(key, {}), dict)
+    ]
+    if found is not None and found.get("format") == FORMAT:
+        says += [f"{key[:40]!r} is none of its keys" for key in found if key not in identity.known_keys()]
+    if says:
+        raise Damaged(f"{workdir / 'config.json'} is damaged, or no config of a run ({says[0]}); {remedy}")
     return found
 
 
@@ -135,11 +147,9 @@ def going_on(
     return {**wanted, **({"changed": changed} if changed else {})}
 
 
-def _compared(
-    workdir: Path, wanted: Mapping[str, Any], accept: Sequence[str]
-) -> tuple[dict[str, Any] | None, list[str]]:
+def _compared(workdir: Path, wanted: Mapping[str, Any], accept: Sequence[str]) -> tuple[dict[str, Any] | None, list[str]]:
     """config.json of a directory with work in it, and the keys that differ; None where there is none, or no work."""
-    found, work = _config(workdir), _work(workdir)
+    found, work = recorded(workdir), _work(workdir)
     if found is None and work and "config" not in accept:
         raise UserError(
             f"--workdir={workdir} holds {work[0]} but no config.json; give an empty folder, or, {_SAME}, add --accept=config"

@@ -130,7 +130,7 @@ INVALID = [
     ({"principles": "nowhere.txt"}, "an existing text file"),
     ({"reward__name": "vadar"}, "did you mean 'vader'?"),
     ({"reward__name": "no_such_package.rewards:score"}, "'no_such_package' is not one"),
-    ({"reward__name": 3}, "letters, model, remote, rules, toxicity, vader"),
+    ({"reward__name": 3}, "letters, model, numeric, regex, remote, rules, toxicity, vader"),
     ({"task__format": "hhh"}, "did you mean 'hh'?"),
     ({"task__words": (0, 3)}, "(fewest, most) words"),
     ({"task__words": (4, 3)}, "(fewest, most) words"),

@@ -79,7 +79,8 @@ def test_the_share_is_kept_and_seeded():
     queries = [Query(str(i), f"prompt {i}") for i in range(4000)]
     first, second = (prepare.divide(queries, share=0.1, seed=seed)[1] for seed in (0, 1))
     assert 330 < len(first) < 470 and first != second  # 400, with a standard deviation of 19
-    assert abs(len({*first} & {*second}) - 40) < 25  # independent: 1 in 100
+    both = {query.id for query in first} & {query.id for query in second}
+    assert abs(len(both) - 40) < 25  # independent: 1 in 100
 
 
 def test_a_histogram_in_words():
@@ -199,3 +200,16 @@ def test_what_an_answer_calls_is_kept_and_compared(tmp_path):
     prepare.write(tmp_path / "train.jsonl", kept, needs="completion")
     assert [row["completion"] for row in read(tmp_path / "train.jsonl")] == [[message] for message in messages]
     assert digest(load_queries(str(tmp_path / "train.jsonl"), needs="completion").queries) == digest(kept)
+
+
+def test_columns_that_are_kept(tmp_path):
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"p {i % 3}", "answer": i // 3, "rejected": "no", "x": 1}) + "\n" for i in range(6))
+    )
+    prepare.prepare(str(tmp_path / "a.jsonl"), tmp_path / "out", test_share=0.5, reads=("answer", "rejected"))
+    files = [(tmp_path / "out" / f"{name}.jsonl").read_text().splitlines() for name in ("train", "test")]
+    rows = [json.loads(line) for lines in files for line in lines]
+    assert len(rows) == 6  # though two records share a prompt
+    assert all(set(row) == {"id", "prompt", "answer", "rejected"} for row in rows)
+    with pytest.raises(UserError, match="--keep prompt: the column is written anyway"):
+        prepare.prepare(str(tmp_path / "a.jsonl"), tmp_path / "out", reads=("prompt",))

@@ -158,7 +158,7 @@ NONE = {"tool_calls": None, "name": None}  # as Arrow fills up what other rows h
 def test_records_with_turns(tmp_path, record, needs, turns, answers):
     queries, bad = load_queries(write(tmp_path / "q.jsonl", record), needs=needs)
     assert not bad and isinstance(queries[0].prompt, Conversation)
-    assert list(queries[0].prompt.messages) == turns and queries[0][2:] == answers
+    assert list(queries[0].prompt.messages) == turns and queries[0][2:4] == answers
 
 
 @pytest.mark.parametrize(
@@ -275,7 +275,7 @@ def test_hh_the_query_is_all_before_the_last_answer(tmp_path):
     assert not bad and [q.id for q in queries] == [f"q:{i}" for i in (1, 2, 3, 4)]
     assert queries[0] == Query("q:1", "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:", "d", "e")
     assert list(queries[0].prompt.messages) == [user("a"), assistant("b"), user("c")]
-    assert queries[1][2:] == ("b", "") and queries[3][2:] == ("d", "")
+    assert queries[1][2:4] == ("b", "") and queries[3][2:4] == ("d", "")
     assert list(queries[2].prompt.messages) == [user("a\n\nb")] and queries[2].completion == "c\n\nd"  # speakers take turns
     queries, bad = load_queries(source, format="hh", needs="pair")
     assert [q.id for q in queries] == ["q:1"] and [b.kind for b in bad] == ["different queries", "pair", "turns"]

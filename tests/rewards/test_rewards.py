@@ -206,8 +206,8 @@ def test_a_file_of_your_own(tmp_path):
 @pytest.mark.parametrize(
     ("name", "kwargs", "says"),
     [
-        ("vadr", {}, "combine, judge, length, letters, model, remote, rules, toxicity, vader.*did you mean 'vader'"),
-        ("_cache", {}, "'_cache' is not one of bag_of_words, combine"),
+        ("vadr", {}, "combine, exact, json_schema, judge, length, .*, toxicity, vader.*did you mean 'vader'"),
+        ("_cache", {}, "'_cache' is not one of bag_of_words, code, combine"),
         ("vader", {"with_promt": True}, r"config.reward.kwargs \{'with_promt': True\}.*unexpected keyword"),
         ("no_such_module:f", {}, "No module named 'no_such_module'"),
         ("test_rewards:nothing", {}, "no function 'nothing'"),

@@ -18,9 +18,11 @@ from ple_jax.models.tokenizer import byte_tokenizer
 pytest_plugins = ["servers"]
 
 PROMPT, TEXT = "Who was it?", "It was GREAT, just great great fun. Honestly, the BEST day! 42?!"
+RECORD = {"completion": TEXT.lower(), "n": [1, 42], "day": "DAY", "tests": ["pass", "assert 0"]}
 GREAT = {"name": "letters", "kwargs": {"letters": "gt"}}
 TABLE = {  # reward: options, version, value of TEXT
     "bag_of_words": ({}, "1", 0.8146),
+    "code": ({}, "1", 0.5),
     "combine": (
         {
             "parts": {"a": GREAT | {"weight": 3.0}, "b": {"name": "length", "veto_below": -0.9}},
@@ -30,10 +32,14 @@ TABLE = {  # reward: options, version, value of TEXT
         "1",
         -0.145,  # 3 * 8 / 64 - 8 / 20 - 0.01 * 12
     ),
+    "exact": ({}, "1", 1.0),
+    "json_schema": ({"schema": {}}, "1", 0.0),
     "judge": ({"model": "m"}, "1", 5.01),
     "length": ({"target": 20}, "1", -0.4),
     "letters": ({}, "1", 0.171875),
     "model": ({"label": "l1", "with_prompt": True, "max_tokens": 50}, "1", 0.57395),
+    "numeric": ({"column": "n"}, "1", 1.0),
+    "regex": ({"pattern": r"BEST (\w+)", "answer": "day"}, "1", 1.0),
     "remote": ({"batch": 2}, "1", 28.4),
     "rules": ({"require": ["great"], "forbid": ["42"], "max_repeats": 2, "sentence": True}, "1", 0.75),
     "toxicity": ({}, "1", 0.75),
@@ -77,6 +83,7 @@ def test_the_table_has_every_reward():
 def test_values_change_with_the_version_alone(name, options):
     kwargs, version, value = TABLE[name]
     reward = rewards.load(name, {**kwargs, **options.get(name, {})})
-    found = rewards.score(reward, [PROMPT], [TEXT]).values
+    text = "x = 1" if name == "code" else TEXT
+    found = rewards.score(reward, [PROMPT], [text], records=[RECORD]).values
     assert plugins.built_in("rewards", name).VERSION == version and reward.version.split()[0] == version
     assert found == pytest.approx([value], abs=1e-4), f"raise VERSION in ple_jax/rewards/{name}.py, and this table with it"

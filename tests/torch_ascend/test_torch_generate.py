@@ -164,7 +164,7 @@ def test_eos_ends_a_response_and_is_its_last_token(ours):
     whole = ours.generate(PROMPTS, NOISE, sampling=WAYS["sampled"])
     eos = whole[0].tokens[4]
     cut = ours.generate(PROMPTS, NOISE, sampling=WAYS["sampled"]._replace(eos=(eos, 10_000)))
-    for (before, *_, said), after in ((r, c) for r, c in zip(whole, cut, strict=True)):
+    for before, said, after in ((r.tokens, r.logprobs, c) for r, c in zip(whole, cut, strict=True)):
         stop = before.index(eos) + 1 if eos in before else len(before)
         assert after == Response(before[:stop], finished=eos in before, logprobs=said[:stop])
     assert 0 < sum(r.finished for r in cut) < 6 and len(cut[0].tokens) <= 5

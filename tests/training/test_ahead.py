@@ -81,7 +81,7 @@ def test_what_is_no_server_is_not_asked(tmp_path):
     with Cache(tmp_path / "r.sqlite") as cache:
         session = type("Session", (), {"cache": cache})()
         with ahead.scoring(Reward("local", never), session) as ask:
-            ask([("p", "r")])
+            ask([("p", "r", {})])
 
 
 def test_an_error_does_not_wait(tmp_path):
@@ -96,7 +96,7 @@ def test_an_error_does_not_wait(tmp_path):
     with Cache(tmp_path / "r.sqlite") as cache:
         session, reward = type("Session", (), {"cache": cache})(), Reward("slow", slow, cancel=lambda: cancelled.append(1))
         with pytest.raises(KeyboardInterrupt), ahead.scoring(reward, session) as ask:
-            ask([("p", "r")])
+            ask([("p", "r", {})])
             assert asked.wait(60)
             raise KeyboardInterrupt
         (thread,) = [thread for thread in threading.enumerate() if thread.name == "ahead"]

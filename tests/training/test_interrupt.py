@@ -28,9 +28,12 @@ def own_signals(_):
     return [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] + [signal.set_wakeup_fd(-1)]
 
 def forever(_):
+    at_work.release()
     time.sleep(600)
 
 context = multiprocessing.get_context("fork")
+# a pool that is terminated before its workers have something to do may wait for them for ever
+at_work = context.Semaphore(0)
 """
 
 
@@ -49,6 +52,7 @@ try:
             found = pool.map(own_signals, range(2))
             assert found == [[signal.SIG_DFL, signal.default_int_handler, -1]] * 2, found
             pool.map_async(forever, range(2))
+            at_work.acquire(), at_work.acquire()
             pool.terminate()
             pool.join()
         time.sleep(0.3)

@@ -32,12 +32,13 @@ ids = st.lists(st.integers(0, 10**6), max_size=6).map(tuple)
 parts = st.dictionaries(text, number, max_size=2)
 logprobs = st.lists(number, max_size=3).map(tuple)
 response = st.builds(
-    Response, ids, st.booleans(), text, st.integers(0, 9), text, number, number, number, parts, logprobs=logprobs
+    Response, ids, st.booleans(), text, st.integers(0, 9), text, number, number, number, parts, logprobs=logprobs, noise=text
 )
 turn = st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "tool"]), "content": text})
 conversation = st.builds(Conversation, st.lists(turn, min_size=1, max_size=3), st.lists(st.just({"name": "f"}), max_size=1))
 prompt = text | conversation
-rollout = st.builds(Rollout, text, prompt, ids, st.lists(response, max_size=3).map(tuple), number, number, text)
+record = st.dictionaries(text, text | st.lists(number, max_size=2), max_size=2)
+rollout = st.builds(Rollout, text, prompt, ids, st.lists(response, max_size=3).map(tuple), number, number, text, record)
 
 
 def sampled(responses):

@@ -1,0 +1,247 @@
+"""What another reward, threshold, transform or selection would have made of a run's responses: from its journals alone.
+
+Nothing is sampled and no weights are read, and no reward is asked but another one than the run's. Every iteration of
+WORKDIR/rollouts is labelled again, as the config now says, and compared with what happened. An unchanged config gives every
+score, margin, decision and weight as it was, bit by bit. What the policy would have answered later, had it learned from
+other labels, no replay knows.
+
+WORKDIR/replay/ has replay.json, flips.jsonl (a line for each query that is decided otherwise), rollouts/ (the journals as
+they would have been) and what `journal_records` makes of them.
+"""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ple_jax import algorithms, rewards
+from ple_jax.algorithms import Algorithm, Context
+from ple_jax.core import identity
+from ple_jax.core.answers import Cache
+from ple_jax.core.config import flatten
+from ple_jax.core.errors import UserError
+from ple_jax.core.files import plain, write_json, write_jsonl
+from ple_jax.core.types import Reward, Rollout
+from ple_jax.data.load import load_data
+from ple_jax.evaluation import journal_records
+from ple_jax.training import journal, scoring
+from ple_jax.training.opening import training_reward
+from ple_jax.training.workdir import begun, recorded
+
+FOLDER = "replay"  # of a work directory
+# keys that say how responses are labelled: any other one had a part in what was sampled, and no replay can undo that
+_LABELS = ("reward.", "ple.", "raft.", "dpo.", "grpo.", "rloo.", "ppo.", "algorithm_kwargs", "iterations")
+_NOT_ASKED = (
+    "backend",
+    "format",
+    "inputs",
+    "sampling.server",
+    "sampling.server_sleep",
+    "task.date",
+)  # of what is not done here
+_UNREAD = ("eval.", "export.", "generate.", "compare.", "probe.", "inputs.", "optimizer.", "offline.", "checkpoint.")
+
+
+class Iteration(NamedTuple):
+    """An iteration as it was labelled, and as it is now."""
+
+    number: int
+    pairs: list[tuple[Rollout | None, Rollout]]  # what happened, None where the query was left out; and what is now
+    left_out: int  # queries that have no finite reward now
+
+
+def replay(config: Any, workdir: Path, backend: str) -> dict[str, Any]:
+    """Labels the run's iterations again and writes what that gives; what replay.json holds.
+
+    Raises:
+        UserError: there is no run, or no finished iteration; the algorithm asks for other responses; the reward fails.
+    """
+    if not (kept := recorded(workdir)):
+        raise UserError(f"--workdir={workdir} holds no run; train one first: --mode=train")
+    was = identity.upgraded(kept, workdir / "config.json")
+    algorithm = algorithms.load(config.algorithm)
+    if not isinstance(algorithm, Algorithm):
+        raise UserError(f"--mode=replay needs an algorithm that samples, and config.algorithm is {config.algorithm!r}")
+    config = algorithms.with_defaults(algorithm, begun(config, workdir, backend))
+    changed = _changed(was, config, backend)
+    found = list(_iterations(config, workdir, backend, algorithm, another={"reward.name", "reward.kwargs"} & changed.keys()))
+    if not found:
+        raise UserError(f"{workdir / 'rollouts'} holds no finished iteration: there is nothing to replay")
+    result = {
+        "changed": {key: pair for key, pair in changed.items() if key.startswith(_LABELS)},
+        "sampled_otherwise": {key: pair for key, pair in changed.items() if not key.startswith(_LABELS)},
+        "same": all(_same(iteration) for iteration in found),
+        "iterations": [_compared(iteration) for iteration in found],
+    }
+    _write(result, found, workdir / FOLDER, algorithm, config)
+    return result
+
+
+def _changed(was: Mapping[str, Any], config: Any, backend: str) -> dict[str, list[Any]]:
+    """The keys in which the config is another one than the run's: what it was, and what it is."""
+    now = plain(identity.run_keys(config, backend, {}))
+    before, after = flatten(identity.completed(was, now)), flatten(json.loads(json.dumps(now)))
+    keys = [key for key in after if key not in (*identity.EXECUTION, *_NOT_ASKED) and not key.startswith(_UNREAD)]
+    return {key: [before[key], after[key]] for key in keys if key in before and before[key] != after[key]}
+
+
+def _iterations(
+    config: Any, workdir: Path, backend: str, algorithm: Algorithm, *, another: Collection[str]
+) -> Iterator[Iteration]:
+    """All that are finished; `another` says whether the reward is another one, which is loaded then, and asked."""
+    reward, schedule = training_reward(config, backend) if another else None, algorithm.schedule(config)
+    (workdir / FOLDER).mkdir(exist_ok=True)
+    with Cache(workdir / FOLDER / "rewards.sqlite") as cache:
+        for path in sorted((workdir / "rollouts").glob("iter_????.jsonl")):
+            number, happened = int(path.stem[5:]), journal.read(path)
+            _check_slots(happened, algorithm, config, path)
+            before: list[Rollout | None] = [*happened]
+            rollouts = happened
+            if reward is not None:
+                beside = workdir / "quarantine" / path.name
+                others = _only_there(journal.read(beside) if beside.exists() else [], happened)
+                before, rollouts = [*before, *[None] * len(others)], _scored([*happened, *others], reward, config, cache)
+            finite = [all(math.isfinite(r.reward) for r in rollout.responses) for rollout in rollouts]
+            kept = [rollout for rollout, ok in zip(rollouts, finite, strict=True) if ok]
+            context = Context(config, number, float(schedule(number)))
+            after = algorithm.label(scoring.transformed(kept, config.reward), context) if kept else []
+            told = [rollout for rollout, ok in zip(before, finite, strict=True) if ok]
+            yield Iteration(number, list(zip(told, after, strict=True)), len(rollouts) - len(kept))
+
+
+def _only_there(some: Sequence[Rollout], others: Sequence[Rollout]) -> list[Rollout]:
+    known = {rollout.query_id for rollout in others}
+    return [rollout for rollout in some if rollout.query_id not in known]
+
+
+def _check_slots(rollouts: Sequence[Rollout], algorithm: Algorithm, config: Any, path: Path) -> None:
+    """Refuses an algorithm that would have asked for other responses than there are."""
+    wanted = [(slot.kind, slot.principled, slot.sample) for slot in algorithm.collect(config)]
+    for rollout in rollouts:
+        if (found := [(r.kind, r.principled, r.sample) for r in rollout.responses]) != wanted:
+            said, asked = (", ".join(dict.fromkeys(kind for kind, *_ in some)) for some in (found, wanted))
+            raise UserError(
+                f"{path} has {len(found)} responses a query ({said}), and config.algorithm {config.algorithm!r} asks for"
+                f" {len(wanted)} ({asked}): a replay labels what was sampled; give the run's own algorithm and numbers"
+            )
+
+
+def _scored(rollouts: Sequence[Rollout], reward: Reward, config: Any, cache: Cache) -> list[Rollout]:
+    """With the rewards of another reward; nan where it gives nothing finite."""
+    reads = rewards.reads(reward)
+    if any(name not in rollout.record for rollout in rollouts for name in reads):  # the run's own reward did not read it
+        known = {query.id: query.record for query in load_data(config, reads=reads).train}
+        rollouts = [rollout._replace(record={**known.get(rollout.query_id, {}), **rollout.record}) for rollout in rollouts]
+    found = scoring.given(rollouts, reward, cache)
+    values = iter(zip(found.values, *found.parts.values(), strict=True))
+
+    def fill(rollout: Rollout) -> Rollout:
+        responses = []
+        for response in rollout.responses:
+            value, *parts = map(float, next(values))
+            of = dict(zip(found.parts, parts, strict=True))
+            responses.append(response._replace(reward=value if math.isfinite(value) else math.nan, parts=of))
+        return rollout._replace(responses=tuple(responses))
+
+    return [fill(rollout) for rollout in rollouts]
+
+
+# ---------------------------------------------------------------- compared
+
+
+def _labels(rollout: Rollout) -> str:
+    """All that a label says, exactly, as text: nan is as good as nan."""
+    of_responses = [(r.reward, r.score, r.weight) for r in rollout.responses]
+    return repr((rollout.query_id, rollout.tau, rollout.margin, rollout.decision, of_responses))
+
+
+def _same(iteration: Iteration) -> bool:
+    """Whether everything is, bit by bit, as it was."""
+    return not iteration.left_out and all(
+        one is not None and _labels(one) == _labels(other) for one, other in iteration.pairs
+    )
+
+
+def _compared(iteration: Iteration) -> dict[str, Any]:
+    """A row of replay.json: of pairs the first value is what happened, the second what is now."""
+    both = [(one, other) for one, other in iteration.pairs if one is not None]
+    before, after = [one for one, _ in both], [other for _, other in iteration.pairs]
+    moved = np.abs(np.subtract(_weights(before), _weights(other for _, other in both)))
+    flips = Counter(f"{_decision(one)} -> {_decision(other)}" for one, other in iteration.pairs if _flipped(one, other))
+    return {
+        "iteration": iteration.number,
+        "queries": len(iteration.pairs),
+        "left_out": iteration.left_out,
+        "tau": [_tau(before), _tau(after)],
+        "ranked": [_share(before), _share(after)],
+        "flips": dict(flips.most_common()),
+        "weights_moved": int((moved > 0).sum()),
+        "largest_move": float(moved.max(initial=0.0)),
+        "same": _same(iteration),
+    }
+
+
+def _decision(rollout: Rollout | None) -> str:
+    return "left out" if rollout is None else rollout.decision
+
+
+def _flipped(one: Rollout | None, other: Rollout) -> bool:
+    return _decision(one) != other.decision
+
+
+def _weights(rollouts: Iterable[Rollout]) -> list[float]:
+    return [0.0 if math.isnan(r.weight) else r.weight for rollout in rollouts for r in rollout.responses]
+
+
+def _tau(rollouts: Sequence[Rollout]) -> float:
+    return rollouts[0].tau if rollouts else math.nan
+
+
+def _share(rollouts: Sequence[Rollout]) -> float:
+    return float(np.mean([rollout.decision == "ranked" for rollout in rollouts])) if rollouts else math.nan
+
+
+def _flips(iteration: Iteration) -> Iterator[dict[str, Any]]:
+    for one, other in iteration.pairs:
+        if _flipped(one, other):
+            yield {
+                "iteration": iteration.number,
+                "query_id": other.query_id,
+                "prompt": str(other.prompt),
+                "decision": [_decision(one), other.decision],
+                "margin": [math.nan if one is None else one.margin, other.margin],
+                "tau": [math.nan if one is None else one.tau, other.tau],
+            }
+
+
+def _write(result: Mapping[str, Any], found: Sequence[Iteration], folder: Path, algorithm: Algorithm, config: Any) -> None:
+    for stale in (folder / "rollouts").glob("iter_*.jsonl"):
+        stale.unlink()
+    for iteration in found:
+        after = [other for _, other in iteration.pairs]
+        journal.write(folder / "rollouts" / f"iter_{iteration.number:04d}.jsonl", after)
+    write_jsonl(folder / "flips.jsonl", (plain(flip) for iteration in found for flip in _flips(iteration)))
+    labelled = {iteration.number: [other for _, other in iteration.pairs] for iteration in found}
+    for name, rows in journal_records.of(labelled, algorithm, config).items():
+        write_jsonl(folder / f"{name}.jsonl", rows)
+    write_json(folder / "replay.json", result)
+
+
+def said(result: Mapping[str, Any]) -> Iterator[str]:
+    """The result as lines of text."""
+    if result["sampled_otherwise"]:
+        keys = ", ".join(result["sampled_otherwise"])
+        yield f"warning: {keys} had a part in what was sampled, and a replay labels what is there"
+    for key, (before, after) in result["changed"].items():
+        yield f"{key}: {before!r} -> {after!r}"
+    yield f"{'iteration':>9} {'queries':>8} {'tau':>15} {'ranked':>15} {'weights moved':>14}  decided otherwise"
+    for row in result["iterations"]:
+        tau, ranked = (" -> ".join(f"{value:.3g}" for value in row[key]) for key in ("tau", "ranked"))
+        flips = ", ".join(f"{count} {flip}" for flip, count in row["flips"].items()) or "none"
+        out = f"; {row['left_out']} left out" if row["left_out"] else ""
+        yield f"{row['iteration']:>9} {row['queries']:>8} {tau:>15} {ranked:>15} {row['weights_moved']:>14}  {flips}{out}"
+    yield "every score, margin, decision and weight is as it was, bit by bit" if result["same"] else "not as it was"

@@ -1,0 +1,66 @@
+"""Whether a response matches a regular expression, the same for all or the record's own: 1 or 0."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from ple_jax.core.errors import UserError
+from ple_jax.core.types import Reward
+from ple_jax.rewards import WHERE, accepted
+
+VERSION = "1"  # another one with every change of the values
+
+
+def make(pattern: str | None = None, *, column: str | None = None, answer: str | None = None) -> Reward:
+    """1 where the pattern matches somewhere in the response; with an `answer`, where the last match has it.
+
+    A pattern that repeats what repeats, (a+)+, may take for ever on some texts, as Python's `re` does.
+
+    Args:
+        pattern: a regular expression, as Python's `re` reads it.
+        column: instead of a pattern, of the record, with its own; of a list any will do.
+        answer: of the record, with what the first group of the last match (or all of it, if there is no group) must be,
+            but for case and blanks around it; of a list one of them. Matches of nothing do not count.
+
+    Raises:
+        UserError: neither a pattern nor a column, or both; a pattern that is no regular expression.
+    """
+    if (pattern is None) == (column is None):
+        raise UserError(f"{WHERE} of reward 'regex': give a pattern, or the column of the record that has one")
+    fixed = [] if pattern is None else [_compiled(pattern, f"{WHERE} pattern:")]
+    reads = tuple(dict.fromkeys(name for name in (column, answer) if name is not None))
+
+    def matches(response: str, told: dict[str, Any]) -> bool:
+        patterns = fixed if column is None else map(re.compile, accepted(told[column]))
+        right = None if answer is None else {text.strip().casefold() for text in accepted(told[answer])}
+        return any(_matches(one, response, right) for one in patterns)
+
+    def reward(prompts: Sequence[str], responses: Sequence[str], /, **fields: Sequence[Any]) -> list[float]:
+        told = [{name: fields[name][i] for name in reads} for i in range(len(responses))]
+        return [float(matches(*one)) for one in zip(responses, told, strict=True)]
+
+    def refuses(prompt: str, /, **fields: Any) -> str:
+        try:
+            for one in accepted(fields[column]) if column is not None else ():
+                _compiled(one, f"`{column}`:")
+        except UserError as error:
+            return f"has no pattern in {error}"
+        return ""
+
+    version = f"{VERSION} {pattern!r} {column} {answer}"
+    return Reward("regex", reward, version=version, scale=(0.0, 1.0), reads=reads, refuses=refuses)
+
+
+def _matches(pattern: re.Pattern[str], response: str, right: set[str] | None) -> bool:
+    if right is None:
+        return pattern.search(response) is not None
+    said = [(match[min(1, pattern.groups)] or "").strip() for match in pattern.finditer(response)]
+    said = [text for text in said if text]
+    return bool(said) and said[-1].casefold() in right
+
+
+def _compiled(pattern: str, where: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise UserError(f"{where} {pattern!r} is no regular expression: {error}") from error

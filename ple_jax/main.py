@@ -32,27 +32,11 @@ from ple_jax.training.interrupt import MESSAGE, Interrupted, Stop
 from ple_jax.training.workdir import recorded
 
 _LONGEST, _DEEPEST = 255, 4096 - 256  # bytes of the name of a file or folder, and of a path with room for what is in it
-MODES = (
-    "train",
-    "probe",
-    "evaluate",
-    "generate",
-    "compare",
-    "harness",
-    "replay",
-    "plan",
-    "export",
-    "chat",
-)  # functions of ple_jax.modes
+# functions of ple_jax.modes
+MODES = ("train", "probe", "evaluate", "generate", "compare", "harness", "replay", "plan", "export", "chat")
 FLAG_NAMES = ("config", "workdir", "backend", "mode", "accept", "topology", "runs", "against", "profile", "help", "version")
-ON_A_RUN = (
-    "train",
-    "evaluate",
-    "generate",
-    "harness",
-    "export",
-    "chat",
-)  # modes that a run may be accepted in though it changed
+# modes that a run may be accepted in though it changed
+ON_A_RUN = ("train", "evaluate", "generate", "harness", "export", "chat")
 
 USAGE = """\
 usage: ple_jax --config CONFIG --workdir DIR [--config.KEY=VALUE ...] [--backend=jax|torch] [--mode=MODE]
@@ -223,20 +207,20 @@ def _recorded(workdir: Path, config: ConfigDict) -> ConfigDict:
         raise UserError(f"--workdir={workdir} holds no run (no config.json there); train one first: --mode=train")
     usual, own = flatten(config.to_dict()), flatten(upgraded(kept, workdir / "config.json"))
     own = {key: value for key, value in own.items() if key in usual and not key.startswith("sampling.server")}
-    values = {
-        key: float(v) if isinstance(usual[key], float) and isinstance(v, str) else v for key, v in own.items()
-    }  # "inf"
+
+    def of_json(key: str, value: object) -> object:
+        return float(value) if isinstance(usual[key], float) and isinstance(value, str) else _tuples(value)  # "inf"
+
     with config.ignore_type():
-        config.update_from_flattened_dict({key: _tuples(v) for key, v in values.items()})
+        config.update_from_flattened_dict({key: of_json(key, value) for key, value in own.items()})
     return config
 
 
 def _without_what_was_read(config: ConfigDict, began: dict[str, object]) -> ConfigDict:
     """The config with the defaults of what a run has read, which a replay does not, and which may be gone since."""
-    checked, usual = ConfigDict(config.to_dict()), flatten(_load("default")[1].to_dict())
-    same = [key for key in OF_FILES if flatten(config.to_dict()).get(key) == began.get(key)]
+    checked, now, usual = ConfigDict(config.to_dict()), flatten(config.to_dict()), flatten(_load("default")[1].to_dict())
     with checked.ignore_type():
-        checked.update_from_flattened_dict({key: usual[key] for key in same})
+        checked.update_from_flattened_dict({key: usual[key] for key in OF_FILES if now[key] == began[key]})
     return checked
 
 
@@ -303,9 +287,10 @@ def parse(argv: Sequence[str]) -> CommandLine:
         return CommandLine(FrozenConfigDict(config), _workdir(values), backend, mode, file=file)
     if values.against and rest[1:]:
         raise UserError(f"--against={values.against} compares two runs as they are: leave {rest[1]!r} out")
-    began = flatten(config.to_dict())
+    of_a_run = mode == "replay" and not values.config
+    began = flatten(config.to_dict()) if of_a_run else {}
     config, workdir = _override(config, rest), _workdir(values)
-    validate(_without_what_was_read(config, began) if mode == "replay" and not values.config else config)
+    validate(_without_what_was_read(config, began) if of_a_run else config)
     _check_backend(config, backend)
     _check_installed(config, backend, mode)
     found = {"topology": values.topology, "runs": tuple(values.runs or ()), "accept": tuple(values.accept or ())}

@@ -39,7 +39,7 @@ from ple_jax.training.opening import check_length, open_run, read_inputs, second
 from ple_jax.training.run import Run
 from ple_jax.training.sampling import sampling_of
 from ple_jax.training.state import State
-from ple_jax.training.workdir import SUMMARY, begun, check_config, going_on, lock, recorded
+from ple_jax.training.workdir import SUMMARY, begun, check_config, going_on, lock
 from ple_jax.training.workdir import summary as finished
 
 _SHOWN = 8  # queries of which --mode=generate prints the responses
@@ -234,11 +234,7 @@ def replay(config: Any, workdir: Path, backend: str, against: Path | None = None
         found = differences.of(workdir, against)
         print("\n".join(map(str, found)) or f"no difference: {workdir} and {against} did the same, bit by bit")
         return 0
-    if not recorded(workdir):
-        raise UserError(f"--workdir={workdir} holds no run; train one first: --mode=train")
-    with lock(workdir / replaying.FOLDER):  # a run that goes on is not disturbed
-        result = replaying.replay(config, workdir, backend)
-    print("\n".join(replaying.said(result)))
+    print("\n".join(replaying.said(replaying.replay(config, workdir, backend))))
     print(f"journals, flips and records: {workdir / replaying.FOLDER}")
     return 0
 

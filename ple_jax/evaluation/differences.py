@@ -87,26 +87,17 @@ def _journals(one: Path, other: Path, name: Path, where: str) -> Iterator[Differ
         if any(there):
             yield Difference("length", f"{where}, {name}", *("there" if found else "not there" for found in there))
         return
-    first, second = (_with_quarantine(folder, name) for folder in (one, other))
-    if set(first) != set(second) or not any(_quarantine(folder, name).exists() for folder in (one, other)):
+    kept = [journal.read(folder / name) for folder in (one, other)]
+    left: list[list[Rollout]] = [[], []]  # of an evaluation nothing is
+    if name.parent.name == "rollouts":
+        left = [journal.left_out(folder / name, some) for folder, some in zip((one, other), kept, strict=True)]
+    first, second = ({r.query_id: r for r in [*some, *beside]} for some, beside in zip(kept, left, strict=True))
+    if set(first) != set(second) or not any(left):
         yield from _prompts(list(first.values()), list(second.values()), where)  # their order too
     both = [query for query in first if query in second]
     rollouts = [[some[query] for query in both] for some in (first, second)]
     for compare in (_prompts, _responses, _decisions):
         yield from compare(rollouts[0], rollouts[1], where)
-
-
-def _quarantine(folder: Path, name: Path) -> Path:
-    return folder / "quarantine" / name.name
-
-
-def _with_quarantine(folder: Path, name: Path) -> dict[str, Rollout]:
-    """Query -> its rollout; of an iteration also those that were left out, as a reward of theirs was not finite."""
-    found, beside = journal.read(folder / name), _quarantine(folder, name)
-    if name.parent.name == "rollouts" and beside.exists():
-        known = {rollout.query_id for rollout in found}
-        found += [rollout for rollout in journal.read(beside) if rollout.query_id not in known]
-    return {rollout.query_id: rollout for rollout in found}
 
 
 def _prompts(one: Sequence[Rollout], other: Sequence[Rollout], where: str) -> Iterator[Difference]:

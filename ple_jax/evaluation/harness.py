@@ -218,9 +218,9 @@ def policy(run: Run[Any], greedy: frozenset[str] = frozenset()) -> Any:
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
             special = not config.task.chat if add_special_tokens is None else add_special_tokens
-            tokens = list(tokenizer.encode(string, add_special_tokens=special))
-            closed = special and len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id
-            return tokens[:-1] if closed else tokens
+            if special:
+                return prompts.open_ended(string, tokenizer) or [self.prefix_token_id]
+            return list(tokenizer.encode(string, add_special_tokens=False))
 
         def apply_chat_template(self, chat_history: Any, add_generation_prompt: bool = True) -> str:
             turns = [dict(turn) for turn in chat_history]
@@ -282,18 +282,16 @@ def policy(run: Run[Any], greedy: frozenset[str] = frozenset()) -> Any:
 
 
 def opened(turns: list[dict[str, Any]], form: template.Form) -> str:
-    """The turns as the chat template writes them, open for an answer; a system turn that it refuses stands at the head of
-    the first user turn.
+    """The turns as the chat template writes them, open for an answer; a system turn stands where principles do, also under a
+    template that takes none.
 
     Raises:
         UserError: it takes no such turns.
     """
+    system = turns[0]["content"] if turns[0]["role"] == "system" and len(turns) > 1 else None
     try:
-        return template.opened(Conversation(turns), None, form)
+        return template.opened(Conversation(turns if system is None else turns[1:]), system, form)
     except ValueError as error:
-        if turns[0]["role"] == "system" and len(turns) > 1:
-            first = {**turns[1], "content": f"{turns[0]['content']}\n\n{turns[1]['content']}"}
-            return opened([first, *turns[2:]], form)
         raise UserError(
             f"the chat template refuses the turns of a task: {error}; take a task without such turns, or set"
             " --config.task.chat=False"

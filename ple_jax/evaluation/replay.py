@@ -30,19 +30,13 @@ from ple_jax.data.load import load_data
 from ple_jax.evaluation import journal_records
 from ple_jax.training import journal, scoring
 from ple_jax.training.opening import training_reward
-from ple_jax.training.workdir import begun, recorded
+from ple_jax.training.workdir import begun, lock, recorded
 
 FOLDER = "replay"  # of a work directory
 # keys that say how responses are labelled: any other one had a part in what was sampled, and no replay can undo that
 _LABELS = ("reward.", "ple.", "raft.", "dpo.", "grpo.", "rloo.", "ppo.", "algorithm_kwargs", "iterations")
-_NOT_ASKED = (
-    "backend",
-    "format",
-    "inputs",
-    "sampling.server",
-    "sampling.server_sleep",
-    "task.date",
-)  # of what is not done here
+# keys of what is not done here
+_NOT_ASKED = ("backend", "format", "inputs", "sampling.server", "sampling.server_sleep", "task.date")
 _UNREAD = ("eval.", "export.", "generate.", "compare.", "probe.", "inputs.", "optimizer.", "offline.", "checkpoint.")
 
 
@@ -52,6 +46,10 @@ class Iteration(NamedTuple):
     number: int
     pairs: list[tuple[Rollout | None, Rollout]]  # what happened, None where the query was left out; and what is now
     left_out: int  # queries that have no finite reward now
+
+    @property
+    def after(self) -> list[Rollout]:
+        return [now for _, now in self.pairs]
 
 
 def replay(config: Any, workdir: Path, backend: str) -> dict[str, Any]:
@@ -68,16 +66,18 @@ def replay(config: Any, workdir: Path, backend: str) -> dict[str, Any]:
         raise UserError(f"--mode=replay needs an algorithm that samples, and config.algorithm is {config.algorithm!r}")
     config = algorithms.with_defaults(algorithm, begun(config, workdir, backend))
     changed = _changed(was, config, backend)
-    found = list(_iterations(config, workdir, backend, algorithm, another={"reward.name", "reward.kwargs"} & changed.keys()))
-    if not found:
-        raise UserError(f"{workdir / 'rollouts'} holds no finished iteration: there is nothing to replay")
-    result = {
-        "changed": {key: pair for key, pair in changed.items() if key.startswith(_LABELS)},
-        "sampled_otherwise": {key: pair for key, pair in changed.items() if not key.startswith(_LABELS)},
-        "same": all(_same(iteration) for iteration in found),
-        "iterations": [_compared(iteration) for iteration in found],
-    }
-    _write(result, found, workdir / FOLDER, algorithm, config)
+    another = {"reward.name", "reward.kwargs"} & changed.keys()
+    with lock(workdir / FOLDER):  # a run that goes on is not disturbed
+        found = list(_iterations(config, workdir, backend, algorithm, another=another))
+        if not found:
+            raise UserError(f"{workdir / 'rollouts'} holds no finished iteration: there is nothing to replay")
+        result = {
+            "changed": {key: pair for key, pair in changed.items() if key.startswith(_LABELS)},
+            "sampled_otherwise": {key: pair for key, pair in changed.items() if not key.startswith(_LABELS)},
+            "same": all(_same(iteration) for iteration in found),
+            "iterations": [_compared(iteration) for iteration in found],
+        }
+        _write(result, found, workdir / FOLDER, algorithm, config)
     return result
 
 
@@ -94,7 +94,6 @@ def _iterations(
 ) -> Iterator[Iteration]:
     """All that are finished; `another` says whether the reward is another one, which is loaded then, and asked."""
     reward, schedule = training_reward(config, backend) if another else None, algorithm.schedule(config)
-    (workdir / FOLDER).mkdir(exist_ok=True)
     with Cache(workdir / FOLDER / "rewards.sqlite") as cache:
         for path in sorted((workdir / "rollouts").glob("iter_????.jsonl")):
             number, happened = int(path.stem[5:]), journal.read(path)
@@ -102,8 +101,7 @@ def _iterations(
             before: list[Rollout | None] = [*happened]
             rollouts = happened
             if reward is not None:
-                beside = workdir / "quarantine" / path.name
-                others = _only_there(journal.read(beside) if beside.exists() else [], happened)
+                others = journal.left_out(path, happened)
                 before, rollouts = [*before, *[None] * len(others)], _scored([*happened, *others], reward, config, cache)
             finite = [all(math.isfinite(r.reward) for r in rollout.responses) for rollout in rollouts]
             kept = [rollout for rollout, ok in zip(rollouts, finite, strict=True) if ok]
@@ -111,11 +109,6 @@ def _iterations(
             after = algorithm.label(scoring.transformed(kept, config.reward), context) if kept else []
             told = [rollout for rollout, ok in zip(before, finite, strict=True) if ok]
             yield Iteration(number, list(zip(told, after, strict=True)), len(rollouts) - len(kept))
-
-
-def _only_there(some: Sequence[Rollout], others: Sequence[Rollout]) -> list[Rollout]:
-    known = {rollout.query_id for rollout in others}
-    return [rollout for rollout in some if rollout.query_id not in known]
 
 
 def _check_slots(rollouts: Sequence[Rollout], algorithm: Algorithm, config: Any, path: Path) -> None:
@@ -136,18 +129,7 @@ def _scored(rollouts: Sequence[Rollout], reward: Reward, config: Any, cache: Cac
     if any(name not in rollout.record for rollout in rollouts for name in reads):  # the run's own reward did not read it
         known = {query.id: query.record for query in load_data(config, reads=reads).train}
         rollouts = [rollout._replace(record={**known.get(rollout.query_id, {}), **rollout.record}) for rollout in rollouts]
-    found = scoring.given(rollouts, reward, cache)
-    values = iter(zip(found.values, *found.parts.values(), strict=True))
-
-    def fill(rollout: Rollout) -> Rollout:
-        responses = []
-        for response in rollout.responses:
-            value, *parts = map(float, next(values))
-            of = dict(zip(found.parts, parts, strict=True))
-            responses.append(response._replace(reward=value if math.isfinite(value) else math.nan, parts=of))
-        return rollout._replace(responses=tuple(responses))
-
-    return [fill(rollout) for rollout in rollouts]
+    return scoring.filled(rollouts, reward, cache)
 
 
 # ---------------------------------------------------------------- compared
@@ -169,15 +151,15 @@ def _same(iteration: Iteration) -> bool:
 def _compared(iteration: Iteration) -> dict[str, Any]:
     """A row of replay.json: of pairs the first value is what happened, the second what is now."""
     both = [(one, other) for one, other in iteration.pairs if one is not None]
-    before, after = [one for one, _ in both], [other for _, other in iteration.pairs]
+    before = [one for one, _ in both]
     moved = np.abs(np.subtract(_weights(before), _weights(other for _, other in both)))
     flips = Counter(f"{_decision(one)} -> {_decision(other)}" for one, other in iteration.pairs if _flipped(one, other))
     return {
         "iteration": iteration.number,
         "queries": len(iteration.pairs),
         "left_out": iteration.left_out,
-        "tau": [_tau(before), _tau(after)],
-        "ranked": [_share(before), _share(after)],
+        "tau": [_tau(before), _tau(iteration.after)],
+        "ranked": [_share(before), _share(iteration.after)],
         "flips": dict(flips.most_common()),
         "weights_moved": int((moved > 0).sum()),
         "largest_move": float(moved.max(initial=0.0)),
@@ -222,10 +204,9 @@ def _write(result: Mapping[str, Any], found: Sequence[Iteration], folder: Path, 
     for stale in (folder / "rollouts").glob("iter_*.jsonl"):
         stale.unlink()
     for iteration in found:
-        after = [other for _, other in iteration.pairs]
-        journal.write(folder / "rollouts" / f"iter_{iteration.number:04d}.jsonl", after)
+        journal.write(folder / "rollouts" / f"iter_{iteration.number:04d}.jsonl", iteration.after)
     write_jsonl(folder / "flips.jsonl", (plain(flip) for iteration in found for flip in _flips(iteration)))
-    labelled = {iteration.number: [other for _, other in iteration.pairs] for iteration in found}
+    labelled = {iteration.number: iteration.after for iteration in found}
     for name, rows in journal_records.of(labelled, algorithm, config).items():
         write_jsonl(folder / f"{name}.jsonl", rows)
     write_json(folder / "replay.json", result)

@@ -38,7 +38,7 @@ def render(
         text = str(prompt)
         if principles is not None:  # a transcript begins with an empty line itself
             text = f"{principles}\n\n" + (text.removeprefix("\n\n") if isinstance(prompt, Conversation) else text)
-        return text, _open_ended(text, tokenizer)
+        return text, open_ended(text, tokenizer)
     try:
         text = template.opened(prompt, principles, Form(tokenizer, thinking, date))
     except ValueError as error:
@@ -51,7 +51,7 @@ def render(
     return text, list(tokenizer.encode(text, add_special_tokens=False))
 
 
-def _open_ended(text: str, tokenizer: Tokenizer) -> list[int]:
+def open_ended(text: str, tokenizer: Tokenizer) -> list[int]:
     """The tokens of a text that goes on: some tokenizers close every text with EOS."""
     tokens = list(tokenizer.encode(text, add_special_tokens=True))
     return tokens[:-1] if tokens[-1:] == [tokenizer.eos_token_id] else tokens
@@ -156,7 +156,7 @@ def _behind(opening: str, ids: list[int], behind: str, tokenizer: Tokenizer, *, 
     behind another text: by itself some tokenizers would begin it with a blank.
     """
     text = opening + behind
-    whole = list(tokenizer.encode(text, add_special_tokens=False)) if chat else _open_ended(text, tokenizer)
+    whole = list(tokenizer.encode(text, add_special_tokens=False)) if chat else open_ended(text, tokenizer)
     if whole[: len(ids)] == ids:
         return whole[len(ids) :]
     said = tokenizer.decode(whole, skip_special_tokens=False)

@@ -101,6 +101,17 @@ def read(path: Path, *, remedy: str = "delete the file to sample it again") -> l
     return rollouts
 
 
+def left_out(path: Path, kept: Sequence[Rollout], *, remedy: str = "delete the file to sample it again") -> list[Rollout]:
+    """What of an iteration is not in its journal, at `path`, as a reward of it was not finite; `kept` is what is.
+
+    Raises:
+        Damaged: as `read`.
+    """
+    beside, known = path.parents[1] / "quarantine" / path.name, {rollout.query_id for rollout in kept}
+    found = read(beside, remedy=remedy) if beside.exists() else []
+    return [rollout for rollout in found if rollout.query_id not in known]
+
+
 def check(workdir: Path, iteration: int) -> None:
     """What finished iterations left is as it was written: nobody wants to hear at the end of a run that it is not.
 

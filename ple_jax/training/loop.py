@@ -16,7 +16,7 @@ from ple_jax.core.errors import Damaged
 from ple_jax.core.types import Compiled, Query, Rollout, Slot
 from ple_jax.data.mixture import draw_queries
 from ple_jax.training import ahead, costs, points
-from ple_jax.training.journal import Journal, check, read
+from ple_jax.training.journal import Journal, check, left_out, read
 from ple_jax.training.measures import evaluate, evaluate_within, log_iteration, mean_length, summarise
 from ple_jax.training.run import Run
 from ple_jax.training.sampling import given, sample
@@ -190,7 +190,7 @@ def quarantined(journal: Journal, queries: Sequence[Query], kept: Sequence[Rollo
         )
     if held == drawn:
         return []
-    found = [r for r in read(path, remedy=again) if r.query_id not in held] if path.exists() else []
+    found = left_out(journal.path, kept, remedy=again)
     if lacking := drawn - held - {rollout.query_id for rollout in found}:
         raise Damaged(f"{path} is gone, or lacks query {min(lacking)!r}, which {journal.path.name} leaves out; {again}")
     return found

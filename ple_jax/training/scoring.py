@@ -26,7 +26,14 @@ def sorted_out(
 def score(rollouts: Sequence[Rollout], reward: Reward, session: Session) -> list[Rollout]:
     """Fills rewards, on the plain query, whatever the prompt was; nan where the reward gave nothing finite."""
     session.progress.phase("score", 1)
-    found = given(rollouts, reward, session.cache)
+    scored = filled(rollouts, reward, session.cache)
+    session.progress.advance(1)
+    return scored
+
+
+def filled(rollouts: Sequence[Rollout], reward: Reward, cache: Cache | None) -> list[Rollout]:
+    """The rollouts with what a reward gives their responses, and its parts; nan where that is not finite."""
+    found = given(rollouts, reward, cache)
     values, at = np.where(np.isfinite(found.values), found.values, np.nan), iter(range(len(found.values)))
 
     def fill(response: Response) -> Response:
@@ -34,9 +41,7 @@ def score(rollouts: Sequence[Rollout], reward: Reward, session: Session) -> list
         parts = {name: float(part[i]) for name, part in found.parts.items()}
         return response._replace(reward=float(values[i]), parts=parts)
 
-    scored = [rollout._replace(responses=tuple(fill(r) for r in rollout.responses)) for rollout in rollouts]
-    session.progress.advance(1)
-    return scored
+    return [rollout._replace(responses=tuple(fill(r) for r in rollout.responses)) for rollout in rollouts]
 
 
 def values(rollouts: Sequence[Rollout], reward: Reward, session: Session) -> list[np.ndarray]:

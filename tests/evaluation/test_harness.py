@@ -17,7 +17,6 @@ from ple_jax.core.errors import UserError
 from ple_jax.core.types import Sampling
 from ple_jax.evaluation import harness
 
-pytest.importorskip("lm_eval", reason="needs lm_eval: pip install 'ple_jax[harness]'")
 HEAD = "dataset_path: json\ntest_split: test\ndataset_kwargs:\n  data_files:\n    test: {data}\nmetadata:\n  version: 1.0\n"
 TASKS = {
     "choice": """

@@ -266,7 +266,6 @@ def test_the_records_own_pairs_stay_as_they_are():
 
 
 def test_trl_reads_the_records(copy):
-    pytest.importorskip("trl")
     from datasets import load_dataset
     from trl import data_utils
 

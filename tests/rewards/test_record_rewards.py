@@ -152,8 +152,8 @@ def test_a_record_without_it_is_a_bad_one(tmp_path, value):
 def test_what_no_json_holds_comes_as_text(tmp_path):
     import datetime
 
-    pq = pytest.importorskip("pyarrow.parquet")
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
     table = pa.table({"prompt": ["a"], "day": [datetime.date(2024, 2, 29)]})
     pq.write_table(table, tmp_path / "q.parquet")

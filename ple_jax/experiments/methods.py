@@ -11,7 +11,8 @@ class Method(NamedTuple):
     samples: int
     keys: dict[str, str]
     data: str = ""  # "pairs" or "sft": it trains on these
-    group: str = "main"  # or "ablations", "sensitivity": of PLE, at its learning rate; or "trl"
+    references: bool = False  # it trains on the answers of people
+    group: str = "main"  # or "ablations", "sensitivity": of PLE, at its learning rate; "references"; "trl"
     trl: bool = False
 
     @property
@@ -43,6 +44,7 @@ METHODS = {
     "ppo": Method(1, {"algorithm": "ppo", "ppo.samples": "1"}),
     "rloo": Method(4, {"algorithm": "rloo", "rloo.samples": "4"}),
     "grpo": Method(4, {"algorithm": "grpo", "grpo.samples": "4"}),
+    "sft_references": Method(2, {"algorithm": "sft"}, references=True, group="references"),
     "ple_no_ranking": _of_ple("ablations", {"ple.rank_weight": "0.0"}),
     "ple_all_blended": _of_ple("ablations", {"ple.tau_0": "inf"}),
     "ple_no_blend": _of_ple("ablations", {"ple.blend_weight": "0.0"}),
@@ -78,6 +80,8 @@ GROUPS = tuple(dict.fromkeys(method.group for method in METHODS.values()))
 def chosen(text: str) -> list[str]:
     """The methods that a list of groups and names means, or `all`, in the order of the table.
 
+    Those that imitate people are asked for by name: not all data have answers.
+
     Raises:
         UserError: a name that is none, or variants of PLE without PLE, whose learning rate they take.
     """
@@ -85,7 +89,7 @@ def chosen(text: str) -> list[str]:
     known = ("all", *GROUPS, *METHODS)
     if unknown := sorted(wanted - set(known)):
         raise UserError(f"--methods: {unknown[0]!r} is none of {', '.join(known)}{suggestion(unknown[0], known)}")
-    found = [name for name, method in METHODS.items() if wanted & {"all", method.group, name}]
+    found = [name for name, method in METHODS.items() if wanted & {method.group, name, "" if method.references else "all"}]
     if "ple" not in found and (variants := [name for name in found if METHODS[name].of_ple]):
         raise UserError(f"--methods: {variants[0]} is trained at the learning rate of ple, which is not among them: add it")
     return found

@@ -1,35 +1,65 @@
 """What finished jobs say, packed to be kept: a file a job, which an interruption, or a machine that goes, does not lose.
 
 DIR/NAME.tar.xz holds what a job has written, and the mark that it is done: of a training its config, environment, summary
-and metrics, of answers the responses, but for the log-probability of every token. No weights, no checkpoints, no rollouts.
+and metrics, of answers the responses, but for the log-probability of every token. No checkpoints, no rollouts; no weights,
+but for the adapter and the head of a reward model, by which others were scored.
 A job is taken from there where its mark says what is asked today; of anything else that has its name nothing is read.
+Where data are not to be copied, `texts` is the file that queries come from: what it says is not kept, but read there again.
 """
 
 import lzma
 import shutil
 import tarfile
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from ple_jax.core import identity
 from ple_jax.core.errors import Damaged
-from ple_jax.experiments.jobs import Job, is_done, is_wanted, mark
+from ple_jax.core.files import read_sealed, write_sealed
+from ple_jax.core.types import Query
+from ple_jax.data.queries import load_queries
+from ple_jax.experiments import jobs
+from ple_jax.experiments.jobs import Job, Outcome, is_done, is_wanted, mark, say
 from ple_jax.training import journal
 
 _WHOSE = "training"  # in every archive: the digest of the training's summary
 _OF_RUN = ("config.json", "environment.json", "summary.json", "metrics.jsonl")
+_OF_REWARD = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")
+_SCORES = ".scores.jsonl"
+_AGAIN = "delete it, and that job is done again"
+
+
+def run(
+    some: Sequence[Job], out: Path, keep: Path | None = None, *, texts: Path | None = None, parallel: int = 1
+) -> dict[str, Outcome]:
+    """`jobs.run`, of what is not kept; what finishes is."""
+    if keep is None:
+        return jobs.run(some, out, parallel=parallel)
+    take_all(some, out, keep, texts=texts)
+    for job in some:  # of a command without --keep, or one that was killed before it got here
+        if is_done(job, out) and not holds(job, out, keep):
+            save(job, out, keep, texts=texts)
+    return jobs.run(some, out, parallel=parallel, done=lambda job: save(job, out, keep, texts=texts))
+
+
+def take_all(some: Sequence[Job], out: Path, keep: Path | None, *, texts: Path | None = None) -> None:
+    """Takes what is kept of these jobs, and says how many that were."""
+    if keep is not None and (taken := sum(take(job, out, keep, texts=texts) for job in some)):
+        say(f"{taken} jobs are taken from {keep}")
 
 
 def archive(job: Job, keep: Path) -> Path:
     return keep / f"{job.name}.tar.xz"
 
 
-def save(job: Job, out: Path, keep: Path) -> None:
+def save(job: Job, out: Path, keep: Path, *, texts: Path | None = None) -> None:
     """Packs a job that ended well; an earlier file of its name is replaced."""
     keep.mkdir(parents=True, exist_ok=True)
     written = [mark(job, out)]
     if job.workdir == out / job.name:
-        written += [job.workdir / name for name in _OF_RUN]
+        reward = _OF_REWARD if (job.workdir / "reward_model").exists() else ()
+        written += [job.workdir / name for name in (*_OF_RUN, *reward)]
     if job.result.parent != job.workdir:  # a set of responses: three files of one iteration
         written += sorted(job.result.parent.glob(f"{job.result.name.partition('.')[0]}.*"))
     new = keep / f".{job.name}.new"
@@ -39,7 +69,7 @@ def save(job: Job, out: Path, keep: Path) -> None:
         packed.add(whose, _WHOSE, filter=_plain)
         for path in written:
             if path.exists():
-                packed.add(_lean(path, Path(folder)), path.relative_to(out).as_posix(), filter=_plain)
+                packed.add(_lean(path, Path(folder), texts is None), path.relative_to(out).as_posix(), filter=_plain)
     new.replace(archive(job, keep))
 
 
@@ -49,16 +79,45 @@ def _digest(workdir: Path) -> str:
     return identity.digest([summary.read_bytes() if summary.exists() else b""])
 
 
-def _lean(path: Path, folder: Path) -> Path:
-    """A journal without the tokens' log-probabilities, which are most of it; any other file as it is."""
-    if not path.name.startswith("iter_") or path.suffixes != [".jsonl"]:
+def _lean(path: Path, folder: Path, whole: bool) -> Path:
+    """A journal without the tokens' log-probabilities, which are most of it; any other file as it is.
+
+    Args:
+        whole: with what the data say.
+    """
+    if not path.name.startswith("iter_") or path.suffixes not in ([".jsonl"], [".scores", ".jsonl"]):
         return path
+    if path.name.endswith(_SCORES):
+        if whole:
+            return path
+        write_sealed(folder / path.name, [line | {"reference": ""} for line in read_sealed(path, remedy=_AGAIN)], ascii=True)
+        return folder / path.name
     lean = [
         rollout._replace(responses=tuple(response._replace(logprobs=()) for response in rollout.responses))
         for rollout in journal.read(path)
     ]
+    if not whole:
+        lean = [rollout._replace(prompt="", prompt_tokens=(), record={}) for rollout in lean]
     journal.write(folder / path.name, lean)
     return folder / path.name
+
+
+def _put_back(folder: Path, texts: Path) -> None:
+    """What the data say, in all answers of a folder, by the queries' ids.
+
+    Raises:
+        Damaged: they answer a query that is not there.
+    """
+    known = {query.id: query for query in load_queries(str(texts)).queries}
+    for scores in folder.rglob(f"iter_*{_SCORES}"):
+        path = scores.with_name(scores.name.replace(_SCORES, ".jsonl"))
+        rollouts, lines = journal.read(path, remedy=_AGAIN), read_sealed(scores, remedy=_AGAIN)
+        if gone := [rollout.query_id for rollout in rollouts if rollout.query_id not in known]:
+            raise Damaged(f"{texts} has no {gone[0]}, which kept answers are of: give the data that they were made from")
+        whose: list[Query] = [known[rollout.query_id] for rollout in rollouts]
+        journal.write(path, [r._replace(prompt=query.prompt) for r, query in zip(rollouts, whose, strict=True)])
+        told = [line | {"reference": str(query.completion)} for line, query in zip(lines, whose, strict=True)]
+        write_sealed(scores, told, ascii=True)
 
 
 def _plain(member: tarfile.TarInfo) -> tarfile.TarInfo:
@@ -78,7 +137,7 @@ def holds(job: Job, out: Path, keep: Path) -> bool:
         return _wanted(job, out, unpacked) and (unpacked / _WHOSE).read_text(encoding="utf-8") == _digest(job.workdir)
 
 
-def take(job: Job, out: Path, keep: Path) -> bool:
+def take(job: Job, out: Path, keep: Path, *, texts: Path | None = None) -> bool:
     """Unpacks a job that is not done in OUT, in the place of what it may have begun there; whether it was taken.
 
     Answers are taken beside the very training that gave them alone.
@@ -95,6 +154,8 @@ def take(job: Job, out: Path, keep: Path) -> bool:
         if not _wanted(job, out, unpacked) or not (own or whose.read_text(encoding="utf-8") == _digest(job.workdir)):
             return False
         whose.unlink()
+        if texts is not None:
+            _put_back(unpacked, texts)
         if own:
             shutil.rmtree(job.workdir, ignore_errors=True)
         # the mark comes last
@@ -111,7 +172,7 @@ def _unpacked(job: Job, keep: Path, folder: Path) -> Path:
         with tarfile.open(file, "r:xz") as packed:
             packed.extractall(folder, filter="data")
     except (tarfile.TarError, lzma.LZMAError, OSError, EOFError) as error:
-        raise Damaged(f"{file} is damaged ({error}); delete it, and that job is done again") from error
+        raise Damaged(f"{file} is damaged ({error}); {_AGAIN}") from error
     return folder
 
 

@@ -194,3 +194,19 @@ def test_a_mark_of_before_a_key_or_a_flag_existed_is_as_good(tmp_path):
         other["config"]["eval"][key] = value
         assert not jobs.is_wanted(job, tmp_path, json.dumps(other))
     assert not jobs.is_wanted(job, tmp_path, "not JSON") and not jobs.is_wanted(job, tmp_path, "3")
+
+
+def test_jobs_that_run_at_a_time_part_the_cores(make, tmp_path):
+    program = "import json, os, sys, time; from pathlib import Path; folder = Path(sys.argv[1]); folder.mkdir(); "
+    program += "time.sleep(0.5); "
+    program += "(folder / 'summary.json').write_text(json.dumps(sorted(os.sched_getaffinity(0))))"
+    some = [make("a", program=program), make("b", program=program)]
+    assert all(not outcome.code for outcome in jobs.run(some, tmp_path, parallel=2).values())
+    mine, found = os.sched_getaffinity(0), [set(json.loads(job.result.read_text())) for job in some]
+    if len(mine) < 2:
+        assert found == [mine, mine]
+    else:
+        assert found[0] | found[1] == mine and not found[0] & found[1]
+    alone = make("c", program=program)
+    jobs.run([alone], tmp_path)
+    assert set(json.loads(alone.result.read_text())) == mine == os.sched_getaffinity(0)

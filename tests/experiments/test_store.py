@@ -7,6 +7,7 @@ import pytest
 
 from ple_jax import experiments
 from ple_jax.core.errors import Damaged
+from ple_jax.core.files import read_sealed, write_jsonl, write_sealed
 from ple_jax.core.types import Response, Rollout
 from ple_jax.experiments import store
 from ple_jax.experiments.jobs import Job
@@ -146,3 +147,53 @@ def test_a_damaged_file_is_named_and_leaves_nothing(kept, other, spoil):
     with pytest.raises(Damaged, match=r"ple__seed-0.tar.xz is damaged .* delete it, and that job is done again"):
         store.take(jobs(other)[0], other, kept)
     assert list(other.iterdir()) == []
+
+
+@pytest.fixture
+def texts(out, tmp_path):
+    """The data that the answers are of, which are not to be copied."""
+    answers = out / "ple__seed-0" / "responses" / "trained"
+    said = Response((5, 6), True, text="yes", reward=0.5, logprobs=(-1.5, -2.5))
+    asked = Rollout("q0", "private", (1, 2), (said,), record={"label": "secret"})
+    journal.write(answers / "iter_0002.jsonl", [asked])
+    scores = [{"query_id": "q0", "reference": " hidden", "second": [0.5]}]
+    write_sealed(answers / "iter_0002.scores.jsonl", scores, ascii=True)
+    file = tmp_path / "test.jsonl"
+    write_jsonl(file, [{"id": "q0", "prompt": "private", "completion": " hidden"}])
+    return file
+
+
+def test_what_the_data_say_is_not_kept_and_stands_in_its_place_again(out, other, tmp_path, texts):
+    kept = tmp_path / "kept"
+    for job in jobs(out):
+        store.save(job, out, kept, texts=texts)
+    for file in kept.iterdir():
+        with tarfile.open(file) as archive:
+            words = b"".join(archive.extractfile(name).read() for name in archive.getnames())
+        assert b"private" not in words and b"hidden" not in words and b"secret" not in words
+    store.take_all(jobs(other), other, kept, texts=texts)
+    name = "ple__seed-0/responses/trained/iter_0002"
+    ours, theirs = (journal.read(root / f"{name}.jsonl")[0] for root in (out, other))
+    assert (theirs.prompt, theirs.responses[0].text, theirs.responses[0].reward) == ("private", "yes", 0.5)
+    assert ours.query_id == theirs.query_id
+    ours, theirs = (read_sealed(root / f"{name}.scores.jsonl", remedy="")[0] for root in (out, other))
+    assert {**ours, "digest": 0} == {**theirs, "digest": 0}
+
+
+def test_other_data_than_the_answers_are_of_are_named(out, other, tmp_path, texts):
+    kept = tmp_path / "kept"
+    for job in jobs(out):
+        store.save(job, out, kept, texts=texts)
+    write_jsonl(texts, [{"id": "q1", "prompt": "another", "completion": " one"}])
+    with pytest.raises(Damaged, match=r"test.jsonl has no q0, which kept answers are of: give the data"):
+        store.take_all(jobs(other), other, kept, texts=texts)
+    assert not jobs(other)[1].result.exists()
+
+
+def test_of_a_reward_model_the_adapter_is_kept(out, other, tmp_path):
+    training = jobs(out)[0]
+    (training.workdir / "reward_model").mkdir()
+    store.save(training, out, tmp_path / "kept")
+    assert store.take(jobs(other)[0], other, tmp_path / "kept")
+    assert (other / "ple__seed-0/adapter/adapter_model.safetensors").read_text() == "w"
+    assert not (other / "ple__seed-0/reward_model").exists()

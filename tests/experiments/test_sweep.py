@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 
 from ple_jax.core.errors import UserError
-from ple_jax.experiments import compare_quickstart, grid, sweep
+from ple_jax.experiments import compare_methods, grid, sweep
 from ple_jax.training.workdir import lock
 
 ROOT = Path(__file__).parents[2]
@@ -117,7 +117,7 @@ def test_out_must_be_a_folder_of_its_own(capsys, tmp_path):
     assert found.code == 2 and f"--out={tmp_path / 'busy'} is in use by process {os.getpid()}" in found.err
 
 
-@pytest.mark.parametrize("module", [sweep, compare_quickstart])
+@pytest.mark.parametrize("module", [sweep, compare_methods])
 def test_a_module_and_its_door_are_the_same_command(tmp_path, module):
     """From a folder that is no checkout."""
     name = module.__name__.rpartition(".")[2]

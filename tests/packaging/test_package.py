@@ -192,7 +192,7 @@ def test_the_package_says_its_version(installed):
 
 @slow
 @pytest.mark.parametrize(
-    ("name", "given"), [("sweep", ["--grid", "ple.tau0=1"]), ("compare_quickstart", ["--", "--config.ple.tau0=1"])]
+    ("name", "given"), [("sweep", ["--grid", "ple.tau0=1"]), ("compare_methods", ["--", "--config.ple.tau0=1"])]
 )
 def test_experiments_find_the_configs_of_a_wheel(name, given, installed):
     found = installed.run("python", "-m", f"ple_jax.experiments.{name}", "--config", "tiny", "--out", name, *given)

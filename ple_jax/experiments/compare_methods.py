@@ -1,7 +1,7 @@
 """Every method on one task, with one tuning and one evaluation, at equal KL and at equal tokens: the evidence of
 docs/compare.md in one command.
 
-    python -m ple_jax.experiments.compare_quickstart --out runs/compare [--jobs 2] [--methods main] [--seeds 0,1,2,3,4]
+    python -m ple_jax.experiments.compare_methods --out runs/compare [--jobs 2] [--methods main] [--seeds 0,1,2,3,4]
         [--budgets 4,12] [--lrs 3e-4,1e-3,3e-3,1e-2] [--tune-seeds 2] [--keep DIR] [--backend jax] [--config quickstart]
         [-- --config.KEY=VALUE ...]
 
@@ -75,7 +75,9 @@ class Settings(NamedTuple):
     test_data: str
     samples: int
     second_reward: str
+    references: str = ""  # what is imitated in place of what the start model answered
     keep: Path | None = None
+    texts: Path | None = None  # what the data say is read here, and not kept
 
     @property
     def views(self) -> list[str]:
@@ -119,6 +121,8 @@ def _keys(s: Settings, method: str, lr: str, seed: str) -> dict[str, str]:
     }
     if m.data:
         keys["task.train"] = str(s.out / f"{m.data}.jsonl")
+    if m.references and s.references:
+        keys["task.train"] = s.references
     return keys | ({"trainer": "trl", "eval.points": "1"} if m.trl else {})  # TRL's steps are its own
 
 
@@ -293,9 +297,7 @@ def restored(s: Settings, rates: Mapping[tuple[str, str], str]) -> int:
                 asked = testing(s, method, lr, seed, view)
                 answers.setdefault(job, {}).setdefault(asked.result, []).append(asked)
     _take(s, [job for of in answers.values() for some in of.values() for job in some])
-    lost = [
-        job for job, of in answers.items() if not all(any(is_done(one, s.out) for one in some) for some in of.values())
-    ]
+    lost = [job for job, of in answers.items() if not all(any(is_done(one, s.out) for one in some) for some in of.values())]
     for job in lost:
         store.forget(job, s.out, s.keep)
     return len(lost)
@@ -374,19 +376,11 @@ def compare(s: Settings, *, jobs: int) -> int:
 
 
 def _run(s: Settings, jobs: Sequence[Job], *, parallel: int = 1) -> dict[str, Outcome]:
-    """`jobs.run`, of what is not kept; what finishes is."""
-    if (keep := s.keep) is None:
-        return run(jobs, s.out, parallel=parallel)
-    _take(s, jobs)
-    for job in jobs:  # of a command without --keep, or one that was killed before it got here
-        if is_done(job, s.out) and not store.holds(job, s.out, keep):
-            store.save(job, s.out, keep)
-    return run(jobs, s.out, parallel=parallel, done=lambda job: store.save(job, s.out, keep))
+    return store.run(jobs, s.out, s.keep, texts=s.texts, parallel=parallel)
 
 
 def _take(s: Settings, jobs: Sequence[Job]) -> None:
-    if s.keep is not None and (taken := sum(store.take(job, s.out, s.keep) for job in jobs)):
-        say(f"{taken} jobs are taken from {s.keep}")
+    store.take_all(jobs, s.out, s.keep, texts=s.texts)
 
 
 @contextmanager
@@ -402,33 +396,57 @@ def stage(name: str) -> Iterator[None]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments(parser)
+    options = vars(parser.parse_args(argv))
+    with reported(options["out"]):
+        return compare(settings(**options), jobs=options["jobs"])
+
+
+def arguments(parser: argparse.ArgumentParser, *, task: bool = True) -> None:
+    """Adds what `settings` takes, and `jobs`.
+
+    Args:
+        task: with what says the task: its config, test split, references and second reward.
+    """
     add = parser.add_argument
     add("--out", required=True, type=Path, metavar="DIR")
-    add("--config", default="quickstart", metavar="CONFIG", help="the task (default: quickstart)")
     add("--methods", default="main", help="all, or groups and names with commas: " + ", ".join((*GROUPS, *METHODS)))
-    add("--seeds", default="0,1,2,3,4", type=_list)
-    add("--budgets", default="4,12", type=_list, help="nats per response from the start (default: 4,12)")
-    add("--lrs", default="3e-4,1e-3,3e-3,1e-2", type=_list, help="the same for every method")
-    add("--tune-seeds", type=positive, default=2, metavar="N", help="seeds that choose the rates (default: 2)")
-    add("--points", type=positive, default=1, help="evaluations an iteration (default: 1)")
+    add("--seeds", default="0,1,2,3,4", type=_list, help="(default: %(default)s)")
+    add("--budgets", default="4,12", type=_list, help="nats per response from the start (default: %(default)s)")
+    add("--lrs", default="3e-4,1e-3,3e-3,1e-2", type=_list, help="the same for every method (default: %(default)s)")
+    add("--tune-seeds", type=positive, default=2, metavar="N", help="seeds that choose the rates (default: %(default)s)")
+    add("--points", type=positive, default=1, metavar="N", help="evaluations an iteration (default: %(default)s)")
     add("--keep", type=Path, metavar="DIR", help="where what finished runs say is kept, packed")
-    add("--jobs", type=positive, default=1, metavar="N", help="runs at a time (default: 1); they share cores and memory")
-    add("--backend", default="jax", help="of all but TRL's methods (default: jax)")
-    add("--responses", type=positive, default=96, help="sampled in an iteration (default: 96)")
-    add("--steps", type=positive, default=6, help="optimiser steps of an iteration (default: 6)")
-    add("--test-data", default="quickstart_test", metavar="DATA", help="as config.task.heldout is named")
-    add("--samples", type=positive, default=4, help="answers to each query of the test (default: 4)")
-    add("--second-reward", default="bag_of_words", metavar="NAME", help="as config.reward.name (default: bag_of_words)")
+    add(
+        "--jobs",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="runs at a time (default: 1); they share memory and part the cores",
+    )
+    add("--backend", default="jax", help="of all but TRL's methods (default: %(default)s)")
+    add("--responses", type=positive, default=96, metavar="N", help="sampled in an iteration (default: %(default)s)")
+    add("--steps", type=positive, default=6, metavar="N", help="optimiser steps of an iteration (default: %(default)s)")
+    add("--samples", type=positive, default=4, metavar="N", help="answers to each query of the test (default: %(default)s)")
     add("given", nargs="*", metavar="--config.KEY=VALUE", help="after `--`: overrides of every run")
-    options = vars(parser.parse_args(argv))
-    out, jobs, file = (options.pop(name) for name in ("out", "jobs", "config"))
-    with reported(out):
-        given = overrides(options.pop("given"))
-        config = parsed((f"--config={file}", f"--backend={options['backend']}", "--mode=plan", *given)).config
-        methods = chosen(options.pop("methods"))
-        lrs, budgets = (_ascending(name, options.pop(name)) for name in ("lrs", "budgets"))
-        own = {"out": out, "file": file, "config": config, "given": given, "methods": methods, "lrs": lrs}
-        return compare(Settings(**own, budgets=budgets, **options), jobs=jobs)
+    if task:
+        add("--config", default="quickstart", metavar="CONFIG", help="the task (default: %(default)s)")
+        add("--test-data", default="quickstart_test", metavar="DATA", help="as config.task.heldout is named")
+        add("--references", default="", metavar="DATA", help="what sft_references imitates (default: config.task.train)")
+        add("--second-reward", default="bag_of_words", metavar="NAME", help="as config.reward.name (default: %(default)s)")
+
+
+def settings(*, config: str, given: Sequence[str], methods: str, **options: Any) -> Settings:
+    """The command line, as `arguments` has it.
+
+    Raises:
+        UserError: a method, a number or an override that there is not.
+    """
+    own = {key: value for key, value in options.items() if key in Settings._fields}
+    found = overrides(given)
+    parsed_config = parsed((f"--config={config}", f"--backend={options['backend']}", "--mode=plan", *found)).config
+    own |= {name: _ascending(name, options[name]) for name in ("lrs", "budgets")}
+    return Settings(file=config, config=parsed_config, given=found, methods=chosen(methods), **own)
 
 
 def _list(text: str) -> list[str]:

@@ -13,12 +13,12 @@ from ple_jax.core.errors import UserError
 from ple_jax.core.files import read_json
 from ple_jax.core.types import Response, Rollout
 from ple_jax.evaluation import responses
-from ple_jax.experiments import compare_quickstart, methods
+from ple_jax.experiments import compare_methods, methods
 from ple_jax.experiments.jobs import Outcome, parsed
 from ple_jax.training.journal import read
 
 
-def settings(out: Path, *given: str, names: str = "all", **options) -> compare_quickstart.Settings:
+def settings(out: Path, *given: str, names: str = "all", **options) -> compare_methods.Settings:
     file = "quickstart"
     config = parsed((f"--config={file}", "--mode=plan", *given)).config
     values = {
@@ -27,7 +27,7 @@ def settings(out: Path, *given: str, names: str = "all", **options) -> compare_q
         "responses": 96, "steps": 6,
         "test_data": "quickstart_test", "samples": 4, "second_reward": "bag_of_words",
     }  # fmt: skip
-    return compare_quickstart.Settings(**values | options)
+    return compare_methods.Settings(**values | options)
 
 
 @pytest.fixture
@@ -39,14 +39,15 @@ def out(tmp_path):
 
 @pytest.mark.parametrize("name", methods.METHODS)
 def test_every_method_has_the_same_budget(out, name):
-    job = compare_quickstart.training(settings(out), name, "1e-3", "1")
+    job = compare_methods.training(settings(out), name, "1e-3", "1")
     asked = parsed(job.arguments)
     config, method = asked.config, methods.METHODS[name]
     slots = algorithms.load(config.algorithm).collect(config)
     sampled = [slot for slot in slots if slot.source == "policy"]
     total = 450 if name in ("ple_candidates_2", "ple_candidates_4") else 480  # 3 or 5 a query make no equal batches of 96
-    assert config.iterations * config.queries_per_iteration * len(sampled) == (0 if method.data else total)
-    assert config.queries_per_iteration == (48 if method.data else total // 5 // len(sampled))
+    offline = bool(method.data) or method.references
+    assert config.iterations * config.queries_per_iteration * len(sampled) == (0 if offline else total)
+    assert config.queries_per_iteration == (48 if offline else total // 5 // len(sampled))
     assert config.queries_per_iteration // config.optimizer.batch_queries == 6
     assert (config.optimizer.lr, config.seed) == (1e-3, 1)
     assert (asked.backend, config.trainer) == (("torch", "trl") if name.startswith("trl_") else ("jax", "own"))
@@ -66,7 +67,7 @@ def test_every_method_has_the_same_budget(out, name):
     job.result.write_text(json.dumps({"best": best, "iterations": 5}))
     files = {"kl_2": "trained_step_9/iter_0001", "kl_4": "trained/iter_0003", "newest": "trained/iter_0005"}
     for view, file in files.items():
-        tested = compare_quickstart.testing(settings(out), name, "1e-3", "1", view)
+        tested = compare_methods.testing(settings(out), name, "1e-3", "1", view)
         test = parsed(tested.arguments)
         assert (test.mode, test.workdir, test.backend) == ("generate", asked.workdir, asked.backend)
         assert tested.last == f"responses/{file}.scores.jsonl"
@@ -85,13 +86,13 @@ def test_trl_has_what_its_methods_ask_for(out):
 
     names = [name for name in methods.METHODS if name.startswith("trl_")]
     for name in names:
-        baselines.check(parsed(compare_quickstart.training(settings(out), name, "1e-3", "0").arguments).config)
+        baselines.check(parsed(compare_methods.training(settings(out), name, "1e-3", "0").arguments).config)
     assert len(names) == 4 and all(methods.METHODS[name].trl for name in names)
 
 
 def test_variants_differ_from_ple_in_one_thing(out):
     def flat(name):
-        job = compare_quickstart.training(settings(out), name, "1e-3", "0")
+        job = compare_methods.training(settings(out), name, "1e-3", "0")
         config = parsed(job.arguments).config
         return {key: value for key, value in flatten(config.to_dict()).items() if key.startswith(("ple.", "pri", "reward."))}
 
@@ -125,7 +126,7 @@ def test_variants_differ_from_ple_in_one_thing(out):
 
 def test_a_method_wins_over_what_the_user_gives(out):
     given = ("--config.queries_per_iteration=8", "--config.optimizer.micro_queries=4", "--config.lora.rank=2")
-    config = parsed(compare_quickstart.training(settings(out, *given), "self_distillation", "1e-3", "0").arguments).config
+    config = parsed(compare_methods.training(settings(out, *given), "self_distillation", "1e-3", "0").arguments).config
     assert (config.queries_per_iteration, config.optimizer.batch_queries, config.optimizer.micro_queries) == (96, 16, 4)
     assert config.lora.rank == 2
 
@@ -145,7 +146,9 @@ def test_budgets_that_do_not_divide():
 
 def test_methods_by_name():
     everything = methods.chosen("all")
-    assert everything == list(methods.METHODS) and methods.GROUPS == ("main", "ablations", "sensitivity", "trl")
+    assert everything == [name for name in methods.METHODS if name != "sft_references"]  # not all data have references
+    assert methods.GROUPS == ("main", "references", "ablations", "sensitivity", "trl")
+    assert methods.chosen("references") == methods.chosen("sft_references") == ["sft_references"]
     main = methods.chosen("main")
     assert len(main) == 10 and main[0] == "ple" and not any(methods.METHODS[name].of_ple for name in main)
     assert methods.chosen("sft, ple") == ["ple", "sft"]
@@ -158,21 +161,21 @@ def test_methods_by_name():
 
 def test_variants_of_ple_have_its_rate_and_the_sensitivity_fewer_seeds(out):
     s = settings(out, names="ple,ple_empty,ple_tau_1,sft", seeds=["0", "1", "2", "3"])
-    assert compare_quickstart.tuned(s) == ["ple", "sft"]
+    assert compare_methods.tuned(s) == ["ple", "sft"]
     rewards = {"ple": {"1e-4": 0.1, "1e-3": 0.3}, "sft": {"1e-4": 0.2, "1e-3": 0.1}}
     ended = {}
     for method, of_rate in rewards.items():
         for lr, reward in of_rate.items():
-            job = compare_quickstart.training(s, method, lr, "0")
+            job = compare_methods.training(s, method, lr, "0")
             ended[job.name] = Outcome(0)
             job.workdir.mkdir()
             best = {view: {"reward": reward} for view in ("kl_2", "kl_4")}
             job.result.write_text(json.dumps({"best": best, "heldout_reward_after": reward}))
-    rates = compare_quickstart.choose(s, ended)
+    rates = compare_methods.choose(s, ended)
     assert {method: rates[method, "kl_2"] for method in s.methods} == {
         "ple": "1e-3", "ple_empty": "1e-3", "ple_tau_1": "1e-3", "sft": "1e-4"}  # fmt: skip
     seeds = {}
-    for job in compare_quickstart.chosen_runs(s, rates):
+    for job in compare_methods.chosen_runs(s, rates):
         method, _, seed = job.name.split("__")
         seeds.setdefault(method, []).append(seed)
     assert {method: len(found) for method, found in seeds.items()} == {"ple": 4, "ple_empty": 4, "ple_tau_1": 3, "sft": 4}
@@ -180,7 +183,7 @@ def test_variants_of_ple_have_its_rate_and_the_sensitivity_fewer_seeds(out):
 
 def test_the_start_model_with_and_without_principles(out):
     for principled in (False, True):
-        job = compare_quickstart.starting(settings(out), principled=principled)
+        job = compare_methods.starting(settings(out), principled=principled)
         asked = parsed(job.arguments)
         assert (asked.mode, asked.config.generate.policy, asked.config.generate.principled) == (
             "generate",
@@ -207,7 +210,7 @@ def test_offline_records_are_best_and_worst_as_they_were_sampled():
         ],
         [],
     )
-    pairs, best = compare_quickstart.records(found)
+    pairs, best = compare_methods.records(found)
     assert pairs == [{"id": "q0", "prompt": "prompt 0", "chosen": " great\n", "rejected": " bad"}]
     assert best == [
         {"id": "q0", "prompt": "prompt 0", "completion": " great\n"},
@@ -233,14 +236,14 @@ def test_the_learning_rate_is_chosen_on_the_dev_split_for_every_budget_as_a_mean
     for method, rates in reached.items():
         for lr, runs in zip(s.lrs, rates, strict=True):
             for seed, (code, *rewards) in zip("34", runs, strict=True):
-                job = compare_quickstart.training(s, method, lr, seed)
+                job = compare_methods.training(s, method, lr, seed)
                 says = {2: "error: step 3 gave loss nan; lower --config.optimizer.lr (in a new --workdir)",
                         12: "error: not enough memory; lower --config.optimizer.micro_queries"}  # fmt: skip
                 ended[job.name] = Outcome(min(code, 2), says.get(code, ""))
                 job.workdir.mkdir()
                 best = {view: {"reward": reward} for view, reward in zip(("kl_2", "kl_4"), rewards, strict=False)}
                 job.result.write_text(json.dumps({"best": best, "heldout_reward_after": rewards[-1]}))
-    assert compare_quickstart.choose(s, ended) == {
+    assert compare_methods.choose(s, ended) == {
         ("ple", "kl_2"): "1e-4", ("ple", "kl_4"): "1e-3", ("ple", "newest"): "1e-3",  # the smaller of equal ones
         **{("raft", view): "1e-4" for view in s.views},  # of a rate at which a seed diverged nothing is said
         ("grpo", "kl_2"): "1e-3", ("grpo", "kl_4"): "1e-4", ("grpo", "newest"): "1e-4",
@@ -273,7 +276,7 @@ def test_the_learning_rate_is_chosen_on_the_dev_split_for_every_budget_as_a_mean
 )
 def test_mistakes_of_a_comparison_cost_no_run(capsys, tmp_path, arguments, says):
     out = tmp_path / ("a,b" if "comma" in says else "out")
-    found = call(capsys, compare_quickstart.main, "--config", TINY, "--out", str(out), *arguments)
+    found = call(capsys, compare_methods.main, "--config", TINY, "--out", str(out), *arguments)
     assert found.code == 2 and says in found.err and found.err.count("\n") == 1
     assert [path.name for path in out.iterdir()] == [".lock"]
 
@@ -285,7 +288,7 @@ def test_a_whole_comparison(capsys, tmp_path):
     arguments += ["--responses", "16", "--steps", "2", "--samples", "2", "--test-data", "tiny_heldout", "--jobs", "2"]
     arguments += ["--tune-seeds", "1", "--budgets", "0.01,1000", "--points", "2", "--keep", str(keep)]
     arguments += ["--", "--config.iterations=2", "--config.sinks=()"]
-    found = call(capsys, compare_quickstart.main, "--out", str(root), *arguments)
+    found = call(capsys, compare_methods.main, "--out", str(root), *arguments)
     assert found.code == 0, found.out + found.err
     assert "nothing failed" in found.out and "nan" not in found.out
     table = (root / "comparison" / "table.md").read_text()
@@ -319,19 +322,19 @@ def test_a_whole_comparison(capsys, tmp_path):
     lost = root / f"ple__lr-{rates['ple']}__seed-1"
     (lost / "summary.json").unlink()
     alone = [word for word in arguments if word not in ("--keep", str(keep))]
-    again = call(capsys, compare_quickstart.main, "--out", str(root), *alone)
+    again = call(capsys, compare_methods.main, "--out", str(root), *alone)
     assert again.code == 0 and "nothing failed" in again.out and (lost / "summary.json").exists()
     assert [path.name for path, text in logs.items() if path.read_text() != text] == [f"{lost.name}.log"]
 
     # in another folder, with what was kept: nothing is run, and the tables are the same
-    other = call(capsys, compare_quickstart.main, "--out", str(tmp_path / "other"), *arguments)
+    other = call(capsys, compare_methods.main, "--out", str(tmp_path / "other"), *arguments)
     assert other.code == 0 and {path.name for path in (tmp_path / "other").glob("*.log")} == {"comparison.log"}
     assert (tmp_path / "other" / "comparison" / "table.md").read_text() == table
     # answers that were not kept need the run's weights, which never are: it is trained again, and says the same
     (keep / f"{lost.name}__newest.tar.xz").unlink()
-    third = call(capsys, compare_quickstart.main, "--out", str(tmp_path / "third"), *arguments)
+    third = call(capsys, compare_methods.main, "--out", str(tmp_path / "third"), *arguments)
     assert third.code == 0 and "1 runs are trained again" in third.out
     assert (tmp_path / "third" / "comparison" / "table.md").read_text() == table
     # and what a finished OUT has is kept by the same command with --keep, where nothing was
-    fourth = call(capsys, compare_quickstart.main, "--out", str(root), *arguments)
+    fourth = call(capsys, compare_methods.main, "--out", str(root), *arguments)
     assert fourth.code == 0 and (keep / f"{lost.name}__newest.tar.xz").exists()

@@ -1,0 +1,218 @@
+"""Methods on texts of people, at equal KL and at equal tokens: openings of IMDb's reviews, dialogues of HH.
+
+    python -m ple_jax.experiments.real_text imdb --out runs/imdb [--train SOURCE --test SOURCE] [--keep DIR] [...]
+    python -m ple_jax.experiments.real_text hh --out runs/hh [--train SOURCE --test SOURCE] [--keep DIR] [...]
+
+Makes the data and the rewards, and goes on as `ple_jax.experiments.compare_methods`, which says what is done and takes the
+same options. Give the same command again after a stop or a kill.
+
+imdb: the reward is `bag_of_words`, trained on the labels of 584 other reviews of IMDb's train split, the second one VADER's.
+    `sft_references` imitates how the positive ones among the train reviews go on.
+hh: two reward models, each with Bradley-Terry's loss on one half of the train pairs (halves by prompt): one rewards, the
+    other is the second reward. OUT/rewards.json has how many of the test pairs each of them orders as people did, and so
+    says what an answer's reward is worth. `sft_references` imitates the chosen answers. Queries are those of at most
+    --max-words words.
+
+Of the train records --dev queries are set apart: learning rates and checkpoints are chosen by them. The test split answers
+once. Nothing of the data goes into --keep: what they say is read from --train and --test again.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ple_jax.core.errors import UserError
+from ple_jax.core.files import read_json, write_json
+from ple_jax.core.types import Query
+from ple_jax.data import prepare
+from ple_jax.data.queries import load_queries, some
+from ple_jax.experiments import compare_methods, store
+from ple_jax.experiments.jobs import Job, parsed, positive, reported, say
+from ple_jax.experiments.methods import budget
+
+METHODS = "ple,sft_references,context_distillation,raft,dpo_iterative,ppo,grpo"
+HALVES = ("half_a", "half_b")  # the reward that trains, and the other one
+_DRAWN = 0  # what is set apart is the same, whatever the seeds of the runs
+
+
+class Made(NamedTuple):
+    """What a task made of its data."""
+
+    given: tuple[str, ...]  # overrides of every run
+    test: Path
+    references: Path
+    second: str  # the second reward
+
+
+class Task(NamedTuple):
+    config: str
+    train: str
+    test: str
+    make: Callable[[argparse.Namespace], Made]
+
+
+# ---------------------------------------------------------------- tasks
+
+
+def imdb(options: argparse.Namespace) -> Made:
+    train, test = _read(options, format="imdb", needs="completion", reads=("label",))
+    queries = _divided(options, train, test)
+    positive_ones = [query for query in queries["train"] if query.record["label"] in (1, "1", "pos")]
+    if not positive_ones:
+        raise UserError(f"--train={options.train} has no review with the label 1: sft_references has nothing to imitate")
+    files = _written(options.out, {**queries, "references": positive_ones})
+    given = (*_data(options, files), "--config.reward.name=bag_of_words", "--config.sampling.max_new_tokens=24")
+    return Made(given, files["test"], files["references"], "vader")
+
+
+def hh(options: argparse.Namespace) -> Made:
+    train, test = _read(options, format="hh", needs="pair")
+    halves = dict(zip(HALVES, prepare.divide(train, share=0.5, seed=_DRAWN), strict=True))
+    pairs = _written(options.out, {**halves, "pairs": test}, needs="pair")
+    jobs = [_rewarding(options, name, pairs[name], pairs["pairs"]) for name in HALVES]
+    ended = store.run(jobs, options.out, options.keep, parallel=options.jobs)
+    if failed := [name for name, outcome in ended.items() if outcome.code]:
+        raise UserError(f"the reward model {failed[0]} was not trained; see {options.out / f'{failed[0]}.log'}")
+    write_json(options.out / "rewards.json", {job.name: _judged(job) for job in jobs})
+    short = [[query for query in some if len(query.prompt.split()) <= options.max_words] for some in (train, test)]
+    queries = _divided(options, *short)
+    files = _written(options.out, {**queries, "references": queries["train"]})
+    first, second = ({"path": str(_rebuilt(job)), "name": job.name} for job in jobs)
+    given = (
+        *_data(options, files), "--config.task.subsets=()", "--config.sampling.max_new_tokens=32",
+        f"--config.reward.kwargs={first}",
+        *(f"--config.{mode}.second_reward=model" for mode in ("eval", "generate")),
+        *(f"--config.{mode}.second_kwargs={second}" for mode in ("eval", "generate")),
+    )  # fmt: skip
+    return Made(given, files["test"], files["references"], "model")
+
+
+TASKS = {
+    "imdb": Task("imdb", "stanfordnlp/imdb", "stanfordnlp/imdb", imdb),
+    "hh": Task("hh", "Anthropic/hh-rlhf", "Anthropic/hh-rlhf", hh),
+}
+
+# ---------------------------------------------------------------- data
+
+
+def _read(options: argparse.Namespace, **how: Any) -> tuple[list[Query], list[Query]]:
+    """The train and the test records, without duplicates, and none in both."""
+    folder = options.out / "data" / "clean"
+    subsets = ("harmless-base",) if options.task == "hh" and options.train == TASKS["hh"].train else ()
+    prepare.prepare(
+        options.train, folder, test=options.test, seed=_DRAWN, subsets=subsets, limit=options.limit, **how
+    )  # fmt: skip
+    again = {"needs": how["needs"], "reads": how.get("reads", ())}
+    train, test = (load_queries(str(folder / f"{name}.jsonl"), **again).queries for name in ("train", "test"))
+    return train, test
+
+
+def _divided(options: argparse.Namespace, train: Sequence[Query], test: Sequence[Query]) -> dict[str, list[Query]]:
+    """Train, dev and test queries."""
+    if len(train) <= options.dev:
+        raise UserError(f"{len(train)} train queries are left, and --dev={options.dev} are set apart: lower it")
+    order = np.random.Generator(np.random.Philox(_DRAWN)).permutation(len(train)).tolist()
+    apart = set(order[: options.dev])
+    return {
+        "train": [query for i, query in enumerate(train) if i not in apart],
+        "dev": [query for i, query in enumerate(train) if i in apart],
+        "test": some(list(test), options.test_queries, _DRAWN),
+    }
+
+
+def _written(out: Path, sets: dict[str, list[Query]], needs: str = "completion") -> dict[str, Path]:
+    files = {name: out / "data" / f"{name}.jsonl" for name in sets}
+    for name, queries in sets.items():
+        if not queries:
+            raise UserError(f"no record is left for {files[name]}: give more data")
+        prepare.write(files[name], queries, needs=needs)
+    return files
+
+
+def _data(options: argparse.Namespace, files: dict[str, Path]) -> tuple[str, ...]:
+    # the start model answers with PLE's numbers of queries, as it has no method
+    numbers = budget("ple", responses=options.responses, steps=options.steps, micro=8)
+    return (
+        *(f"--config.{key}={value}" for key, value in numbers.items()),
+        "--config.task.format=records", f"--config.task.train={files['train']}", f"--config.task.heldout={files['dev']}",
+        "--config.task.max_heldout=0", "--config.iterations=5",
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------- rewards of HH
+
+
+def _rewarding(options: argparse.Namespace, name: str, pairs: Path, test: Path) -> Job:
+    """The training of a reward model; the adapter of rank 1 is small enough to be kept."""
+    folder = options.out / name
+    keys = {
+        "task.format": "records", "task.subsets": "()", "task.train": pairs, "task.heldout": test, "seed": _DRAWN,
+        "model.path": options.reward_base, "reward_model.max_tokens": options.reward_tokens,
+        "lora.rank": 1, "lora.alpha": 2.0, "optimizer.micro_queries": 2, "offline.epochs": 1,
+        "offline.eval_every": 1_000_000,
+    }  # fmt: skip
+    overrides = (f"--config.{key}={value}" for key, value in keys.items())
+    given = ("--config=reward_hh", "--mode=train", f"--backend={options.backend}", f"--workdir={folder}", *overrides)
+    return Job(name, given, folder, "summary.json")
+
+
+def _judged(job: Job) -> dict[str, Any]:
+    summary = read_json(job.result) or {}
+    return {key: summary[key] for key in ("train_examples", "heldout_examples", "heldout_accuracy", "heldout_accuracy_ci95")}
+
+
+def _rebuilt(job: Job) -> Path:
+    """The reward model of a training that is done, from its adapter where it was kept without."""
+    folder = job.workdir / "reward_model"
+    if not (folder / "config.json").exists():
+        from ple_jax.core import backends
+        from ple_jax.export import merged, write
+
+        asked = parsed(job.arguments)
+        base, how = backends.load(asked.backend).load(asked.config), asked.config.export
+        merged.merged(
+            base, job.workdir / "adapter", folder, dtype=how.dtype, shard_gb=how.shard_gb, readme="",
+            about={"adapter": "kept"}, head=write.HEAD,
+        )  # fmt: skip
+    return folder
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    tasks = parser.add_subparsers(dest="task", required=True)
+    for name, task in TASKS.items():
+        one = tasks.add_parser(name, help=f"the config {task.config}, the data {task.train}")
+        compare_methods.arguments(one, task=False)
+        one.set_defaults(config=task.config, methods=METHODS, seeds="0,1,2", budgets="4,16", lrs="1e-3,3e-3")
+        add = one.add_argument
+        add("--train", default=task.train, metavar="SOURCE", help="of the published layout (default: %(default)s)")
+        add("--test", default=task.test, metavar="SOURCE", help="likewise, its split `test` (default: %(default)s)")
+        add("--limit", type=int, default=0, metavar="N", help="use so many records of each, drawn (default: all)")
+        add("--dev", type=positive, default=64, metavar="N", help="queries set apart (default: %(default)s)")
+        add("--test-queries", type=positive, default=128, metavar="N", help="at most (default: %(default)s)")
+        if name == "hh":
+            add("--max-words", type=positive, default=40, metavar="N", help="of a query (default: %(default)s)")
+            add("--reward-base", default="smollm2-135m", metavar="MODEL", help="of the reward models (default: %(default)s)")
+            add("--reward-tokens", type=positive, default=256, metavar="N", help="of a pair (default: %(default)s)")
+    options = parser.parse_args(argv)
+    with reported(options.out):
+        made = TASKS[options.task].make(options)
+        for name, judged in (read_json(options.out / "rewards.json") or {}).items():
+            low, high = judged["heldout_accuracy_ci95"]
+            share = f"{judged['heldout_accuracy']:.3f} ({low:.3f} to {high:.3f}) of {judged['heldout_examples']} test pairs"
+            say(f"{name}: orders {share} as people did")
+        given = (*made.given, *options.given)
+        own = vars(options) | {"test_data": str(made.test), "references": str(made.references), "second_reward": made.second}
+        found = compare_methods.settings(**{**own, "given": given})
+        return compare_methods.compare(found._replace(texts=made.test), jobs=options.jobs)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

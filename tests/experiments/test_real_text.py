@@ -1,0 +1,121 @@
+"""Methods on texts of people: what is made of the data by hand; mistakes; both tasks as a whole, on texts made here."""
+
+import json
+from pathlib import Path
+
+import pytest
+from test_sweep import call
+
+from ple_jax.core.files import read_json, read_jsonl, write_jsonl
+from ple_jax.experiments import real_text
+
+SMALL = ["--dev", "8", "--test-queries", "8", "--responses", "16", "--steps", "2", "--samples", "2", "--lrs", "1e-2"]
+SMALL += ["--seeds", "0", "--tune-seeds", "1", "--budgets", "1", "--methods", "ple,sft_references"]
+TINY = ["--", "--config.model.path=tiny", "--config.iterations=2", "--config.sampling.max_new_tokens=6", "--config.sinks=()"]
+
+
+@pytest.fixture
+def reviews(tmp_path):
+    """Train and test files in IMDb's layout."""
+    for name, count in (("train", 48), ("test", 10)):
+        rows = [
+            {
+                "text": f"The {name} film of number {i} was {'good' if i % 2 else 'bad'} in all its twelve parts",
+                "label": i % 2,
+            }
+            for i in range(count)
+        ]
+        write_jsonl(tmp_path / f"{name}.jsonl", rows)
+    return ["--train", str(tmp_path / "train.jsonl"), "--test", str(tmp_path / "test.jsonl")]
+
+
+@pytest.fixture
+def dialogues(tmp_path):
+    """Train and test files in HH's layout; one query is too long."""
+    for name, count in (("train", 60), ("test", 12)):
+        rows = []
+        for i in range(count):
+            words = f"may {name} {i} eat" + " cake" * (60 if i == 3 else 1)
+            rows.append({
+                "chosen": f"\n\nHuman: {words}?\n\nAssistant: Yes, {i} may.",
+                "rejected": f"\n\nHuman: {words}?\n\nAssistant: No.",
+            })  # fmt: skip
+        write_jsonl(tmp_path / f"{name}.jsonl", rows)
+    return ["--train", str(tmp_path / "train.jsonl"), "--test", str(tmp_path / "test.jsonl")]
+
+
+def ids(file: Path) -> set[str]:
+    return {row["id"] for row in read_jsonl(file)}
+
+
+@pytest.fixture
+def compared(monkeypatch):
+    """Nothing is compared; the settings that it would have been with."""
+    asked = []
+    monkeypatch.setattr(real_text.compare_methods, "compare", lambda settings, *, jobs: asked.append(settings) or 0)
+    return asked
+
+
+def test_reviews_are_parted(capsys, tmp_path, reviews, compared):
+    out = tmp_path / "out"
+    found = call(capsys, real_text.main, "imdb", "--out", str(out), *reviews, *SMALL, *TINY)
+    assert found.code == 0, found.err
+    train, dev, test, positive = (ids(out / "data" / f"{name}.jsonl") for name in ("train", "dev", "test", "references"))
+    assert (len(train), len(dev), len(test)) == (40, 8, 8) and not train & dev
+    assert positive < train and {int(name.split(":")[1]) % 2 for name in positive} == {0}  # line numbers begin with 1
+    (asked,) = compared
+    assert (asked.config.reward.name, asked.second_reward) == ("bag_of_words", "vader")
+    assert asked.config.task.heldout == str(out / "data" / "dev.jsonl")
+    assert asked.test_data == str(out / "data" / "test.jsonl") == str(asked.texts)
+    assert asked.config.sampling.max_new_tokens == 6  # the user's word is the last
+    # PLE answers the train queries, people's answers to the positive ones are imitated by one method alone
+    jobs = {name: real_text.compare_methods.training(asked, name, "1e-2", "0").arguments for name in asked.methods}
+    assert f"--config.task.train={out / 'data' / 'references.jsonl'}" in jobs["sft_references"]
+    assert f"--config.task.train={out / 'data' / 'references.jsonl'}" not in jobs["ple"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--dev", "500"], "48 train queries are left, and --dev=500 are set apart"),
+        (["--train", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--methods", "plee"], "'plee' is none of"),
+    ],
+)
+def test_mistakes_cost_no_run(capsys, tmp_path, reviews, compared, arguments, says):
+    found = call(capsys, real_text.main, "imdb", "--out", str(tmp_path / "out"), *reviews, *SMALL, *arguments)
+    assert found.code == 2 and says in found.err and found.err.count("\n") == 1 and not compared
+
+
+def test_reviews_without_a_positive_one_are_refused(capsys, tmp_path, reviews, compared):
+    train = Path(reviews[1])
+    write_jsonl(train, [row | {"label": 0} for row in read_jsonl(train)])
+    found = call(capsys, real_text.main, "imdb", "--out", str(tmp_path / "out"), *reviews, *SMALL)
+    assert found.code == 2 and "has no review with the label 1" in found.err
+
+
+@pytest.mark.slow
+def test_dialogues_with_two_reward_models(capsys, tmp_path, dialogues):
+    """As a whole; and from what was kept, with which nothing is trained, in another folder."""
+    keep = tmp_path / "kept"
+    asked = [*dialogues, *SMALL, "--keep", str(keep), "--jobs", "2", "--reward-base", "tiny", "--reward-tokens", "512"]
+    asked += TINY
+    for out in (tmp_path / "out", tmp_path / "other"):
+        found = call(capsys, real_text.main, "hh", "--out", str(out), *asked)
+        assert found.code == 0, found.out + found.err
+        assert "half_a: orders" in found.out and "nothing failed" in found.out
+        halves = [ids(out / "data" / f"{name}.jsonl") for name in real_text.HALVES]
+        assert not halves[0] & halves[1] and len(halves[0] | halves[1]) == 60
+        queries = ids(out / "data" / "train.jsonl") | ids(out / "data" / "dev.jsonl")
+        assert queries < halves[0] | halves[1] and len(queries) == 59  # one has too many words
+        judged = read_json(out / "rewards.json")
+        assert [judged[name]["train_examples"] for name in real_text.HALVES] == [len(half) for half in halves]
+        assert (out / "half_a" / "reward_model" / "model.safetensors").read_bytes() != (
+            out / "half_b" / "reward_model" / "model.safetensors"
+        ).read_bytes()
+    first, second = tmp_path / "out", tmp_path / "other"
+    for name in ("comparison/table.md", "rewards.json", "half_b/reward_model/model.safetensors"):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+    assert {path.name for path in second.glob("*.log")} == {"comparison.log"}
+    settings = json.loads(next((first / "start" / "responses" / "start").glob("iter_0000.json")).read_text())
+    assert (settings["reward"], settings["second_reward"]) == ("half_a", "half_b")

@@ -19,22 +19,25 @@ from absl import app, flags
 from ml_collections import ConfigDict, FrozenConfigDict
 from ml_collections.config_flags import config_flags
 
-from ple_jax.core import extras, shipped, streams
+from ple_jax.core import extras, launch, shipped, streams
 from ple_jax.core.backends import BACKENDS
 from ple_jax.core.config import OF_FILES, OWN, flatten, renamed, validate
-from ple_jax.core.errors import UserError, suggestion
+from ple_jax.core.errors import UserError, of_the_machine, suggestion
 from ple_jax.core.identity import ACCEPTED, upgraded
 from ple_jax.core.rules import written
 from ple_jax.core.secrets import redacted
 from ple_jax.core.version import VERSION
 from ple_jax.models import smollm2
-from ple_jax.training.interrupt import MESSAGE, Interrupted, Stop
+from ple_jax.training.interrupt import MESSAGE, Interrupted, Stop, ask
 from ple_jax.training.workdir import recorded
 
 _LONGEST, _DEEPEST = 255, 4096 - 256  # bytes of the name of a file or folder, and of a path with room for what is in it
 # functions of ple_jax.modes
 MODES = ("train", "probe", "evaluate", "generate", "compare", "harness", "replay", "plan", "export", "chat")
-FLAG_NAMES = ("config", "workdir", "backend", "mode", "accept", "topology", "runs", "against", "profile", "help", "version")
+FLAG_NAMES = (
+    "config", "workdir", "backend", "mode", "accept", "topology", "runs", "against", "profile", "coordinator",
+    "processes", "process", "help", "version",
+)
 # modes that a run may be accepted in though it changed
 ON_A_RUN = ("train", "evaluate", "generate", "harness", "export", "chat")
 
@@ -73,6 +76,11 @@ Flags
   --against DIR          with --mode=replay: find the first quantity in which the runs of --workdir and DIR differ
   --profile              with --mode=train: trace one iteration, the second of this process, with the framework's
                          own profiler: DIR/profile, for TensorBoard (pip install xprof) or Perfetto
+  --coordinator HOST:PORT, --processes N, --process I
+                         several processes of --backend=jax, one a host or one a device: where process 0 is with a free
+                         port, how many there are, and which one this is; or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES
+                         and JAX_PROCESS_ID. SLURM, Open MPI, Cloud TPU and GKE's TPUs need none of them; --processes=1:
+                         this one alone, whatever started it
   --version              the version of this package
 
 Modes
@@ -145,6 +153,7 @@ class CommandLine(NamedTuple):
     file: Path | None = None  # of --mode=init: the config that is copied
     profile: bool = False  # of --mode=train: trace an iteration
     against: Path | None = None  # of --mode=replay: another work directory
+    launched: tuple[str | None, int | None, int | None] = (None, None, None)  # --coordinator, --processes, --process
 
 
 @contextlib.contextmanager
@@ -159,31 +168,10 @@ def one_line_errors() -> Iterator[None]:
         print(MESSAGE, file=sys.stderr)
         sys.exit(128 + (stopped.number if isinstance(stopped, Interrupted) else signal.SIGINT))
     except Exception as error:
-        if not (says := _of_the_machine(error)):
+        if not (says := of_the_machine(error)):
             raise
         print(f"error: {says}; what was finished is kept", file=sys.stderr)
         sys.exit(2)
-
-
-_FULL = ("No space left on device", "Disk quota exceeded", "File too large", "Read-only file system", "Input/output error")
-
-
-def _of_the_machine(error: Exception) -> str:
-    """What is said of an error that is neither the user's nor ours but the disk's or the memory's; nothing of others."""
-    text = str(error).strip()
-    brief = text.splitlines()[0][:200] if text else type(error).__name__
-    # before memory: of a full disk TensorStore says RESOURCE_EXHAUSTED too
-    if any(problem in text for problem in _FULL):
-        return f"the disk cannot be written ({brief}); make room there, or mend it, and give the same command again"
-    if isinstance(error, FileNotFoundError) and error.filename and not Path(os.fsdecode(error.filename)).parent.exists():
-        return f"the folder of {os.fsdecode(error.filename)} is gone: something removed it while the program was at work"
-    # XLA's name for it on every platform, and torch's
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower():
-        return (
-            f"not enough memory ({brief}); lower --config.optimizer.micro_queries or set --config.model.remat=full, with the"
-            " same --workdir, or lower --config.sampling.width, which makes another run"
-        )
-    return ""
 
 
 def _load(config: str) -> tuple[Path, ConfigDict]:
@@ -295,6 +283,7 @@ def parse(argv: Sequence[str]) -> CommandLine:
     _check_installed(config, backend, mode)
     found = {"topology": values.topology, "runs": tuple(values.runs or ()), "accept": tuple(values.accept or ())}
     found |= {"profile": values.profile, "against": Path(values.against) if values.against else None}
+    found |= {"launched": (values.coordinator, values.processes, values.process)}
     return CommandLine(_frozen(config), workdir, backend, mode, **found)
 
 
@@ -335,6 +324,9 @@ def _flags(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
     flags.DEFINE_list("accept", None, "", flag_values=values)
     flags.DEFINE_string("against", None, "", flag_values=values)
     flags.DEFINE_bool("profile", False, "", flag_values=values)
+    flags.DEFINE_string("coordinator", None, "", flag_values=values)
+    flags.DEFINE_integer("processes", None, "", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("process", None, "", lower_bound=0, flag_values=values)
     try:
         return values, values(argv, known_only=True)
     except flags.Error as error:
@@ -361,6 +353,9 @@ def _check_flags(values: flags.FlagValues) -> None:
         raise UserError(f"--against={values.against} goes with --mode=replay and --workdir alone, not with {other}")
     if values.profile and values.mode != "train":
         raise UserError(f"--profile goes with --mode=train, and --mode is {values.mode}")
+    if backend_own := [name for name in ("coordinator", "processes", "process") if getattr(values, name) is not None]:
+        if values.backend != "jax":
+            raise UserError(f"--{backend_own[0]} goes with --backend=jax; start --backend={values.backend} with torchrun")
     if values.topology and values.mode != "plan":
         raise UserError(f"--topology={values.topology} goes with --mode=plan, where nothing is trained")
 
@@ -435,10 +430,17 @@ def _init(file: Path, workdir: Path) -> int:
 
 
 def _processes(run: CommandLine) -> contextlib.AbstractContextManager[bool]:
-    """Where torchrun started several processes, the first of them leads, and the others wait for what it has them do."""
-    if run.backend == "jax" or run.mode in ("plan", "compare", "replay"):
+    """Of several processes the first leads, and the others wait for what it has them do."""
+    if run.mode in ("plan", "compare", "replay"):
+        several = run.backend == "jax" and launch.given(*run.launched) is not None
+        return contextlib.nullcontext(not several or launch.number(run.launched[2]) == 0)
+    if run.backend == "torch":
+        return importlib.import_module("torch_ascend.sharding").processes(run.config)
+    if (asked := launch.given(*run.launched)) is None:  # jax is not imported yet
         return contextlib.nullcontext(True)
-    return importlib.import_module("torch_ascend.sharding").processes(run.config)
+    if run.mode == "chat":
+        raise UserError("--mode=chat is one process: start it alone, with --processes=1")
+    return importlib.import_module("ple_jax.backend.processes").processes(asked, run.workdir, stop=ask)
 
 
 def cli() -> None:

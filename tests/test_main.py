@@ -30,6 +30,9 @@ ROOT = Path(__file__).parent.parent
 DEFAULT = f"--config={ROOT / 'configs' / 'default.py'}"
 
 
+ALONE = (None, None, None)  # of --coordinator, --processes, --process
+
+
 def parse(*arguments: str) -> main.CommandLine:
     return main.parse(["ple_jax.main", *arguments])
 
@@ -87,7 +90,7 @@ class TestParse:
         )
         expected.reward.kwargs = {"k": 1, "words": ("a",)}
         assert run.config.to_dict() == expected.to_dict()
-        assert run[1:] == (tmp_path, "jax", "evaluate", None, (), (), None, False, None)
+        assert run[1:] == (tmp_path, "jax", "evaluate", None, (), (), None, False, None, ALONE)
         with pytest.raises(AttributeError):
             run.config.seed = 1
 
@@ -95,17 +98,26 @@ class TestParse:
         assert parse(DEFAULT, "--mode=plan", "--config.task.chat").config.task.chat is True
 
     def test_plan_needs_no_workdir(self):
-        assert parse(DEFAULT, "--mode=plan")[1:] == (Path("."), "jax", "plan", None, (), (), None, False, None)
+        assert parse(DEFAULT, "--mode=plan")[1:] == (Path("."), "jax", "plan", None, (), (), None, False, None, ALONE)
 
     def test_compare_needs_runs_and_nothing_else(self, tmp_path):
         run = parse("--mode=compare", "--runs=a,PPO=b,PPO=c")
-        assert run[1:] == (Path("runs/comparison"), "jax", "compare", None, ("a", "PPO=b", "PPO=c"), (), None, False, None)
+        runs = ("a", "PPO=b", "PPO=c")
+        assert run[1:] == (Path("runs/comparison"), "jax", "compare", None, runs, (), None, False, None, ALONE)
         assert run.config.to_dict() == default.get_config().to_dict()
         other = parse("--mode=compare", "--runs=a", f"--workdir={tmp_path}", "--config.compare.examples=3")
         assert other.workdir == tmp_path and other.config.compare.examples == 3
         for wrong in (["--mode=compare"], [DEFAULT, "--mode=train", "--runs=a", f"--workdir={tmp_path}"]):
             with pytest.raises(UserError, match="--runs=A,B and --mode=compare go together"):
                 parse(*wrong)
+
+    def test_several_processes(self, tmp_path):
+        run = parse(DEFAULT, f"--workdir={tmp_path}", "--coordinator=a:1", "--processes=2", "--process=1")
+        assert run.launched == ("a:1", 2, 1)
+        with pytest.raises(UserError, match="--processes goes with --backend=jax; start --backend=torch with torchrun"):
+            parse(DEFAULT, f"--workdir={tmp_path}", "--backend=torch", "--processes=2")
+        with pytest.raises(UserError, match="--process"):
+            parse(DEFAULT, f"--workdir={tmp_path}", "--process=-1")
 
     def test_trl_is_torchs(self, tmp_path):
         options = [DEFAULT, f"--workdir={tmp_path}", "--config.trainer=trl", "--config.algorithm=dpo"]
@@ -160,7 +172,7 @@ class TestParse:
         "backend, missing, says",
         [
             ("torch", "torch", r"--backend=torch needs torch, .*'ple_jax\[torch\]', on Ascend 'ple_jax\[ascend\]'"),
-            ("torch", "cloudpickle", r"--backend=torch needs cloudpickle, .*: pip install 'ple_jax\[torch\]'"),
+            ("torch", "torch", r"--backend=torch needs torch, .*: pip install 'ple_jax\[torch\]'"),
             ("jax", "jax", r"--backend=jax needs jax, which is not installed: pip install 'ple_jax\[jax\]'"),
             ("jax", "optax", r"--backend=jax needs optax, which is not installed: pip install 'ple_jax\[jax\]'"),
         ],

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from torch import Tensor
 
 from ple_jax import algorithms
-from ple_jax.core import packing, processor, refill
+from ple_jax.core import packing, processor, refill, together
 from ple_jax.core.batches import round_up
 from ple_jax.core.errors import UserError
 from ple_jax.core.types import Batch, Compiled, Loss, Outputs, Packed, Response, Sampling, Tell
@@ -99,7 +99,7 @@ class TorchBackend:
         noise = self._to_device(np.asarray(uniforms, np.float32))
         return generate.stream(self.model, {} if base else self.policy, prompt, noise, sampling=sampling)
 
-    @sharding.together
+    @together.together
     def logprobs(
         self,
         batch: Batch,
@@ -114,19 +114,19 @@ class TorchBackend:
         say = functools.partial(outputs, self.model, adapter, entropy=entropy, temperature=temperature)
         return Outputs(*self._said(batch, say))
 
-    @sharding.together
+    @together.together
     def scores(self, batch: Batch) -> Float32[np.ndarray, "query k"]:
         """What the head says of every response."""
         return self._said(batch, lambda packed: [Lazy(self.model, self.policy, packed).scores])[0]
 
-    @sharding.together
+    @together.together
     def update(
         self, batches: Sequence[Batch], loss: Loss, *, lr: float, temperature: float = 1.0
     ) -> dict[str, float]:
         """One optimizer step on the mean loss over all rows of `batches`, gradients accumulated over them."""
         return self.step(self.accumulate(batches, loss, temperature), lr=lr)
 
-    @sharding.together
+    @together.together
     def freeze_reference(self) -> None:
         """The policy as it is now becomes the reference: the same base with a frozen copy of the adapter.
 
@@ -146,10 +146,10 @@ class TorchBackend:
         """Commits a checkpoint; process 0 has all that is in it."""
         checkpoint.save(path, step, self.tensors(), {**meta, "optimizer_steps": self.steps}, keep=keep)
 
-    @sharding.together
+    @together.together
     def restore(self, path: Path) -> dict[str, Any] | None:
         """Loads the newest checkpoint under `path`; its meta, or None if there is none."""
-        found = sharding.from_first(lambda: checkpoint.restore(path))
+        found = together.from_first(lambda: checkpoint.restore(path))
         if found is None:
             return None
         tensors, meta = found
@@ -185,7 +185,7 @@ class TorchBackend:
 
     # -------------------------------------------------------------- refill.Engine
 
-    @sharding.together
+    @together.together
     def open(self, shape: refill.Shape, sampling: Sampling) -> None:
         """Makes this process's rows, all of them free, and computes the prefix."""
         model, prefix = self.model, None
@@ -199,7 +199,7 @@ class TorchBackend:
             prefix, rows, sampling, generate.Decoding(model, self.policy, prefix, rows, sampling, recorded=recorded)
         )
 
-    @sharding.together
+    @together.together
     def begin(self, group: refill.Group) -> None:
         """Reads this process's prompts, and draws the first token of every response to them."""
         prefix, rows, sampling, _ = self._open_rows
@@ -214,7 +214,7 @@ class TorchBackend:
         own = refill.Group(tokens, lengths, group.shared, *rest)
         generate.begin(self.model, self.policy, prefix if group.shared else None, rows, own, sampling=sampling)
 
-    @sharding.together
+    @together.together
     def decode(self, free: int) -> refill.Decoded:
         """Decodes until so many of every process's rows are free, and `STEPS` tokens at most."""
         _, rows, _, decode = self._open_rows
@@ -225,12 +225,12 @@ class TorchBackend:
 
     def close(self) -> None:
         """Lets go of the rows; of those of other processes not where a call of all of them has failed."""
-        if sharding.busy():
+        if together.busy():
             self._decoded = None
         else:
             self._let_go()
 
-    @sharding.together
+    @together.together
     def _let_go(self) -> None:
         self._decoded = None
 
@@ -391,7 +391,7 @@ def build(config: ConfigDict, loaded: weights.Loaded, *, head: str | None = None
     return _build(config, head)
 
 
-@sharding.together
+@together.together
 def _build(config: ConfigDict, head: str | None) -> TorchBackend:
     algorithms.load(config.algorithm)  # the losses that process 0 sends may be of a module that only a config names
     device, loaded = devices.resolve(config.model.device), load(config)
@@ -400,7 +400,7 @@ def _build(config: ConfigDict, head: str | None) -> TorchBackend:
     )
     made = assemble(config, loaded, place, ops.choose(config.model.ops, device), head=head)
     forget()
-    return sharding.shared(made)
+    return together.shared(made)
 
 
 def choose_place(

@@ -13,6 +13,7 @@ from jaxtyping import Float32
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from ple_jax.core import together
 from ple_jax.core.batches import round_up
 from ple_jax.core.errors import UserError
 from torch_ascend import device as devices
@@ -45,9 +46,9 @@ def classifier(
     return _make(folder, dtype, device).classify
 
 
-@sharding.together
+@together.together
 def _make(folder: Path, dtype: str, device: str) -> "_Classifier":
-    return sharding.shared(_Classifier(_load(folder, dtype), devices.resolve(device)))
+    return together.shared(_Classifier(_load(folder, dtype), devices.resolve(device)))
 
 
 class _Classifier:
@@ -59,7 +60,7 @@ class _Classifier:
         self.settings = model.config.get_text_config()
         self.stated_pad = self.settings.pad_token_id
 
-    @sharding.together
+    @together.together
     def classify(self, ids: Sequence[Sequence[int]]) -> Float32[np.ndarray, "n labels"]:
         world = sharding.world()
         count = round_up(len(ids), sharding.row_multiple(world))

@@ -1,9 +1,6 @@
-"""Several processes, one a device, as torchrun starts them: who leads, what the others do, rows to processes and back.
+"""Several processes, one a device, as torchrun starts them: how they hear of calls, rows to processes and back.
 
-Process 0 runs the loop, alone, as if there were no other: it reads, scores, decides, writes. A call that all must make
-(`together`: build, generate, update ...) it first tells the others, who wait for such calls and make the same ones in the
-same order. So nothing outside this package knows of processes, and a process that waits for a slow reward server holds no
-device in a collective.
+Who leads and what the others do is `ple_jax.core.together`'s business.
 
 Rows (prompts to complete, queries of a pass) are spread over all processes in order. The base is on every device
 (mesh.data), or its layers are spread over mesh.fsdp of them (FSDP2); adapters are on every device.
@@ -11,26 +8,23 @@ Rows (prompts to complete, queries of a pass) are spread over all processes in o
 
 import contextlib
 import datetime
-import functools
 import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar, cast
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
-import cloudpickle
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from ple_jax.core import together
 from ple_jax.core.errors import UserError
 from torch_ascend import device as devices
 
-T = TypeVar("T")
-F = TypeVar("F", bound=Callable)
 _FITS = 0.8  # share of a device's memory that a base may take before it is sharded
 _WAIT = datetime.timedelta(days=30)  # for process 0, which may score for hours
 
@@ -45,8 +39,6 @@ class World(NamedTuple):
 
 ALONE = World()
 _world = ALONE  # of this process, as torchrun started it
-_busy = False  # whether process 0 is in a call that all make
-_objects: list[Any] = []  # whose methods are called together; every process makes the same ones in the same order
 
 
 def world() -> World:
@@ -57,9 +49,34 @@ def world() -> World:
 # ---------------------------------------------------------------- one leads
 
 
+class _Gloo:
+    """How process 0 tells the others what to do: bytes, broadcast in the group for it."""
+
+    def __init__(self, own: World):
+        self.rank, self.size, self._group = own.rank, own.size, own.control
+
+    def tell(self, message: bytes) -> None:
+        dist.broadcast_object_list([message], 0, group=self._group)
+
+    def told(self) -> bytes:
+        box: list[Any] = [None]
+        dist.broadcast_object_list(box, 0, group=self._group)
+        return box[0]
+
+    def leaving(self, error: BaseException) -> None:
+        """The others' collectives fail as this process goes, and they end."""
+
+    def failed(self, error: BaseException, *, known: bool) -> None:
+        if isinstance(error, RuntimeError) and re.search(
+            "connection (closed|reset)|socket|broken pipe", str(error), re.IGNORECASE
+        ):
+            print(f"process {self.rank}: another process is gone", file=sys.stderr)
+            sys.exit(1)
+
+
 @contextlib.contextmanager
 def processes(config: Any) -> Iterator[bool]:
-    """A context in which process 0 leads: it gets True; in the others the context lasts until it ends there, with False.
+    """A context in which process 0 leads, as `together.led` has it; of one process it is True at once.
 
     Raises:
         UserError: the mesh is not of as many devices as there are processes.
@@ -81,78 +98,10 @@ def processes(config: Any) -> Iterator[bool]:
         # a stop is process 0's business: it finishes what it has in hand, and then tells
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
-        _serve()
-        yield False
-    else:
-        try:
-            yield True
-        except BaseException:
-            # where the others are in the same call they are not waiting to be told: they end as this process goes
-            if not _busy:
-                _tell(None)
-            raise
-        _tell(None)
+    with together.led(_Gloo(_world)) as leads:
+        yield leads
     dist.destroy_process_group()
     _world = ALONE
-    _objects.clear()
-
-
-def _serve() -> None:
-    """Does what process 0 says, until it says that it is done. What process 0 finds amiss too, it alone reports."""
-    try:
-        while (call := _told()) is not None:
-            target, name, args, kwargs = call
-            function = getattr(_objects[target], name).__wrapped__ if isinstance(target, int) else target.__wrapped__
-            function(*((_objects[target],) if isinstance(target, int) else ()), *args, **kwargs)
-    except UserError:
-        sys.exit(2)
-    except RuntimeError as error:
-        if not re.search("connection (closed|reset)|socket|broken pipe", str(error), re.IGNORECASE):
-            raise
-        print(f"process {_world.rank}: another process is gone", file=sys.stderr)
-        sys.exit(1)
-
-
-def _tell(call: Any) -> None:
-    # cloudpickle: the losses of an algorithm may be closures
-    dist.broadcast_object_list([cloudpickle.dumps(call)], 0, group=_world.control)
-
-
-def _told() -> Any:
-    box: list[Any] = [None]
-    dist.broadcast_object_list(box, 0, group=_world.control)
-    return cloudpickle.loads(box[0])
-
-
-def together(function: F) -> F:
-    """Decorates a function of a module, or a method of a `shared` object: where process 0 calls it, all do."""
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        global _busy
-        if _world.size == 1:
-            return function(*args, **kwargs)
-        assert not _busy, f"{function.__qualname__} is called inside a call that all processes make already"
-        handle = next((i for i, made in enumerate(_objects) if args and made is args[0]), None)
-        _tell((call, "", args, kwargs) if handle is None else (handle, function.__name__, args[1:], kwargs))
-        _busy = True  # and so it stays if the call fails
-        result = function(*args, **kwargs)
-        _busy = False
-        return result
-
-    return cast(F, call)
-
-
-def busy() -> bool:
-    """Whether a call that all processes make is under way, or has failed."""
-    return _busy
-
-
-def shared(made: T) -> T:
-    """Makes the methods of an object callable `together`; every process has one of its own."""
-    if _world.size > 1:
-        _objects.append(made)
-    return made
 
 
 # ---------------------------------------------------------------- the base
@@ -259,20 +208,3 @@ def enough(world: World, free: int, done: Tensor, *, whole: bool) -> bool:
     if whole and world.size > 1:
         dist.all_reduce(lacking)
     return int(lacking) == 0
-
-
-def from_first(make: Callable[[], T]) -> T:
-    """What process 0 makes, for all; what a user can mend is an error of all."""
-    if _world.size == 1:
-        return make()
-    made: Any = None
-    if _world.rank == 0:
-        try:
-            made = make()
-        except UserError as error:
-            made = error
-    box = [cloudpickle.dumps(made)]
-    dist.broadcast_object_list(box, 0, group=_world.control)
-    if isinstance(made := cloudpickle.loads(box[0]), UserError):
-        raise made
-    return made

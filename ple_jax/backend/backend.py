@@ -17,11 +17,12 @@ from jax.sharding import Mesh
 from jaxtyping import Float32
 from ml_collections import ConfigDict
 
+from ple_jax import algorithms
 from ple_jax.backend import attention, checkpoint, compilation, generate, lora, sharding
 from ple_jax.backend.generate import Rows
 from ple_jax.backend.model import Cache, Model, fill
 from ple_jax.backend.train import optimizer, placement, programs
-from ple_jax.core import packing, processor, refill
+from ple_jax.core import packing, processor, refill, together
 from ple_jax.core.batches import bucket
 from ple_jax.core.types import Batch, Compiled, Loss, Outputs, Packed, Response, Sampling, Tell
 from ple_jax.models import adapters, weights
@@ -61,10 +62,10 @@ class JaxBackend:
         self.model, self.mesh, self.base, self.width, self.bucket, self.fold = model, mesh, base, width, bucket, fold
         transform = optimizer(clip_norm=clip_norm, weight_decay=weight_decay)
         place, state_place = placement(adapter, transform, mesh)
-        self.policy = jax.device_put(adapter, place)
+        self.policy = jax.tree.map(sharding.put, adapter, place)
         self._fresh = jax.jit(transform.init, out_shardings=state_place)
         self.state: Any = None
-        self.freeze_reference()  # the start adapter; a fresh one is the base itself
+        self._freeze()  # the start adapter; a fresh one is the base itself
         self._key = jax.random.key(seed)
         self.programs = programs(model, adapter, mesh, transform=transform, settings=settings)
         self._decoded: _Decoded | None = None
@@ -98,6 +99,7 @@ class JaxBackend:
         fused = {} if base else self.programs.fuse(self.base, self.policy)
         return generate.stream(self.model, self.base, fused, np.asarray(prompt, np.int32), uniforms, sampling=sampling)
 
+    @together.together
     def logprobs(
         self,
         batch: Batch,
@@ -112,10 +114,12 @@ class JaxBackend:
         how = {"entropy": entropy, "temperature": temperature}
         return self._said(batch, lambda packed: self.programs.outputs(self.base, adapter, packed, **how))
 
+    @together.together
     def scores(self, batch: Batch) -> Float32[np.ndarray, "query k"]:
         """What the head says of every response."""
         return self._said(batch, lambda packed: self.programs.scores(self.base, self.policy, packed))
 
+    @together.together
     def update(self, batches: Sequence[Batch], loss: Loss, *, lr: float, temperature: float = 1.0) -> dict[str, float]:
         """One optimizer step on the mean loss over all rows of `batches`, gradients accumulated over them."""
         most = max(len(b.prompt) for b in batches)
@@ -124,7 +128,7 @@ class JaxBackend:
         grads: Any = None
         parts = []
         # dropout depends on the number of steps taken, which a checkpoint holds: a resumed run draws the same
-        step = jax.random.fold_in(self._key, optax.tree.get(self.state, "count"))
+        step = jax.random.fold_in(self._key, sharding.own(optax.tree.get(self.state, "count")))
         how = {"loss": loss, "temperature": temperature}
         passes = ((i, self.put(batch, one)) for i, batch in enumerate(batches) for one in self._passes(batch, most))
         for i, data in passes:
@@ -134,25 +138,32 @@ class JaxBackend:
             parts.append(values)
         self.policy, self.state, norm = self.programs.apply(self.policy, self.state, grads, jnp.float32(lr))
         # read when all is under way: reading a part's would wait for it, and the next one would be put there only then
-        parts, norm = jax.device_get((parts, norm))
+        parts, norm = sharding.fetch((parts, norm))
         metrics = {name: sum(float(values[name]) for values in parts) for name in parts[0]}
         return {**metrics, "grad_norm": float(norm)}
 
+    @together.together
     def freeze_reference(self) -> None:
         """The policy as it is now becomes the reference: the same base with a frozen copy of the adapter.
 
         The optimiser starts afresh: moments of what was learned before would move the policy off it without any gradient.
         """
+        self._freeze()
+
+    def _freeze(self) -> None:
         self.reference = jax.tree.map(jnp.copy, self.policy)
         with jax.numpy_dtype_promotion("standard"):
             self.state = self._fresh(self.policy)
 
+    @together.together
     def adapter(self) -> dict[str, np.ndarray]:
-        return adapters.to_peft(jax.device_get(self.policy))
+        return adapters.to_peft(sharding.fetch(self.policy))
 
+    @together.together
     def save(self, path: Path, step: int, meta: dict[str, Any], *, keep: int) -> None:
         checkpoint.save(path, step, self._trees(), meta, keep=keep)
 
+    @together.together
     def restore(self, path: Path) -> dict[str, Any] | None:
         """Loads the newest checkpoint under `path`; its meta, or None if there is none."""
         found = checkpoint.restore(path, self._trees())
@@ -172,6 +183,7 @@ class JaxBackend:
             "mesh": ", ".join(f"{axis}={n}" for axis, n in self.mesh.shape.items()),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "xla_flags": os.environ.get("XLA_FLAGS", ""),
+            **({"processes": jax.process_count()} if jax.process_count() > 1 else {}),
         }
 
     def profile(self, folder: Path) -> AbstractContextManager[None]:
@@ -182,6 +194,7 @@ class JaxBackend:
 
     # -------------------------------------------------------------- refill.Engine
 
+    @together.together
     def open(self, shape: refill.Shape, sampling: Sampling) -> None:
         """Makes the rows, all of them free, and computes the prefix; the adapter is that of now."""
         base, fused, prefix = self.base, {}, None
@@ -190,30 +203,40 @@ class JaxBackend:
         else:
             fused = self.programs.fuse(self.base, self.policy)
         if shape.prefix:
-            tokens = jax.device_put(np.asarray(shape.prefix, np.int32), sharding.replicated(self.mesh))
+            tokens = sharding.put(np.asarray(shape.prefix, np.int32), sharding.replicated(self.mesh))
             prefix = self.programs.prefix(base, fused, tokens)
         rows = self.programs.rows(base, count=shape.rows, room=shape.room, new=shape.new)
         self._decoded = _Decoded(base, fused, prefix, rows, sampling)
 
+    @together.together
     def begin(self, group: refill.Group) -> None:
         """Reads prompts, and draws the first token of every response to them."""
         base, fused, prefix, rows, sampling = self._open_rows
         tokens, lengths = sharding.put_rows(self.mesh, (group.tokens, group.lengths))
-        rest = jax.device_put((group.prompt, group.row, group.uniforms), sharding.replicated(self.mesh))
+        everywhere = sharding.replicated(self.mesh)
+        rest = [sharding.put(x, everywhere) for x in (group.prompt, group.row, group.uniforms)]
         there = base, fused, prefix if group.shared else None
         rows = self.programs.begin(*there, rows, tokens, lengths, *rest, sampling=sampling)
         self._decoded = self._open_rows._replace(rows=rows)
 
+    @together.together
     def decode(self, free: int) -> refill.Decoded:
         """Decodes until so many rows are free, and `STEPS` tokens at most."""
         *there, rows, sampling = self._open_rows
         how = {"sampling": sampling, "within": self._within(rows)}
         rows = self.programs.decode(*there, rows, jnp.int32(free), jnp.int32(refill.STEPS), **how)
         self._decoded = self._open_rows._replace(rows=rows)
-        return refill.Decoded(*jax.device_get((rows.done, rows.length, *rows.out)))
+        return refill.Decoded(*sharding.fetch((rows.done, rows.length, *rows.out)))
 
     def close(self) -> None:
         """Lets go of the rows."""
+        if together.busy():  # a call failed, and the others are not there to be told
+            self._decoded = None
+        else:
+            self._let_go()
+
+    @together.together
+    def _let_go(self) -> None:
         self._decoded = None
 
     # -------------------------------------------------------------- inside
@@ -227,7 +250,7 @@ class JaxBackend:
         """Positions that the rows are in after `STEPS` tokens more; None where the device finds out for itself."""
         if attention.loops(self.mesh):
             return None
-        filled, done = jax.device_get((rows.filled, rows.done))
+        filled, done = sharding.fetch((rows.filled, rows.done))
         return bucket(int(np.where(done, 0, filled).max()) + refill.STEPS, attention.AT_ONCE)
 
     @property
@@ -245,7 +268,7 @@ class JaxBackend:
         """What a program says of every query of a batch, as numpy."""
         made = self._passes(batch, len(batch.prompt))
         rows = (packing.laid_out(batch, one, shards=self._multiple)[1] for one in made)
-        found = jax.device_get([program(sharding.put_rows(self.mesh, packed)) for packed in rows])
+        found = sharding.fetch([program(sharding.put_rows(self.mesh, packed)) for packed in rows])
         return jax.tree.map(lambda *parts: packing.reunited(parts, made), *found)
 
     def put(self, batch: Batch, one: packing.Pass) -> tuple[Batch, Packed]:
@@ -321,12 +344,23 @@ def notes(backend: JaxBackend) -> list[str]:
 
 def build(config: ConfigDict, loaded: weights.Loaded, *, head: str | None = None) -> JaxBackend:
     """The backend a config asks for, weights on the mesh; a `head` of that name is trained too, or a score head alone."""
+    return _assemble(config, loaded, head) if together.size() == 1 else _build(config, head)
+
+
+@together.together
+def _build(config: ConfigDict, head: str | None) -> JaxBackend:
+    algorithms.load(config.algorithm)  # the losses that process 0 sends may be of a module that only a config names
+    return together.shared(_assemble(config, load(config), head))
+
+
+def _assemble(config: ConfigDict, loaded: weights.Loaded, head: str | None) -> JaxBackend:
     mesh = sharding.make_mesh(**config.mesh)
     model = make_model(config, loaded.config, mesh)
     settings = adapters.settings(config)
     adapter = adapters.start(config, loaded.config)  # before the weights are read: it may be refused
     put = sharding.put_weight(mesh, kv_heads=loaded.config.num_kv_heads)
-    base = fill(model, loaded.weights, put, quantize=config.model.quantize)
+    place = sharding.place_weight(mesh, kv_heads=loaded.config.num_kv_heads)
+    base = fill(model, loaded.weights, put, quantize=config.model.quantize, place=place)
     if settings.dora and config.model.adapter is None:
         adapter = lora.magnitudes(model, base, adapter, settings)
     if head:

@@ -4,6 +4,8 @@ How they are committed, and what is checked when they are read, is `core.commits
 before writing: 42 arrays take 0.08 s where 1,260 take 1.5.
 """
 
+import contextlib
+import functools
 import logging
 from collections.abc import Hashable
 from pathlib import Path
@@ -14,7 +16,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ple_jax.core import commits
+from ple_jax.core import commits, together
 from ple_jax.core.errors import UserError
 
 
@@ -27,12 +29,22 @@ def _manager(path: Path) -> ocp.CheckpointManager:
 
 
 def save(path: Path, step: int, trees: dict[str, Any], meta: dict[str, Any], *, keep: int) -> None:
-    """Writes and commits checkpoint `step`; on return it is on disk, and all but the newest `keep` are gone."""
+    """Writes and commits checkpoint `step`; on return it is on disk, and all but the newest `keep` are gone.
+
+    Of several processes each writes what its own devices hold, and process 0 commits what all have written.
+    """
     stacked = {name: _stack(tree) for name, tree in trees.items()}
-    with commits.committing(path, step, keep=keep) as partial, _manager(partial) as manager:
-        args = ocp.args.Composite(state=ocp.args.StandardSave(stacked), meta=ocp.args.JsonSave(meta))
-        manager.save(step, args=args, force=True)
-        manager.wait_until_finished()
+    args = ocp.args.Composite(state=ocp.args.StandardSave(stacked), meta=ocp.args.JsonSave(meta))
+    with contextlib.ExitStack() as stack:
+        begin = functools.partial(_begin, stack, path, step, keep)
+        with _manager(together.from_first(begin)) as manager:
+            manager.save(step, args=args, force=True)
+            manager.wait_until_finished()
+
+
+def _begin(stack: contextlib.ExitStack, path: Path, step: int, keep: int) -> Path:
+    """The folder that is written to, which is committed when the stack is left."""
+    return stack.enter_context(commits.committing(path, step, keep=keep))
 
 
 def restore(path: Path, like: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | None:
@@ -42,7 +54,7 @@ def restore(path: Path, like: dict[str, Any]) -> tuple[dict[str, Any], dict[str,
         Damaged: it is not as it was written.
         UserError: it holds other shapes, dtypes or names; says which.
     """
-    if (folder := commits.newest(path)) is None:
+    if (folder := together.from_first(lambda: commits.newest(path))) is None:
         return None
     step = int(folder.name)
     with _manager(path) as manager:
@@ -75,11 +87,23 @@ def _stack(tree: Any) -> dict[str, Any]:
 
 
 def _unstack(stacked: dict[str, Any], like: Any) -> Any:
+    if not jax.tree.leaves(like)[0].is_fully_addressable:  # no array is moved alone
+        where = jax.tree.map(lambda x: x.sharding, like)
+        return jax.jit(functools.partial(_parted, like=jax.eval_shape(lambda: like)), out_shardings=where)(stacked)
     leaves = {}
     for name, paths in _groups(like).items():
         for path, leaf in zip(paths, jnp.unstack(stacked[name]), strict=True):
             leaves[path] = leaf
     return jax.tree_util.tree_map_with_path(lambda p, x: jax.device_put(leaves[p], x.sharding), like)
+
+
+def _parted(stacked: dict[str, Any], like: Any) -> Any:
+    leaves = {
+        path: leaf
+        for name, paths in _groups(like).items()
+        for path, leaf in zip(paths, jnp.unstack(stacked[name]), strict=True)
+    }
+    return jax.tree_util.tree_map_with_path(lambda path, _: leaves[path], like)
 
 
 def _shardings(tree: Any, abstract: dict[str, Any]) -> dict[str, Any]:

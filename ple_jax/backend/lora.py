@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ple_jax.backend import sharding
 from ple_jax.backend.model import LowRank, Model
 from ple_jax.backend.quantize import QArray, dequantize
 from ple_jax.models import families, layout
@@ -39,7 +40,7 @@ def magnitudes(model: Model, base: Any, adapter: Adapter, lora: Lora) -> Adapter
             found |= {paths[name]: norm for name, norm in split.items()}
         return found
 
-    found = jax.device_get(norms(base, adapter))
+    found = sharding.fetch(norms(base, adapter))
     return {path: {**module, "m": found[path]} for path, module in adapter.items()}
 
 

@@ -23,7 +23,7 @@ from ple_jax.backend.attention import Attention, attention_of, cache_length
 from ple_jax.backend.dots import MATMULS
 from ple_jax.backend.experts import Experts
 from ple_jax.backend.quantize import QArray, project
-from ple_jax.models import families, layout
+from ple_jax.models import families, layout, slices
 from ple_jax.models.config import LayerKind, ModelConfig
 
 Tree = Any  # a pytree of arrays
@@ -459,12 +459,14 @@ def quantized_axis(name: str) -> int | None:
     return {"kernel": 0, "gate": 1, "up": 1, "down": 1}.get(name.rsplit("/", 1)[-1])
 
 
+# one piece: half of it says what every argument means
 def fill(
     model: Model,
     weights: Mapping[str, np.ndarray],
     put: Callable[[str, np.ndarray], Array],
     *,
     quantize: str = "none",
+    place: Callable[[str, tuple[int, ...], int, Callable[[slices.Index], np.ndarray]], Array] | None = None,
 ) -> Tree:
     """The base pytree from weights under Hugging Face's names.
 
@@ -477,25 +479,39 @@ def fill(
             stack, which is sharded in the same way.
         quantize: "int8" or "nf4" for the kernels of the layers (see `ple_jax.backend.quantize`), whose values and scales are
             placed under the kernel's name; "none" leaves everything in the model's dtype.
+        place: `place(name, shape, axis, read)` places an array of which only parts are read, `read(index)`, fastest where
+            they are cut along `axis`: for devices of several processes, instead of `put`. Kernels that are quantised are
+            read whole, since a scale is of all inputs.
     """
-    c = model.config
-    place = functools.partial(_placed, put, model.shapes["embed"].dtype, quantize)
+    c, dtype = model.config, model.shapes["embed"].dtype
+
+    def one(path: list[str], layer: int, own: list[str], shape: tuple[int, ...]) -> Tree:
+        name = "/".join(part for part in path if not part.isdigit())
+        if place is not None and (quantize == "none" or quantized_axis(name) is None):
+
+            def read(index: slices.Index) -> np.ndarray:
+                found = slices.part(c, weights, tuple(own), layer, index, shape)
+                return np.ascontiguousarray(found, dtype)
+
+            axis = slices.spread_axis(c, tuple(own), len(shape))
+            return jax.block_until_ready(place(name, shape, axis, read))
+        whole = weights[_top(c, own)] if path[0] != "layers" else _layer(c, weights, layer, own)
+        return _placed(put, dtype, quantize, name, whole, shape)
 
     def leaf(keys: tuple, leaf: jax.ShapeDtypeStruct) -> Tree:
         path = [str(k.key) for k in keys]
         if path[0] != "layers":
-            return place(path, weights[_top(c, path)], leaf.shape)
+            return one(path, 0, path, leaf.shape)
         if not model.scan:
-            return place(path, _layer(c, weights, int(path[1]), path[2:]), leaf.shape)
-        parts = (place(path, _layer(c, weights, i, path[1:]), leaf.shape[1:]) for i in range(c.num_layers))
+            return one(path, int(path[1]), path[2:], leaf.shape)
+        parts = (one(path, i, path[1:], leaf.shape[1:]) for i in range(c.num_layers))
         return _stack(parts, c.num_layers)
 
     return jax.tree_util.tree_map_with_path(leaf, model.shapes)
 
 
-def _placed(put: Callable, dtype: Any, quantize: str, path: list[str], array: np.ndarray, shape: tuple[int, ...]) -> Tree:
+def _placed(put: Callable, dtype: Any, quantize: str, name: str, array: np.ndarray, shape: tuple[int, ...]) -> Tree:
     """One weight on the devices, in the model's dtype or quantised."""
-    name = "/".join(part for part in path if not part.isdigit())
     if quantize != "none" and (axis := quantized_axis(name)) is not None:
         parts = quantization.quantize(array.reshape(shape), quantize, axis=axis)
     else:

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from ple_jax.backend import sharding
 from ple_jax.backend.backend import make_model
 from ple_jax.backend.model import Model, fill
+from ple_jax.core import together
 from ple_jax.core.batches import bucket, round_up
 from ple_jax.models import weights
 
@@ -41,24 +42,42 @@ def classifier(
     Raises:
         UserError: as `weights.load_classifier`; a checkpoint without a head.
     """
-    devices = sharding.make_mesh(**mesh)
-    loaded = weights.load_classifier(folder)
-    model = make_model(ConfigDict({"model": {"dtype": dtype, **_MODEL}}), loaded.config, devices)
-    base = fill(model, loaded.weights, sharding.put_weight(devices, kv_heads=loaded.config.num_kv_heads))
-    head = jax.device_put(loaded.weights[weights.SCORE].astype(np.float32), sharding.replicated(devices))
-    pad = weights.pad_token(loaded.raw)
-    height = round_up(rows, sharding.row_multiple(devices))
+    return _make(folder, dtype, rows, dict(mesh)).classify
 
-    @jax.jit
-    def logits(base: Any, head: Array, tokens: Array, mask: Array, last: Array) -> Array:
-        return pooled(model, base, tokens, mask, last) @ head.T
 
-    def classify(ids: Sequence[Sequence[int]]) -> Float32[np.ndarray, "n labels"]:
-        with jax.default_matmul_precision("highest" if dtype == "float32" else None):
-            found = logits(base, head, *sharding.put_rows(devices, _padded(ids, height, pad)))
-        return np.asarray(jax.device_get(found))[: len(ids)]
+@together.together
+def _make(folder: Path, dtype: str, rows: int, mesh: Mapping[str, int]) -> "_Classifier":
+    return together.shared(_Classifier(folder, dtype, rows, mesh))
 
-    return classify
+
+class _Classifier:
+    """The model, on the devices of all processes."""
+
+    def __init__(self, folder: Path, dtype: str, rows: int, mesh: Mapping[str, int]):
+        self._mesh = sharding.make_mesh(**mesh)
+        loaded = weights.load_classifier(folder)
+        model = make_model(ConfigDict({"model": {"dtype": dtype, **_MODEL}}), loaded.config, self._mesh)
+        put = sharding.put_weight(self._mesh, kv_heads=loaded.config.num_kv_heads)
+        place = sharding.place_weight(self._mesh, kv_heads=loaded.config.num_kv_heads)
+        self._base = fill(model, loaded.weights, put, place=place)
+        head = loaded.weights[weights.SCORE].astype(np.float32)
+        self._head = sharding.put(head, sharding.replicated(self._mesh))
+        self._pad = weights.pad_token(loaded.raw)
+        self._height = round_up(rows, sharding.row_multiple(self._mesh))
+        self._precision = "highest" if dtype == "float32" else None
+
+        @jax.jit
+        def logits(base: Any, head: Array, tokens: Array, mask: Array, last: Array) -> Array:
+            return pooled(model, base, tokens, mask, last) @ head.T
+
+        self._logits = logits
+
+    @together.together
+    def classify(self, ids: Sequence[Sequence[int]]) -> Float32[np.ndarray, "n labels"]:
+        with jax.default_matmul_precision(self._precision):
+            there = sharding.put_rows(self._mesh, _padded(ids, self._height, self._pad))
+            found = self._logits(self._base, self._head, *there)
+        return np.asarray(sharding.fetch(found))[: len(ids)]
 
 
 def _padded(ids: Sequence[Sequence[int]], height: int, pad: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -6,12 +6,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from ple_jax.core.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # rows of a batch are spread over both
+_SPREAD = (AXES, ("data", "fsdp"), ("fsdp", "tensor"), ("data",), ("fsdp",), ("tensor",))  # what is read, the most first
 
 # leaf name -> mesh axis of each dimension (layers stacked by scanning have one more in front, never sharded)
 RULES: dict[str, tuple[str | None, ...]] = {
@@ -42,9 +43,18 @@ _HEADS = ("layers/qkv/kernel", "layers/qkv/bias", "layers/o/kernel")
 
 
 def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh over the first data * fsdp * tensor devices."""
+    """A mesh over the first data * fsdp * tensor devices; of several processes over all.
+
+    Raises:
+        UserError: there are not so many.
+    """
     needed = data * fsdp * tensor
     devices = jax.devices()
+    if jax.process_count() > 1 and needed != len(devices):
+        raise UserError(
+            f"mesh data={data} x fsdp={fsdp} x tensor={tensor} is of {needed} devices, and {jax.process_count()} processes"
+            f" have {len(devices)} ({devices[0].platform}), of which none may be idle: set --config.mesh.*"
+        )
     if needed > len(devices):
         raise UserError(
             f"mesh data={data} x fsdp={fsdp} x tensor={tensor} needs {needed} devices, there are {len(devices)}"
@@ -73,13 +83,73 @@ def spec(name: str, shape: tuple[int, ...], mesh: Mesh, *, kv_heads: int) -> Par
     return PartitionSpec(*(a if a and size % mesh.shape[a] == 0 else None for a, size in zip(axes, shape, strict=True)))
 
 
+def put(x: Any, where: Sharding) -> jax.Array:
+    """A host array to its devices. Every process has the whole of it, and places what its own devices hold."""
+    if where.is_fully_addressable:
+        return jax.device_put(x, where)
+    whole = np.asarray(x)
+    return jax.make_array_from_callback(whole.shape, where, lambda index: whole[index])
+
+
+def fetch(tree: Any) -> Any:
+    """Arrays to the host, as numpy, whole; what is spread over processes is gathered, for which all must ask."""
+    return jax.device_get(jax.tree.map(_local, tree))
+
+
+def own(x: jax.Array) -> Any:
+    """A number that every device has, where this process alone computes with it."""
+    return x if x.is_fully_addressable else np.asarray(x.addressable_data(0))
+
+
+def _local(x: Any) -> Any:
+    if not isinstance(x, jax.Array) or x.is_fully_addressable:
+        return x
+    if not x.is_fully_replicated:
+        x = _moved(x, replicated(x.sharding.mesh))
+    return x.addressable_data(0)
+
+
+def _moved(x: jax.Array, there: NamedSharding) -> jax.Array:
+    return jax.jit(_same, out_shardings=there)(x)
+
+
+def _same(x: Any) -> Any:
+    return x
+
+
 def put_weight(mesh: Mesh, *, kv_heads: int) -> Callable[[str, np.ndarray], jax.Array]:
     """`put(name, array)` of `ple_jax.backend.model.fill`: each weight to its place on the mesh."""
 
-    def put(name: str, array: np.ndarray) -> jax.Array:
-        return jax.device_put(array, NamedSharding(mesh, spec(name, array.shape, mesh, kv_heads=kv_heads)))
+    def place(name: str, array: np.ndarray) -> jax.Array:
+        return put(array, NamedSharding(mesh, spec(name, array.shape, mesh, kv_heads=kv_heads)))
 
-    return put
+    return place
+
+
+def place_weight(mesh: Mesh, *, kv_heads: int) -> Callable[..., jax.Array] | None:
+    """`place(name, shape, axis, read)` of `fill`, where devices are of several processes.
+
+    Every device reads a share of its own, along the axis in which that is one piece of a file; from there the shares go to
+    their places over the network. So all processes together read every weight once, whatever the mesh.
+    """
+    if not mesh.is_multi_process:
+        return None
+
+    def place(name: str, shape: tuple[int, ...], axis: int, read: Callable[[tuple[slice, ...]], np.ndarray]) -> jax.Array:
+        there = NamedSharding(mesh, spec(name, shape, mesh, kv_heads=kv_heads))
+        axes = next((some for some in _SPREAD if shape[axis] % math.prod(mesh.shape[a] for a in some) == 0), ())
+        shares = NamedSharding(mesh, PartitionSpec(*[None] * axis, axes or None))
+        found: dict[tuple, np.ndarray] = {}  # devices that hold the same
+
+        def once(index: tuple[slice, ...]) -> np.ndarray:
+            key = tuple((s.start, s.stop) for s in index)
+            if key not in found:
+                found[key] = read(index)
+            return found[key]
+
+        return _moved(jax.make_array_from_callback(shape, shares, once), there)
+
+    return place
 
 
 def gathered(name: str, x: jax.Array, mesh: Mesh) -> jax.Array:
@@ -111,7 +181,7 @@ def adapter(tree: Any, mesh: Mesh) -> Any:
 
 def put_rows(mesh: Mesh, tree: Any) -> Any:
     """Host arrays to the devices, rows spread over the batch axes."""
-    return jax.tree.map(lambda x: jax.device_put(x, rows(mesh, np.ndim(x))), tree)
+    return jax.tree.map(lambda x: put(x, rows(mesh, np.ndim(x))), tree)
 
 
 def decoded_rows(tree: Any, mesh: Mesh) -> Any:

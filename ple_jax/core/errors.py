@@ -1,7 +1,9 @@
 """What a user can mend, said in one line."""
 
 import difflib
+import os
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -31,3 +33,24 @@ def suggestion(word: str, words: Iterable[str], *, files: bool = False) -> str:
         by_last_part[part] for part in difflib.get_close_matches(word.rsplit(".", 1)[-1], by_last_part, n=1)
     ]
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+_FULL = ("No space left on device", "Disk quota exceeded", "File too large", "Read-only file system", "Input/output error")
+
+
+def of_the_machine(error: BaseException) -> str:
+    """What is said of an error that is neither the user's nor ours but the disk's or the memory's; nothing of others."""
+    text = str(error).strip()
+    brief = text.splitlines()[0][:200] if text else type(error).__name__
+    # before memory: of a full disk TensorStore says RESOURCE_EXHAUSTED too
+    if any(problem in text for problem in _FULL):
+        return f"the disk cannot be written ({brief}); make room there, or mend it, and give the same command again"
+    if isinstance(error, FileNotFoundError) and error.filename and not Path(os.fsdecode(error.filename)).parent.exists():
+        return f"the folder of {os.fsdecode(error.filename)} is gone: something removed it while the program was at work"
+    # XLA's name for it on every platform, and torch's
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower():
+        return (
+            f"not enough memory ({brief}); lower --config.optimizer.micro_queries or set --config.model.remat=full, with the"
+            " same --workdir, or lower --config.sampling.width, which makes another run"
+        )
+    return ""

@@ -6,7 +6,7 @@ from ple_jax.core.errors import UserError
 
 MODULES = {  # extra -> what is imported of it
     "jax": ("jax", "flax", "optax", "orbax", "qwix"),
-    "torch": ("torch", "cloudpickle"),
+    "torch": ("torch",),
     "trl": ("trl", "peft", "accelerate", "datasets"),
     "data": ("datasets", "pyarrow"),
     "eval": ("scipy", "sacrebleu", "rouge_score"),

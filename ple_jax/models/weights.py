@@ -24,6 +24,7 @@ from ple_jax.models.layout import expected_shapes
 
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 SCORE = "score.weight"  # a sequence classifier's head, [label, hidden]
+_BLOCK = 2**24  # bytes of rows that are read at once where a part of each is wanted
 _PICTURE = "<image_soft_token>"
 _LFS = b"version https://git-lfs"
 _OTHER_FORMATS = ("*.bin", "*.pt", "*.pth", "*.gguf", "consolidated*.safetensors", "*.safetensors", "*.h5", "*.msgpack")
@@ -261,14 +262,31 @@ class _Tensors(Mapping[str, np.ndarray]):
             self._places[name] = _Place(file, start, np.dtype(_DTYPES[dtype]), shape)
 
     def __getitem__(self, name: str) -> np.ndarray:
+        return self._rows(name, 0, self._places[name].shape[0])
+
+    def part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """`self[name][index]`, for which whole rows are read and no others; slices have no step."""
+        _, _, dtype, shape = self._places[name]
+        rows, *rest = (slice(*s.indices(size)) for s, size in zip(index, shape, strict=True))
+        at_once = max(1, _BLOCK // (math.prod(shape[1:]) * dtype.itemsize))
+        if not rest or rest == [slice(0, size, 1) for size in shape[1:]]:
+            at_once = rows.stop - rows.start
+        firsts = range(rows.start, rows.stop, at_once)
+        return np.concatenate([self._rows(name, i, min(i + at_once, rows.stop))[:, *rest] for i in firsts])
+
+    def _rows(self, name: str, first: int, end: int) -> np.ndarray:
         file, start, dtype, shape = self._places[name]
+        row = math.prod(shape[1:])
         # not through a memory map, whose pages count as this process's memory as long as it exists
-        weight = np.fromfile(file, dtype, math.prod(shape), offset=start)
-        if weight.size < math.prod(shape):
+        found = np.fromfile(file, dtype, (end - first) * row, offset=start + first * row * dtype.itemsize)
+        if found.size < (end - first) * row:
             raise UserError(f"{file} was cut while it was read: tensor {name} is not whole")
-        if not is_finite(weight):
-            raise UserError(f"{file}: tensor {name} holds values that are not finite")
-        return weight.reshape(shape)
+        return self._checked(name, found.reshape(-1, *shape[1:]))
+
+    def _checked(self, name: str, found: np.ndarray) -> np.ndarray:
+        if not is_finite(found):
+            raise UserError(f"{self._places[name].file}: tensor {name} holds values that are not finite")
+        return found
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)

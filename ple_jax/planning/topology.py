@@ -17,14 +17,16 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
+from ple_jax import algorithms
 from ple_jax.algorithms import Algorithm
 from ple_jax.backend import backend, compilation, lora, sharding, train
 from ple_jax.backend import quantize as quantization
 from ple_jax.backend.model import Model, quantized_axis
-from ple_jax.core import packing, processor, refill
+from ple_jax.core import packing, processor, refill, together
 from ple_jax.core.backends import Needs
 from ple_jax.core.types import Batch, Packed, Query, Sampling
 from ple_jax.models import adapters
+from ple_jax.models.config import ModelConfig
 from ple_jax.planning import hlo, outline, sheet
 from ple_jax.planning.flops import forward_parts, gradient_flops
 from ple_jax.planning.outline import Lengths, Source, example_batch, judged, lengths_of, read_source
@@ -340,13 +342,12 @@ def needs(config: ConfigDict, topology: str | None, *, algorithm: Algorithm, sou
         compilation.keep()
     mesh = make_mesh(target, **config.mesh) if target else sharding.make_mesh(**config.mesh)
     platform = target.platform if target else mesh.devices.flat[0].platform
-    model = backend.make_model(config, source.config, mesh, platform=platform)
 
     def need(width: int, queries: int, name: str = "") -> int:
         on = outline.with_numbers(config, {"sampling.width": width, "optimizer.micro_queries": queries})
-        run = spread(on, model, mesh, sizes, algorithm, source.eos)
-        found = (one for one in _training(run, algorithm) if one.name == name) if name else _sampling(run, algorithm)
-        return max(one.held + measure(one).peak for one in found)
+        if target is None:
+            return _need_here(on, source.config, source.eos, sizes, name)
+        return _need(on, source.config, source.eos, sizes, name, algorithm, mesh, platform)
 
     return Needs(
         _room(target, mesh),
@@ -354,6 +355,24 @@ def needs(config: ConfigDict, topology: str | None, *, algorithm: Algorithm, sou
         sampling=lambda width: need(width, mesh.size),
         training=lambda queries: need(mesh.size, queries, "gradients"),
     )
+
+
+# where there are several processes all compile: some compilers share the work among them, and wait for one another
+@together.together
+def _need_here(config: ConfigDict, model: ModelConfig, eos: tuple[int, ...], sizes: Lengths, name: str) -> int:
+    mesh, algorithm = sharding.make_mesh(**config.mesh), algorithms.load(config.algorithm)
+    return _need(config, model, eos, sizes, name, algorithm, mesh, mesh.devices.flat[0].platform)
+
+
+def _need(
+    config: ConfigDict, model_config: ModelConfig, eos: tuple[int, ...], sizes: Lengths, name: str, algorithm: Any,
+    mesh: Mesh, platform: str,
+) -> int:  # fmt: skip
+    """Bytes on a device: of the programs that sample, or of the one of that name that trains."""
+    model = backend.make_model(config, model_config, mesh, platform=platform)
+    run = spread(config, model, mesh, sizes, algorithm, eos)
+    found = (one for one in _training(run, algorithm) if one.name == name) if name else _sampling(run, algorithm)
+    return max(one.held + measure(one).peak for one in found)
 
 
 def _room(target: Target | None, mesh: Mesh) -> int | None:

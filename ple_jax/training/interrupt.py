@@ -19,6 +19,15 @@ _ONE = 1.0  # seconds within which two signals are one
 MESSAGE = "stopped; nothing finished is lost: give the same command again to continue"
 
 
+_in_force: "list[Stop]" = []
+
+
+def ask(number: int) -> None:
+    """A stop, as a signal of that number asks for it, for another process's sake; nothing where it was asked for already."""
+    if not any(stop.asked for stop in _in_force):
+        os.kill(os.getpid(), number)
+
+
 class Interrupted(KeyboardInterrupt):
     """Raised by a `Stop`. Not an Exception: no handler of errors should take it for one."""
 
@@ -55,9 +64,11 @@ class Stop:
         self._stack.enter_context(in_children(self._forget))
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
+        _in_force.append(self)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        _in_force.remove(self)
         self._stack.close()
         signal.set_wakeup_fd(self._wakeup)
         for number, handler in self._handlers.items():
@@ -78,6 +89,11 @@ class Stop:
     def _asked_for(self, number: int, frame: object) -> None:
         if self._at_once:
             raise Interrupted(number)
+
+    @property
+    def asked(self) -> bool:
+        """Whether a stop was asked for."""
+        return bool(self._number)
 
     def check(self) -> None:
         """Raises `Interrupted` if a stop was asked for; called between units of work."""

@@ -1,0 +1,251 @@
+"""Several processes of JAX, one a host or one a device: how they are found, how they hear of calls, what ends them all.
+
+The engine is JAX's own: `jax.distributed` starts a service in process 0, through which all learn of one another's devices;
+arrays and programs span all of them. Who leads and what the others do is `ple_jax.core.together`'s business; calls travel
+through that service's store of keys, so that who waits for one holds no device.
+
+Every process says there that it is alive, and what went wrong in it. A thread of process 0 reads it: where another one
+failed or is gone, it says so, once, and ends the program; and where another one was asked to stop, process 0 stops, as a
+scheduler may tell any of them first.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from ple_jax.core import launch, together
+from ple_jax.core.errors import UserError, of_the_machine
+from ple_jax.core.secrets import redacted
+
+_GRACE = {"heartbeat_timeout_seconds": 60, "shutdown_timeout_seconds": 60}  # JAX's own, which is behind ours
+_BEAT, _SILENT = 1.0, 15.0  # seconds between two signs of life, and without one until a process is taken for dead
+_POLL = 10_000  # milliseconds of one wait for a message
+_SWEEP = 64  # messages after which those that all have read are removed
+_CALLS, _STATE = "ple_jax/calls", "ple_jax/state"  # in the store
+# what is said of a collective whose other end is gone
+_OTHERS = re.compile("gloo|nccl|collective|connection|peer|unavailable|aborted|deadline", re.IGNORECASE)
+
+
+@contextlib.contextmanager
+def processes(asked: launch.Given, workdir: Path, *, stop: Callable[[int], None]) -> Iterator[bool]:
+    """A context in which process 0 leads, as `together.led` has it; of one process it is True at once.
+
+    Args:
+        workdir: must be the same folder for all of them.
+        stop: asks this process to stop, for a signal of that number that another one was sent.
+
+    Raises:
+        UserError: they do not find one another.
+    """
+    _connect(asked)
+    if jax.process_count() == 1:  # of a slice with one host
+        yield True
+        return
+    control = _Store(jax.process_index(), jax.process_count(), stop)
+    try:
+        with control.watched(), together.led(control) as leads:
+            if leads:
+                _check_shared(workdir)
+            yield leads
+    finally:
+        jax.distributed.shutdown()  # all of them together
+
+
+def _connect(asked: launch.Given) -> None:
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # it would take SIGTERM for itself
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(asked.coordinator, asked.processes, asked.process, **_GRACE)
+    except (RuntimeError, ValueError) as error:
+        brief = str(error).strip().splitlines()[0][:300]
+        where = f" at {asked.coordinator}" if asked.coordinator else ""
+        raise UserError(
+            f"the processes did not find one another{where} ({brief}): start all of them, with one --coordinator, whose port"
+            " is free and open, and numbers of their own; --processes=1 runs this one alone"
+        ) from error
+
+
+@together.together
+def _check_shared(workdir: Path) -> None:
+    """Raises a UserError unless all processes see one folder: checkpoints are written by all."""
+    token = f"{os.getpid()}-{time.time_ns()}"
+    mark = workdir / ".together"
+
+    def write() -> str:
+        workdir.mkdir(parents=True, exist_ok=True)
+        mark.write_text(token, encoding="utf-8")
+        return token
+
+    wanted = together.from_first(write)
+    seen = mark.exists() and mark.read_text(encoding="utf-8") == wanted
+    if not all(_everywhere(seen)):
+        raise UserError(
+            f"--workdir={workdir} is not the same folder for all processes: give one on a file system that all hosts mount"
+        )
+    if together.rank() == 0:
+        mark.unlink()
+
+
+def _everywhere(value: bool) -> list[bool]:
+    from jax.experimental import multihost_utils
+
+    return [bool(x) for x in multihost_utils.process_allgather(value)]
+
+
+# ---------------------------------------------------------------- messages and signs of life
+
+
+class _Store:
+    """The `together.Control` that keeps messages in the store of JAX's coordination service."""
+
+    def __init__(self, rank: int, size: int, stop: Callable[[int], None]):
+        self.rank, self.size, self._sent, self._stop = rank, size, 0, stop
+        self._client = _client()
+        self._over = threading.Event()  # the watch has ended
+        self._verdict = threading.Lock()  # whoever has it says what went wrong
+        self._stopping = False  # whether another process was asked to stop, and this one knows
+
+    # ------------------------------------------------------------ Control
+
+    def tell(self, message: bytes) -> None:
+        self._client.key_value_set_bytes(f"{_CALLS}/{self._sent}", message)
+        self._counted()
+
+    def told(self) -> bytes:
+        while True:
+            try:
+                message = self._client.blocking_key_value_get_bytes(f"{_CALLS}/{self._sent}", _POLL)
+            except jax.errors.JaxRuntimeError as error:
+                if "DEADLINE_EXCEEDED" not in str(error):
+                    raise
+                continue
+            self._counted()
+            return message
+
+    def leaving(self, error: BaseException) -> None:
+        """Where another process failed first, and this error is of that, its cause is said instead."""
+        if not isinstance(error, UserError) and _OTHERS.search(str(error)):
+            time.sleep(_SILENT + 5 * _BEAT)  # the watch ends the program if it is so
+        self._verdict.acquire()
+        self._client.key_value_set(f"{_STATE}/ended", "1")
+        self._wait_until_left()
+        _forget()
+
+    def failed(self, error: BaseException, *, known: bool) -> None:
+        if known:  # process 0 says it, and that this is the end
+            time.sleep(_SILENT)
+            os._exit(1)
+        brief = str(error) if isinstance(error, UserError) else of_the_machine(error)  # what a user can mend
+        whole = "" if brief else "".join(traceback.format_exception(error))
+        told = {"process": self.rank, "host": socket.gethostname(), "says": brief or repr(error), "whole": whole}
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # process 0 is gone
+            self._client.key_value_set(f"{_STATE}/failed", json.dumps(told))
+        time.sleep(2 * _BEAT)  # until process 0 has read it
+        os._exit(1)
+
+    def _counted(self) -> None:
+        """Now and then all wait for one another, and what all have read is removed."""
+        self._sent += 1
+        if self._sent % _SWEEP == 0:
+            self._client.wait_at_barrier(f"ple_jax/read/{self._sent}", 24 * 3600 * 1000)
+            if self.rank == 0:
+                for number in range(self._sent - _SWEEP, self._sent):
+                    self._client.key_value_delete(f"{_CALLS}/{number}")
+
+    # ------------------------------------------------------------ the watch
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """A context in which this process says that it lives, and hears of the others."""
+        thread = threading.Thread(target=self._watch, daemon=True)
+        thread.start()
+        if self.rank:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, self._asked_to_stop)
+        try:
+            yield
+        finally:
+            self._over.set()
+            thread.join()
+
+    def _asked_to_stop(self, number: int, frame: object) -> None:
+        """Process 0 stops: it finishes what it has in hand, and then tells."""
+        # in a thread: a handler must not wait for what the interrupted code may hold
+        threading.Thread(target=self._put, args=("stop", str(number)), daemon=True).start()
+
+    def _put(self, name: str, value: str) -> None:
+        self._client.key_value_set(f"{_STATE}/{name}", value, allow_overwrite=True)
+
+    def _watch(self) -> None:
+        beats, since = 0, {rank: (0, time.monotonic()) for rank in range(self.size)}
+        while not self._over.wait(_BEAT):
+            beats += 1
+            try:
+                self._put(f"alive/{self.rank}", str(beats))
+                found = dict(self._client.key_value_dir_get(f"{_STATE}/"))
+            except jax.errors.JaxRuntimeError:
+                continue  # process 0 is gone, or is leaving: JAX says so, and ends this one
+            if self.rank:
+                if f"{_STATE}/ended" in found:
+                    os._exit(1)
+                continue
+            self._read(found, since)
+
+    def _read(self, found: Mapping[str, str], since: dict[int, tuple[int, float]]) -> None:
+        """What the others say, and which of them says nothing."""
+        if said := found.get(f"{_STATE}/failed"):
+            told = json.loads(said)
+            self._end(f"process {told['process']} of {self.size} ({told['host']}): {told['says']}", told["whole"])
+        if (stop := found.get(f"{_STATE}/stop")) and not self._stopping:
+            self._stopping = True
+            self._stop(int(stop))
+        now = time.monotonic()
+        for rank in range(1, self.size):
+            beats = int(found.get(f"{_STATE}/alive/{rank}", "0"))
+            since[rank] = since[rank] if beats == since[rank][0] else (beats, now)
+            if now - since[rank][1] > _SILENT:
+                self._end(f"process {rank} of {self.size} is gone: it was killed, or its host or the network failed")
+
+    def _end(self, says: str, whole: str = "") -> None:
+        """Says why, and ends all: the main thread may be in a collective that never ends."""
+        if not self._verdict.acquire(blocking=False):
+            return
+        line = redacted(" ".join(says.split()))
+        print(f"{whole}error: {line}; what was finished is kept: start all again", file=sys.stderr, flush=True)
+        self._client.key_value_set(f"{_STATE}/ended", "1")
+        self._wait_until_left()
+        os._exit(1 if whole else 2)
+
+    def _wait_until_left(self) -> None:
+        """The others read that this is the end; one that is left behind is ended by JAX, with a page of its own words."""
+        time.sleep(3 * _BEAT)
+
+
+def _client() -> Any:
+    # JAX has no public way to its coordination service's store; Orbax takes this one too
+    from jax._src.distributed import global_state
+
+    return global_state.client
+
+
+def _forget() -> None:
+    """Without the others there is no common end: nothing waits for it, or is torn down, when the interpreter ends."""
+    from jax._src.distributed import global_state
+
+    for part in (global_state.client, global_state.service):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(part))  # torn down, the one would take the other for a failure
+    global_state.client = global_state.service = None

@@ -1,0 +1,201 @@
+"""Several processes as one program: process 0 leads, and the others make the calls that it tells of.
+
+Process 0 runs the loop, alone, as if there were no other: it reads, scores, decides, writes. A call that all must make
+(`together`: build, generate, update ...) it first tells the others, who wait for such calls and make the same ones in the
+same order. So nothing outside a backend knows of processes, no decision can differ between them, and a process that waits
+for a slow reward server holds no device in a collective.
+
+How a call gets from process 0 to the others is a `Control`'s business: of `ple_jax.backend.processes` (jax.distributed), of
+`torch_ascend.sharding` (torchrun).
+"""
+
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
+
+import cloudpickle
+
+from ple_jax.core.errors import UserError
+
+T = TypeVar("T")
+F = TypeVar("F", bound=Callable)
+
+
+class Control(Protocol):
+    """This process among the others."""
+
+    rank: int
+    size: int
+
+    def tell(self, message: bytes) -> None:
+        """In process 0: to all others, in order."""
+        ...
+
+    def told(self) -> bytes:
+        """In the others: the next message, however long it takes."""
+        ...
+
+    def leaving(self, error: BaseException) -> None:
+        """In process 0: an error ended it within a call that the others are in, too. Returns if its cause is here."""
+        ...
+
+    def failed(self, error: BaseException, *, known: bool) -> None:
+        """In the others: a call failed here. Returns if process 0 need not be told.
+
+        Args:
+            known: it is process 0's own error.
+        """
+        ...
+
+
+_control: Control | None = None  # of this process; None: it is alone
+_busy = False  # whether process 0 is in a call that all make
+_objects: list[Any] = []  # whose methods are called together; every process makes the same ones in the same order
+_error: BaseException | None = None  # of process 0, that is raised in all
+_functions: list[Callable] = []  # that were told of: a loss is the same object every time, or it would be compiled again
+
+
+def size() -> int:
+    """How many processes there are."""
+    return 1 if _control is None else _control.size
+
+
+def rank() -> int:
+    """Which of them this is."""
+    return 0 if _control is None else _control.rank
+
+
+@contextmanager
+def led(control: Control) -> Iterator[bool]:
+    """A context in which process 0 leads: it gets True; in the others the context lasts until it ends there, with False."""
+    global _control, _busy
+    _control = control
+    try:
+        if control.rank:
+            _serve(control)
+            yield False
+        else:
+            yield from _leading(control)
+    finally:
+        _control, _busy = None, False
+        _objects.clear()
+        _functions.clear()
+
+
+def _leading(control: Control) -> Iterator[bool]:
+    try:
+        yield True
+    except BaseException as error:
+        # where the others are in the same call they are not waiting to be told
+        if _busy:
+            control.leaving(error)
+        else:
+            _tell(None)
+        raise
+    _tell(None)
+
+
+def _serve(control: Control) -> None:
+    """Does what process 0 says, until it says that it is done. What process 0 finds amiss too, it alone reports."""
+    try:
+        while (call := _told()) is not None:
+            target, name, args, kwargs = call
+            args, kwargs = [_known(x) for x in args], {key: _known(x) for key, x in kwargs.items()}
+            function = getattr(_objects[target], name).__wrapped__ if isinstance(target, int) else target.__wrapped__
+            function(*((_objects[target],) if isinstance(target, int) else ()), *args, **kwargs)
+    except Exception as error:
+        control.failed(error, known=error is _error)
+        if isinstance(error, UserError):
+            sys.exit(2)
+        raise
+
+
+def _tell(call: Any) -> None:
+    # cloudpickle: the losses of an algorithm may be closures
+    assert _control is not None
+    _control.tell(cloudpickle.dumps(call))
+
+
+class _Function(NamedTuple):
+    """A function among the arguments of a call: its number, and what it is when it is told of first."""
+
+    number: int
+    pickled: bytes | None
+
+
+def _named(x: Any) -> Any:
+    """An argument as it is told of."""
+    if not callable(x):
+        return x
+    number = next((i for i, told in enumerate(_functions) if told is x), None)
+    if number is not None:
+        return _Function(number, None)
+    _functions.append(x)
+    return _Function(len(_functions) - 1, cloudpickle.dumps(x))
+
+
+def _known(x: Any) -> Any:
+    """An argument that was told of."""
+    if not isinstance(x, _Function):
+        return x
+    if x.pickled is not None:
+        _functions.append(cloudpickle.loads(x.pickled))
+    return _functions[x.number]
+
+
+def _told() -> Any:
+    assert _control is not None
+    return cloudpickle.loads(_control.told())
+
+
+def together(function: F) -> F:
+    """Decorates a function of a module, or a method of a `shared` object: where process 0 calls it, all do."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        global _busy
+        if _control is None:
+            return function(*args, **kwargs)
+        assert not _busy, f"{function.__qualname__} is called inside a call that all processes make already"
+        handle = next((i for i, made in enumerate(_objects) if args and made is args[0]), None)
+        target, name, own = (call, "", args) if handle is None else (handle, function.__name__, args[1:])
+        _tell((target, name, [_named(x) for x in own], {key: _named(x) for key, x in kwargs.items()}))
+        _busy = True  # and so it stays if the call fails
+        result = function(*args, **kwargs)
+        _busy = False
+        return result
+
+    return cast(F, call)
+
+
+def busy() -> bool:
+    """Whether a call that all processes make is under way, or has failed."""
+    return _busy
+
+
+def shared(made: T) -> T:
+    """Makes the methods of an object callable `together`; every process has one of its own."""
+    if _control is not None:
+        _objects.append(made)
+    return made
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """Within a call that all make: what process 0 makes, for all; what a user can mend is an error of all."""
+    global _error
+    if _control is None:
+        return make()
+    if _control.rank:
+        made = cloudpickle.loads(_control.told())
+    else:
+        try:
+            made = make()
+        except UserError as error:
+            made = error
+        _control.tell(cloudpickle.dumps(made))
+    if isinstance(made, UserError):
+        _error = made
+        raise made
+    return cast(T, made)

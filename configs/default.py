@@ -95,9 +95,13 @@ def get_config() -> ConfigDict:
     # rows decoded at once; part of the result (see docs/promises.md); auto: by the run's numbers of queries and the memory
     c.sampling.width = config_dict.FieldReference(64, field_type=object)
     c.sampling.bucket = 16  # prompts are padded to 16, 32, 64, 128, 192, 256, 384 ... tokens, this being the first
+    # of algorithms with a ratio to the policy that sampled (ppo, grpo, rloo, self_distillation): tokens weigh as much as
+    # they are likelier to the trainer than to the sampler, at most so many times; 0 is off, 2 to 3 usual with a server
+    c.sampling.importance_cap = 0.0
     # sample with weights that the adapter is folded into: a copy of the layers, made each time (docs/speed.md)
     c.sampling.fold_adapter = False
-    c.sampling.server = config_dict.placeholder(str)  # a vLLM that samples, http://host:port (docs/serving.md)
+    # a vLLM that samples, http://host:port, or several, "('http://a:8000','http://b:8000')" (docs/serving.md)
+    c.sampling.server = config_dict.placeholder(object)
     c.sampling.server_key_env = config_dict.placeholder(str)  # the environment variable with its API key
     c.sampling.server_sleep = False  # put it to sleep while this process trains, where they share devices
 

@@ -377,6 +377,7 @@ def ppo(
     clip_low: float,
     clip_high: float,
     normaliser: Float[Array, "*rows"] | float,
+    weights: Float[Array, "*rows time"] | float = 1.0,
 ) -> tuple[Float[Array, "*rows"], Float[Array, "*rows"]]:
     """PPO's policy loss of each response: the sum of `clipped_policy` over its tokens / normaliser.
 
@@ -388,12 +389,48 @@ def ppo(
       clip_low, clip_high: as in `clipped_policy`.
       normaliser: the mean response length of the optimiser batch, in tokens: the mean over the batch is then the mean
         over its tokens.
+      weights: of the tokens' surrogates, constant: `truncated_importance`.
 
     Returns:
       The loss of each response, and the share of its tokens that were clipped.
     """
     values, clipped = clipped_policy(logprobs, old_logprobs, advantages, mask, clip_low=clip_low, clip_high=clip_high)
-    return _responses(values, clipped, mask, normaliser)
+    return _responses(weights * values, clipped, mask, normaliser)
+
+
+def truncated_importance(
+    logprobs: Float[Array, "*rows"],
+    sampler: Float[Array, "*rows"],
+    mask: Bool[Array, "*rows"],
+    *,
+    cap: float,
+) -> Float[Array, "*rows"]:
+    """How much likelier a token is to the policy that is trained than to the sampler that drew it, at most `cap`.
+
+    min(exp(logprobs - sampler), cap): truncated importance weights (Ionides, "Truncated Importance Sampling", 2008), as
+    TRL's vllm_importance_sampling_mode="token_truncate" has them. A sampler with another arithmetic (a server, another
+    dtype) draws from another distribution than the one whose gradient is taken ("Your Efficient RL Framework Secretly
+    Brings You Off-Policy RL Training", 2025); a loss that is linear in its advantages takes them as `weights`.
+
+    Args:
+      logprobs: log pi(y_t | x, y_<t) in nats, of the policy that sampled, as the trainer computes it, constant; or the sum
+        over a response.
+      sampler: the same as the sampler had it.
+      mask: true on response tokens; of responses, where there is one.
+      cap: the largest weight; 2 to 3 is usual.
+
+    Returns:
+      The weights; 1 where masked.
+
+    >>> import numpy as np
+    >>> policy, sampler = np.log([[0.5, 0.5, 0.1]]), np.log([[0.4, 0.1, 0.9]])
+    >>> truncated_importance(policy, sampler, np.array([[True, True, False]]), cap=2.0).round(6).tolist()
+    [[1.25, 2.0, 1.0]]
+    """
+    xp = array_namespace(logprobs)
+    # bounded before exp, as in `clipped_policy`
+    log_ratio = xp.where(xp.astype(mask, xp.bool), logprobs - sampler, 0.0)
+    return xp.exp(xp.clip(log_ratio, max=math.log(cap)))
 
 
 # one piece: it is eight lines and what their arguments mean
@@ -408,6 +445,7 @@ def grpo(
     clip_high: float,
     beta: float,
     normaliser: Float[Array, "*rows"] | float,
+    weights: Float[Array, "*rows time"] | float = 1.0,
 ) -> tuple[Float[Array, "*rows"], Float[Array, "*rows"]]:
     """Group relative policy optimisation (arXiv:2402.03300, eq. 3) and its relatives, which differ in the normaliser.
 
@@ -428,12 +466,14 @@ def grpo(
       clip_low, clip_high: as in `clipped_policy`.
       beta: weight of the KL divergence, per nat.
       normaliser: in tokens, as above. The mean of the results over all responses is TRL's number.
+      weights: of the tokens' surrogates, constant: `truncated_importance`.
 
     Returns:
       The loss of each response, and the share of its tokens that were clipped.
     """
     shared = advantages[..., None]
     values, clipped = clipped_policy(logprobs, old_logprobs, shared, mask, clip_low=clip_low, clip_high=clip_high)
+    values = weights * values
     if beta:
         xp = array_namespace(logprobs)
         real = xp.astype(mask, xp.bool)
@@ -449,6 +489,7 @@ def rloo(
     *,
     clip_low: float,
     clip_high: float,
+    weights: Float[Array, "*rows"] | float = 1.0,
 ) -> tuple[Float[Array, "*rows"], Float[Array, "*rows"]]:
     """REINFORCE leave-one-out (arXiv:2402.14740): a response is one action, with one ratio that is clipped as in PPO.
 
@@ -461,6 +502,7 @@ def rloo(
       advantages: one per response (`formulas.advantages.group_advantages` with kind="rloo"), constant.
       clip_low: by how much the ratio of a response may fall; 0.2 is TRL's, and little for a long one.
       clip_high: by how much it may rise.
+      weights: of the responses' surrogates, constant: `truncated_importance` of their sums.
 
     Returns:
       The loss of each response, and 1 where it was clipped, else 0.
@@ -472,7 +514,7 @@ def rloo(
     ([-3.0, -1.2], [0.0, 1.0])
     """
     values, clipped = _surrogate(sum_logprobs - old_sum_logprobs, advantages, clip_low=clip_low, clip_high=clip_high)
-    return values, array_namespace(values).astype(clipped, values.dtype)
+    return weights * values, array_namespace(values).astype(clipped, values.dtype)
 
 
 def distillation(
@@ -484,6 +526,7 @@ def distillation(
     clip_low: float,
     clip_high: float,
     normaliser: Float[Array, "*rows"] | float,
+    weights: Float[Array, "*rows time"] | float = 1.0,
 ) -> tuple[Float[Array, "*rows"], Float[Array, "*rows"]]:
     """On-policy distillation at the sampled tokens: `ppo` whose advantage is teacher - old_logprobs.
 
@@ -503,10 +546,11 @@ def distillation(
       mask: true on response tokens.
       clip_low, clip_high: as in `clipped_policy`.
       normaliser: a mean response length in tokens, as in `blend`.
+      weights: of the tokens' surrogates, constant: `truncated_importance`.
 
     Returns:
       The loss of each response, and the share of its tokens that were clipped.
     """
     advantages = teacher - old_logprobs
     values, clipped = clipped_policy(logprobs, old_logprobs, advantages, mask, clip_low=clip_low, clip_high=clip_high)
-    return _responses(values, clipped, mask, normaliser)
+    return _responses(weights * values, clipped, mask, normaliser)

@@ -79,8 +79,8 @@ Flags
   --coordinator HOST:PORT, --processes N, --process I
                          several processes of --backend=jax, one a host or one a device: where process 0 is with a free
                          port, how many there are, and which one this is; or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES
-                         and JAX_PROCESS_ID. SLURM, Open MPI, Cloud TPU and GKE's TPUs need none of them; --processes=1:
-                         this one alone, whatever started it
+                         and JAX_PROCESS_ID. SLURM, Open MPI, Cloud TPU and GKE's TPUs need none of them. Of several on
+                         a host each needs devices of its own: JAX_LOCAL_DEVICE_IDS=0,1. --processes=1: this one alone
   --version              the version of this package
 
 Modes

@@ -27,6 +27,8 @@ WEIGHTS = np.array([[0.2, 0.8], [0.5, 0.5], [1.0, 0.0], [0.7, 0.3]])
 OLD = np.where(MASK, LOGPROBS - RNG.normal(0, 0.4, MASK.shape), 0.0)
 ADVANTAGES = np.where(MASK, RNG.normal(0, 1, MASK.shape), 0.0)
 GROUP = np.array([[1.2, -1.2], [0.3, -0.3], [-0.8, 0.8], [0.5, -0.5]])
+# what a sampler with another arithmetic says, on both sides of the cap; of its padding nothing is known
+SAMPLER = np.where(MASK, OLD - RNG.normal(0, 0.4, MASK.shape), np.nan)
 BOUNDS = {"clip_low": 0.2, "clip_high": 0.28}
 
 
@@ -145,6 +147,44 @@ def distillation_loss(logprobs, mask):
     return losses.distillation(logprobs, teacher, old, mask, normaliser=3.5, **BOUNDS)[0]
 
 
+def tokens_weights(like) -> Any:
+    return losses.truncated_importance(constant(OLD, like), constant(SAMPLER, like), constant_mask(like), cap=1.3)
+
+
+def constant_mask(like) -> Any:
+    if isinstance(like, np.ndarray):
+        return MASK
+    return torch.tensor(MASK) if isinstance(like, torch.Tensor) else jnp.asarray(MASK)
+
+
+def weighted_ppo(logprobs, mask):
+    old, advantages = constant(OLD, logprobs), constant(ADVANTAGES, logprobs)
+    return losses.ppo(logprobs, old, advantages, mask, normaliser=3.5, weights=tokens_weights(logprobs), **BOUNDS)[0]
+
+
+def weighted_oracle(x: np.ndarray) -> np.ndarray:
+    """Token by token, in Python's floats."""
+
+    def one(new, old, advantages, sampler):
+        weights = [min(math.exp(o - s), 1.3) for o, s in zip(old, sampler, strict=True)]
+        return reference.policy_loss(new, old, [w * a for w, a in zip(weights, advantages, strict=True)], low=0.2, high=0.28)
+
+    return np.array(per_response(one, x, OLD, ADVANTAGES, SAMPLER)) / 3.5
+
+
+def weighted_rloo(logprobs, mask):
+    old, sampler = (losses.sum_logprob(constant(x, logprobs), mask) for x in (OLD, SAMPLER))
+    weights = losses.truncated_importance(old, sampler, mask.any(-1), cap=1.3)
+    return losses.rloo(losses.sum_logprob(logprobs, mask), old, constant(GROUP, logprobs), weights=weights, **BOUNDS)[0]
+
+
+def weighted_rloo_oracle(x: np.ndarray) -> np.ndarray:
+    def one(old, sampler):
+        return min(math.exp(reference.sumlp(old) - reference.sumlp(sampler)), 1.3)
+
+    return np.array(per_response(one, OLD, SAMPLER)) * np.array(rloo_oracle(x))
+
+
 CASES = {
     "hinge": pairwise("hinge", margin=0.0),
     "hinge_margin": pairwise("hinge", margin=0.6),
@@ -165,6 +205,8 @@ CASES = {
     "grpo_no_kl": grpo_case(0.0, 3.5),
     "rloo": (rloo_loss, rloo_oracle),
     "distillation": (distillation_loss, lambda x: policy_oracle(x, REFERENCE - OLD) / 3.5),
+    "ppo_weighted": (weighted_ppo, weighted_oracle),
+    "rloo_weighted": (weighted_rloo, weighted_rloo_oracle),
 }
 
 
@@ -521,6 +563,32 @@ def flat(x: np.ndarray) -> np.ndarray:
 
 # TRL's float32 constants aside, both compute in float64 here
 CLOSE = {"rtol": 1e-6, "atol": 1e-9}
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+def test_trl_weighs_tokens_as_we_do(beta):
+    """Its weights multiply the surrogate and not the KL term."""
+    from trl.trainer.grpo_trainer import GRPOTrainer
+
+    ratio = np.minimum(np.exp(np.where(MASK, OLD - SAMPLER, 0.0)), 2.0)  # what it computes of vllm's log-probabilities
+    ours = losses.truncated_importance(OLD, SAMPLER, MASK, cap=2.0)
+    np.testing.assert_allclose(ours, ratio, rtol=1e-12)
+    assert (ours[MASK] == 2.0).any() and (ours[MASK] < 1).any()
+    inputs = {"completion_mask": MASK.astype(int), "advantages": GROUP, "importance_sampling_ratio": ratio}
+    inputs |= {"old_per_token_logps": OLD, "ref_per_token_logps": REFERENCE}
+    inputs = {name: flat(value) for name, value in inputs.items()}
+    theirs = torch.tensor(flat(LOGPROBS), requires_grad=True)
+    weighing = {"use_vllm": True, "vllm_importance_sampling_correction": True}
+    value, _ = trl_policy_loss(GRPOTrainer, theirs, inputs, loss_type="grpo", beta=beta, **weighing)
+    value.backward()
+    mine = torch.tensor(LOGPROBS, requires_grad=True)
+    old, ref, group, real, weights = map(torch.tensor, (OLD, REFERENCE, GROUP, MASK, ours))
+    loss, _ = losses.grpo(
+        mine, old, ref, group, real, beta=beta, normaliser=torch.tensor(MASK.sum(-1) * 1.0), weights=weights, **BOUNDS
+    )
+    loss.mean().backward()
+    np.testing.assert_allclose(loss.mean().item(), value.item(), **CLOSE)
+    np.testing.assert_allclose(flat(mine.grad.numpy()), theirs.grad, **CLOSE)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3])

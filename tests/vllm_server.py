@@ -167,6 +167,8 @@ class Vllm(ThreadingHTTPServer):
         }  # fmt: skip
         if body.get("return_token_ids"):
             choice |= {"token_ids": tokens, "prompt_token_ids": prompt}
+        if body.get("logprobs") is not None:
+            choice["logprobs"] = {"token_logprobs": [-(token % 7) / 4 for token in tokens], "tokens": [""] * len(tokens)}
         self.alter(choice, body)
         return 200, json.dumps({"object": "text_completion", "model": name, "choices": [choice]})
 

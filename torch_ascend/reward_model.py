@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 from ple_jax.core import together
 from ple_jax.core.batches import round_up
 from ple_jax.core.errors import UserError
+from ple_jax.models import hub
 from torch_ascend import device as devices
 from torch_ascend import sharding
 
@@ -26,7 +27,7 @@ ALONE = ("canine", "convbert", "fnet", "funnel", "mobilebert", "nystromformer", 
 
 
 def classifier(
-    folder: Path, *, dtype: str, rows: int, device: str = "auto"
+    folder: Path, *, dtype: str, rows: int, device: str = "auto", source: tuple[str, str | None] | None = None
 ) -> Callable[[Sequence[Sequence[int]]], Float32[np.ndarray, "n labels"]]:
     """A sequence classifier from a Hugging Face folder, its weights on one device, or on that of each of several processes.
 
@@ -35,6 +36,7 @@ def classifier(
         dtype: float32 or bfloat16, of weights and activations.
         rows: most rows of one call.
         device: auto, cpu, cuda or npu.
+        source: path or hub id, and revision, that the folder is of: another process may have to fetch it.
 
     Returns:
         A function from rows of token ids to the logits of every label: what transformers gives for every row by itself,
@@ -43,12 +45,12 @@ def classifier(
     Raises:
         UserError: no such device, a damaged checkpoint, or one whose weights are not the classifier's.
     """
-    return _make(folder, dtype, device).classify
+    return _make(folder, source, dtype, device).classify
 
 
 @together.together
-def _make(folder: Path, dtype: str, device: str) -> "_Classifier":
-    return together.shared(_Classifier(_load(folder, dtype), devices.resolve(device)))
+def _make(folder: Path, source: tuple[str, str | None] | None, dtype: str, device: str) -> "_Classifier":
+    return together.shared(_Classifier(_load(hub.here(folder, source), dtype), devices.resolve(device)))
 
 
 class _Classifier:

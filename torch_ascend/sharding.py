@@ -72,6 +72,8 @@ class _Gloo:
         ):
             print(f"process {self.rank}: another process is gone", file=sys.stderr)
             sys.exit(1)
+        if isinstance(error, UserError) and not known:  # process 0 may have found nothing amiss
+            print(f"error: process {self.rank}: {error}", file=sys.stderr)
 
 
 @contextlib.contextmanager

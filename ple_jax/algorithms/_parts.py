@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64
 
+from ple_jax import losses
 from ple_jax.algorithms import Context
 from ple_jax.core.batches import pack, response_width
 from ple_jax.core.errors import UserError
@@ -46,6 +47,17 @@ def extremes(rollout: Rollout) -> list[Response]:
     """The worst and the best of the plain responses, by reward, the first of equals; nothing where none has a reward."""
     plain = [r for r in rollout.responses if not r.principled and not math.isnan(r.reward)]
     return [choose(plain, key=lambda r: r.reward) for choose in (min, max)] if plain else []
+
+
+def importance(batch: Batch, cap: float, *, whole: bool = False) -> Any:
+    """`losses.truncated_importance` of the tokens, or of whole responses; 1 where config.sampling.importance_cap is 0."""
+    if not cap:
+        return 1.0
+    policy, sampler, mask = batch.data["old_logprobs"], batch.data["sampler_logprobs"], batch.response_mask
+    if not whole:
+        return losses.truncated_importance(policy, sampler, mask, cap=cap)
+    policy, sampler = (losses.sum_logprob(x, mask) for x in (policy, sampler))
+    return losses.truncated_importance(policy, sampler, mask.any(-1), cap=cap)
 
 
 def measured(rollouts: Sequence[Rollout], decision: str) -> list[Rollout]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from ple_jax import losses
 from ple_jax.algorithms import Context, Needs
-from ple_jax.algorithms._parts import pack_all, plain_samples, scores
+from ple_jax.algorithms._parts import importance, pack_all, plain_samples, scores
 from ple_jax.core.types import Array, Batch, Loss, Outputs, Rollout, Slot
 from ple_jax.formulas.advantages import group_advantages
 
@@ -61,14 +61,14 @@ def needs(config: Any) -> Needs:
 
 def make_loss(config: Any) -> Loss:
     """`losses.grpo`, the mean over a query's responses; metric `clipped`, a share of tokens."""
-    options = config.grpo
+    options, cap = config.grpo, config.sampling.importance_cap
     beta, clip = options.beta, {"clip_low": options.clip_low, "clip_high": options.clip_high}
 
     def loss(outputs: Outputs, batch: Batch) -> tuple[Array, dict[str, Array]]:
         data = batch.data
         value, clipped = losses.grpo(
             outputs.logprobs, data["old_logprobs"], data.get("reference_logprobs"), data["advantages"], batch.response_mask,
-            beta=beta, normaliser=data["normaliser"], **clip,
+            beta=beta, normaliser=data["normaliser"], weights=importance(batch, cap), **clip,
         )  # fmt: skip
         return value.mean(-1), {"clipped": clipped.mean(-1)}
 

@@ -14,7 +14,7 @@ from array_api_compat import array_namespace
 
 from ple_jax import losses
 from ple_jax.algorithms import Context, Needs
-from ple_jax.algorithms._parts import measured, pack_all, plain_samples, scores
+from ple_jax.algorithms._parts import importance, measured, pack_all, plain_samples, scores
 from ple_jax.core.types import Array, Batch, Loss, Outputs, Rollout, Slot
 from ple_jax.formulas.advantages import adaptive_kl, gae, kl_penalised, missing_eos_penalty, whiten
 
@@ -103,12 +103,13 @@ def make_loss(config: Any) -> Loss:
     """
     options = config.ppo
     clip, value_clip, weight = options.clip, options.value_clip, options.value_weight
+    cap = config.sampling.importance_cap
 
     def loss(outputs: Outputs, batch: Batch) -> tuple[Array, dict[str, Array]]:
         data, mask = batch.data, batch.response_mask
         policy, clipped = losses.ppo(
             outputs.logprobs, data["old_logprobs"], data["advantages"], mask,
-            clip_low=clip, clip_high=clip, normaliser=data["normaliser"],
+            clip_low=clip, clip_high=clip, normaliser=data["normaliser"], weights=importance(batch, cap),
         )  # fmt: skip
         error, value_clipped = losses.clipped_value(
             outputs.values, data["old_values"], data["returns"], mask, clip=value_clip

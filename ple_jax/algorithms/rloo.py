@@ -11,7 +11,7 @@ import numpy as np
 
 from ple_jax import losses
 from ple_jax.algorithms import Context, Needs
-from ple_jax.algorithms._parts import measured, pack_all, plain_samples, scores
+from ple_jax.algorithms._parts import importance, measured, pack_all, plain_samples, scores
 from ple_jax.core.types import Array, Batch, Loss, Outputs, Rollout, Slot
 from ple_jax.formulas.advantages import group_advantages
 
@@ -50,11 +50,12 @@ def prepare(batch: Batch, context: Context) -> Batch:
 def make_loss(config: Any) -> Loss:
     """`losses.rloo`, the mean over a query's responses; metric `clipped`, a share of responses."""
     clip = {"clip_low": config.rloo.clip, "clip_high": config.rloo.clip}
+    cap = config.sampling.importance_cap
 
     def loss(outputs: Outputs, batch: Batch) -> tuple[Array, dict[str, Array]]:
         sums = losses.sum_logprob(outputs.logprobs, batch.response_mask)
         old = losses.sum_logprob(batch.data["old_logprobs"], batch.response_mask)
-        value, clipped = losses.rloo(sums, old, batch.data["advantages"], **clip)
+        value, clipped = losses.rloo(sums, old, batch.data["advantages"], weights=importance(batch, cap, whole=True), **clip)
         return value.mean(-1), {"clipped": clipped.mean(-1)}
 
     return loss

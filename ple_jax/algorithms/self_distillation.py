@@ -11,6 +11,7 @@ from ple_jax import losses
 from ple_jax.algorithms import Context, Needs
 from ple_jax.algorithms._imitation import batch, marked
 from ple_jax.algorithms._parts import all_plain as learned
+from ple_jax.algorithms._parts import importance
 from ple_jax.core.types import Array, Batch, Loss, Outputs, Rollout, Slot
 
 __all__ = ["batch", "collect", "label", "learned", "make_loss", "needs"]
@@ -33,11 +34,15 @@ def needs(config: Any) -> Needs:
 def make_loss(config: Any) -> Loss:
     """`losses.distillation`; metrics `teacher_gap` (teacher minus policy, nats per token), `clipped` (share of tokens)."""
     clip = {"clip_low": config.self_distillation.clip, "clip_high": config.self_distillation.clip}
+    cap = config.sampling.importance_cap
 
     def loss(outputs: Outputs, batch: Batch) -> tuple[Array, dict[str, Array]]:
         data, mask, logprobs = batch.data, batch.response_mask[:, 0], outputs.logprobs[:, 0]
         teacher, old = data["teacher_logprobs"][:, 0], data["old_logprobs"][:, 0]
-        value, clipped = losses.distillation(logprobs, teacher, old, mask, normaliser=data["normaliser"], **clip)
+        weights = importance(batch, cap)
+        value, clipped = losses.distillation(
+            logprobs, teacher, old, mask, normaliser=data["normaliser"], weights=weights[:, 0] if cap else 1.0, **clip
+        )
         return value, {"teacher_gap": losses.mean_logprob(teacher - logprobs, mask), "clipped": clipped}
 
     return loss

@@ -33,7 +33,7 @@ from ple_jax.core.secrets import redacted
 _GRACE = {"heartbeat_timeout_seconds": 60, "shutdown_timeout_seconds": 60}  # JAX's own, which is behind ours
 _BEAT, _SILENT = 1.0, 15.0  # seconds between two signs of life, and without one until a process is taken for dead
 _POLL = 10_000  # milliseconds of one wait for a message
-_SWEEP = 64  # messages after which those that all have read are removed
+_SWEEP, _SWEPT = 64, 2**26  # messages, and bytes of them, after which those that all have read are removed
 _CALLS, _STATE = "ple_jax/calls", "ple_jax/state"  # in the store
 # what is said of a collective whose other end is gone
 _OTHERS = re.compile("gloo|nccl|collective|connection|peer|unavailable|aborted|deadline", re.IGNORECASE)
@@ -66,11 +66,15 @@ def processes(asked: launch.Given, workdir: Path, *, stop: Callable[[int], None]
 
 def _connect(asked: launch.Given) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # else compilers on GPUs share their trials, and one that finds its program in its own cache leaves the others waiting
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_shard_autotuning=false".lstrip()
+    if asked.process == 0:
+        print(f"waiting for {asked.processes} processes at {asked.coordinator}", file=sys.stderr, flush=True)
     # it would take SIGTERM for itself
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(asked.coordinator, asked.processes, asked.process, **_GRACE)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, OSError) as error:
         brief = str(error).strip().splitlines()[0][:300]
         where = f" at {asked.coordinator}" if asked.coordinator else ""
         raise UserError(
@@ -92,12 +96,13 @@ def _check_shared(workdir: Path) -> None:
 
     wanted = together.from_first(write)
     seen = mark.exists() and mark.read_text(encoding="utf-8") == wanted
-    if not all(_everywhere(seen)):
+    everywhere = all(_everywhere(seen))
+    if together.rank() == 0:
+        mark.unlink()
+    if not everywhere:
         raise UserError(
             f"--workdir={workdir} is not the same folder for all processes: give one on a file system that all hosts mount"
         )
-    if together.rank() == 0:
-        mark.unlink()
 
 
 def _everywhere(value: bool) -> list[bool]:
@@ -113,7 +118,8 @@ class _Store:
     """The `together.Control` that keeps messages in the store of JAX's coordination service."""
 
     def __init__(self, rank: int, size: int, stop: Callable[[int], None]):
-        self.rank, self.size, self._sent, self._stop = rank, size, 0, stop
+        self.rank, self.size, self._stop = rank, size, stop
+        self._sent, self._swept, self._kept = 0, 0, 0  # messages, those of them that were removed, bytes of the others
         self._client = _client()
         self._over = threading.Event()  # the watch has ended
         self._verdict = threading.Lock()  # whoever has it says what went wrong
@@ -123,7 +129,7 @@ class _Store:
 
     def tell(self, message: bytes) -> None:
         self._client.key_value_set_bytes(f"{_CALLS}/{self._sent}", message)
-        self._counted()
+        self._counted(len(message))
 
     def told(self) -> bytes:
         while True:
@@ -133,12 +139,13 @@ class _Store:
                 if "DEADLINE_EXCEEDED" not in str(error):
                     raise
                 continue
-            self._counted()
+            self._counted(len(message))
             return message
 
     def leaving(self, error: BaseException) -> None:
         """Where another process failed first, and this error is of that, its cause is said instead."""
-        if not isinstance(error, UserError) and _OTHERS.search(str(error)):
+        cause = error.__cause__ or error  # a reward that is computed by all is blamed for what is none of its own
+        if not isinstance(cause, UserError) and _OTHERS.search(str(cause)):
             time.sleep(_SILENT + 5 * _BEAT)  # the watch ends the program if it is so
         self._verdict.acquire()
         self._client.key_value_set(f"{_STATE}/ended", "1")
@@ -148,7 +155,7 @@ class _Store:
     def failed(self, error: BaseException, *, known: bool) -> None:
         if known:  # process 0 says it, and that this is the end
             time.sleep(_SILENT)
-            os._exit(1)
+            os._exit(0)
         brief = str(error) if isinstance(error, UserError) else of_the_machine(error)  # what a user can mend
         whole = "" if brief else "".join(traceback.format_exception(error))
         told = {"process": self.rank, "host": socket.gethostname(), "says": brief or repr(error), "whole": whole}
@@ -157,14 +164,16 @@ class _Store:
         time.sleep(2 * _BEAT)  # until process 0 has read it
         os._exit(1)
 
-    def _counted(self) -> None:
+    def _counted(self, size: int) -> None:
         """Now and then all wait for one another, and what all have read is removed."""
-        self._sent += 1
-        if self._sent % _SWEEP == 0:
-            self._client.wait_at_barrier(f"ple_jax/read/{self._sent}", 24 * 3600 * 1000)
-            if self.rank == 0:
-                for number in range(self._sent - _SWEEP, self._sent):
-                    self._client.key_value_delete(f"{_CALLS}/{number}")
+        self._sent, self._kept = self._sent + 1, self._kept + size
+        if self._sent - self._swept < _SWEEP and self._kept < _SWEPT:
+            return
+        self._client.wait_at_barrier(f"ple_jax/read/{self._sent}", 24 * 3600 * 1000)
+        if self.rank == 0:
+            for number in range(self._swept, self._sent):
+                self._client.key_value_delete(f"{_CALLS}/{number}")
+        self._swept, self._kept = self._sent, 0
 
     # ------------------------------------------------------------ the watch
 
@@ -192,8 +201,12 @@ class _Store:
 
     def _watch(self) -> None:
         beats, since = 0, {rank: (0, time.monotonic()) for rank in range(self.size)}
+        looked = time.monotonic()
         while not self._over.wait(_BEAT):
             beats += 1
+            if time.monotonic() - looked > _SILENT / 3:  # this process was suspended, and the others could not be heard
+                since = {rank: (-1, time.monotonic()) for rank in range(self.size)}
+            looked = time.monotonic()
             try:
                 self._put(f"alive/{self.rank}", str(beats))
                 found = dict(self._client.key_value_dir_get(f"{_STATE}/"))
@@ -201,7 +214,7 @@ class _Store:
                 continue  # process 0 is gone, or is leaving: JAX says so, and ends this one
             if self.rank:
                 if f"{_STATE}/ended" in found:
-                    os._exit(1)
+                    os._exit(0)  # process 0 carries the code: a launcher ends all at the first that is not 0
                 continue
             self._read(found, since)
 

@@ -18,14 +18,14 @@ from ple_jax.backend.backend import make_model
 from ple_jax.backend.model import Model, fill
 from ple_jax.core import together
 from ple_jax.core.batches import bucket, round_up
-from ple_jax.models import weights
+from ple_jax.models import hub, weights
 
 _BUCKET = 32  # tokens
 _MODEL = {"layers": "auto", "remat": "none", "attention": "auto"}
 
 
 def classifier(
-    folder: Path, *, dtype: str, rows: int, mesh: Mapping[str, int]
+    folder: Path, *, dtype: str, rows: int, mesh: Mapping[str, int], source: tuple[str, str | None] | None = None
 ) -> Callable[[Sequence[Sequence[int]]], Float32[np.ndarray, "n labels"]]:
     """A sequence classifier from a Hugging Face folder, its weights on a mesh.
 
@@ -34,6 +34,7 @@ def classifier(
         dtype: float32 or bfloat16, of weights and activations; the head works in float32.
         rows: most rows of one call.
         mesh: devices along each axis, as `sharding.make_mesh` takes them.
+        source: path or hub id, and revision, that the folder is of: another process may have to fetch it.
 
     Returns:
         A function from rows of token ids to the logits of every label, read where transformers reads them: at the last
@@ -42,11 +43,14 @@ def classifier(
     Raises:
         UserError: as `weights.load_classifier`; a checkpoint without a head.
     """
-    return _make(folder, dtype, rows, dict(mesh)).classify
+    return _make(folder, source, dtype, rows, dict(mesh)).classify
 
 
 @together.together
-def _make(folder: Path, dtype: str, rows: int, mesh: Mapping[str, int]) -> "_Classifier":
+def _make(
+    folder: Path, source: tuple[str, str | None] | None, dtype: str, rows: int, mesh: Mapping[str, int]
+) -> "_Classifier":
+    folder = hub.here(folder, source)
     return together.shared(_Classifier(folder, dtype, rows, mesh))
 
 

@@ -53,7 +53,8 @@ def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     if jax.process_count() > 1 and needed != len(devices):
         raise UserError(
             f"mesh data={data} x fsdp={fsdp} x tensor={tensor} is of {needed} devices, and {jax.process_count()} processes"
-            f" have {len(devices)} ({devices[0].platform}), of which none may be idle: set --config.mesh.*"
+            f" have {len(devices)} ({devices[0].platform}), of which none may be idle: set --config.mesh.*, or, where"
+            " processes of one host see the same devices, JAX_LOCAL_DEVICE_IDS of each"
         )
     if needed > len(devices):
         raise UserError(

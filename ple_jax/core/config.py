@@ -177,6 +177,14 @@ def _optional_repository(value: Any) -> str:
     return "" if fine else "unset or a hub repository, user/name"
 
 
+def _optional_servers(value: Any) -> str:
+    if not isinstance(value, tuple | list):
+        return _optional_server(value)
+    if not value or None in value or len(set(value)) < len(value):
+        return "unset, an address, or a tuple of different ones, \"('http://a:8000','http://b:8000')\""
+    return next(filter(None, map(_optional_server, value)), "")
+
+
 def _optional_server(value: Any) -> str:
     says = "unset or the address of a server, http://host:port"
     if value is None:
@@ -280,8 +288,9 @@ RULES: dict[str, Rule] = {
     "sampling.min_p": real(lambda v: 0 <= v < 1, "of at least 0 and below 1 (0 is off)"),
     "sampling.width": auto_or(whole(1, FEW)),
     "sampling.bucket": whole(1, MANY),
+    "sampling.importance_cap": real(lambda v: v == 0 or v >= 1, "of at least 1, or 0 (0 is off)"),
     "sampling.fold_adapter": flag,
-    "sampling.server": _optional_server,
+    "sampling.server": _optional_servers,
     "sampling.server_key_env": _optional_variable,
     "sampling.server_sleep": flag,
     "ple.schedule": choice("exponential", "constant", "linear", "cosine"),

@@ -15,6 +15,7 @@ _LAUNCHERS = {
     "OMPI_COMM_WORLD_SIZE": ("OMPI_MCA_orte_hnp_uri", "OMPI_COMM_WORLD_RANK"),
     "MEGASCALE_NUM_SLICES": ("MEGASCALE_COORDINATOR_ADDRESS",),
 }
+_GOOGLE = "0x1ae0"  # maker of a PCI device
 _TPU_HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")  # with commas
 
 
@@ -34,6 +35,11 @@ def given(coordinator: str | None, processes: int | None, process: int | None) -
     """
     found = [_said(i, flag) for i, flag in enumerate((coordinator, processes, process))]
     if found[1] == "1" or (not any(found) and not _launched()):
+        if found[1] != "1" and os.environ.get("OMPI_COMM_WORLD_SIZE", "1") != "1":
+            raise UserError(
+                f"Open MPI started {os.environ['OMPI_COMM_WORLD_SIZE']} processes, and this version of it does not say where"
+                f" the first is: give {', '.join(_FLAGS)}, or --processes=1 for processes that know nothing of one another"
+            )
         return None
     if not any(found):
         return Given()
@@ -66,8 +72,9 @@ def _launched() -> bool:
     if any("," in os.environ.get(name, "") for name in _TPU_HOSTS):
         return True
     # a machine of Google's with TPUs, where the hosts of a slice know of one another by their metadata
-    tpu = bool(importlib.util.find_spec("libtpu")) and any(Path("/dev").glob("accel[0-9]*"))
-    return tpu and "TPU_SKIP_MDS_QUERY" not in os.environ and os.environ.get("JAX_PLATFORMS", "tpu") == "tpu"
+    vendors = (file.read_text().strip() for file in Path("/sys/bus/pci/devices").glob("*/vendor"))
+    wanted = "tpu" in os.environ.get("JAX_PLATFORMS", "tpu").split(",") and "TPU_SKIP_MDS_QUERY" not in os.environ
+    return wanted and bool(importlib.util.find_spec("libtpu")) and _GOOGLE in vendors
 
 
 def number(process: int | None) -> int:

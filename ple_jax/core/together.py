@@ -11,6 +11,7 @@ How a call gets from process 0 to the others is a `Control`'s business: of `ple_
 
 import functools
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol, TypeVar, cast
@@ -52,7 +53,9 @@ class Control(Protocol):
 
 _control: Control | None = None  # of this process; None: it is alone
 _busy = False  # whether process 0 is in a call that all make
-_objects: list[Any] = []  # whose methods are called together; every process makes the same ones in the same order
+# objects whose methods are called together; every process makes the same ones in the same order. Process 0 has references
+# that keep none of them: what it lets go of the others let go of with the next call
+_objects: list[Any] = []
 _error: BaseException | None = None  # of process 0, that is raised in all
 _functions: list[Callable] = []  # that were told of: a loss is the same object every time, or it would be compiled again
 
@@ -100,8 +103,10 @@ def _leading(control: Control) -> Iterator[bool]:
 def _serve(control: Control) -> None:
     """Does what process 0 says, until it says that it is done. What process 0 finds amiss too, it alone reports."""
     try:
-        while (call := _told()) is not None:
-            target, name, args, kwargs = call
+        while (told := _told()) is not None:
+            gone, target, name, args, kwargs = told
+            for number in gone:
+                _objects[number] = None
             args, kwargs = [_known(x) for x in args], {key: _known(x) for key, x in kwargs.items()}
             function = getattr(_objects[target], name).__wrapped__ if isinstance(target, int) else target.__wrapped__
             function(*((_objects[target],) if isinstance(target, int) else ()), *args, **kwargs)
@@ -132,8 +137,15 @@ def _named(x: Any) -> Any:
     number = next((i for i, told in enumerate(_functions) if told is x), None)
     if number is not None:
         return _Function(number, None)
+    try:
+        pickled = cloudpickle.dumps(x)
+    except Exception as error:  # whatever its parts raise
+        raise UserError(
+            f"a loss cannot be sent to the other processes ({type(error).__name__}: {error}): leave out of the"
+            " make_loss of config.algorithm what cannot be pickled (open files, locks, threads ...)"
+        ) from error
     _functions.append(x)
-    return _Function(len(_functions) - 1, cloudpickle.dumps(x))
+    return _Function(len(_functions) - 1, pickled)
 
 
 def _known(x: Any) -> Any:
@@ -159,9 +171,12 @@ def together(function: F) -> F:
         if _control is None:
             return function(*args, **kwargs)
         assert not _busy, f"{function.__qualname__} is called inside a call that all processes make already"
-        handle = next((i for i, made in enumerate(_objects) if args and made is args[0]), None)
+        handle = next((i for i, made in enumerate(_objects) if args and made is not None and made() is args[0]), None)
         target, name, own = (call, "", args) if handle is None else (handle, function.__name__, args[1:])
-        _tell((target, name, [_named(x) for x in own], {key: _named(x) for key, x in kwargs.items()}))
+        gone = [i for i, made in enumerate(_objects) if made is not None and made() is None]
+        _tell((gone, target, name, [_named(x) for x in own], {key: _named(x) for key, x in kwargs.items()}))
+        for number in gone:
+            _objects[number] = None
         _busy = True  # and so it stays if the call fails
         result = function(*args, **kwargs)
         _busy = False
@@ -178,7 +193,7 @@ def busy() -> bool:
 def shared(made: T) -> T:
     """Makes the methods of an object callable `together`; every process has one of its own."""
     if _control is not None:
-        _objects.append(made)
+        _objects.append(made if _control.rank else weakref.ref(made))
     return made
 
 

@@ -174,7 +174,8 @@ def make_data(s: Settings) -> None:
         "seed": s.seeds[0],
     }
     job = command(s, "data", "responses/start/iter_0000.scores.jsonl", keys, mode="generate")
-    if (ended := _run(s, [job])["data"]).code:
+    # these answer the train queries, and texts are put back from the test split's
+    if (ended := store.run([job], s.out, None if s.texts else s.keep)["data"]).code:
         raise UserError(f"the data of the offline methods could not be sampled ({ended.says}); see {s.out / 'data.log'}")
     made = dict(zip(("pairs", "sft"), records(responses.read(job.result.parent, 0)), strict=True))
     for name, rows in made.items():

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ple_jax.core import identity
 from ple_jax.core.errors import UserError
 from ple_jax.core.files import read_json, write_json
 from ple_jax.core.types import Query
@@ -73,15 +74,15 @@ def hh(options: argparse.Namespace) -> Made:
     train, test = _read(options, format="hh", needs="pair")
     halves = dict(zip(HALVES, prepare.divide(train, share=0.5, seed=_DRAWN), strict=True))
     pairs = _written(options.out, {**halves, "pairs": test}, needs="pair")
-    jobs = [_rewarding(options, name, pairs[name], pairs["pairs"]) for name in HALVES]
-    ended = store.run(jobs, options.out, options.keep, parallel=options.jobs)
+    jobs = {name: _rewarding(options, name, pairs[name], pairs["pairs"]) for name in HALVES}
+    ended = store.run(list(jobs.values()), options.out, options.keep, parallel=options.jobs)
     if failed := [name for name, outcome in ended.items() if outcome.code]:
         raise UserError(f"the reward model {failed[0]} was not trained; see {options.out / f'{failed[0]}.log'}")
-    write_json(options.out / "rewards.json", {job.name: _judged(job) for job in jobs})
+    write_json(options.out / "rewards.json", {name: _judged(job) for name, job in jobs.items()})
     short = [[query for query in some if len(query.prompt.split()) <= options.max_words] for some in (train, test)]
     queries = _divided(options, *short)
     files = _written(options.out, {**queries, "references": queries["train"]})
-    first, second = ({"path": str(_rebuilt(job)), "name": job.name} for job in jobs)
+    first, second = ({"path": str(_rebuilt(job)), "name": name} for name, job in jobs.items())
     given = (
         *_data(options, files), "--config.task.subsets=()", "--config.sampling.max_new_tokens=32",
         f"--config.reward.kwargs={first}",
@@ -125,12 +126,19 @@ def _divided(options: argparse.Namespace, train: Sequence[Query], test: Sequence
 
 
 def _written(out: Path, sets: dict[str, list[Query]], needs: str = "completion") -> dict[str, Path]:
-    files = {name: out / "data" / f"{name}.jsonl" for name in sets}
+    """The files of these records. Their names say what is in them, and so do the jobs that read them: what was kept of other
+    data is not taken.
+    """
+    files = {name: out / "data" / f"{name}-{_content(queries)}.jsonl" for name, queries in sets.items()}
     for name, queries in sets.items():
         if not queries:
             raise UserError(f"no record is left for {files[name]}: give more data")
         prepare.write(files[name], queries, needs=needs)
     return files
+
+
+def _content(queries: Sequence[Query]) -> str:
+    return identity.digest([repr((q.id, q.prompt, q.completion, q.rejected)).encode() for q in queries])[:8]
 
 
 def _data(options: argparse.Namespace, files: dict[str, Path]) -> tuple[str, ...]:
@@ -148,6 +156,8 @@ def _data(options: argparse.Namespace, files: dict[str, Path]) -> tuple[str, ...
 
 def _rewarding(options: argparse.Namespace, name: str, pairs: Path, test: Path) -> Job:
     """The training of a reward model; the adapter of rank 1 is small enough to be kept."""
+    what = f"{pairs.name} {test.name} {options.reward_base} {options.reward_tokens}"
+    name = f"{name}-{identity.digest([what.encode()])[:8]}"
     folder = options.out / name
     keys = {
         "task.format": "records", "task.subsets": "()", "task.train": pairs, "task.heldout": test, "seed": _DRAWN,
@@ -169,11 +179,12 @@ def _rebuilt(job: Job) -> Path:
     """The reward model of a training that is done, from its adapter where it was kept without."""
     folder = job.workdir / "reward_model"
     if not (folder / "config.json").exists():
-        from ple_jax.core import backends
         from ple_jax.export import merged, write
+        from ple_jax.models import weights
 
         asked = parsed(job.arguments)
-        base, how = backends.load(asked.backend).load(asked.config), asked.config.export
+        # numpy alone: a device that this process held would not be there for its jobs
+        base, how = weights.load(asked.config.model.path, asked.config.model.revision), asked.config.export
         merged.merged(
             base, job.workdir / "adapter", folder, dtype=how.dtype, shard_gb=how.shard_gb, readme="",
             about={"adapter": "kept"}, head=write.HEAD,

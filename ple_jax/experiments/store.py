@@ -63,6 +63,8 @@ def save(job: Job, out: Path, keep: Path, *, texts: Path | None = None) -> None:
     if job.result.parent != job.workdir:  # a set of responses: three files of one iteration
         written += sorted(job.result.parent.glob(f"{job.result.name.partition('.')[0]}.*"))
     new = keep / f".{job.name}.new"
+    for left in keep.glob(".*.new"):  # by a process that was killed
+        left.unlink()
     with tempfile.TemporaryDirectory() as folder, tarfile.open(new, "w:xz", preset=9) as packed:
         whose = Path(folder) / _WHOSE
         whose.write_text(_digest(job.workdir), encoding="utf-8")

@@ -28,6 +28,17 @@ def is_remote(path: str) -> bool:
     return is_hub_id(path) and not os.path.exists(path)
 
 
+def here(folder: Path, source: tuple[str, str | None] | None) -> Path:
+    """The folder of a model that another process fetched, on this host; it is fetched here too where it is of a hub.
+
+    Args:
+        source: path or hub id, and revision, that the folder is of. The commit is the folder's.
+    """
+    if folder.exists() or source is None or not is_remote(source[0]):
+        return folder
+    return fetch(source[0], folder.name)
+
+
 def fetch(repo: str, revision: str | None = None, *, weights: bool = True, setting: str = "--config.model.path") -> Path:
     """The folder of a model, downloaded unless the cache has it; its name is the commit.
 

@@ -194,6 +194,7 @@ def example_batch(config: ConfigDict, algorithm: Algorithm, rows: int, sizes: Le
         "teacher_logprobs": needs.teacher,
         "old_logprobs": needs.old_logprobs,
         "old_values": needs.head == "value",
+        "sampler_logprobs": needs.old_logprobs and config.sampling.importance_cap > 0,
     }
     zeros = np.zeros(batch.response.shape, np.float32)
     batch.data.update({name: zeros for name, needed in compared.items() if needed})

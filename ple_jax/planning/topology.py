@@ -360,6 +360,8 @@ def needs(config: ConfigDict, topology: str | None, *, algorithm: Algorithm, sou
 # where there are several processes all compile: some compilers share the work among them, and wait for one another
 @together.together
 def _need_here(config: ConfigDict, model: ModelConfig, eos: tuple[int, ...], sizes: Lengths, name: str) -> int:
+    if config.model.compile_cache:
+        compilation.keep()
     mesh, algorithm = sharding.make_mesh(**config.mesh), algorithms.load(config.algorithm)
     return _need(config, model, eos, sizes, name, algorithm, mesh, mesh.devices.flat[0].platform)
 
@@ -383,7 +385,7 @@ def _room(target: Target | None, mesh: Mesh) -> int | None:
     if stats and "bytes_limit" in stats:
         return int(outline.FULL * (stats["bytes_limit"] - stats.get("bytes_in_use", 0)))
     free = processor.free_memory()
-    return free and int(outline.FULL * free / mesh.size)
+    return free and int(outline.FULL * free / max(1, mesh.local_mesh.size if mesh.is_multi_process else mesh.size))
 
 
 def on_sheet(target: Target) -> sheet.Target:

@@ -114,6 +114,8 @@ def make(
     @functools.cache
     def model() -> Any:
         where: dict[str, Any] = {"mesh": mesh or {}} if framework == "jax" else {"device": device}
+        if hub.is_remote(path):  # other processes may have to fetch it too
+            where["source"] = (path, revision)
         return importlib.import_module(REWARD_MODELS[framework]).classifier(folder, dtype=dtype, rows=rows, **where)
 
     def reward(queries: Sequence[str], responses: Sequence[str]) -> list[float]:

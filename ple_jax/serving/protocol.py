@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ def request(
         "ignore_eos": True,
         "seed": seed(noise),
         "return_token_ids": True,  # new in vLLM 0.10.2 (its pull request 22587)
+        "logprobs": 0,  # of the sampled token, and of no other
     }
 
 
@@ -82,7 +84,17 @@ def response(content: bytes, *, eos: Sequence[int], limit: int, vocab: int) -> R
             " --generation-config vllm",
             200,
         )
-    return Response(tuple(tokens), finished)
+    return Response(tuple(tokens), finished, logprobs=_logprobs(choice, len(tokens)))
+
+
+def _logprobs(choice: Mapping[str, Any], count: int) -> tuple[float, ...]:
+    """What it says of each token, in nats; nothing where it says nothing, or not of all."""
+    said = choice.get("logprobs")
+    found = said.get("token_logprobs") if isinstance(said, dict) else None
+    if not isinstance(found, list) or len(found) < count:
+        return ()
+    numbers = [x for x in found[:count] if isinstance(x, int | float) and math.isfinite(x)]
+    return tuple(map(float, numbers)) if len(numbers) == count else ()
 
 
 def eos_at(tokens: Sequence[int], eos: Sequence[int]) -> int:

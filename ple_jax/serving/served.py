@@ -22,6 +22,7 @@ from ple_jax.core.secrets import from_environment
 from ple_jax.core.types import Backend, Batch, Compiled, Loss, Outputs, Response, Sampling, Tell
 from ple_jax.models import adapters, peft
 from ple_jax.serving import commands
+from ple_jax.serving.fleet import Fleet
 from ple_jax.serving.protocol import request, response, same
 from ple_jax.serving.server import AGAIN, PATIENCE, Server
 
@@ -34,7 +35,7 @@ class Served:
     def __init__(
         self,
         inner: Backend,
-        server: Server,
+        server: Fleet,
         *,
         write: Write,
         base_model: str,
@@ -45,7 +46,7 @@ class Served:
         """Nothing is asked of the server before the first `generate` or `environment`.
 
         Args:
-            server: its folder, where adapters are written, belongs to this object.
+            server: one or more; their folder, where adapters are written, belongs to this object.
             write: how they are written.
             base_model: the run's, to compare with the server's.
             vocab: token ids are below it.
@@ -58,7 +59,7 @@ class Served:
         self._family = f"ple-{hashlib.sha256(str(server.folder).encode()).hexdigest()[:8]}-"
         self._name: str | None = None  # of the adapter as it is now; None: not written yet
         self._loaded = False  # whether the server may hold an adapter of ours
-        self._compared = False  # whether the base models were
+        self._compared: set[str] = set()  # the servers whose base model was
 
     # -------------------------------------------------------------- Backend
 
@@ -81,7 +82,6 @@ class Served:
         found = dict(known or {})
         if len(found) < len(prompts):
             limit = sampling.max_new_tokens
-            self.server.wake()
             name = self._current(max(map(len, prompts)) + limit)
             read = functools.partial(response, eos=sampling.eos, limit=limit, vocab=self._vocab)
             bodies = {
@@ -149,14 +149,18 @@ class Served:
     def close(self) -> None:
         """Takes the run's adapter from the server, wakes it, and removes the folder. A server that is gone is no error."""
         self.server.patience = self.server.patience._replace(timeout=10.0, retries=0)
-        try:
-            if self.server.awake is False:
-                self.server.wake()
-            for name in self._ours(self.server.models()) if self._loaded else ():
-                self.server.unload(name)
-        except UserError as error:
-            self._log(f"warning: the run's adapter may still be loaded ({error})")
+        for server in self.server.servers:
+            try:
+                self._leave(server)
+            except UserError as error:
+                self._log(f"warning: the run's adapter may still be loaded ({error})")
         shutil.rmtree(self.server.folder, ignore_errors=True)
+
+    def _leave(self, server: Server) -> None:
+        if server.awake is False:
+            server.wake()
+        for name in self._ours(server.models()) if self._loaded else ():
+            server.unload(name)
 
     # -------------------------------------------------------------- the adapter
 
@@ -167,21 +171,26 @@ class Served:
         what a killed process had loaded.
         """
         current = self._name = self._name or self._written()
-        models = self.server.models()
-        self._check(models, tokens)
+        self._loaded = True
+        self.server.each(lambda server: self._prepare(server, current, tokens))
+        for folder in self.server.folder.iterdir():
+            if folder.name != current:
+                shutil.rmtree(folder)
+        return current
+
+    def _prepare(self, server: Server, current: str, tokens: int) -> None:
+        """Wakes a server, and has it hold the adapter as it is now, and no other one of this run."""
+        server.wake()
+        models = server.models()
+        self._check(server, models, tokens)
         names = self._ours(models)
         # before the new one is loaded: where there is room for one, loading evicts the old one, and some versions then
         # fail to unload it
         for name in names:
             if name != current:
-                self.server.unload(name)
-        self._loaded = True
+                server.unload(name)
         if current not in names:
-            self.server.load(current)
-        for folder in self.server.folder.iterdir():
-            if folder.name != current:
-                shutil.rmtree(folder)
-        return current
+            server.load(current)
 
     def _written(self) -> str:
         """Writes the adapter as it is now. Returns its name, which no other weights ever have.
@@ -209,23 +218,23 @@ class Served:
         """The names of the run's adapters among what the server has loaded."""
         return [model["id"] for model in models if model["id"].startswith(self._family)]
 
-    def _check(self, models: Sequence[Mapping[str, Any]], tokens: int) -> None:
+    def _check(self, server: Server, models: Sequence[Mapping[str, Any]], tokens: int) -> None:
         """Raises a UserError if the base model is served for fewer tokens; says so, once, if it seems to be another one."""
         base = [model for model in models if not model.get("parent")]  # an adapter has one
         limit = min((model["max_model_len"] for model in base if model.get("max_model_len")), default=tokens)
         if limit < tokens:
             raise UserError(
-                f"{self.server.url} takes {limit} tokens, and the longest prompt and its response are {tokens}: start it"
+                f"{server.url} takes {limit} tokens, and the longest prompt and its response are {tokens}: start it"
                 f" with --max-model-len {tokens} or more {AGAIN}; or lower --config.sampling.max_new_tokens, in another"
                 " --workdir"
             )
         names = {str(model[key]) for model in base for key in ("id", "root") if model.get(key)}
-        if not self._compared and not any(same(self._base_model, name) for name in names):
+        if server.url not in self._compared and not any(same(self._base_model, name) for name in names):
             self._log(
-                f"warning: {self.server.url} serves {', '.join(sorted(names))}, and this run trains {self._base_model}: both"
+                f"warning: {server.url} serves {', '.join(sorted(names))}, and this run trains {self._base_model}: both"
                 " must be the same weights"
             )
-        self._compared = True
+        self._compared.add(server.url)
 
 
 def connect(
@@ -255,5 +264,7 @@ def connect(
     rank = commands.rank_limit(config.lora.rank) or config.lora.rank
     write = functools.partial(adapters.write_peft, lora=config.lora, base_model=base_model, transposed=transposed)
     options = config.sampling
-    server = Server(options.server, folder.resolve(), rank, key, sleeps=options.server_sleep, patience=PATIENCE)
-    return Served(inner, server, write=write, base_model=base_model, vocab=vocab, width=options.width, log=log)
+    urls = (options.server,) if isinstance(options.server, str) else options.server
+    servers = [Server(url, folder.resolve(), rank, key, sleeps=options.server_sleep, patience=PATIENCE) for url in urls]
+    fleet = Fleet(servers, log=log)
+    return Served(inner, fleet, write=write, base_model=base_model, vocab=vocab, width=options.width, log=log)

@@ -3,8 +3,7 @@
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Generator, Mapping
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,8 +14,17 @@ from ple_jax.serving import protocol
 
 T = TypeVar("T")
 PATIENCE = retry.Patience(timeout=600.0, retries=5, backoff=1.0)
-_LOOK = 1.0  # seconds after which who waits for completions is asked whether they are still wanted
+_SOON = 60.0  # seconds in which one of several answers, where it has nothing to compute or to load
+_LONG = ("/v1/completions", "/v1/load_lora_adapter", "/wake_up", "/sleep?level=1")
 AGAIN = "and give the same command again: what was sampled is kept"
+
+
+class Gone(UserError):
+    """A server that does not answer, or has trouble of its own; `brief` is what happened, without the remedy."""
+
+    def __init__(self, says: str, brief: str):
+        super().__init__(says)
+        self.brief = brief
 
 
 @dataclass
@@ -30,6 +38,7 @@ class Server:
     sleeps: bool = False  # whether it is put to sleep while the backend here computes
     patience: retry.Patience = PATIENCE  # of a completion one second more for every token
     awake: bool | None = None  # None: not known
+    alone: bool = True  # no other one can answer in its place, so that it is given all the time there is
     _stop: threading.Event = field(init=False, repr=False, default_factory=threading.Event)  # set: nothing is tried again
 
     def __post_init__(self) -> None:
@@ -46,25 +55,17 @@ class Server:
         """What it serves, adapters included, as /v1/models has it."""
         return self._ask("GET", "/v1/models", read=protocol.models)
 
-    def complete(
-        self, bodies: Mapping[int, Mapping[str, Any]], *, read: Callable[[bytes], T], width: int, tokens: int
-    ) -> Generator[dict[int, T], None, None]:
-        """The completions of all requests as they come, by number: `width` requests under way at once, of at most `tokens`
-        tokens each. The first that fails ends all; what had come is given before.
-        """
-        pool = ThreadPoolExecutor(width)
+    def answer(self, body: Mapping[str, Any], *, read: Callable[[bytes], T], tokens: int) -> T:
+        """The completion of one request, of at most `tokens` tokens."""
+        return self._ask("POST", "/v1/completions", body, read=read, slack=tokens)
+
+    @contextlib.contextmanager
+    def stopping(self) -> Iterator[None]:
+        """A context in which no request that failed is tried again."""
+        self._stop.set()
         try:
-            ask = functools.partial(self._ask, "POST", "/v1/completions", read=read, slack=tokens)
-            waiting = {pool.submit(ask, body): number for number, body in bodies.items()}
-            while waiting:
-                done, _ = wait(waiting, timeout=_LOOK, return_when=FIRST_COMPLETED)
-                numbers = {future: waiting.pop(future) for future in done}
-                yield {number: future.result() for future, number in numbers.items() if future.exception() is None}
-                for future in numbers:
-                    future.result()
+            yield
         finally:
-            self._stop.set()
-            pool.shutdown(cancel_futures=True)
             self._stop.clear()
 
     def load(self, name: str) -> None:
@@ -112,6 +113,9 @@ class Server:
     ) -> T:
         """What `read` makes of the answer; a UserError that says what to do where there is none."""
         timeout, usual, backoff = self.patience
+        if not self.alone:
+            usual = min(usual, 1)
+            timeout = timeout if path in _LONG else min(timeout, _SOON)
         try:
             return retry.request(
                 method,
@@ -125,7 +129,10 @@ class Server:
         except retry.Failed as error:
             why = str(error)
             status = error.status if isinstance(error, retry.Refused) else None
-            raise UserError(f"{self.url}{path}: {why}; {self._remedy(path, status, why)}, {AGAIN}") from error
+            says = f"{self.url}{path}: {why}; {self._remedy(path, status, why)}, {AGAIN}"
+            # one that was started again has no adapter of ours, until it is asked the next time
+            gone = status is None or (status == 404 and path == "/v1/completions" and not self.alone)
+            raise (Gone(says, f"{self.url}{path}: {why}") if gone else UserError(says)) from error
 
     def _remedy(self, path: str, status: int | None, why: str) -> str:
         """What to do about a request that failed; `status` is None where the server did not say that it is wrong."""

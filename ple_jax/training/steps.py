@@ -237,7 +237,20 @@ def optimiser_batch(
         queries = {query.id: query for query in run.data.train}
         asked = run.prompts.after_principles(batch, [queries[rollout.query_id] for rollout in rollouts])
     batch, tokens = compared(batch, run, asked, policy)
+    if run.config.sampling.importance_cap and "old_logprobs" in batch.data:
+        said = _sampled_as(batch, rollouts)
+        batch.data["sampler_logprobs"] = np.where(np.isnan(said), batch.data["old_logprobs"], said).astype(np.float32)
     return Whole(run.algorithm.prepare(batch, context), tokens, time.perf_counter() - started)
+
+
+def _sampled_as(batch: Batch, rollouts: Sequence[Rollout]) -> Float64[np.ndarray, "query k response_len"]:
+    """What the sampler said of the tokens of a batch, whichever of its rollout's responses they are; nan where nothing."""
+    picks = np.full(batch.response.shape[:2], -1)
+    for (i, j), _ in np.ndenumerate(picks):
+        tokens = tuple(batch.response[i, j][batch.response_mask[i, j]].tolist())
+        own = [n for n, response in enumerate(rollouts[i].responses) if response.tokens == tokens and response.logprobs]
+        picks[i, j] = own[0] if own else -1
+    return sampler_logprobs(rollouts, picks, batch)
 
 
 def compared(batch: Batch, run: Run[Any], asked: Batch | None = None, policy: Outputs | None = None) -> tuple[Batch, int]:
@@ -301,7 +314,8 @@ def own_responses(run: Run[Any], batch: Batch, rollouts: Sequence[Rollout]) -> I
 def diagnose(run: Run[Any], rollouts: Sequence[Rollout], *, kl: bool = True) -> dict[str, float]:
     """KL to the reference and entropy of the policy as it is now, both in nats per token, from its own plain responses.
 
-    With them `sampler_gap` and `sampler_gap_max`, in nats: what the sampler said of their tokens from what the trainer says.
+    With them `sampler_gap` and `sampler_gap_max`, in nats: what the sampler said of a token from what the trainer says;
+    `sampler_ratio_max`, the largest ratio of trainer to sampler; `sampler_kl`, KL(sampler, trainer) in nats per token.
 
     KL is the mean over response tokens of r - 1 - log r with r = reference / policy: unbiased where the tokens are the
     policy's own, never negative, of low variance (Schulman, "Approximating KL divergence", 2020). So it is of every plain
@@ -358,13 +372,22 @@ def sampler_logprobs(
 
 
 def divergence(policy: Outputs, reference: Array | None, sampler: Array, mask: np.ndarray) -> dict[str, float]:
-    """`kl` (with a reference) and `entropy` of the tokens of a mask, in nats per token, and the mean and the largest gap to
-    the sampler.
-    """
+    """`kl` (with a reference) and `entropy` of the tokens of a mask, in nats per token, and how far it is to the sampler."""
     log_ratio = None if reference is None else np.asarray(reference - policy.logprobs, np.float64)[mask]
-    gap = np.abs(sampler - policy.logprobs)[mask & ~np.isnan(sampler)]
+    off = (policy.logprobs - sampler)[mask & ~np.isnan(sampler)]
     return {
         **({} if log_ratio is None else {"kl": float((np.expm1(log_ratio) - log_ratio).mean())}),
         "entropy": float(np.asarray(policy.entropy)[mask].mean()),
-        **({"sampler_gap": float(gap.mean()), "sampler_gap_max": float(gap.max())} if gap.size else {}),
+        **(_apart(off) if off.size else {}),
+    }
+
+
+def _apart(log_ratio: Float64[np.ndarray, " token"]) -> dict[str, float]:
+    """Sampler and trainer, by the log-ratio of trainer to sampler of tokens that the sampler drew."""
+    gap = np.abs(log_ratio)
+    return {
+        "sampler_gap": float(gap.mean()),
+        "sampler_gap_max": float(gap.max()),
+        "sampler_ratio_max": float(np.exp(log_ratio.max())),
+        "sampler_kl": float((np.expm1(log_ratio) - log_ratio).mean()),
     }

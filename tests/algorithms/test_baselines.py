@@ -14,7 +14,7 @@ from ple_jax import algorithms, modes
 from ple_jax.algorithms import Context
 from ple_jax.core.config import validate
 from ple_jax.core.errors import UserError
-from ple_jax.core.types import Outputs, Response, Rollout
+from ple_jax.core.types import Batch, Outputs, Response, Rollout
 from ple_jax.training import prompting, steps
 from ple_jax.training.measures import mean_length
 
@@ -219,6 +219,57 @@ def test_what_is_needed_is_there_before_the_first_step():
         assert needed <= set(batch.data)
         assert tokens == (1 + (name == "rloo")) * (1 + 2 + 3 + np.sum(LENGTHS))  # of prompts and responses, each pass
         np.testing.assert_array_equal(batch.data["old_logprobs"], outputs(batch).logprobs)
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo", "rloo", "self_distillation"])
+def test_a_sampler_that_says_something_else_is_corrected_for(algorithm):
+    """Tokens that are likelier to the trainer count for more, up to the cap; what agrees changes nothing."""
+    plain, capped = (config(algorithm, sampling__importance_cap=cap) for cap in (0.0, 2.0))
+    module = algorithms.load(algorithm)
+    rng = np.random.default_rng(0)
+    mask = np.arange(6) < np.array([[3, 6], [2, 5]])[..., None]
+    mask = mask[:, :1] if algorithm == "self_distillation" else mask
+    old = np.where(mask, -rng.exponential(1, mask.shape), 0).astype(np.float32)
+    shape = mask.shape[:2]
+    data = {
+        "old_logprobs": old, "reference_logprobs": old - 0.1 * mask, "teacher_logprobs": old + 0.3 * mask,
+        "advantages": rng.normal(size=mask.shape if algorithm == "ppo" else shape).astype(np.float32),
+        "normaliser": np.float32(3), "old_values": 0 * old, "returns": 0 * old,
+        "kl_response": np.zeros(shape, np.float32), "kl_coefficient": np.zeros(2, np.float32),
+    }  # fmt: skip
+    tokens = np.zeros(mask.shape, np.int32)
+    batch = Batch(np.zeros((2, 3), np.int32), np.ones((2, 3), bool), tokens, mask, data)
+    said = Outputs(old + np.float32(0.05) * mask, None, 0 * old)
+    base, _ = module.make_loss(plain)(said, batch)
+    agreeing = batch._replace(data=data | {"sampler_logprobs": old})
+    np.testing.assert_allclose(module.make_loss(capped)(said, agreeing)[0], base, rtol=1e-6, atol=1e-6)
+    rarer = batch._replace(data=data | {"sampler_logprobs": old - np.float32(math.log(1.5)) * mask})
+    found, _ = module.make_loss(capped)(said, rarer)
+    if algorithm == "rloo":  # a response has one ratio, 1.5 for each of its tokens, which is cut off at 2
+        np.testing.assert_allclose(found, 2 * base, rtol=1e-5, atol=1e-6)
+    else:
+        np.testing.assert_allclose(found, 1.5 * base, rtol=1e-5, atol=1e-6)
+    rarest = batch._replace(data=data | {"sampler_logprobs": old - 3 * mask})
+    np.testing.assert_allclose(module.make_loss(capped)(said, rarest)[0], 2 * base, rtol=1e-5, atol=1e-6)
+
+
+def test_what_the_sampler_said_goes_with_the_tokens_that_it_drew():
+    class Backend:
+        def logprobs(self, batch, *, reference=False, base=False, temperature=1.0, entropy=False):
+            return outputs(batch)
+
+    c = config("grpo", sampling__importance_cap=2.0)
+    module, rows = labelled("grpo", c, rollouts())
+    first = rows[0].responses[1]
+    told = first._replace(logprobs=tuple(-0.25 * (i + 1) for i in range(len(first.tokens))))
+    rows[0] = rows[0]._replace(responses=(rows[0].responses[0], told, *rows[0].responses[2:]))
+    stand = type("Stand", (), {"algorithm": module, "config": c, "backend": Backend()})()
+    batch, *_ = steps.optimiser_batch(stand, module.batch(rows, Context(c)), rows, Context(c))
+    found, old = batch.data["sampler_logprobs"], batch.data["old_logprobs"]
+    n = len(first.tokens)
+    np.testing.assert_allclose(found[0, 1, :n], told.logprobs)
+    found[0, 1, :n] = old[0, 1, :n]
+    np.testing.assert_allclose(found, old, rtol=1e-6)  # of the others nothing is known: their weight is 1
 
 
 @pytest.fixture(scope="module")

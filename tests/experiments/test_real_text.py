@@ -44,8 +44,14 @@ def dialogues(tmp_path):
     return ["--train", str(tmp_path / "train.jsonl"), "--test", str(tmp_path / "test.jsonl")]
 
 
-def ids(file: Path) -> set[str]:
-    return {row["id"] for row in read_jsonl(file)}
+def data(out: Path, name: str) -> Path:
+    """The one file of records of that name, whatever digest of its content follows."""
+    (file,) = (out / "data").glob(f"{name}-*.jsonl")
+    return file
+
+
+def ids(out: Path, name: str) -> set[str]:
+    return {row["id"] for row in read_jsonl(data(out, name))}
 
 
 @pytest.fixture
@@ -60,18 +66,28 @@ def test_reviews_are_parted(capsys, tmp_path, reviews, compared):
     out = tmp_path / "out"
     found = call(capsys, real_text.main, "imdb", "--out", str(out), *reviews, *SMALL, *TINY)
     assert found.code == 0, found.err
-    train, dev, test, positive = (ids(out / "data" / f"{name}.jsonl") for name in ("train", "dev", "test", "references"))
+    train, dev, test, positive = (ids(out, name) for name in ("train", "dev", "test", "references"))
     assert (len(train), len(dev), len(test)) == (40, 8, 8) and not train & dev
     assert positive < train and {int(name.split(":")[1]) % 2 for name in positive} == {0}  # line numbers begin with 1
     (asked,) = compared
     assert (asked.config.reward.name, asked.second_reward) == ("bag_of_words", "vader")
-    assert asked.config.task.heldout == str(out / "data" / "dev.jsonl")
-    assert asked.test_data == str(out / "data" / "test.jsonl") == str(asked.texts)
+    assert asked.config.task.heldout == str(data(out, "dev"))
+    assert asked.test_data == str(data(out, "test")) == str(asked.texts)
     assert asked.config.sampling.max_new_tokens == 6  # the user's word is the last
     # PLE answers the train queries, people's answers to the positive ones are imitated by one method alone
     jobs = {name: real_text.compare_methods.training(asked, name, "1e-2", "0").arguments for name in asked.methods}
-    assert f"--config.task.train={out / 'data' / 'references.jsonl'}" in jobs["sft_references"]
-    assert f"--config.task.train={out / 'data' / 'references.jsonl'}" not in jobs["ple"]
+    assert f"--config.task.train={data(out, 'references')}" in jobs["sft_references"]
+    assert f"--config.task.train={data(out, 'references')}" not in jobs["ple"]
+
+
+def test_other_data_have_other_names(capsys, tmp_path, reviews, compared):
+    """So that nothing that was made of the ones passes for the others'."""
+    found = []
+    for i, more in enumerate(([], [], ["--limit", "30"])):
+        call(capsys, real_text.main, "imdb", "--out", str(tmp_path / str(i)), *reviews, *SMALL, *more, *TINY)
+        found.append(sorted(path.name for path in (tmp_path / str(i) / "data").glob("*.jsonl")))
+    assert found[0] == found[1] and len(found[0]) == 4
+    assert [name[:4] for name in {*found[0]} & {*found[2]}] == ["test"]  # of which both have all
 
 
 @pytest.mark.parametrize(
@@ -104,17 +120,16 @@ def test_dialogues_with_two_reward_models(capsys, tmp_path, dialogues):
         found = call(capsys, real_text.main, "hh", "--out", str(out), *asked)
         assert found.code == 0, found.out + found.err
         assert "half_a: orders" in found.out and "nothing failed" in found.out
-        halves = [ids(out / "data" / f"{name}.jsonl") for name in real_text.HALVES]
+        halves = [ids(out, name) for name in real_text.HALVES]
         assert not halves[0] & halves[1] and len(halves[0] | halves[1]) == 60
-        queries = ids(out / "data" / "train.jsonl") | ids(out / "data" / "dev.jsonl")
+        queries = ids(out, "train") | ids(out, "dev")
         assert queries < halves[0] | halves[1] and len(queries) == 59  # one has too many words
         judged = read_json(out / "rewards.json")
         assert [judged[name]["train_examples"] for name in real_text.HALVES] == [len(half) for half in halves]
-        assert (out / "half_a" / "reward_model" / "model.safetensors").read_bytes() != (
-            out / "half_b" / "reward_model" / "model.safetensors"
-        ).read_bytes()
+        halves = [next(out.glob(f"{name}-*/reward_model/model.safetensors")) for name in real_text.HALVES]
+        assert halves[0].read_bytes() != halves[1].read_bytes()
     first, second = tmp_path / "out", tmp_path / "other"
-    for name in ("comparison/table.md", "rewards.json", "half_b/reward_model/model.safetensors"):
+    for name in ("comparison/table.md", "rewards.json", halves[1].relative_to(second)):
         assert (first / name).read_bytes() == (second / name).read_bytes()
     assert {path.name for path in second.glob("*.log")} == {"comparison.log"}
     settings = json.loads(next((first / "start" / "responses" / "start").glob("iter_0000.json")).read_text())

@@ -258,6 +258,19 @@ def test_the_module_stands_alone():
 # ---------------------------------------------------------------- requests
 
 
+def test_the_server_is_asked_for_log_probabilities(vllm, tmp_path):
+    """Of every token that it sampled; where it says nothing, or not of all, there are none."""
+    server = vllm()
+    _, backend = connect(server, tmp_path)
+    found = sample(backend)
+    assert all(r.logprobs == tuple(-(token % 7) / 4 for token in r.tokens) for r in found)
+    for said in (None, {"token_logprobs": None}, {"token_logprobs": [-1.0]}, {"token_logprobs": [None] * 6}, [1]):
+        server.alter = lambda choice, body, said=said: choice.update(logprobs=said)
+        again = sample(backend)
+        assert [r.tokens for r in again] == [r.tokens for r in found]
+        assert all(r.logprobs == () for r in again if len(r.tokens) > 1)
+
+
 def test_requests_say_everything(vllm, tmp_path):
     server = vllm()
     _, backend = connect(server, tmp_path)
@@ -268,6 +281,7 @@ def test_requests_say_everything(vllm, tmp_path):
         "model": next(iter(server.registry)), "prompt": [90, 91, 1, 2, 3], "max_tokens": 6, "temperature": 0.7, "top_k": 50,
         "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
         "stop_token_ids": [EOS, 9], "ignore_eos": True, "seed": protocol.seed(UNIFORMS[0]), "return_token_ids": True,
+        "logprobs": 0,
     }  # fmt: skip
     assert backend.generate([], UNIFORMS[:0], sampling=sampling) == []
     assert backend.environment() == {"python": "3.11", "vllm": "0.23.0"}

@@ -70,7 +70,9 @@ def test_what_a_card_does_runs_here_at_a_small_size(benchmark, monkeypatch, tmp_
         raise RuntimeError("no kernel for this card")
 
     monkeypatch.setattr(peers, "generate_batch", fails)
-    monkeypatch.setattr("sys.argv", ["benchmark.py", "--gpu", "--repeats=1", "--prompts=9", f"--out={tmp_path / 'lines'}"])
+    # as long as it takes, whatever runs beside it
+    few = ["--minutes=60", "--repeats=1", "--prompts=9", f"--out={tmp_path / 'lines'}"]
+    monkeypatch.setattr("sys.argv", ["benchmark.py", "--gpu", *few])
     benchmark.main()
     lines = [json.loads(line) for line in (tmp_path / "lines").read_text().splitlines()]
     limits, decode, step, chat = lines

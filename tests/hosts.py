@@ -12,21 +12,15 @@ import json
 import os
 import shlex
 import signal
-import socket
 import sys
 import time
-import traceback
 
 import jax
+from forked import entry, processes
 
-from ple_jax import (
-    main,
-    modes,  # noqa: F401
-)
-from ple_jax.backend import (
-    backend,
-    processes,  # noqa: F401
-)
+import ple_jax.backend.processes  # noqa: F401
+from ple_jax import modes  # noqa: F401
+from ple_jax.backend import backend
 from ple_jax.core import together
 from ple_jax.core.errors import UserError
 
@@ -52,38 +46,15 @@ def disturbed(process: int) -> None:
     backend.JaxBackend.update = together.together(update)
 
 
-def one(process: int, count: int, devices: int, port: int, arguments: list[str]) -> int:
-    """One process of a run; its exit code."""
-    # most of the time would go into optimising what runs once
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    launched = ["--coordinator", f"localhost:{port}", "--processes", str(count), "--process", str(process)]
-    sys.argv = ["ple_jax.main", *arguments, *launched]
-    disturbed(process)
-    try:
-        main.cli()
-    except SystemExit as ended:
-        return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-    except BaseException:
-        traceback.print_exc()
-        return 1
-    return 0
-
-
 def run(count: int, devices: int, arguments: list[str]) -> list[int]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = []
-    for process in range(count):
-        sys.stdout.flush()
-        if not (child := os.fork()):
-            os.dup2(2, 1)  # what a run prints is not the answer
-            code = one(process, count, devices, port, arguments)
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-        children.append(child)
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    def one(process: int, port: int) -> int:
+        # most of the time would go into optimising what runs once
+        os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+        launched = ["--coordinator", f"localhost:{port}", "--processes", str(count), "--process", str(process)]
+        disturbed(process)
+        return entry([*arguments, *launched])
+
+    return processes(count, one)
 
 
 if __name__ == "__main__":

@@ -495,7 +495,7 @@ def fill(
 
             axis = slices.spread_axis(c, tuple(own), len(shape))
             return jax.block_until_ready(place(name, shape, axis, read))
-        whole = weights[_top(c, own)] if path[0] != "layers" else _layer(c, weights, layer, own)
+        whole = weights[slices.top(c, own)] if path[0] != "layers" else _layer(c, weights, layer, own)
         return _placed(put, dtype, quantize, name, whole, shape)
 
     def leaf(keys: tuple, leaf: jax.ShapeDtypeStruct) -> Tree:
@@ -547,21 +547,13 @@ def _stacked(sharding: Sharding) -> Sharding:
     return sharding
 
 
-_SUFFIX = {"scale": "weight", "bias": "bias", "kernel": "weight"}
-
-
-def _top(c: ModelConfig, path: list[str]) -> str:
-    """Hugging Face's name of a weight outside the layers."""
-    return f"{getattr(families.FAMILIES[c.family], path[0])}.{_SUFFIX[path[1]] if len(path) > 1 else 'weight'}"
-
-
 def _layer(c: ModelConfig, weights: Mapping[str, np.ndarray], layer: int, path: list[str]) -> np.ndarray:
     """One weight of one layer in the decoder's layout, from Hugging Face's tensors."""
     part, kind = path
     family = families.FAMILIES[c.family]
 
     def get(name: str) -> np.ndarray:
-        return weights[f"{family.layers}.{layer}.{name}.{_SUFFIX.get(kind, 'weight')}"]
+        return weights[f"{family.layers}.{layer}.{name}.{slices.SUFFIX.get(kind, 'weight')}"]
 
     if part == "experts":
         return layout.stack_experts(c, kind, get)

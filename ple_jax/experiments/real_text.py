@@ -6,7 +6,7 @@
 Makes the data and the rewards, and goes on as `ple_jax.experiments.compare_methods`, which says what is done and takes the
 same options. Give the same command again after a stop or a kill.
 
-imdb: the reward is `bag_of_words`, trained on the labels of 584 other reviews of IMDb's train split, the second one VADER's.
+imdb: the reward is `bag_of_words`, trained on the labels of 584 reviews of IMDb's train split, the second one VADER's.
     `sft_references` imitates how the positive ones among the train reviews go on.
 hh: two reward models, each with Bradley-Terry's loss on one half of the train pairs (halves by prompt): one rewards, the
     other is the second reward. OUT/rewards.json has how many of the test pairs each of them orders as people did, and so
@@ -30,7 +30,7 @@ from ple_jax.core.errors import UserError
 from ple_jax.core.files import read_json, write_json
 from ple_jax.core.types import Query
 from ple_jax.data import prepare
-from ple_jax.data.queries import load_queries, some
+from ple_jax.data.queries import digest, load_queries, some
 from ple_jax.experiments import compare_methods, store
 from ple_jax.experiments.jobs import Job, parsed, positive, reported, say
 from ple_jax.experiments.methods import budget
@@ -129,16 +129,12 @@ def _written(out: Path, sets: dict[str, list[Query]], needs: str = "completion")
     """The files of these records. Their names say what is in them, and so do the jobs that read them: what was kept of other
     data is not taken.
     """
-    files = {name: out / "data" / f"{name}-{_content(queries)}.jsonl" for name, queries in sets.items()}
+    files = {name: out / "data" / f"{name}-{digest(queries)[:8]}.jsonl" for name, queries in sets.items()}
     for name, queries in sets.items():
         if not queries:
             raise UserError(f"no record is left for {files[name]}: give more data")
         prepare.write(files[name], queries, needs=needs)
     return files
-
-
-def _content(queries: Sequence[Query]) -> str:
-    return identity.digest([repr((q.id, q.prompt, q.completion, q.rejected)).encode() for q in queries])[:8]
 
 
 def _data(options: argparse.Namespace, files: dict[str, Path]) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ Where a model is spread over many hosts each needs a part of every kernel. What 
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -15,7 +15,7 @@ from ple_jax.models.config import ModelConfig
 from ple_jax.models.families import FAMILIES
 
 Index = tuple[slice, ...]
-_SUFFIX = {"scale": "weight", "bias": "bias", "kernel": "weight"}
+SUFFIX = {"scale": "weight", "bias": "bias", "kernel": "weight"}  # of a leaf's kind: Hugging Face's
 
 
 @runtime_checkable
@@ -46,15 +46,19 @@ def part(
     family = FAMILIES[c.family]
     index = tuple(slice(*s.indices(size)) for s, size in zip(index, shape, strict=True))
     if len(path) == 1 or path[0] == "norm":
-        name = f"{getattr(family, path[0])}.{_SUFFIX[path[1]] if len(path) > 1 else 'weight'}"
-        return _read(weights, name, index)
+        return _read(weights, top(c, path), index)
     module, kind = path
     prefix = f"{family.layers}.{layer}."
     if module == "experts":
         return _experts(c, weights, prefix, kind, index)
     if (own := {**family.norms, **family.qk_norms}.get(module)) is not None:
-        return weights[f"{prefix}{own}.{_SUFFIX[kind]}"].reshape(shape)[index]  # small, and perhaps a head a row
+        return weights[f"{prefix}{own}.{SUFFIX[kind]}"].reshape(shape)[index]  # small, and perhaps a head a row
     return _fused(c, weights, prefix, module, kind, index, shape)
+
+
+def top(c: ModelConfig, path: Sequence[str]) -> str:
+    """Hugging Face's name of a weight outside the layers."""
+    return f"{getattr(FAMILIES[c.family], path[0])}.{SUFFIX[path[1]] if len(path) > 1 else 'weight'}"
 
 
 def spread_axis(c: ModelConfig, path: tuple[str, ...], dimensions: int) -> int:
@@ -92,7 +96,7 @@ def _fused(
         for run in _runs(flat[mine]):
             at = mine[run]
             some = slice(int(flat[at[0]]) - start, int(flat[at[-1]]) - start + 1)
-            read = _of_module(c, weights, f"{prefix}{module}.{_SUFFIX[kind]}", kind, some, index[0])
+            read = _of_module(c, weights, f"{prefix}{module}.{SUFFIX[kind]}", kind, some, index[0])
             if found is None:
                 found = np.zeros((*read.shape[:-1], flat.size), read.dtype)
             found[..., at] = read

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.rendezvous import rendezvous
 
 from ple_jax.core import together
 from ple_jax.core.errors import UserError
@@ -27,6 +28,7 @@ from torch_ascend import device as devices
 
 _FITS = 0.8  # share of a device's memory that a base may take before it is sharded
 _WAIT = datetime.timedelta(days=30)  # for process 0, which may score for hours
+_SAID, _HEARD = "error", datetime.timedelta(seconds=5)  # what process 0 ends with, in the store; how long it is waited for
 
 
 class World(NamedTuple):
@@ -52,8 +54,8 @@ def world() -> World:
 class _Gloo:
     """How process 0 tells the others what to do: bytes, broadcast in the group for it."""
 
-    def __init__(self, own: World):
-        self.rank, self.size, self._group = own.rank, own.size, own.control
+    def __init__(self, own: World, store: Any):
+        self.rank, self.size, self._group, self._store = own.rank, own.size, own.control, store
 
     def tell(self, message: bytes) -> None:
         dist.broadcast_object_list([message], 0, group=self._group)
@@ -65,6 +67,7 @@ class _Gloo:
 
     def leaving(self, error: BaseException) -> None:
         """The others' collectives fail as this process goes, and they end."""
+        self._store.set(_SAID, str(error))
 
     def failed(self, error: BaseException, *, known: bool) -> None:
         if isinstance(error, RuntimeError) and re.search(
@@ -72,8 +75,18 @@ class _Gloo:
         ):
             print(f"process {self.rank}: another process is gone", file=sys.stderr)
             sys.exit(1)
-        if isinstance(error, UserError) and not known:  # process 0 may have found nothing amiss
+        if isinstance(error, UserError) and not known and not self._said(error):
             print(f"error: process {self.rank}: {error}", file=sys.stderr)
+
+    def _said(self, error: UserError) -> bool:
+        """Whether process 0 says so; it may have found nothing amiss, and be in a collective."""
+        try:
+            self._store.wait([_SAID], _HEARD)
+        except dist.DistNetworkError:  # it is gone, and has said why
+            return True
+        except dist.DistStoreError:
+            return False
+        return self._store.get(_SAID).decode() == str(error)
 
 
 @contextlib.contextmanager
@@ -94,13 +107,14 @@ def processes(config: Any) -> Iterator[bool]:
     device = devices.resolve(config.model.device)
     own = devices.capabilities(device).collectives
     backends = own if own == "gloo" else f"cpu:gloo,{device.type}:{own}"
-    dist.init_process_group(backends, timeout=datetime.timedelta(hours=2))
-    _world = World(dist.get_rank(), size, dist.new_group(backend="gloo", timeout=_WAIT))
+    store, rank, _ = next(rendezvous("env://"))
+    dist.init_process_group(backends, timeout=datetime.timedelta(hours=2), rank=rank, world_size=size, store=store)
+    _world = World(rank, size, dist.new_group(backend="gloo", timeout=_WAIT))
     if _world.rank:
         # a stop is process 0's business: it finishes what it has in hand, and then tells
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
-    with together.led(_Gloo(_world)) as leads:
+    with together.led(_Gloo(_world, dist.PrefixStore("ple_jax", store))) as leads:
         yield leads
     dist.destroy_process_group()
     _world = ALONE

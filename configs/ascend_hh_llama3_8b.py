@@ -5,9 +5,9 @@ model, the devices, LoRA of rank 8 and alpha 16 on all linear modules, tau_0 0.2
 dialogues to train on, 8.55K to test on (all four sets of preferences); a reviewer mentions eight iterations. Ours are the
 reward model, the learning rates, the sizes of iterations and batches, and the lengths.
 
-Command: scripts/ascend.sh --workdir runs/paper --config.warm_up.data=Anthropic/hh-rlhf
+Command: scripts/launch/ascend.sh --workdir runs/paper --config.warm_up.data=Anthropic/hh-rlhf
 The warm-up (Algorithm 1, step 0) is on the chosen answers. The reward model is what this makes, or another:
-    scripts/ascend.sh --config configs/reward_hh.py --workdir runs/reward_llama --config.mesh.data=8 \\
+    scripts/launch/ascend.sh --config configs/reward_hh.py --workdir runs/reward_llama --config.mesh.data=8 \\
         --config.model.path=meta-llama/Meta-Llama-3-8B --config.model.dtype=bfloat16 --config.model.remat=full \\
         --config.optimizer.batch_queries=16 --config.optimizer.micro_queries=16 --config.optimizer.lr=1e-4
 Expected metric: not measured, neither at the first evaluation nor at the last; no 910B was at hand. docs/ascend.md has the

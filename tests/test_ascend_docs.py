@@ -17,7 +17,7 @@ from ple_jax.core.config import validate
 from ple_jax.main import parse
 
 ROOT = Path(__file__).parent.parent
-SCRIPT = ROOT / "scripts" / "ascend.sh"
+SCRIPT = ROOT / "scripts" / "launch" / "ascend.sh"
 DOCS = ROOT / "docs" / "ascend.md"
 OWN = "configs/ascend_hh_llama3_8b.py"
 
@@ -36,7 +36,7 @@ def test_what_is_known_of_the_papers_set_up():
 
 def commands(text: str) -> list[str]:
     """Those that start a run, from indented lines, one line each."""
-    starts = re.compile(r"([A-Z_]+=\S+ )*(ple_jax|python -m ple_jax|torchrun|scripts/ascend\.sh)")
+    starts = re.compile(r"([A-Z_]+=\S+ )*(ple_jax|python -m ple_jax|torchrun|scripts/launch/ascend\.sh)")
     return [line.strip() for line in re.sub(r"\\\n\s*", "", text).splitlines() if starts.match(line.strip())]
 
 
@@ -45,7 +45,7 @@ def arguments(command: str) -> list[str]:
     words = shlex.split(command)
     while re.match(r"[A-Z_]+=", words[0]):
         words = words[1:]
-    if words[0] != "scripts/ascend.sh":
+    if words[0] != "scripts/launch/ascend.sh":
         return words[words.index("ple_jax.main") + 1 :] if "ple_jax.main" in words else words[1:]
     own = not any(re.match("--?config(=|$)", word) for word in words)
     return [*(["--config", OWN] if own else []), "--backend=torch", *words[1:]]

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
 KEYS = set(flatten(default.get_config().to_dict()))
-ASCEND = "ascend_hh_llama3_8b"  # what scripts/ascend.sh runs where no other config is given
+ASCEND = "ascend_hh_llama3_8b"  # what scripts/launch/ascend.sh runs where no other config is given
 SUFFIXES = (".py", ".md", ".sh", ".svg", ".json", ".jsonl", ".html", ".sqlite", ".safetensors")
 
 _FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -155,7 +155,7 @@ def commands(text: str) -> Iterator[Command]:
             yield Command(line, tuple(words[words.index("ple_jax.main") + 1 :]))
         elif words and words[0] in ("ple_jax", ".venv/bin/ple_jax"):
             yield Command(line, tuple(words[1:]))
-        elif words and words[0] == "scripts/ascend.sh":
+        elif words and words[0] == "scripts/launch/ascend.sh":
             own = any(re.match("--config(=|$)", word) for word in words)
             yield Command(line, ("--backend=torch", *([] if own else ["--config", ASCEND]), *words[1:]))
 
@@ -269,12 +269,12 @@ def test_no_two_examples_share_a_work_directory():
         (["ple_jax --config tiny --workdir w", "ple_jax --config hh --workdir=w"], True),
         (["ple_jax --config tiny --workdir w", "ple_jax --config tiny --workdir w --backend=torch"], True),
         (["ple_jax --config tiny --workdir w --config.seed=1", "ple_jax --config tiny --workdir w --mode=chat"], True),
-        (["ple_jax --config tiny --workdir w", "scripts/ascend.sh --workdir w"], True),
+        (["ple_jax --config tiny --workdir w", "scripts/launch/ascend.sh --workdir w"], True),
         (["ple_jax --config tiny --workdir w", "ple_jax --config tiny --workdir w --mode=export"], False),
         (["ple_jax --config tiny --workdir w", "ple_jax --config tiny --workdir w2 --config.seed=1"], False),
         (["ple_jax --config tiny --workdir w", "ple_jax --config tiny --workdir w   # again"], True),
         (["ple_jax --config=tiny --workdir w", "ple_jax --config tiny --workdir w --config.export.merged=1"], False),
-        (["NODE_RANK=0 scripts/ascend.sh --workdir w", "NODE_RANK=1 scripts/ascend.sh --workdir w"], False),
+        (["NODE_RANK=0 scripts/launch/ascend.sh --workdir w", "NODE_RANK=1 scripts/launch/ascend.sh --workdir w"], False),
     ],
 )  # fmt: skip
 def test_a_shared_work_directory_is_found(lines, wrong):

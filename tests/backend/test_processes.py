@@ -15,11 +15,13 @@ from ple_jax.core import launch
 from ple_jax.core.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-TINY = f"--config {ROOT / 'configs' / 'tiny.py'} --config.optimizer.micro_queries=4 --config.sinks=()"
-SHORT = f"{TINY} --config.iterations=1 --config.task.max_heldout=4"
-DATA = "--config.mesh.data=4"
+SHORT = (
+    f"--config {ROOT / 'configs' / 'tiny.py'} --config.optimizer.micro_queries=4 --config.sinks=() --config.iterations=1"
+    " --config.task.max_heldout=4"
+)
+TWO = f"{SHORT} --config.mesh.data=2"
 MESHES = {
-    "data": DATA,
+    "data": "--config.mesh.data=4",
     "spread": "--config.mesh.data=2 --config.mesh.fsdp=2",
     "tensor": "--config.mesh.fsdp=2 --config.mesh.tensor=2",
 }
@@ -58,52 +60,58 @@ def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_two_processes_are_as_one(tmp_path):
+@pytest.fixture(scope="module")
+def alone_and_two(tmp_path_factory):
+    """One run of one process with two devices, and of two with one each."""
+    folder = tmp_path_factory.mktemp("two")
     codes, said = hosts(
-        alone=("1x2", f"{SHORT} --config.mesh.data=2 --workdir {tmp_path / 'alone'}"),
-        two=("2x1", f"{SHORT} --config.mesh.data=2 --workdir {tmp_path / 'two'}"),
+        alone=("1x2", f"{TWO} --workdir {folder / 'alone'}"),
+        two=("2x1", f"{TWO} --workdir {folder / 'two'}"),
     )
     assert codes == {"alone": [0], "two": [0, 0]}, said
-    assert_the_same(tmp_path / "alone", tmp_path / "two")
-    assert json.loads((tmp_path / "two" / "environment.json").read_text())["processes"] == 2
-    assert not (tmp_path / "two" / ".together").exists()
+    return folder
+
+
+def test_two_processes_are_as_one(alone_and_two):
+    assert_the_same(alone_and_two / "alone", alone_and_two / "two")
+    assert json.loads((alone_and_two / "two" / "environment.json").read_text())["processes"] == 2
+    assert not (alone_and_two / "two" / ".together").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES)
 def test_one_mesh_over_one_two_and_four_processes(mesh, tmp_path):
-    wanted = {f"of_{n}": (f"{n}x{4 // n}", f"{TINY} {MESHES[mesh]} --workdir {tmp_path / str(n)}") for n in (1, 2, 4)}
-    codes, said = hosts(**wanted)
+    """And on the first mesh one of the four is told to stop; two go on."""
+    sizes = {"of_1": "1x4", "of_2": "2x2", "of_4": "4x1"}
+    line = f"{SHORT} {MESHES[mesh]} --workdir"
+    codes, said = hosts(**{name: (size, f"{line} {tmp_path / name}") for name, size in sizes.items()})
     assert codes == {"of_1": [0], "of_2": [0] * 2, "of_4": [0] * 4}, said
-    for count in (2, 4):
-        assert_the_same(tmp_path / "1", tmp_path / str(count))
-
-
-@pytest.mark.slow
-def test_a_run_of_four_is_stopped_and_goes_on_with_two(tmp_path):
-    """SIGTERM to one that does not lead: all stop at a safe point."""
-    run, whole = (f"{TINY} {DATA} --workdir {tmp_path / name}" for name in ("run", "whole"))
-    codes, said = hosts(kill="3:SIGTERM", run=("4x1", run))
+    assert_the_same(tmp_path / "of_1", tmp_path / "of_2")
+    assert_the_same(tmp_path / "of_1", tmp_path / "of_4")
+    if mesh != "data":
+        return
+    run = f"{line} {tmp_path / 'run'}"
+    codes, said = hosts(kill="3:SIGTERM", run=("4x1", run))  # one that does not lead: all stop at a safe point
     assert codes["run"][0] == 143 and codes["run"][1:] == [0] * 3, said
     assert said.count("stopped; nothing finished is lost") == 1
     assert not (tmp_path / "run" / "summary.json").exists()
-    codes, said = hosts(run=("2x2", run), whole=("4x1", whole))
-    assert codes == {"run": [0] * 2, "whole": [0] * 4}, said
-    assert_the_same(tmp_path / "run", tmp_path / "whole")
+    codes, said = hosts(run=("2x2", run))
+    assert codes == {"run": [0] * 2}, said
+    assert_the_same(tmp_path / "of_1", tmp_path / "run")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("process", [0, 1])
-def test_a_process_that_is_killed_ends_all_and_loses_nothing(process, tmp_path):
-    run = f"{SHORT} --config.mesh.data=2 --workdir {tmp_path / 'run'}"
+def test_a_process_that_is_killed_ends_all_and_loses_nothing(process, alone_and_two, tmp_path):
+    run = f"{TWO} --workdir {tmp_path / 'run'}"
     codes, said = hosts(kill=f"{process}:SIGKILL", run=("2x1", run))
     assert codes["run"][process] == -9 and codes["run"][1 - process] != 0
     if process:
         assert said.count("error: process 1 of 2 is gone: it was killed, or its host or the network failed") == 1, said
         assert "Traceback" not in said
-    codes, said = hosts(run=("2x1", run), whole=("2x1", run.replace("/run", "/whole")))
-    assert codes == {"run": [0, 0], "whole": [0, 0]}, said
-    assert_the_same(tmp_path / "run", tmp_path / "whole")
+    codes, said = hosts(run=("2x1", run))
+    assert codes == {"run": [0, 0]}, said
+    assert_the_same(tmp_path / "run", alone_and_two / "two")
 
 
 @pytest.mark.slow
@@ -118,7 +126,7 @@ def test_a_process_that_is_killed_ends_all_and_loses_nothing(process, tmp_path):
     ],
 )
 def test_what_fails_in_one_process_is_said_once(fail, code, says, tmp_path):
-    found, said = hosts(fail=fail, run=("2x1", f"{SHORT} --config.mesh.data=2 --workdir {tmp_path}"))
+    found, said = hosts(fail=fail, run=("2x1", f"{TWO} --workdir {tmp_path}"))
     assert found["run"][0] == code and found["run"][1] in (0, 1), said
     assert said.count(says) == 1 and said.count("error: ") == 1, said
     assert said.count("Traceback") == ("bug" in fail)

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
 # Starts a run on the Ascend NPUs of this machine, one process each; arguments are those of `python -m ple_jax.main`.
 #
-#   scripts/ascend.sh --workdir runs/paper                       configs/ascend_hh_llama3_8b.py on 8 NPUs
-#   scripts/ascend.sh --config configs/hh.py --workdir runs/hh --config.mesh.data=8
-#   NPROC_PER_NODE=1 scripts/ascend.sh --workdir runs/one --config.mesh.data=1
-#   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 scripts/ascend.sh --workdir /shared/runs/two --config.mesh.data=16
+#   scripts/launch/ascend.sh --workdir runs/paper                       configs/ascend_hh_llama3_8b.py on 8 NPUs
+#   scripts/launch/ascend.sh --config configs/hh.py --workdir runs/hh --config.mesh.data=8
+#   NPROC_PER_NODE=1 scripts/launch/ascend.sh --workdir runs/one --config.mesh.data=1
+#   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 scripts/launch/ascend.sh --workdir /shared/runs/two --config.mesh.data=16
 #                                                                the same on the second machine with NODE_RANK=1
 #
 # NPROC_PER_NODE  processes of a machine (8)
 # NNODES          machines (1); then also NODE_RANK, from 0, and MASTER_ADDR, the first one's; MASTER_PORT (29500)
 # CANN_SET_ENV    CANN's set_env.sh, where it is not found
 set -euo pipefail
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 
 stop() {
     echo "error: $*" >&2
@@ -25,6 +25,7 @@ if [[ -z ${ASCEND_HOME_PATH:-} ]]; then
     done
     [[ -f $file ]] || stop "CANN's set_env.sh is not found; source it first, or set CANN_SET_ENV=/path/to/set_env.sh"
     set +u # it reads variables that may not be set
+    # shellcheck source=/dev/null
     source "$file"
     set -u
 fi

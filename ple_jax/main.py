@@ -68,8 +68,8 @@ Flags
                          algorithm (its file, mended), config (config.json is gone, and this is the command that began
                          it); config.json keeps what was changed, and after which iteration
   --topology KIND:CHIPS  with --mode=plan: what each phase of the run needs of these devices, which need not be there:
-                         v5e:2x4, v5p:2x2x2 ... (compiled; libtpu does it for TPUs), with --backend=torch 910b:8, h100:8
-                         (run on tensors without memory); cpu:8 is of this machine's kind
+                         v5e:2x4, v5p:4x4x4 ... (compiled; libtpu does it for TPUs), h100:64 (an estimate), with
+                         --backend=torch 910b:8, h100:8 (run on tensors without memory); cpu:8 is of this machine's kind
   --runs A,B,...         with --mode=compare: work directories, LABEL=DIR, or patterns ('runs/ple_*'); runs of one label
                          are seeds of one method. DIR@kl_4, DIR@newest: the answers of that checkpoint;
                          LABEL=DIR@points: no answers, the run's curve

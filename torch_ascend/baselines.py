@@ -178,7 +178,7 @@ class Trl:
         if run.config.algorithm in SAMPLE:
             rollouts, found = self.sample_and_update(context)
             slots = run.algorithm.collect(run.config)
-            self.state = self.state._replace(costs=loop.counted(run, rollouts, slots, self.state.costs))
+            self.state = self.state._replace(costs=loop.counted(run, self.queries, rollouts, slots, self.state.costs))
         else:
             self.state, rollouts = loop.collect(run, context, state)
             found = self.update(rollouts)

@@ -89,13 +89,13 @@ def batches(pairs: Sequence[Pair], size: int, *, seed: int, epoch: int) -> list[
     at the end is put together, and the last batch may be smaller.
     """
     order = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch]))).permutation(len(pairs))
+    shapes, drawn = [pair.shape for pair in pairs], []
     waiting: dict[tuple[int, int], list[int]] = {}
-    drawn = []
     for i in order.tolist():
-        same = waiting.setdefault(pairs[i].shape, [])
+        same = waiting.setdefault(shapes[i], [])
         same.append(i)
         if len(same) == size:
-            drawn.append(waiting.pop(pairs[i].shape))
+            drawn.append(waiting.pop(shapes[i]))
     rest = [i for shape in sorted(waiting) for i in waiting[shape]]
     return drawn + [rest[i : i + size] for i in range(0, len(rest), size)]
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ple_jax.core.compact import Compact, compact
 from ple_jax.core.errors import Unusable, UserError
 from ple_jax.core.files import write_jsonl
 from ple_jax.core.types import Query
@@ -25,7 +26,7 @@ class Bad(NamedTuple):
 class QuerySet(NamedTuple):
     """What is of use, in the order of the source, and what is not."""
 
-    queries: list[Query]
+    queries: Compact[Query]
     bad: list[Bad]
 
 
@@ -50,14 +51,20 @@ def check_share(task: QuerySet, source: str, limit: float) -> None:
     )
 
 
-def fit(queries: Sequence[Query], judge: Callable[[Query], Any]) -> tuple[list[Any], list[Bad]]:
-    """What `judge` makes of every query, and those that it finds `Unusable`."""
-    good, bad = [], []
-    for query in queries:
+def fit(queries: Sequence[Query], judge: Callable[[Query], Any]) -> tuple[Compact[Any], list[Bad]]:
+    """What `judge` makes of every query, and those that it finds `Unusable`; a query that it gives back is not copied."""
+    queries, bad = compact(queries), []
+    good: Compact[Any] = queries.take(())
+    for place, query in enumerate(queries):
         try:
-            good.append(judge(query))
+            made = judge(query)
         except Unusable as error:
             bad.append(Bad(query.id, error.kind, f"query {query.id!r} {error.reason}", query.prompt[:CUT]))
+            continue
+        if made is query:
+            good.again(queries, place)
+        else:
+            good.append(made)
     return good, bad
 
 

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from ple_jax.core.compact import Compact
 from ple_jax.core.errors import UserError
 from ple_jax.core.types import Query
 from ple_jax.data import mixture
@@ -14,8 +15,8 @@ from ple_jax.data.queries import disjoint, load_queries
 class Data(NamedTuple):
     """What there is to train on and to evaluate with, and what was left out of each."""
 
-    train: list[Query]
-    heldout: list[Query]
+    train: Compact[Query]
+    heldout: Compact[Query]
     bad: dict[str, list[Bad]]  # by "train", "heldout" and "sft"
 
 
@@ -58,14 +59,14 @@ def _mixed(config: Any, load: Callable[[Any, Sequence[str]], QuerySet], reads: S
     Raises:
         UserError: no set has it.
     """
-    each: list[list[Query]] = []
+    each: list[Compact[Query]] = []
     bad: list[Bad] = []
     columns = [name for name in reads if name != mixture.SET]
     for name in mixture.sets(config):
         found, told = load(mixture.config_of(config, name), columns), {mixture.SET: name} if mixture.SET in reads else {}
-        each.append([q._replace(id=f"{name}/{q.id}", record={**q.record, **told}) for q in found.queries])
+        each.append(Compact(q._replace(id=f"{name}/{q.id}", record={**q.record, **told}) for q in found.queries))
         bad += found.bad
-    queries = [query for some in itertools.zip_longest(*each) for query in some if query is not None]
+    queries = Compact(query for some in itertools.zip_longest(*each) for query in some if query is not None)
     if lacking := [name for name in columns if all(query.record[name] is None for query in queries)]:
         raise UserError(
             f"no record of config.task.sets has a `{lacking[0]}`, and the reward reads it: give it in config.reward.kwargs,"

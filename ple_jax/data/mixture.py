@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from ple_jax.core.compact import compact
 from ple_jax.core.errors import UserError
 from ple_jax.core.types import Query
 from ple_jax.data.queries import draw
@@ -81,7 +82,8 @@ def draw_queries(config: Any, queries: Sequence[Query], iteration: int) -> list[
     """
     if not config.task.sets:
         return draw(queries, config.queries_per_iteration, seed=config.seed, iteration=iteration)
-    some, found = by_set(config, ((query.id, query) for query in queries)), []
+    queries = compact(queries)
+    some, found = by_set(config, zip(queries.each("id"), range(len(queries)), strict=True)), []
     for name, count in counts(config).items():
         if count > (size := len(some.get(name, ()))):
             raise UserError(
@@ -90,4 +92,4 @@ def draw_queries(config: Any, queries: Sequence[Query], iteration: int) -> list[
             )
         found += draw(some[name], count, seed=config.seed, iteration=iteration)
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([config.seed, iteration, len(found)])))
-    return [found[i] for i in rng.permutation(len(found)).tolist()]
+    return [queries[found[i]] for i in rng.permutation(len(found)).tolist()]

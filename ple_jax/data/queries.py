@@ -2,18 +2,22 @@
 
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+from ple_jax.core import identity
+from ple_jax.core.compact import Compact, compact
 from ple_jax.core.conversation import Answer, Conversation
 from ple_jax.core.errors import UserError
 from ple_jax.core.types import Query
 from ple_jax.data import formats, records
 from ple_jax.data.left_out import CUT, Bad, QuerySet
 
+T = TypeVar("T")
 _ENOUGH = 1000  # records of a stream, none of them of use: the others are not waited for
 
 
@@ -53,9 +57,9 @@ def load_queries(
         raise UserError(f"config.task.words={words!r} must be (fewest, most), at least 1: --config.task.words='(2, 8)'")
     found: Iterable[records.Record] = records.read(source, split=split, subsets=subsets, streaming=streaming)
     labelled = False
-    if format == "imdb" and not streaming:
-        found = list(found)
+    if format == "imdb" and not streaming:  # read twice, and not kept: the first record says it, mostly
         labelled = any("label" in _renamed(record.value, columns) for record in found)
+        found = records.read(source, split=split, subsets=subsets)
     maker = _maker(format, needs, words=words, seed=seed, labelled=labelled)
     make = functools.partial(_query, make=maker, columns=columns, reads=reads, optional=optional)
     task = _sorted_out(found, make, streaming=streaming, limit=limit)
@@ -67,7 +71,7 @@ def _sorted_out(
     found: Iterable[records.Record], make: Callable[[records.Record], Query], *, streaming: bool, limit: int
 ) -> QuerySet:
     """The queries that are made of records, and the records of which none can be; of a stream no more than is needed."""
-    queries: list[Query] = []
+    queries: Compact[Query] = Compact()
     bad: list[Bad] = []
     places: dict[str, str] = {}
     for record in found:
@@ -101,12 +105,12 @@ def _check_any(task: QuerySet, source: str) -> None:
         raise UserError(f"{nameless[0].reason}, or say its name: --config.task.columns=\"{{'prompt': 'question'}}\"")
 
 
-def some(queries: list[Query], limit: int, seed: int) -> list[Query]:
+def some(queries: Compact[Query], limit: int, seed: int) -> Compact[Query]:
     """`limit` of them (0: all), drawn by `seed`, in their order."""
     if not 0 < limit < len(queries):
         return queries
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, len(queries)])))
-    return [queries[i] for i in sorted(rng.permutation(len(queries))[:limit].tolist())]
+    return queries.take(sorted(rng.permutation(len(queries))[:limit].tolist()))
 
 
 def _maker(format: str, needs: str, **options: Any) -> Callable[[Mapping[str, Any], str], Query]:
@@ -158,24 +162,24 @@ def _renamed(values: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[s
     }
 
 
-def disjoint(train: Sequence[Query], heldout: Sequence[Query]) -> tuple[list[Query], list[Bad]]:
+def disjoint(train: Sequence[Query], heldout: Sequence[Query]) -> tuple[Compact[Query], list[Bad]]:
     """The train queries that are not held out too, and those that are.
 
     Raises:
         UserError: none is left.
     """
     known = {query.prompt.strip(): query.id for query in heldout}
-    kept: list[Query] = []
+    kept: list[int] = []
     both: list[Bad] = []
-    for query in train:
+    for place, query in enumerate(train):
         if (other := known.get(query.prompt.strip())) is None:
-            kept.append(query)
+            kept.append(place)
         else:
             reason = f"train query {query.id!r} ({query.prompt[:60]!r}) is also held-out query {other!r}"
             both.append(Bad(query.id, "held out too", reason, query.prompt[:CUT]))
     if train and not kept:
         raise UserError(f"{both[0].reason}, and so are all; give --config.task.train or --config.task.heldout other data")
-    return kept, both
+    return compact(train).take(kept), both
 
 
 def digest(queries: Iterable[Query]) -> str:
@@ -189,7 +193,16 @@ def digest(queries: Iterable[Query]) -> str:
     return found.hexdigest()[:16]
 
 
-def draw(queries: Sequence[Query], n: int, *, seed: int, iteration: int) -> list[Query]:
+def record_digest(queries: Iterable[Query]) -> str | None:
+    """What tells what rewards read of some queries' records from what they read of others; None where it is nothing."""
+    read = (json.dumps(query.record, sort_keys=True) for query in queries if query.record)
+    if (first := next(read, None)) is None:
+        return None
+    parts = itertools.chain(("[", first), (f", {one}" for one in read), ("]",))  # the JSON of all of them as one list
+    return identity.digest(part.encode() for part in parts)
+
+
+def draw(queries: Sequence[T], n: int, *, seed: int, iteration: int) -> list[T]:
     """The queries of one iteration: without replacement, and every query once before any comes again.
 
     Passes over the data are permutations, each from (seed, number of the pass); iteration i takes places i * n to

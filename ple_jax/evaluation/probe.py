@@ -139,7 +139,7 @@ def _with_rewards(run: Run[Any], found: Sequence[Answers], folder: Path) -> tupl
     return [of._replace(rollouts=rollouts) for of, rollouts in zip(found, kept, strict=True)], left
 
 
-def _queries(run: Run[Any]) -> list[Query]:
+def _queries(run: Run[Any]) -> Sequence[Query]:
     """The held-out queries, or the first of them."""
     return run.data.heldout[: run.config.probe.queries or None]
 

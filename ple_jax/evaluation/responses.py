@@ -30,6 +30,7 @@ from ple_jax import losses
 from ple_jax.algorithms import Algorithm
 from ple_jax.core import identity
 from ple_jax.core.batches import bucket, left_padded, pack
+from ple_jax.core.compact import Compact
 from ple_jax.core.config import differing, flatten
 from ple_jax.core.errors import Damaged, Unusable, UserError
 from ple_jax.core.files import read_json, read_sealed, write_json, write_sealed
@@ -39,7 +40,7 @@ from ple_jax.core.types import Batch, Query, Response, Reward, Rollout, Slot
 from ple_jax.data import mixture
 from ple_jax.data.left_out import QuerySet
 from ple_jax.data.load import Data, load_heldout
-from ple_jax.data.queries import digest, some
+from ple_jax.data.queries import digest, record_digest, some
 from ple_jax.formulas.texts import ngram_overlap
 from ple_jax.training import ahead, opening, scoring
 from ple_jax.training.journal import Journal
@@ -129,7 +130,8 @@ def evaluation_set(config: Any, *, reads: Sequence[str] = ()) -> QuerySet:
         own.task.max_heldout = options.max_queries
         if config.task.sets and mixture.SET in reads:  # it is of none
             found = load_heldout(own, reads=[name for name in reads if name != mixture.SET])
-            return found._replace(queries=[q._replace(record={**q.record, mixture.SET: ""}) for q in found.queries])
+            told = (query._replace(record={**query.record, mixture.SET: ""}) for query in found.queries)
+            return found._replace(queries=Compact(told))
     own.task.max_heldout = options.max_queries or own.task.max_heldout
     found = load_heldout(own, reads=reads)
     return found._replace(queries=some(found.queries, options.max_queries, 0)) if own.task.sets else found
@@ -176,7 +178,8 @@ def write(
 
 def _tell_of_overlap(run: Run[Algorithm], queries: QuerySet) -> None:
     """Warns of queries that were trained on."""
-    seen = {query.prompt for query in run.data.train}
+    asked = {query.prompt for query in queries.queries}
+    seen = {query.prompt for query in run.data.train if query.prompt in asked}
     if both := sum(query.prompt in seen for query in queries.queries):
         run.session.progress.log(f"warning: {both} of {len(queries.queries)} queries are among those that were trained on")
 
@@ -217,8 +220,8 @@ def _settings(run: Run[Algorithm], second: Reward | None, *, backend: str, itera
         "reward_version": run.reward.version,
         "second_reward": None if second is None else second.name,
     }
-    if read := [query.record for query in run.data.heldout if query.record]:
-        settings["record_digest"] = identity.digest([json.dumps(read, sort_keys=True).encode()])
+    if read := record_digest(run.data.heldout):
+        settings["record_digest"] = read
     return json.loads(json.dumps(settings))
 
 

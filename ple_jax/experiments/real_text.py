@@ -19,13 +19,14 @@ once. Nothing of the data goes into --keep: what they say is read from --train a
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ple_jax.core import identity
+from ple_jax.core.compact import Compact
 from ple_jax.core.errors import UserError
 from ple_jax.core.files import read_json, write_json
 from ple_jax.core.types import Query
@@ -79,8 +80,7 @@ def hh(options: argparse.Namespace) -> Made:
     if failed := [name for name, outcome in ended.items() if outcome.code]:
         raise UserError(f"the reward model {failed[0]} was not trained; see {options.out / f'{failed[0]}.log'}")
     write_json(options.out / "rewards.json", {name: _judged(job) for name, job in jobs.items()})
-    short = [[query for query in some if len(query.prompt.split()) <= options.max_words] for some in (train, test)]
-    queries = _divided(options, *short)
+    queries = _divided(options, _short(train, options.max_words), _short(test, options.max_words))
     files = _written(options.out, {**queries, "references": queries["train"]})
     first, second = ({"path": str(_rebuilt(job)), "name": name} for name, job in jobs.items())
     given = (
@@ -100,7 +100,7 @@ TASKS = {
 # ---------------------------------------------------------------- data
 
 
-def _read(options: argparse.Namespace, **how: Any) -> tuple[list[Query], list[Query]]:
+def _read(options: argparse.Namespace, **how: Any) -> tuple[Compact[Query], Compact[Query]]:
     """The train and the test records, without duplicates, and none in both."""
     folder = options.out / "data" / "clean"
     subsets = ("harmless-base",) if options.task == "hh" and options.train == TASKS["hh"].train else ()
@@ -112,20 +112,25 @@ def _read(options: argparse.Namespace, **how: Any) -> tuple[list[Query], list[Qu
     return train, test
 
 
-def _divided(options: argparse.Namespace, train: Sequence[Query], test: Sequence[Query]) -> dict[str, list[Query]]:
+def _short(queries: Compact[Query], most: int) -> Compact[Query]:
+    """Those whose prompt has no more words."""
+    return queries.take(i for i, query in enumerate(queries) if len(query.prompt.split()) <= most)
+
+
+def _divided(options: argparse.Namespace, train: Compact[Query], test: Compact[Query]) -> dict[str, Compact[Query]]:
     """Train, dev and test queries."""
     if len(train) <= options.dev:
         raise UserError(f"{len(train)} train queries are left, and --dev={options.dev} are set apart: lower it")
     order = np.random.Generator(np.random.Philox(_DRAWN)).permutation(len(train)).tolist()
     apart = set(order[: options.dev])
     return {
-        "train": [query for i, query in enumerate(train) if i not in apart],
-        "dev": [query for i, query in enumerate(train) if i in apart],
-        "test": some(list(test), options.test_queries, _DRAWN),
+        "train": train.take(i for i in range(len(train)) if i not in apart),
+        "dev": train.take(sorted(apart)),
+        "test": some(test, options.test_queries, _DRAWN),
     }
 
 
-def _written(out: Path, sets: dict[str, list[Query]], needs: str = "completion") -> dict[str, Path]:
+def _written(out: Path, sets: Mapping[str, Sequence[Query]], needs: str = "completion") -> dict[str, Path]:
     """The files of these records. Their names say what is in them, and so do the jobs that read them: what was kept of other
     data is not taken.
     """

@@ -4,10 +4,11 @@ Both `topology.py` start from it, JAX's and torch's.
 """
 
 import contextlib
+import itertools
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -23,6 +24,7 @@ from ple_jax.models import families, hub, weights
 from ple_jax.models import tokenizer as tokenizers
 from ple_jax.models.config import ModelConfig
 
+T = TypeVar("T")
 FULL = 0.9  # of a device's memory; the rest is left to what is not counted
 SHAPES = PACKAGE / "models" / "published"  # the config.json of well-known models, by name
 
@@ -84,18 +86,22 @@ def lengths(
         return Lengths(0, read_as(longest, smallest), bucket(longest, smallest), new, answer)
     form = {"chat": config.task.chat, "thinking": config.task.thinking}
 
-    def ids(queries: Sequence[Query], text: str | None) -> list[list[int]]:
+    def ids(queries: Iterable[Query], text: str | None) -> Iterator[list[int]]:
         return _usable(queries, lambda q: prompts.render(q, text, tokenizer, **form)[1])
+
+    def longest_of(text: str | None) -> int:
+        return max(map(len, ids(itertools.chain(train_set, heldout), text)), default=1)
 
     def own(query: Query) -> int:
         said = ({"completion": query.completion, "rejected": query.rejected}[source] for source in sources)
         return max(len(prompts.given(query.prompt, text, tokenizer, stops=(), **form).tokens) + 1 for text in said)
 
-    answers = [min(n, config.task.max_answer_tokens) for n in _usable(train_set, own)] if sources else []
-    plain = max(map(len, ids([*train_set, *heldout], None)), default=1)
-    prefix = len(prompts.common_prefix(ids(heldout[:64], principles))) if len(heldout) > 1 else 0
-    rest = max(map(len, ids([*train_set, *heldout], principles)), default=1) - prefix
-    return Lengths(prefix, read_as(max(plain, rest), smallest), bucket(plain, smallest), new, max(answers, default=0))
+    answer = max(_usable(train_set, own), default=0) if sources else 0
+    plain = longest_of(None)
+    prefix = len(prompts.common_prefix(list(ids(heldout[:64], principles)))) if len(heldout) > 1 else 0
+    rest = longest_of(principles) - prefix
+    answer = min(answer, config.task.max_answer_tokens)
+    return Lengths(prefix, read_as(max(plain, rest), smallest), bucket(plain, smallest), new, answer)
 
 
 def lengths_of(
@@ -112,13 +118,11 @@ def lengths_of(
     return check_positions(config, sizes, source.config)
 
 
-def _usable(queries: Sequence[Query], make: Callable[[Query], Any]) -> list[Any]:
+def _usable(queries: Iterable[Query], make: Callable[[Query], T]) -> Iterator[T]:
     """What is made of the queries, but for those that the run will leave out."""
-    found = []
     for query in queries:
         with contextlib.suppress(Unusable):
-            found.append(make(query))
-    return found
+            yield make(query)
 
 
 def check_positions(config: ConfigDict, sizes: Lengths, model: ModelConfig) -> Lengths:

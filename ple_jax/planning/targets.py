@@ -1,4 +1,8 @@
-"""Devices to compile for, which need not be there: slices of TPUs through libtpu, or simulated CPU devices."""
+"""Devices to compile for, which need not be there: slices of TPUs through libtpu, or simulated CPU devices.
+
+A topology that is none of the slices that there are, or whose devices the mesh does not take, is refused: a run could not
+start on it.
+"""
 
 import importlib.util
 import math
@@ -17,21 +21,39 @@ from ple_jax.core.errors import UserError, suggestion
 
 
 class Chip(NamedTuple):
-    """One device of a TPU generation."""
+    """One device of a kind."""
 
-    hbm: float  # GiB that the compiler grants a program
+    hbm: float  # GiB that a program may take
+    most: int  # chips of the largest slice; of GPUs those of a host
+    axes: int = 2  # of a slice; 1: GPUs, which have no shape
     options: Mapping[str, str] = MappingProxyType({})  # for get_topology_desc
+    devices: int = 1  # that a chip is
 
 
 # hbm is the limit that libtpu 0.0.42 names when it refuses a program: the chip's memory as documented by Google Cloud
 # (32, 16, 95, 32 and 192 GiB) less what the runtime keeps. A v4 chip is one device, a tpu7x chip is two.
 CHIPS = {
-    "v4": Chip(30.75, {"chip_config_name": "megacore"}),
-    "v5e": Chip(15.75),
-    "v5p": Chip(95.74),
-    "v6e": Chip(31.25),
-    "tpu7x": Chip(94.75),
+    "v4": Chip(30.75, 3072, 3, {"chip_config_name": "megacore"}),
+    "v5e": Chip(15.75, 256),
+    "v5p": Chip(95.74, 6144, 3),
+    "v6e": Chip(31.25, 256),
+    "tpu7x": Chip(94.75, 9216, 3, devices=2),
 }
+# 75% of what CUDA names as the total: what JAX takes of a GPU
+GPUS = {"a100": Chip(0.75 * 79.1, 8, 1), "h100": Chip(0.75 * 79.18, 8, 1)}
+# of Google Cloud's documentation, November 2026; of three axes, from a cube of 4x4x4 on, all multiples of 4 in rising order
+_SLICES = {
+    2: ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
+    3: ("2x2x1", "2x2x2", "2x2x4", "2x4x4"),
+}
+_TPU_HOST = 4  # chips
+_SIMULATED = (
+    "an estimate: compiled for simulated CPU devices, whose compiler lays out memory and places collectives in its own way"
+)
+_OF_GPUS = (
+    "and which makes attention's scores where a GPU has a fused kernel; the memory is the 75% that JAX takes of a GPU"
+    " (XLA_PYTHON_CLIENT_MEM_FRACTION)"
+)
 
 # without these libtpu asks the metadata server of a cloud machine where it runs, writes logs, and takes a lock
 _LIBTPU = {
@@ -53,37 +75,54 @@ class Target(NamedTuple):
     chip: Chip | None  # None: memory is not limited
     platform: str  # what layers=auto goes by
     note: str
+    hosts: int = 1  # each of which starts a process, or several
 
 
 def open_target(topology: str) -> Target:
-    """The devices of `v5e:2x4`, `v5p:2x2x2` ... or `cpu:8`.
+    """The devices of `v5e:2x4`, `v5p:4x4x4` ..., `h100:64` or `cpu:8`.
 
     To be called before jax has made its own devices: what executes is the CPU, whatever else the machine has.
 
     Raises:
-        UserError: not a topology, or one that the TPU compiler does not know.
+        UserError: not a topology, or no slice that there is.
     """
     match = re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+)*)", topology)
-    kinds = ("cpu", *CHIPS)
+    kinds = ("cpu", *CHIPS, *GPUS)
     if match is None or match[1] not in kinds:
         given = topology.split(":", 1)[0]
         raise UserError(
             f"--topology={topology} is not known; give KIND:CHIPS, KIND one of {', '.join(kinds)}:"
-            f" v5e:2x4, v5p:2x2x2, cpu:8{suggestion(given, kinds)}"
+            f" v5e:2x4, v5p:4x4x4, h100:8, cpu:8{suggestion(given, kinds)}"
         )
-    kind, count = match[1], math.prod(map(int, match[2].split("x")))
+    kind, shape = match[1], match[2]
+    count = math.prod(map(int, shape.split("x")))
     if not count:
         raise UserError(f"--topology={topology} has no chips")
+    if kind in CHIPS:
+        _check_slice(topology, CHIPS[kind], shape)
+    elif "x" in shape:
+        raise UserError(f"--topology={topology}: of {kind} give the number of devices alone: {kind}:{count}")
     jax.config.update("jax_platforms", "cpu")
     if kind == "cpu":
-        return Target(topology, _simulated(count), None, "cpu", "compiled for simulated CPU devices")
+        return Target(topology, simulated(count), None, "cpu", "compiled for simulated CPU devices")
+    if gpu := GPUS.get(kind):
+        return Target(topology, simulated(count), gpu, "gpu", f"{_SIMULATED}, {_OF_GPUS}", -(-count // gpu.most))
+    chip, hosts = CHIPS[kind], -(-count // _TPU_HOST)
     if importlib.util.find_spec("libtpu") is None:
-        note = (
-            "libtpu is not installed: compiled for simulated CPU devices instead, whose compiler lays out memory and"
-            " places collectives in its own way: an estimate (pip install 'ple_jax[tpu]' brings the TPU's compiler)"
-        )
-        return Target(topology, _simulated(count), CHIPS[kind], "tpu", note)
-    return Target(topology, _tpu(topology, CHIPS[kind]), CHIPS[kind], "tpu", "compiled by the TPU's own compiler, libtpu")
+        note = f"libtpu is not installed: {_SIMULATED} (pip install 'ple_jax[tpu]' brings the TPU's compiler)"
+        return Target(topology, simulated(count * chip.devices), chip, "tpu", note, hosts)
+    return Target(topology, _tpu(topology, chip), chip, "tpu", "compiled by the TPU's own compiler, libtpu", hosts)
+
+
+def _check_slice(topology: str, chip: Chip, shape: str) -> None:
+    """Raises a UserError where nobody can have such a slice, though the compiler may compile for it."""
+    sizes = [int(size) for size in shape.split("x")]
+    cubes = chip.axes == 3 == len(sizes) and all(size % 4 == 0 for size in sizes) and sizes == sorted(sizes)
+    if shape in _SLICES[chip.axes] or (cubes and math.prod(sizes) <= chip.most):
+        return
+    known = ", ".join(_SLICES[chip.axes])
+    larger = f", and multiples of 4 in rising order from 4x4x4 to {chip.most:,} chips" if chip.axes == 3 else ""
+    raise UserError(f"--topology={topology}: there is no such slice, only {known}{larger}; a run could not start on it")
 
 
 def _tpu(topology: str, chip: Chip) -> Sequence[Any]:
@@ -95,13 +134,19 @@ def _tpu(topology: str, chip: Chip) -> Sequence[Any]:
     compilation_cache.reset_cache()
     for name, value in _LIBTPU.items():
         os.environ.setdefault(name, value)
+    options = {**chip.options, **({"chips_per_host_bounds": (1, 1, 1)} if topology.endswith(":1x1") else {})}
     try:
-        return topologies.get_topology_desc(topology, platform="tpu", **chip.options).devices
+        return topologies.get_topology_desc(topology, platform="tpu", **options).devices
     except jax.errors.JaxRuntimeError as error:
         raise UserError(f"--topology={topology}: the TPU compiler refuses it ({str(error).splitlines()[0]})") from error
 
 
-def _simulated(count: int) -> Sequence[Any]:
+def simulated(count: int) -> Sequence[Any]:
+    """So many CPU devices, of which a program knows no better.
+
+    Raises:
+        UserError: this process has made its devices already, and they are fewer.
+    """
     try:
         jax.config.update("jax_num_cpu_devices", count)
     except RuntimeError:

@@ -320,7 +320,8 @@ def report(
     sizes = lengths_of(config, source, algorithm, train_set, heldout, principles)
     model = backend.make_model(config, source.config, mesh, platform=target.platform)
     parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(model.shapes))
-    notes = [target.note, *sharding.notes(mesh, kv_heads=source.config.num_kv_heads)]
+    hosts = [f"{target.hosts} hosts: the same command on each"] if target.hosts > 1 else []
+    notes = [target.note, *hosts, *sharding.notes(mesh, kv_heads=source.config.num_kv_heads)]
     there = on_sheet(target)
     sheet.head(config, there, parameters=parameters, sizes=sizes, tokenizer=source.tokenizer, notes=notes, write=write)
     results: dict[str, Measured] = {}

@@ -171,7 +171,7 @@ def collect(run: Run[Algorithm], context: Context, state: State) -> tuple[State,
         # training reads what is on disk, here as after a resume
         rollouts = read(journal.path)
     bad = quarantined(journal, queries, rollouts)  # was sampled and scored too
-    return state._replace(costs=counted(run, [*rollouts, *bad], slots, state.costs)), rollouts
+    return state._replace(costs=counted(run, queries, [*rollouts, *bad], slots, state.costs)), rollouts
 
 
 def quarantined(journal: Journal, queries: Sequence[Query], kept: Sequence[Rollout]) -> list[Rollout]:
@@ -196,14 +196,16 @@ def quarantined(journal: Journal, queries: Sequence[Query], kept: Sequence[Rollo
     return found
 
 
-def counted(run: Run[Algorithm], rollouts: Sequence[Rollout], slots: Sequence[Slot], spent: costs.Costs) -> costs.Costs:
-    """The costs with an iteration's sampling and scoring; what principles add to prompts is counted apart."""
-    queries = {query.id: query for query in run.data.train}
+def counted(
+    run: Run[Algorithm], queries: Sequence[Query], rollouts: Sequence[Rollout], slots: Sequence[Slot], spent: costs.Costs
+) -> costs.Costs:
+    """The costs with the sampling and scoring of an iteration's queries; what principles add to prompts is counted apart."""
+    drawn = {query.id: query for query in queries}
     asked = [slot for slot in slots if slot.source == "policy"]
     for rollout in rollouts:
         sampled = sum(len(r.tokens) for r in rollout.responses if r.source == "policy")
         plain = len(rollout.prompt_tokens) * len(asked)
-        guided = [run.prompts.render(queries[rollout.query_id], True).whole for slot in asked if slot.principled]
+        guided = [run.prompts.render(drawn[rollout.query_id], True).whole for slot in asked if slot.principled]
         added = sum(map(len, guided)) - len(rollout.prompt_tokens) * len(guided)
         spent = spent.plus(
             queries=1,

@@ -4,10 +4,11 @@ Steps are counted where Algorithm 1's loop counts iterations; every evaluation c
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ple_jax.algorithms import OfflineAlgorithm
+from ple_jax.core.compact import Compact
 from ple_jax.core.errors import Damaged
 from ple_jax.core.files import plain, read_json, write_json
 from ple_jax.core.types import Query
@@ -20,7 +21,7 @@ from ple_jax.training.steps import compared, over_queries, step
 JUDGEMENT = "judgement.json"  # the newest evaluation, whole
 
 
-def examples(run: Run[OfflineAlgorithm]) -> tuple[list[Any], list[Any]]:
+def examples(run: Run[OfflineAlgorithm]) -> tuple[Sequence[Any], Sequence[Any]]:
     """The train and held-out examples; records that cannot be one are listed in the work directory.
 
     Raises:
@@ -35,7 +36,7 @@ def examples(run: Run[OfflineAlgorithm]) -> tuple[list[Any], list[Any]]:
     return train, heldout
 
 
-def _encoded(which: str, queries: Sequence[Query], run: Run[OfflineAlgorithm]) -> tuple[list[Any], list[Bad]]:
+def _encoded(which: str, queries: Sequence[Query], run: Run[OfflineAlgorithm]) -> tuple[Compact[Any], list[Bad]]:
     run.session.progress.phase(f"encode {which}", len(queries))
     good, bad = fit(queries, lambda q: run.algorithm.encode(q, run.base.tokenizer, run.config))
     check_share(QuerySet(good, bad), f"config.task.{which}", run.config.task.max_bad_share)
@@ -48,7 +49,7 @@ def train(run: Run[OfflineAlgorithm]) -> State:
     config, session, every = run.config, run.session, run.config.offline.eval_every
     trained, heldout = examples(run)
     batches = [
-        [trained[i] for i in some]
+        some
         for epoch in range(config.offline.epochs)
         for some in run.algorithm.batches(trained, config.optimizer.batch_queries, seed=config.seed, epoch=epoch)
     ]
@@ -57,7 +58,8 @@ def train(run: Run[OfflineAlgorithm]) -> State:
     while state.iteration < len(batches):
         end = min(state.iteration + every, len(batches))
         session.progress.iteration(-(-end // every))
-        state = commit(update(run, batches[state.iteration : end], state, len(batches)), run.backend, session)
+        due = ([trained[i] for i in some] for some in batches[state.iteration : end])
+        state = commit(update(run, due, end - state.iteration, state, len(batches)), run.backend, session)
         state = log(run, state, heldout)
     return state
 
@@ -68,9 +70,9 @@ def begin(run: Run[OfflineAlgorithm]) -> State:
     return state or commit(State(run.backend.environment()), run.backend, run.session)
 
 
-def update(run: Run[OfflineAlgorithm], batches: Sequence[Sequence[Any]], state: State, total: int) -> State:
-    """The optimiser steps up to the next evaluation, of all that the run takes."""
-    run.session.progress.phase("update", len(batches))
+def update(run: Run[OfflineAlgorithm], batches: Iterable[Sequence[Any]], count: int, state: State, total: int) -> State:
+    """So many optimiser steps, up to the next evaluation, of all that the run takes."""
+    run.session.progress.phase("update", count)
     collected, sizes, spent, parameters = [], [], state.costs, run.base.parameters
     for number, some in enumerate(batches, state.iteration):
         batch, looked_up = compared(run.algorithm.batch(some), run)
@@ -81,7 +83,7 @@ def update(run: Run[OfflineAlgorithm], batches: Sequence[Sequence[Any]], state: 
         flops = costs.forward_flops(parameters, looked_up) + costs.update_flops(parameters, trained)
         spent = spent.plus(training_tokens=trained, flops=flops)
     return state._replace(
-        iteration=state.iteration + len(batches),
+        iteration=state.iteration + count,
         costs=spent,
         metrics={f"train_{name}": value for name, value in over_queries(collected, sizes).items()},
     )

@@ -1,6 +1,7 @@
 """From a config to a run: what it names is read and checked, cheap things first, and the backend is built."""
 
 import contextlib
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from ple_jax.core.types import Reward
 from ple_jax.data.left_out import note
 from ple_jax.data.load import Data, load_data, load_warm_up
 from ple_jax.data.mixture import draw_queries
-from ple_jax.data.queries import digest
+from ple_jax.data.queries import digest, record_digest
 from ple_jax.models import hub, layout, peft
 from ple_jax.prompts import principles
 from ple_jax.training import prompting, sinks
@@ -112,8 +113,8 @@ def _check_reach(config: Any, algorithm: Algorithm, reward: Reward) -> None:
 def _digests(config: Any, data: Data, rules: principles.Principles | None, reward: Reward) -> dict[str, str]:
     """What tells these inputs from others of the same names; `rules` is None where nothing is sampled."""
     digests = {"train": digest(data.train), "heldout": digest(data.heldout)}
-    if read := [query.record for query in (*data.train, *data.heldout) if query.record]:
-        digests["record"] = identity.digest([json.dumps(read, sort_keys=True).encode()])
+    if read := record_digest(itertools.chain(data.train, data.heldout)):
+        digests["record"] = read
     texts = {"algorithm": Path(config.algorithm).read_text()} if Path(config.algorithm).is_file() else {}
     if rules is not None:
         texts |= {"reward": json.dumps([leaf.version for leaf in rewards.leaves(reward)]), "principles": rules.text}

@@ -1,5 +1,7 @@
 """From records to tokens: prompts and given answers, rendered, cut to what the model takes, and what prompts share."""
 
+import heapq
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -257,7 +259,8 @@ def notes(config: Any, tokenizer: Tokenizer, eos: Sequence[int]) -> list[str]:
 def longest(data: Data, rendering: Prompts) -> int:
     """Tokens of the longest principled prompt."""
     # principles add about as many tokens to every prompt: the longest of the principled is among the longest of the plain
-    some = sorted((*data.train, *data.heldout), key=lambda query: -len(query.prompt))[:_LOOKED_AT]
+    every = itertools.chain(data.train, data.heldout)
+    some = heapq.nlargest(_LOOKED_AT, every, key=lambda query: len(query.prompt))
     return max(len(rendering.of(query, True)[1]) for query in some)
 
 

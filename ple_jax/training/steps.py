@@ -12,6 +12,7 @@ from ple_jax.algorithms import Algorithm, Context
 from ple_jax.core.batches import micro_batches, pack
 from ple_jax.core.errors import UserError
 from ple_jax.core.types import Array, Batch, Outputs, Rollout
+from ple_jax.data.mixture import draw_queries
 from ple_jax.training import costs
 from ple_jax.training.run import Run
 from ple_jax.training.state import State
@@ -234,8 +235,8 @@ def optimiser_batch(
     """
     started, asked = time.perf_counter(), None
     if run.algorithm.needs(run.config).teacher:
-        queries = {query.id: query for query in run.data.train}
-        asked = run.prompts.after_principles(batch, [queries[rollout.query_id] for rollout in rollouts])
+        drawn = {query.id: query for query in draw_queries(run.config, run.data.train, context.iteration)}
+        asked = run.prompts.after_principles(batch, [drawn[rollout.query_id] for rollout in rollouts])
     batch, tokens = compared(batch, run, asked, policy)
     if run.config.sampling.importance_cap and "old_logprobs" in batch.data:
         said = _sampled_as(batch, rollouts)

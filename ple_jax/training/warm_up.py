@@ -7,6 +7,7 @@ import numpy as np
 
 from ple_jax.algorithms import Algorithm, Context, sft
 from ple_jax.core.batches import micro_batches
+from ple_jax.core.compact import Compact
 from ple_jax.core.types import Batch, Loss, Query, Rollout
 from ple_jax.data.left_out import note
 from ple_jax.data.load import load_warm_up
@@ -34,7 +35,6 @@ def warm_up(run: Run[Algorithm], state: State) -> State:
     rollouts = _rollouts(run)
     # C is of all of them, not of a batch that it divides
     context = Context(config, mean_length=float(np.mean([len(r.responses[0].tokens) for r in rollouts])))
-    rollouts = sft.label(rollouts, context)
     batches, every = groups(len(rollouts), config), config.queries_per_iteration // config.optimizer.batch_queries
     loss, last = sft.make_loss(config), len(batches)
     state = newest(run.backend, run.session.workdir / WARM_UP) or state
@@ -42,7 +42,7 @@ def warm_up(run: Run[Algorithm], state: State) -> State:
     run.session.progress.advance(state.warm_up)
     for number in range(state.warm_up, last):
         run.session.stop.check()
-        batch = sft.batch([rollouts[i] for i in batches[number]], context)
+        batch = sft.batch(sft.label([rollouts[i] for i in batches[number]], context), context)
         state = _step(run, state, batch, loss)
         run.session.progress.advance(1)
         if state.warm_up % every == 0 and state.warm_up < last:
@@ -73,7 +73,7 @@ def _step(run: Run[Algorithm], state: State, batch: Batch, loss: Loss) -> State:
     return state._replace(warm_up=state.warm_up + 1, costs=spent.took("update", time.perf_counter() - started))
 
 
-def _rollouts(run: Run[Algorithm]) -> list[Rollout]:
+def _rollouts(run: Run[Algorithm]) -> Compact[Rollout]:
     """The records with their answers; what the model or its chat template does not take is left out and listed.
 
     Raises:
@@ -85,7 +85,7 @@ def _rollouts(run: Run[Algorithm]) -> list[Rollout]:
     listed = note({**run.data.bad, "warm_up": [*found.bad, *both, *kept.bad]}, run.session.workdir)
     for line in filter(None, (listed, *said)):
         run.session.progress.log(line)
-    return [_answered(query, run) for query in kept.queries]
+    return Compact(_answered(query, run) for query in kept.queries)
 
 
 def _answered(query: Query, run: Run[Algorithm]) -> Rollout:

@@ -264,10 +264,48 @@ def test_published_models_are_read(name):
 # ---------------------------------------------------------------- mistakes
 
 
-@pytest.mark.parametrize("name", ["v5e", "v5e:", "v5x:2x4", "2x4", "v5e:0x4", "v5e:2,4"])
+@pytest.mark.parametrize("name", ["v5e", "v5e:", "v5x:2x4", "2x4", "v5e:0x4", "v5e:2,4", "h100:2x4", "cpu:2x4", "h100:0"])
 def test_unknown_topologies(name):
     with pytest.raises(UserError, match=re.escape(name)):
         targets.open_target(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "v5e:2x8", "v5e:3x3", "v5e:32x32", "v5e:8x4", "v6e:8", "v5e:2x2x1", "v5p:4x4", "v5p:2x2x3", "v5p:8x4x4", "v5p:4x4x6",
+        "v5p:16x24x24", "v4:16x16x16", "tpu7x:2x2",
+    ],
+)  # fmt: skip
+def test_slices_that_nobody_can_have(name):
+    """libtpu compiles for most of them."""
+    with pytest.raises(UserError, match=f"--topology={name}: there is no such slice"):
+        targets.open_target(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "devices", "hosts", "memory"),
+    [
+        ("v5e:1x1", 1, 1, 15.75), ("v5e:2x2", 4, 1, 15.75), ("v6e:2x4", 8, 2, 31.25), ("v5p:2x2x1", 4, 1, 95.74),
+        ("tpu7x:2x2x1", 8, 1, 94.75), ("h100:8", 8, 1, 59.385),
+    ],
+)  # fmt: skip
+def test_devices_and_hosts(monkeypatch, name, devices, hosts, memory):
+    monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: None)
+    target = targets.open_target(name)
+    assert (len(target.devices), target.hosts) == (devices, hosts) and target.chip.hbm == pytest.approx(memory)
+    assert "an estimate" in target.note
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "hosts"),
+    [("v5e:8x8", 64, 16), ("v5p:4x4x4", 64, 16), ("v5p:16x16x24", 6144, 1536), ("h100:64", 64, 8), ("h100:4", 4, 1)],
+)
+def test_of_several_hosts(monkeypatch, name, count, hosts):
+    monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(targets, "simulated", range)
+    target = targets.open_target(name)
+    assert (len(target.devices), target.hosts) == (count, hosts)
 
 
 @pytest.mark.parametrize(

@@ -59,9 +59,20 @@ def measured(before: int, work: Callable[[], Any]) -> tuple[Any, dict[str, float
     return made, {"seconds": seconds, "stays": settled() - before, "peak": peak}
 
 
+def streamed(source: str, **_: Any) -> Iterator[Any]:
+    """The records of a file as `datasets` streams those of a hub."""
+    import datasets
+
+    from ple_jax.data.records import Record
+
+    rows = datasets.load_dataset("json", data_files=source, split="train", streaming=True)
+    return (Record(f"{source}:{i}", f"train:{i}", row) for i, row in enumerate(rows, 1))
+
+
 def phases(train: str, heldout: str, kind: str, streaming: bool) -> Iterator[tuple[str, dict[str, float]]]:
-    """Everything that a run does with its records before the first token is sampled, of 8 iterations."""
+    """Everything that a run does with its records before the first token is sampled; of a stream: reading."""
     from ple_jax import algorithms
+    from ple_jax.data import records
     from ple_jax.data.load import load_data
     from ple_jax.data.mixture import draw_queries
     from ple_jax.data.queries import digest
@@ -72,14 +83,19 @@ def phases(train: str, heldout: str, kind: str, streaming: bool) -> Iterator[tup
 
     name = {"prompts": "hh", "pairs": "reward_hh"}[kind]
     flags = ["--config", name, "--workdir", "x", f"--config.task.train={train}", f"--config.task.heldout={heldout}"]
-    flags += ["--config.task.subsets=()", "--config.task.max_bad_share=0.5", f"--config.task.streaming={streaming}"]
+    flags += ["--config.task.subsets=()", "--config.task.max_bad_share=0.5"]
     config = parse(["ple_jax", *flags]).config
     tokenizer = read_source(config.model.path, config.model.revision).tokenizer
     algorithm = algorithms.load(config.algorithm)
     needs = "pair" if kind == "pairs" else "prompt"
+    if streaming:
+        records.read = streamed
+        next(streamed(heldout))  # what `datasets` itself takes
     before = settled()
     data, found = measured(before, lambda: load_data(config, needs=needs))
     yield f"read {len(data.train):,}", found
+    if streaming:
+        return
     yield "digest", measured(before, lambda: digest(data.train))[1]
     if kind == "pairs":
         _, found = measured(before, lambda: [algorithm.encode(query, tokenizer, config) for query in data.train])
@@ -95,7 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="a .jsonl.gz of HH: `chosen` and `rejected`")
     parser.add_argument("--records", type=int, default=161_000)
-    parser.add_argument("--streaming", action="store_true", help="read by `datasets`, as a stream")
+    parser.add_argument("--streaming", action="store_true", help="read by `datasets` as a stream, and do no more")
     parser.add_argument("--folder", help="where to write the records (default: a temporary folder)")
     parser.add_argument("--measure", nargs=3, metavar=("TRAIN", "HELDOUT", "KIND"), help=argparse.SUPPRESS)
     options = parser.parse_args()

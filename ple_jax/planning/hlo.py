@@ -98,7 +98,8 @@ def _trips(line: str, condition: str, bodies: dict[str, list[str]]) -> int:
                 compared += [constants[o] for o in re.findall(r"%([\w.-]+)", match[1]) if o in constants]
     # a comparison inside a fusion is given its constant by the condition
     given = [int(m[2]) for text in bodies[condition] if (m := _CONSTANT.match(text))]
-    return max(compared or given, default=1)
+    # a loop that ends by something else may compare with 0 on the way; its collectives are there all the same
+    return max([1, *(compared or given)])
 
 
 def _sizes(type_: str) -> list[int]:

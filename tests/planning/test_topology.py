@@ -102,6 +102,15 @@ def test_collectives_of_a_tpu_program_by_hand():
     }
 
 
+def test_a_loop_that_compares_with_nothing_is_there_all_the_same():
+    """Of a loop whose end is not known: decoding ends when rows have, and its condition may have a 0 in it."""
+    text = TPU_TEXT.replace("s32[]{:T(128)} constant(32)", "s32[]{:T(128)} constant(0)")
+    assert text != TPU_TEXT and {(c.kind, c.times) for c in hlo.collectives(text) if c.looped} == {
+        ("all-gather", 1),
+        ("reduce-scatter", 1),
+    }
+
+
 def test_collectives_in_loops_of_a_compiled_program():
     """x @ w with the sum over a spread dimension is one all-reduce; a loop of 5 in a loop of at most 3 makes 15."""
     mesh = sharding.make_mesh(fsdp=8)

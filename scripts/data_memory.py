@@ -73,6 +73,7 @@ def phases(train: str, heldout: str, kind: str, streaming: bool) -> Iterator[tup
     """Everything that a run does with its records before the first token is sampled; of a stream: reading."""
     from ple_jax import algorithms
     from ple_jax.data import records
+    from ple_jax.data.left_out import fit
     from ple_jax.data.load import load_data
     from ple_jax.data.mixture import draw_queries
     from ple_jax.data.queries import digest
@@ -98,8 +99,7 @@ def phases(train: str, heldout: str, kind: str, streaming: bool) -> Iterator[tup
         return
     yield "digest", measured(before, lambda: digest(data.train))[1]
     if kind == "pairs":
-        _, found = measured(before, lambda: [algorithm.encode(query, tokenizer, config) for query in data.train])
-        yield "encode", found
+        yield "encode", measured(before, lambda: fit(data.train, lambda q: algorithm.encode(q, tokenizer, config)))[1]
         return
     rules = prompting.Prompts(config, tokenizer, principles.load(config.principles), (tokenizer.eos_token_id,))
     _, found = measured(before, lambda: prompting.usable(data.train, rules, "train"))
@@ -112,6 +112,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="a .jsonl.gz of HH: `chosen` and `rejected`")
     parser.add_argument("--records", type=int, default=161_000)
     parser.add_argument("--streaming", action="store_true", help="read by `datasets` as a stream, and do no more")
+    parser.add_argument("--only", nargs=1, choices=("prompts", "pairs"), help="one of the two (default: both)")
     parser.add_argument("--folder", help="where to write the records (default: a temporary folder)")
     parser.add_argument("--measure", nargs=3, metavar=("TRAIN", "HELDOUT", "KIND"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -126,7 +127,7 @@ def main() -> None:
         heldout.write_text(heldout.read_text(encoding="utf-8").replace("Human: (", "Human: (held out "), encoding="utf-8")
         size = train.stat().st_size
         print(f"{options.records:,} records, {characters:,} characters, {size / MIB:.0f} MiB as a file", flush=True)
-        for kind in ("prompts", "pairs"):
+        for kind in options.only or ("prompts", "pairs"):
             command = [sys.executable, __file__, "--data", options.data, "--measure", str(train), str(heldout), kind]
             command += ["--streaming"] * options.streaming
             lines = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()

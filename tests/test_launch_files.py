@@ -136,12 +136,16 @@ def test_a_slice_is_what_its_selector_says():
     assert x * y == spec["parallelism"] * container(jobset("tpu"))["resources"]["limits"]["google.com/tpu"]
 
 
-@pytest.mark.parametrize(("code", "again"), [(0, False), (2, False), (143, True)])
-def test_slurm_starts_a_process_a_gpu_and_again_what_was_stopped(stub, code, again):
+@pytest.mark.parametrize(
+    ("code", "restarts", "again"),
+    [(0, 0, False), (1, 0, False), (2, 0, False), (75, 9, True), (75, 10, False), (137, 0, True), (143, 99, True)],
+)
+def test_slurm_starts_a_process_a_gpu_and_again_what_was_stopped(stub, code, restarts, again):
     stub("scontrol")
     path = stub("srun", code=code)
     line = ("--config", "hh", "--workdir", "/x y", "--config.mesh.fsdp=8", "--config.mesh.tensor=2")
-    done, says = said(LAUNCH / "slurm.sh", *line, PATH=path, SLURM_JOB_ID="7", SLURM_CPUS_PER_TASK="8")
+    job = {"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "8", "SLURM_RESTART_COUNT": str(restarts)}
+    done, says = said(LAUNCH / "slurm.sh", *line, PATH=path, **job)
     requeued = ["scontrol", "requeue", "7"] if again else []
     options = ["--gpu-bind=none", "--cpus-per-task=8", "--kill-on-bad-exit=1"]
     assert (done, says) == (code, ["srun", *options, "ple_jax", *line, *requeued])
@@ -176,7 +180,8 @@ def test_xpk_gets_the_command_as_it_was(stub):
     assert shlex.split(flags.pop("--command")) == ["ple_jax", *line]
     assert flags == {
         "--cluster": "mine", "--workload": "ple-hh", "--tpu-type": "v5litepod-64", "--num-slices": "1",
-        "--docker-image": "i:1", "--max-restarts": "10", "--termination-grace-period-seconds": "300",
+        "--docker-image": "i:1", "--max-restarts": "10", "--restart-on-exit-codes": "75",
+        "--termination-grace-period-seconds": "300",
     }  # fmt: skip
     code, says = said(LAUNCH / "xpk.sh", "a", "b", PATH=path, **named, STORAGE="runs")
     assert code == 0 and "--storage=runs" in says

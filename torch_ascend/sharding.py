@@ -28,7 +28,9 @@ from torch_ascend import device as devices
 
 _FITS = 0.8  # share of a device's memory that a base may take before it is sharded
 _WAIT = datetime.timedelta(days=30)  # for process 0, which may score for hours
-_SAID, _HEARD = "error", datetime.timedelta(seconds=5)  # what process 0 ends with, in the store; how long it is waited for
+_TOGETHER = datetime.timedelta(hours=2)  # for a collective
+_SAID, _READ = "error", "read"  # what process 0 ends with, in the store, and who has read it
+_HEARD = datetime.timedelta(seconds=5)  # for either
 
 
 class World(NamedTuple):
@@ -68,6 +70,8 @@ class _Gloo:
     def leaving(self, error: BaseException) -> None:
         """The others' collectives fail as this process goes, and they end."""
         self._store.set(_SAID, str(error))
+        with contextlib.suppress(dist.DistStoreError):  # those that are in a collective do not read it
+            self._store.wait([f"{_READ}/{rank}" for rank in range(1, self.size)], _HEARD)  # the store may go with it
 
     def failed(self, error: BaseException, *, known: bool) -> None:
         if isinstance(error, RuntimeError) and re.search(
@@ -75,18 +79,18 @@ class _Gloo:
         ):
             print(f"process {self.rank}: another process is gone", file=sys.stderr)
             sys.exit(1)
-        if isinstance(error, UserError) and not known and not self._said(error):
+        if isinstance(error, UserError) and not self._said(error, known):
             print(f"error: process {self.rank}: {error}", file=sys.stderr)
 
-    def _said(self, error: UserError) -> bool:
-        """Whether process 0 says so; it may have found nothing amiss, and be in a collective."""
+    def _said(self, error: UserError, known: bool) -> bool:
+        """Whether process 0 says so: it may have found nothing amiss, and be in a collective, or be gone."""
         try:
             self._store.wait([_SAID], _HEARD)
-        except dist.DistNetworkError:  # it is gone, and has said why
-            return True
-        except dist.DistStoreError:
-            return False
-        return self._store.get(_SAID).decode() == str(error)
+            said = self._store.get(_SAID).decode()
+            self._store.set(f"{_READ}/{self.rank}", "")
+        except dist.DistError:
+            return known
+        return known or said == str(error)
 
 
 @contextlib.contextmanager
@@ -107,8 +111,8 @@ def processes(config: Any) -> Iterator[bool]:
     device = devices.resolve(config.model.device)
     own = devices.capabilities(device).collectives
     backends = own if own == "gloo" else f"cpu:gloo,{device.type}:{own}"
-    store, rank, _ = next(rendezvous("env://"))
-    dist.init_process_group(backends, timeout=datetime.timedelta(hours=2), rank=rank, world_size=size, store=store)
+    store, rank, _ = next(rendezvous("env://", timeout=_TOGETHER))
+    dist.init_process_group(backends, timeout=_TOGETHER, rank=rank, world_size=size, store=store)
     _world = World(rank, size, dist.new_group(backend="gloo", timeout=_WAIT))
     if _world.rank:
         # a stop is process 0's business: it finishes what it has in hand, and then tells

@@ -144,9 +144,7 @@ class _Store:
 
     def leaving(self, error: BaseException) -> None:
         """Where another process failed first, and this error is of that, its cause is said instead."""
-        cause = error.__cause__ or error  # a reward that is computed by all is blamed for what is none of its own
-        if not isinstance(cause, UserError) and _OTHERS.search(str(cause)):
-            time.sleep(_SILENT + 5 * _BEAT)  # the watch ends the program if it is so
+        self._wait_if_another_failed(error)
         self._verdict.acquire()
         self._client.key_value_set(f"{_STATE}/ended", "1")
         self._wait_until_left()
@@ -156,6 +154,7 @@ class _Store:
         if known:  # process 0 says it, and that this is the end
             time.sleep(_SILENT)
             os._exit(0)
+        self._wait_if_another_failed(error)
         brief = str(error) if isinstance(error, UserError) else of_the_machine(error)  # what a user can mend
         whole = "" if brief else "".join(traceback.format_exception(error))
         told = {"process": self.rank, "host": socket.gethostname(), "says": brief or repr(error), "whole": whole}
@@ -163,6 +162,12 @@ class _Store:
             self._client.key_value_set(f"{_STATE}/failed", json.dumps(told))
         time.sleep(2 * _BEAT)  # until process 0 has read it
         os._exit(1)
+
+    def _wait_if_another_failed(self, error: BaseException) -> None:
+        """Where the other end of a collective is gone: the watch of process 0 finds out whose, says it and ends all."""
+        cause = error.__cause__ or error  # a reward that is computed by all is blamed for what is none of its own
+        if not isinstance(cause, UserError) and _OTHERS.search(str(cause)):
+            time.sleep(_SILENT + 5 * _BEAT)
 
     def _counted(self, size: int) -> None:
         """Now and then all wait for one another, and what all have read is removed."""
@@ -222,7 +227,8 @@ class _Store:
         """What the others say, and which of them says nothing."""
         if said := found.get(f"{_STATE}/failed"):
             told = json.loads(said)
-            self._end(f"process {told['process']} of {self.size} ({told['host']}): {told['says']}", told["whole"])
+            says = f"process {told['process']} of {self.size} ({told['host']}): {told['says']}"
+            self._end(says, 1 if told["whole"] else 2, told["whole"])
         if (stop := found.get(f"{_STATE}/stop")) and not self._stopping:
             self._stopping = True
             self._stop(int(stop))
@@ -231,9 +237,10 @@ class _Store:
             beats = int(found.get(f"{_STATE}/alive/{rank}", "0"))
             since[rank] = since[rank] if beats == since[rank][0] else (beats, now)
             if now - since[rank][1] > _SILENT:
-                self._end(f"process {rank} of {self.size} is gone: it was killed, or its host or the network failed")
+                says = f"process {rank} of {self.size} is gone: it was killed, or its host or the network failed"
+                self._end(says, os.EX_TEMPFAIL)  # a code of its own: starting again helps, where it does not after a mistake
 
-    def _end(self, says: str, whole: str = "") -> None:
+    def _end(self, says: str, code: int, whole: str = "") -> None:
         """Says why, and ends all: the main thread may be in a collective that never ends."""
         if not self._verdict.acquire(blocking=False):
             return
@@ -241,7 +248,7 @@ class _Store:
         print(f"{whole}error: {line}; what was finished is kept: start all again", file=sys.stderr, flush=True)
         self._client.key_value_set(f"{_STATE}/ended", "1")
         self._wait_until_left()
-        os._exit(1 if whole else 2)
+        os._exit(code)
 
     def _wait_until_left(self) -> None:
         """The others read that this is the end; one that is left behind is ended by JAX, with a page of its own words."""

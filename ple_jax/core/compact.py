@@ -2,7 +2,7 @@
 
 import pickle
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self, TypeVar, cast, overload
 
 T = TypeVar("T")
@@ -14,45 +14,42 @@ class Compact(Sequence[T]):
     As Python objects, 161,000 dialogues take several times the bytes of their texts: a transcript and its turns are two
     copies, a character beside ASCII doubles all others, tokens are 36 bytes each. Here they take what pickling takes.
 
-    `take` and slices are views: they share the bytes. What is appended to one is not in the others.
+    `take` and slices are views, which share the bytes and cannot grow.
     """
 
     def __init__(self, items: Iterable[T] = ()):
-        self._bytes, self._ends = bytearray(), array("Q")  # of all items that were ever appended, and where each ends
-        self._numbers = array("L")  # which of them are here
-        self._each: dict[str, list[Any]] = {}
+        self._bytes, self._ends = bytearray(), array("Q")  # of all items, and where each ends
+        self._view: array[int] | None = None  # which of them are here; None: all
+        self._places: dict[str, dict[Any, int]] = {}
         for item in items:
             self.append(item)
 
     def append(self, item: T) -> None:
-        """Puts one more at the end of this view."""
+        """Puts one more at the end."""
+        assert self._view is None, "a view cannot grow"
         self._bytes += pickle.dumps(item, pickle.HIGHEST_PROTOCOL)
         self._ends.append(len(self._bytes))
-        self._numbers.append(len(self._ends) - 1)
-        self._each.clear()
+        self._places.clear()
 
     def take(self, places: Iterable[int]) -> Self:
-        """The items at these places, as a view; what a view of some has at a place is that of the view."""
-        view = type(self)()
-        view._bytes, view._ends = self._bytes, self._ends
-        view._numbers = array("L", (self._numbers[place] for place in places))
+        """The items at these places, as a view."""
+        view, numbers = type(self)(), self._numbers
+        view._bytes, view._ends, view._view = self._bytes, self._ends, array("Q", (numbers[place] for place in places))
         return view
 
-    def again(self, other: "Compact[T]", place: int) -> None:
-        """Puts what a view that shares these bytes has at a place to the end of this one, without copying it."""
-        assert other._bytes is self._bytes
-        self._numbers.append(other._numbers[place])
-        self._each.clear()
+    @property
+    def _numbers(self) -> Sequence[int]:
+        return range(len(self._ends)) if self._view is None else self._view
 
-    def each(self, name: str) -> list[Any]:
-        """An attribute of every item, which are all made for it once."""
-        if name not in self._each:
-            self._each[name] = [getattr(item, name) for item in self]
-        return self._each[name]
+    def places(self, name: str) -> Mapping[Any, int]:
+        """The values of an attribute that differs among the items -> where each is; they are all made for it, once."""
+        if name not in self._places:
+            self._places[name] = {getattr(item, name): place for place, item in enumerate(self)}
+        return self._places[name]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all items that share them, whether they are in this view or not."""
+        """Bytes of all items, whether they are in this view or not."""
         return len(self._bytes)
 
     @overload

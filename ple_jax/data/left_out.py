@@ -52,20 +52,22 @@ def check_share(task: QuerySet, source: str, limit: float) -> None:
 
 
 def fit(queries: Sequence[Query], judge: Callable[[Query], Any]) -> tuple[Compact[Any], list[Bad]]:
-    """What `judge` makes of every query, and those that it finds `Unusable`; a query that it gives back is not copied."""
+    """What `judge` makes of every query, and those that it finds `Unusable`; queries that it gives back are not copied."""
     queries, bad = compact(queries), []
-    good: Compact[Any] = queries.take(())
+    same: list[int] = []
+    made: Compact[Any] | None = None  # from the first on that is something else
     for place, query in enumerate(queries):
         try:
-            made = judge(query)
+            good = judge(query)
         except Unusable as error:
             bad.append(Bad(query.id, error.kind, f"query {query.id!r} {error.reason}", query.prompt[:CUT]))
             continue
-        if made is query:
-            good.again(queries, place)
-        else:
-            good.append(made)
-    return good, bad
+        if made is None and good is query:
+            same.append(place)
+            continue
+        made = Compact(queries.take(same)) if made is None else made
+        made.append(good)
+    return queries.take(same) if made is None else made, bad
 
 
 def note(bad: dict[str, list[Bad]], workdir: Path) -> str:

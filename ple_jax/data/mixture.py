@@ -83,7 +83,7 @@ def draw_queries(config: Any, queries: Sequence[Query], iteration: int) -> list[
     if not config.task.sets:
         return draw(queries, config.queries_per_iteration, seed=config.seed, iteration=iteration)
     queries = compact(queries)
-    some, found = by_set(config, zip(queries.each("id"), range(len(queries)), strict=True)), []
+    some, found = by_set(config, queries.places("id").items()), []
     for name, count in counts(config).items():
         if count > (size := len(some.get(name, ()))):
             raise UserError(

@@ -110,7 +110,8 @@ def some(queries: Compact[Query], limit: int, seed: int) -> Compact[Query]:
     if not 0 < limit < len(queries):
         return queries
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, len(queries)])))
-    return queries.take(sorted(rng.permutation(len(queries))[:limit].tolist()))
+    # not a view: what is not drawn is kept by nobody
+    return Compact(queries.take(sorted(rng.permutation(len(queries))[:limit].tolist())))
 
 
 def _maker(format: str, needs: str, **options: Any) -> Callable[[Mapping[str, Any], str], Query]:

@@ -50,10 +50,8 @@ _TPU_HOST = 4  # chips
 _SIMULATED = (
     "an estimate: compiled for simulated CPU devices, whose compiler lays out memory and places collectives in its own way"
 )
-_OF_GPUS = (
-    "and which makes attention's scores where a GPU has a fused kernel; the memory is the 75% that JAX takes of a GPU"
-    " (XLA_PYTHON_CLIENT_MEM_FRACTION)"
-)
+# slices of as many chips, whose compiler stands in for that of GPUs, which compiles nothing where there is none
+_INSTEAD = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8"}
 
 # without these libtpu asks the metadata server of a cloud machine where it runs, writes logs, and takes a lock
 _LIBTPU = {
@@ -105,13 +103,25 @@ def open_target(topology: str) -> Target:
     jax.config.update("jax_platforms", "cpu")
     if kind == "cpu":
         return Target(topology, simulated(count), None, "cpu", "compiled for simulated CPU devices")
-    if gpu := GPUS.get(kind):
-        return Target(topology, simulated(count), gpu, "gpu", f"{_SIMULATED}, {_OF_GPUS}", -(-count // gpu.most))
-    chip, hosts = CHIPS[kind], -(-count // _TPU_HOST)
+    return _gpus(topology, GPUS[kind], count) if kind in GPUS else _slice(topology, CHIPS[kind], count)
+
+
+def _slice(topology: str, chip: Chip, count: int) -> Target:
+    hosts = 1 if chip.axes == 2 and count <= 8 else -(-count // _TPU_HOST)  # there are machines of 8 chips
     if importlib.util.find_spec("libtpu") is None:
         note = f"libtpu is not installed: {_SIMULATED} (pip install 'ple_jax[tpu]' brings the TPU's compiler)"
         return Target(topology, simulated(count * chip.devices), chip, "tpu", note, hosts)
     return Target(topology, _tpu(topology, chip), chip, "tpu", "compiled by the TPU's own compiler, libtpu", hosts)
+
+
+def _gpus(topology: str, chip: Chip, count: int) -> Target:
+    hosts, memory = -(-count // chip.most), "the memory is what JAX takes of a GPU, 75% (XLA_PYTHON_CLIENT_MEM_FRACTION)"
+    if importlib.util.find_spec("libtpu") is None or count not in _INSTEAD:
+        note = f"{_SIMULATED}, computes bfloat16 in copies in float32, and makes attention's scores; {memory}"
+        return Target(topology, simulated(count), chip, "gpu", note, hosts)
+    other = f"v5p:{_INSTEAD[count]}"
+    note = f"an estimate: compiled for as many chips of a TPU, {other}, by their own compiler, libtpu; {memory}"
+    return Target(topology, _tpu(other, CHIPS["v5p"]), chip, "gpu", note, hosts)
 
 
 def _check_slice(topology: str, chip: Chip, shape: str) -> None:

@@ -10,9 +10,9 @@ from jaxtyping import Float64, Int64
 
 from ple_jax.algorithms import Algorithm, Context
 from ple_jax.core.batches import micro_batches, pack
+from ple_jax.core.compact import compact
 from ple_jax.core.errors import UserError
 from ple_jax.core.types import Array, Batch, Outputs, Rollout
-from ple_jax.data.mixture import draw_queries
 from ple_jax.training import costs
 from ple_jax.training.run import Run
 from ple_jax.training.state import State
@@ -235,8 +235,9 @@ def optimiser_batch(
     """
     started, asked = time.perf_counter(), None
     if run.algorithm.needs(run.config).teacher:
-        drawn = {query.id: query for query in draw_queries(run.config, run.data.train, context.iteration)}
-        asked = run.prompts.after_principles(batch, [drawn[rollout.query_id] for rollout in rollouts])
+        train = compact(run.data.train)
+        queries = [train[train.places("id")[rollout.query_id]] for rollout in rollouts]
+        asked = run.prompts.after_principles(batch, queries)
     batch, tokens = compared(batch, run, asked, policy)
     if run.config.sampling.importance_cap and "old_logprobs" in batch.data:
         said = _sampled_as(batch, rollouts)

@@ -2,7 +2,8 @@
 # docker run). Other chips: the tag's 910b.
 #
 #   docker build -f scripts/images/ascend.Dockerfile -t ple_jax:ascend .
-#   docker run --rm ... -v "$PWD/runs:/runs" ple_jax:ascend --config hh --workdir /runs/hh --config.mesh.data=8
+#   docker run --rm ... -v "$PWD/runs:/runs" ple_jax:ascend \
+#       --config hh --workdir /runs/hh --config.model.path=meta-llama/Meta-Llama-3-8B-Instruct --config.mesh.data=8
 FROM quay.io/ascend/cann:9.1.0-910b-ubuntu22.04-py3.12
 
 # an index with torch's CPU builds: elsewhere the one for x86 brings gigabytes of CUDA, which nothing here needs

@@ -1,7 +1,8 @@
-# ple_jax for Cloud TPUs, with the TPU's runtime and compiler, libtpu.
+# ple_jax for Cloud TPUs (on a TPU VM, or by GKE), with the TPU's runtime and compiler, libtpu.
 #
-#   docker build -f scripts/images/tpu.Dockerfile -t REGION-docker.pkg.dev/PROJECT/ple/tpu:0.1 .
-#   docker run --rm --privileged --net=host -v "$PWD/runs:/runs" ple_jax:tpu --config hh --workdir /runs/hh     (on a TPU VM)
+#   docker build -f scripts/images/tpu.Dockerfile -t ple_jax:tpu .
+#   docker run --rm --privileged --net=host -v "$PWD/runs:/runs" ple_jax:tpu \
+#       --config hh --workdir /runs/hh --config.model.path=meta-llama/Meta-Llama-3-8B-Instruct
 FROM python:3.12.12-slim-bookworm
 
 ENV PYTHONUNBUFFERED=1

@@ -3,14 +3,15 @@
 # where the others are. Arguments are those of ple_jax; --workdir must be a folder that all hosts mount.
 #
 #   CLUSTER=mine IMAGE=REGION-docker.pkg.dev/PROJECT/ple/tpu:0.1 STORAGE=runs scripts/launch/xpk.sh ple-hh v5litepod-64 \
-#       --config hh --workdir /runs/hh --config.mesh.fsdp=8 --config.mesh.tensor=8
+#       --config hh --workdir /runs/hh --config.model.path=meta-llama/Meta-Llama-3-8B-Instruct --config.mesh.fsdp=8 --config.mesh.tensor=8
 #
 # CLUSTER, IMAGE    of XPK (`xpk cluster create`), of scripts/images/tpu.Dockerfile
 # STORAGE           a storage of the cluster (`xpk storage create`) that is mounted where --workdir is
 # SLICES            how many of them (1)
 # XPK               more arguments of `xpk workload create`: --zone=..., --spot, --dry-run
 #
-# Exit code 143 is a stop at a safe point (maintenance, preemption), after which XPK starts the same command again, which goes on.
+# XPK starts the same command again, which goes on, after a stop at a safe point (exit code 143: maintenance, preemption) and
+# where a host or a process is gone (75, or a signal), ten times at most; not after a mistake (2).
 set -euo pipefail
 
 stop() {
@@ -27,5 +28,5 @@ shift 2
 command=$(printf '%q ' ple_jax "$@")
 read -ra more <<<"${XPK:-}"
 exec xpk workload create --cluster="$CLUSTER" --workload="$name" --tpu-type="$kind" --num-slices="${SLICES:-1}" \
-    --docker-image="$IMAGE" ${STORAGE:+--storage="$STORAGE"} --max-restarts=10 --termination-grace-period-seconds=300 \
-    --command="$command" "${more[@]}"
+    --docker-image="$IMAGE" ${STORAGE:+--storage="$STORAGE"} --termination-grace-period-seconds=300 \
+    --max-restarts=10 --restart-on-exit-codes=75 --command="$command" "${more[@]}"

@@ -121,7 +121,6 @@ def test_a_process_that_is_killed_ends_all_and_loses_nothing(process, alone_and_
         ("1:memory", 2, "): not enough memory (RESOURCE_EXHAUSTED: Out of memory allocating 12 bytes.); lower"),
         ("1:mend", 2, "): the disk of this host is missing; what was finished is kept: start all again"),
         ("1:bug", 1, "): KeyError('a bug'); what was finished is kept"),
-        ("0:memory", 2, "error: not enough memory"),
         ("0:mend", 2, "error: the disk of this host is missing"),
     ],
 )

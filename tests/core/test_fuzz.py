@@ -168,7 +168,7 @@ def argument(key, value):
     return f"--config.{key}={value!r}" if not isinstance(value, str) else f"--config.{key}={value}"
 
 
-@pytest.mark.parametrize("count", [1, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [1, pytest.param(24, marks=pytest.mark.slow)])
 def test_what_is_accepted_runs_or_says_why_not(count, tmp_path):
     small = {"iterations": 1, "sinks": (), "queries_per_iteration": 8}
     small |= {"optimizer.batch_queries": 8, "optimizer.micro_queries": 8}

@@ -295,8 +295,8 @@ def test_slices_that_nobody_can_have(name):
 @pytest.mark.parametrize(
     ("name", "devices", "hosts", "memory"),
     [
-        ("v5e:1x1", 1, 1, 15.75), ("v5e:2x2", 4, 1, 15.75), ("v6e:2x4", 8, 2, 31.25), ("v5p:2x2x1", 4, 1, 95.74),
-        ("tpu7x:2x2x1", 8, 1, 94.75), ("h100:8", 8, 1, 59.385),
+        ("v5e:1x1", 1, 1, 15.75), ("v5e:2x2", 4, 1, 15.75), ("v6e:2x4", 8, 1, 31.25), ("v5p:2x2x1", 4, 1, 95.74),
+        ("v5p:2x2x2", 8, 2, 95.74), ("tpu7x:2x2x1", 8, 1, 94.75), ("h100:8", 8, 1, 59.385),
     ],
 )  # fmt: skip
 def test_devices_and_hosts(monkeypatch, name, devices, hosts, memory):
@@ -422,6 +422,13 @@ def test_the_tpu_compiler_makes_the_report(tmp_path, restored_cache):
     assert {c.times for c in found["decode step"].collectives if c.looped} <= {1, 2, 8, 16}
     assert any(c.times == 16 for c in found["decode step"].collectives)
     assert {c.times for c in found["prefill"].collectives} <= {1, 2}
+
+
+@needs_libtpu
+def test_a_slice_stands_in_for_gpus(restored_cache):
+    target = targets.open_target("h100:8")
+    assert len(target.devices) == 8 and target.devices[0].platform == "tpu" and "v5p:2x2x2" in target.note
+    assert target.chip is targets.GPUS["h100"] and "an estimate" in target.note
 
 
 @needs_libtpu

@@ -30,7 +30,7 @@ from ple_jax.training.opening import open_run, read_inputs
 from ple_jax.training.state import resume
 from ple_jax.training.workdir import check_config
 
-SAMPLE, ALL = 8, 200  # changed bits a kind of file, of the quick tests and of the slow ones
+SAMPLE, ALL = 8, 80  # changed bits a kind of file, of the quick tests and of the slow ones
 
 
 def lower_case(prompts, responses):
@@ -241,7 +241,7 @@ def test_a_damaged_run_goes_on_to_the_same_end(kind, runs, tmp_path):
     """And where it says what to remove, it does when that is removed."""
     pattern, stage = KINDS[kind]
     found = files(runs.folder / stage, pattern)
-    some = random.Random(kind).sample(list(damages(found, 4)), 4)
+    some = random.Random(kind).sample(list(damages(found, 4)), 2)
     for number, (file, what, data) in enumerate(some):
         path = tmp_path / str(number)
         shutil.copytree(runs.folder / stage, path)

@@ -87,8 +87,15 @@ def test_killed_and_continued(where, n, when, tmp_path, uninterrupted):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("until", ["[0/3] load", "[0/3] evaluate", "iteration 1/3"])
+@pytest.mark.parametrize(
+    ("number", "until"),
+    [
+        (signal.SIGTERM, "[0/3] load"),
+        (signal.SIGINT, "[0/3] evaluate"),
+        (signal.SIGTERM, "iteration 1/3"),
+        (signal.SIGINT, "iteration 1/3"),
+    ],
+)
 def test_signals(number, until, tmp_path, uninterrupted):
     workdir = tmp_path / "stopped"
     arguments = [sys.executable, "-m", "ple_jax.main", *command(workdir)]

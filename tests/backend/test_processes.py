@@ -107,6 +107,7 @@ def test_a_process_that_is_killed_ends_all_and_loses_nothing(process, alone_and_
     codes, said = hosts(kill=f"{process}:SIGKILL", run=("2x1", run))
     assert codes["run"][process] == -9 and codes["run"][1 - process] != 0
     if process:
+        assert codes["run"][0] == os.EX_TEMPFAIL
         assert said.count("error: process 1 of 2 is gone: it was killed, or its host or the network failed") == 1, said
         assert "Traceback" not in said
     codes, said = hosts(run=("2x1", run))

@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ple_jax.core import processor
+
 MIB = 2**20
 
 
@@ -37,17 +39,11 @@ def write(source: Path, target: Path, count: int) -> int:
     return characters
 
 
-def resident(field: str) -> int:
-    """Bytes of a field of /proc/self/status."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-
-
 def settled() -> int:
     """Resident bytes after what nobody uses was given back."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    return resident("VmRSS")
+    return processor.resident("VmRSS")
 
 
 def measured(before: int, work: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
@@ -55,7 +51,7 @@ def measured(before: int, work: Callable[[], Any]) -> tuple[Any, dict[str, float
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     start = time.perf_counter()
     made = work()
-    seconds, peak = time.perf_counter() - start, resident("VmHWM") - before
+    seconds, peak = time.perf_counter() - start, processor.resident("VmHWM") - before
     return made, {"seconds": seconds, "stays": settled() - before, "peak": peak}
 
 

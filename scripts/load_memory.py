@@ -23,6 +23,7 @@ from safetensors.numpy import save_file
 
 from ple_jax.backend import sharding
 from ple_jax.backend.model import Model, fill
+from ple_jax.core import processor
 from ple_jax.models import weights
 from ple_jax.models.families import read
 from ple_jax.models.layout import expected_shapes
@@ -58,22 +59,16 @@ def write(folder: Path, dtype: str, gigabytes: float) -> None:
     byte_tokenizer().save_pretrained(folder)
 
 
-def resident(field: str) -> int:
-    """Bytes of a field of /proc/self/status."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-
-
 def measure(folder: str, dtype: str, scan: bool) -> dict[str, float]:
     """Loads the model in this process; seconds, and bytes at the peak."""
     place = sharding.replicated(sharding.make_mesh())
     jnp.zeros(8).block_until_ready()  # starts the backend
-    before, start = resident("VmRSS"), time.perf_counter()
+    before, start = processor.resident("VmRSS"), time.perf_counter()
     loaded = weights.load(folder)
     model = Model.create(loaded.config, dtype=jnp.dtype(dtype), scan=scan)
     base = fill(model, loaded.weights, lambda _, array: jax.device_put(array, place))
     size = sum(x.nbytes for x in jax.tree.leaves(base))
-    return {"seconds": time.perf_counter() - start, "peak": resident("VmHWM") - before, "size": size}
+    return {"seconds": time.perf_counter() - start, "peak": processor.resident("VmHWM") - before, "size": size}
 
 
 def main() -> None:

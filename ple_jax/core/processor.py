@@ -1,4 +1,4 @@
-"""What this machine's processor is, whether it computes in bfloat16, and how much memory is free."""
+"""What this machine's processor is, whether it computes in bfloat16, and how much memory is free or taken."""
 
 import platform
 from pathlib import Path
@@ -6,7 +6,8 @@ from pathlib import Path
 from ple_jax.core import identity
 
 # of Linux; elsewhere little is known
-CPUINFO, MEMINFO, CGROUP = Path("/proc/cpuinfo"), Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+CPUINFO, MEMINFO, STATUS = Path("/proc/cpuinfo"), Path("/proc/meminfo"), Path("/proc/self/status")
+CGROUP = Path("/sys/fs/cgroup")
 _BFLOAT16 = frozenset({"amx_bf16", "avx512_bf16"})
 
 
@@ -28,6 +29,11 @@ def free_memory() -> int | None:
     if limit.isdigit() and used.isdigit():
         found.append(int(limit) - int(used))
     return max(0, min(found)) if found else None
+
+
+def resident(field: str) -> int:
+    """Bytes of this process in memory, of Linux: "VmRSS", now, or "VmHWM", the most there were."""
+    return next(int(line.split()[1]) * 1024 for line in _of(STATUS) if line.startswith(field))
 
 
 def _lines(*begin: str) -> set[str]:

@@ -10,7 +10,6 @@ from jaxtyping import Float64, Int64
 
 from ple_jax.algorithms import Algorithm, Context
 from ple_jax.core.batches import micro_batches, pack
-from ple_jax.core.compact import compact
 from ple_jax.core.errors import UserError
 from ple_jax.core.types import Array, Batch, Outputs, Rollout
 from ple_jax.training import costs
@@ -235,8 +234,8 @@ def optimiser_batch(
     """
     started, asked = time.perf_counter(), None
     if run.algorithm.needs(run.config).teacher:
-        train = compact(run.data.train)
-        queries = [train[train.places("id")[rollout.query_id]] for rollout in rollouts]
+        train, places = run.data.train, run.data.train.places("id")
+        queries = [train[places[rollout.query_id]] for rollout in rollouts]
         asked = run.prompts.after_principles(batch, queries)
     batch, tokens = compared(batch, run, asked, policy)
     if run.config.sampling.importance_cap and "old_logprobs" in batch.data:

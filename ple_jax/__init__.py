@@ -1,8 +1,8 @@
-"""PLE (Progressively Label Enhancement) for language models. The functional API, imported when it is first used.
+"""PLE (Progressively Label Enhancement) for language models: the functional API, whose modules are imported on first use.
 
     from ple_jax import generate, losses, lora, pairing, threshold
 
-Importing `ple_jax` imports neither jax nor torch; nor does any room of it but `backend` and a part of `planning`.
+Importing `ple_jax` imports neither jax nor torch. Of its subpackages only `backend` and a part of `planning` import them.
 """
 
 import importlib

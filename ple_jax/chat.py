@@ -1,4 +1,4 @@
-"""A conversation on the terminal with a run's adapter, with its base, or with both."""
+"""A conversation on the terminal with a run's adapter, with its base model, or with both."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ HELP = """\
 
 
 class Options(NamedTuple):
-    """What commands change."""
+    """The settings of a conversation that its commands change."""
 
     voices: tuple[str, ...]  # of "adapter", "base", in the order in which they answer
     principles: bool
@@ -31,7 +31,7 @@ class Options(NamedTuple):
 
 
 class Chat:
-    """The state of a conversation. `run` is the loop; it needs a terminal no more than a pipe."""
+    """A conversation and its state. `run` is the loop; it reads from a terminal or from a pipe."""
 
     def __init__(
         self,
@@ -45,15 +45,16 @@ class Chat:
         date: str = prompts.DATE,
         write: Callable[[str], object],
     ):
-        """
+        """Starts a conversation with the adapter, without principles, in the chat template where the tokenizer has one.
+
         Args:
-            stream: `Backend.stream`.
-            sampling: how to sample to begin with.
-            principles: what `/principles on` puts into the prompt.
-            context: tokens that the model takes, prompt and answer together.
+            stream: `Backend.stream`, which yields the tokens of one response.
+            sampling: how to sample at the beginning; commands change it.
+            principles: the text that `/principles on` puts into the prompt.
+            context: the number of tokens that the model takes, prompt and answer together.
             seed: of the sampling noise; the adapter and the base answer a line with the same noise.
-            date: today's to chat templates that ask for it: that of the run.
-            write: prints text as it is, and shows it at once.
+            date: today's date (YYYY-MM-DD) for chat templates that ask for it: that of the run.
+            write: prints a text as it is, and shows it at once.
         """
         self.stream, self.tokenizer, self.sampling, self.write = stream, tokenizer, sampling, write
         self.principles, self.context, self.seed, self.date = principles, context, seed, date
@@ -62,10 +63,10 @@ class Chat:
         self.history: dict[str, list[dict[str, str]]] = {"adapter": [], "base": []}
 
     def run(self, read: Callable[[], str]) -> None:
-        """Answers lines until /quit or the end of the input.
+        """Answers lines until `/quit` or the end of the input.
 
         Args:
-            read: gives the next line; raises EOFError at the end (as `input` does).
+            read: returns the next line, and raises EOFError at the end (as `input` does).
         """
         while True:
             try:
@@ -88,7 +89,7 @@ class Chat:
     # ---------------------------------------------------------------- commands
 
     def command(self, line: str) -> None:
-        """Does what a line that begins with a slash says; a mistake is one line."""
+        """Carries out a line that begins with a slash; a mistake in it is answered with one line."""
         try:
             match line.split():
                 case ["/help"]:
@@ -129,7 +130,7 @@ class Chat:
         self.write(self.status())
 
     def status(self) -> str:
-        """Who answers and how, in a line."""
+        """Says in one line who answers and how."""
         on = {True: "on", False: "off"}
         voices, principles, template = self.options
         return (
@@ -140,7 +141,10 @@ class Chat:
     # ---------------------------------------------------------------- answers
 
     def answer(self, text: str) -> None:
-        """Lets everyone whose turn it is answer; Ctrl-C ends the answer, and what was said of it is remembered."""
+        """Lets the adapter, the base or both answer a line.
+
+        Ctrl-C ends the answer; what was said so far stays in the conversation.
+        """
         self.asked += 1
         try:
             for voice in self.options.voices:
@@ -173,7 +177,7 @@ class Chat:
                 self.history[voice] = [*turns, {"role": "assistant", "content": said}]
 
     def _render(self, turns: Sequence[dict[str, str]]) -> list[int]:
-        """The tokens of a conversation: all of it in the chat template, or the last line as text to be continued."""
+        """Returns the tokens of a conversation: all of it in the chat template, or the last line as text to be continued."""
         principles = self.principles if self.options.principles else None
         prompt = Conversation(turns) if self.options.template else turns[-1]["content"]
         query, chat = Query("chat", prompt), self.options.template
@@ -188,7 +192,10 @@ def _number(kind: Callable[[str], Any], value: str, fits: Callable[[Any], bool])
 
 
 def pieces(tokens: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
-    """The text of tokens as they come, without special tokens. Bytes that are no character yet are held back."""
+    """Yields the text of tokens as they arrive, without special tokens.
+
+    Bytes that are not yet a whole character are held back.
+    """
     ids: list[int] = []
     shown, text = 0, ""
     for token in tokens:

@@ -1,7 +1,7 @@
-"""The entry: `ple_jax --config CONFIG --workdir DIR`, or `python -m ple_jax.main ...`; `--help` says the rest.
+"""The command line: `ple_jax --config CONFIG --workdir DIR`, or `python -m ple_jax.main ...`; `--help` explains the rest.
 
 The command line and the config are checked before jax, torch or transformers are imported, so that a mistake costs less
-than a second. What a user can mend (`UserError`) is one line on stderr and exit code 2.
+than a second. An error that the user can mend (`UserError`) prints one line on stderr and ends with exit code 2.
 """
 
 import contextlib
@@ -141,7 +141,7 @@ ENVIRONMENT = {
 
 
 class CommandLine(NamedTuple):
-    """What the command line asks for, checked."""
+    """What the command line asks for, after all checks."""
 
     config: ConfigDict  # frozen
     workdir: Path
@@ -158,7 +158,11 @@ class CommandLine(NamedTuple):
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """What a user can mend, a stop that was asked for, a full disk, too little memory: one line on stderr, an exit code."""
+    """Turns expected errors into one line on stderr and an exit code.
+
+    Errors that the user can mend, a full disk and too little memory give the exit code 2. A stop that was asked for gives
+    128 plus the number of the signal.
+    """
     try:
         yield
     except UserError as error:
@@ -175,7 +179,11 @@ def one_line_errors() -> Iterator[None]:
 
 
 def _load(config: str) -> tuple[Path, ConfigDict]:
-    """The file and the locked config of `--config`: a name or a path, each also as `CONFIG:ARGUMENT`, for get_config()."""
+    """Returns the file and the locked config of `--config`: a name or a path, also as `CONFIG:ARGUMENT` for get_config().
+
+    Raises:
+        UserError: there is no such file, or it does not load.
+    """
     name, colon, argument = config.partition(":")
     file = shipped.find(name)
     shipped.importable()
@@ -190,7 +198,11 @@ def _load(config: str) -> tuple[Path, ConfigDict]:
 
 
 def _recorded(workdir: Path, config: ConfigDict) -> ConfigDict:
-    """The config with which the run of a work directory began: its config.json over the defaults."""
+    """Returns the config with which the run of a work directory began: its config.json over the defaults in `config`.
+
+    Raises:
+        UserError: the directory holds no run.
+    """
     if not (kept := recorded(workdir)):
         raise UserError(f"--workdir={workdir} holds no run (no config.json there); train one first: --mode=train")
     usual, own = flatten(config.to_dict()), flatten(upgraded(kept, workdir / "config.json"))
@@ -205,7 +217,10 @@ def _recorded(workdir: Path, config: ConfigDict) -> ConfigDict:
 
 
 def _without_what_was_read(config: ConfigDict, began: dict[str, object]) -> ConfigDict:
-    """The config with the defaults of what a run has read, which a replay does not, and which may be gone since."""
+    """Returns the config with defaults for the keys that name what the run has read, unless they were changed.
+
+    A replay does not read those files, and they may be gone since.
+    """
     checked, now, usual = ConfigDict(config.to_dict()), flatten(config.to_dict()), flatten(_load("default")[1].to_dict())
     with checked.ignore_type():
         checked.update_from_flattened_dict({key: usual[key] for key in OF_FILES if now[key] == began[key]})
@@ -213,20 +228,24 @@ def _without_what_was_read(config: ConfigDict, began: dict[str, object]) -> Conf
 
 
 def _tuples(value: object) -> object:
-    """The value with its lists as tuples, as configs have them."""
+    """Returns the value with all its lists converted to tuples, as configs have them."""
     if isinstance(value, dict):
         return {key: _tuples(v) for key, v in value.items()}
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def _began_on(values: flags.FlagValues) -> str:
-    """The backend that is asked for, or else that of the run."""
+    """Returns the backend that the command line asks for, or else the backend of the run."""
     known = (recorded(_workdir(values)) or {}).get("backend")
     return known if known in BACKENDS and not values["backend"].present else values.backend
 
 
 def _override(config: ConfigDict, argv: Sequence[str]) -> ConfigDict:
-    """Applies `--config.KEY=VALUE` arguments; anything else in `argv` is an error. `argv[0]` is the program."""
+    """Applies the `--config.KEY=VALUE` arguments of `argv` to the config; `argv[0]` is the program.
+
+    Raises:
+        UserError: a key is unknown, a value does not fit, or there is any other argument.
+    """
     keys = list(flatten(config.to_dict()))
     for argument in argv[1:]:
         match = re.match(r"--?(?:no)?config\.([^=]*)", argument)
@@ -256,11 +275,11 @@ def parse(argv: Sequence[str]) -> CommandLine:
     """Reads and checks the whole command line, config included, without importing a backend.
 
     Args:
-      argv: program name and arguments.
+      argv: the program's name and its arguments.
 
     Raises:
-      UserError: anything wrong, in one line.
-      SystemExit: 0 for --help and --version, 2 for no arguments at all.
+      UserError: anything is wrong; the message is one line.
+      SystemExit: with 0 for --help and --version, with 2 if there are no arguments at all.
     """
     _answer(argv)
     values, rest = _flags(argv)
@@ -299,7 +318,7 @@ def _frozen(config: ConfigDict) -> FrozenConfigDict:
 
 
 def _answer(argv: Sequence[str]) -> None:
-    """What asks for a text and not for work is answered, and the program ends."""
+    """Prints the help, the version or, without arguments, the usage, and ends the program; otherwise does nothing."""
     if len(argv) == 1:
         print(USAGE, end="", file=sys.stderr)
         sys.exit(2)
@@ -312,7 +331,11 @@ def _answer(argv: Sequence[str]) -> None:
 
 
 def _flags(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
-    """The values of our own flags, and the rest of the command line with the program's name before it."""
+    """Returns the values of our own flags, and the rest of the command line after the program's name.
+
+    Raises:
+        UserError: a flag has a value that it does not take.
+    """
     values = flags.FlagValues()
     values.set_gnu_getopt(True)  # flags may follow the value of an override: --config.seed 1 --workdir w
     flags.DEFINE_string("config", None, "", flag_values=values)
@@ -334,7 +357,7 @@ def _flags(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
 
 
 def _check_flags(values: flags.FlagValues) -> None:
-    """Which of our flags go together."""
+    """Raises a UserError if our flags do not go together, or if one is missing or holds text that cannot be written down."""
     for name in ("config", "workdir", "topology", "runs", "against"):
         if says := written(getattr(values, name)):
             raise UserError(f"--{name}={getattr(values, name)!r} must be {says}")
@@ -374,7 +397,7 @@ def _workdir(values: flags.FlagValues) -> Path:
 
 
 def _check_backend(config: ConfigDict, backend: str) -> None:
-    """What the config asks of one backend alone."""
+    """Raises a UserError if the config asks for something that the chosen backend does not have."""
     flat = flatten(config.to_dict())
     for key, owner in OWN.items():
         if flat[key] != "auto" and owner != backend:
@@ -387,7 +410,10 @@ def _check_backend(config: ConfigDict, backend: str) -> None:
 
 
 def _check_installed(config: ConfigDict, backend: str, mode: str) -> None:
-    """What the run needs and cannot do without, asked for before anything slow is imported or read."""
+    """Raises a UserError if a package or model that the run needs is missing.
+
+    It runs before anything slow is imported or read.
+    """
     if mode == "compare":
         extras.need("eval", "--mode=compare", "scipy")
     elif mode != "replay":  # which computes nothing
@@ -399,7 +425,7 @@ def _check_installed(config: ConfigDict, backend: str, mode: str) -> None:
 
 
 def main(run: CommandLine) -> int:
-    """Does what the command line asks for; returns the exit code."""
+    """Carries out what the command line asks for, and returns the exit code."""
     if run.file is not None:
         return _init(run.file, run.workdir)
     modes = importlib.import_module("ple_jax.modes")
@@ -411,7 +437,7 @@ def main(run: CommandLine) -> int:
 
 @contextlib.contextmanager
 def _to_the_end() -> Iterator[None]:
-    """A context that nothing leaves with an exit code of its own: sys.exit(0) in a user's code is no success."""
+    """Raises a UserError if the code inside ends the program: sys.exit(0) in a user's code must not pass for success."""
     try:
         yield
     except SystemExit as error:
@@ -430,7 +456,13 @@ def _init(file: Path, workdir: Path) -> int:
 
 
 def _processes(run: CommandLine) -> contextlib.AbstractContextManager[bool]:
-    """Of several processes the first leads, and the others wait for what it has them do."""
+    """Returns a context whose value says whether this process leads.
+
+    Of several processes the first leads, and the others wait for what it has them do.
+
+    Raises:
+        UserError: the processes cannot be started as asked, or the mode is chat, which is one process.
+    """
     if run.mode in ("plan", "compare", "replay"):
         several = run.backend == "jax" and launch.given(*run.launched) is not None
         return contextlib.nullcontext(not several or launch.number(run.launched[2]) == 0)

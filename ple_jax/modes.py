@@ -1,4 +1,4 @@
-"""What `--mode` names. Each mode takes (config, workdir, backend) and gives an exit code."""
+"""The functions that `--mode` names. Each takes (config, workdir, backend) and its own options, and returns an exit code."""
 
 import contextlib
 import functools
@@ -46,9 +46,9 @@ _SHOWN = 8  # queries of which --mode=generate prints the responses
 
 
 def train(config: Any, workdir: Path, backend: str, accept: Sequence[str] = (), profile: bool = False) -> int:
-    """Runs Algorithm 1 (or an offline algorithm's epochs) to its end, or goes on where it stood.
+    """Trains by Algorithm 1 (or an offline algorithm's epochs) to the end of the run, or continues where it stopped.
 
-    A finished run that is to be longer goes on too; what it left is written again at its new end.
+    A finished run continues too if it is to be longer; its summary and report are then written again at the new end.
     """
     baselines = importlib.import_module("torch_ascend.baselines") if config.trainer == "trl" else None
     if baselines is not None:
@@ -93,7 +93,10 @@ def _check_profile(profile: bool, online: bool, baselines: Any) -> None:
 
 
 def _whole(summary: Mapping[str, Any], config: Any, online: bool) -> bool:
-    """Whether a run that wrote this summary is as long as the config wants it; earlier versions did not say it of epochs."""
+    """Says whether the run that wrote this summary is as long as the config wants it, or was stopped early.
+
+    Summaries of earlier versions do not name their epochs; those count as long enough.
+    """
     wanted = {"iterations": config.iterations} if online else {"epochs": config.offline.epochs}
     return bool(summary.get("stopped")) or all(summary.get(name, value) == value for name, value in wanted.items())
 
@@ -108,7 +111,10 @@ def _of_two_rewards(kept: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _outcome(summary: Mapping[str, Any]) -> str:
-    """What a run reached: the reward of the best evaluation, under its largest budget, or else of the last one."""
+    """Says what a run reached: the reward of the best evaluation under its largest budget, or else of the last evaluation.
+
+    For a reward model it is the accuracy on held-out pairs.
+    """
     if "heldout_accuracy" in summary:
         low, high = summary["heldout_accuracy_ci95"]
         return (
@@ -126,7 +132,7 @@ def _outcome(summary: Mapping[str, Any]) -> str:
 
 
 def _trains_scores(algorithm: Algorithm | OfflineAlgorithm, config: Any) -> bool:
-    """Whether the result is a reward model."""
+    """Says whether the algorithm trains a reward model."""
     return algorithm.needs(config).head == "score"
 
 
@@ -134,7 +140,16 @@ def _trains_scores(algorithm: Algorithm | OfflineAlgorithm, config: Any) -> bool
 def on_run(
     config: Any, workdir: Path, backend: str, accept: Sequence[str] = (), *, trained: bool = True
 ) -> Iterator[tuple[Run[Any], State]]:
-    """A run at the checkpoint that config.checkpoint.use names; or, not `trained`, at its start, which needs none."""
+    """Opens a run at the checkpoint that config.checkpoint.use names, or at its start if not `trained`.
+
+    The start of a run needs no checkpoint.
+
+    Yields:
+        The run, and the state at that checkpoint.
+
+    Raises:
+        UserError: there is no run in the directory, it belongs to another config, or it has no such checkpoint.
+    """
     if trained and not (workdir / "config.json").exists():
         raise UserError(f"--workdir={workdir} holds no run; train one first: --mode=train")
     with lock(workdir):
@@ -150,7 +165,7 @@ def _check_samples(config: Any, mode: str) -> None:
 
 
 def evaluate(config: Any, workdir: Path, backend: str, accept: Sequence[str] = ()) -> int:
-    """Scores the held-out queries and prints the result; reuses what training evaluated."""
+    """Scores the held-out queries with the run's checkpoint and prints the result; it reuses what training evaluated."""
     with on_run(config, workdir, backend, accept) as (run, state):
         if not isinstance(run.algorithm, Algorithm):
             found = offline.evaluate(run, offline.examples(run)[1], state.iteration)
@@ -169,9 +184,9 @@ def evaluate(config: Any, workdir: Path, backend: str, accept: Sequence[str] = (
 
 
 def generate(config: Any, workdir: Path, backend: str, accept: Sequence[str] = ()) -> int:
-    """Keeps several responses of a model to a fixed set of queries, for --mode=compare, and prints the first of them.
+    """Samples several responses to a fixed set of queries, keeps them for --mode=compare, and prints the first of them.
 
-    The model is the newest checkpoint of the run, or what it starts from; see config.generate.
+    The model is the checkpoint that config.checkpoint.use names, or what the run starts from; see config.generate.
     """
     _check_samples(config, "generate")
     trained = config.generate.policy == "trained"
@@ -197,7 +212,7 @@ def generate(config: Any, workdir: Path, backend: str, accept: Sequence[str] = (
 
 
 def probe(config: Any, workdir: Path, backend: str) -> int:
-    """Finds out what the principles buy before any training, rule by rule, and what the threshold means for this reward."""
+    """Measures what the principles buy before any training, rule by rule, and what the threshold means for this reward."""
     _check_samples(config, "probe")
     with on_run(config, workdir, backend, trained=False) as (run, _):
         found = probing.probe(run)
@@ -211,7 +226,7 @@ def probe(config: Any, workdir: Path, backend: str) -> int:
 
 
 def harness(config: Any, workdir: Path, backend: str, accept: Sequence[str] = ()) -> int:
-    """Asks tasks of lm-evaluation-harness before and after training: what alignment cost."""
+    """Evaluates tasks of lm-evaluation-harness before and after training, which shows what alignment cost."""
     tax.check(config)
     _check_samples(config, "harness")
     figures = {}
@@ -227,8 +242,9 @@ def harness(config: Any, workdir: Path, backend: str, accept: Sequence[str] = ()
 
 
 def replay(config: Any, workdir: Path, backend: str, against: Path | None = None) -> int:
-    """Labels what a run sampled as the config now says, and tells what would have been decided otherwise; or, against
-    another run, the first quantity in which the two differ.
+    """Labels the responses that a run sampled as the config now says, and prints what would have been decided otherwise.
+
+    With `against` it prints instead the first quantity in which the run differs from another one.
     """
     if against is not None:
         found = differences.of(workdir, against)
@@ -249,9 +265,10 @@ def compare(config: Any, workdir: Path, backend: str, runs: Sequence[str]) -> in
 
 
 def export(config: Any, workdir: Path, backend: str, accept: Sequence[str] = ()) -> int:
-    """Writes the newest checkpoint's adapter in PEFT's layout; merged weights and a push where the config asks for them.
+    """Writes the adapter of the run's checkpoint in PEFT's layout.
 
-    A reward model is always written merged: as such it is a reward.
+    It also writes merged weights, and pushes to a hub, if the config asks for that. A reward model is always written merged
+    as well, as only then can it be used as a reward.
     """
     head = _trains_scores(algorithms.load(config.algorithm), config)
     merge = config.export.merged or head
@@ -295,7 +312,10 @@ def _use_reward(folder: Path) -> str:
 
 
 def chat(config: Any, workdir: Path, backend: str, accept: Sequence[str] = ()) -> int:
-    """A conversation on the terminal with the newest checkpoint, its base, or both; reads lines from a pipe too."""
+    """Holds a conversation on the terminal with the run's checkpoint, its base, or both.
+
+    Lines may also come from a pipe.
+    """
     _check_samples(config, "chat")
     # nothing is written after this: another process may have the directory, and Ctrl-C ends an answer, not the program
     with on_run(config, workdir, backend, accept) as (run, state):
@@ -324,7 +344,7 @@ def chat(config: Any, workdir: Path, backend: str, accept: Sequence[str] = ()) -
 def plan(config: Any, workdir: Path, backend: str, topology: str | None = None) -> int:
     """Prints what `train` would do: sizes, shapes, steps, and the prompts as the model sees them.
 
-    With a topology: what every phase needs of its devices, which need not be there.
+    With a topology it reports instead what every phase needs of those devices, which need not be there.
     """
     if topology and config.model.dtype == "auto":  # its devices are accelerators, whatever is here
         config = ConfigDict(config.to_dict())

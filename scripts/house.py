@@ -301,6 +301,19 @@ def asked_for(house: House) -> list[Finding]:
     ]
 
 
+def fragments(house: House) -> list[Finding]:
+    """Docstrings of functions, properties apart, that do not begin with a verb ("Returns", "Reads"): not a sentence."""
+    return [
+        Finding(file.path, node.lineno, node.name, f": {text.splitlines()[0]}")
+        for file in house.inside
+        for node in file.nodes
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (text := ast.get_docstring(node))
+        and not any((dotted(way) or "").endswith("property") for way in node.decorator_list)
+        and not re.match(r"(?!This|Its|Whether)[A-Z][a-z-]+s\b(?! of(?! each))", text)
+    ]
+
+
 def is_private(name: str) -> bool:
     return name.startswith("_") and not name.startswith("__")
 
@@ -443,6 +456,7 @@ MEASURES: dict[str, Callable[[House], Sequence[object]]] = {
     "jax or torch in neutral rooms": frameworks,
     f"functions over {LONG} lines without a reason": long_functions,
     "private names of another file": private_reads,
+    "docstrings of functions without a verb": fragments,
     "hasattr on algorithms": asked_for,
 }
 

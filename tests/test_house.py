@@ -135,6 +135,14 @@ def test_questions_to_algorithms_are_found(tmp_path):
     ]
 
 
+def test_docstrings_that_are_no_sentences_are_found(tmp_path):
+    lines = ["Of every response.", "Bytes of a type.", "This one.", "Returns it.", "Says of each test whether it passes."]
+    code = "".join(f'def f{i}():\n    """{line}"""\n' for i, line in enumerate(lines))
+    code += "class A:\n    @property\n    def g(self):\n        \"\"\"What it has.\"\"\"\n"
+    found = house.fragments(drawn(tmp_path, {"ple_jax/core/files.py": code}))
+    assert [finding.what for finding in found] == ["f0", "f1", "f2"]
+
+
 def test_the_way_enters_a_file_again_for_every_new_call(tmp_path):
     loop = [
         "from functools import partial",

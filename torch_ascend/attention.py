@@ -1,4 +1,4 @@
-"""Attention of one token of every row to a cache, in blocks. Its twin is in `ple_jax/backend/attention.py`."""
+"""Attention of one token of every row to a KV cache, in blocks. Its twin is in `ple_jax/backend/attention.py`."""
 
 from typing import NamedTuple
 
@@ -20,13 +20,13 @@ def attend_cache(
     softcap: float | None = None,
     prefix: tuple[Float[Tensor, "1 kv before dim"], Float[Tensor, "1 kv before dim"]] | None = None,
 ) -> Float[Tensor, "row head 1 dim"]:
-    """Softmax attention to whole blocks of a cache, and to a prefix that is held once for all rows; scores in float32.
+    """Computes softmax attention to whole blocks of a cache, and to a prefix that is held once for all rows.
 
-    Blocks are computed alike, however many there are, and added up in their order: one of which nothing is visible changes
-    no bit.
+    Scores are in float32. Blocks are computed alike, however many there are, and added up in their order: a block of which
+    nothing is visible changes no bit.
 
     Args:
-        visible: what a query sees of the prefix, and then of the blocks.
+        visible: which positions a query sees: those of the prefix, then those of the blocks.
     """
     (rows, heads, _, dim), kv = query.shape, keys.shape[1]
     before, reach = 0 if prefix is None else prefix[0].shape[2], keys.shape[2]
@@ -48,7 +48,7 @@ def attend_cache(
 
 
 class _Part(NamedTuple):
-    """A softmax over a part of what is seen, and what it weighs, not divided by its sum yet; in float32."""
+    """The attention to some of the source positions, in float32, not yet divided by the sum of its weights."""
 
     largest: Float[Tensor, "batch query 1"]  # of the scores
     total: Float[Tensor, "batch query 1"]
@@ -68,14 +68,14 @@ def _part_of(
 
 
 def _joined(a: _Part, b: _Part) -> _Part:
-    """Of both parts together; one of which nothing is seen adds zeros to another."""
+    """Merges two partial attentions. One that sees nothing adds zeros to the other."""
     largest = torch.maximum(a.largest, b.largest)
     x, y = torch.exp(a.largest - largest), torch.exp(b.largest - largest)
     return _Part(largest, a.total * x + b.total * y, a.out * x + b.out * y)
 
 
 def _product(a: Float[Tensor, "batch n inner"], b: Float[Tensor, "batch inner m"]) -> Float[Tensor, "batch n m"]:
-    """In float32, whatever is multiplied."""
+    """Multiplies batches of matrices; the result is float32, whatever their dtype."""
     if a.dtype == torch.float32:
         return torch.bmm(a, b)
     return torch.bmm(a, b, out_dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""`TorchBackend`, the only holder of state, and how one is made."""
+"""`TorchBackend`, the only object of this backend that holds state, and the functions that build it from a config."""
 
 import functools
 import math
@@ -35,7 +35,7 @@ from torch_ascend.sharding import ALONE, Place, World
 
 
 class _Decoded(NamedTuple):
-    """What is sampled with: what all prompts that share it begin with, this process's rows, and their steps."""
+    """What rows are decoded with: the cache of the shared prefix, this process's rows, and the steps that decode them."""
 
     prefix: Cache | None
     rows: generate.Rows
@@ -80,7 +80,10 @@ class TorchBackend:
         known: Mapping[int, Response] | None = None,
         tell: Tell | None = None,
     ) -> list[Response]:
-        """One response per prompt, `width` of them decoded at once, in rows of all processes."""
+        """Samples one response per prompt, `width` of them at a time, in the rows of all processes.
+
+        Arguments are as in `core.types.Backend`.
+        """
         requests = refill.Requests([tuple(prompt) for prompt in prompts], uniforms, sampling, tuple(prefix))
         how = {"width": self.width, "smallest": self.bucket, "lanes": sharding.row_multiple(self.world)}
         return refill.sample(self, requests, **how, known=known, tell=tell)
@@ -93,7 +96,10 @@ class TorchBackend:
         sampling: Sampling,
         base: bool = False,
     ) -> Iterator[int]:
-        """The tokens of one response as they are sampled; of the base without the adapter, if `base`."""
+        """Returns an iterator over the tokens of one response as they are sampled. With `base` the adapter is not used.
+
+        Raises UserError if the base is spread over several devices.
+        """
         if self.sharded:
             raise UserError("a chat needs the whole base on one device; start it without torchrun, --config.mesh.fsdp=1")
         noise = self._to_device(np.asarray(uniforms, np.float32))
@@ -109,26 +115,32 @@ class TorchBackend:
         temperature: float = 1.0,
         entropy: bool = False,
     ) -> Outputs:
-        """Log-probabilities of a batch's response tokens under the policy, the frozen reference or the base."""
+        """Computes log-probabilities (nats) of a batch's response tokens under the policy, the frozen reference or the base.
+
+        The logits are divided by `temperature`, above 0. With `entropy`, the entropy (nats) at every token is computed, too.
+        """
         adapter = {} if base else self.reference if reference else self.policy
         say = functools.partial(outputs, self.model, adapter, entropy=entropy, temperature=temperature)
         return Outputs(*self._said(batch, say))
 
     @together.together
     def scores(self, batch: Batch) -> Float32[np.ndarray, "query k"]:
-        """What the head says of every response."""
+        """Computes the score head's value for every response."""
         return self._said(batch, lambda packed: [Lazy(self.model, self.policy, packed).scores])[0]
 
     @together.together
     def update(
         self, batches: Sequence[Batch], loss: Loss, *, lr: float, temperature: float = 1.0
     ) -> dict[str, float]:
-        """One optimizer step on the mean loss over all rows of `batches`, gradients accumulated over them."""
+        """Takes one optimizer step on the mean loss over all rows of `batches`, with gradients accumulated over them.
+
+        Returns the means of the metrics, and "grad_norm", the gradient's norm before clipping.
+        """
         return self.step(self.accumulate(batches, loss, temperature), lr=lr)
 
     @together.together
     def freeze_reference(self) -> None:
-        """The policy as it is now becomes the reference: the same base with a frozen copy of the adapter.
+        """Makes the current policy the reference: the same base with a frozen copy of the adapter.
 
         The optimiser starts afresh: moments of what was learned before would move the policy off it without any gradient.
         """
@@ -138,17 +150,22 @@ class TorchBackend:
                 moment.zero_()
 
     def adapter(self) -> dict[str, np.ndarray]:
-        """The adapter, and the head where there is one, under PEFT's names and in its layout."""
+        """Returns the adapter, and the head where there is one, under PEFT's names and in its layout."""
         host = {path: {k: x.detach().cpu().numpy() for k, x in module.items()} for path, module in self.policy.items()}
         return adapters.to_peft(host)
 
     def save(self, path: Path, step: int, meta: dict[str, Any], *, keep: int) -> None:
-        """Commits a checkpoint; process 0 has all that is in it."""
+        """Commits a checkpoint. Process 0 does so alone, since it holds everything that is in one."""
         checkpoint.save(path, step, self.tensors(), {**meta, "optimizer_steps": self.steps}, keep=keep)
 
     @together.together
     def restore(self, path: Path) -> dict[str, Any] | None:
-        """Loads the newest checkpoint under `path`; its meta, or None if there is none."""
+        """Loads the newest checkpoint under `path` and returns its meta; None if there is none.
+
+        Raises:
+            Damaged: a file of it is not as it was written.
+            UserError: it holds other shapes, dtypes or names than this config needs.
+        """
         found = together.from_first(lambda: checkpoint.restore(path))
         if found is None:
             return None
@@ -164,7 +181,7 @@ class TorchBackend:
         return meta
 
     def environment(self) -> dict[str, Any]:
-        """Versions, devices and flags: what bit-identical results depend on."""
+        """Returns what bit-identical results depend on: versions, device, operators, processes, threads and cores."""
         return {
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "transformers")},
@@ -177,7 +194,7 @@ class TorchBackend:
         }
 
     def profile(self, folder: Path) -> AbstractContextManager[None]:
-        """Of this process, the first of several."""
+        """Returns a context in which this process's work is traced. With several processes, that is the first one."""
         return devices.profile(self.model.device, folder)
 
     def compiled(self) -> Compiled:
@@ -187,7 +204,7 @@ class TorchBackend:
 
     @together.together
     def open(self, shape: refill.Shape, sampling: Sampling) -> None:
-        """Makes this process's rows, all of them free, and computes the prefix."""
+        """Allocates this process's rows, all of them free, and computes the prefix."""
         model, prefix = self.model, None
         if shape.prefix:
             prefix = generate.read_prefix(model, self.policy, self._to_device(np.asarray(shape.prefix, np.int64)))
@@ -201,7 +218,7 @@ class TorchBackend:
 
     @together.together
     def begin(self, group: refill.Group) -> None:
-        """Reads this process's prompts, and draws the first token of every response to them."""
+        """Reads this process's prompts of a group, and draws the first token of every response to them."""
         prefix, rows, sampling, _ = self._open_rows
         tokens, lengths = map(self._own, (group.tokens, group.lengths))
         mine, first = sharding.own_rows(self.world, len(group.row)), self.world.rank * len(rows.done)
@@ -216,7 +233,10 @@ class TorchBackend:
 
     @together.together
     def decode(self, free: int) -> refill.Decoded:
-        """Decodes until so many of every process's rows are free, and `STEPS` tokens at most."""
+        """Decodes until `free` of every process's rows are free, but at most `STEPS` tokens a row.
+
+        Returns what the rows of all processes hold then.
+        """
         _, rows, _, decode = self._open_rows
         enough = functools.partial(sharding.enough, self.world, free, whole=self.sharded)
         decode(enough, steps=refill.STEPS, unasked=self.model.able.steps_per_sync)
@@ -224,7 +244,7 @@ class TorchBackend:
         return refill.Decoded(*(sharding.gather(self.world, x).numpy() for x in found))
 
     def close(self) -> None:
-        """Lets go of the rows; of those of other processes not where a call of all of them has failed."""
+        """Releases the rows. If a call of all processes has failed, only this process's rows are released."""
         if together.busy():
             self._decoded = None
         else:
@@ -242,7 +262,10 @@ class TorchBackend:
         return self._decoded
 
     def accumulate(self, batches: Sequence[Batch], loss: Loss, temperature: float = 1.0) -> dict[str, Tensor]:
-        """The first half of an update: leaves the gradients of this process's rows in the leaves; their metrics' part."""
+        """Computes the first half of an update: leaves the gradients of this process's rows in the leaves' `.grad`.
+
+        Returns this process's part of the metrics.
+        """
         most = max(len(b.prompt) for b in batches)
         share = 1 / sum(float(b.data["valid"].sum()) for b in batches)
         metrics: dict[str, Tensor] = {}
@@ -256,7 +279,10 @@ class TorchBackend:
         return metrics
 
     def step(self, metrics: dict[str, Tensor], *, lr: float) -> dict[str, float]:
-        """The second half: an AdamW step on what all processes have gathered, and all their metrics, read at once."""
+        """Takes the second half of an update: an AdamW step on the gradients of all processes.
+
+        Returns the metrics of all processes and "grad_norm", the gradient's norm before clipping; all are read at once.
+        """
         values = torch.stack(list(metrics.values()))
         norm = train.apply_gradients(self.optimizer, self.leaves, clip_norm=self.clip_norm, lr=lr, world=self.world)
         sharding.add_up(self.world, [values])
@@ -265,7 +291,7 @@ class TorchBackend:
         return {**dict(zip(metrics, numbers, strict=True)), "grad_norm": grad_norm}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that training needs to go on."""
+        """Returns every tensor that training needs to go on, by name."""
         tensors = {f"adapter/{name}": leaf for name, leaf in self.leaves.items()}
         tensors |= {f"reference/{name}": leaf for name, leaf in lora.leaves(self.reference).items()}
         for name, leaf in self.leaves.items():
@@ -277,12 +303,12 @@ class TorchBackend:
         return torch.from_numpy(np.ascontiguousarray(x)).to(self.model.device)
 
     def _passes(self, batch: Batch, most: int) -> list[packing.Pass]:
-        """As JAX has them, so that both do the same."""
+        """Divides a batch into the same passes as the JAX backend, so that both do the same."""
         cost = packing.cost(self.model.device.type, attention_reach(self.model.config))
         return packing.passes(batch, cost, most=most, shards=sharding.row_multiple(self.world))
 
     def _said(self, batch: Batch, say: Callable[[Packed], Iterable[Tensor | None]]) -> list[Any]:
-        """What is said of every query of a batch, as numpy."""
+        """Applies `say` to a batch's packed rows; returns its results for every query, as numpy, in batch order."""
         made, shards = self._passes(batch, len(batch.prompt)), sharding.row_multiple(self.world)
         rows = (packing.laid_out(batch, one, shards=shards)[1] for one in made)
         with torch.no_grad():
@@ -293,26 +319,37 @@ class TorchBackend:
         return [None if parts[0] is None else packing.reunited(parts, made) for parts in zip(*found, strict=True)]
 
     def put(self, batch: Batch, one: packing.Pass) -> tuple[Batch, Packed]:
-        """This process's queries of a pass of the batch on its device, and its rows."""
+        """Puts this process's part of a pass of the batch on its device; returns its queries and its packed rows."""
         whole, packed = packing.laid_out(batch, one, shards=sharding.row_multiple(self.world))
         prompt, prompt_mask, response, response_mask = map(self._own, whole[:4])
         data = {name: self._own(np.asarray(x)) for name, x in whole.data.items()}
         return Batch(prompt, prompt_mask, response, response_mask, data), self.put_rows(packed)
 
     def put_rows(self, packed: Packed) -> Packed:
-        """This process's packed rows on its device; of what is predicted what is read, in whole chunks: shapes are few."""
+        """Puts this process's packed rows on its device.
+
+        The arrays of what is predicted are cut to the part that is read, in whole chunks, so that shapes are few.
+        """
         used, first = round_up(int(packed.used), CHUNK), packed.targets.shape[1] - packed.before.shape[1]
         packed = packed._replace(targets=packed.targets[:, :used], before=packed.before[:, : used - first])
         return packed._replace(**{name: self._own(x) for name, x in packed._asdict().items() if x.ndim})
 
     def _own(self, x: np.ndarray) -> Tensor:
-        """This process's part of an array on its device, as JAX has it: no float64, which NPUs lack; indices are int64."""
+        """Puts this process's part of an array on its device.
+
+        Floats become float32, as in JAX (NPUs have no float64), and integers int64, as indices have to be.
+        """
         x = x.astype({"f": np.float32, "i": np.int64, "u": np.int64}.get(x.dtype.kind, x.dtype))
         return self._to_device(x[sharding.own_rows(self.world, len(x))])
 
 
 def load(config: ConfigDict) -> weights.Loaded:
-    """Weights, model config and tokenizer of the base model; a device that is not there is refused before."""
+    """Loads weights, model config and tokenizer of the base model; no weight is put on a device.
+
+    Raises:
+        UserError: there is no such device, or the config asks for what this backend lacks (both found before anything is
+            read), or the model cannot be read.
+    """
     check(config, config.mesh.fsdp)
     devices.resolve(config.model.device)
     return _load(config.model.path, config.model.revision)
@@ -324,12 +361,12 @@ def _load(path: str, revision: str | None) -> weights.Loaded:
 
 
 def forget() -> None:
-    """Lets the host's copy of the base that was loaded last go."""
+    """Drops the host's copy of the base that was loaded last."""
     _load.cache_clear()
 
 
 def check(config: ConfigDict, fsdp: int) -> None:
-    """Refuses what a config may ask for and this backend has not, where the base is spread over `fsdp` devices."""
+    """Raises a UserError if the config asks for what this backend lacks, for a base that is spread over `fsdp` devices."""
     sharding.check_tensor(config.mesh)
     if config.sampling.fold_adapter:
         raise UserError(
@@ -343,7 +380,10 @@ def check(config: ConfigDict, fsdp: int) -> None:
 
 
 def fast_dtype(config: ConfigDict) -> str:
-    """bfloat16 on accelerators (on GPUs from Ampere on) and on processors with AMX or AVX512-BF16; float32 elsewhere."""
+    """Returns the dtype in which this config's devices compute fastest.
+
+    That is bfloat16 on accelerators (on GPUs from Ampere on) and on processors with AMX or AVX512-BF16, float32 elsewhere.
+    """
     device = devices.resolve(config.model.device)
     if device.type == "cpu":
         fast = processor.bfloat16()
@@ -353,18 +393,18 @@ def fast_dtype(config: ConfigDict) -> str:
 
 
 def count(config: ConfigDict, loaded: weights.Loaded) -> tuple[int, int]:
-    """Parameters of the base and of the adapter."""
+    """Returns the numbers of parameters of the base and of the adapter."""
     base = sum(math.prod(shape) for shape in expected_shapes(loaded.config).values())
     return base, adapters.count(adapters.start(config, loaded.config))
 
 
 def transposed(loaded: weights.Loaded) -> bool:
-    """Whether the base keeps its linear weights as [in, out]."""
+    """Says whether the base keeps its linear weights as [in, out]."""
     return FAMILIES[loaded.config.family].transposed
 
 
 def make_model(config: ConfigDict, loaded: weights.Loaded, place: Place, table: Ops) -> Model:
-    """The decoder a config asks for, without weights, its linear modules ready for an adapter."""
+    """Creates the decoder that a config asks for, without weights, with its linear modules ready for an adapter."""
     made = models.create(
         loaded.config,
         loaded.raw,
@@ -382,12 +422,19 @@ def make_model(config: ConfigDict, loaded: weights.Loaded, place: Place, table: 
 
 
 def notes(backend: TorchBackend) -> list[str]:
-    """What a user should know before the run starts."""
+    """Returns what a user should know before the run starts, one line each."""
     return backend.notes
 
 
 def build(config: ConfigDict, loaded: weights.Loaded, *, head: str | None = None) -> TorchBackend:
-    """The backend a config asks for, weights on the devices; a `head` of that name is trained too, or a score head alone."""
+    """Builds the backend that a config asks for, with its weights on the devices.
+
+    Args:
+        head: name of a head that is trained beside the adapter, or alone ("score", if reward_model.train is "head").
+
+    Raises:
+        UserError: there is no such device, the config asks for what this backend lacks, or a stored adapter does not fit.
+    """
     return _build(config, head)
 
 
@@ -411,7 +458,16 @@ def choose_place(
     memory: int | None,
     world: World,
 ) -> Place:
-    """Where this process builds its part: a base that does not fit into a device's `memory` is spread over all."""
+    """Decides where this process builds its part of the backend.
+
+    A base that does not fit into a device is spread over all devices, if the config has more than one copy of it.
+
+    Args:
+        memory: bytes of a device; None if unknown.
+
+    Raises:
+        UserError: the config asks for what this backend lacks (see `check`).
+    """
     data, fsdp, note = sharding.choose(config.mesh, base_bytes(config, model_config), memory)
     check(config, fsdp)
     mesh = sharding.make_mesh(device, data=data, fsdp=fsdp) if fsdp > 1 else None
@@ -419,7 +475,7 @@ def choose_place(
 
 
 def base_bytes(config: ConfigDict, model_config: ModelConfig) -> int:
-    """What the base takes on a device; of a quantised one the layers' linear modules are smaller."""
+    """Returns the bytes that the base takes on a device. If it is quantised, its layers' linear modules are smaller."""
     whole = getattr(torch, config.model.dtype).itemsize
     linear = sum(inp * out for *_, inp, out in module_shapes(model_config))
     others = sum(math.prod(shape) for shape in expected_shapes(model_config).values()) - linear
@@ -427,7 +483,7 @@ def base_bytes(config: ConfigDict, model_config: ModelConfig) -> int:
 
 
 def assemble(config: ConfigDict, loaded: weights.Loaded, place: Place, table: Ops, *, head: str | None) -> TorchBackend:
-    """The backend in its place, with the operators of `table`; as `build`."""
+    """Builds the backend in its place with the operators of `table`; `head` is as in `build`."""
     settings = adapters.settings(config)
     adapter = adapters.start(config, loaded.config)  # before the weights are read: it may be refused
     model = make_model(config, loaded, place, table)

@@ -1,21 +1,21 @@
 """Baselines by TRL's own trainers (config.trainer="trl"): SFT, DPO, GRPO and RLOO from the same config, data and start.
 
-`train` is `training.loop.train` with another update. What an iteration trains on, evaluation, commit and every file are
-the loop's; in between TRL's trainer takes the iteration's optimiser steps on a PEFT model of its own, which before them gets
-the adapter and Adam's moments from the `TorchBackend` and then gives them back. So the backend's checkpoint is all that a
-run needs to go on, held-out queries are answered by one sampler whoever trains, and TRL writes nothing. The price is
-memory: the base is on the device twice.
+`train` is `training.loop.train` with another update. What an iteration trains on, evaluation, commits and all files are
+still the loop's. In between, TRL's trainer takes the iteration's optimiser steps on a PEFT model of its own, which before
+them gets the adapter and Adam's moments from the `TorchBackend`, and afterwards gives them back. So the backend's checkpoint
+is all that a run needs to go on, held-out queries are answered by one sampler whichever trainer is used, and TRL writes
+nothing. The price is memory: the base is on the device twice.
 
-The same as in our own loop: the start, the reference, the order of the data, every token, AdamW, its schedule and clipping,
-and the losses of SFT and DPO; so DPO's curve is the same, to rounding. SFT's differs in what a step is divided by: TRL takes
-the tokens of the optimiser batch, ours as many answers of the mean length of all records.
-(Where queries were quarantined, batches are cut elsewhere.) GRPO and RLOO learn from what TRL samples: all responses of an
-iteration at once, by transformers, with noise of its own from config.seed. Of their losses this is TRL's:
+These are the same as in our own loop: the start, the reference, the order of the data, every token, AdamW, its schedule and
+clipping, and the losses of SFT and DPO. So DPO's curve is the same, to rounding. SFT's differs in what a step is divided by:
+TRL takes the tokens of the optimiser batch, ours as many answers of the mean length of all records. (Where queries were
+quarantined, batches are cut elsewhere.) GRPO and RLOO learn from what TRL samples: all responses of an iteration at once, by
+transformers, with noise of its own from config.seed. Their losses differ from ours in two points:
 
-- an optimiser batch is of responses: those of a query need not be in one, and all epochs have the same batches;
-- of grpo.loss=dapo tokens are divided by the mean length in the iteration, where ours has that in the optimiser batch.
+- an optimiser batch consists of responses: those of a query need not be in one batch, and all epochs have the same batches;
+- with grpo.loss=dapo tokens are divided by the mean length in the iteration, where ours takes that in the optimiser batch.
 
-A warm-up (config.warm_up.data) is ours. TRL's telemetry and reports are off.
+A warm-up (config.warm_up.data) is done by our own code. TRL's telemetry and reports are off.
 """
 
 import contextlib
@@ -55,10 +55,10 @@ ALGORITHMS = ("sft", "dpo", *SAMPLE)
 
 
 def check(config: Any) -> None:
-    """Refuses what TRL's trainers have not, before anything is loaded.
+    """Refuses what TRL's trainers cannot do, before anything is loaded.
 
     Raises:
-        UserError: another algorithm, an option that TRL has not or takes otherwise, or no TRL of this version.
+        UserError: another algorithm, an option that TRL lacks or understands differently, or no TRL of this version.
     """
     name, dpo = config.algorithm, config.dpo
     if name not in ALGORITHMS:
@@ -91,7 +91,7 @@ def check(config: Any) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """What a user can do nothing about is not said: how tokens are aligned, what is called by a deprecated name."""
+    """Silences messages that a user can do nothing about: how tokens are aligned, and which deprecated name is called."""
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -104,7 +104,7 @@ def _quiet() -> Iterator[None]:
 
 @_quiet()
 def train(run: Run[Algorithm]) -> State:
-    """Runs, or goes on with, all iterations; returns where the run ends, as `training.loop.train` does."""
+    """Trains for all iterations, or those that are left; returns the final state, as `training.loop.train` does."""
     state = loop.begin(run)
     if points.ended(run.config, state):
         return loop.at_the_end(run, state)
@@ -151,7 +151,7 @@ class Trl:
             }
 
     def _pairs(self) -> Iterator[tuple[Tensor, nn.Parameter]]:
-        """Every trained tensor of the backend, and TRL's."""
+        """Yields every trained tensor of the backend with TRL's parameter for it."""
         return zip(self.backend.leaves.values(), self.parameters.values(), strict=True)
 
     @torch.no_grad()
@@ -161,7 +161,7 @@ class Trl:
 
     @torch.no_grad()
     def store(self) -> None:
-        """What TRL trained becomes the backend's policy, and its moments the backend's."""
+        """Copies what TRL trained into the backend's policy, and its moments into the backend's optimizer."""
         for own, parameter in self._pairs():
             moments, found = self.backend.optimizer.state[own], self.optimizer.state[parameter]
             own.copy_(_turned(parameter))
@@ -172,7 +172,7 @@ class Trl:
     # ---------------------------------------------------------------- an iteration
 
     def learn(self, state: State) -> tuple[State, list[Rollout], dict[str, float]]:
-        """One iteration of TRL's, as `loop.Learn`."""
+        """Trains for one iteration with TRL, as a `loop.Learn`: returns the next state, the rollouts and the metrics."""
         self.state, run = state, self.run
         context = loop.context_of(run, state, math.nan)
         if run.config.algorithm in SAMPLE:
@@ -187,7 +187,10 @@ class Trl:
         return self.state, rollouts, found | measures.summarise(rollouts, run)
 
     def update(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
-        """The iteration's optimiser steps on the records' own answers, in the order of `steps.update`; its metrics."""
+        """Takes the iteration's optimiser steps on the records' own answers, in the order of `steps.update`.
+
+        Returns their metrics.
+        """
         config = self.run.config
         parts = np.array_split(np.arange(len(rollouts)), -(-len(rollouts) // config.optimizer.batch_queries))
         groups = list(parts)
@@ -198,7 +201,7 @@ class Trl:
         return self._train([_EXAMPLES[config.algorithm](rollouts[i]) for group in groups for i in group])
 
     def sample_and_update(self, context: Context) -> tuple[list[Rollout], dict[str, float]]:
-        """What TRL samples of the iteration's queries, and the metrics of its optimiser steps."""
+        """Lets TRL sample from the iteration's queries and take its optimiser steps; returns rollouts and metrics."""
         run, config, iteration = self.run, self.run.config, self.state.iteration
         self.context = context
         self.queries = draw_queries(config, run.data.train, iteration)
@@ -223,7 +226,7 @@ class Trl:
         return steps.over_queries(logged, sizes) | {"lr": logged[-1]["lr"]}
 
     def count(self, rollouts: Sequence[Rollout]) -> None:
-        """Adds what the updates cost to the state: tokens as `training.loop` counts them, operations as TRL does them."""
+        """Adds to the state what the updates cost: tokens as `training.loop` counts them, operations as TRL does them."""
         config, parameters = self.run.config, self.run.base.parameters
         epochs = config.optimizer.epochs
         responses = sum(len(r.tokens) for rollout in rollouts for r in rollout.responses)
@@ -238,20 +241,20 @@ class Trl:
         self.state = self.state._replace(costs=self.state.costs.plus(training_tokens=trained, flops=flops))
 
     def took(self, phase: str, seconds: float) -> None:
-        """Counts seconds of a phase."""
+        """Adds seconds of a phase to the state's costs."""
         self.state = self.state._replace(costs=self.state.costs.took(phase, seconds))
 
     # ---------------------------------------------------------------- what TRL asks for while it samples
 
     def prompt_ids(self, numbers: Sequence[str]) -> list[list[int]]:
-        """Our tokens of prompts, which TRL knows by their number in the iteration."""
+        """Returns the tokens of prompts as we make them. TRL knows prompts by their number in the iteration."""
         return [self.run.prompts.of(self.queries[int(i)], False)[1] for i in numbers]
 
     def score(self, completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
-        """TRL's reward function: the scores of all responses of an iteration, whose rollouts are written here.
+        """Scores all responses of an iteration and writes their rollouts, as TRL's reward function.
 
         Raises:
-            UserError: a reward that is not finite: TRL cannot leave a query out.
+            UserError: a reward is not finite, since TRL cannot leave a query out.
         """
         run, config = self.run, self.run.config
         run.session.progress.advance(1, tokens=sum(map(len, completion_ids)))
@@ -285,7 +288,7 @@ class Trl:
 
 
 class Watch(TrainerCallback):
-    """Stops where a stop was asked for, and keeps what every optimiser step logs, under the names of our loop."""
+    """A callback that stops training when that was asked for, and keeps each optimiser step's log under our loop's names."""
 
     NAMES = {"loss": "loss", "grad_norm": "grad_norm", "learning_rate": "lr", "clip_ratio/region_mean": "clipped"}
     # not of IPO, where ours are of means over tokens
@@ -316,7 +319,10 @@ class Watch(TrainerCallback):
 
 
 def _peft_model(run: Run[Algorithm]) -> Any:
-    """transformers' model with a PEFT adapter in the places of the backend's, in fp32; what is in it does not matter yet."""
+    """Returns transformers' model with an fp32 PEFT adapter for the same modules as the backend's.
+
+    The values of that adapter do not matter yet.
+    """
     from peft import LoraConfig, get_peft_model
 
     settings = adapters.settings(run.config)
@@ -330,7 +336,10 @@ def _peft_model(run: Run[Algorithm]) -> Any:
 
 
 def _base(run: Run[Algorithm]) -> PreTrainedModel:
-    """The frozen base on the backend's device, with transformers' own attention and, as there, no dropout of its own."""
+    """Returns the frozen base on the backend's device, with transformers' own attention.
+
+    It has no dropout of its own, like the backend's.
+    """
     loaded, own = backend.load(run.config), run.backend.model
     made = models.create(loaded.config, loaded.raw, dtype=own.dtype, device=own.device, ops=own.ops)
     models.fill(made, loaded.weights)
@@ -349,12 +358,12 @@ _PEFT = {"a": "lora_A.default.weight", "b": "lora_B.default.weight", "m": "lora_
 
 
 def _module(leaf: str) -> str:
-    """Path of a leaf's module in transformers' tree."""
+    """Returns the path, in transformers' tree, of the module that a leaf belongs to."""
     return models.our_names(leaf.rpartition("/")[0])
 
 
 def _turned(x: Tensor) -> Tensor:
-    """From our layout to PEFT's and back: matrices are transposed."""
+    """Turns a tensor from our layout into PEFT's, or back: matrices are transposed."""
     return x.T if x.ndim == 2 else x
 
 
@@ -375,7 +384,7 @@ _EXAMPLES: dict[str, Callable[[Rollout], dict[str, Any]]] = {"sft": _sft, "dpo":
 
 
 class _Ours:
-    """What is otherwise in TRL's trainers here: data come as tokens, and nothing is sent anywhere."""
+    """A mixin that overrides parts of TRL's trainers: data come as tokens, and nothing is sent anywhere."""
 
     ours: Trl
 
@@ -396,13 +405,16 @@ class _Ours:
 
 
 def _recomputation(settings: type) -> str:
-    """What transformers calls it: in 5.17 the one, in 5.24 the other, where the first is deprecated."""
+    """Returns the name that transformers' settings have for the recomputation of activations.
+
+    It is "gradient_checkpointing" in 5.17 and "activation_checkpointing" in 5.24, where the first is deprecated.
+    """
     names = {field.name for field in dataclasses.fields(settings)}
     return "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
 
 
 def trainer(run: Run[Algorithm], model: Any, optimizers: tuple[Any, Any], ours: Trl) -> Any:
-    """TRL's trainer of the config's algorithm. Its data come with every iteration; at first it has a row to look at."""
+    """Makes TRL's trainer for the config's algorithm. It starts with one placeholder row; each iteration sets its data."""
     import trl
     from datasets import Dataset
 
@@ -444,7 +456,7 @@ def trainer(run: Run[Algorithm], model: Any, optimizers: tuple[Any, Any], ours: 
 
 
 def _options(config: Any, eos: Sequence[int]) -> dict[str, Any]:
-    """What a config says of its algorithm, in TRL's words."""
+    """Returns a config's settings of its algorithm as options of TRL's."""
     name, micro = config.algorithm, config.optimizer.micro_queries
     if name not in SAMPLE:
         pairs = {"loss_type": [config.dpo.loss], "beta": config.dpo.beta} if name == "dpo" else {}

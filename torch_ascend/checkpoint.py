@@ -1,6 +1,6 @@
-"""Checkpoints: a folder a step with every tensor (safetensors) and a JSON `meta` (iteration, step, environment).
+"""Checkpoints: one folder per step with every tensor (safetensors) and a JSON `meta` (iteration, step, environment).
 
-How they are committed, and what is checked when they are read, is `core.commits`'s business.
+`core.commits` commits them, and checks them when they are read.
 """
 
 import json
@@ -27,10 +27,10 @@ def save(path: Path, step: int, tensors: dict[str, Tensor], meta: dict[str, Any]
 
 
 def restore(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """The newest checkpoint's tensors, on the CPU, and its meta; None if there is none.
+    """Reads the newest checkpoint; returns (tensors, meta), or None if there is none. The tensors are on the CPU.
 
     Raises:
-        Damaged: it is not as it was written.
+        Damaged: a file of the checkpoint is not as it was written.
     """
     if (folder := commits.newest(path)) is None:
         return None
@@ -41,7 +41,7 @@ def restore(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
 
 
 def check(found: dict[str, Tensor], wanted: dict[str, Tensor], path: Path) -> None:
-    """Raises a UserError unless a checkpoint has the tensors that this config needs; it says which differ."""
+    """Raises a UserError unless a checkpoint has the tensors that this config needs; the message says which differs."""
     for name in sorted(found.keys() | wanted.keys()):
         a, b = ("nothing" if x is None else f"{tuple(x.shape)} {x.dtype}" for x in (found.get(name), wanted.get(name)))
         if a != b:

@@ -1,4 +1,4 @@
-"""Counting what is dispatched: bytes that live, operations, and messages between devices."""
+"""Counts the bytes of tensors that are alive, by watching the operators that are dispatched."""
 
 import weakref
 from collections.abc import Iterable
@@ -14,7 +14,10 @@ from torch_ascend.fakes import replaced
 
 
 class Counter(TorchDispatchMode):
-    """Bytes of the storages that are alive, of all that were made in this mode; with real tensors or without memory."""
+    """A mode that counts the bytes of the storages that were made in it and are still alive.
+
+    Tensors may be real, or without memory (FakeTensorMode).
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -22,7 +25,7 @@ class Counter(TorchDispatchMode):
         self._bytes: dict[int, int] = {}
 
     def reset(self) -> None:
-        """From here on `peak` is counted anew."""
+        """Starts counting `peak` anew, from the bytes that are alive now."""
         self.peak = self.now
 
     def add(self, tensors: Iterable[Tensor]) -> None:
@@ -73,6 +76,6 @@ class Counter(TorchDispatchMode):
 
 
 def count_bytes(tensors: Iterable[Tensor]) -> int:
-    """Of the storages of tensors, each once; of a DTensor this process's part."""
+    """Returns the bytes of the tensors' storages, each counted once. Of a DTensor only this process's part counts."""
     local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors)
     return sum({storage._cdata: storage.nbytes() for storage in (x.untyped_storage() for x in local)}.values())

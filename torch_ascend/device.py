@@ -1,4 +1,4 @@
-"""Devices: which there are, what they can do, how full they are. The only file that may import torch_npu."""
+"""Devices: which ones there are, what they can do, how full they are. The only file that may import torch_npu."""
 
 import contextlib
 import importlib
@@ -36,13 +36,16 @@ _INSTALL = "pip install 'ple_jax[ascend]' (torch-npu has torch's version number)
 
 
 def resolve(name: str = "auto") -> torch.device:
-    """The device that `name` means, this process's own where torchrun started several; it becomes the current one.
+    """Returns the device that `name` means, and makes it the current one.
+
+    If torchrun started several processes, it is this process's own device.
 
     Args:
         name: cpu, cuda or npu; auto is an Ascend NPU where there is one, else a CUDA device, else the CPU.
 
     Raises:
-        UserError: there is none of that kind; of an NPU it says what is missing: wheel, CANN or driver.
+        UserError: the name is unknown, or there is no device of that kind, or none for this process. For an NPU the message
+            says what is missing: wheel, CANN or driver.
     """
     # str() is "": nothing is missing
     checks: dict[str, Callable[[], str]] = {"npu": _missing_npu, "cuda": _missing_cuda, "cpu": str}
@@ -70,7 +73,7 @@ def _missing_cuda() -> str:
 
 
 def import_torch_npu() -> str:
-    """Imports torch_npu; what keeps it from that, if anything does."""
+    """Imports torch_npu; returns why that is impossible, or an empty string."""
     if importlib.util.find_spec("torch_npu") is None:
         return f"needs the package torch-npu, which is not installed: {_INSTALL}"
     try:
@@ -92,7 +95,7 @@ TORCH_NPU = import_torch_npu()
 
 
 def _missing_npu() -> str:
-    """Why there is no NPU; empty if there is one."""
+    """Returns why there is no NPU, or an empty string if there is one."""
     if not hasattr(torch, "npu"):
         return TORCH_NPU
     if not torch.npu.is_available():
@@ -101,7 +104,7 @@ def _missing_npu() -> str:
 
 
 def module(kind: str) -> Any:
-    """`torch.npu` or `torch.cuda`."""
+    """Returns `torch.npu` or `torch.cuda`, for a device of that kind."""
     return getattr(torch, kind)
 
 
@@ -116,14 +119,14 @@ def synchronize(device: torch.device) -> None:
 
 
 def recording_memory() -> Any:
-    """Memory for the temporary tensors of recordings of which never two are repeated at once."""
+    """Returns a memory pool for the temporary tensors of recordings, no two of which may be replayed at once."""
     return torch.cuda.graph_pool_handle()
 
 
 def record(call: Callable[[], None], memory: Any) -> Callable[[], None]:
-    """A function that repeats what `call` does on the device, launched as one; `call` must have run once before.
+    """Makes a recording of what `call` does on the device; returns a function that replays it in one launch.
 
-    Its tensors stay where they are in memory, and nothing in it may wait for the device.
+    `call` must have run once before. Its tensors stay where they are in memory, and nothing in it may wait for the device.
     """
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=memory):  # recorded, not run
@@ -133,27 +136,27 @@ def record(call: Callable[[], None], memory: Any) -> Callable[[], None]:
 
 @contextlib.contextmanager
 def profile(device: torch.device, folder: Path) -> Iterator[None]:
-    """A context whose operators are traced: a file for TensorBoard, chrome://tracing or Perfetto, in the folder."""
+    """Opens a context whose operators are traced, to a file in `folder` for TensorBoard, chrome://tracing or Perfetto."""
     profiler = importlib.import_module("torch_npu").profiler if device.type == "npu" else torch.profiler
     with profiler.profile(on_trace_ready=profiler.tensorboard_trace_handler(str(folder))):
         yield
 
 
 def total_memory(device: torch.device) -> int | None:
-    """Bytes of memory of an accelerator; None for the CPU, whose limit is not ours to know."""
+    """Returns the bytes of an accelerator's memory; None for the CPU, whose limit we cannot know."""
     return None if device.type == "cpu" else int(module(device.type).get_device_properties(device).total_memory)
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes of an accelerator's memory that no process has taken."""
+    """Returns the bytes of an accelerator's memory that no process has taken."""
     return int(module(device.type).mem_get_info(device)[0])
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes that tensors have held on an accelerator so far; 0 for the CPU."""
+    """Returns the most bytes that tensors have held on an accelerator so far; 0 for the CPU."""
     return 0 if device.type == "cpu" else int(module(device.type).max_memory_allocated(device))
 
 
 def description(device: torch.device) -> str:
-    """Its model: "Ascend910B3", "NVIDIA H100 80GB HBM3", "cpu"."""
+    """Returns a device's model, such as "Ascend910B3", "NVIDIA H100 80GB HBM3" or "cpu"."""
     return "cpu" if device.type == "cpu" else str(module(device.type).get_device_name(device))

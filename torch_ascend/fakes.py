@@ -28,7 +28,10 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 class _Operator(torch.autograd.Function):
-    """Results and gradients without values. What it keeps for the backward pass is what torch_npu's operator keeps."""
+    """An operator whose results and gradients have shapes, but no values.
+
+    For the backward pass it keeps what torch_npu's operator keeps.
+    """
 
     @staticmethod
     def forward(ctx: Any, results: Callable[..., tuple[Tensor, ...]], kept: slice, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -87,7 +90,7 @@ FUSED = {
 
 
 class Weights(Mapping[str, np.ndarray]):
-    """Weights of a model by name, in memory that is never touched, so that none is taken."""
+    """A model's weights by name, all zero, in memory that is never touched and therefore never taken."""
 
     def __init__(self, config: ModelConfig, dtype: str):
         self.shapes, self.dtype = expected_shapes(config), np.dtype(getattr(ml_dtypes, dtype, dtype))

@@ -1,4 +1,4 @@
-"""What the model says of a batch: log-probabilities, entropy, values and scores of packed rows, in chunks of tokens."""
+"""Log-probabilities, entropy, values and scores of a batch of packed rows, computed in chunks of tokens."""
 
 import functools
 from typing import Any
@@ -16,10 +16,10 @@ CHUNK = 512  # tokens whose logits exist at one time: 100 MB in fp32 at a vocabu
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """log softmax(logits / temperature)[target], chunked over tokens: [token, vocab] never exists, forward or backward.
+    """The autograd function log softmax(logits / temperature)[target] in nats, computed chunk by chunk.
 
-    The gradient is with respect to `hidden` alone (the head is frozen) and is computed beside the value, so that the
-    backward pass needs neither the logits nor a second pass over the vocabulary.
+    [token, vocab] never exists, forward or backward. The gradient is with respect to `hidden` alone (the head is frozen) and
+    is computed beside the value, so that the backward pass needs neither the logits nor a second pass over the vocabulary.
     """
 
     @staticmethod
@@ -53,7 +53,7 @@ def _tempered(x: Tensor, temperature: float) -> Tensor:
 def token_logprobs(
     model: Model, hidden: Float[Tensor, "*batch hidden"], targets: Int64[Tensor, "*batch"], temperature: float = 1.0
 ) -> Float32[Tensor, "*batch"]:
-    """log softmax(logits / temperature)[target] in nats, of hidden states; see `_TokenLogprobs`."""
+    """Computes log softmax(logits / temperature)[target] in nats from hidden states; see `_TokenLogprobs`."""
     flat = _TokenLogprobs.apply(hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), model, temperature)
     return flat.view(targets.shape)
 
@@ -62,7 +62,7 @@ def token_logprobs(
 def token_entropy(
     model: Model, hidden: Float[Tensor, "*batch hidden"], targets: Int64[Tensor, "*batch"], temperature: float = 1.0
 ) -> tuple[Float32[Tensor, "*batch"], Float32[Tensor, "*batch"]]:
-    """`token_logprobs`, and beside them the entropy in nats of softmax(logits / temperature); not differentiated."""
+    """Computes `token_logprobs`, and beside them the entropy of softmax(logits / temperature); nats, not differentiated."""
     value, spread = [], []
     for h, y in zip(hidden.reshape(-1, hidden.shape[-1]).split(CHUNK), targets.reshape(-1).split(CHUNK), strict=True):
         logits = _tempered(model.logits(h), temperature)
@@ -74,7 +74,7 @@ def token_entropy(
 
 
 def visible(packed: Packed) -> Bool[Tensor, "row time time"]:
-    """What a token sees: of its own query what is before it, of the prompt and of its own response."""
+    """Returns which tokens each token sees: itself, and those before it in its query's prompt and in its own response."""
 
     def pair(x: Int64[Tensor, "row time"]) -> Bool[Tensor, "row time time"]:
         return x[:, :, None] == x[:, None]
@@ -85,23 +85,23 @@ def visible(packed: Packed) -> Bool[Tensor, "row time time"]:
 
 
 def _at(x: Shaped[Tensor, "device place *rest"], index: Int64[Tensor, "device n"]) -> Shaped[Tensor, "device n *rest"]:
-    """What is in some places, none twice; of a place outside, which nobody reads, anything.
+    """Returns the entries of x at given places of the device. No place comes twice; what a place outside gives is arbitrary.
 
-    The gradient's additions have one order: of what nobody reads zeros are added.
+    The order of the gradient's additions does not matter, since entries that nobody reads add zeros.
     """
     index = index.clamp(max=x.shape[1] - 1)
     return x.gather(1, index if x.dim() == 2 else index[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def hidden_states(model: Model, adapter: adapters.Adapter, packed: Packed) -> Float[Tensor, "device place hidden"]:
-    """Of every token of packed rows; the device is this one."""
+    """Computes the final hidden state of every token of packed rows. The only device is this process's."""
     numbers = packed.number, int(packed.total)
     states = model.apply(adapter, packed.tokens, positions=packed.positions, mask=visible(packed), numbers=numbers)
     return states.reshape(1, -1, states.shape[-1])
 
 
 def predicting(hidden: Float[Tensor, "device place hidden"], packed: Packed) -> Float[Tensor, "device token hidden"]:
-    """The hidden states that predict each response token: the last prompt token's is that of every first one."""
+    """Returns the hidden states that predict each response token; the last prompt token's predicts all first tokens."""
     last = _at(hidden, packed.last[None])[:, :, None]
     first = last.expand(-1, -1, packed.places.shape[1], -1).reshape(1, -1, hidden.shape[-1])
     return torch.cat([first, _at(hidden, packed.before)], 1)
@@ -114,7 +114,7 @@ def _read(head: Float32[Tensor, "hidden 1"], hidden: Float[Tensor, "*batch hidde
 def _of_responses(
     x: Float32[Tensor, "device token"], places: Int64[Tensor, "query *place"]
 ) -> Float32[Tensor, "query *place"]:
-    """In the order of the queries, what the device has in its order; 0 where the place is outside."""
+    """Puts values of response tokens from device order into the order of the queries; a place outside gives 0."""
     return torch.where(places < x.shape[1], _at(x, places.reshape(1, -1)).reshape(places.shape), 0.0)
 
 
@@ -126,10 +126,10 @@ def outputs(
     entropy: bool = False,
     temperature: float = 1.0,
 ) -> Outputs:
-    """What the model says of a batch.
+    """Computes the model's `Outputs` for a batch: log-probabilities, entropy if asked for, and the adapter's heads' values.
 
     Args:
-        packed: its rows, of `core.packing.pack`, as tensors.
+        packed: the batch's rows, as `core.packing.pack` makes them, as tensors.
         temperature: what the logits are divided by, above 0.
     """
     said = Lazy(model, adapter, packed, temperature)
@@ -138,7 +138,10 @@ def outputs(
 
 
 class Lazy:
-    """`Outputs` for a loss: log-probabilities cost as much as several layers, and a reward model's loss reads none."""
+    """`Outputs` for a loss, with log-probabilities that are computed when they are first read.
+
+    They cost as much as several layers, and a reward model's loss does not read them.
+    """
 
     entropy = None
 
@@ -156,7 +159,7 @@ class Lazy:
         return _of_responses(found, self._packed.places)
 
     def spread(self) -> tuple[Float32[Tensor, "query k response_len"], Float32[Tensor, "query k response_len"]]:
-        """Log-probabilities, and the entropy, which no loss is told."""
+        """Computes the log-probabilities and the entropy, both in nats. A loss gets no entropy."""
         found = token_entropy(self._model, self._hidden, self._packed.targets, self._temperature)
         logprobs, spread = (_of_responses(x, self._packed.places) for x in found)
         return logprobs, spread

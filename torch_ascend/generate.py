@@ -1,4 +1,4 @@
-"""Sampling in rows that are refilled: prompts are read into some (`begin`), and a token of each is drawn at a time.
+"""Sampling in rows that are refilled: `begin` reads prompts into some rows, `Decoding` draws one token of each at a time.
 
 Its twin is `ple_jax/backend/generate.py`. Tokens are drawn by inverting the CDF in the same order of additions as there, so
 that both backends draw the same ones.
@@ -29,8 +29,8 @@ def filter_probabilities(
 ) -> Float32[Tensor, "row vocab"]:
     """Zeroes what top-k, then top-p (nucleus, arXiv:1904.09751), then min-p (arXiv:2407.01082) leave out.
 
-    `p` need not sum to 1. Ties with the last token kept are kept. No sort: non-negative floats are ordered as their bits
-    are, so the cut is found exactly by 31 bisections over the bits.
+    `p` need not sum to 1. Ties with the last token kept are kept. Nothing is sorted: non-negative floats are ordered as
+    their bits are, so the cut is found exactly by 31 bisections over the bits.
     """
     if top_k:
         p = _cut(p, lambda kept: kept.to(torch.int32).sum(-1) >= min(top_k, p.shape[-1]))
@@ -43,7 +43,7 @@ def filter_probabilities(
 
 
 def _cut(p: Float32[Tensor, "row vocab"], enough: Callable[[Tensor], Tensor]) -> Float32[Tensor, "row vocab"]:
-    """Keeps p >= t for the largest t at which what is kept is still `enough`."""
+    """Keeps the entries p >= t, for the largest t at which what is kept is still `enough`, and zeroes the others."""
     bits = p.view(torch.int32)
     low = torch.zeros_like(bits[:, 0])  # keeping everything is enough
     high = torch.full_like(low, 0x7F800000)  # the bits of infinity
@@ -55,10 +55,10 @@ def _cut(p: Float32[Tensor, "row vocab"], enough: Callable[[Tensor], Tensor]) ->
 
 
 def invert_cdf(p: Float32[Tensor, "row vocab"], u: Float32[Tensor, " row"]) -> Int64[Tensor, " row"]:
-    """The token at quantile `u` in [0, 1) of the unnormalised distribution `p`, in vocabulary order.
+    """Returns the token at quantile `u` in [0, 1) of the unnormalised distribution `p`, in vocabulary order.
 
-    Two levels, the sums of blocks of 128 and then inside one block, as in JAX: another order of additions would put the
-    edges between tokens elsewhere.
+    It looks first among the sums of blocks of 128, then inside one block, as in JAX: another order of additions would put
+    the edges between tokens elsewhere.
     """
     rows, vocab = p.shape
     blocks = torch.nn.functional.pad(p, (0, -vocab % _BLOCK)).view(rows, -(-vocab // _BLOCK), _BLOCK)
@@ -68,7 +68,7 @@ def invert_cdf(p: Float32[Tensor, "row vocab"], u: Float32[Tensor, " row"]) -> I
 
 
 def _pick(p: Float32[Tensor, "row n"], u: Float32[Tensor, " row"]) -> tuple[Int64[Tensor, " row"], Float32[Tensor, " row"]]:
-    """The entry at quantile u, and the quantile inside that entry."""
+    """Returns the index of the entry at quantile u, and the quantile inside that entry."""
     upper = p.cumsum(-1)
     target = u * upper[:, -1]
     # rounding may put the target at or above the last sum: the last entry with any mass is meant
@@ -81,15 +81,16 @@ def _pick(p: Float32[Tensor, "row n"], u: Float32[Tensor, " row"]) -> tuple[Int6
 
 
 class Drawn(NamedTuple):
-    """A token of every row, and its log-probability: of softmax(logits / temperature), whatever filters left out of it."""
+    """A token of every row, and its log-probability under softmax(logits / temperature), before any filter."""
 
     token: Int64[Tensor, " row"]
     logprob: Float32[Tensor, " row"]  # nats
 
 
 def sample_token(logits: Float32[Tensor, "row vocab"], u: Float32[Tensor, " row"], *, sampling: Sampling) -> Drawn:
-    """One token per row: argmax at temperature 0, of which log-probabilities are at 1, else the filtered distribution at
-    quantile `u`.
+    """Draws one token per row: at quantile `u` of the filtered distribution, or the argmax at temperature 0.
+
+    Log-probabilities are those of softmax(logits / temperature), and at temperature 0 those of temperature 1.
     """
     below = (logits - logits.amax(-1, keepdim=True)) / (sampling.temperature or 1.0)
     p = below.exp()
@@ -101,13 +102,15 @@ def sample_token(logits: Float32[Tensor, "row vocab"], u: Float32[Tensor, " row"
 
 
 class Rows:
-    """What is decoded together: a response in every row, or the last one that ended there; tensors written in place.
+    """The rows that are decoded together. Each holds its current response, or the last one that ended in it.
+
+    The tensors are written in place.
 
     Args:
-        count: of them, on this process's device.
+        count: number of rows on this process's device.
         room: positions of a row's own prompt and response.
         new: most tokens of a response.
-        eos: what ends one.
+        eos: the tokens that end a response.
     """
 
     def __init__(self, model: Model, count: int, room: int, new: int, eos: Sequence[int]):
@@ -127,7 +130,7 @@ class Rows:
 
 @torch.no_grad()  # not inference_mode: what FSDP2 gathers in it could not be used in training
 def read_prefix(model: Model, adapter: Adapter, prefix: Int64[Tensor, " prefix_len"]) -> Cache:
-    """Keys and values of one row, which all that share the prefix attend to."""
+    """Computes the keys and values of a prefix, held as one row, to which all rows that share the prefix attend."""
     return _read(model, adapter, None, prefix[None], torch.full((1,), len(prefix), device=prefix.device))[1]
 
 
@@ -144,8 +147,8 @@ def begin(
     """Reads the prompts of a group, and draws the first token of every response to them.
 
     Args:
-        prefix: what `read_prefix` gave, where the prompts stand after it.
-        group: of this process alone, its numbers as tensors; of responses only those that begin.
+        prefix: the result of `read_prefix` if the prompts follow the prefix, else None.
+        group: this process's own, its numbers as tensors, with only those responses that begin.
     """
     hidden, cache = _read(model, adapter, prefix, group.tokens, group.lengths)
     last = hidden.gather(1, (group.lengths - 1)[:, None, None].expand(-1, 1, hidden.shape[-1]))[:, 0]
@@ -176,7 +179,7 @@ def begin(
 def _read(
     model: Model, adapter: Adapter, prefix: Cache | None, tokens: Tensor, lengths: Tensor
 ) -> tuple[Float[Tensor, "prompt length hidden"], Cache]:
-    """Hidden states of prompts, padded on the right, and their keys and values, after the prefix's."""
+    """Computes the hidden states of prompts, padded on the right, and their keys and values after those of the prefix."""
     (count, length), place = tokens.shape, {"device": tokens.device}
     before = 0 if prefix is None else prefix.length
     cache = Cache.empty(model.config, count, before + length, dtype=model.dtype, **place)
@@ -196,10 +199,12 @@ def _ends(token: Int64[Tensor, " row"], eos: Int64[Tensor, " n"]) -> Bool[Tensor
 
 
 class Decoding:
-    """Steps of some rows, of their cache as far as it is filled; where they are recorded, once for every reach.
+    """The decoding steps of some rows. A step reads the cache as far as it is filled.
+
+    If steps are recorded, there is one recording per reach.
 
     Args:
-        prefix: what `read_prefix` gave, if any row stands after it.
+        prefix: the result of `read_prefix` if any row follows the prefix, else None.
         recorded: whether the device records a step and repeats it (a CUDA graph), so that it waits for no launch.
     """
 
@@ -214,11 +219,11 @@ class Decoding:
         self.memory = devices.recording_memory() if recorded else None  # of all of them: none runs while another does
 
     def __call__(self, enough: Callable[[Bool[Tensor, " row"]], bool], *, steps: int, unasked: int) -> None:
-        """Decodes so many tokens of every row at most.
+        """Decodes at most `steps` tokens of every row.
 
         Args:
-            enough: whether decoding may stop; it waits for the device.
-            unasked: tokens decoded between two calls of it.
+            enough: says, of which rows are done, whether decoding may stop; it waits for the device.
+            unasked: tokens decoded between two calls of `enough`.
         """
         filled = int(torch.where(self.rows.done, 0, self.rows.filled).amax())
         for i in range(steps):
@@ -236,12 +241,12 @@ class Decoding:
 
 @torch.no_grad()
 def _step(model: Model, adapter: Adapter, prefix: Cache | None, rows: Rows, sampling: Sampling, reach: int) -> None:
-    """Writes the token of every row and draws the next one; a row that is done stays as it is.
+    """Writes the last token of every row to the cache and draws the next one; a row that is done stays as it is.
 
-    Of tensors alone and in place: what a device records it can repeat.
+    It uses only tensors and works in place, so that a device can record and repeat it.
 
     Args:
-        reach: how much of the cache is read.
+        reach: how many positions of the cache are read.
     """
     place, (count, new) = {"device": rows.token.device}, rows.tokens.shape
     live, own = ~rows.done, torch.arange(reach, **place)[None]
@@ -273,11 +278,11 @@ def _step(model: Model, adapter: Adapter, prefix: Cache | None, rows: Rows, samp
 def stream(
     model: Model, adapter: Adapter, prompt: Sequence[int], uniforms: Float32[Tensor, " max_new"], *, sampling: Sampling
 ) -> Iterator[int]:
-    """One response, token by token as it is sampled, until EOS (yielded too) or `max_new` tokens.
+    """Yields one response token by token as it is sampled, until EOS (yielded too) or `max_new` tokens.
 
     Args:
-        adapter: {} for the base alone.
-        uniforms: the noise of every token.
+        adapter: the adapter, or {} for the base alone.
+        uniforms: the noise of every token, in [0, 1).
     """
     length, new, place = len(prompt), len(uniforms), {"device": model.device}
     total = length + new

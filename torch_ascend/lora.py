@@ -1,6 +1,6 @@
-"""LoRA in torch: linear modules that add the adapter in hand to what the frozen one computes. arXiv:2106.09685.
+"""LoRA in torch: linear modules that add the current adapter's term to what a frozen module computes. arXiv:2106.09685.
 
-An adapter is `ple_jax.models.adapters`' dict `{module path: {"a": [in, rank], "b": [rank, out]}}` of fp32 tensors. It is no
+An adapter is `ple_jax.models.adapters`' dict `{module path: {"a": [in, rank], "b": [rank, out]}}` of fp32 tensors. It is not
 part of the module tree: `Model.apply` is given one, so that policy, reference and base are one set of weights.
 """
 
@@ -17,7 +17,10 @@ Numbers = tuple[Tensor, int]  # of the tokens of rows, [row, time], among all of
 
 
 def magnitudes(module: nn.Module, adapter: Adapter, device: torch.device) -> Adapter:
-    """A DoRA adapter with the norms of W + scale A B as its magnitudes, on the host; untrained it does what LoRA does."""
+    """Returns a DoRA adapter with the norms of W + scale A B as its magnitudes, on the host.
+
+    Before it is trained, it computes what LoRA computes.
+    """
     found = {}
     for part in module.modules():
         if isinstance(part, Linear):
@@ -27,7 +30,7 @@ def magnitudes(module: nn.Module, adapter: Adapter, device: torch.device) -> Ada
 
 
 class Linear(nn.Module):
-    """A frozen linear module and the adapter's share: y = W x + scale * B A x, of which B A x is in fp32."""
+    """A frozen linear module with an adapter's term: y = W x + scale * B A x, where B A x is in fp32."""
 
     def __init__(
         self,
@@ -39,12 +42,13 @@ class Linear(nn.Module):
         transposed: bool,
         numbers: Callable[[], Numbers | None] = lambda: None,
     ):
-        """
+        """Wraps a linear module.
+
         Args:
             base: nn.Linear, or a module whose weight is [in, out] (`transposed`).
-            path: its name in adapters.
-            current: gives the adapter in hand.
-            numbers: gives those of the tokens in hand.
+            path: the module's name in adapters.
+            current: returns the adapter of the current call.
+            numbers: returns the `Numbers` of the current call's tokens.
         """
         super().__init__()
         self.base, self.path, self.current, self.transposed = base, path, current, transposed
@@ -72,7 +76,10 @@ class Linear(nn.Module):
 
     @torch.no_grad()
     def norm(self, module: dict[str, Tensor]) -> Float[Tensor, " out"]:
-        """||W + scale * A B|| of every output, without A B itself; a constant to the gradient (arXiv:2402.09353, 4.3)."""
+        """Computes ||W + scale * A B|| for every output, without computing A B itself.
+
+        It is a constant to the gradient (arXiv:2402.09353, 4.3).
+        """
         w = self.base.weight
         w = (w.full_tensor() if isinstance(w, DTensor) else w).to(torch.float32)
         w = w if self.transposed else w.T
@@ -92,7 +99,7 @@ def _dropped(h: Float[Tensor, "*batch inp"], rate: float, numbers: Numbers | Non
 
 
 def trainable(adapter: Adapter, device: torch.device) -> Adapter:
-    """An adapter of the host (numpy) as leaves on a device that gather gradients."""
+    """Copies an adapter from the host (numpy) to a device, as leaves that accumulate gradients."""
     return {
         path: {kind: torch.tensor(x, dtype=torch.float32, device=device, requires_grad=True) for kind, x in module.items()}
         for path, module in adapter.items()
@@ -100,15 +107,15 @@ def trainable(adapter: Adapter, device: torch.device) -> Adapter:
 
 
 def frozen(adapter: Adapter) -> Adapter:
-    """A copy that stays as it is."""
+    """Returns a copy of an adapter that training does not change."""
     return {path: {kind: x.detach().clone() for kind, x in module.items()} for path, module in adapter.items()}
 
 
 def leaves(adapter: Adapter) -> dict[str, Tensor]:
-    """Every tensor by "path/kind", in the adapter's order."""
+    """Returns every tensor of an adapter by "path/kind", in the adapter's order."""
     return {f"{path}/{kind}": x for path, module in adapter.items() for kind, x in module.items()}
 
 
 def head(adapter: Adapter, name: str) -> Tensor | None:
-    """The head [hidden, 1] of that name beside an adapter, where there is one."""
+    """Returns the head [hidden, 1] of that name beside an adapter, or None if there is none."""
     return adapter[name]["w"] if name in adapter else None

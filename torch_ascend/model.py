@@ -1,7 +1,7 @@
 """The decoder: transformers' module, filled with weights tensor by tensor, called with everything it depends on.
 
-What is ours: which tokens see which (a mask, given), the KV cache, the adapter, and the operators of `torch_ascend.ops`.
-Its own cache, whose interface changes from version to version, is not used.
+Ours are the mask that says which tokens see which, the KV cache, the adapter, and the operators of `torch_ascend.ops`.
+Transformers' own cache, whose interface changes from version to version, is not used.
 """
 
 import contextlib
@@ -32,14 +32,14 @@ _ATTENTION = "ple_ops"  # our function's name among transformers' attention impl
 
 
 class Cache(NamedTuple):
-    """Keys and values of all source positions, [row, kv_head, source, dim] a layer; written in place."""
+    """A KV cache: keys and values of all source positions, [row, kv_head, source, dim] per layer, written in place."""
 
     keys: list[Tensor]
     values: list[Tensor]
 
     @property
     def length(self) -> int:
-        """Positions that there is room for."""
+        """The number of positions that there is room for."""
         return self.keys[0].shape[2]
 
     @classmethod
@@ -78,17 +78,17 @@ class Model:
         prefix: Cache | None = None,
         numbers: lora.Numbers | None = None,
     ) -> Float[Tensor, "row time hidden"]:
-        """Hidden states after the last norm.
+        """Computes the final hidden states, after the last norm.
 
         Args:
-            adapter: of tensors; {} for the base alone.
-            mask: whether a token may see a source position; a cache is read as far as it goes.
-            source_positions: of what is in the cache (`positions` without one); read where a layer has a window.
+            adapter: a dict of tensors; {} for the base alone.
+            mask: whether a token may see a source position; a cache is read as far as the mask goes.
+            source_positions: positions of what is in the cache (default: `positions`), read if a layer has a window.
             cache: keys and values are written to it, and read from it.
-            index: where they are written: the first place of several, or of one token a row, each at its own place.
-            prefix: keys and values of one row, which every row may attend to where it has one token; `mask` and
+            index: where they are written: from this position on, or with one token per row at a position per row.
+            prefix: keys and values of one row, to which all rows may attend in a call with one token per row; `mask` and
                 `source_positions` begin with it.
-            numbers: of the tokens among all of a batch, which the noise of dropout goes by.
+            numbers: of the tokens among all tokens of a batch; they determine the noise of dropout.
         """
         visible = mask[:, None]
         if self.windowed:  # how far back every source lies: each layer cuts at its own window
@@ -112,7 +112,7 @@ class Model:
         return weight if self.able.mixed_matmul else weight.float()
 
     def logits(self, hidden: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch vocab"]:
-        """fp32, whatever the weights are: rounded to bfloat16, a logit of 20 would be off by 0.06."""
+        """Computes logits in fp32, whatever the weights are: rounded to bfloat16, a logit of 20 would be off by 0.06."""
         flat = hidden.reshape(-1, hidden.shape[-1])
         if self.head.dtype == torch.float32:
             out = flat.float() @ self.head.T
@@ -143,10 +143,10 @@ class Model:
 
     @property
     def holds_prefix(self) -> bool:
-        """Whether one token a row attends to its cache in blocks, and to a prefix that all rows share.
+        """Whether decoding attends to the cache in blocks, and to a prefix that is held once for all rows.
 
-        Where scores in float32 would need a copy of the keys, or a part of a cache might be copied to be read, each row has
-        the prefix in its own cache, and all of that is read at once.
+        If scores in float32 would need a copy of the keys, or a part of a cache might be copied to be read, each row has the
+        prefix in its own cache instead, and the whole of that is read at once.
         """
         return self.able.strided and (self.dtype == torch.float32 or self.able.mixed_matmul)
 
@@ -155,7 +155,7 @@ class Model:
 
 
 def _written(whole: Tensor, part: Float[Tensor, "row kv time dim"], index: int | Tensor) -> Tensor:
-    """A layer's keys or values with these at a place, written in place."""
+    """Writes keys or values to a layer's cache in place, from `index` on or at one position per row; returns that cache."""
     if isinstance(index, int):
         whole[:, :, index : index + part.shape[2]] = part
         return whole
@@ -175,7 +175,7 @@ def _attention(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers' attention modules call."""
+    """Computes attention for transformers' attention modules, which call this by its registered name."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return module.owner.attend(module.layer_idx, query, key, value, attention_mask, scale, softcap).transpose(1, 2), None
 
@@ -196,12 +196,15 @@ def create(
     able: devices.Capabilities | None = None,
     remat: str = "none",
 ) -> Model:
-    """The decoder of a config.json with its parameters on the meta device: `fill` gives them weights.
+    """Creates the decoder of a config.json with its parameters on the meta device: `fill` gives them weights.
 
     Args:
         raw: the config.json.
         able: what the device can do; it is looked up if it is not given.
         remat: what the backward pass recomputes: none | dots (all but matmuls) | full.
+
+    Raises:
+        UserError: transformers does not take this config.json.
     """
     try:
         read = AutoConfig.for_model(**raw.get("text_config", raw))  # of a model with images, the language model
@@ -224,7 +227,7 @@ def create(
 
 @contextlib.contextmanager
 def _parameters_on_meta(dtype: torch.dtype) -> Iterator[None]:
-    """Modules made in here have parameters without memory, and buffers (rotary frequencies) as they should be."""
+    """Opens a context in which new modules have parameters without memory, and buffers (rotary frequencies) with values."""
     register = nn.Module.register_parameter
 
     def on_meta(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -291,7 +294,7 @@ def fill(model: Model, weights: Mapping[str, np.ndarray], *, layer_done: Callabl
     """Gives every parameter its weights, in the model's dtype and on its device; the host holds few at a time.
 
     Args:
-        weights: Hugging Face's names, as `ple_jax.models.weights.load` gives them.
+        weights: by Hugging Face's names, as `ple_jax.models.weights.load` gives them.
         layer_done: called with every layer as soon as it is whole, and before the next one is read. It may shard it.
     """
     own, family = {our_names(name): name for name in weights}, FAMILIES[model.config.family]
@@ -326,14 +329,17 @@ def fill(model: Model, weights: Mapping[str, np.ndarray], *, layer_done: Callabl
 
 
 def our_names(name: str) -> str:
-    """A path of the checkpoint in the module tree: the language model of one with images stands alone here."""
+    """Returns the module tree's path for a path of the checkpoint.
+
+    If the checkpoint is of a model with images, its language model stands alone here.
+    """
     return name.replace(".language_model", "")
 
 
 def _read(
     config: ModelConfig, weights: Mapping[str, np.ndarray], own: Mapping[str, str], name: str, like: nn.Parameter
 ) -> Tensor:
-    """A parameter's values, in the checkpoint's dtype."""
+    """Reads a parameter's values, in the checkpoint's dtype."""
     stored = name.replace(".base.", ".")  # a `lora.Linear` holds the module it stands for
     if stored in own:
         return _tensor(weights[own[stored]], stored, like)
@@ -352,7 +358,10 @@ def _tensor(array: np.ndarray, name: str, like: nn.Parameter | None = None) -> T
 
 
 def _experts(config: ModelConfig, weights: Mapping[str, np.ndarray], name: str) -> np.ndarray:
-    """Router or experts of one layer, as transformers has them: [expert, 2 * inner, hidden], [expert, hidden, inner]."""
+    """Reads the router or the experts of one layer, as transformers has them.
+
+    Experts' weights are [expert, 2 * inner, hidden] (gate and up) and [expert, hidden, inner] (down).
+    """
     family = FAMILIES[config.family]
     layer = name.removeprefix(f"{family.layers}.").split(".")[0]
     prefix, names = f"{family.layers}.{layer}.", family.experts

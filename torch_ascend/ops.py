@@ -1,7 +1,7 @@
 """The operators that decide a decoder's speed on an NPU: each in plain torch, and as torch_npu's fused one.
 
-Both tables take and give the same; a test holds them to it. What torch_npu calls its operators, and what they ask of their
-arguments, is known here alone.
+The functions of both tables take and return the same; a test holds them to it. Only this file knows what torch_npu calls its
+operators, and what they ask of their arguments.
 """
 
 import dis
@@ -43,7 +43,7 @@ class Ops(NamedTuple):
 
 
 def _rms_norm(x: Float[Tensor, "*batch size"], weight: Float[Tensor, " size"], eps: float) -> Float[Tensor, "*batch size"]:
-    """x / sqrt(mean(x^2) + eps) * weight in fp32, rounded once, to x's dtype."""
+    """Computes x / sqrt(mean(x^2) + eps) * weight in fp32, rounded once, to x's dtype."""
     wide = x.float()
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
 
@@ -51,7 +51,7 @@ def _rms_norm(x: Float[Tensor, "*batch size"], weight: Float[Tensor, " size"], e
 def _rope(
     x: Float[Tensor, "row head time dim"], cos: Float[Tensor, "row 1 time dim"], sin: Float[Tensor, "row 1 time dim"]
 ) -> Float[Tensor, "row head time dim"]:
-    """Rotary positions, entry i of a head paired with entry i + dim/2 (Llama's order)."""
+    """Rotates heads by their positions; entry i of a head is paired with entry i + dim/2 (Llama's order)."""
     first, second = x.chunk(2, -1)
     return (x * cos + torch.cat([-second, first], -1) * sin).to(x.dtype)
 
@@ -69,7 +69,7 @@ def _attention(
     scale: float,
     softcap: float | None = None,
 ) -> Float[Tensor, "row head time dim"]:
-    """softmax(scale * q k^T) v over what is visible; a query that may see nothing (padding) gets zeros.
+    """Computes softmax(scale * q k^T) v over what is visible; a query that may see nothing (padding) gets zeros.
 
     Args:
         visible: True = may be seen.
@@ -96,7 +96,7 @@ def _attention(
 def _token_logprob(
     logits: Float32[Tensor, "*batch vocab"], targets: Int64[Tensor, "*batch"]
 ) -> tuple[Float32[Tensor, "*batch"], Float32[Tensor, "*batch"]]:
-    """log softmax(logits)[target], and logsumexp(logits). Not differentiated."""
+    """Computes log softmax(logits)[target], in nats, and logsumexp(logits). It is not differentiated."""
     normaliser = torch.logsumexp(logits, -1)
     return _of_target(logits, targets) - normaliser, normaliser
 
@@ -157,10 +157,10 @@ OPERATORS = ("npu_rms_norm", "npu_rotary_mul", "npu_swiglu", "npu_fusion_attenti
 
 
 def npu() -> Ops:
-    """The fused operators.
+    """Returns the fused operators of torch_npu.
 
     Raises:
-        UserError: torch_npu is not imported, or has not all of them.
+        UserError: torch_npu is not imported, or lacks some of them.
     """
     if absent := [name for name in OPERATORS if not hasattr(torch.ops.npu, name)]:
         raise UserError(
@@ -171,13 +171,13 @@ def npu() -> Ops:
 
 
 def choose(name: str, device: torch.device) -> Ops:
-    """The table that `name` means on a device.
+    """Returns the table of operators that `name` means on a device.
 
     Args:
-        name: reference | npu; auto is npu on an NPU.
+        name: reference | npu; auto is npu on an NPU, and reference elsewhere.
 
     Raises:
-        UserError: there are no fused operators, or none for this kind of device.
+        UserError: the name is unknown, there are no fused operators, or there are none for this kind of device.
     """
     if name not in ("auto", "reference", "npu"):
         raise UserError(f"operators {name!r} are none of auto, reference, npu")
@@ -195,10 +195,10 @@ def choose(name: str, device: torch.device) -> Ops:
 def install(model: PreTrainedModel, ops: Ops) -> list[str]:
     """Makes a model of transformers compute with `ops`, where a module does just what an operator does.
 
-    That is told by the code of a module's `forward`: a family's copy of Llama's norm is compiled to the same instructions as
-    Llama's, and what differs in anything is left as it is. So are rotations of a part of the head or of neighbouring
-    entries, gates that are not silu, experts, and LayerNorm. Only this model's own modules change. Attention itself is the
-    business of the attention function that the model is created with.
+    Whether it does is decided by the code of the module's `forward`: a family's copy of Llama's norm is compiled to the same
+    instructions as Llama's. A module that differs in anything is left as it is. So are rotations of a part of the head or of
+    neighbouring entries, gates that are not silu, experts, and LayerNorm. Only this model's own modules change. Attention
+    itself is computed by the attention function that the model is created with.
 
     Returns:
         What was replaced, for the log. Nothing if `ops` is the reference, which transformers' own code is already.
@@ -237,7 +237,10 @@ def _mlp(module: nn.Module, ops: Ops) -> Callable | None:
 
 
 def _rotating(module: nn.Module, ops: Ops) -> Callable | None:
-    """The forward of an attention module over again, but for the rotary function, a global of its file that it calls."""
+    """Returns an attention module's forward with `ops.rope` in it, or None if the module does not rotate as that does.
+
+    It is a copy of the module's own, with another rotary function in the place of the global of its file.
+    """
     name = "apply_rotary_pos_emb"
     # decorators of these only rename deprecated arguments
     forward = inspect.unwrap(type(module).forward)
@@ -262,7 +265,10 @@ def _rotating(module: nn.Module, ops: Ops) -> Callable | None:
 
 
 def _turns_whole_heads(model: PreTrainedModel) -> bool:
-    """Whether RoPE turns all of a head, by cosines and sines as they are: the operator wants no more than one (YaRN has)."""
+    """Says whether RoPE turns whole heads, by cosines and sines that are not scaled.
+
+    The operator accepts none above 1, which YaRN has.
+    """
     parameters = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     kinds = [kind for kind in parameters.values() if isinstance(kind, dict)] or [parameters]
     if any(kind.get("partial_rotary_factor", 1.0) != 1.0 for kind in kinds):
@@ -272,14 +278,14 @@ def _turns_whole_heads(model: PreTrainedModel) -> bool:
 
 
 def _same_class(module: nn.Module, known: type) -> bool:
-    """Whether a module computes what the known class does: each of its methods is the same."""
+    """Says whether a module computes what the known class does, because each of its methods is the same."""
     skipped = ("__init__", "extra_repr")
     methods = {name: f for name, f in vars(known).items() if inspect.isfunction(f) and name not in skipped}
     return all(_same(getattr(type(module), name, None), f) for name, f in methods.items())
 
 
 def _same(f: Any, g: Any) -> bool:
-    """Whether two functions are compiled to the same instructions; names of local variables do not count."""
+    """Says whether two functions are compiled to the same instructions; names of local variables do not count."""
     if not (inspect.isfunction(f) and inspect.isfunction(g)):  # some are replaced by objects, if a package is installed
         return False
     return _instructions(f) == _instructions(g)

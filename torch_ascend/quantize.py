@@ -1,7 +1,6 @@
 """A quantised base, QLoRA style: linear weights stored in 8 or 4 bits, expanded where they are used. arXiv:2305.14314.
 
-The twin of `ple_jax.backend.quantize`: the same levels and scales, so that a model quantised by either backend is the same
-one.
+Its twin, `ple_jax.backend.quantize`, has the same levels and scales: a model quantised by either backend is the same one.
 
 | kind | values | scales | bits a weight |
 |---|---|---|---|
@@ -31,13 +30,17 @@ _BETWEEN = (_LEVELS[1:] + _LEVELS[:-1]) / 2
 
 
 class Quantized(nn.Module):
-    """A frozen linear module whose weight is quantised; the bias is as it was."""
+    """A frozen linear module whose weight is quantised; its bias is not."""
 
     def __init__(self, base: nn.Module, kind: str, *, transposed: bool):
-        """
+        """Prepares a module without values, which `fill` computes.
+
         Args:
             base: nn.Linear, or a module whose weight is [in, out] (`transposed`).
             kind: int8 or nf4.
+
+        Raises:
+            UserError: nf4 is asked for an input size that is no multiple of 16.
         """
         super().__init__()
         self.bias, self.kind, self.transposed, self.dtype = base.bias, kind, transposed, base.weight.dtype
@@ -53,7 +56,7 @@ class Quantized(nn.Module):
                 )
 
     def fill(self, weight: Float[Tensor, "..."]) -> None:
-        """Quantises to the nearest level, each channel or block scaled by its largest magnitude."""
+        """Quantises the weight to the nearest level, each channel or block scaled by its largest magnitude."""
         w = (weight.T if self.transposed else weight).float().contiguous()  # [out, in]
         blocks = w.unflatten(1, (-1, self.block)) if self.block else w[:, None]
         # 127.5: the outermost bucket is as wide as the others. Reciprocals, as XLA divides
@@ -69,7 +72,7 @@ class Quantized(nn.Module):
             self.values, self.scale = levels.round().clamp(-128, 127).to(torch.int8).flatten(1), scale
 
     def expand(self, dtype: torch.dtype) -> Float[Tensor, "out inp"]:
-        """The weight that the values stand for: computed in fp32, then cast."""
+        """Expands the values to the weight [out, in] that they stand for: computed in fp32, then cast to `dtype`."""
         if self.block:
             both = torch.stack([self.values & 15, self.values >> 4], -1)
             wide = self.levels.index_select(0, both.flatten().to(torch.int32)).view(len(both), -1, self.block)
@@ -79,7 +82,7 @@ class Quantized(nn.Module):
 
     @property
     def weight(self) -> Float[Tensor, "..."]:
-        """As the module that this one stands for has it."""
+        """The expanded weight, in the dtype and layout of the module that this one replaces."""
         whole = self.expand(self.dtype)
         return whole.T if self.transposed else whole
 
@@ -89,7 +92,10 @@ class Quantized(nn.Module):
 
 
 class _Project(torch.autograd.Function):
-    """x W^T. The expanded weight is not kept for the backward pass: that would be the whole model in x's dtype."""
+    """The product x W^T.
+
+    The expanded weight is not kept for the backward pass: that would be the whole model in x's dtype.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, module: Quantized) -> Tensor:

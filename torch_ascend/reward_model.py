@@ -29,21 +29,21 @@ ALONE = ("canine", "convbert", "fnet", "funnel", "mobilebert", "nystromformer", 
 def classifier(
     folder: Path, *, dtype: str, rows: int, device: str = "auto", source: tuple[str, str | None] | None = None
 ) -> Callable[[Sequence[Sequence[int]]], Float32[np.ndarray, "n labels"]]:
-    """A sequence classifier from a Hugging Face folder, its weights on one device, or on that of each of several processes.
+    """Loads a sequence classifier from a Hugging Face folder, and puts its weights on every process's device.
 
     Args:
         folder: config.json and safetensors of a ...ForSequenceClassification that transformers has.
         dtype: float32 or bfloat16, of weights and activations.
-        rows: most rows of one call.
+        rows: the most rows of one call.
         device: auto, cpu, cuda or npu.
-        source: path or hub id, and revision, that the folder is of: another process may have to fetch it.
+        source: path or hub id, and revision, that the folder is from: another process may have to fetch it.
 
     Returns:
-        A function from rows of token ids to the logits of every label: what transformers gives for every row by itself,
-        without padding.
+        A function from rows of token ids to the logits of every label: those that transformers gives for every row by
+        itself, without padding.
 
     Raises:
-        UserError: no such device, a damaged checkpoint, or one whose weights are not the classifier's.
+        UserError: there is no such device, the checkpoint is damaged, or its weights are not those of the classifier.
     """
     return _make(folder, source, dtype, device).classify
 
@@ -54,7 +54,7 @@ def _make(folder: Path, source: tuple[str, str | None] | None, dtype: str, devic
 
 
 class _Classifier:
-    """The model of one process; all of them classify the rows of a call together."""
+    """A sequence classifier in one process; all processes classify the rows of a call together."""
 
     def __init__(self, model: PreTrainedModel, device: torch.device):
         self.model, self.device = model.to(device), device

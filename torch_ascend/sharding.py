@@ -1,6 +1,6 @@
-"""Several processes, one a device, as torchrun starts them: how they hear of calls, rows to processes and back.
+"""Several processes, one per device, as torchrun starts them: how they hear of calls, and how rows are spread and gathered.
 
-Who leads and what the others do is `ple_jax.core.together`'s business.
+`ple_jax.core.together` says who leads and what the others do.
 
 Rows (prompts to complete, queries of a pass) are spread over all processes in order. The base is on every device
 (mesh.data), or its layers are spread over mesh.fsdp of them (FSDP2); adapters are on every device.
@@ -34,7 +34,7 @@ _HEARD = datetime.timedelta(seconds=5)  # for either
 
 
 class World(NamedTuple):
-    """This process among the others."""
+    """This process's place among those that torchrun started."""
 
     rank: int = 0
     size: int = 1
@@ -46,7 +46,7 @@ _world = ALONE  # of this process, as torchrun started it
 
 
 def world() -> World:
-    """This process among those that torchrun started."""
+    """Returns this process's place among those that torchrun started."""
     return _world
 
 
@@ -54,7 +54,7 @@ def world() -> World:
 
 
 class _Gloo:
-    """How process 0 tells the others what to do: bytes, broadcast in the group for it."""
+    """The `together.Control` in which process 0 tells the others what to do: bytes, broadcast in a group for that."""
 
     def __init__(self, own: World, store: Any):
         self.rank, self.size, self._group, self._store = own.rank, own.size, own.control, store
@@ -68,7 +68,7 @@ class _Gloo:
         return box[0]
 
     def leaving(self, error: BaseException) -> None:
-        """The others' collectives fail as this process goes, and they end."""
+        """Tells the others process 0's error. As it goes, the others' collectives fail, and they end."""
         self._store.set(_SAID, str(error))
         with contextlib.suppress(dist.DistStoreError):  # those that are in a collective do not read it
             self._store.wait([f"{_READ}/{rank}" for rank in range(1, self.size)], _HEARD)  # the store may go with it
@@ -83,7 +83,10 @@ class _Gloo:
             print(f"error: process {self.rank}: {error}", file=sys.stderr)
 
     def _said(self, error: UserError, known: bool) -> bool:
-        """Whether process 0 says so: it may have found nothing amiss, and be in a collective, or be gone."""
+        """Says whether process 0 reports this error, too.
+
+        It may have found nothing amiss, and be in a collective, or be gone.
+        """
         try:
             self._store.wait([_SAID], _HEARD)
             said = self._store.get(_SAID).decode()
@@ -95,10 +98,12 @@ class _Gloo:
 
 @contextlib.contextmanager
 def processes(config: Any) -> Iterator[bool]:
-    """A context in which process 0 leads, as `together.led` has it; of one process it is True at once.
+    """Opens a context that is True in process 0, which leads, and False in the others (see `together.led`).
+
+    If there is only one process, it is True at once.
 
     Raises:
-        UserError: the mesh is not of as many devices as there are processes.
+        UserError: the mesh does not have as many devices as there are processes, or torchrun did not start these.
     """
     global _world
     size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -128,7 +133,7 @@ def processes(config: Any) -> Iterator[bool]:
 
 
 def check_tensor(mesh: Any) -> None:
-    """Raises a UserError if the mesh has an axis that this backend has not."""
+    """Raises a UserError if the mesh has a `tensor` axis, since this backend has no tensor parallelism."""
     if mesh.tensor != 1:
         raise UserError(
             f"config.mesh.tensor is {mesh.tensor}: the torch backend has no tensor parallelism; spread the base with"
@@ -137,7 +142,7 @@ def check_tensor(mesh: Any) -> None:
 
 
 def mesh_size(mesh: Any, size: int) -> None:
-    """Raises a UserError unless the mesh is of as many devices as there are processes."""
+    """Raises a UserError unless the mesh has as many devices as there are processes (`size`)."""
     check_tensor(mesh)
     if mesh.data * mesh.fsdp != size:
         raise UserError(
@@ -148,10 +153,13 @@ def mesh_size(mesh: Any, size: int) -> None:
 
 
 def choose(mesh: Mapping[str, int], base_bytes: int, memory: int | None) -> tuple[int, int, str]:
-    """Copies of the base, devices that share one, and a note if that is not what the mesh says: a base that does not fit.
+    """Decides how the base is spread.
+
+    Returns the number of its copies, the devices that share one, and a note if that is not what the mesh says, since a base
+    that does not fit is spread over all devices.
 
     Args:
-        memory: bytes of a device; None: not ours to know.
+        memory: bytes of a device; None if unknown.
     """
     data, fsdp = mesh["data"], mesh["fsdp"]
     if memory is None or base_bytes <= _FITS * memory * fsdp or data == 1:
@@ -161,7 +169,7 @@ def choose(mesh: Mapping[str, int], base_bytes: int, memory: int | None) -> tupl
 
 
 def make_mesh(device: torch.device, *, data: int, fsdp: int) -> DeviceMesh:
-    """The devices over which layers are spread: one dimension, or two where there are several copies."""
+    """Makes the mesh over which layers are spread: one dimension, or two if there are several copies of the base."""
     if data == 1:
         return init_device_mesh(device.type, (fsdp,), mesh_dim_names=("fsdp",))
     return init_device_mesh(device.type, (data, fsdp), mesh_dim_names=("data", "fsdp"))
@@ -192,18 +200,18 @@ def shard_root(decoder: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def row_multiple(world: World) -> int:
-    """Rows of a batch must be a multiple of this."""
+    """Returns the number of which the rows of a batch must be a multiple."""
     return world.size
 
 
 def own_rows(world: World, count: int) -> slice:
-    """The rows of a batch that are this process's."""
+    """Returns the slice of a batch's rows that belongs to this process."""
     part = count // world.size
     return slice(world.rank * part, (world.rank + 1) * part)
 
 
 def gather(world: World, values: Tensor) -> Tensor:
-    """All processes' rows, in order, on the CPU of each."""
+    """Gathers the rows of all processes, in order, on the CPU of each."""
     values = values.cpu()
     if world.size == 1:
         return values
@@ -213,7 +221,7 @@ def gather(world: World, values: Tensor) -> Tensor:
 
 
 def add_up(world: World, tensors: Sequence[Tensor]) -> None:
-    """Sums tensors of one device over all processes, in place and in one message."""
+    """Adds up tensors of one device over all processes, in place and in one message."""
     if world.size == 1 or not tensors:
         return
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
@@ -223,7 +231,10 @@ def add_up(world: World, tensors: Sequence[Tensor]) -> None:
 
 
 def enough(world: World, free: int, done: Tensor, *, whole: bool) -> bool:
-    """Whether so many rows have ended; of every process if `whole`, as it must be where a forward pass is a collective."""
+    """Says whether at least `free` rows have ended.
+
+    With `whole` they must have ended in every process, as is necessary where a forward pass is a collective.
+    """
     lacking = (done.sum() < free).to(torch.int64)
     if whole and world.size > 1:
         dist.all_reduce(lacking)

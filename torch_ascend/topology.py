@@ -58,7 +58,7 @@ STEPS = 3  # tokens decoded: the cache has its whole size from the start, and wh
 
 
 class Chip(NamedTuple):
-    """A device that need not be there."""
+    """A kind of device to plan for; there need not be one here."""
 
     kind: str  # npu | cuda | cpu: whose operators, and what it can do
     memory: float | None  # GiB that torch has of it; None: not ours to know
@@ -74,7 +74,7 @@ CHIPS = {
 
 
 class Target(NamedTuple):
-    """Devices that need not be there."""
+    """The devices to plan for; they need not be here."""
 
     name: str
     chip: Chip
@@ -82,10 +82,10 @@ class Target(NamedTuple):
 
 
 def open_target(topology: str) -> Target:
-    """The devices of `910b:8`, `h100:8`, `cpu:2` ...
+    """Returns the devices that a topology names: `910b:8`, `h100:8`, `cpu:2` ...
 
     Raises:
-        UserError: not a topology.
+        UserError: the topology is unknown.
     """
     match = re.fullmatch(r"([a-z0-9]+):([1-9]\d*)", topology)
     if match is None or match[1] not in CHIPS:
@@ -110,10 +110,10 @@ def check_mesh(mesh: Any, target: Target) -> None:
 
 @contextlib.contextmanager
 def process_of(target: Target, config: ConfigDict, model: ModelConfig) -> Iterator[Place]:
-    """In here there are stand-ins for the target's devices, and for its operators; the place of process 0 among them.
+    """Opens a context with stand-ins for the target's devices and operators; gives process 0's place among the devices.
 
-    Its tensors are on the "CPU", which can do what the chip can: a tensor without memory may be on any device, but only
-    one that this build of torch has can be differentiated on.
+    Its tensors are on the "CPU", which can do what the chip can: a tensor without memory may be on any device, but only one
+    that this build of torch has can be differentiated on.
     """
     chip = target.chip
     memory = None if chip.memory is None else int(chip.memory * sheet.GIB)
@@ -128,10 +128,10 @@ def process_of(target: Target, config: ConfigDict, model: ModelConfig) -> Iterat
 
 
 def fused_ops(config: ConfigDict, chip: Chip) -> ops.Ops:
-    """The table of operators that the config gets on a chip.
+    """Returns the table of operators that the config gets on a chip.
 
     Raises:
-        UserError: the fused operators are asked for, and the chip is no NPU.
+        UserError: the config asks for the fused operators, and the chip is no NPU.
     """
     if config.model.ops == "npu" and chip.kind != "npu":
         raise UserError(f"config.model.ops is 'npu', whose operators do not run on {chip.kind}: take 'auto' or 'reference'")
@@ -139,7 +139,7 @@ def fused_ops(config: ConfigDict, chip: Chip) -> ops.Ops:
 
 
 def attention(table: ops.Ops, model: ModelConfig) -> str:
-    """What is assumed of it; which is called says ops.py."""
+    """Describes the memory that attention is assumed to take; ops.py decides which function is called."""
     if model.attention_softcap is not None:
         return "plain torch makes all scores, as there is a softcap"
     name, size = ("npu_fusion_attention", 64) if table is ops.NPU else ("scaled_dot_product_attention", 4)
@@ -150,7 +150,7 @@ def attention(table: ops.Ops, model: ModelConfig) -> str:
 
 
 class Phase(NamedTuple):
-    """What a run does over and over, on one device."""
+    """A part of an iteration on one device: its name, a description, and the work itself."""
 
     name: str
     about: str
@@ -158,7 +158,7 @@ class Phase(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """Bytes on one device."""
+    """The bytes that a phase takes on one device."""
 
     held: int  # what is there before, during and after it
     besides: int  # the most there was at one time on top of that
@@ -170,14 +170,14 @@ class Measured(NamedTuple):
 
 
 def build(config: ConfigDict, source: Source, table: ops.Ops, place: Place) -> TorchBackend:
-    """The backend of one process, made as for training, of weights that are all zero."""
+    """Builds the backend of one process as for training, but with weights that are all zero."""
     given, tokenizer = Weights(source.config, config.model.dtype), cast(Any, None)
     loaded = Loaded(source.config, given, tokenizer, source.eos, config.model.path, dict(source.raw), None)
     return backend.assemble(config, loaded, place, table, head=algorithms.load(config.algorithm).needs(config).head)
 
 
 def parts(backend: TorchBackend) -> dict[str, int]:
-    """Bytes that stay on this process's device, by what they are."""
+    """Returns the bytes that stay on this process's device, by what they are for."""
     sizes, before = {}, 0
     seen: list[Tensor] = []
     for name, own in _parts(backend).items():
@@ -200,7 +200,10 @@ def _parts(backend: TorchBackend) -> dict[str, list[Tensor]]:
 
 
 def reward_bytes(config: ConfigDict) -> int:
-    """Of the weights of a reward that is a model here: like the policy, every process has it on its device."""
+    """Returns the bytes of a reward model's weights; 0 if the reward is no model, or is computed by JAX.
+
+    Like the policy, every process has it on its device.
+    """
     kwargs = config.reward.kwargs
     if config.reward.name != "model" or kwargs.get("framework") == "jax":
         return 0
@@ -213,14 +216,18 @@ def reward_bytes(config: ConfigDict) -> int:
 def phases(
     backend: TorchBackend, config: ConfigDict, source: Source, sizes: Lengths, algorithm: Algorithm
 ) -> Iterator[Phase]:
-    """An iteration of a process, in the order in which things happen."""
+    """Yields the phases of one process's iteration, in the order in which they happen."""
     if config.sampling.server is None:
         yield _sampling(backend, config, source, sizes, algorithm)
     yield from _training(backend, config, source, sizes, algorithm)
 
 
 def _sampling(backend: TorchBackend, config: ConfigDict, source: Source, sizes: Lengths, algorithm: Algorithm) -> Phase:
-    """The longest prompts that are read at once, and a few tokens of this process's rows, of a cache that is full."""
+    """Returns the sampling phase.
+
+    It reads the longest prompts, as many as are read at once, and decodes a few tokens of this process's rows, with a cache
+    that is full.
+    """
     model, s, place = backend.model, config.sampling, {"device": backend.model.device}
     lanes = sharding.row_multiple(backend.world)
     sampling = Sampling(sizes.new, source.eos, s.temperature, s.top_k, s.top_p, s.min_p)
@@ -252,7 +259,7 @@ def _sampling(backend: TorchBackend, config: ConfigDict, source: Source, sizes: 
 def _training(
     backend: TorchBackend, config: ConfigDict, source: Source, sizes: Lengths, algorithm: Algorithm
 ) -> Iterator[Phase]:
-    """Log-probabilities, and an update in its two halves."""
+    """Yields the training phases: log-probabilities, and the two halves of an update."""
     opt, processes = config.optimizer, sharding.row_multiple(backend.world)
 
     def batch(queries: int, sizes: Lengths) -> tuple[Batch, str]:
@@ -283,7 +290,7 @@ def _training(
 
 
 class Found(NamedTuple):
-    """What was counted."""
+    """What `measure` counted: the bytes that stay on a device, and those that each phase takes."""
 
     parts: dict[str, int]
     phases: list[tuple[Phase, Measured]]
@@ -293,7 +300,7 @@ class Found(NamedTuple):
 def count(
     config: ConfigDict, source: Source, target: Target, sizes: Lengths, algorithm: Algorithm, *, only: str = ""
 ) -> Found:
-    """What one process of the target's would hold, without memory; in one phase alone, if that is named."""
+    """Counts, without memory, what one process of the target would hold; in one phase alone if `only` names it."""
     reward, table = reward_bytes(config), fused_ops(config, target.chip)
     # tables of a module, made when it was imported, have their values
     with process_of(target, config, source.config) as place, FakeTensorMode(allow_non_fake_inputs=True):
@@ -314,10 +321,12 @@ def measure(
     *,
     only: str = "",
 ) -> Found:
-    """Builds the backend of this process, takes it through an iteration, and counts; also with tensors that have memory.
+    """Builds the backend of this process, runs the phases of an iteration, and counts the bytes that they hold.
+
+    It works with tensors that have memory, too.
 
     Args:
-        only: a phase that depends on no other, if the others are left out.
+        only: name of a phase that depends on no other; the others are then left out.
     """
     with Counter() as counter:
         backend = build(config, source, table, place)
@@ -348,7 +357,7 @@ def report(
 ) -> Found:
     """Counts what every phase holds on a device of the topology (`910b:8`, `cpu:2` ...), and writes whether it fits.
 
-    As `TopologyModule.report`.
+    Arguments and errors are those of `TopologyModule.report`.
     """
     target = open_target(topology)
     backend.check(config, config.mesh.fsdp)
@@ -374,9 +383,9 @@ def report(
 
 
 def needs(config: ConfigDict, topology: str | None, *, algorithm: Algorithm, source: Source, sizes: Lengths) -> Needs:
-    """As `TopologyModule.needs`: the code that trains, run on tensors without memory.
+    """Returns what a run needs, as `TopologyModule.needs`: the code that trains is run on tensors without memory.
 
-    Of this machine's devices one is counted, with its own rows: here processes are joined already.
+    Of this machine's devices only one is counted, with its own rows, since the processes have already joined.
     """
     rows = config.mesh.data * config.mesh.fsdp
     if topology is None:
@@ -405,31 +414,34 @@ def needs(config: ConfigDict, topology: str | None, *, algorithm: Algorithm, sou
 
 
 def _elsewhere(config: ConfigDict, model: ModelConfig, target: Target) -> int:
-    """Bytes of the base that other devices of this machine hold; two layers are whole while they are computed."""
+    """Returns the bytes of the base that other devices of this machine hold.
+
+    Two layers are whole on every device while they are computed.
+    """
     base, memory = backend.base_bytes(config, model), target.chip.memory
     _, fsdp, _ = sharding.choose(config.mesh, base, None if memory is None else int(memory * sheet.GIB))
     return int(max(0, 1 - 1 / fsdp - 2 / model.num_layers) * base)
 
 
 def _present(config: ConfigDict) -> Target:
-    """One device of this machine."""
+    """Returns one device of this machine as a target."""
     device = devices.resolve(config.model.device)
     memory = devices.total_memory(device)
     return Target(device.type, Chip(device.type, memory and memory / sheet.GIB), 1)
 
 
 def _room(config: ConfigDict) -> int | None:
-    """Bytes that may be filled of this process's device."""
+    """Returns how many bytes of this process's device may be filled; None if unknown."""
     device = devices.resolve(config.model.device)
     found = devices.free_memory(device) if device.type != "cpu" else processor.free_memory()
     return found and int(FULL * found / (1 if device.type != "cpu" else sharding.world().size))
 
 
 def on_sheet(target: Target) -> sheet.Target:
-    """The target as the sheet knows it."""
+    """Returns the target in the form that `planning.sheet` takes."""
     return sheet.Target(target.name, target.devices, target.chip.memory, full=FULL, spreads_quantized=False)
 
 
 def row(phase: Phase, m: Measured) -> sheet.Row:
-    """The line of a phase."""
+    """Returns the sheet's line for a phase."""
     return sheet.Row(phase.name, phase.about, {"besides": m.besides}, m.held, m.besides, m.total, m.seconds)

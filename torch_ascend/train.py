@@ -15,10 +15,10 @@ from torch_ascend.sharding import World
 
 
 def optimizer(leaves: Mapping[str, Tensor], *, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW with all its state from the start: clipping comes before it, and the learning rate with every step.
+    """Returns AdamW with all its state from the start. The caller clips before a step, and gives each its learning rate.
 
-    Weight decay is of the low-rank matrices alone: what it would pull to 0 of DoRA's magnitudes is the base, and of a head
-    what it has learned.
+    Weight decay is for the low-rank matrices alone: it would pull DoRA's magnitudes to 0, and the base with them, and a head
+    away from what it has learned.
     """
     made = torch.optim.AdamW(
         decaying(leaves, weight_decay), lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, foreach=True
@@ -31,7 +31,10 @@ def optimizer(leaves: Mapping[str, Tensor], *, weight_decay: float) -> torch.opt
 
 
 def decaying(leaves: Mapping[str, Tensor], weight_decay: float) -> list[dict[str, Any]]:
-    """The leaves, "path/kind", as groups for torch's optimizers: those that decay, and the others, where there are any."""
+    """Returns the leaves, named "path/kind", as groups for torch's optimizers: those that decay, and those that do not.
+
+    A group without leaves is left out.
+    """
     groups: dict[bool, list[Tensor]] = {True: [], False: []}
     for name, leaf in leaves.items():
         groups[name.rpartition("/")[2] in adapters.DECAYED].append(leaf)
@@ -47,12 +50,14 @@ def gradients(
     share: float,
     temperature: float = 1.0,
 ) -> dict[str, Tensor]:
-    """Adds to the leaves' gradients those of the mean loss over the optimiser batch, this micro-batch's part; its metrics.
+    """Adds this micro-batch's part of the gradients of the mean loss over the optimiser batch to the leaves' `.grad`.
+
+    Returns its part of the metrics.
 
     Args:
-        adapter: of leaves that gather gradients.
-        batch: of tensors on the model's device.
-        packed: its rows.
+        adapter: leaves that accumulate gradients.
+        batch: tensors on the model's device.
+        packed: the batch's rows.
         share: 1 / the real rows of the optimiser batch.
         temperature: what the logits are divided by.
     """
@@ -69,7 +74,10 @@ def gradients(
 def apply_gradients(
     made: torch.optim.AdamW, leaves: Mapping[str, Tensor], *, clip_norm: float, lr: float, world: World
 ) -> Tensor:
-    """One AdamW step on the gradients of all processes, clipped by their global norm; that norm before clipping."""
+    """Takes one AdamW step on the gradients of all processes, clipped by their global norm.
+
+    Returns that norm before clipping.
+    """
     for leaf in leaves.values():
         leaf.grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
     grads = [leaf.grad for leaf in leaves.values()]

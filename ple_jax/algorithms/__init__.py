@@ -1,8 +1,8 @@
-"""The algorithms, one file each; here, what an algorithm is, and how one is found by its name or in a file of your own.
+"""The algorithms, one file each. This file defines what an algorithm is, and finds one by its name or in a file of your own.
 
-An algorithm is a module of functions. One that samples has the functions of `Algorithm`, of which those without a default
-must be there; one that trains on the records alone has those of `OfflineAlgorithm`. `load` makes the tuple once, and nobody
-looks into the module again.
+An algorithm is a module of functions. One that samples has the functions of `Algorithm`; those without a default must be
+there. One that trains on the records alone has those of `OfflineAlgorithm`. `load` reads a module into such a tuple once,
+and nothing else looks into the module again.
 """
 
 import math
@@ -23,7 +23,11 @@ Metrics = Mapping[str, float]
 
 
 class Needs(NamedTuple):
-    """What a loss compares with, of the policy before the iteration's first step, and what is trained beside the adapter."""
+    """What a loss needs besides the policy that is trained.
+
+    It may compare the policy with log-probabilities computed before the iteration's first step, and train a head beside the
+    adapter.
+    """
 
     reference: bool = False  # data["reference_logprobs"] [query, k, response_len]: of the frozen reference
     # data["old_logprobs"], and data["old_values"] where there is a head of values. All log-probabilities are then those of
@@ -34,7 +38,7 @@ class Needs(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What an iteration knows beside its rollouts."""
+    """What an algorithm is told about an iteration besides its rollouts."""
 
     config: Config
     iteration: int = 0  # counted from 0
@@ -44,37 +48,37 @@ class Context(NamedTuple):
 
 
 def no_threshold(config: Config) -> Callable[[int], float]:
-    """A schedule for algorithms without a threshold: nan, which is not logged."""
+    """Returns a schedule for algorithms without a threshold: tau is nan in every iteration, which is not logged."""
     return lambda iteration: math.nan
 
 
 def needs_nothing(config: Config) -> Needs:
-    """A loss that reads nothing but the policy."""
+    """Returns the needs of a loss that reads nothing but the policy."""
     return Needs()
 
 
 def as_it_is(batch: Batch, context: Context) -> Batch:
-    """Nothing to add."""
+    """Returns the batch unchanged, as nothing has to be added to it."""
     return batch
 
 
 def means_of_steps(means: Metrics, before: Mapping[str, Array], after: Mapping[str, Array]) -> dict[str, float]:
-    """The loss's own metrics, as the optimiser steps gave them."""
+    """Returns the loss's own metrics as means over the optimiser steps, and adds none."""
     return dict(means)
 
 
 def starts_with_nothing(config: Config) -> Metrics:
-    """Nothing is carried."""
+    """Returns an empty mapping, for algorithms that carry nothing from one iteration to the next."""
     return {}
 
 
 def carries_on(controller: Metrics, metrics: Metrics, config: Config) -> Metrics:
-    """What is carried stays."""
+    """Returns the carried values unchanged, for the next iteration."""
     return controller
 
 
 class Algorithm(NamedTuple):
-    """One that samples: what it asks for, how it labels, what it trains on, and with which loss."""
+    """An algorithm that samples: which responses it asks for, how it labels them, what it trains on, and with which loss."""
 
     name: str  # as the config has it
     about: str  # the first sentence of its file
@@ -97,7 +101,7 @@ class Algorithm(NamedTuple):
 
 
 class OfflineAlgorithm(NamedTuple):
-    """One that samples nothing and trains on examples that it makes of the records (`training.offline`)."""
+    """An algorithm that samples nothing and trains on examples that it makes from the records (`training.offline`)."""
 
     name: str
     about: str
@@ -123,10 +127,10 @@ _FORMER = {  # of files written for an earlier version -> what stands for it
 
 
 def load(name: str) -> Algorithm | OfflineAlgorithm:
-    """An algorithm by name (a file of ple_jax/algorithms), from a Python file, or by a dotted path.
+    """Loads an algorithm by name (a file of ple_jax/algorithms), from a Python file, or by a dotted path.
 
     Raises:
-        UserError: it does not import, or lacks a function, or has one of an earlier version's.
+        UserError: the module cannot be imported, lacks a required function, or has a name of an earlier version.
     """
     module = vars(built_in("algorithms", name) or load_module(name, "algorithm"))
     if former := [what for what in _FORMER if what in module]:
@@ -145,10 +149,10 @@ def load(name: str) -> Algorithm | OfflineAlgorithm:
 
 
 def sampling(name: str) -> Algorithm:
-    """`load`, of one that samples.
+    """Loads an algorithm as `load` does, and requires one that samples.
 
     Raises:
-        UserError: it samples nothing.
+        UserError: as `load`; the algorithm samples nothing.
     """
     found = load(name)
     if not isinstance(found, Algorithm):
@@ -158,21 +162,24 @@ def sampling(name: str) -> Algorithm:
 
 
 def records(slots: Sequence[Slot]) -> str:
-    """What a record must have for an algorithm that samples: its own answers, where they are among the responses."""
+    """Returns what a record must have for an algorithm that samples: "prompt", "completion" or "pair".
+
+    A record needs its own answers only where they are among the responses that the slots ask for.
+    """
     sources = {slot.source for slot in slots}
     return "pair" if "rejected" in sources else "completion" if "completion" in sources else "prompt"
 
 
 def given_sources(slots: Sequence[Slot]) -> list[str]:
-    """Which of a record's own answers are among the responses: "completion", "rejected"."""
+    """Returns which of a record's own answers are among the responses: "completion", "rejected"."""
     return [slot.source for slot in slots if slot.source != "policy"]
 
 
 def with_defaults(algorithm: Algorithm | OfflineAlgorithm, config: Config) -> Config:
-    """The config with the algorithm's own knobs filled in, where its file declares any.
+    """Returns the config with the algorithm's own knobs (config.algorithm_kwargs) filled in, where its file declares any.
 
     Raises:
-        UserError: config.algorithm_kwargs has a knob that it does not declare, or a value that its rules refuse.
+        UserError: config.algorithm_kwargs has a knob that the file does not declare, or a value that its rules refuse.
     """
     if not algorithm.defaults:
         return config

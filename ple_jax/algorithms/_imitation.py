@@ -1,4 +1,4 @@
-"""What supervised fine-tuning, context distillation and RAFT share: likelihood of one response of every query."""
+"""Shared parts of supervised fine-tuning, context distillation and RAFT: the likelihood of one response per query."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from ple_jax.core.types import Array, Batch, Loss, Outputs, Rollout
 
 
 def marked(rollouts: Sequence[Rollout], picks: Sequence[int], decision: str) -> list[Rollout]:
-    """The rollouts with weight 1 on the picked response of each and 0 on the others."""
+    """Returns the rollouts with the given decision, with weight 1 on the picked response of each and 0 on the others."""
     return [
         rollout._replace(
             decision=decision,
@@ -23,9 +23,9 @@ def marked(rollouts: Sequence[Rollout], picks: Sequence[int], decision: str) -> 
 
 
 def batch(rollouts: Sequence[Rollout], context: Context) -> Batch:
-    """One optimiser batch of the responses with weight 1, k = 1.
+    """Packs one optimiser batch of the responses with weight 1; k = 1.
 
-    Its data, float32 per query: `normaliser`, the context's mean length in tokens; `valid`, 1.
+    Its data, float32, one value per query: `normaliser`, the context's mean length in tokens; `valid`, which is 1.
     """
     picks = [(int(np.argmax([r.weight for r in rollout.responses])),) for rollout in rollouts]
     packed = pack_picks(rollouts, picks, context.config)
@@ -33,7 +33,7 @@ def batch(rollouts: Sequence[Rollout], context: Context) -> Batch:
 
 
 def make_loss(config: Any) -> Loss:
-    """Cross-entropy of a response, in nats per token of an average one (`losses.nll`); metric `lp`, nats per token."""
+    """Returns the cross-entropy loss `losses.nll`, in nats per token of an average response; metric `lp`, nats per token."""
 
     def loss(outputs: Outputs, batch: Batch) -> tuple[Array, dict[str, Array]]:
         logprobs, mask = outputs.logprobs[:, 0], batch.response_mask[:, 0]

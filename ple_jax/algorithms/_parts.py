@@ -1,4 +1,4 @@
-"""Small parts of which several algorithms are made."""
+"""Small parts that several algorithms share."""
 
 import math
 from collections.abc import Sequence
@@ -15,25 +15,25 @@ from ple_jax.core.types import Batch, Response, Rollout, Slot
 
 
 def plain_samples(count: int) -> tuple[Slot, ...]:
-    """So many responses to the plain prompt."""
+    """Returns the slots that ask for `count` responses to the plain prompt."""
     return tuple(Slot("plain", sample=sample) for sample in range(count))
 
 
 def scores(rollouts: Sequence[Rollout]) -> Float64[np.ndarray, "query k"]:
-    """Of every response."""
+    """Returns the score (the transformed reward) of every response."""
     return np.array([[r.score for r in rollout.responses] for rollout in rollouts], np.float64)
 
 
 def all_plain(rollout: Rollout, config: Any) -> list[Response]:
-    """The responses to the plain prompt, the record's own among them."""
+    """Returns the responses to the plain prompt, including the record's own answers."""
     return [response for response in rollout.responses if not response.principled]
 
 
 def normaliser(context: Context) -> float:
-    """C, tokens: what a summed log-probability is divided by, of an earlier sample than the one that is trained on.
+    """Returns C, by which summed log-probabilities are divided: the mean response length of an earlier sample, in tokens.
 
     Raises:
-        UserError: the context was made without one.
+        UserError: the context was made without a mean length.
     """
     if not context.mean_length > 0:  # nan too
         raise UserError(
@@ -44,13 +44,19 @@ def normaliser(context: Context) -> float:
 
 
 def extremes(rollout: Rollout) -> list[Response]:
-    """The worst and the best of the plain responses, by reward, the first of equals; nothing where none has a reward."""
+    """Returns the worst and the best of the plain responses by reward, of equal ones the first.
+
+    The list is empty where no plain response has a reward.
+    """
     plain = [r for r in rollout.responses if not r.principled and not math.isnan(r.reward)]
     return [choose(plain, key=lambda r: r.reward) for choose in (min, max)] if plain else []
 
 
 def importance(batch: Batch, cap: float, *, whole: bool = False) -> Any:
-    """`losses.truncated_importance` of the tokens, or of whole responses; 1 where config.sampling.importance_cap is 0."""
+    """Computes `losses.truncated_importance` of every token, or of every response if `whole`.
+
+    The result is 1 where `cap` (config.sampling.importance_cap) is 0.
+    """
     if not cap:
         return 1.0
     policy, sampler, mask = batch.data["old_logprobs"], batch.data["sampler_logprobs"], batch.response_mask
@@ -61,7 +67,7 @@ def importance(batch: Batch, cap: float, *, whole: bool = False) -> Any:
 
 
 def measured(rollouts: Sequence[Rollout], decision: str) -> list[Rollout]:
-    """The rollouts with one decision for all; margin is best minus mean score."""
+    """Returns the rollouts, all with the same decision, and with the margin: best minus mean score."""
     return [
         rollout._replace(margin=float(own.max() - own.mean()), decision=decision)
         for rollout, own in zip(rollouts, scores(rollouts), strict=True)
@@ -69,12 +75,15 @@ def measured(rollouts: Sequence[Rollout], decision: str) -> list[Rollout]:
 
 
 def pack_picks(rollouts: Sequence[Rollout], picks: Sequence[Sequence[int]], config: Any) -> Batch:
-    """`core.batches.pack` in the shapes of config.sampling, and of the records' own answers, which may be longer."""
+    """Packs the picked responses with `core.batches.pack`, in the shapes of config.sampling.
+
+    The response arrays are wider where the records' own answers are longer.
+    """
     longest = max(len(rollout.responses[i].tokens) for rollout, some in zip(rollouts, picks, strict=True) for i in some)
     width = response_width(longest, new=config.sampling.max_new_tokens, most=config.task.max_answer_tokens)
     return pack(rollouts, picks, prompt_multiple=config.sampling.bucket, response_len=width)
 
 
 def pack_all(rollouts: Sequence[Rollout], config: Any) -> Batch:
-    """All responses of every query, in the order in which they were collected."""
+    """Packs all responses of every query, in the order in which they were collected."""
     return pack_picks(rollouts, [range(len(rollout.responses)) for rollout in rollouts], config)

@@ -1,6 +1,6 @@
 """Context distillation (arXiv:2112.00861, section 2): fine-tuning on the principled response, without the principles.
 
-PLE without any reward: what is left when neither ranks nor weights are taken from it.
+This is PLE without any reward: what is left when a reward decides neither ranks nor weights.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ __all__ = ["batch", "collect", "label", "learned", "make_loss"]
 
 
 def collect(config: Any) -> tuple[Slot, ...]:
-    """One response, from the prompt with the principles in it; training sees the plain one."""
+    """Asks for one response, sampled with the principles in the prompt; training sees the plain prompt."""
     return (Slot("principled", True),)
 
 
@@ -23,5 +23,5 @@ def label(rollouts: Sequence[Rollout], context: Context) -> list[Rollout]:
 
 
 def learned(rollout: Rollout, config: Any) -> list[Response]:
-    """The principled responses."""
+    """Returns the principled responses, which the loss imitates."""
     return [response for response in rollout.responses if response.principled]

@@ -1,7 +1,7 @@
 """Direct preference optimisation (arXiv:2305.18290) and IPO (arXiv:2310.12036), offline or iterative.
 
-Offline (`dpo.samples` = 0) on the records' chosen and rejected answers. Iterative, with n samples: best and worst of n plain
-responses by reward, drawn anew in every iteration; the reference stays where the run began.
+Offline (`dpo.samples` = 0), it trains on the records' chosen and rejected answers. Iterative, with n samples, it trains on
+best and worst of n plain responses by reward, drawn anew in every iteration; the reference stays where the run began.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,11 @@ __all__ = ["batch", "collect", "label", "make_loss", "needs"]
 
 
 def collect(config: Any) -> tuple[Slot, ...]:
-    """The record's rejected and chosen answers, or `dpo.samples` plain responses."""
+    """Asks for the record's rejected and chosen answers, or for `dpo.samples` plain responses.
+
+    Raises:
+        UserError: `dpo.samples` is 1.
+    """
     if config.dpo.samples == 1:
         raise UserError("config.dpo.samples is 1: a pair needs two responses; 0 takes the records' own pairs")
     if config.dpo.samples:
@@ -29,9 +33,9 @@ def collect(config: Any) -> tuple[Slot, ...]:
 
 
 def label(rollouts: Sequence[Rollout], context: Context) -> list[Rollout]:
-    """Decides "ranked", or "dropped" where no response is better than another; the winner has weight 1.
+    """Decides "ranked", or "dropped" where no response is better than another; the winner of a ranked pair has weight 1.
 
-    `margin` is the winner's score minus the loser's; of the records' own pairs it decides nothing.
+    `margin` is the winner's score minus the loser's. Pairs of the records are always ranked, whatever their margin.
     """
     labelled, config = [], context.config
     for rollout in rollouts:
@@ -45,7 +49,7 @@ def label(rollouts: Sequence[Rollout], context: Context) -> list[Rollout]:
 
 
 def _pair(rollout: Rollout, config: Any) -> tuple[int, int]:
-    """Which responses are loser and winner."""
+    """Returns the indices of the loser and the winner among the responses."""
     if not config.dpo.samples:
         return 0, 1
     scores = [r.score for r in rollout.responses]
@@ -53,10 +57,10 @@ def _pair(rollout: Rollout, config: Any) -> tuple[int, int]:
 
 
 def batch(rollouts: Sequence[Rollout], context: Context) -> Batch:
-    """One optimiser batch of pairs (loser, winner), k = 2.
+    """Packs one optimiser batch of pairs (loser, winner); k = 2.
 
-    Its data, float32 per query: `kept`, 0 for dropped pairs, and for the others what makes the mean over the batch that of
-    the kept ones; `valid`, 1.
+    Its data, float32, one value per query: `kept`, a factor on the loss, which is 0 for dropped pairs and makes the mean
+    over the batch the mean over the kept pairs; `valid`, which is 1.
     """
     packed = pack_picks(rollouts, [_pair(rollout, context.config) for rollout in rollouts], context.config)
     kept = np.array([rollout.decision == "ranked" for rollout in rollouts], np.float32)
@@ -68,7 +72,10 @@ def needs(config: Any) -> Needs:
 
 
 def make_loss(config: Any) -> Loss:
-    """The loss of `dpo.loss`; metrics `ranked`, and of the implicit reward `reward_accuracy` and `reward_margin` (nats)."""
+    """Returns the loss that `dpo.loss` names.
+
+    Metrics: `ranked`, and of the implicit reward `reward_accuracy` and `reward_margin` (nats).
+    """
     options = config.dpo
     beta, smoothing, kind = options.beta, options.label_smoothing, options.loss
     # IPO's target is per token, as TRL has it

@@ -1,7 +1,8 @@
 """GRPO (arXiv:2402.03300) and its relatives Dr. GRPO and DAPO: rewards compared within the samples of a query.
 
-`grpo.samples` plain responses of every query; the advantage of one is its reward against the others', the same for all of
-its tokens; a clipped surrogate, so that an iteration's responses serve `optimizer.epochs` passes.
+`grpo.samples` plain responses are sampled for every query. The advantage of a response is its reward compared with the
+others', the same for all of its tokens. The surrogate is clipped, so that an iteration's responses serve
+`optimizer.epochs` passes.
 """
 
 from collections.abc import Sequence
@@ -19,12 +20,15 @@ __all__ = ["batch", "collect", "label", "make_loss", "needs"]
 
 
 def collect(config: Any) -> tuple[Slot, ...]:
-    """`grpo.samples` plain responses."""
+    """Asks for `grpo.samples` plain responses."""
     return plain_samples(config.grpo.samples)
 
 
 def label(rollouts: Sequence[Rollout], context: Context) -> list[Rollout]:
-    """Weights are the advantages, margin is best minus mean score. "dropped": all scores are equal, nothing is learned."""
+    """Sets the weights of the responses to their advantages, and the margin to best minus mean score.
+
+    The decision is "compared", or "dropped" where all scores are equal and nothing is learned.
+    """
     found = scores(rollouts)
     weights = group_advantages(found, kind="dr_grpo" if context.config.grpo.loss == "dr_grpo" else "grpo")
     return [
@@ -38,10 +42,10 @@ def label(rollouts: Sequence[Rollout], context: Context) -> list[Rollout]:
 
 
 def batch(rollouts: Sequence[Rollout], context: Context) -> Batch:
-    """One optimiser batch of all responses, k = grpo.samples.
+    """Packs one optimiser batch of all responses; k = grpo.samples.
 
-    Its data, float32: `advantages` and `normaliser` [query, k], tokens that a response's loss is divided by (`losses.grpo`);
-    `valid`, 1 per query.
+    Its data, float32: `advantages` [query, k]; `normaliser` [query, k], the tokens by which a response's loss is divided
+    (`losses.grpo`); `valid` [query], which is 1.
     """
     config = context.config
     packed, limit = pack_all(rollouts, config), config.sampling.max_new_tokens
@@ -55,12 +59,12 @@ def batch(rollouts: Sequence[Rollout], context: Context) -> Batch:
 
 
 def needs(config: Any) -> Needs:
-    """The policy before the iteration's first step, and the reference where grpo.beta is not 0."""
+    """Returns the needs: the policy before the iteration's first step, and the reference where grpo.beta is not 0."""
     return Needs(reference=config.grpo.beta > 0, old_logprobs=True)
 
 
 def make_loss(config: Any) -> Loss:
-    """`losses.grpo`, the mean over a query's responses; metric `clipped`, a share of tokens."""
+    """Returns the loss `losses.grpo`, mean over a query's responses; metric `clipped`, the share of clipped tokens."""
     options, cap = config.grpo, config.sampling.importance_cap
     beta, clip = options.beta, {"clip_low": options.clip_low, "clip_high": options.clip_high}
 

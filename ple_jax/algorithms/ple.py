@@ -24,8 +24,9 @@ __all__ = ["batch", "collect", "label", "learned", "make_loss", "measures", "nee
 
 
 def collect(config: Any) -> tuple[Slot, ...]:
-    """The responses to sample for a query: a plain one and `ple.candidates` principled ones, or `ple.samples` plain ones
-    (percentile).
+    """Asks for one plain response and `ple.candidates` principled ones.
+
+    With selection=percentile it asks for `ple.samples` plain responses instead.
     """
     if config.ple.selection == "percentile":
         return plain_samples(config.ple.samples)
@@ -33,7 +34,7 @@ def collect(config: Any) -> tuple[Slot, ...]:
 
 
 def schedule(config: Any) -> Callable[[int], float]:
-    """iteration -> tau."""
+    """Returns the schedule of the threshold, iteration -> tau, that the config names (`formulas.threshold.make`)."""
     return threshold.make(
         config.ple.schedule, tau_0=config.ple.tau_0, alpha=config.ple.alpha, iterations=config.iterations
     )
@@ -41,23 +42,23 @@ def schedule(config: Any) -> Callable[[int], float]:
 
 # one piece: its docstring says what every case gives
 def label(rollouts: Sequence[Rollout], context: Context) -> list[Rollout]:
-    """Decides every pair of an iteration (Alg. 1): fills tau, margin, decision and the weights of the responses.
+    """Decides every pair of an iteration (Alg. 1): fills in tau, margin, decision and the weights of the responses.
 
     Args:
-      rollouts: all queries of the iteration, responses in the order of `collect`, each with its score.
-      context: tau, in units of the score, which selection=percentile does not use; the iteration, which selects the share
-        of selection=percentile, whose last one serves all later iterations; of the config ple.selection, ple.blend and
-        their options.
+      rollouts: all queries of the iteration, with responses in the order of `collect`, each with its score.
+      context: its tau, in units of the score, which selection=percentile does not use; its iteration, which selects the
+        share of selection=percentile (the last share serves all later iterations); and ple.selection, ple.blend and their
+        options of its config.
 
     Returns:
-      The same rollouts, labelled. `margin` is the score of the principled response minus that of the plain one; of several
-      the best stands for all, the first of equal ones, and the others have weight 0. "blended" pairs carry the blend
-      weights; the responses of "ranked" pairs have weight 0: they are not blended.
-      With selection=percentile `margin` is best minus worst, decision is "ranked", or "dropped" where the best is no
-      better than the worst, and the best response carries the weight of its pair, all others 0.
+      The same rollouts, labelled. `margin` is the score of the principled response minus that of the plain one. Of several
+      principled responses only the best counts (the first of equal ones); the others have weight 0. "blended" pairs carry
+      the blend weights; the responses of "ranked" pairs have weight 0, as they are not blended.
+      With selection=percentile `margin` is best minus worst score, and the decision is "ranked", or "dropped" where the
+      best is no better than the worst. The best response carries the weight of its pair; all others have weight 0.
 
     Raises:
-      UserError: unknown selection or blend.
+      UserError: ple.selection or ple.blend is unknown.
     """
     ple, tau = context.config.ple, context.tau
     scores = np.array([[r.score for r in rollout.responses] for rollout in rollouts], np.float64)
@@ -97,28 +98,28 @@ def _ranked(selection: str, margin: np.ndarray, tau: float) -> np.ndarray:
 
 
 def needs(config: Any) -> Needs:
-    """The reference, where the ranking loss is DPO's or there is a KL term."""
+    """Returns the needs: the reference, where the ranking loss is DPO's or there is a KL term."""
     return Needs(reference=config.ple.rank == "dpo" or config.ple.kl_weight > 0)
 
 
 def batch(rollouts: Sequence[Rollout], context: Context) -> Batch:
-    """One optimiser batch, all its queries at once, from labelled rollouts.
+    """Packs labelled rollouts, all queries at once, into one optimiser batch.
 
-    Row 0 of a query is its plain response and row 1 its (best) principled one, except that with selection=symmetric a ranked
-    pair, and with selection=percentile every pair, stands as (loser, winner).
+    Row 0 of a query is its plain response and row 1 its (best) principled one. But ranked pairs with selection=symmetric,
+    and all pairs with selection=percentile, are in the order (loser, winner).
 
     Returns:
       A Batch with k = 2 and this data, float32, one value per query unless said otherwise:
         ranked: 1 for ranked pairs, 0 for the others.
         weights: [query, 2] blend weights; 0 on ranked pairs.
-        pair_weights: factor on the ranking loss; 1 but for selection=percentile (`pairing.batch_weights`), where
-          dropped pairs have 0 and the others make up for them.
+        pair_weights: factor on the ranking loss. It is 1, except with selection=percentile (`pairing.batch_weights`),
+          where dropped pairs have 0 and the others make up for them.
         normaliser: the context's mean length, in tokens; 1 with length_norm=response.
         swapped: 1 where row 0 is the principled response.
-        valid: 1.
+        valid: 1 for every query.
 
     Raises:
-      UserError: a response without tokens, or an unknown ple.length_norm or ple.percentile_weights.
+      UserError: a response has no tokens, or ple.length_norm or ple.percentile_weights is unknown.
     """
     ple = context.config.ple
     picks = [_order(rollout, ple.selection) for rollout in rollouts]
@@ -144,8 +145,10 @@ def batch(rollouts: Sequence[Rollout], context: Context) -> Batch:
 
 
 def learned(rollout: Rollout, config: Any) -> Sequence[Response]:
-    """The plain ones and the principled one, of several the best by reward; with selection=percentile the worst and the best
-    of the plain ones.
+    """Returns the responses that a step would learn from: plain and principled ones.
+
+    With several `ple.candidates` only the best principled one by reward counts. With selection=percentile the responses are
+    the worst and the best of the plain ones.
     """
     if config.ple.selection == "percentile":
         return extremes(rollout)
@@ -157,7 +160,7 @@ def learned(rollout: Rollout, config: Any) -> Sequence[Response]:
 
 
 def _order(rollout: Rollout, selection: str) -> tuple[int, int]:
-    """Which responses become row 0 and row 1."""
+    """Returns the indices of the responses that become row 0 and row 1."""
     scores = [r.score for r in rollout.responses]
     if selection == "percentile":
         return int(np.argmin(scores)), int(np.argmax(scores))
@@ -168,23 +171,23 @@ def _order(rollout: Rollout, selection: str) -> tuple[int, int]:
 
 # one piece: its docstring says every metric, and the loss is one formula
 def make_loss(config: Any) -> Loss:
-    """The loss of `batch`, to be made once per run: what changes from step to step travels in the batch's data.
+    """Returns the loss of a `batch`. It is made once per run; all that changes from step to step is in the batch's data.
 
     rank_weight * ranked * (L_rank + rank_sft_weight * L_sft(winner)) + blend_weight * blended * L_blend
         + kl_weight * KL
 
-    KL is the k2 estimate of KL(policy, reference) (`losses.kl_estimate`) on the plain response, which is the policy's own,
-    divided as likelihoods are; its gradient is that of KL(policy, reference) where the policy has not moved since.
+    KL is the k2 estimate of KL(policy, reference) (`losses.kl_estimate`) on the plain response, which is the policy's own.
+    It is divided as likelihoods are. Its gradient is that of KL(policy, reference) while the policy has not moved.
 
     Returns:
       A function (outputs, batch) -> (value per query, metrics per query) on numpy, JAX or torch arrays. The step's loss
-      is sum(value * valid) / sum(valid) over the optimiser batch. Metrics, each 0 where it does not apply: `ranked`,
-      `rank_loss`, `blend_loss`, `kl_loss` (with a kl_weight), `hinge_active` (a ranked pair whose winner does not lead yet,
-      or not by the hinge's margin; divide its sum by that of `ranked`), `lp_plain`, `lp_principled` (nats per token; of
-      loser and winner with selection=percentile).
+      is sum(value * valid) / sum(valid) over the optimiser batch. Metrics, each 0 where it does not apply: `ranked`;
+      `rank_loss`; `blend_loss`; `kl_loss` (with a kl_weight); `hinge_active`, 1 for a ranked pair whose winner does not
+      lead yet, or not by the hinge's margin (divide its sum by that of `ranked`); `lp_plain` and `lp_principled`, nats per
+      token, those of loser and winner with selection=percentile.
 
     Raises:
-      UserError: unknown ple.rank.
+      UserError: ple.rank is unknown.
     """
     ple = config.ple
     rank = _rank_loss(ple.rank, margin=ple.rank_margin, beta=ple.rank_beta)
@@ -224,10 +227,11 @@ def make_loss(config: Any) -> Loss:
 def measures(
     means: Mapping[str, float], before: Mapping[str, Array], after: Mapping[str, Array]
 ) -> dict[str, float]:
-    """The loss's metrics; log-probabilities after the update, and active hinges before and after it, of the ranked pairs.
+    """Returns the loss's metrics, with log-probabilities after the update and shares of active hinges before and after it.
 
-    A satisfied hinge teaches nothing: how many are left is told by the difference. Log-probabilities are compared over
-    iterations, so all are of the policy that an iteration ends with.
+    The shares, `hinge_active_before` and `hinge_active_after`, are of the ranked pairs. A satisfied hinge teaches nothing;
+    the two shares show how many the update satisfied. Log-probabilities are compared across iterations, so all of them are
+    those of the policy at the end of an iteration.
     """
     found = {name: value for name, value in means.items() if name != "hinge_active"}
     found |= {name: float(np.mean(after[name])) for name in ("lp_plain", "lp_principled")}
@@ -237,7 +241,11 @@ def measures(
 
 
 def _rank_loss(name: str, *, margin: float, beta: float) -> Callable[[Outputs, Batch], Array]:
-    """(outputs, batch) -> the ranking loss of every query, ranked or not."""
+    """Returns a function (outputs, batch) -> the ranking loss of every query, whether it is ranked or not.
+
+    Raises:
+        UserError: `name` is unknown.
+    """
 
     def dpo(outputs: Outputs, batch: Batch) -> Array:
         policy = losses.sum_logprob(outputs.logprobs, batch.response_mask)

@@ -1,9 +1,9 @@
 """PPO (arXiv:1707.06347) for language models (arXiv:1909.08593, arXiv:2203.02155): a token is an action, values are learned.
 
-`ppo.samples` plain responses of every query. A token's reward is -coefficient * (log-ratio to the reference), and the
-response's own reward comes at its last token; advantages by GAE from a head of values, which is trained beside the adapter,
-on the same hidden states; clipped objectives of both, so that an iteration's responses serve `optimizer.epochs` passes.
-Whitening is over an optimiser batch. The head starts at zero and is never exported.
+`ppo.samples` plain responses are sampled for every query. A token's reward is -coefficient * (log-ratio to the reference),
+and the response's own reward is added at its last token. Advantages are computed by GAE from a value head, which is trained
+beside the adapter on the same hidden states. The objectives of both are clipped, so that an iteration's responses serve
+`optimizer.epochs` passes. Whitening is over an optimiser batch. The head starts at zero and is never exported.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,19 +22,19 @@ __all__ = ["batch", "collect", "control", "controller", "label", "make_loss", "n
 
 
 def collect(config: Any) -> tuple[Slot, ...]:
-    """`ppo.samples` plain responses."""
+    """Asks for `ppo.samples` plain responses."""
     return plain_samples(config.ppo.samples)
 
 
 def label(rollouts: Sequence[Rollout], context: Context) -> list[Rollout]:
-    """Nothing is decided: every response is learned from. Margin is best minus mean score."""
+    """Marks every rollout as "sampled", as every response is learned from; the margin is best minus mean score."""
     return measured(rollouts, "sampled")
 
 
 def batch(rollouts: Sequence[Rollout], context: Context) -> Batch:
-    """One optimiser batch of all responses, k = ppo.samples.
+    """Packs one optimiser batch of all responses; k = ppo.samples.
 
-    Its data, float32: `scores` and `finished` [query, k], `valid` [query], and `normaliser` [query, k], the mean response
+    Its data, float32: `scores` and `finished` [query, k]; `valid` [query]; and `normaliser` [query, k], the mean response
     length of the batch in tokens.
     """
     packed = pack_all(rollouts, context.config)
@@ -48,12 +48,16 @@ def batch(rollouts: Sequence[Rollout], context: Context) -> Batch:
 
 
 def needs(config: Any) -> Needs:
-    """The reference, and the policy and its values before the iteration's first step."""
+    """Returns the needs: the reference, a value head, and the policy and its values before the iteration's first step."""
     return Needs(reference=True, old_logprobs=True, head="value")
 
 
 def prepare(batch: Batch, context: Context) -> Batch:
-    """Adds `advantages` and `returns` [query, k, response_len], and what the KL coefficient is and was measured at."""
+    """Adds `advantages` and `returns` [query, k, response_len], `kl_response` [query, k] and `kl_coefficient` [query].
+
+    `kl_response` is the k1 estimate of the KL to the reference, summed over the tokens of a response, in nats.
+    `kl_coefficient` is the coefficient that the KL penalty in the rewards was computed with.
+    """
     options, data, mask = context.config.ppo, batch.data, batch.response_mask
     coefficient = context.controller["kl_coefficient"]
     old, reference = data["old_logprobs"], data["reference_logprobs"]
@@ -75,12 +79,15 @@ def prepare(batch: Batch, context: Context) -> Batch:
 
 
 def controller(config: Any) -> dict[str, float]:
-    """The coefficient of the KL penalty in the first iteration."""
+    """Returns what is carried from one iteration to the next, at the start: the coefficient of the KL penalty."""
     return {"kl_coefficient": config.ppo.kl_coefficient}
 
 
 def control(controller: Mapping[str, float], metrics: Mapping[str, float], config: Any) -> Mapping[str, float]:
-    """The coefficient of the next iteration: an adaptive one follows the KL that this one's responses were sampled at."""
+    """Returns the KL coefficient of the next iteration.
+
+    An adaptive coefficient follows the KL at which this iteration's responses were sampled; a fixed one stays.
+    """
     options = config.ppo
     if options.kl == "fixed":
         return controller
@@ -96,10 +103,10 @@ def control(controller: Mapping[str, float], metrics: Mapping[str, float], confi
 
 
 def make_loss(config: Any) -> Loss:
-    """`losses.ppo` + ppo.value_weight * `losses.clipped_value`, each the mean over a query's responses.
+    """Returns the loss `losses.ppo` + ppo.value_weight * `losses.clipped_value`, each the mean over a query's responses.
 
-    Metrics, of tokens: `clipped`, the share whose ratio was; `value_loss`, `value_clipped`; of responses: `kl_response`,
-    nats to the reference when they were sampled (k1), and `kl_coefficient`.
+    Metrics: `policy_loss` and `value_loss`, the two parts; `clipped` and `value_clipped`, the shares of tokens whose ratio
+    or value was clipped; `kl_response`, nats to the reference per response when they were sampled (k1); `kl_coefficient`.
     """
     options = config.ppo
     clip, value_clip, weight = options.clip, options.value_clip, options.value_weight

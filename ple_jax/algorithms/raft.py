@@ -12,15 +12,15 @@ __all__ = ["batch", "collect", "label", "learned", "make_loss"]
 
 
 def collect(config: Any) -> tuple[Slot, ...]:
-    """`raft.samples` plain responses."""
+    """Asks for `raft.samples` plain responses."""
     return plain_samples(config.raft.samples)
 
 
 def label(rollouts: Sequence[Rollout], context: Context) -> list[Rollout]:
-    """The best response of every query gets weight 1, the first of equals; margin is best minus mean, in reward."""
+    """Gives weight 1 to the best response of every query, of equal ones the first; the margin is best minus mean score."""
     return measured(marked(rollouts, scores(rollouts).argmax(1).tolist(), "best"), "best")
 
 
 def learned(rollout: Rollout, config: Any) -> list[Response]:
-    """The best of the plain responses, by reward."""
+    """Returns the best of the plain responses by reward, in a list."""
     return extremes(rollout)[1:]

@@ -1,8 +1,8 @@
 """A reward model from preference pairs: a scalar head on the model, trained with Bradley-Terry's loss.
 
-It samples nothing: its loop is `training.offline`, epochs over the pairs of config.task.train with evaluations on those of
-config.task.heldout. The score is read at a response's last token, as transformers' ...ForSequenceClassification does, and
-both responses of a pair share one row with what they have in common.
+It samples nothing: its loop is `training.offline`, with epochs over the pairs of config.task.train and evaluations on those
+of config.task.heldout. The score is read at a response's last token, as transformers' ...ForSequenceClassification does.
+Both responses of a pair are in one row, with the tokens that they have in common at its beginning.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ _PROMPT, _RESPONSE = 64, 64  # smallest buckets, in tokens
 
 
 class Pair(NamedTuple):
-    """The tokens of two conversations that differ in their ends; `shared` is what both begin with."""
+    """The tokens of two conversations that differ only at their ends; `shared` is what both begin with."""
 
     id: str
     shared: tuple[int, ...]
@@ -35,18 +35,18 @@ class Pair(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Buckets of the shared part and of the longer end: what decides the shape of a batch."""
+        """The buckets, in tokens, of the shared part and of the longer end, which decide the shape of a batch."""
         return bucket(len(self.shared), _PROMPT), bucket(max(len(self.chosen), len(self.rejected)), _RESPONSE)
 
 
 def encode(query: Query, tokenizer: Tokenizer, config: Any) -> Pair:
-    """A preference pair in tokens, each side as `rewards.model` will see it.
+    """Converts a preference pair to tokens, each side as `rewards.model` will see it.
 
-    Of a conversation longer than reward_model.max_tokens the oldest tokens are cut off, but not a BOS. Where conversations
-    end with the padding token the score is read before it, so it is left out.
+    The oldest tokens of a conversation longer than reward_model.max_tokens are cut off, except a BOS. Where a conversation
+    ends with the padding token, the score is read before it, so it is left out.
 
     Raises:
-        Unusable: the pair cannot be used.
+        Unusable: both sides have the same tokens, they do not begin alike, a response is too long, or as `prompts.dialogue`.
     """
     max_tokens, pad = config.reward_model.max_tokens, tokenizer.pad_token_id
     chosen, rejected = (
@@ -74,7 +74,7 @@ def without_end(tokens: list[int], pad: int | None) -> list[int]:
 
 
 def batch(pairs: Sequence[Pair]) -> Batch:
-    """One row a pair, [shared | chosen | rejected], padded to the largest of their buckets."""
+    """Packs one row [shared | chosen | rejected] per pair, padded to the largest of the pairs' buckets."""
     rollouts = [
         Rollout(pair.id, "", pair.shared, (Response(pair.chosen, True), Response(pair.rejected, True))) for pair in pairs
     ]
@@ -83,10 +83,12 @@ def batch(pairs: Sequence[Pair]) -> Batch:
 
 
 def batches(pairs: Sequence[Pair], size: int, *, seed: int, epoch: int) -> list[list[int]]:
-    """Which pairs are trained on together in one epoch: each once, in an order drawn from (seed, epoch).
+    """Returns which pairs are trained on together in one epoch: each once, in an order drawn from (seed, epoch).
 
-    Pairs of one shape go together, so that little is padding and few programs are compiled; what is left of every shape
-    at the end is put together, and the last batch may be smaller.
+    A batch is a list of at most `size` indices of `pairs`.
+
+    Pairs of one shape go together, so that there is little padding and few programs are compiled. What is left of each
+    shape at the end is put together, and the last batch may be smaller.
     """
     order = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch]))).permutation(len(pairs))
     shapes, drawn = [pair.shape for pair in pairs], []
@@ -104,12 +106,12 @@ def batches(pairs: Sequence[Pair], size: int, *, seed: int, epoch: int) -> list[
 
 
 def needs(config: Any) -> Needs:
-    """A head of scores."""
+    """Returns the needs: a head of scores."""
     return Needs(head="score")
 
 
 def make_loss(config: Any) -> Loss:
-    """(outputs, batch) -> Bradley-Terry's loss of every pair; metrics `accuracy` (ties count half) and `margin`."""
+    """Returns the Bradley-Terry loss of the pairs; metrics `accuracy` (ties count half) and `margin` (chosen - rejected)."""
 
     def loss(outputs: Outputs, batch: Batch) -> tuple[Array, dict[str, Array]]:
         chosen, rejected = outputs.scores[:, 0], outputs.scores[:, 1]  # type: ignore[index]
@@ -121,7 +123,7 @@ def make_loss(config: Any) -> Loss:
 
 
 def judge(backend: Backend, pairs: Sequence[Pair], config: Any) -> dict[str, Any]:
-    """`measures` of held-out pairs."""
+    """Scores held-out pairs and returns their `formulas.calibration.measures`."""
     margins = np.empty(len(pairs))
     for some in batches(pairs, config.optimizer.micro_queries, seed=0, epoch=0):
         scores = backend.scores(batch([pairs[i] for i in some])).astype(np.float64)

@@ -1,7 +1,7 @@
 """RLOO, REINFORCE with a leave-one-out baseline (arXiv:2402.14740): a response is one action.
 
-`rloo.samples` plain responses of every query; the reward less `rloo.beta` times the log-ratio to the reference, against the
-mean of the other samples'.
+`rloo.samples` plain responses are sampled for every query. The reward less `rloo.beta` times the log-ratio to the reference
+is compared with the mean of the other samples'.
 """
 
 from collections.abc import Sequence
@@ -19,23 +19,29 @@ __all__ = ["batch", "collect", "label", "make_loss", "needs", "prepare"]
 
 
 def collect(config: Any) -> tuple[Slot, ...]:
-    """`rloo.samples` plain responses."""
+    """Asks for `rloo.samples` plain responses."""
     return plain_samples(config.rloo.samples)
 
 
 def label(rollouts: Sequence[Rollout], context: Context) -> list[Rollout]:
-    """Margin is best minus mean score. The advantages also depend on the reference: `prepare` makes them."""
+    """Marks every rollout as "compared"; the margin is best minus mean score.
+
+    The advantages also depend on the reference, so `prepare` computes them.
+    """
     return measured(rollouts, "compared")
 
 
 def batch(rollouts: Sequence[Rollout], context: Context) -> Batch:
-    """One optimiser batch of all responses, k = rloo.samples; its data: `scores` [query, k], `valid` [query], float32."""
+    """Packs one optimiser batch of all responses; k = rloo.samples.
+
+    Its data, float32: `scores` [query, k]; `valid` [query], which is 1.
+    """
     packed = pack_all(rollouts, context.config)
     return packed._replace(data=packed.data | {"scores": scores(rollouts).astype(np.float32)})
 
 
 def needs(config: Any) -> Needs:
-    """The reference, and the policy before the iteration's first step."""
+    """Returns the needs: the reference, and the policy before the iteration's first step."""
     return Needs(reference=True, old_logprobs=True)
 
 
@@ -48,7 +54,7 @@ def prepare(batch: Batch, context: Context) -> Batch:
 
 
 def make_loss(config: Any) -> Loss:
-    """`losses.rloo`, the mean over a query's responses; metric `clipped`, a share of responses."""
+    """Returns the loss `losses.rloo`, mean over a query's responses; metric `clipped`, the share of clipped responses."""
     clip = {"clip_low": config.rloo.clip, "clip_high": config.rloo.clip}
     cap = config.sampling.importance_cap
 

@@ -1,7 +1,8 @@
-"""On-policy self-distillation: the principles are the teacher's privileged context. (TRL's experimental SDFT; also OPSD.)
+"""On-policy self-distillation: the principles are the teacher's privileged context (TRL's experimental SDFT; also OPSD).
 
-The nearest rival to PLE in idea: the policy answers plainly and is pulled, token by token of its own answer, to what it
-would say with the principles in its prompt. No reward is used; `losses.distillation` says where TRL's differs.
+Of all methods here its idea is the closest to PLE's: the policy answers the plain prompt and is pulled, token by token of
+its own answer, towards what it would say with the principles in its prompt. No reward is used. `losses.distillation` says
+where TRL's version differs.
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ __all__ = ["batch", "collect", "label", "learned", "make_loss", "needs"]
 
 
 def collect(config: Any) -> tuple[Slot, ...]:
-    """One plain response."""
+    """Asks for one plain response."""
     return (Slot("plain"),)
 
 
@@ -27,12 +28,18 @@ def label(rollouts: Sequence[Rollout], context: Context) -> list[Rollout]:
 
 
 def needs(config: Any) -> Needs:
-    """The policy before the iteration's first step, after the plain prompt and, as the teacher, after the principled one."""
+    """Returns the needs: log-probabilities of the policy before the iteration's first step.
+
+    They are taken after the plain prompt and, as the teacher's, after the principled one.
+    """
     return Needs(old_logprobs=True, teacher=True)
 
 
 def make_loss(config: Any) -> Loss:
-    """`losses.distillation`; metrics `teacher_gap` (teacher minus policy, nats per token), `clipped` (share of tokens)."""
+    """Returns the loss `losses.distillation`.
+
+    Metrics: `teacher_gap`, teacher minus policy in nats per token, and `clipped`, the share of clipped tokens.
+    """
     clip = {"clip_low": config.self_distillation.clip, "clip_high": config.self_distillation.clip}
     cap = config.sampling.importance_cap
 

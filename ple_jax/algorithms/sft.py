@@ -1,6 +1,6 @@
 """Supervised fine-tuning on the records' own answers, through the same loop: an iteration trains on the queries it draws.
 
-Answers are as long as they are, whatever is sampled: up to task.max_answer_tokens, where they are cut, without EOS then.
+Answers may be longer than what is sampled. They are cut after task.max_answer_tokens tokens, and have no EOS then.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ __all__ = ["batch", "collect", "label", "learned", "make_loss"]
 
 
 def collect(config: Any) -> tuple[Slot, ...]:
-    """Nothing is sampled: the record's completion is the response."""
+    """Asks for the record's completion as the response, so nothing is sampled."""
     return (Slot("reference", source="completion"),)
 
 

@@ -33,31 +33,34 @@ Read = Callable[[Any, int, slice], tuple[Array, Array]]
 
 
 class Attention(NamedTuple):
-    """How a model attends: `attend` and `attend_cache`, as they are where it runs."""
+    """The two attention functions of a model, bound to an implementation and a mesh: `attend` and `attend_cache`."""
 
     attend: Callable[..., Array]
     attend_cache: Callable[..., Array]
 
 
 def attention_of(implementation: str, mesh: Mesh | None) -> Attention:
-    """Both functions, of one of `IMPLEMENTATIONS`."""
+    """Returns `attend` and `attend_cache`, bound to one of `IMPLEMENTATIONS` and to a mesh (None: one device)."""
     alone = mesh is None or mesh.size == 1  # rows of several devices are not taken apart
     of_cache = partial(attend_cache, looped=loops(mesh), together=_ROWS if alone else None)
     return Attention(partial(attend, implementation=implementation, mesh=mesh), of_cache)
 
 
 def loops(mesh: Mesh | None) -> bool:
-    """Whether `attend_cache` reads blocks in a loop: an accelerator's host is asked of each whether there is another one."""
+    """Says whether `attend_cache` reads blocks in a loop, which it does on CPUs alone.
+
+    On an accelerator the host would be asked after every block whether there is another one.
+    """
     return (jax.devices() if mesh is None else list(mesh.devices.flat))[0].platform == "cpu"
 
 
 def cache_length(positions: int) -> int:
-    """Positions of a cache with room for so many: whole blocks, where it is read in blocks."""
+    """Returns the number of positions to allocate for a cache: whole blocks, if it is so long that it is read in blocks."""
     return positions if positions <= AT_ONCE else round_up(positions, BLOCK)
 
 
 def choose(setting: str, *, platform: str, dtype: Any, softcap: float | None, head_dim: int) -> str:
-    """The implementation for `attend`: "auto" becomes the fused kernel of the platform where the model allows it.
+    """Returns the implementation for `attend`: for "auto" the platform's fused kernel where the model allows it, else "xla".
 
     Args:
         setting: "auto" or one of `IMPLEMENTATIONS`.
@@ -67,7 +70,7 @@ def choose(setting: str, *, platform: str, dtype: Any, softcap: float | None, he
         head_dim: size of one head.
 
     Raises:
-        UserError: not a setting, or one that cannot work there.
+        UserError: the setting is unknown, or it names an implementation that cannot work on this platform or for this model.
     """
     if setting == "auto":
         fastest = _FASTEST.get(platform, "xla")
@@ -82,7 +85,7 @@ def choose(setting: str, *, platform: str, dtype: Any, softcap: float | None, he
 
 
 def _obstacle(implementation: str, platform: str, dtype: Any, softcap: float | None, head_dim: int) -> str:
-    """Why it cannot work there, or nothing."""
+    """Returns why an implementation cannot work on a platform or for a model; an empty string if it can."""
     if implementation == "xla":
         return ""
     if _FASTEST.get(platform) != implementation:
@@ -110,22 +113,22 @@ def attend(
     causal: bool = False,
     mesh: Mesh | None = None,
 ) -> Float[Array, "row kv group time dim"]:
-    """softmax(cap tanh(scale q k / cap)) v over the visible source positions; scores and softmax in fp32.
+    """Computes softmax(cap tanh(scale q k / cap)) v over the visible source positions; scores and softmax are in fp32.
 
-    A query that sees nothing (it only fills the shape) gets something finite, and no particular value. One query per
-    row (decoding) always takes the einsums: there is no [time, source] to save.
+    A query that sees nothing (it only fills the shape) gets a finite but arbitrary result. A call with one query per row
+    (decoding) always takes the einsums: it has no [time, source] scores to save.
 
     Args:
         q: queries, grouped by the KV head they share.
         mask: which source positions a query sees.
         softcap: cap of the scores before the mask; Gemma 2, arXiv:2408.00118.
-        causal: whether the mask lets no query see what is after it, the last one being the last of the source, so that the
-            einsums may leave most of that out.
+        causal: whether the mask hides everything after a query, the last query being the last of the source. The einsums may
+            then skip most of what is hidden.
         implementation: what `choose` returned, or "splash_interpret": the TPU kernel emulated, for tests on CPU.
-        mesh: where a fused kernel runs inside jit over several devices; the compiler cannot partition it by itself.
+        mesh: the mesh if a fused kernel runs inside jit over several devices; the compiler cannot partition it by itself.
 
     Raises:
-        ValueError: an unknown implementation, or a soft cap for cuDNN.
+        ValueError: the implementation is unknown, or it is cuDNN and there is a soft cap.
     """
     if implementation == "xla" or q.shape[3] == 1:
         return (_in_parts if causal else _einsum)(q, k, v, mask, scale=scale, softcap=softcap)
@@ -144,18 +147,18 @@ def attend_cache(
     mask: Bool[Array, "row 1 source"], scale: float, softcap: float | None = None, looped: bool, together: int | None = None,
     prefix: tuple[Float[Array, "1 kv before dim"], Float[Array, "1 kv before dim"]] | None = None,
 ) -> Float[Array, "row kv group 1 dim"]:  # fmt: skip
-    """`attend` of one token of every row to a cache, and to a prefix that is held once for all rows.
+    """Computes `attend` for one token of every row, over a KV cache and over a prefix that is held once for all rows.
 
-    One of more than `AT_ONCE` positions is read in blocks, in their order, as far as `reach` says: more room, or a longer
-    row beside one, changes no bit, as a block of which nothing is visible adds zeros.
+    A cache of more than `AT_ONCE` positions is read in blocks, in their order, as far as `reach` says. A block of which
+    nothing is visible adds zeros, so more room in the cache, or a longer row beside one, changes no bit of a row's result.
 
     Args:
         read: (start, size, rows) -> keys and values of these positions, [row, kv, size, dim] each.
-        length: positions of the cache, as `cache_length` has them.
-        reach: of them, how many are read: all that a row sees. Where there is no loop only a number, of any row, does that.
-        mask: what a query sees of the prefix, and then of as many positions as are named; nothing after them.
-        looped: whether blocks are small ones in a loop, where that costs little, or as many as are read at once elsewhere.
-        together: rows of a loop, if they are so many times a number, each with a reach of its own; else it is of all rows.
+        length: positions of the cache, as `cache_length` returns them.
+        reach: how many of them are read, at least all that a row sees. Without a loop only an int, for all rows, is used.
+        mask: which positions a query sees: first those of the prefix, then those of the cache; none beyond its end.
+        looped: whether small blocks are read in a loop, where loops cost little; else `AT_ONCE` positions at a time.
+        together: number of rows that share a loop, up to their largest reach; all rows share one if it does not divide them.
     """
     before = 0 if prefix is None else prefix[0].shape[2]
     mask = jnp.pad(mask, ((0, 0), (0, 0), (0, before + length - mask.shape[2])))[:, :, None]
@@ -178,7 +181,7 @@ def attend_cache(
 
 
 def _in_blocks(block: Callable, found: "_Part", reached: Int[Array, " row"], parts: Sequence[slice]) -> "_Part":
-    """What rows see of as many blocks as they have reached, a part of the rows after the other."""
+    """Adds to `found` the blocks that the rows have reached, in a loop for each group of rows in `parts`."""
     done = []
     for rows in parts:
         step = partial(lambda i, found, rows: block(i * BLOCK, found, rows=rows), rows=rows)
@@ -188,7 +191,7 @@ def _in_blocks(block: Callable, found: "_Part", reached: Int[Array, " row"], par
 
 
 def _of_prefix(q: Array, k: Array, v: Array, seen: Array, *, scale: float, softcap: float | None) -> "_Part":
-    """What all rows see of keys and values that are held once."""
+    """Computes the attention of all rows to a prefix whose keys and values are held once."""
     if q.dtype == jnp.float32:
         return _part_of(q, k[0], v[0], seen, scale=scale, softcap=softcap)
     # one row of all their queries: a CPU has no dot of bfloat16 whose batch lies between other dimensions
@@ -200,7 +203,7 @@ def _of_prefix(q: Array, k: Array, v: Array, seen: Array, *, scale: float, softc
 
 
 class _Part(NamedTuple):
-    """A softmax over a part of what is seen, and what it weighs, not divided by its sum yet; in float32."""
+    """The attention to some of the source positions, in float32, not yet divided by the sum of its weights."""
 
     largest: Float[Array, "row kv group 1"]  # of the scores
     total: Float[Array, "row kv group 1"]
@@ -208,7 +211,7 @@ class _Part(NamedTuple):
 
 
 def _part_of(q: Array, k: Array, v: Array, seen: Array, *, scale: float, softcap: float | None) -> _Part:
-    """Of keys and values [row, kv, source, dim], or [kv, source, dim] of all rows."""
+    """Computes partial attention to keys and values [row, kv, source, dim], or [kv, source, dim] if all rows share them."""
     source = "bksd" if k.ndim == 4 else "ksd"
     scores = _dot(f"bkgd,{source}->bkgs", q, k) * scale
     if softcap is not None:
@@ -220,14 +223,17 @@ def _part_of(q: Array, k: Array, v: Array, seen: Array, *, scale: float, softcap
 
 
 def _joined(a: _Part, b: _Part) -> _Part:
-    """Of both parts together; one of which nothing is seen adds zeros to another."""
+    """Merges two partial attentions. One that sees nothing adds zeros to the other."""
     largest = jnp.maximum(a.largest, b.largest)
     x, y = jnp.exp(a.largest - largest), jnp.exp(b.largest - largest)
     return _Part(largest, a.total * x + b.total * y, a.out * x + b.out * y)
 
 
 def _in_parts(q: Array, k: Array, v: Array, mask: Array, *, scale: float, softcap: float | None) -> Array:
-    """Queries of long rows a part after the other, with what is before its end: of what precedes all of them everything."""
+    """Computes causal attention of long rows, one part of the queries after the other.
+
+    Each part attends to the source only up to its own end. What precedes all queries is always included.
+    """
     time, before = q.shape[3], k.shape[2] - q.shape[3]
     parts = max(1, min(_PARTS, time // _LANES))
     ends = [time * (i + 1) // parts for i in range(parts)]
@@ -247,10 +253,10 @@ def _einsum(q: Array, k: Array, v: Array, mask: Array, *, scale: float, softcap:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _softmax(q: Array, k: Array, v: Array, mask: Array, scale: float, softcap: float | None) -> Array:
-    """softmax(q k) v of [row, kv, group * time, dim], in float32.
+    """Computes softmax(q k) v for queries [row, kv, group * time, dim], in float32.
 
-    What is as large as [time, source] is written and read as seldom as can be: weights are divided by their sum after they
-    were multiplied with v, and only they are kept for the gradient.
+    Arrays as large as [time, source] are written and read as rarely as possible: weights are divided by their sum after the
+    multiplication with v, and only they (and the tanh of a soft cap) are kept for the gradient.
     """
     return _softmax_forward(q, k, v, mask, scale, softcap)[0]
 
@@ -289,7 +295,7 @@ _softmax.defvjp(_softmax_forward, _softmax_backward)
 
 
 def _on_shards(kernel: Callable, mesh: Mesh | None) -> Callable:
-    """The kernel on every device's own rows and KV heads; what does not divide is computed everywhere."""
+    """Wraps a kernel to run on each device's own rows and KV heads. A dimension that does not divide is not split."""
     if mesh is None or mesh.size == 1:
         return kernel
 
@@ -307,10 +313,10 @@ def _on_shards(kernel: Callable, mesh: Mesh | None) -> Callable:
 
 
 def _in_tiles(kernel: Callable, q: Array, k: Array, v: Array, mask: Array) -> Array:
-    """The kernel on lengths padded to whole tiles, every query seeing something.
+    """Calls a kernel with lengths padded to whole tiles, and with a mask in which every query sees something.
 
-    Splash demands both (it divides by the sum of the weights). cuDNN's backward gave NaN for lengths of 64 modulo 128
-    when a query saw nothing: https://github.com/pytorch/pytorch/issues/196678
+    Splash demands both (it divides by the sum of the weights). cuDNN's backward gave NaN for lengths of 64 modulo 128 when a
+    query saw nothing: https://github.com/pytorch/pytorch/issues/196678
     """
     time, source = mask.shape[1:]
     more_time, more_source = -time % _LANES, -source % _LANES

@@ -1,4 +1,4 @@
-"""`JaxBackend`, the only holder of state, and how one is made."""
+"""`JaxBackend`, the only object of this backend that holds state, and the functions that build it from a config."""
 
 import math
 import os
@@ -32,7 +32,7 @@ from ple_jax.models.layout import attention_reach, expected_shapes
 
 
 class _Decoded(NamedTuple):
-    """What is sampled with: base and adapter as they were, what all prompts that share it begin with, and the rows."""
+    """What rows are decoded with: base and adapter as they were at `open`, the cache of the shared prefix, and the rows."""
 
     base: Any
     fused: Any
@@ -82,7 +82,7 @@ class JaxBackend:
         known: Mapping[int, Response] | None = None,
         tell: Tell | None = None,
     ) -> list[Response]:
-        """One response per prompt, `width` of them decoded at once."""
+        """Samples one response per prompt, `width` of them at a time; arguments as in `core.types.Backend`."""
         requests = refill.Requests([tuple(prompt) for prompt in prompts], uniforms, sampling, tuple(prefix))
         how = {"width": self.width, "smallest": self.bucket, "multiple": self._multiple}
         return refill.sample(self, requests, **how, known=known, tell=tell)
@@ -95,7 +95,7 @@ class JaxBackend:
         sampling: Sampling,
         base: bool = False,
     ) -> Iterator[int]:
-        """The tokens of one response as they are sampled; of the base without the adapter, if `base`."""
+        """Returns an iterator over the tokens of one response as they are sampled. With `base` the adapter is not used."""
         fused = {} if base else self.programs.fuse(self.base, self.policy)
         return generate.stream(self.model, self.base, fused, np.asarray(prompt, np.int32), uniforms, sampling=sampling)
 
@@ -109,19 +109,25 @@ class JaxBackend:
         temperature: float = 1.0,
         entropy: bool = False,
     ) -> Outputs:
-        """Log-probabilities of a batch's response tokens under the policy, the frozen reference or the base."""
+        """Computes log-probabilities (nats) of a batch's response tokens under the policy, the frozen reference or the base.
+
+        The logits are divided by `temperature`, above 0. With `entropy`, the entropy (nats) at every token is computed, too.
+        """
         adapter = {} if base else self.reference if reference else self.policy
         how = {"entropy": entropy, "temperature": temperature}
         return self._said(batch, lambda packed: self.programs.outputs(self.base, adapter, packed, **how))
 
     @together.together
     def scores(self, batch: Batch) -> Float32[np.ndarray, "query k"]:
-        """What the head says of every response."""
+        """Computes the score head's value for every response."""
         return self._said(batch, lambda packed: self.programs.scores(self.base, self.policy, packed))
 
     @together.together
     def update(self, batches: Sequence[Batch], loss: Loss, *, lr: float, temperature: float = 1.0) -> dict[str, float]:
-        """One optimizer step on the mean loss over all rows of `batches`, gradients accumulated over them."""
+        """Takes one optimizer step on the mean loss over all rows of `batches`, with gradients accumulated over them.
+
+        Returns the means of the metrics, and "grad_norm", the gradient's norm before clipping.
+        """
         most = max(len(b.prompt) for b in batches)
         real = sum(float(b.data["valid"].sum()) for b in batches)
         share = jnp.float32(1 / real)
@@ -144,7 +150,7 @@ class JaxBackend:
 
     @together.together
     def freeze_reference(self) -> None:
-        """The policy as it is now becomes the reference: the same base with a frozen copy of the adapter.
+        """Makes the current policy the reference: the same base with a frozen copy of the adapter.
 
         The optimiser starts afresh: moments of what was learned before would move the policy off it without any gradient.
         """
@@ -165,7 +171,12 @@ class JaxBackend:
 
     @together.together
     def restore(self, path: Path) -> dict[str, Any] | None:
-        """Loads the newest checkpoint under `path`; its meta, or None if there is none."""
+        """Loads the newest checkpoint under `path` and returns its meta; None if there is none.
+
+        Raises:
+            Damaged: a file of it is not as it was written.
+            UserError: it holds other shapes, dtypes or names than this config needs.
+        """
         found = checkpoint.restore(path, self._trees())
         if found is None:
             return None
@@ -196,7 +207,7 @@ class JaxBackend:
 
     @together.together
     def open(self, shape: refill.Shape, sampling: Sampling) -> None:
-        """Makes the rows, all of them free, and computes the prefix; the adapter is that of now."""
+        """Allocates the rows, all of them free, and computes the prefix. Decoding uses the adapter as it is now."""
         base, fused, prefix = self.base, {}, None
         if self.fold:
             base = lora.folded(self.base, self.programs.fold(self.base, self.policy))
@@ -210,7 +221,7 @@ class JaxBackend:
 
     @together.together
     def begin(self, group: refill.Group) -> None:
-        """Reads prompts, and draws the first token of every response to them."""
+        """Reads the prompts of a group, and draws the first token of every response to them."""
         base, fused, prefix, rows, sampling = self._open_rows
         tokens, lengths = sharding.put_rows(self.mesh, (group.tokens, group.lengths))
         everywhere = sharding.replicated(self.mesh)
@@ -221,7 +232,7 @@ class JaxBackend:
 
     @together.together
     def decode(self, free: int) -> refill.Decoded:
-        """Decodes until so many rows are free, and `STEPS` tokens at most."""
+        """Decodes until `free` rows are free, but at most `STEPS` tokens a row; returns what the rows hold then."""
         *there, rows, sampling = self._open_rows
         how = {"sampling": sampling, "within": self._within(rows)}
         rows = self.programs.decode(*there, rows, jnp.int32(free), jnp.int32(refill.STEPS), **how)
@@ -229,7 +240,7 @@ class JaxBackend:
         return refill.Decoded(*sharding.fetch((rows.done, rows.length, *rows.out)))
 
     def close(self) -> None:
-        """Lets go of the rows."""
+        """Releases the rows. If a call of all processes has failed, only this process's rows are released."""
         if together.busy():  # a call failed, and the others are not there to be told
             self._decoded = None
         else:
@@ -247,7 +258,7 @@ class JaxBackend:
         return self._decoded
 
     def _within(self, rows: Rows) -> int | None:
-        """Positions that the rows are in after `STEPS` tokens more; None where the device finds out for itself."""
+        """Returns a bound of the positions that rows fill after `STEPS` more tokens; None if the device finds it out."""
         if attention.loops(self.mesh):
             return None
         filled, done = sharding.fetch((rows.filled, rows.done))
@@ -265,21 +276,27 @@ class JaxBackend:
         return packing.passes(batch, cost, most=most, shards=self._multiple)
 
     def _said(self, batch: Batch, program: Callable[[Packed], Any]) -> Any:
-        """What a program says of every query of a batch, as numpy."""
+        """Applies a program to a batch's packed rows; returns its results for every query, as numpy, in batch order."""
         made = self._passes(batch, len(batch.prompt))
         rows = (packing.laid_out(batch, one, shards=self._multiple)[1] for one in made)
         found = sharding.fetch([program(sharding.put_rows(self.mesh, packed)) for packed in rows])
         return jax.tree.map(lambda *parts: packing.reunited(parts, made), *found)
 
     def put(self, batch: Batch, one: packing.Pass) -> tuple[Batch, Packed]:
-        """A pass of the batch on the devices: its queries, and its rows."""
+        """Puts a pass of the batch on the devices; returns its queries and its packed rows. float64 becomes float32."""
         data = packing.laid_out(batch, one, shards=self._multiple)
         narrow = jax.tree.map(lambda x: np.asarray(x, np.float32) if x.dtype == np.float64 else x, data)
         return sharding.put_rows(self.mesh, narrow)
 
 
 def load(config: ConfigDict) -> weights.Loaded:
-    """Weights, model config and tokenizer of the base model; a mesh that does not fit is refused before."""
+    """Loads weights, model config and tokenizer of the base model; no weight is put on a device.
+
+    Turns on the compile cache first, if the config asks for it.
+
+    Raises:
+        UserError: the mesh does not fit the devices (found before anything is read), or the model cannot be read.
+    """
     if config.model.compile_cache:
         compilation.keep()
     sharding.make_mesh(**config.mesh)
@@ -287,7 +304,10 @@ def load(config: ConfigDict) -> weights.Loaded:
 
 
 def fast_dtype(config: ConfigDict) -> str:
-    """bfloat16 on accelerators (on GPUs from Ampere on) and on processors with AMX or AVX512-BF16; float32 elsewhere."""
+    """Returns the dtype in which this config's devices compute fastest.
+
+    That is bfloat16 on accelerators (on GPUs from Ampere on) and on processors with AMX or AVX512-BF16, float32 elsewhere.
+    """
     device = jax.devices()[0]
     if device.platform == "cpu":
         fast = processor.bfloat16()
@@ -298,18 +318,18 @@ def fast_dtype(config: ConfigDict) -> str:
 
 
 def count(config: ConfigDict, loaded: weights.Loaded) -> tuple[int, int]:
-    """Parameters of the base and of the adapter."""
+    """Returns the numbers of parameters of the base and of the adapter."""
     base = sum(math.prod(shape) for shape in expected_shapes(loaded.config).values())
     return base, adapters.count(adapters.start(config, loaded.config))
 
 
 def transposed(loaded: weights.Loaded) -> bool:
-    """Whether the base keeps its linear weights as [in, out]."""
+    """Says whether the base keeps its linear weights as [in, out]."""
     return FAMILIES[loaded.config.family].transposed
 
 
 def use_scan(setting: str, platform: str | None = None) -> bool:
-    """Whether layers are scanned: on GPU and TPU by default, not on CPU, where scanning copies the weights.
+    """Says whether layers are scanned: by default on GPU and TPU, but not on CPU, where scanning copies the weights.
 
     Args:
         setting: config.model.layers.
@@ -319,7 +339,14 @@ def use_scan(setting: str, platform: str | None = None) -> bool:
 
 
 def make_model(config: ConfigDict, model_config: ModelConfig, mesh: Mesh, *, platform: str | None = None) -> Model:
-    """The decoder a config asks for, on the devices of a mesh; `platform` is what these stand for, if they are simulated."""
+    """Creates the decoder that a config asks for, without weights, for the devices of a mesh.
+
+    Args:
+        platform: the platform that the devices stand for, if they are simulated.
+
+    Raises:
+        UserError: the attention that the config names cannot work on these devices or for this model.
+    """
     present, dtype = mesh.devices.flat[0].platform, jnp.dtype(config.model.dtype)
     return Model.create(
         model_config,
@@ -338,12 +365,19 @@ def make_model(config: ConfigDict, model_config: ModelConfig, mesh: Mesh, *, pla
 
 
 def notes(backend: JaxBackend) -> list[str]:
-    """What a user should know before the run starts."""
+    """Returns what a user should know before the run starts, one line each."""
     return sharding.notes(backend.mesh, kv_heads=backend.model.config.num_kv_heads)
 
 
 def build(config: ConfigDict, loaded: weights.Loaded, *, head: str | None = None) -> JaxBackend:
-    """The backend a config asks for, weights on the mesh; a `head` of that name is trained too, or a score head alone."""
+    """Builds the backend that a config asks for, with its weights on the mesh.
+
+    Args:
+        head: name of a head that is trained beside the adapter, or alone ("score", if reward_model.train is "head").
+
+    Raises:
+        UserError: the mesh, the attention or a stored adapter does not fit the devices or the model.
+    """
     return _assemble(config, loaded, head) if together.size() == 1 else _build(config, head)
 
 

@@ -1,7 +1,7 @@
 """Checkpoints with Orbax: adapter, optimizer state, reference adapter, and a JSON `meta` (iteration, step, environment).
 
-How they are committed, and what is checked when they are read, is `core.commits`'s business. Leaves of one shape are stacked
-before writing: 42 arrays take 0.08 s where 1,260 take 1.5.
+`core.commits` commits them, and checks them when they are read. Leaves of one shape are stacked before writing: 42 arrays
+take 0.08 s where 1,260 take 1.5.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ def _manager(path: Path) -> ocp.CheckpointManager:
 def save(path: Path, step: int, trees: dict[str, Any], meta: dict[str, Any], *, keep: int) -> None:
     """Writes and commits checkpoint `step`; on return it is on disk, and all but the newest `keep` are gone.
 
-    Of several processes each writes what its own devices hold, and process 0 commits what all have written.
+    With several processes, each writes what its own devices hold, and process 0 commits what all have written.
     """
     stacked = {name: _stack(tree) for name, tree in trees.items()}
     args = ocp.args.Composite(state=ocp.args.StandardSave(stacked), meta=ocp.args.JsonSave(meta))
@@ -43,16 +43,18 @@ def save(path: Path, step: int, trees: dict[str, Any], meta: dict[str, Any], *, 
 
 
 def _begin(stack: contextlib.ExitStack, path: Path, step: int, keep: int) -> Path:
-    """The folder that is written to, which is committed when the stack is left."""
+    """Returns the folder to write to, which is committed when the stack is left."""
     return stack.enter_context(commits.committing(path, step, keep=keep))
 
 
 def restore(path: Path, like: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """The newest checkpoint as (trees shaped, typed and sharded `like` these, meta); None if there is none.
+    """Reads the newest checkpoint; returns (trees, meta), or None if there is none.
+
+    The trees have the shapes, dtypes and shardings of those in `like`.
 
     Raises:
-        Damaged: it is not as it was written.
-        UserError: it holds other shapes, dtypes or names; says which.
+        Damaged: a file of the checkpoint is not as it was written.
+        UserError: it holds other shapes, dtypes or names; the message says which.
     """
     if (folder := together.from_first(lambda: commits.newest(path))) is None:
         return None
@@ -69,7 +71,10 @@ def restore(path: Path, like: dict[str, Any]) -> tuple[dict[str, Any], dict[str,
 
 
 def _groups(tree: Any) -> dict[str, list[Hashable]]:
-    """Leaf paths by the group they are stacked in: their path without the layer's number, with the shape if that varies."""
+    """Groups the paths of the leaves that are stacked together.
+
+    A group's name is the path of its leaves without the layer's number, followed by the shape if that varies.
+    """
     groups: dict[str, dict[tuple[int, ...], list[Hashable]]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         parts = [p for key in path for p in jax.tree_util.keystr((key,), simple=True).split(".") if not p.isdigit()]
@@ -118,7 +123,10 @@ def _shardings(tree: Any, abstract: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check(saved: Any, expected: dict[str, dict[str, Any]], where: Path) -> None:
-    """Orbax casts another dtype silently and explains another shape at length: compare first."""
+    """Raises a UserError unless a checkpoint has the expected names, shapes and dtypes.
+
+    Orbax would cast another dtype silently, and explain another shape at length.
+    """
     tree = getattr(saved, "tree", saved)
     for part, leaves in expected.items():
         if part not in tree:

@@ -1,8 +1,9 @@
-"""Compiled programs that outlive a process: JAX's persistent cache, made safe to share and to be killed in; and their count.
+"""JAX's persistent compilation cache, made safe against concurrent use and kills; and a count of the compiled programs.
 
-JAX writes an entry where others read, and none again where there is one: of a process that is killed while it writes, half
-an entry stays, which every later one reads, warns of and compiles after all. So JAX has a folder of this process alone,
-`used/PID`, whose entries are links to the shared ones, and what it adds is published by a link, which has all of it at once.
+JAX writes an entry where others read, and never writes an entry that exists. If a process is killed while it writes, half an
+entry stays: every later process reads it, warns, and compiles the program anyway. So JAX gets a folder of this process
+alone, `used/PID-...`, whose entries are links to the shared ones. What JAX adds is published by a link, so it appears there
+as a whole.
 
 The shared folder is one for each version of jaxlib and kind of processor: machine code for one may be wrong on another.
 """
@@ -30,7 +31,10 @@ _COMPILED, _WRITTEN = "/jax/core/compile/backend_compile_duration", "/jax/compil
 
 
 def folder() -> Path:
-    """Where programs are kept: JAX_COMPILATION_CACHE_DIR, or the user's cache folder; for this jaxlib and processor."""
+    """Returns the folder of compiled programs for this jaxlib and processor.
+
+    It is in JAX_COMPILATION_CACHE_DIR, or else in the user's cache folder.
+    """
     given = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     root = Path(given) if given else user_cache() / "programs"
     return root / f"{jaxlib.__version__}-{processor.digest()}"
@@ -50,13 +54,13 @@ _writing = False  # JAX is about to write an entry: it says so before, and has c
 
 
 def keep(shared: Path | None = None) -> bool:
-    """From here on JAX finds compiled programs in a folder, to which what it compiles is added; whether that is so.
+    """Makes JAX read compiled programs from a folder and add to it what it compiles; returns whether that succeeded.
 
-    It is not where the folder cannot be written, or has no links: programs are compiled then, as without it. Nor where
-    JAX_COMPILATION_CACHE_DIR is an address, as of a bucket, which JAX reads and writes by itself.
+    It does not if the folder cannot be written or does not support links: programs are then compiled as if there were no
+    cache. Nor does it if JAX_COMPILATION_CACHE_DIR is an address, such as a bucket's, which JAX reads and writes by itself.
 
     Args:
-        shared: `folder()`, if it is not given.
+        shared: the folder; `folder()`, if it is not given.
     """
     global _open
     if shared is None and "://" in os.environ.get("JAX_COMPILATION_CACHE_DIR", ""):
@@ -99,14 +103,14 @@ def _opened(shared: Path) -> _Open:
 
 
 def _swept(own: Path) -> None:
-    """Removes the folder of a process that has ended without doing so."""
+    """Removes the folder of a process that ended without removing it."""
     with contextlib.suppress(OSError), (own / "lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         shutil.rmtree(own)
 
 
 def publish() -> None:
-    """What this process compiled, for others to find."""
+    """Links the programs that this process compiled into the shared folder, where others find them."""
     if _open is None:
         return
     for entry in _open.own.glob("*-cache"):
@@ -117,7 +121,7 @@ def publish() -> None:
 
 
 def close() -> None:
-    """Removes the folder of this process, after what is in it was published."""
+    """Publishes what is in the folder of this process, and removes the folder."""
     global _open
     if _open is not None and _open.process == os.getpid():  # and not a child that was forked
         publish()
@@ -127,14 +131,14 @@ def close() -> None:
 
 
 def _reset() -> None:
-    """JAX opens its cache once; what it has opened is let go."""
+    """Makes JAX close the cache that it has open: it opens one only once, and would not notice another folder."""
     from jax.experimental.compilation_cache import compilation_cache
 
     compilation_cache.reset_cache()
 
 
 def compiled() -> Compiled:
-    """Programs that were compiled, or read from the cache, by this process until now, and the seconds that took."""
+    """Returns how many programs this process has compiled or read from the cache so far, and the seconds that took."""
     return _seen
 
 

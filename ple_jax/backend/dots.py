@@ -1,10 +1,10 @@
-"""Dots whose operands are bfloat16 and whose result is float32, and so are the dots of their gradients.
+"""Matrix products of bfloat16 operands with a float32 result, whose gradients are computed by products of the same kind.
 
-That is what matrix units compute. On CPUs XLA gives them bf16 x bf16 -> fp32 alone: with a bfloat16 result, or with an
-operand of each kind, as JAX's own transpose of such a dot has them, the same dot is slower there than in float32. What is
-added to a dot is added before it is rounded.
+That is what matrix units compute. On CPUs XLA uses these units for bf16 x bf16 -> fp32 alone: with a bfloat16 result, or
+with operands of two dtypes, as in JAX's own transpose of such a product, it is slower there than in float32. What is added
+to a product is added before it is rounded.
 
-Where the first operand is float32, all of them are.
+If the first operand is float32, so are all operands.
 """
 
 import functools
@@ -18,7 +18,7 @@ MATMULS = "matmuls"  # name of the results of weights' matmuls, rounded, for a r
 
 @jax.custom_vjp
 def project(x: Array, kernel: Array) -> Array:
-    """x [*batch, in] @ a frozen kernel [in, *out]; float32. No gradient reaches the kernel."""
+    """Computes x [*batch, in] @ a frozen kernel [in, *out] in float32. No gradient reaches the kernel."""
     return _long(x, kernel)
 
 
@@ -30,9 +30,9 @@ project.defvjp(lambda x, kernel: (project(x, kernel), kernel), _project_backward
 
 
 def low_rank(x: Array, down: Array, up: Array) -> Array:
-    """x [*batch, in] @ down [in, rank] @ up [rank, *out]; float32, and so are the gradients of down and up.
+    """Computes x [*batch, in] @ down [in, rank] @ up [rank, *out] in float32.
 
-    They are rounded to the dtype of x where they are multiplied, and nowhere else.
+    Down and up are rounded to the dtype of x where they are multiplied, and nowhere else: their gradients are float32.
     """
     h = contract(_of(x, down), x, down).astype(x.dtype)
     return contract(_of(h, up), h, up)
@@ -51,10 +51,10 @@ _LONGEST_SUM = 1024
 
 
 def _long(x: Array, kernel: Array) -> Array:
-    """x @ kernel, in float32 as the sum of two products where there is much to add up.
+    """Computes x @ kernel; a long sum in float32 is computed as the sum of two products.
 
-    XLA's CPU kernels add up in one fp32 accumulator: SmolLM2's logits were 16e-5 off float64, halves are 6e-5 off (torch:
-    9e-5).
+    XLA's CPU kernels add up in one fp32 accumulator: SmolLM2's logits were 16e-5 off float64, with halves they are 6e-5 off
+    (torch: 9e-5).
     """
     size = kernel.shape[0]
     if x.dtype != jnp.float32 or size <= _LONGEST_SUM or size % 2:
@@ -65,18 +65,23 @@ def _long(x: Array, kernel: Array) -> Array:
 
 
 def grouped(x: Array, kernels: Array, sizes: Array) -> Array:
-    """Every slice of x [n, in], so long as `sizes` says, @ its own frozen kernel of [groups, in, out]; float32."""
+    """Multiplies every slice of x [n, in] by a frozen kernel of its own; returns float32 [n, out].
+
+    Args:
+        kernels: [groups, in, out].
+        sizes: the length of every slice, [groups].
+    """
     if x.dtype == jnp.float32:
         return jax.lax.ragged_dot(x, kernels, sizes)
     return _grouped(x, kernels, sizes)
 
 
 def contract(spec: str, a: Array, b: Array, *, frozen: bool = False) -> Array:
-    """`jnp.einsum` of two operands, in float32; b is rounded to the dtype of a, and its gradient is not.
+    """Computes `jnp.einsum` of two operands in float32. b is rounded to the dtype of a, but its gradient is not.
 
     Args:
-        spec: every index of an operand is in the other one or in the result.
-        frozen: no gradient reaches b.
+        spec: einsum's specification, in which every index of an operand is in the other one or in the result.
+        frozen: whether b gets no gradient.
     """
     return _contract(spec, frozen, a, b)
 
@@ -105,9 +110,9 @@ def _backward(spec: str, frozen: bool, saved: tuple[Array | None, Array], g: Arr
 
 
 def _outer(of_a: str, a: Array, of_g: str, g: Array, of_b: str) -> Array:
-    """The gradient of a contraction's second operand.
+    """Computes the gradient of a contraction's second operand.
 
-    Of the two that it is made of the smaller comes first: that one is transposed.
+    Of its two factors the smaller comes first, since the first one is transposed.
     """
     (one, first), (two, second) = sorted(((of_a, a), (of_g, g)), key=lambda operand: operand[1].size)
     shared = [x for x in of_b if x in one and x in two]

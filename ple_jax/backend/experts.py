@@ -21,7 +21,7 @@ from ple_jax.models.config import ModelConfig
 
 
 class Experts(nnx.Module):
-    """Router [in, experts] and the experts' gated MLPs: gate and up [experts, in, size], down [experts, size, out]."""
+    """The router [in, experts] and the experts' gated MLPs: gate and up [experts, in, size], down [experts, size, out]."""
 
     def __init__(self, c: ModelConfig, dtype: Any, activation: Callable[[Array], Array], mesh: Mesh | None):
         inner = (c.experts, c.hidden_size, c.intermediate_size)
@@ -55,10 +55,10 @@ def mix(
     normalize: bool,
     activation: Callable[[Array], Array],
 ) -> Float[Array, "row time hidden"]:
-    """sum_e p_e down_e(activation(gate_e x) * up_e x) over the `per_token` most probable experts of every token.
+    """Computes sum_e p_e down_e(activation(gate_e x) * up_e x) over the `per_token` most probable experts of every token.
 
     Args:
-        normalize: the probabilities of those experts, from a softmax over all, are scaled to sum to one.
+        normalize: whether the probabilities of those experts, from a softmax over all, are scaled to sum to one.
     """
     tokens = x.reshape(-1, x.shape[-1])
     logits = dots.contract("td,de->te", tokens, router, frozen=True)
@@ -75,7 +75,7 @@ def mix(
 
 
 def _grouped(x: Float[Array, "n inp"], kernels: Float[Array, "experts inp out"], sizes: Int[Array, " experts"]) -> Array:
-    """Every slice of x times its expert's kernel."""
+    """Multiplies every slice of x by its expert's kernel; `sizes` are the lengths of the slices."""
     return checkpoint_name(dots.grouped(x, kernels, sizes).astype(x.dtype), dots.MATMULS)
 
 
@@ -85,7 +85,7 @@ def _permuted(x: Float[Array, "n inp"], order: Int[Array, " n"]) -> Float[Array,
 
 
 def _on_shards(mix: Callable, mesh: Mesh | None) -> Callable:
-    """`mix` on every device's own rows and slice of every expert; what does not divide is computed everywhere.
+    """Wraps `mix` to run on each device's own rows and slice of every expert. A dimension that does not divide is not split.
 
     The compiler by itself orders the tokens of all devices together: for 128 experts on v5e:2x4 that took 6 times the
     operations of this, and 5 times the memory.

@@ -1,4 +1,4 @@
-"""What the model says of a batch: log-probabilities, entropy, values and scores of packed rows, in chunks of tokens."""
+"""Log-probabilities, entropy, values and scores of a batch of packed rows, computed in chunks of tokens."""
 
 import functools
 from typing import Any
@@ -24,16 +24,17 @@ def token_logprobs(
     softcap: float | None = None,
     temperature: float = 1.0,
 ) -> Float32[Array, "device token"]:
-    """log softmax(logits / temperature)[target], in chunks: [device, token, vocab] never exists, forward or backward.
+    """Computes log softmax(logits / temperature)[target] in nats, chunk by chunk.
 
-    The gradient is with respect to `hidden` alone (the head is frozen) and is computed beside the value, so that the
-    backward pass needs neither the logits nor a second pass over the vocabulary.
+    [device, token, vocab] never exists, forward or backward. The gradient is with respect to `hidden` alone (the head is
+    frozen) and is computed beside the value, so that the backward pass needs neither the logits nor a second pass over the
+    vocabulary.
 
     Args:
-        hidden: the first dimension is spread over devices.
-        used: tokens of a device that are computed; the others are 0, but for some that fill the last chunk.
-        softcap: of the logits, where the family has one.
-        temperature: that the tokens were sampled at, above 0.
+        hidden: hidden states, with the first dimension spread over devices.
+        used: how many tokens of a device are computed; the others are 0, except for those that fill up the last chunk.
+        softcap: the soft cap of the logits, where the family has one.
+        temperature: the temperature at which the tokens were sampled, above 0.
     """
     return _in_chunks(lambda h, y: (_chunk(head, h, y, softcap, temperature)[0],), hidden, targets, used)[0]
 
@@ -50,7 +51,7 @@ def _chunk(
 
 
 def _in_chunks(f: Any, hidden: Array, targets: Array, used: Array | int) -> tuple[Array, ...]:
-    """What f says, in fp32, of as many chunks as hold the tokens that are used."""
+    """Applies f to the chunks that hold the used tokens; returns its fp32 results, which are 0 in the other chunks."""
     devices, tokens = targets.shape
     size = max(1, min(tokens, CHUNK))
     pad = -tokens % size
@@ -107,7 +108,7 @@ def token_entropy(
     softcap: float | None = None,
     temperature: float = 1.0,
 ) -> tuple[Float32[Array, "device token"], Float32[Array, "device token"]]:
-    """`token_logprobs`, and beside them the entropy in nats of softmax(logits / temperature); not differentiated."""
+    """Computes `token_logprobs`, and beside them the entropy of softmax(logits / temperature); nats, not differentiated."""
 
     def f(h: Array, y: Array) -> tuple[Array, Array]:
         value, normaliser, logits = _chunk(head, h, y, softcap, temperature)
@@ -118,7 +119,7 @@ def token_entropy(
 
 
 def visible(packed: Packed) -> Bool[Array, "row time time"]:
-    """What a token sees: of its own query what is before it, of the prompt and of its own response."""
+    """Returns which tokens each token sees: itself, and those before it in its query's prompt and in its own response."""
 
     def pair(x: Int32[Array, "row time"]) -> Bool[Array, "row time time"]:
         return x[:, :, None] == x[:, None]
@@ -129,7 +130,7 @@ def visible(packed: Packed) -> Bool[Array, "row time time"]:
 
 
 def _at(x: Shaped[Array, "device place *rest"], index: Int32[Array, "device n"]) -> Shaped[Array, "device n *rest"]:
-    """What every device has in some places, none twice; zero where the place is outside."""
+    """Returns the entries of x at given places of every device. No place comes twice; a place outside gives zero."""
 
     def of_device(x: Array, index: Array) -> Array:
         # unique: then the gradient's scatter needs no order among its additions, and is the same every time
@@ -139,13 +140,13 @@ def _at(x: Shaped[Array, "device place *rest"], index: Int32[Array, "device n"])
 
 
 def hidden_states(model: Model, base: Any, fused: Any, packed: Packed) -> Float[Array, "device place hidden"]:
-    """Of every token of packed rows."""
+    """Computes the final hidden state of every token of packed rows."""
     states = model.apply(base, fused, packed.tokens, positions=packed.positions, mask=visible(packed))[0]
     return states.reshape(packed.targets.shape[0], -1, states.shape[-1])
 
 
 def predicting(hidden: Float[Array, "device place hidden"], packed: Packed) -> Float[Array, "device token hidden"]:
-    """The hidden states that predict each response token: the last prompt token's is that of every first one."""
+    """Returns the hidden states that predict each response token; the last prompt token's predicts all first tokens."""
     devices, _, size = hidden.shape
     last = _at(hidden, packed.last.reshape(devices, -1))[:, :, None]
     first = jnp.broadcast_to(last, (*last.shape[:2], packed.places.shape[1], size)).reshape(devices, -1, size)
@@ -160,7 +161,7 @@ def _read(head: Float[Array, "hidden 1"], hidden: Float[Array, "*batch hidden"])
 def _of_responses(
     x: Float32[Array, "device token"], places: Int32[Array, "query *place"]
 ) -> Float32[Array, "query *place"]:
-    """In the order of the queries, what the devices have in their order; 0 where the place is outside."""
+    """Puts values of response tokens from device order into the order of the queries; a place outside gives 0."""
     return _at(x, places.reshape(x.shape[0], -1)).reshape(places.shape)
 
 
@@ -175,13 +176,15 @@ def outputs(
     score: Float[Array, "hidden 1"] | None = None,
     value: Float[Array, "hidden 1"] | None = None,
 ) -> Outputs:
-    """What the model says of a batch. Logits exist for response tokens alone; the compiler leaves out what is not used.
+    """Computes the model's `Outputs` for a batch: log-probabilities, entropy if asked for, and the values of given heads.
+
+    Logits exist for response tokens alone; the compiler leaves out what is not used.
 
     Args:
-        packed: its rows, of `core.packing.pack`.
+        packed: the batch's rows, as `core.packing.pack` makes them.
         temperature: what the logits are divided by, above 0.
-        score: a reward model's head, read at a response's last token.
-        value: PPO's head, read where each token is predicted.
+        score: a reward model's head, applied at a response's last token.
+        value: PPO's head, applied where each token is predicted.
     """
     states = hidden_states(model, base, fused, packed)
     hidden = predicting(states, packed)
@@ -201,5 +204,5 @@ def outputs(
 
 
 def heads(adapter: adapters.Adapter) -> dict[str, Array]:
-    """The heads beside an adapter, as arguments of `outputs`."""
+    """Returns the heads beside an adapter, as keyword arguments of `outputs`."""
     return {name: adapter[name]["w"] for name in (adapters.SCORE, adapters.VALUE) if name in adapter}

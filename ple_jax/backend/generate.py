@@ -1,6 +1,6 @@
-"""Sampling in rows that are refilled: prompts are read into some (`begin`), and all are decoded a token at a time.
+"""Sampling in rows that are refilled: `begin` reads prompts into some rows, and `decode` draws one token of each at a time.
 
-Which prompts go where is said by `ple_jax.core.refill`. Sampling noise comes in as data, one uniform per row and token, and
+`ple_jax.core.refill` says which prompts go where. Sampling noise comes in as data, one uniform number per row and token, and
 is turned into a token by inverting the CDF: a response depends on its own uniforms and not on its row.
 """
 
@@ -25,8 +25,8 @@ def filter_probabilities(
 ) -> Float32[Array, "row vocab"]:
     """Zeroes what top-k, then top-p (nucleus, arXiv:1904.09751), then min-p (arXiv:2407.01082) leave out.
 
-    `p` need not sum to 1. Ties with the last token kept are kept. No sort: non-negative floats are ordered as their bits
-    are, so the cut is found exactly by 31 bisections over the bits (a full sort took 170x longer on CPU).
+    `p` need not sum to 1. Ties with the last token kept are kept. Nothing is sorted: non-negative floats are ordered as
+    their bits are, so the cut is found exactly by 31 bisections over the bits (a full sort took 170x longer on CPU).
     """
     if top_k:
         p = _cut(p, lambda kept: kept.astype(jnp.int32).sum(-1) >= min(top_k, p.shape[-1]))
@@ -39,7 +39,7 @@ def filter_probabilities(
 
 
 def _cut(p: Float32[Array, "row vocab"], enough: Any) -> Float32[Array, "row vocab"]:
-    """Keeps p >= t for the largest t at which what is kept is still `enough`."""
+    """Keeps the entries p >= t, for the largest t at which what is kept is still `enough`, and zeroes the others."""
     bits = jax.lax.bitcast_convert_type(p, jnp.int32)
 
     def bisect(_: Any, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -55,9 +55,9 @@ def _cut(p: Float32[Array, "row vocab"], enough: Any) -> Float32[Array, "row voc
 
 
 def invert_cdf(p: Float32[Array, "row vocab"], u: Float32[Array, " row"]) -> Int32[Array, " row"]:
-    """The token at quantile `u` in [0, 1) of the unnormalised distribution `p`, in vocabulary order.
+    """Returns the token at quantile `u` in [0, 1) of the unnormalised distribution `p`, in vocabulary order.
 
-    Two levels, the sums of blocks of 128 and then inside one block: 4 ms where one cumsum over 64 x 49152 takes 14.
+    It looks first among the sums of blocks of 128, then inside one block: 4 ms where one cumsum over 64 x 49152 takes 14.
     """
     rows, vocab = p.shape
     blocks = jnp.pad(p, ((0, 0), (0, -vocab % _BLOCK))).reshape(rows, -1, _BLOCK)
@@ -67,7 +67,7 @@ def invert_cdf(p: Float32[Array, "row vocab"], u: Float32[Array, " row"]) -> Int
 
 
 def _pick(p: Float32[Array, "row n"], u: Float32[Array, " row"]) -> tuple[Int32[Array, " row"], Float32[Array, " row"]]:
-    """The entry at quantile u, and the quantile inside that entry."""
+    """Returns the index of the entry at quantile u, and the quantile inside that entry."""
     upper = jnp.cumsum(p, -1)
     target = u * upper[:, -1]
     # rounding may put the target at or above the last sum: the last entry with any mass is meant
@@ -80,15 +80,16 @@ def _pick(p: Float32[Array, "row n"], u: Float32[Array, " row"]) -> tuple[Int32[
 
 
 class Drawn(NamedTuple):
-    """A token of every row, and its log-probability: of softmax(logits / temperature), whatever filters left out of it."""
+    """A token of every row, and its log-probability under softmax(logits / temperature), before any filter."""
 
     token: Int32[Array, " row"]
     logprob: Float32[Array, " row"]  # nats
 
 
 def sample_token(logits: Float32[Array, "row vocab"], u: Float32[Array, " row"], *, sampling: Sampling) -> Drawn:
-    """One token per row: argmax at temperature 0, of which log-probabilities are at 1, else the filtered distribution at
-    quantile `u`.
+    """Draws one token per row: at quantile `u` of the filtered distribution, or the argmax at temperature 0.
+
+    Log-probabilities are those of softmax(logits / temperature), and at temperature 0 those of temperature 1.
     """
     below = (logits - logits.max(-1, keepdims=True)) / jnp.float32(sampling.temperature or 1.0)
     p = jnp.exp(below)
@@ -100,7 +101,7 @@ def sample_token(logits: Float32[Array, "row vocab"], u: Float32[Array, " row"],
 
 
 class Rows(NamedTuple):
-    """What is decoded together: a response in every row, or the last one that ended there."""
+    """The rows that are decoded together. Each holds its current response, or the last one that ended in it."""
 
     cache: Cache  # of a row's own prompt and response, from position 0 on
     filled: Int32[Array, " row"]  # how many positions are written
@@ -113,14 +114,14 @@ class Rows(NamedTuple):
 
 
 def empty_rows(model: Model, count: int, room: int, new: int, dtype: Any) -> Rows:
-    """Rows of which none has begun, of so many positions and new tokens each."""
+    """Returns `count` rows in which nothing has begun, each with room for `room` positions and `new` sampled tokens."""
     numbers, no, noise = jnp.zeros(count, jnp.int32), jnp.zeros(count, bool), jnp.zeros((count, new), jnp.float32)
     out = Drawn(jnp.zeros((count, new), jnp.int32), noise)
     return Rows(model.empty_cache(count, room, dtype), numbers, no, numbers, numbers, ~no, noise, out)
 
 
 def read_prefix(model: Model, base: Any, lora: Any, prefix: Int32[Array, " prefix_len"]) -> Cache:
-    """Keys and values of one row, which all that share the prefix attend to."""
+    """Computes the keys and values of a prefix, held as one row, to which all rows that share the prefix attend."""
     return _read(model, base, lora, None, prefix[None], jnp.array([len(prefix)]))[1]
 
 
@@ -142,7 +143,7 @@ def begin(
 
     Args:
         lora: a fused adapter (`ple_jax.backend.lora.fuse`).
-        prefix: what `read_prefix` gave, where the prompts stand after it.
+        prefix: the result of `read_prefix` if the prompts follow the prefix, else None.
         sampling: static in a jit, as the model is.
     """
     hidden, cache = _read(model, base, lora, prefix, tokens, lengths)
@@ -161,7 +162,7 @@ def begin(
 def _read(
     model: Model, base: Any, lora: Any, prefix: Cache | None, tokens: Array, lengths: Array
 ) -> tuple[Float[Array, "prompt length hidden"], Cache]:
-    """Hidden states of prompts, padded on the right, and their keys and values."""
+    """Computes the hidden states of prompts, padded on the right, and their keys and values, without those of the prefix."""
     count, length = tokens.shape
     before = 0 if prefix is None else prefix.length
     cache = model.empty_cache(count, before + length, base["embed"].dtype)
@@ -177,7 +178,7 @@ def _read(
 
 
 def _spread(whole: Array, part: Array) -> Array:
-    """A cache whose rows all begin with this one."""
+    """Returns a cache in which every row begins with the single row of `part`."""
     part = jnp.broadcast_to(part, (*whole.shape[:-2], *part.shape[-2:]))
     return jax.lax.dynamic_update_slice(whole, part, (0,) * whole.ndim)
 
@@ -199,11 +200,11 @@ def decode(
     unasked: int = 1,
     within: int | None = None,
 ) -> Rows:
-    """Decodes until so many rows are done, or all; so many steps at most. Pure; arguments as `begin` has them.
+    """Decodes until at least `free` rows are done, or for `steps` steps. Pure; arguments as in `begin`.
 
     Args:
-        unasked: steps between two looks at what is done; where a device is asked for it the host waits for the answer.
-        within: positions of the cache, which no row leaves in this call: of an accelerator's no more are read.
+        unasked: steps between two checks of what is done; if a device has to be asked, the host waits for the answer.
+        within: number of cache positions that no row exceeds in this call; an accelerator reads no more than these.
     """
 
     def going(state: tuple[Array, Rows]) -> Array:
@@ -219,7 +220,7 @@ def decode(
 def _step(
     model: Model, base: Any, lora: Any, prefix: Cache | None, sampling: Sampling, within: int | None, rows: Rows
 ) -> Rows:
-    """Writes the token of every row and draws the next one; a row that is done stays as it is."""
+    """Writes the last token of every row to the cache and draws the next one; a row that is done stays as it is."""
     before, new = 0 if prefix is None else prefix.length, rows.uniforms.shape[1]
     places = jnp.arange(rows.cache.length)[None]
     start, live = before * rows.shared.astype(jnp.int32), ~rows.done
@@ -262,13 +263,13 @@ def stream(
     *,
     sampling: Sampling,
 ) -> Iterator[int]:
-    """One response, token by token as it is sampled, until EOS (yielded too) or `max_new` tokens.
+    """Yields one response token by token as it is sampled, until EOS (yielded too) or `max_new` tokens.
 
     Shapes come in buckets, so that the turns of a conversation share their compiled programs.
 
     Args:
         lora: a fused adapter (`ple_jax.backend.lora.fuse`), or `{}` for the base alone.
-        uniforms: the noise of every token.
+        uniforms: the noise of every token, in [0, 1).
     """
     length, new = len(prompt), len(uniforms)
     padded = np.zeros((1, bucket(length, _PROMPT_BUCKET)), np.int32)
@@ -296,7 +297,10 @@ def _first(
     size: int,
     sampling: Sampling,
 ) -> tuple[Int32[Array, " 1"], Cache]:
-    """Prefill of a right-padded prompt: what padding leaves in the cache is overwritten before anything may see it."""
+    """Prefills a right-padded prompt and draws the first token.
+
+    What padding leaves in the cache is overwritten before anything may see it.
+    """
     index = jnp.arange(prompt.shape[1])[None]
     mask = (index <= index[0][:, None])[None]
     cache = model.empty_cache(1, size, base["embed"].dtype)
@@ -325,7 +329,7 @@ def _next(
     *,
     sampling: Sampling,
 ) -> tuple[Int32[Array, " 1"], Cache]:
-    """The token after `token`, which stands at position `index`."""
+    """Draws the token after `token`, which stands at position `index`."""
     size = cache.length
     mask = (jnp.arange(size) <= index)[None, None]
     hidden, cache = model.apply(

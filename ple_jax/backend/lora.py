@@ -1,6 +1,6 @@
 """LoRA inside jit: the fusion of an adapter (`ple_jax.models.adapters`) for the decoder, DoRA's norms. arXiv:2106.09685.
 
-Stacking layers and fusing q, k, v (gate, up) happens here; what is trained, saved and exported knows of neither.
+Layers are stacked, and q, k, v (gate, up) fused, only here. The adapter that is trained, saved and exported is neither.
 """
 
 import functools
@@ -22,7 +22,9 @@ _KERNELS = ("qkv", "o", "gate_up", "down")
 
 
 def magnitudes(model: Model, base: Any, adapter: Adapter, lora: Lora) -> Adapter:
-    """A DoRA adapter with the norms of W + scale A B as its magnitudes, on the host; untrained it does what LoRA does.
+    """Returns a DoRA adapter with the norms of W + scale A B as its magnitudes, on the host.
+
+    Before it is trained, it computes what LoRA computes.
 
     Args:
         base: the weights as the model holds them, rounded and quantised as they are.
@@ -45,14 +47,13 @@ def magnitudes(model: Model, base: Any, adapter: Adapter, lora: Lora) -> Adapter
 
 
 def fuse(model: Model, adapter: Adapter, lora: Lora, *, base: Any = None, dropout: tuple[Array, Array] | None = None) -> Any:
-    """The adapter in the decoder's own layout: `{"layers": [...]}`, a list of {kernel: LowRank}, or one stacked dict.
+    """Fuses an adapter into the decoder's own layout: `{"layers": ...}`, or `{}` for an empty adapter.
 
-    An empty adapter gives `{}`.
+    The layers are a list of one {kernel: LowRank} each, or, if they are scanned, one such dict of stacked arrays.
 
     Args:
         base: the model's weights, which DoRA needs for the norms of its directions.
-        dropout: a key and the numbers of the tokens, `Packed.number`; the adapter's inputs are dropped with it, and not
-            without.
+        dropout: a key and the numbers of the tokens (`Packed.number`). Without it the adapter's inputs are not dropped.
     """
     if not adapter:
         return {}
@@ -75,7 +76,7 @@ def fuse(model: Model, adapter: Adapter, lora: Lora, *, base: Any = None, dropou
 
 
 def fold(model: Model, base: Any, adapter: Adapter, lora: Lora) -> Any:
-    """The kernels of the base with the adapter in them, rounded to their dtype, by layer and name, for `folded`.
+    """Computes the base's kernels with the adapter merged in, rounded to their dtype, by layer and name, for `folded`.
 
     Args:
         base: the model's weights, none of them quantised.
@@ -98,7 +99,7 @@ def fold(model: Model, base: Any, adapter: Adapter, lora: Lora) -> Any:
 
 
 def folded(base: Any, kernels: Any) -> Any:
-    """The base with these kernels, of `fold`, in the place of its own; all other arrays are the base's."""
+    """Returns the base with its kernels replaced by those that `fold` computed; all other arrays are the base's."""
 
     def layer(own: Any, kernels: Mapping[str, Array]) -> Any:
         return {**own, **{name: {**own[name], "kernel": kernel} for name, kernel in kernels.items()}}
@@ -109,7 +110,7 @@ def folded(base: Any, kernels: Any) -> Any:
 
 
 def _adapted(c: ModelConfig, adapter: Adapter) -> Iterator[tuple[int, str, dict[str, str]]]:
-    """Layer, kernel and {module name: path} of whatever is adapted."""
+    """Yields the layer, the kernel and {module name: path} of everything that is adapted."""
     family = families.FAMILIES[c.family]
     for layer in range(c.num_layers):
         for kernel in _KERNELS:
@@ -119,7 +120,7 @@ def _adapted(c: ModelConfig, adapter: Adapter) -> Iterator[tuple[int, str, dict[
 
 
 def _low_rank(c: ModelConfig, kernel: str, paths: Mapping[str, str], adapter: Adapter, lora: Lora) -> LowRank:
-    """The modules of one kernel side by side: columns of `down`, and rows of `up` that are zero at other modules' outputs.
+    """Puts the modules of one kernel side by side: columns of `down`, and rows of `up`, zero at other modules' outputs.
 
     The scale is multiplied into `up`.
     """
@@ -135,7 +136,10 @@ def _weight(model: Model, base: Any, layer: int, kernel: str) -> Array | QArray:
 
 
 def _norm(weight: Array | QArray, low: LowRank) -> Float[Array, "*out"]:
-    """||W + A B|| of every output, without A B itself; a constant to the gradient (arXiv:2402.09353, section 4.3)."""
+    """Computes ||W + A B|| for every output, without computing A B itself.
+
+    It is a constant to the gradient (arXiv:2402.09353, section 4.3).
+    """
     w = dequantize(weight, jnp.float32) if isinstance(weight, QArray) else weight.astype(jnp.float32)
     w, a, b = jax.lax.stop_gradient((w, low.down, low.up))
     cross = (jnp.tensordot(a.T, w, 1) * b).sum(0)
@@ -144,7 +148,7 @@ def _norm(weight: Array | QArray, low: LowRank) -> Float[Array, "*out"]:
 
 
 def _stack_layers(layers: Sequence[LowRank | None]) -> LowRank:
-    """One kernel of all layers, zeros filling up to the largest rank; None is a layer where it is not adapted."""
+    """Stacks one kernel of all layers, padded with zeros to the largest rank. None is a layer where it is not adapted."""
     some = next(low for low in layers if low is not None)
     none = some._replace(down=some.down[:, :0], up=some.up[:0], gain=jax.tree.map(jnp.ones_like, some.gain))
     rank = max(low.up.shape[0] for low in layers if low is not None)

@@ -1,7 +1,7 @@
 """One decoder for every family, in Flax NNX; everything outside sees only the pure `Model.apply`.
 
 Weights of a layer that read the same input are fused at load: q, k, v into `qkv` and gate, up into `gate_up` (see
-`ple_jax.models.families.fuse`). Adapters stay canonical (see `ple_jax.backend.lora`) and arrive here fused the same way.
+`ple_jax.models.layout.fuse`). Adapters stay canonical (see `ple_jax.backend.lora`) and arrive here fused the same way.
 """
 
 import functools
@@ -30,26 +30,29 @@ Tree = Any  # a pytree of arrays
 
 
 class Cache(NamedTuple):
-    """Keys and values: per layer a tuple of [row, kv_head, position, head_dim], or stacked over layers when scanned."""
+    """A KV cache: a tuple of [row, kv_head, position, head_dim], one per layer, or one stack of all layers when scanned."""
 
     key: Any
     value: Any
 
     @property
     def length(self) -> int:
-        """Positions that there is room for."""
+        """The number of positions that there is room for."""
         return jax.tree.leaves(self)[0].shape[-2]
 
 
 class LayerCache(NamedTuple):
-    """One layer's keys and values: arrays of its own, or its part of stacks, which are not taken apart for it."""
+    """One layer's keys and values: arrays of its own, or the stacks of all layers, which are not taken apart for it."""
 
     key: Array
     value: Array
     layer: Int[Array, ""] | None = None  # its number in the stacks
 
     def written(self, k: Array, v: Array, index: Any) -> "LayerCache":
-        """With these from position `index` on; of one token a row, each at its own."""
+        """Returns the cache with new keys and values written from position `index` on.
+
+        With one token per row, `index` may be [row]: each row's token is then written at its own position.
+        """
 
         def write(whole: Array, part: Array) -> Array:
             layer = () if self.layer is None else (self.layer,)
@@ -63,7 +66,7 @@ class LayerCache(NamedTuple):
     def read(
         self, start: Any, size: int, rows: slice = slice(None)
     ) -> tuple[Float[Array, "row kv size dim"], Float[Array, "row kv size dim"]]:
-        """Keys and values of `size` positions from `start` on."""
+        """Returns the keys and values of `size` positions from `start` on, of the given rows."""
 
         def part(whole: Array) -> Array:
             first, end, _ = rows.indices(whole.shape[-4])
@@ -76,7 +79,7 @@ class LayerCache(NamedTuple):
 
     @property
     def length(self) -> int:
-        """Positions that there is room for."""
+        """The number of positions that there is room for."""
         return self.key.shape[-2]
 
 
@@ -90,7 +93,7 @@ class LowRank(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """What one kind of layer needs at every position of a call."""
+    """What one kind of layer needs in a call: cosines and sines of the rotary angles, and the attention mask."""
 
     cos: Float[Array, "row time half"]
     sin: Float[Array, "row time half"]
@@ -98,7 +101,7 @@ class Kind(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """How a call writes to a cache and reads it."""
+    """Where a call writes to a cache, and how far it reads it."""
 
     index: Any  # where it writes: from there on, or of one token a row, each at its own place
     reach: Int[Array, "#row"] | int | None  # of one token a row: how many positions are read
@@ -109,11 +112,11 @@ def _flat(kernel: Float[Array, "inp *out"] | QArray) -> Float[Array, "inp output
 
 
 class Linear(nnx.Module):
-    """A frozen kernel [in, *out], a bias where the family has one, and the adapter's share.
+    """A frozen linear module: a kernel [in, *out], a bias where the family has one, and an adapter's low-rank term.
 
     Args:
-        whole: the kernel is on one device. There all outputs are one dimension: of [in, *out] the backward pass would need a
-            transposed copy.
+        whole: whether the kernel is on one device. All outputs are then one dimension: with [in, *out] the backward pass
+            would need a transposed copy.
     """
 
     def __init__(self, shape: tuple[int, ...], bias: bool, dtype: Any, *, whole: bool):
@@ -170,12 +173,13 @@ class Norm(nnx.Module):
 
 
 def rope(positions: Int[Array, "row time"], kind: LayerKind, longest: int) -> tuple[Array, Array]:
-    """cos and sin of the rotary angles, each [row, time, rotated dimensions / 2], fp32. RoFormer, arXiv:2104.09864.
+    """Computes cos and sin of the rotary angles (RoFormer, arXiv:2104.09864), in fp32.
 
-    They are looked up, as XLA would compute them again in every layer: it fuses them into what reads them.
+    Each is [row, time, rotated dimensions / 2]. They are looked up in a table, since XLA would compute them again in every
+    layer: it fuses them into what reads them.
 
     Args:
-        positions: below `longest`, but for those of padding.
+        positions: below `longest`, except for those of padding.
     """
     angles = np.arange(longest, dtype=np.float32)[:, None] * np.asarray(kind.frequencies, np.float32)
     tables = (f(angles) * np.float32(kind.rope_scale) for f in (np.cos, np.sin))
@@ -183,7 +187,7 @@ def rope(positions: Int[Array, "row time"], kind: LayerKind, longest: int) -> tu
 
 
 def _rotate(x: Float[Array, "row time kv group dim"], cos: Array, sin: Array) -> Array:
-    """The first 2 * cos.shape[-1] dimensions rotated, the others as they are."""
+    """Rotates the first 2 * cos.shape[-1] dimensions, and leaves the others as they are."""
     half = cos.shape[-1]
     if half == 0:
         return x
@@ -303,7 +307,7 @@ class Model:
         attention: str = "xla",
         mesh: Mesh | None = None,
     ) -> "Model":
-        """A decoder without weights; `attention` is one of `ple_jax.backend.attention`'s implementations."""
+        """Creates a decoder without weights; `attention` is one of `ple_jax.backend.attention`'s implementations."""
         functions = attention_of(attention, mesh)
         graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, dtype, scan, functions, mesh)))
         return Model(config, scan, remat, graph, nnx.to_pure_dict(state), mesh)
@@ -327,17 +331,19 @@ class Model:
         prefix: Cache | None = None,
         reach: Int[Array, "#row"] | int | None = None,
     ) -> tuple[Float[Array, "row time hidden"], Any]:
-        """Final hidden states (after the last norm), and the given `Cache` with this call's keys and values, or None.
+        """Computes the final hidden states, after the last norm.
+
+        Returns them, and the given `cache` with this call's keys and values in it, or None without one.
 
         Args:
             lora: a fused adapter from `ple_jax.backend.lora.fuse`, or `{}` for the base alone.
-            positions: position of every token; of padding it does not matter.
-            mask: which source positions a token may attend to: without a cache source = time, and nothing after a token is
-                visible; with one as many as are read of it, from the first on, after all of the prefix.
-            index: where in the cache this call writes: from there on, or one token a row, each at its own place.
-            source_positions: position of everything `mask` speaks of; with a cache a sliding window needs it.
-            prefix: keys and values of one row, which every row may attend to where it has one token.
-            reach: with a place a row, how many positions of the cache it attends to, at most.
+            positions: position of every token; that of padding does not matter.
+            mask: which source positions a token may attend to. Without a cache source = time, and nothing after a token is
+                visible; with one it is the prefix, then as many positions of the cache, from the first on, as are read.
+            index: where in the cache this call writes: from there on, or with one token per row at a position per row.
+            source_positions: position of everything in `mask`; a sliding window over a cache raises ValueError without it.
+            prefix: keys and values of one row, to which all rows may attend in a call with one token per row.
+            reach: with an `index` per row, how many positions of the cache a row attends to, at most.
         """
         decoder = self._bind(base)
         x = self._embedded(decoder, tokens, positions)
@@ -362,7 +368,7 @@ class Model:
         return x
 
     def _kinds(self, positions: Array, mask: Array, cache: Cache | None, source_positions: Array | None) -> list[Kind]:
-        """What differs between the kinds of layers: rotary angles, and what a window leaves of the mask."""
+        """Computes what differs between the kinds of layers: the rotary angles, and what a window leaves of the mask."""
         kinds = self.config.kinds
         if cache is not None and source_positions is None and any(k.window for k in kinds):
             raise ValueError("a sliding window over a cache needs source_positions")
@@ -372,7 +378,7 @@ class Model:
     def _scanned(
         self, decoder: Decoder, layer: Callable, x: Array, loras: Tree, kinds: list[Kind], *caches: Cache | None
     ) -> tuple[Array, Cache | None]:
-        """All layers by one compiled body: their weights, adapters and caches are stacks."""
+        """Computes all layers with one compiled body, over stacks of their weights, adapters and caches."""
         graph, stacked = nnx.split(decoder.layers)
         every, (cache, prefix) = jax.tree.map(lambda *x: jnp.stack(x), *kinds), caches
 
@@ -390,7 +396,7 @@ class Model:
     def _unrolled(
         self, decoder: Decoder, layer: Callable, x: Array, loras: Tree, kinds: list[Kind], *caches: Cache | None
     ) -> tuple[Array, Cache | None]:
-        """Layer after layer: of each a tree of its own."""
+        """Computes one layer after the other, each with its own weights, adapter and cache."""
 
         # jit: traced and differentiated once, and not for every layer
         @functools.partial(jax.jit, static_argnums=0)
@@ -405,7 +411,7 @@ class Model:
         return x, Cache(tuple(own.key for own in new), tuple(own.value for own in new)) if caches[0] else None
 
     def _rematerialised(self, layer: Callable) -> Callable:
-        """The layer, keeping for the backward pass its input ("full") or the results of its weight matmuls ("dots")."""
+        """Makes a layer keep for the backward pass only its input ("full"), or also its weight matmuls' results ("dots")."""
         policy = jax.checkpoint_policies.save_only_these_names(MATMULS) if self.remat == "dots" else None
 
         def run(block: Block, x: Array, lora: dict, kind: Kind, *nothing: None) -> tuple:
@@ -419,15 +425,15 @@ class Model:
         return run
 
     def head(self, base: Tree) -> Float[Array, "vocab hidden"]:
-        """The output matrix; the embedding itself where they are tied."""
+        """Returns the output matrix; it is the embedding itself where they are tied."""
         return base["embed"] if self.config.tie_embeddings else base["head"]
 
     def logits(self, base: Tree, hidden: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
-        """fp32 logits."""
+        """Computes the logits in fp32, soft-capped where the family says so."""
         return head_logits(self.head(base), hidden, softcap=self.config.logits_softcap)
 
     def empty_cache(self, rows: int, length: int, dtype: Any) -> Cache:
-        """With room for `length` positions, and for what fills up a block."""
+        """Returns a cache of zeros with room for at least `length` positions, in whole blocks where it is read in blocks."""
         c = self.config
         shape = (rows, c.num_kv_heads, cache_length(length), c.head_dim)
         if self.scan:
@@ -436,7 +442,10 @@ class Model:
 
 
 def copied(cache: Cache, part: Cache, chosen: Int[Array, " begun"], rows: Int[Array, " begun"]) -> Cache:
-    """A cache that begins, in some rows, with what chosen rows of another one hold; rows that are not there are left out."""
+    """Returns a cache in which `rows` begin with what the `chosen` rows of `part` hold.
+
+    Row numbers that are not in the cache are left out.
+    """
 
     def put(whole: Array, part: Array) -> Array:
         axis = whole.ndim - 4  # after the layers of a stack
@@ -449,13 +458,13 @@ def copied(cache: Cache, part: Cache, chosen: Int[Array, " begun"], rows: Int[Ar
 def head_logits(
     head: Float[Array, "vocab hidden"], hidden: Float[Array, "*batch hidden"], *, softcap: float | None
 ) -> Float[Array, "*batch vocab"]:
-    """fp32 logits, soft-capped where the family says so."""
+    """Computes logits in fp32, soft-capped if `softcap` is given."""
     logits = jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
     return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 
 def quantized_axis(name: str) -> int | None:
-    """The input dimension of a weight that a quantised base holds quantised; None for the others."""
+    """Returns the input dimension of a weight that a quantised base quantises; None for other weights."""
     return {"kernel": 0, "gate": 1, "up": 1, "down": 1}.get(name.rsplit("/", 1)[-1])
 
 
@@ -468,10 +477,10 @@ def fill(
     quantize: str = "none",
     place: Callable[[str, tuple[int, ...], int, Callable[[slices.Index], np.ndarray]], Array] | None = None,
 ) -> Tree:
-    """The base pytree from weights under Hugging Face's names.
+    """Builds the base pytree from weights under Hugging Face's names.
 
-    Each weight is read, fused, cast (or quantised) and placed before the next one is read: the host holds the tensors of
-    one kernel of one layer, never a stack of layers.
+    Each weight is read, fused, cast (or quantised) and placed before the next one is read: the host holds the tensors of one
+    kernel of one layer, never a stack of layers.
 
     Args:
         put: `put(name, array)` places one array on the devices; names are those of `ple_jax.backend.sharding`:
@@ -479,9 +488,9 @@ def fill(
             stack, which is sharded in the same way.
         quantize: "int8" or "nf4" for the kernels of the layers (see `ple_jax.backend.quantize`), whose values and scales are
             placed under the kernel's name; "none" leaves everything in the model's dtype.
-        place: `place(name, shape, axis, read)` places an array of which only parts are read, `read(index)`, fastest where
-            they are cut along `axis`: for devices of several processes, instead of `put`. Kernels that are quantised are
-            read whole, since a scale is of all inputs.
+        place: `place(name, shape, axis, read)` places an array of which only parts are read, by `read(index)`, fastest where
+            they are cut along `axis`. It is used instead of `put` if devices belong to several processes. Kernels that are
+            quantised are still read whole, since a scale covers all inputs.
     """
     c, dtype = model.config, model.shapes["embed"].dtype
 
@@ -511,7 +520,7 @@ def fill(
 
 
 def _placed(put: Callable, dtype: Any, quantize: str, name: str, array: np.ndarray, shape: tuple[int, ...]) -> Tree:
-    """One weight on the devices, in the model's dtype or quantised."""
+    """Puts one weight on the devices, in the model's dtype or quantised."""
     if quantize != "none" and (axis := quantized_axis(name)) is not None:
         parts = quantization.quantize(array.reshape(shape), quantize, axis=axis)
     else:
@@ -521,7 +530,10 @@ def _placed(put: Callable, dtype: Any, quantize: str, name: str, array: np.ndarr
 
 
 def _stack(parts: Iterable[Tree], count: int) -> Tree:
-    """`jnp.stack` of pytrees taken one after the other, each written in place: no more than one exists beside the stack."""
+    """Stacks pytrees like `jnp.stack`, but takes one after the other and writes it in place.
+
+    No more than one of them exists beside the stack.
+    """
     stack = None
     for i, part in enumerate(parts):
         if stack is None:
@@ -541,14 +553,14 @@ def _write(stack: Tree, part: Tree, i: Int[Array, ""]) -> Tree:
 
 
 def _stacked(sharding: Sharding) -> Sharding:
-    """With one more dimension in front, which is not sharded."""
+    """Returns the sharding with one more dimension in front, which is not sharded."""
     if isinstance(sharding, NamedSharding):
         return NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
     return sharding
 
 
 def _layer(c: ModelConfig, weights: Mapping[str, np.ndarray], layer: int, path: list[str]) -> np.ndarray:
-    """One weight of one layer in the decoder's layout, from Hugging Face's tensors."""
+    """Returns one weight of one layer in the decoder's layout, made from Hugging Face's tensors."""
     part, kind = path
     family = families.FAMILIES[c.family]
 

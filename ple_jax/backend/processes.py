@@ -1,12 +1,12 @@
-"""Several processes of JAX, one a host or one a device: how they are found, how they hear of calls, what ends them all.
+"""Several JAX processes, one per host or one per device: how they find one another, hear of calls, and are ended.
 
-The engine is JAX's own: `jax.distributed` starts a service in process 0, through which all learn of one another's devices;
-arrays and programs span all of them. Who leads and what the others do is `ple_jax.core.together`'s business; calls travel
-through that service's store of keys, so that who waits for one holds no device.
+`jax.distributed` starts a service in process 0, through which all processes learn of one another's devices; arrays and
+programs span all of them. `ple_jax.core.together` says who leads and what the others do. Calls travel through that service's
+key-value store, so that a process that waits for one holds no device.
 
-Every process says there that it is alive, and what went wrong in it. A thread of process 0 reads it: where another one
-failed or is gone, it says so, once, and ends the program; and where another one was asked to stop, process 0 stops, as a
-scheduler may tell any of them first.
+Every process reports there that it is alive, and what went wrong in it. A thread of process 0 reads these reports. If
+another process failed or is gone, it says so, once, and ends the program. If another process was asked to stop, process 0
+stops, as a scheduler may tell any of them first.
 """
 
 import contextlib
@@ -41,14 +41,16 @@ _OTHERS = re.compile("gloo|nccl|collective|connection|peer|unavailable|aborted|d
 
 @contextlib.contextmanager
 def processes(asked: launch.Given, workdir: Path, *, stop: Callable[[int], None]) -> Iterator[bool]:
-    """A context in which process 0 leads, as `together.led` has it; of one process it is True at once.
+    """Opens a context that is True in process 0, which leads, and False in the others (see `together.led`).
+
+    If there is only one process, it is True at once.
 
     Args:
-        workdir: must be the same folder for all of them.
-        stop: asks this process to stop, for a signal of that number that another one was sent.
+        workdir: must be the same folder for all processes.
+        stop: called with the number of a signal that another process was sent; asks this process to stop.
 
     Raises:
-        UserError: they do not find one another.
+        UserError: the processes do not find one another, or `workdir` is not the same folder for all of them.
     """
     _connect(asked)
     if jax.process_count() == 1:  # of a slice with one host
@@ -85,7 +87,7 @@ def _connect(asked: launch.Given) -> None:
 
 @together.together
 def _check_shared(workdir: Path) -> None:
-    """Raises a UserError unless all processes see one folder: checkpoints are written by all."""
+    """Raises a UserError unless `workdir` is one folder for all processes, since all of them write checkpoints."""
     token = f"{os.getpid()}-{time.time_ns()}"
     mark = workdir / ".together"
 
@@ -143,7 +145,10 @@ class _Store:
             return message
 
     def leaving(self, error: BaseException) -> None:
-        """Where another process failed first, and this error is of that, its cause is said instead."""
+        """Tells the others that process 0 ends with an error.
+
+        If the error only follows from another process's failure, the cause of that failure is reported instead.
+        """
         self._wait_if_another_failed(error)
         self._verdict.acquire()
         self._client.key_value_set(f"{_STATE}/ended", "1")
@@ -164,13 +169,16 @@ class _Store:
         os._exit(1)
 
     def _wait_if_another_failed(self, error: BaseException) -> None:
-        """Where the other end of a collective is gone: the watch of process 0 finds out whose, says it and ends all."""
+        """Waits if the error says that the other end of a collective is gone.
+
+        Meanwhile the watch of process 0 finds out which process that was, reports it and ends all processes.
+        """
         cause = error.__cause__ or error  # a reward that is computed by all is blamed for what is none of its own
         if not isinstance(cause, UserError) and _OTHERS.search(str(cause)):
             time.sleep(_SILENT + 5 * _BEAT)
 
     def _counted(self, size: int) -> None:
-        """Now and then all wait for one another, and what all have read is removed."""
+        """Counts a message. Now and then all processes wait for one another, and messages that all have read are removed."""
         self._sent, self._kept = self._sent + 1, self._kept + size
         if self._sent - self._swept < _SWEEP and self._kept < _SWEPT:
             return
@@ -184,7 +192,7 @@ class _Store:
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """A context in which this process says that it lives, and hears of the others."""
+        """Opens a context in which this process reports that it is alive, and hears of the others."""
         thread = threading.Thread(target=self._watch, daemon=True)
         thread.start()
         if self.rank:
@@ -197,7 +205,7 @@ class _Store:
             thread.join()
 
     def _asked_to_stop(self, number: int, frame: object) -> None:
-        """Process 0 stops: it finishes what it has in hand, and then tells."""
+        """Passes the signal on to process 0, which stops: it finishes what it has in hand, and then tells the others."""
         # in a thread: a handler must not wait for what the interrupted code may hold
         threading.Thread(target=self._put, args=("stop", str(number)), daemon=True).start()
 
@@ -224,7 +232,10 @@ class _Store:
             self._read(found, since)
 
     def _read(self, found: Mapping[str, str], since: dict[int, tuple[int, float]]) -> None:
-        """What the others say, and which of them says nothing."""
+        """Reads the reports of the other processes, and ends all processes if one has failed or no longer reports.
+
+        If one was asked to stop, this process is asked to stop.
+        """
         if said := found.get(f"{_STATE}/failed"):
             told = json.loads(said)
             says = f"process {told['process']} of {self.size} ({told['host']}): {told['says']}"
@@ -241,7 +252,7 @@ class _Store:
                 self._end(says, os.EX_TEMPFAIL)  # a code of its own: starting again helps, where it does not after a mistake
 
     def _end(self, says: str, code: int, whole: str = "") -> None:
-        """Says why, and ends all: the main thread may be in a collective that never ends."""
+        """Reports why, and ends all processes: the main thread may be in a collective that never ends."""
         if not self._verdict.acquire(blocking=False):
             return
         line = redacted(" ".join(says.split()))
@@ -251,7 +262,10 @@ class _Store:
         os._exit(code)
 
     def _wait_until_left(self) -> None:
-        """The others read that this is the end; one that is left behind is ended by JAX, with a page of its own words."""
+        """Waits until the others have read that this is the end.
+
+        JAX would end one that is left behind, with a page of its own words.
+        """
         time.sleep(3 * _BEAT)
 
 
@@ -263,7 +277,10 @@ def _client() -> Any:
 
 
 def _forget() -> None:
-    """Without the others there is no common end: nothing waits for it, or is torn down, when the interpreter ends."""
+    """Makes JAX forget the other processes, after a failure that rules out a common end.
+
+    Then nothing waits for that end, or is torn down, when the interpreter exits.
+    """
     from jax._src.distributed import global_state
 
     for part in (global_state.client, global_state.service):

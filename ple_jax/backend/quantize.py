@@ -1,7 +1,7 @@
 """A quantised base, QLoRA style: kernels stored in 8 or 4 bits, expanded where they are used. arXiv:2305.14314.
 
-Quantising and the pytree of values and scales are qwix's (`QArray`); expanding is done here, as `qwix.dequantize` flattens
-an nf4 kernel, which gathers one that is sharded, and on TPU puts the expanded kernel into memory.
+Quantising and the pytree of values and scales are qwix's (`QArray`). Expanding is done here: `qwix.dequantize` flattens an
+nf4 kernel, which gathers one that is sharded, and on TPU it puts the expanded kernel into memory.
 
 | kind | values | scales | bits a weight |
 |---|---|---|---|
@@ -46,17 +46,17 @@ def quantize(kernel: Float[np.ndarray, "..."], kind: str, *, axis: int = 0) -> Q
 
     Returns:
         `qvalue` of the kernel's shape and `scale`, 1 (int8) or in / 64 (nf4) long along `axis`. Both are on the host: a
-        model is quantised tensor by tensor, and the caller places the parts. Inputs that are no multiple of 64 are nf4
-        blocks of 32 or 16.
+        model is quantised tensor by tensor, and the caller places the parts. If the inputs are no multiple of 64, nf4 blocks
+        are 32 or 16 long.
 
     Raises:
-        UserError: another kind, or nf4 on an input dimension that is no multiple of 16.
+        UserError: the kind is unknown, or nf4 is asked for an input dimension that is no multiple of 16.
     """
     return jax.device_get(_quantize(np.asarray(kernel, np.float32), kind, axis))
 
 
 def shapes(kernel: jax.ShapeDtypeStruct, kind: str, *, axis: int = 0) -> QArray:
-    """What `quantize` returns for a kernel of this shape, as `jax.ShapeDtypeStruct`s; nothing is computed."""
+    """Returns what `quantize` would return for a kernel of this shape, as `jax.ShapeDtypeStruct`s; nothing is computed."""
     return jax.eval_shape(lambda k: _quantize(k, kind, axis), jax.ShapeDtypeStruct(kernel.shape, jnp.float32))
 
 
@@ -78,7 +78,7 @@ def _quantize(kernel: Float[Array, "..."], kind: str, axis: int) -> QArray:
 
 
 def dequantize(kernel: QArray, dtype: jax.typing.DTypeLike) -> Float[Array, "inp *out"]:
-    """The kernel [in, *out] that a quantised one stands for: computed in fp32, then cast."""
+    """Expands a quantised kernel to the [in, *out] that it stands for: computed in fp32, then cast to `dtype`."""
     values = kernel.qvalue
     if kernel.qtype == "nf4":
         expanded = jnp.asarray(_LEVELS)[values]
@@ -92,5 +92,5 @@ def dequantize(kernel: QArray, dtype: jax.typing.DTypeLike) -> Float[Array, "inp
 # checkpoint: without it every layer's expanded kernel would be kept for the backward pass, the whole model in x's dtype
 @jax.checkpoint
 def project(x: Float[Array, "*batch inp"], kernel: QArray) -> Float[Array, "..."]:
-    """x @ kernel, [*batch, *out], in float32; no gradient reaches the kernel."""
+    """Computes x @ kernel, [*batch, *out], in float32. No gradient reaches the kernel."""
     return dots.project(x, dequantize(jax.lax.stop_gradient(kernel), x.dtype))

@@ -27,21 +27,21 @@ _MODEL = {"layers": "auto", "remat": "none", "attention": "auto"}
 def classifier(
     folder: Path, *, dtype: str, rows: int, mesh: Mapping[str, int], source: tuple[str, str | None] | None = None
 ) -> Callable[[Sequence[Sequence[int]]], Float32[np.ndarray, "n labels"]]:
-    """A sequence classifier from a Hugging Face folder, its weights on a mesh.
+    """Loads a sequence classifier from a Hugging Face folder, and puts its weights on a mesh.
 
     Args:
         folder: config.json and safetensors of a ...ForSequenceClassification of one of our decoder's families.
         dtype: float32 or bfloat16, of weights and activations; the head works in float32.
-        rows: most rows of one call.
+        rows: the most rows of one call.
         mesh: devices along each axis, as `sharding.make_mesh` takes them.
-        source: path or hub id, and revision, that the folder is of: another process may have to fetch it.
+        source: path or hub id, and revision, that the folder is from: another process may have to fetch it.
 
     Returns:
-        A function from rows of token ids to the logits of every label, read where transformers reads them: at the last
-        token that is not the padding token of config.json.
+        A function from rows of token ids to the logits of every label, read where transformers reads them: at the last token
+        that is not the padding token of config.json.
 
     Raises:
-        UserError: as `weights.load_classifier`; a checkpoint without a head.
+        UserError: as in `weights.load_classifier` (a checkpoint without a head, for example) and `sharding.make_mesh`.
     """
     return _make(folder, source, dtype, rows, dict(mesh)).classify
 
@@ -55,7 +55,7 @@ def _make(
 
 
 class _Classifier:
-    """The model, on the devices of all processes."""
+    """A sequence classifier, its weights on the devices of all processes."""
 
     def __init__(self, folder: Path, dtype: str, rows: int, mesh: Mapping[str, int]):
         self._mesh = sharding.make_mesh(**mesh)
@@ -85,7 +85,10 @@ class _Classifier:
 
 
 def _padded(ids: Sequence[Sequence[int]], height: int, pad: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens, their mask and the place that is scored; few shapes, so that few programs are compiled."""
+    """Pads rows of token ids; returns the tokens, their mask, and the place in each row that is scored.
+
+    Shapes are few, so that few programs are compiled.
+    """
     tokens = np.zeros((height, bucket(max(map(len, ids)), _BUCKET)), np.int32)
     mask, last = np.zeros(tokens.shape, bool), np.zeros(height, np.int32)
     for row, own in enumerate(ids):
@@ -95,7 +98,7 @@ def _padded(ids: Sequence[Sequence[int]], height: int, pad: int | None) -> tuple
 
 
 def last_token(ids: Sequence[int], pad: int | None) -> int:
-    """Place of the token whose hidden state is scored: the last that is not `pad`; 0 where all are."""
+    """Returns the place of the token whose hidden state is scored: the last that is not `pad`, or 0 where all are."""
     return max((i for i, token in enumerate(ids) if token != pad), default=0)
 
 
@@ -106,7 +109,7 @@ def pooled(
     mask: Bool[Array, "row time"],
     last: Int[Array, " row"],
 ) -> Float[Array, "row hidden"]:
-    """Final hidden states of one token of every row, in fp32; rows are padded on the right."""
+    """Computes the final hidden state at `last` of every row, in fp32. Rows are padded on the right."""
     time = tokens.shape[1]
     causal = jnp.tril(jnp.ones((time, time), bool))[None] & mask[:, None]
     positions = jnp.broadcast_to(jnp.arange(time)[None], tokens.shape)

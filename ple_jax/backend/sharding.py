@@ -43,10 +43,10 @@ _HEADS = ("layers/qkv/kernel", "layers/qkv/bias", "layers/o/kernel")
 
 
 def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh over the first data * fsdp * tensor devices; of several processes over all.
+    """Makes a mesh of the first data * fsdp * tensor devices; several processes must take all of their devices.
 
     Raises:
-        UserError: there are not so many.
+        UserError: there are fewer devices, or with several processes not exactly as many.
     """
     needed = data * fsdp * tensor
     devices = jax.devices()
@@ -66,14 +66,14 @@ def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
 
 
 def spec(name: str, shape: tuple[int, ...], mesh: Mesh, *, kv_heads: int) -> PartitionSpec:
-    """The rule for one leaf. An axis that does not divide its dimension is left out: that dimension is replicated.
+    """Returns the `PartitionSpec` of one leaf by its rule.
 
-    The parts of a quantised kernel, values and scales, have its rank and go by its name.
-
-    Attention is sharded by whole KV heads, so where `kv_heads` does not divide it is replicated over `tensor`.
+    An axis that does not divide its dimension is left out: that dimension is replicated. The parts of a quantised kernel,
+    values and scales, have its rank and its rule. Attention is sharded by whole KV heads, so it is replicated over `tensor`
+    where that does not divide `kv_heads`.
 
     Raises:
-        KeyError: no rule for this name.
+        KeyError: there is no rule for this name.
     """
     if name not in RULES:
         raise KeyError(f"no sharding rule for parameter {name!r}; add it to ple_jax.backend.sharding.RULES")
@@ -85,7 +85,7 @@ def spec(name: str, shape: tuple[int, ...], mesh: Mesh, *, kv_heads: int) -> Par
 
 
 def put(x: Any, where: Sharding) -> jax.Array:
-    """A host array to its devices. Every process has the whole of it, and places what its own devices hold."""
+    """Puts a host array on its devices. Every process has the whole of it, and places what its own devices hold."""
     if where.is_fully_addressable:
         return jax.device_put(x, where)
     whole = np.asarray(x)
@@ -93,12 +93,12 @@ def put(x: Any, where: Sharding) -> jax.Array:
 
 
 def fetch(tree: Any) -> Any:
-    """Arrays to the host, as numpy, whole; what is spread over processes is gathered, for which all must ask."""
+    """Fetches arrays to the host, as numpy and whole. All processes must call it if arrays are spread over processes."""
     return jax.device_get(jax.tree.map(_local, tree))
 
 
 def own(x: jax.Array) -> Any:
-    """A number that every device has, where this process alone computes with it."""
+    """Returns a number that every device holds, in a form with which this process can compute alone."""
     return x if x.is_fully_addressable else np.asarray(x.addressable_data(0))
 
 
@@ -119,7 +119,7 @@ def _same(x: Any) -> Any:
 
 
 def put_weight(mesh: Mesh, *, kv_heads: int) -> Callable[[str, np.ndarray], jax.Array]:
-    """`put(name, array)` of `ple_jax.backend.model.fill`: each weight to its place on the mesh."""
+    """Returns the `put(name, array)` of `ple_jax.backend.model.fill`, which puts each weight in its place on the mesh."""
 
     def place(name: str, array: np.ndarray) -> jax.Array:
         return put(array, NamedSharding(mesh, spec(name, array.shape, mesh, kv_heads=kv_heads)))
@@ -128,7 +128,7 @@ def put_weight(mesh: Mesh, *, kv_heads: int) -> Callable[[str, np.ndarray], jax.
 
 
 def place_weight(mesh: Mesh, *, kv_heads: int) -> Callable[..., jax.Array] | None:
-    """`place(name, shape, axis, read)` of `fill`, where devices are of several processes.
+    """Returns the `place(name, shape, axis, read)` of `ple_jax.backend.model.fill`; None where one process has all devices.
 
     Every device reads a share of its own, along the axis in which that is one piece of a file; from there the shares go to
     their places over the network. So all processes together read every weight once, whatever the mesh.
@@ -154,13 +154,13 @@ def place_weight(mesh: Mesh, *, kv_heads: int) -> Callable[..., jax.Array] | Non
 
 
 def gathered(name: str, x: jax.Array, mesh: Mesh) -> jax.Array:
-    """A leaf inside jit, whole along `fsdp` on every device and still split along `tensor`."""
+    """Gathers a leaf along `fsdp`, inside jit: every device has it whole along that axis, and still split along `tensor`."""
     axes = (None if axis == "fsdp" else axis for axis in spec(name, x.shape, mesh, kv_heads=1))
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*axes)))
 
 
 def rows(mesh: Mesh, ndim: int) -> NamedSharding:
-    """The sharding of a batch: first dimension over `data` and `fsdp`; a number is on every device."""
+    """Returns the sharding of a batch: the first dimension over `data` and `fsdp`; a scalar is on every device."""
     return NamedSharding(mesh, PartitionSpec(BATCH, *[None] * (ndim - 1)) if ndim else PartitionSpec())
 
 
@@ -169,7 +169,10 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def adapter(tree: Any, mesh: Mesh) -> Any:
-    """NamedShardings of an adapter, or of any tree whose leaves end in "a", "b" or "m" like one (its Adam moments)."""
+    """Returns NamedShardings of an adapter, or of a tree whose leaves end in "a", "b" or "m" like one (its Adam moments).
+
+    All other leaves are on every device.
+    """
 
     def leaf(path: tuple, x: Any) -> NamedSharding:
         name = getattr(path[-1], "key", None)
@@ -181,13 +184,14 @@ def adapter(tree: Any, mesh: Mesh) -> Any:
 
 
 def put_rows(mesh: Mesh, tree: Any) -> Any:
-    """Host arrays to the devices, rows spread over the batch axes."""
+    """Puts host arrays on the devices, their rows spread over the batch axes."""
     return jax.tree.map(lambda x: put(x, rows(mesh, np.ndim(x))), tree)
 
 
 def decoded_rows(tree: Any, mesh: Mesh) -> Any:
-    """NamedShardings of what is decoded: rows over `data` and `fsdp`, of caches also KV heads over `tensor`; a row that is
-    held for all is on every device.
+    """Returns NamedShardings of what is decoded: rows over `data` and `fsdp`, KV heads of caches over `tensor`.
+
+    A row that is held once for all rows (a prefix) is on every device.
     """
 
     def leaf(x: Any) -> NamedSharding:
@@ -201,7 +205,7 @@ def decoded_rows(tree: Any, mesh: Mesh) -> Any:
 
 
 def kernels(tree: Any, mesh: Mesh, kv_heads: int) -> Any:
-    """NamedShardings of kernels by their names: those of the base's own."""
+    """Returns the NamedShardings of kernels by their names, which are those of the base's own kernels."""
 
     def leaf(path: tuple, x: Any) -> NamedSharding:
         return NamedSharding(mesh, spec(f"layers/{path[-1].key}/kernel", x.shape, mesh, kv_heads=kv_heads))
@@ -210,12 +214,12 @@ def kernels(tree: Any, mesh: Mesh, kv_heads: int) -> Any:
 
 
 def row_multiple(mesh: Mesh) -> int:
-    """Rows of a batch must be a multiple of this."""
+    """Returns the number of which the rows of a batch must be a multiple."""
     return math.prod(mesh.shape[a] for a in BATCH)
 
 
 def notes(mesh: Mesh, *, kv_heads: int) -> list[str]:
-    """What a user should know about this mesh."""
+    """Returns what a user should know about this mesh, one line each."""
     tensor = mesh.shape["tensor"]
     if kv_heads % tensor:
         return [f"{kv_heads} KV heads do not divide over tensor={tensor}: attention is replicated over that axis"]

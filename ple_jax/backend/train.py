@@ -18,10 +18,10 @@ from ple_jax.models import adapters
 
 
 def optimizer(*, clip_norm: float, weight_decay: float) -> optax.GradientTransformation:
-    """AdamW after clipping by the global norm; the learning rate is applied by the caller, so that it may change.
+    """Returns AdamW, preceded by clipping by the global norm. The caller applies the learning rate, so that it may change.
 
-    Weight decay is of the low-rank matrices alone: what it would pull to 0 of DoRA's magnitudes is the base, and of a head
-    what it has learned.
+    Weight decay is for the low-rank matrices alone: it would pull DoRA's magnitudes to 0, and the base with them, and a head
+    away from what it has learned.
     """
     return optax.chain(
         optax.clip_by_global_norm(clip_norm),
@@ -38,9 +38,12 @@ def gradients(
     model: Model, settings: adapters.Lora, loss: Loss, base: Any, adapter: Any, batch: Batch, packed: Packed, share: Array,
     key: Array, temperature: float = 1.0,
 ) -> tuple[Any, dict[str, Array]]:  # fmt: skip
-    """Gradients of the mean loss over the optimiser batch, this micro-batch's part; `share` is 1 / its real rows.
+    """Computes this micro-batch's part of the gradients of the mean loss over the optimiser batch, and of the metrics.
 
-    `key` draws the adapter's dropout, where there is any.
+    Args:
+        share: 1 / the real rows of the optimiser batch.
+        key: draws the adapter's dropout, where there is any.
+        temperature: what the logits are divided by.
     """
 
     def total(adapter: Any) -> tuple[Array, dict[str, Array]]:
@@ -58,7 +61,10 @@ def gradients(
 def apply_gradients(
     transform: optax.GradientTransformation, adapter: Any, state: Any, grads: Any, lr: Array
 ) -> tuple[Any, Any, Array]:
-    """One AdamW step: new adapter, new optimizer state, the gradient's global norm before clipping."""
+    """Takes one AdamW step.
+
+    Returns the new adapter, the new optimizer state, and the gradient's global norm before clipping.
+    """
     with jax.numpy_dtype_promotion("standard"):  # optax mixes Python scalars and integer counters with arrays
         norm = optax.tree.norm(grads)
         updates, state = transform.update(grads, state, adapter)
@@ -66,7 +72,7 @@ def apply_gradients(
 
 
 class Programs(NamedTuple):
-    """The compiled programs of a run, `jax.jit` objects. What `--mode=plan --topology` compiles is these too."""
+    """The compiled programs of a run, as `jax.jit` objects. `--mode=plan --topology` compiles these, too."""
 
     fuse: Any  # (base, adapter) -> fused adapter
     fold: Any  # (base, adapter) -> kernels with the adapter in them: sampling takes base and `fused`, or these and {}
@@ -82,14 +88,14 @@ class Programs(NamedTuple):
 
 
 def placement(adapter: adapters.Adapter, transform: optax.GradientTransformation, mesh: Mesh) -> tuple[Any, Any]:
-    """NamedShardings of an adapter and of its optimizer state; shapes are all that is read."""
+    """Returns the NamedShardings of an adapter and of its optimizer state; reads shapes alone."""
     return sharding.adapter(adapter, mesh), sharding.adapter(jax.eval_shape(transform.init, adapter), mesh)
 
 
 def programs(
     model: Model, adapter: adapters.Adapter, mesh: Mesh, *, transform: optax.GradientTransformation, settings: adapters.Lora
 ) -> Programs:
-    """The programs of one model on one mesh; nothing is compiled before it is called or lowered.
+    """Returns the programs of one model on one mesh; nothing is compiled before it is called or lowered.
 
     Args:
         adapter: the adapter, or its shapes.
@@ -128,10 +134,10 @@ def programs(
 
 
 def _sampling(model: Model, mesh: Mesh) -> dict[str, Any]:
-    """The programs that sample, and leave rows and their caches where they are."""
+    """Returns the programs that sample. They leave rows and their caches on the devices that hold them."""
 
     def spread(made: Callable[..., Any]) -> Callable[..., Any]:
-        """The same, with what it gives where rows and their caches are."""
+        """Wraps a function so that its results are sharded as rows and their caches are."""
 
         @functools.wraps(made)
         def call(*data: Any, **how: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Values of rewards on disk: what was scored is never scored again, not even after kill -9."""
+"""A cache on disk for the values of rewards and judges: what was scored is never scored again, not even after kill -9."""
 
 import hashlib
 import json
@@ -20,18 +20,18 @@ AGAIN = "mend it and give the same command again with --accept=reward: what was 
 
 
 def digest(*what: Any) -> str:
-    """A name for plain values: another one if any of them differs."""
+    """Returns a name for plain values: a SHA-256 in hex, which differs if any of the values differs."""
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=repr).encode()).hexdigest()
 
 
 def key(name: str, version: str, prompt: str, response: str, reads: Mapping[str, Any] | None = None) -> str:
-    """What a value is stored by: all that it depends on. This is the one place that says what that is.
+    """Returns the key that a value is stored under. All that the value depends on goes into it, and is listed only here.
 
     Args:
-        name, version: of what computes it.
-        prompt: conversations that read alike may differ in their turns and tools, so these go in too.
-        response: what it is a value of.
-        reads: whatever else is read for it, by name (fields of the record, say); plain values.
+        name, version: of the reward or judge that computes the value.
+        prompt: text or a conversation. Conversations that read alike may differ in turns and tools, so these go in too.
+        response: the text that the value is for.
+        reads: whatever else is read for the value, by name (fields of the record, say); plain values.
     """
     turns = [prompt.messages, prompt.tools] if isinstance(prompt, Conversation) else []
     return digest(name, version, prompt, turns, response, *([reads] if reads else []))
@@ -41,15 +41,15 @@ _TABLE = "CREATE TABLE IF NOT EXISTS answer (key TEXT PRIMARY KEY, value REAL, d
 
 
 def _seal(k: str, value: Any) -> str:
-    """What is stored beside a value: another one if a bit of it, or of its key, differs."""
+    """Returns the checksum that is stored beside a value; it differs if one bit of the value or of its key differs."""
     # SQLite has no -0.0
     return identity.digest([k.encode(), (value + 0.0).hex().encode()]) if isinstance(value, float) else "no value"
 
 
 class Cache:
-    """A file of values by key, for one writer at a time. It is opened at the first use and closed on leaving the context.
+    """A file of values by key, for one writer at a time. It is opened at the first use and closed when the context ends.
 
-    A value that is not as it was stored is as good as none: it is computed again.
+    A value that is not as it was stored counts as missing, so that it is computed again.
     """
 
     def __init__(self, path: str | Path):
@@ -65,7 +65,7 @@ class Cache:
             self._database = None
 
     def get(self, keys: Iterable[str]) -> dict[str, float]:
-        """The values of those keys that are there, as they were stored."""
+        """Returns the stored values, by key, of those `keys` that are in the file. Raises UserError if it cannot be read."""
         try:
             database = self._open()
             rows = {k: database.execute("SELECT value, digest FROM answer WHERE key = ?", (k,)).fetchone() for k in keys}
@@ -74,7 +74,7 @@ class Cache:
         return {k: row[0] for k, row in rows.items() if row is not None and row[1] == _seal(k, row[0])}
 
     def put(self, values: Mapping[str, float]) -> None:
-        """Stores all of them or none; on return they are on disk."""
+        """Stores all of the values or none; on return they are on disk. Raises UserError if the file cannot be written."""
         try:
             with self._open() as database:  # a transaction
                 rows = [(k, value, _seal(k, value)) for k, value in values.items()]
@@ -100,9 +100,9 @@ class Cache:
 
 
 class Incomplete(UserError):
-    """Raised by a reward that stops before the end: `values` is one float per response, NaN where none was scored.
+    """The error of a reward that stops before the end: `values` is one float per response, NaN where none was scored.
 
-    What it holds goes into the cache, so that the same command goes on from there.
+    The values that it holds go into the cache, so that the same command continues from there.
     """
 
     def __init__(self, message: str, values: Float64[np.ndarray, " n"]):
@@ -120,20 +120,20 @@ def answered(
     failed: Callable[[int], str],
     again: str,
 ) -> dict[str, float]:
-    """The number that answers each question, by its key: from the cache, or else asked for, `batch` questions at a time.
+    """Returns a number for each question, by its key: from the cache, or else by asking, `batch` questions at a time.
 
-    What a call gave is in the cache before the next one begins; values that are not finite never are.
+    The results of one call are in the cache before the next call begins. Values that are not finite are never stored.
 
     Args:
-        questions: by key, each a row of texts, and of what else is read for them.
-        ask: called with the columns of some of them, as lists.
-        check: (what `ask` gave, *columns) -> one number each; raises a UserError where it is something else.
-        failed: what happened to so many questions, for the error where `ask` fails.
-        again: what to do then.
+        questions: by key; each is a row of texts and of whatever else is read for them.
+        ask: called with the columns of some of the questions, as lists.
+        check: (result of `ask`, *columns) -> one number each; raises a UserError if the result is anything else.
+        failed: describes, for the error, what happened to so many questions if `ask` fails.
+        again: what the user should do then.
 
     Raises:
-        UserError: `ask` failed, or as `check`.
-        Incomplete: it stopped in between.
+        UserError: `ask` failed, or `check` raised it.
+        Incomplete: `ask` stopped before the end.
     """
     known = cache.get(questions) if cache is not None else {}
     missing = [k for k in questions if k not in known]
@@ -151,7 +151,7 @@ def answered(
 
 
 def _asked(ask: Callable[..., Any], columns: Sequence[list[Any]], failed: str, again: str) -> tuple[Any, Incomplete | None]:
-    """What a call gave, and why it stopped before the end, if it did."""
+    """Returns the result of a call and, if it stopped before the end, the Incomplete that says why."""
     try:
         return ask(*columns), None
     except Incomplete as error:

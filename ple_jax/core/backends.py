@@ -1,4 +1,4 @@
-"""The backends: where they are, and what a module of one offers."""
+"""The backends: where their modules are, and which functions such a module offers."""
 
 import importlib
 from collections.abc import Callable, Sequence
@@ -15,48 +15,49 @@ Made = TypeVar("Made", bound=Backend)
 
 
 class BackendModule(Protocol[Loaded, Made]):
-    """How a backend is made from a config. A module of functions satisfies it; mypy checks both."""
+    """The functions that make a backend from a config. A module of functions satisfies it; mypy checks both backends."""
 
     def load(self, config: Any) -> Loaded:
-        """Weights, model config and tokenizer of `config.model`; no weight is on a device yet.
+        """Reads weights, model config and tokenizer of `config.model`; puts no weight on a device yet.
 
         Raises:
-            UserError: a mesh or a device that is not there, a model that cannot be read; before any weight is.
+            UserError: the mesh or the device is not there, or the model cannot be read. No weight has been read then.
         """
         ...
 
     def fast_dtype(self, config: Any) -> str:
-        """What `config.model.dtype` of "auto" is on this config's devices: bfloat16 where they compute faster in it, or
-        float32.
+        """Returns what "auto" in `config.model.dtype` means on this config's devices.
+
+        It is "bfloat16" where they compute faster in it, otherwise "float32".
 
         Raises:
-            UserError: a device that is not there.
+            UserError: the device is not there.
         """
         ...
 
     def count(self, config: Any, loaded: Loaded) -> tuple[int, int]:
-        """Parameters of the base and of the adapter; reads shapes alone."""
+        """Returns the numbers of parameters of the base and of the adapter; only shapes are read."""
         ...
 
     def transposed(self, loaded: Loaded) -> bool:
-        """Whether the base keeps its linear weights as [in, out]."""
+        """Says whether the base keeps its linear weights as [in, out]."""
         ...
 
     def build(self, config: Any, loaded: Loaded, *, head: str | None = None) -> Made:
-        """The backend, base and adapter on the devices.
+        """Builds the backend, with the base and the adapter on the devices.
 
         Args:
-            head: the name of a head that is trained beside the adapter ("value"), or alone ("score"); None: there is none.
+            head: the name of a head that is trained beside the adapter ("value"), or alone ("score"); None for no head.
         """
         ...
 
     def notes(self, backend: Made) -> list[str]:
-        """What a user should know before the run starts, a line each."""
+        """Returns what a user should know before the run starts, one line per entry."""
         ...
 
 
 class Needs(NamedTuple):
-    """What a run would need of a device."""
+    """What a run would need of a device, as far as a fitting `sampling.width` and `optimizer.micro_queries` depend on it."""
 
     memory: int | None  # bytes that may be filled; None: not limited
     reading: int  # rows whose arithmetic takes as long as reading the weights once does
@@ -65,7 +66,7 @@ class Needs(NamedTuple):
 
 
 class TopologyModule(Protocol):
-    """How `--mode=plan --topology` counts what a run needs of devices that are not there."""
+    """The functions behind `--mode=plan --topology`, which count what a run needs of devices that are not there."""
 
     def report(
         self,
@@ -78,36 +79,36 @@ class TopologyModule(Protocol):
         principles: str,
         write: Callable[[str], None] = ...,
     ) -> Any:
-        """Writes what every phase needs of a device and whether it fits; returns what was counted.
+        """Writes what every phase needs of a device and whether it fits. Returns what was counted.
 
         Args:
-            topology: kind and number of devices, as the module knows them.
-            algorithm: as `algorithms.load` gives it.
+            topology: the kind and number of devices, as the module knows them.
+            algorithm: as `algorithms.load` returns it.
             write: takes one line at a time.
 
         Raises:
-            UserError: an unknown topology, a mesh that does not take its devices, a model that is not supported.
+            UserError: the topology is unknown, the mesh does not fit its devices, or the model is not supported.
         """
         ...
 
     def needs(self, config: Any, topology: str | None, *, algorithm: Any, source: Any, sizes: Any) -> Needs:
-        """What `config.sampling.width` and `config.optimizer.micro_queries` of "auto" are fitted to.
+        """Computes what `config.sampling.width` and `config.optimizer.micro_queries` are fitted to if they are "auto".
 
         Args:
-            topology: as `report` takes it; None: the devices of this machine.
-            source, sizes: the model and the lengths, as `planning.outline` has them.
+            topology: as in `report`; None for the devices of this machine.
+            source, sizes: the model and the lengths, as in `planning.outline`.
 
         Raises:
-            UserError: as `report`.
+            UserError: as in `report`.
         """
         ...
 
 
 def load(name: str) -> BackendModule[Any, Any]:
-    """The module of `--backend=name`: its framework is imported here and not before."""
+    """Imports the module of `--backend=name` and returns it. Its framework is imported here and not before."""
     return cast(BackendModule, importlib.import_module(BACKENDS[name]))
 
 
 def load_topology(name: str) -> TopologyModule:
-    """The module behind `--topology` of `--backend=name`."""
+    """Imports the module behind `--topology` of `--backend=name` and returns it."""
     return cast(TopologyModule, importlib.import_module(TOPOLOGIES[name]))

@@ -1,4 +1,4 @@
-"""From rollouts to the padded arrays of a Batch."""
+"""Pads rollouts into the arrays of a Batch, and splits a Batch into micro-batches."""
 
 from collections.abc import Sequence
 
@@ -10,12 +10,12 @@ from ple_jax.core.types import Batch, Rollout
 
 
 def round_up(count: int, multiple: int) -> int:
-    """The smallest multiple that is no less."""
+    """Returns the smallest multiple of `multiple` that is not less than `count`."""
     return -(-count // multiple) * multiple
 
 
 def bucket(length: int, smallest: int) -> int:
-    """The smallest of smallest, 2 * smallest, 4 * smallest ... that holds `length` tokens."""
+    """Returns the smallest of smallest, 2 * smallest, 4 * smallest ... that holds `length` tokens."""
     size = smallest
     while size < length:
         size *= 2
@@ -25,7 +25,10 @@ def bucket(length: int, smallest: int) -> int:
 def left_padded(
     prompts: Sequence[Sequence[int]], smallest: int
 ) -> tuple[Int32[np.ndarray, "row prompt_len"], Bool[np.ndarray, "row prompt_len"]]:
-    """Prompts of one batch and their mask; the longest decides which bucket, of which `smallest` is the first, in tokens."""
+    """Pads the prompts of one batch on the left with token 0, and returns them with their mask.
+
+    Their width, in tokens, is the `bucket` that holds the longest prompt; `smallest` is the first bucket.
+    """
     length = bucket(max(map(len, prompts)), smallest)
     tokens, mask = np.zeros((len(prompts), length), np.int32), np.zeros((len(prompts), length), bool)
     for row, prompt in enumerate(prompts):
@@ -35,14 +38,14 @@ def left_padded(
 
 
 def pack(rollouts: Sequence[Rollout], picks: Sequence[Sequence[int]], *, prompt_multiple: int, response_len: int) -> Batch:
-    """One row a query: its prompt padded on the left, the chosen responses padded on the right, with token 0.
+    """Packs queries into a Batch, one row per query: its prompt padded on the left, the chosen responses on the right.
 
-    Tokens go in as they were sampled: no EOS is appended, nothing is re-tokenised.
+    The padding is token 0. Tokens go in as they were sampled: no EOS is appended, nothing is re-tokenised.
 
     Args:
       rollouts: the queries of one optimiser batch.
       picks: for each rollout the indices of the responses to train on, k for every one, in the order wanted.
-      prompt_multiple: the smallest prompt bucket, in tokens; the longest prompt decides which bucket.
+      prompt_multiple: the smallest prompt bucket, in tokens; the longest prompt decides which bucket is used.
       response_len: width of the response arrays, in tokens.
 
     Returns:
@@ -69,32 +72,33 @@ def pack(rollouts: Sequence[Rollout], picks: Sequence[Sequence[int]], *, prompt_
 
 
 def response_width(longest: int, *, new: int, most: int) -> int:
-    """The width, in tokens, of arrays whose longest response has so many.
+    """Returns the width, in tokens, of response arrays whose longest response has `longest` tokens.
 
-    Of sampled ones it is always the same. Answers of the data may be longer: they have the next doubling that holds them.
+    For sampled responses the width is always `new`. Answers of the data may be longer: for them it is the next doubling
+    of `new` that holds them, but no more than `most`.
 
     Args:
-        new: most tokens of a sampled response.
-        most: most tokens of an answer.
+        new: the most tokens of a sampled response.
+        most: the most tokens of an answer of the data.
     """
     return min(bucket(longest, new), max(new, most))
 
 
 def lengths(batch: Batch) -> Int32[np.ndarray, " query"]:
-    """Tokens of every row: of its prompt and its responses together."""
+    """Counts the tokens of every row, its prompt and its responses together."""
     return (batch.prompt_mask.sum(1) + batch.response_mask.sum((1, 2))).astype(np.int32)
 
 
 def micro_batches(batch: Batch, size: int) -> list[Batch]:
-    """The rows of a batch in parts of `size`; the backend accumulates gradients over them.
+    """Splits a batch into parts of at most `size` rows, over which the backend accumulates gradients.
 
-    Rows of about the same length are in one part.
+    Rows of about the same length are in the same part.
     """
     order = np.argsort(lengths(batch), kind="stable")
     return [rows_of(batch, order[i : i + size]) for i in range(0, len(order), size)]
 
 
 def rows_of(batch: Batch, rows: Int32[np.ndarray, " part"]) -> Batch:
-    """Some rows of a batch."""
+    """Returns the Batch of the given rows."""
     data = {name: value[rows] for name, value in batch.data.items()}
     return Batch(batch.prompt[rows], batch.prompt_mask[rows], batch.response[rows], batch.response_mask[rows], data)

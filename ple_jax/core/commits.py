@@ -1,11 +1,11 @@
-"""Checkpoints on disk, whatever is in them: a folder a step, whole or not there, with a digest of every file.
+"""Checkpoints on disk, whatever is in them: one folder per step, whole or absent, with a digest of every file.
 
-What is written goes to STEP.partial/STEP. When all of it is on disk, and in it a sealed list of its files with their
-SHA-256, one rename gives it its name: that is the commit point of a run. So no kill leaves a name without a list, or a list
-of other files. A checkpoint of an earlier version has no list and is read as it is.
+A checkpoint is written to STEP.partial/STEP. When all of it is on disk, including a sealed list of its files with their
+SHA-256, one rename gives it its final name: that is the commit point of a run. So a kill never leaves that name without
+a list, or with a list of other files. A checkpoint of an earlier version has no list and is read as it is.
 
-Hashing runs at 1 to 1.4 GB/s on one core (0.6 beside other work): under half a second for the adapter, moments and reference
-of LoRA on 8B parameters.
+Hashing runs at 1 to 1.4 GB/s on one core (0.6 beside other work): under half a second for the adapter, moments and
+reference of LoRA on 8B parameters.
 """
 
 import contextlib
@@ -23,9 +23,9 @@ MANIFEST = "digests.json"
 
 @contextlib.contextmanager
 def committing(path: Path, step: int, *, keep: int) -> Iterator[Path]:
-    """A folder, there when the block begins, in which the block makes one called `step`; that is committed when it ends.
+    """Yields an existing folder, in which the block makes a folder called `step`; this is committed when the block ends.
 
-    On return it is on disk, and all but the newest `keep` are gone.
+    On return the checkpoint is on disk, and all but the newest `keep` checkpoints are removed.
     """
     for left in path.glob("*.partial"):  # by a process that was killed
         shutil.rmtree(left)
@@ -42,15 +42,15 @@ def committing(path: Path, step: int, *, keep: int) -> Iterator[Path]:
 
 
 def steps(path: Path) -> list[int]:
-    """The steps of which there are checkpoints, in order."""
+    """Returns the steps that have a checkpoint, in ascending order."""
     return sorted(int(entry.name) for entry in path.glob("*") if re.fullmatch(r"\d+", entry.name))
 
 
 def newest(path: Path) -> Path | None:
-    """The folder of the newest checkpoint under `path`, every file as it was written; None if there is none.
+    """Returns the folder of the newest checkpoint under `path`, after checking all its files; None if there is none.
 
     Raises:
-        Damaged: it is not; says what to remove.
+        Damaged: a file is missing or is not as it was written; the message says what to remove.
     """
     if not (found := steps(path)):
         return None
@@ -65,7 +65,11 @@ def newest(path: Path) -> Path | None:
 
 
 def _listed(folder: Path, back: str) -> dict[str, str]:
-    """The list of a checkpoint's files; nothing where there is none, as in one of an earlier version."""
+    """Reads the list of a checkpoint's files and their digests; it is empty for a checkpoint of an earlier version.
+
+    Raises:
+        Damaged: the list is not as it was written.
+    """
     if not (folder / MANIFEST).exists():
         return {}
     with contextlib.suppress(ValueError):
@@ -76,7 +80,7 @@ def _listed(folder: Path, back: str) -> dict[str, str]:
 
 
 def damaged(folder: Path, why: str, back: str = "go on from the one before it") -> Damaged:
-    """The error of a checkpoint that cannot be read."""
+    """Returns the error for a checkpoint that cannot be read; `back` says what its removal makes possible."""
     return Damaged(f"checkpoint {folder} is damaged ({why}); remove that folder to {back}")
 
 

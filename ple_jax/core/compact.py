@@ -1,4 +1,4 @@
-"""Many values in little memory: kept as bytes, and made anew where they are asked for."""
+"""A sequence of many values in little memory: they are kept as bytes, and rebuilt when they are asked for."""
 
 import pickle
 from array import array
@@ -9,12 +9,12 @@ T = TypeVar("T")
 
 
 class Compact(Sequence[T]):
-    """A sequence whose items are bytes until they are asked for, each time a value of its own.
+    """A sequence that keeps its items as pickled bytes. Every access makes a new object of an item.
 
     As Python objects, 161,000 dialogues take several times the bytes of their texts: a transcript and its turns are two
-    copies, a character beside ASCII doubles all others, tokens are 36 bytes each. Here they take what pickling takes.
+    copies, one character outside ASCII doubles all others, and a token is 36 bytes. Here they take what pickling takes.
 
-    `take` and slices are views, which share the bytes and cannot grow.
+    `take` and slices return views, which share the bytes and cannot grow.
     """
 
     def __init__(self, items: Iterable[T] = ()):
@@ -25,14 +25,14 @@ class Compact(Sequence[T]):
             self.append(item)
 
     def append(self, item: T) -> None:
-        """Puts one more at the end."""
+        """Appends an item. A view cannot be appended to."""
         assert self._view is None, "a view cannot grow"
         self._bytes += pickle.dumps(item, pickle.HIGHEST_PROTOCOL)
         self._ends.append(len(self._bytes))
         self._places.clear()
 
     def take(self, places: Iterable[int]) -> Self:
-        """The items at these places, as a view."""
+        """Returns a view of the items at these places."""
         view, numbers = type(self)(), self._numbers
         view._bytes, view._ends, view._view = self._bytes, self._ends, array("Q", (numbers[place] for place in places))
         return view
@@ -42,14 +42,17 @@ class Compact(Sequence[T]):
         return range(len(self._ends)) if self._view is None else self._view
 
     def places(self, name: str) -> Mapping[Any, int]:
-        """The values of an attribute that differs among the items -> where each is; they are all made for it, once."""
+        """Maps the values of the attribute `name` to the places of their items; no two items may have the same value.
+
+        All items are rebuilt for it, once; the result is kept until an item is appended.
+        """
         if name not in self._places:
             self._places[name] = {getattr(item, name): place for place, item in enumerate(self)}
         return self._places[name]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all items, whether they are in this view or not."""
+        """The number of bytes that all items take, including those outside this view."""
         return len(self._bytes)
 
     @overload
@@ -83,5 +86,5 @@ class Compact(Sequence[T]):
 
 
 def compact(items: Iterable[T]) -> Compact[T]:
-    """These items as bytes; what is that already, as it is."""
+    """Returns these items as a Compact; a Compact is returned as it is."""
     return items if isinstance(items, Compact) else Compact(items)

@@ -67,7 +67,10 @@ AUTO = ("sampling.width", "optimizer.micro_queries")
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "", *, whole: Collection[str] = FREE) -> dict[str, Any]:
-    """Nested dictionaries as one with dotted keys, in their order; empty ones, and those that `whole` names, are values."""
+    """Flattens nested dictionaries into one with dotted keys, in their order.
+
+    Empty dictionaries, and those that `whole` names, are kept as values.
+    """
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
@@ -77,24 +80,30 @@ def flatten(tree: Mapping[str, Any], prefix: str = "", *, whole: Collection[str]
 
 
 def differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """Dotted keys whose values differ, or that only one has, sorted. Tuples equal lists: one side may be from JSON."""
+    """Returns the dotted keys whose values differ, or that only one side has, sorted.
+
+    Tuples equal lists, since one side may come from JSON.
+    """
     flat_a, flat_b = (flatten(json.loads(json.dumps(tree))) for tree in (a, b))
     missing = object()
     return sorted(k for k in flat_a | flat_b if flat_a.get(k, missing) != flat_b.get(k, missing))
 
 
 def names(folder: str, suffix: str) -> list[str]:
-    """What can be named without a path: the files of a folder of the package, without suffix, sorted."""
+    """Returns what can be named without a path: the files of a folder of the package, without suffix, sorted.
+
+    Files whose name begins with an underscore are left out.
+    """
     return sorted(p.stem for p in (PACKAGE / folder).glob(f"*{suffix}") if not p.stem.startswith("_"))
 
 
 def find(folder: str, suffix: str, name: str) -> Path | None:
-    """The file that a name without a path stands for; None where `names` does not have it."""
+    """Returns the file that a name without a path stands for; None if it is not among `names`."""
     return PACKAGE / folder / f"{name}{suffix}" if name in names(folder, suffix) else None
 
 
 def _source(value: Any) -> str:
-    """A hub is asked when the records are loaded."""
+    """Checks a data source: a name, a path, or user/name on a hub. A hub is only asked when the records are loaded."""
     if isinstance(value, str) and is_hub_id(value) and not value.endswith((".jsonl", ".json", ".csv", ".parquet", ".gz")):
         return ""
     local = named(names("data", ".jsonl"), file="file of records", folder=True)(value)
@@ -120,7 +129,7 @@ def _columns(value: Any) -> str:
 
 
 def _sets(value: Any) -> str:
-    """What each set has of its own is checked as the keys of config.task are."""
+    """Checks the sets of config.task.sets. The keys of a set must follow the rules of the same keys of config.task."""
     if not isinstance(value, Mapping) or not all(isinstance(of, Mapping) for of in value.values()):
         return "a dictionary, name -> keys of the set: \"{'films': {'train': 'a.jsonl', 'heldout': 'b.jsonl'}}\""
     for name, of in value.items():
@@ -145,7 +154,7 @@ _OF_A_SET = (
 
 
 def _principles(value: Any) -> str:
-    """Several are joined with +, unless that is a file's name."""
+    """Checks names or paths of principles. Several are joined with +, unless the whole value is a file's name."""
     rule = named(names("prompts/principles", ".txt"), file="text file")
     if not isinstance(value, str) or os.path.isfile(value):
         return rule(value)
@@ -159,7 +168,7 @@ def _optional_adapter(value: Any) -> str:
 
 
 def _targets(value: Any) -> str:
-    """Names are checked against the model's modules, which differ between families, when it is loaded."""
+    """Checks the form of module names. Whether the model has them, which differs by family, is checked when it is loaded."""
     names = isinstance(value, tuple | list) and value and all(isinstance(v, str) and v for v in value)
     if not names or ("all-linear" in value and len(value) > 1):
         return "a tuple of module names, \"('q_proj','v_proj')\", or \"('all-linear',)\""
@@ -167,7 +176,7 @@ def _targets(value: Any) -> str:
 
 
 def is_hub_id(value: str) -> bool:
-    """Whether it reads like user/name; a file's suffix is none."""
+    """Says whether a text looks like user/name on a hub; one that ends in .gguf or .safetensors is a file and does not."""
     named = re.fullmatch(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", value)
     return named is not None and not value.endswith((".gguf", ".safetensors"))
 
@@ -210,7 +219,7 @@ def _checkpoint(value: Any) -> str:
 
 
 def _model(value: Any) -> str:
-    """A hub is asked when the model is loaded."""
+    """Checks a model: a name, a path, or user/name on a hub. A hub is only asked when the model is loaded."""
     if isinstance(value, str) and is_hub_id(value):
         return ""
     local = named(["smollm2-135m", "tiny", *PUBLISHED], file=".gguf file or Hugging Face folder", folder=True)(value)
@@ -414,7 +423,7 @@ _MULTIPLES = (  # (key, the keys whose product divides it, why)
 
 
 def renamed(key: str) -> str:
-    """Where a key or a section of an earlier version is now, as a sentence; nothing of any other."""
+    """Says, as a sentence, where a key or a section of an earlier version is now; returns "" for any other key."""
     now = [new for old, new in RENAMED.items() if old == key or old.startswith(f"{key}.")]
     if not now:
         return ""
@@ -429,7 +438,7 @@ def validate(config: "ConfigDict") -> None:
       config: a whole config, as `configs/default.py` lays it out.
 
     Raises:
-      UserError: one line with the key, its value, what is valid and what to do.
+      UserError: a value is wrong; one line with the key, its value, what is valid and what to do.
     """
     flat = flatten(config.to_dict())
     for key in flat:
@@ -465,7 +474,7 @@ def validate(config: "ConfigDict") -> None:
 
 
 def _not_served(flat: Mapping[str, Any]) -> str:
-    """What a server of roll-outs cannot take."""
+    """Returns the error for a setting that a rollout server does not support; "" if there is none."""
     unserved = ("lora.dora", "lora.rank_pattern", "lora.alpha_pattern")
     if flat["sampling.server"] is not None and (wrong := [key for key in unserved if flat[key]]):
         return (
@@ -476,7 +485,7 @@ def _not_served(flat: Mapping[str, Any]) -> str:
 
 
 def _not_folded(flat: Mapping[str, Any]) -> str:
-    """Where there is nothing that the adapter could be folded into."""
+    """Returns the error if the adapter is to be folded, but the weights are quantised or a server samples; "" if not."""
     for key, off in (("model.quantize", "none"), ("sampling.server", None)):
         if flat["sampling.fold_adapter"] and flat[key] != off:
             return (
@@ -487,7 +496,10 @@ def _not_folded(flat: Mapping[str, Any]) -> str:
 
 
 def _learns_nothing(flat: Mapping[str, Any]) -> str:
-    """Why no step could teach anything of the rewards, whatever the data."""
+    """Returns the error if no step could learn anything from the rewards, whatever the data; "" if not.
+
+    An error is also returned for settings of a pair that the selection 'percentile' does not read.
+    """
     name = _name(flat)
     selection, weight = flat["ple.selection"], flat["ple.rank_weight"]
     if name == "ple" and weight == 0 and (flat["ple.blend_weight"] == 0 or selection == "percentile"):
@@ -511,7 +523,7 @@ def _learns_nothing(flat: Mapping[str, Any]) -> str:
 
 
 def _never_warm(flat: Mapping[str, Any]) -> str:
-    """What is said of a warm-up of the rate that is a thousand times as long as the run, or more."""
+    """Returns the error if the learning rate's warm-up is more than a thousand times as long as the run; "" if not."""
     warm = flat["optimizer.warmup_steps"]
     batches = flat["queries_per_iteration"] // flat["optimizer.batch_queries"]
     steps = flat["iterations"] * batches * flat["optimizer.epochs"]
@@ -524,7 +536,7 @@ def _never_warm(flat: Mapping[str, Any]) -> str:
 
 
 def _keeps_no_best(flat: Mapping[str, Any]) -> str:
-    """What asks for a best evaluation that is not kept."""
+    """Returns the error for a setting that needs a best evaluation which is not kept; "" if there is none."""
     for key in ("eval.max_kl", "eval.patience"):
         if flat["eval.best"] == "none" and flat[key]:
             return f"config.{key} is {flat[key]}, and config.eval.best 'none' keeps no best evaluation: set it to reward"
@@ -542,19 +554,19 @@ _ONE_TOKEN = {"sampling.temperature": 1e-4, "sampling.top_p": 1e-5}  # up to her
 
 
 def _name(flat: Mapping[str, Any]) -> str:
-    """Of an algorithm of the package, however it is written."""
+    """Returns the name of the algorithm; one of the package gets its short name, even if the config has its dotted path."""
     return flat["algorithm"].removeprefix("ple_jax.algorithms.")
 
 
 def _greedy(flat: Mapping[str, Any]) -> str:
-    """The key that leaves one token to choose from; nothing where none does."""
+    """Returns the key that makes sampling greedy, leaving one token to choose from; "" if none does."""
     if found := [key for key, most in _ONE_TOKEN.items() if flat[key] <= most]:
         return found[0]
     return "sampling.top_k" if flat["sampling.top_k"] == 1 else ""
 
 
 def _unread(flat: Mapping[str, Any]) -> str:
-    """What is set and nobody would read."""
+    """Returns the error for a setting that nothing would read; "" if there is none."""
     if flat["algorithm_kwargs"] and _name(flat) in names("algorithms", ".py"):
         return (
             f"config.algorithm_kwargs is {shown(flat['algorithm_kwargs'])}, and algorithm {flat['algorithm']!r} reads none:"

@@ -1,4 +1,4 @@
-"""Conversations: turns with roles, and the transcripts of Anthropic's HH data that stand for them as text."""
+"""Conversations of turns with roles, and their text form: transcripts as in Anthropic's HH data."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -16,8 +16,8 @@ _MARK = re.compile(r"\n\r?\n(Human|Assistant):")  # begins with a letter of its 
 class Conversation(str):
     """A prompt of several turns. As text it is their transcript, open for the assistant's next turn.
 
-    Whatever reads prompts as text (a reward of the user's own, the report) reads the transcript; a chat template gets
-    `messages`. The last of them is not the assistant's.
+    Code that reads prompts as text (a user's own reward, the report) sees the transcript; a chat template gets `messages`.
+    The last of these is no turn of the assistant.
     """
 
     messages: tuple[Message, ...]
@@ -33,7 +33,7 @@ class Conversation(str):
 
 
 class Answer(str):
-    """An answer of the data that is more than its text: it calls tools, or has thoughts. As text it is what it says.
+    """An answer of the data that has tool calls or thoughts besides its text. As text it is what the answer says.
 
     A chat template gets `message`, the assistant's whole turn.
     """
@@ -53,19 +53,19 @@ class Answer(str):
 
 
 def turn_of(answer: str) -> Message:
-    """The assistant's turn that an answer is."""
+    """Returns an answer as a turn of the assistant."""
     return answer.message if isinstance(answer, Answer) else {"role": "assistant", "content": answer}
 
 
 def more_than_text(message: Message) -> list[str]:
-    """What a turn holds that its text does not say: the names of the fields."""
+    """Returns the names of a turn's fields that hold something its text does not say: tool calls and thoughts."""
     return [key for key in ("tool_calls", *THOUGHTS) if message.get(key)]
 
 
 def render(messages: Sequence[Message]) -> str:
-    """Turns as a transcript: "\\n\\nHuman: ...\\n\\nAssistant: ...".
+    """Renders turns as a transcript: "\\n\\nHuman: ...\\n\\nAssistant: ...".
 
-    Roles but the user's and the assistant's have their own names; a system turn that comes first has none.
+    Roles other than user and assistant are written under their own names. A system turn that comes first has no name.
     """
     parts = []
     for i, message in enumerate(messages):
@@ -78,12 +78,12 @@ def render(messages: Sequence[Message]) -> str:
 
 
 def parse(text: str) -> list[Message]:
-    """The turns of an HH transcript, without the blanks around them.
+    """Parses the turns of an HH transcript, and strips the whitespace around them.
 
     A turn begins at "Human:" or "Assistant:" after an empty line (of "\\n" or "\\r\\n"; other line separators are text), or
-    at the very start, where newlines may be missing. Anywhere else the two words are what somebody says. Text before the
-    first turn is a system turn. Empty turns, two of one speaker in a row, and a transcript that the assistant begins stay
-    as they are. `render` undoes it, if no turn holds such a mark.
+    at the very start, where newlines may be missing. Anywhere else the two words are part of what is said. Text before the
+    first turn becomes a system turn. Empty turns, two turns of one speaker in a row, and a transcript that begins with the
+    assistant are left as they are. `render` is the inverse, if no turn holds such a mark.
     """
     first = _FIRST.match(text)
     marks = [first] if first else []
@@ -97,7 +97,10 @@ def parse(text: str) -> list[Message]:
 
 
 def merge(turns: Sequence[Message]) -> list[Message]:
-    """Two turns of one speaker in a row as one, an empty line between: most chat templates want speakers to take turns."""
+    """Merges turns of one speaker in a row into one, with an empty line between their texts.
+
+    Most chat templates require that speakers take turns.
+    """
     merged: list[Message] = []
     for turn in turns:
         if merged and merged[-1]["role"] == turn["role"]:

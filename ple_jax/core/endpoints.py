@@ -1,5 +1,6 @@
-"""Numbers for texts from behind an address: requests are tried again, a few at a time, and what came before a failure is
-kept. Rewards and judges ask this way, reward servers and language models with OpenAI's chat completions alike."""
+"""Asks servers for numbers that rate texts: requests are retried, a few run at a time, and what came before a failure is
+kept. Rewards and judges use it, for reward servers and for language models with OpenAI's chat completions alike.
+"""
 
 import json
 import threading
@@ -23,7 +24,7 @@ _LONGEST = 86400.0  # seconds
 
 
 def _split(url: str) -> SplitResult | None:
-    """The parts of an address; None of what is none."""
+    """Splits an address into its parts; returns None if it is no valid address."""
     try:
         parts = urlsplit(url)
         _ = parts.port  # which is read when it is asked for
@@ -34,13 +35,14 @@ def _split(url: str) -> SplitResult | None:
 
 @dataclass
 class Endpoint:
-    """Called with columns of texts, prompts and responses for instance, it gives a number for every row.
+    """A server that gives numbers for texts. Called with columns of texts (prompts and responses, say), it returns a number
+    for every row.
 
     A request that fails for good leaves NaN for its rows.
 
     Raises:
-        UserError: an option that cannot be, or an environment variable that is not set.
-        Incomplete: when called, after a request that no repetition mends, too many failures, or `cancel`.
+        UserError: an option has an invalid value, or an environment variable is not set.
+        Incomplete: in a call, after a request that retries cannot help, too many failures in a row, or `cancel`.
     """
 
     url: str  # where requests are posted
@@ -108,14 +110,14 @@ class Endpoint:
         return values.tolist()
 
     def cancel(self) -> None:
-        """Ends calls that other threads have under way: what was sent has this one try, and nothing more is sent."""
+        """Ends the calls that other threads have under way: requests already sent are not retried, and no more are sent."""
         for stop in list(self._stops):
             stop.set()
 
     def _gather(
         self, under_way: Mapping[Future[Sequence[float]], slice], values: Float64[np.ndarray, " n"], stop: threading.Event
     ) -> str:
-        """Fills in the values as they come; says why it stopped, or nothing if it did not."""
+        """Fills in the values as they arrive. Returns why it stopped early, or "" if it did not."""
         why = ""
         for request in as_completed(under_way):
             try:
@@ -164,14 +166,16 @@ def chat(
     fields: Mapping[str, Any],
     **options: Any,
 ) -> Endpoint:
-    """A language model behind any server with OpenAI's chat completions (vLLM, SGLang, llama.cpp), asked row by row.
+    """Returns an Endpoint for a language model that is asked row by row.
+
+    The model is behind any server with OpenAI's chat completions (vLLM, SGLang, llama.cpp).
 
     Args:
-        url: of the API, http://localhost:8000/v1.
-        question: what the model is told to do, and the texts, of a row.
-        read: the number in what the model says; ValueError where there is none and it is to be asked again.
-        fields: the others of the request: model, temperature ...
-        options: of `Endpoint`.
+        url: the address of the API, such as http://localhost:8000/v1.
+        question: returns, for a row, the instruction to the model and the texts to judge.
+        read: returns the number in the model's reply; raises ValueError if there is none and the model is to be asked again.
+        fields: the other fields of the request: model, temperature ...
+        options: passed to `Endpoint`.
     """
 
     def body(first: Sequence[str], second: Sequence[str]) -> dict[str, Any]:
@@ -185,10 +189,10 @@ def chat(
 
 
 def said(answer: Any) -> Any:
-    """What the model says in a chat completion.
+    """Returns the content of the model's reply in a chat completion.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the answer is no chat completion.
     """
     try:
         return answer["choices"][0]["message"]["content"]

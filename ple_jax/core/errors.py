@@ -1,4 +1,4 @@
-"""What a user can mend, said in one line."""
+"""Errors that a user can mend, each said in one line."""
 
 import difflib
 import os
@@ -7,15 +7,21 @@ from pathlib import Path
 
 
 class UserError(ValueError):
-    """Something the user can mend; the entry prints it as one line and exits with code 2."""
+    """An error that the user can mend; the entry prints it as one line and exits with code 2."""
 
 
 class Damaged(UserError):
-    """A file of a run that is not as it was written. Where what it held can be made again, it is, without a word."""
+    """The error for a file of a run that is not as it was written.
+
+    If what the file held can be made again, that is done without a message.
+    """
 
 
 class Unusable(UserError):
-    """One record that cannot be used: a kind, one or two words, and the end of a sentence that begins with its place."""
+    """The error for one record that cannot be used.
+
+    It has a kind, one or two words, and a reason, the end of a sentence that begins with the record's place.
+    """
 
     def __init__(self, kind: str, reason: str, place: str = ""):
         super().__init__(f"{place} {reason}".lstrip())
@@ -23,9 +29,9 @@ class Unusable(UserError):
 
 
 def suggestion(word: str, words: Iterable[str], *, files: bool = False) -> str:
-    """The nearest of `words`, but not the word itself, as the end of a sentence, or nothing.
+    """Suggests the nearest of `words`, but not the word itself, as the end of a sentence; returns "" if none is near.
 
-    `tau0` also finds `ple.tau_0`; with `files` what follows a dot is no name.
+    `tau0` also finds `ple.tau_0`, by its last part. With `files`, the part after a dot is not compared alone.
     """
     words = [w for w in words if w != word]
     by_last_part = {} if files else {w.rsplit(".", 1)[-1]: w for w in words}
@@ -39,7 +45,7 @@ _FULL = ("No space left on device", "Disk quota exceeded", "File too large", "Re
 
 
 def of_the_machine(error: BaseException) -> str:
-    """What is said of an error that is neither the user's nor ours but the disk's or the memory's; nothing of others."""
+    """Returns the message for an error of the disk or the memory, not of the user or the program; "" for other errors."""
     text = str(error).strip()
     brief = text.splitlines()[0][:200] if text else type(error).__name__
     # before memory: of a full disk TensorStore says RESOURCE_EXHAUSTED too

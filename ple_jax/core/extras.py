@@ -1,4 +1,4 @@
-"""What only an extra of the package installs (pyproject.toml), and what is said where it is missing."""
+"""The modules that only an extra of the package installs (pyproject.toml), and the error if one is missing."""
 
 import importlib.util
 
@@ -19,11 +19,11 @@ _MORE = {"jax": ", on a GPU 'ple_jax[cuda]', on a TPU 'ple_jax[tpu]'", "torch": 
 
 
 def need(extra: str, what: str, *modules: str) -> None:
-    """Raises a UserError where a module that `what` needs is not installed; imports nothing.
+    """Raises a UserError if a module that `what` needs is not installed; imports nothing.
 
     Args:
-      extra: what brings it, by its name in pyproject.toml.
-      what: the beginning of the sentence: "--backend=jax", "reward 'vader'".
+      extra: the extra that installs it, by its name in pyproject.toml.
+      what: the beginning of the error's sentence: "--backend=jax", "reward 'vader'".
       modules: those of the extra that are needed; all of them if none is named.
     """
     for module in modules or MODULES[extra]:

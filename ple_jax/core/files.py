@@ -1,8 +1,8 @@
-"""Files: written whole or not at all, appended to by lines that are on disk, and read with their place in every error.
+"""Files: written whole or not at all, appended to line by line, on disk at once, and read with their place in every error.
 
-What a run is resumed from is sealed: the last key of a JSON object, in a file of its own or on a line, is `digest`, 16
-digits that stand for all bytes before it; the lines of a whole file are numbered too. One changed bit is found, a line that
-is missing as well. What is not sealed was written by an earlier version, and is read as it is.
+Files that a run is resumed from are sealed: the last key of a JSON object, in a file of its own or on a line, is
+`digest`, 16 hex digits that stand for all bytes before it. The lines of a whole file are numbered too. So one changed bit
+is found, and so is a missing line. What is not sealed was written by an earlier version, and is read as it is.
 """
 
 import contextlib
@@ -25,13 +25,14 @@ _AGAIN = "give another --workdir"
 
 @contextlib.contextmanager
 def whole(path: Path, *, binary: bool = False, errors: str = "strict") -> Iterator[IO[Any]]:
-    """A file to write to, which takes its name when the block ends: a reader sees the old one or the new one, even after
-    a crash. Where the block raises, the old one stays.
+    """Yields a file to write to, which takes its name when the block ends.
+
+    A reader sees the old file or the new one, even after a crash. If the block raises, the old file stays.
 
     Args:
         path: in a folder that exists.
         binary: for bytes; otherwise for text in UTF-8, with "\\n" at the ends of lines.
-        errors: what to do with text that UTF-8 does not have, as `open` takes it.
+        errors: what to do with text that UTF-8 cannot encode, as in `open`.
     """
     temporary = path.with_name(path.name + ".tmp")
     options: dict[str, Any] = {} if binary else {"encoding": "utf-8", "newline": "\n", "errors": errors}
@@ -48,37 +49,41 @@ def whole(path: Path, *, binary: bool = False, errors: str = "strict") -> Iterat
 
 
 def write_text(path: Path, text: str, *, errors: str = "strict") -> None:
-    """A file of this text, whole; `errors` as `whole` takes it."""
+    """Writes a text to a file, whole or not at all; `errors` is as in `whole`."""
     with whole(path, errors=errors) as file:
         file.write(text)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """A file of these bytes, whole."""
+    """Writes bytes to a file, whole or not at all."""
     with whole(path, binary=True) as file:
         file.write(data)
 
 
 def write_json(path: Path, value: Mapping[str, Any], *, sealed: bool = False) -> None:
-    """A file of this value, whole; NaN and infinities become null and "inf"."""
+    """Writes a value as a JSON file, whole or not at all, with its digest if `sealed`.
+
+    NaN becomes null, and the infinities become "inf" and "-inf".
+    """
     text = json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False)
     write_text(path, (seal(text) if sealed else text) + "\n")
 
 
 def write_jsonl(path: Path, values: Iterable[Any], *, ascii: bool = False) -> None:
-    """A file of these values, one a line, whole; values are taken one after the other.
+    """Writes values to a file, one JSON line each, whole or not at all; they are taken one after the other.
 
     Args:
-        ascii: whether all other characters are escaped.
+        ascii: whether all characters outside ASCII are escaped.
     """
     with whole(path) as file:
         file.writelines(json.dumps(value, ensure_ascii=ascii) + "\n" for value in values)
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """A table, whole: numbers as exactly as they are, what is missing empty, other keys of a row left out.
+    """Writes a table as CSV, whole or not at all.
 
-    A text that a spreadsheet would read as a formula is written behind an apostrophe.
+    Numbers are written exactly, missing values as empty cells; keys of a row that are not in `columns` are left out. A text
+    that a spreadsheet would read as a formula is written behind an apostrophe.
     """
     with whole(path) as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -100,7 +105,7 @@ def _cell(value: Any) -> Any:
 
 
 def write_sealed(path: Path, values: Iterable[Mapping[str, Any]], *, ascii: bool = False) -> None:
-    """As `write_jsonl`, every line sealed, with its number and how many there are."""
+    """Writes values as `write_jsonl` does, each line sealed, with its number and the number of lines."""
     everything = list(values)
     numbered = ({**value, "line": n, "lines": len(everything)} for n, value in enumerate(everything, 1))
     with whole(path) as file:
@@ -108,14 +113,14 @@ def write_sealed(path: Path, values: Iterable[Mapping[str, Any]], *, ascii: bool
 
 
 def seal(text: str) -> str:
-    """The text of a JSON object that is not empty, with its digest as one more key, the last."""
+    """Returns the text of a non-empty JSON object with its digest as one more key, the last."""
     head = text[:-1].rstrip()
     end = text[len(head) : -1]  # what stands before the last brace where the object is indented
     return f'{head},{end + "  " if end else " "}"digest": "{digest([head.encode()])}"{end}}}'
 
 
 def append_line(path: Path, value: str) -> None:
-    """One more line of a file; on return it is on disk. A kill may leave its beginning there, without the end."""
+    """Appends a line to a file; on return it is on disk. A kill may leave the beginning of it there, without its end."""
     with path.open("a", encoding="utf-8", newline="\n") as file:
         file.write(value + "\n")
         file.flush()
@@ -123,10 +128,10 @@ def append_line(path: Path, value: str) -> None:
 
 
 def user_cache() -> Path:
-    """This package's folder in the user's cache folder: XDG_CACHE_HOME, or ~/.cache.
+    """Returns this package's folder in the user's cache folder: XDG_CACHE_HOME, or ~/.cache.
 
     Raises:
-        OSError: nobody knows the user's home.
+        OSError: the user's home cannot be found out.
     """
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ple_jax"
@@ -144,7 +149,10 @@ def to_disk(path: Path) -> None:
 
 
 def plain(value: Any) -> Any:
-    """The value as JSON has it: keys are texts, tuples lists, and what is not finite null, "inf" or "-inf"."""
+    """Converts a value to what JSON has.
+
+    Keys become texts, tuples become lists, NaN becomes None, and the infinities become "inf" and "-inf".
+    """
     if isinstance(value, Mapping):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -158,10 +166,10 @@ def plain(value: Any) -> Any:
 
 
 def opened(data: bytes) -> tuple[dict[str, Any], bool]:
-    """A JSON object without its digest, and whether it had one.
+    """Parses a JSON object, checks its digest, and returns the object without it, and whether it had one.
 
     Raises:
-        ValueError: it is no such object, or not the one that was sealed.
+        ValueError: the data is no JSON object, or not the one that was sealed.
     """
     value = json.loads(data.decode())
     if not isinstance(value, dict):
@@ -175,10 +183,10 @@ def opened(data: bytes) -> tuple[dict[str, Any], bool]:
 
 
 def read_json(path: Path, *, remedy: str = _AGAIN) -> dict[str, Any] | None:
-    """The file's content without its digest; None if there is no such file.
+    """Reads a JSON file and returns its content without the digest; None if there is no such file.
 
     Raises:
-        Damaged: it is no JSON object, or not the one that was written; says the `remedy`.
+        Damaged: the file holds no JSON object, or not the one that was written; the message says the `remedy`.
     """
     try:
         return opened(path.read_bytes())[0] if path.exists() else None
@@ -187,12 +195,13 @@ def read_json(path: Path, *, remedy: str = _AGAIN) -> dict[str, Any] | None:
 
 
 def lines(path: Path, *, torn: bool = False) -> list[bytes]:
-    """The lines of a file, without their ends. They are cut at "\\n" alone: str.splitlines would also cut at U+2028 and
-    the like, which JSON leaves as they are.
+    """Reads the lines of a file, without their ends.
+
+    They are cut at "\\n" alone: str.splitlines would also cut at U+2028 and the like, which JSON leaves as they are.
 
     Args:
-        path: what ends in .gz is unpacked.
-        torn: whether the last one may lack its end, as it is being written or a kill cut it off; it is dropped then.
+        path: a file; if its name ends in .gz it is decompressed.
+        torn: whether the last line may lack its end, because it is being written or a kill cut it off; it is dropped then.
     """
     data = path.read_bytes()
     *found, rest = (gzip.decompress(data) if path.suffix == ".gz" else data).split(b"\n")
@@ -200,14 +209,14 @@ def lines(path: Path, *, torn: bool = False) -> list[bytes]:
 
 
 def read_jsonl(path: Path, *, torn: bool = False, remedy: str = _AGAIN) -> list[Any]:
-    """The values of a file of JSON lines.
+    """Reads the values of a file of JSON lines.
 
     Args:
-        path, torn: as `lines` takes them.
+        path, torn: as in `lines`.
         remedy: what to do about a line that is damaged, for the error.
 
     Raises:
-        Damaged: a line is not JSON; it names file and line.
+        Damaged: a line is not JSON; the message names file and line.
     """
     values = []
     try:
@@ -223,10 +232,10 @@ def read_jsonl(path: Path, *, torn: bool = False, remedy: str = _AGAIN) -> list[
 
 
 def read_sealed(path: Path, *, remedy: str) -> list[dict[str, Any]]:
-    """The values of a file that `write_sealed` wrote.
+    """Reads the values of a file that `write_sealed` wrote, without digests and line numbers, which are checked.
 
     Raises:
-        Damaged: a line is missing, or not as it was written; it names the line, and says the `remedy`.
+        Damaged: a line is missing, or not as it was written; the message names the line and says the `remedy`.
     """
     try:
         *found, rest = path.read_bytes().split(b"\n")

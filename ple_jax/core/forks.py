@@ -1,4 +1,6 @@
-"""What a forked child must not keep of its parent: a reward may well use multiprocessing, whose workers can outlive it."""
+"""Duties of forked children, which must not keep all that their parent has: a reward may well use multiprocessing, whose
+workers can outlive the parent.
+"""
 
 import os
 from collections.abc import Callable, Iterator
@@ -9,7 +11,7 @@ _duties: list[Callable[[], None]] = []
 
 @contextmanager
 def in_children(duty: Callable[[], None]) -> Iterator[None]:
-    """While the context lasts, this is the first thing that every child does which this process forks."""
+    """Calls `duty`, while the context lasts, in every child that this process forks, before the child does anything else."""
     _duties.append(duty)
     try:
         yield

@@ -1,8 +1,8 @@
-"""What identifies a run, and a method: the keys of a config that have a part in the result, and digests of what is read.
+"""What identifies a run, and a method: the keys of a config that affect the result, and digests of what is read.
 
-A run goes on only under the config that it began with: its config.json holds what `run_keys` leaves of one. What may differ
-is how a run is computed (`EXECUTION`), how long it is (`LENGTH`, where that changes nothing of what is done), and what a
-user vouches for (`ACCEPTED`). Runs are seeds of one method where `method_keys` leaves the same of both.
+A run continues only under the config that it began with: its config.json holds what `run_keys` keeps of it. What may
+differ is how a run is computed (`EXECUTION`), how long it is (`LENGTH`, if that changes nothing of what was computed so
+far), and what a user vouches for (`ACCEPTED`). Runs are seeds of one method if `method_keys` returns the same for them.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ _NO_METHOD_GROUPS = tuple(f"{group}." for group in ("eval", *_MODES))
 
 
 def run_keys(config: Any, backend: str, digests: Mapping[str, str]) -> dict[str, Any]:
-    """What config.json holds: the backend, every key with a part in what a run computes, and the digests of the inputs."""
+    """Returns what config.json holds: the backend, every key that affects what a run computes, and the inputs' digests."""
     keys = config.to_dict()
     for mode in _MODES:
         del keys[mode]
@@ -48,21 +48,21 @@ def run_keys(config: Any, backend: str, digests: Mapping[str, str]) -> dict[str,
 
 
 def known_keys() -> set[str]:
-    """The outermost keys that a config.json of this format may have."""
+    """Returns the outermost keys that a config.json of this format may have."""
     usual = importlib.import_module("ple_jax.configs.default").get_config().to_dict()
     return {*usual, "format", "backend", "inputs", "changed"}
 
 
 def without_how(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """A reward's options without those that say how it is computed: timeouts, retries, how many at once."""
+    """Returns a reward's options without those that only say how it is computed: timeouts, retries, how many at once ..."""
     return {k: without_how(v) if isinstance(v, Mapping) else v for k, v in kwargs.items() if k not in _HOW}
 
 
 def upgraded(kept: Mapping[str, Any], file: Path = Path("config.json")) -> dict[str, Any]:
-    """A config.json of an earlier format with the keys that it would have today; one of this format as it is.
+    """Converts a config.json of an earlier format to the keys that it would have today; one of this format stays as it is.
 
     Raises:
-        UserError: it is no config of a run; names the `file`.
+        UserError: it is no config of a run; the message names the `file`.
     """
     if kept.get("format", 1) != 1:
         return dict(kept)
@@ -73,8 +73,9 @@ def upgraded(kept: Mapping[str, Any], file: Path = Path("config.json")) -> dict[
 
 
 def completed(kept: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json of this format with the wanted keys that it is too old to have, at their defaults: a run was as these
-    have it before there were such keys.
+    """Adds to a config.json of this format those `wanted` keys that it is too old to have, at their defaults.
+
+    A run that is older than a key was made as the key's default says.
     """
     defaults = importlib.import_module("ple_jax.configs.default").get_config().to_dict()
 
@@ -97,7 +98,7 @@ def _of_format_1(kept: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def method_keys(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a run's flat config makes it the method that it is, whatever its seed."""
+    """Returns the part of a run's flat config that identifies its method, whatever the seed."""
     kept = {k: v for k, v in config.items() if k not in _NO_METHOD and not k.startswith(_NO_METHOD_GROUPS)}
     chosen = [config, *({f"task.{key}": of[key] for key in of} for of in (config.get("task.sets") or {}).values())]
     if any(of.get("task.max_train") or of.get("task.max_heldout") for of in chosen):  # by seed
@@ -106,7 +107,7 @@ def method_keys(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def digest(parts: Iterable[bytes]) -> str:
-    """16 digits that stand for the parts, one after the other."""
+    """Returns 16 hex digits that stand for the parts, one after the other: the beginning of their SHA-256."""
     found = hashlib.sha256()
     for part in parts:
         found.update(part)

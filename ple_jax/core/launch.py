@@ -1,4 +1,4 @@
-"""How several processes of one run were started: flags, variables, or a launcher that JAX knows. Imports no jax."""
+"""Finds out how the processes of a run were started: by flags, variables, or a launcher that JAX knows. Imports no jax."""
 
 import importlib.util
 import os
@@ -20,7 +20,7 @@ _TPU_HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")  # with commas
 
 
 class Given(NamedTuple):
-    """Where process 0 is, how many there are, and which one this is; nothing where JAX is to find out."""
+    """The address of process 0, the number of processes, and the number of this one; all None if JAX is to find out."""
 
     coordinator: str | None = None
     processes: int | None = None
@@ -28,10 +28,10 @@ class Given(NamedTuple):
 
 
 def given(coordinator: str | None, processes: int | None, process: int | None) -> Given | None:
-    """What flags or variables say of the processes; None: there is this one alone.
+    """Returns what flags or environment variables say of the processes; None if this process is the only one.
 
     Raises:
-        UserError: a part of it, or no such process.
+        UserError: something is missing or malformed, or there is no process of this number.
     """
     found = [_said(i, flag) for i, flag in enumerate((coordinator, processes, process))]
     if found[1] == "1" or (not any(found) and not _launched()):
@@ -65,7 +65,7 @@ def _whole(i: int, value: str) -> int:
 
 
 def _launched() -> bool:
-    """Whether a launcher that JAX knows started several processes."""
+    """Says whether a launcher that JAX knows started several processes."""
     for count, others in _LAUNCHERS.items():
         if os.environ.get(count, "1") != "1" and all(name in os.environ for name in others):
             return True
@@ -78,10 +78,10 @@ def _launched() -> bool:
 
 
 def number(process: int | None) -> int:
-    """Which of the processes this is, as far as that can be known without JAX; 0 where there is one.
+    """Returns the number of this process, as far as it can be known without JAX; 0 if it is the only one.
 
     Args:
-        process: --process, if it is given.
+        process: the flag --process, if it is given.
     """
     names = (VARIABLES[2], "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "TPU_WORKER_ID")
     found = [os.environ[name] for name in names if os.environ.get(name, "").isdecimal()]

@@ -1,4 +1,4 @@
-"""Sampling noise is data: a function of what a response is for, and of nothing else."""
+"""Sampling noise as data: it is a function of what a response is for, and of nothing else."""
 
 import hashlib
 import json
@@ -15,13 +15,13 @@ HARNESS = -5  # --mode=harness, where a task samples
 
 
 def uniforms(seed: int, iteration: int, query_id: str, kind: str, sample: int, n: int) -> Float32[np.ndarray, " n"]:
-    """The noise of one response, in [0, 1): a function of all these arguments and of nothing else.
+    """Returns the noise of one response, in [0, 1): a function of all these arguments and of nothing else.
 
-    numpy's Philox, keyed by a hash of the arguments. 24 random bits each: float32 holds them exactly, so that none rounds
-    up to 1.
+    It comes from numpy's Philox, keyed by a hash of the arguments. Each number has 24 random bits: float32 holds them
+    exactly, so that none rounds up to 1.
 
     Args:
-        iteration: of training, or one of the streams above.
+        iteration: of training, from 1 on, or one of this module's streams (HELDOUT, RESPONSES ...), which are below 0.
         n: how many numbers.
     """
     what = json.dumps([seed, iteration, query_id, kind, sample]).encode()

@@ -1,7 +1,8 @@
 """Packed rows: which queries of a batch are computed together, in which rows of tokens, and the arrays that say so.
 
-Of a padded batch every query costs as much as the longest. Here a query is [prompt | response 1 | ... | response K] without
-padding inside, and short queries share a row as wide as the longest, or a little wider. Both backends compute these rows.
+In a padded batch every query costs as much as the longest. Here a query is [prompt | response 1 | ... | response K]
+without padding inside, and short queries share a row as wide as the longest, or a little wider. Both backends compute
+these rows.
 """
 
 import math
@@ -16,30 +17,33 @@ from ple_jax.core.types import Batch, Packed
 
 
 class Cost(NamedTuple):
-    """What computing rows costs on a device, in tokens that go through the layers' matmuls."""
+    """The cost of computing rows on a device, in tokens that go through the layers' matmuls."""
 
     a_pass: int  # another pass
     reach: float  # tokens of a row with which its attention costs as much as all else
 
     def of(self, rows: int, time: int) -> float:
-        """Of a pass over rows of so many tokens."""
+        """Returns the cost of a pass over `rows` rows of `time` tokens."""
         return self.a_pass + rows * time * (1 + time / self.reach)
 
 
 def cost(platform: str, reach: float) -> Cost:
-    """On a CPU hardly anything is lost by small passes; on an accelerator every pass costs its launches.
+    """Returns the costs on a platform.
+
+    On a CPU small passes lose hardly anything; on an accelerator every pass costs its launches.
 
     Args:
-        reach: by operations alone. A CPU takes 1.6 times as long for attention (two cores with AVX2, float32, rows of 384
-            to 1,024 tokens of SmolLM2).
+        platform: "cpu", or the type of an accelerator.
+        reach: tokens of a row with which its attention costs as much as all else, by operations alone. A CPU takes 1.6
+            times as long for attention (two cores with AVX2, float32, rows of 384 to 1,024 tokens of SmolLM2).
     """
     return Cost(512, 0.6 * reach) if platform == "cpu" else Cost(8192, reach)
 
 
 class Pass(NamedTuple):
-    """Queries computed together, and where in the rows. Devices have equal parts of the queries and of the rows.
+    """Queries that are computed together, and their places in the rows.
 
-    Where no query is, -1 stands for one.
+    Every device has an equal part of the queries and of the rows. Where there is no query, its number is -1.
     """
 
     queries: Int32[np.ndarray, " query"]  # their numbers in the batch
@@ -52,9 +56,9 @@ class Pass(NamedTuple):
 
 
 def width(longest: int) -> int:
-    """Tokens of a row for a longest query of so many, rounded up to 8, 12, 16, 24, 32, 48, 64 ...
+    """Returns the width of a row, in tokens, for queries of up to `longest` tokens: 8, 12, 16, 24, 32, 48, 64 ...
 
-    Two sizes a doubling: from 64 to 4,096 tokens there are 13.
+    There are two sizes per doubling: from 64 to 4,096 tokens there are 13.
     """
     power = bucket(longest, 8)
     less = power // 4 * 3
@@ -62,20 +66,20 @@ def width(longest: int) -> int:
 
 
 def row_counts(most: int) -> list[int]:
-    """The numbers of rows that programs are compiled for, ascending: 1, 2, 3, 4, 6, 8, 12, 16 ... and the most itself."""
+    """Returns the numbers of rows that programs are compiled for, ascending: 1, 2, 3, 4, 6, 8, 12, 16 ... and `most`."""
     powers = [1 << i for i in range(most.bit_length())]
     return sorted({most, *(count for power in powers for count in (power, power * 3 // 2) if count < most)})
 
 
 def passes(batch: Batch, cost: Cost, *, most: int, shards: int = 1) -> list[Pass]:
-    """The queries of a batch in as few passes, rows and tokens as cost least.
+    """Splits the queries of a batch into passes so that passes, rows and tokens cost least.
 
     Sorted by length, queries are halved again and again where two passes cost less than one. Those of a pass are laid into
-    rows as wide as the longest, or one size wider, the longest first, each into the first row that has room. So of a batch
-    of 8 at most 6 numbers of rows are compiled for every width.
+    rows as wide as the longest query, or one size wider: the longest first, each into the first row that has room. So for a
+    batch of 8 at most 6 numbers of rows are compiled for every width.
 
     Args:
-        most: queries of every pass: fewer are filled up, which costs the head alone, of their first tokens.
+        most: the number of queries of a pass. One with fewer is filled up, at the cost of the head for their first tokens.
         shards: devices, or processes, over which queries and rows are spread.
     """
     size, each = lengths(batch), -(-most // shards)
@@ -94,14 +98,14 @@ def passes(batch: Batch, cost: Cost, *, most: int, shards: int = 1) -> list[Pass
 
 
 def _cheapest(queries: np.ndarray, size: np.ndarray, cost: Cost, each: int, shards: int, widest: int) -> Pass:
-    """The cheaper of the two widths."""
+    """Lays queries into rows of the narrowest width and of the next one, and returns the cheaper pass."""
     least = width(int(size[queries].max()))
     widths = sorted({min(time, widest) for time in (least, width(least + 1))})
     return min((_laid(queries, size, each, shards, time) for time in widths), key=lambda one: cost.of(one.rows, one.time))
 
 
 def _laid(queries: np.ndarray, size: np.ndarray, each: int, shards: int, time: int) -> Pass:
-    """Queries, shortest first, in rows of `time` tokens."""
+    """Lays queries, given shortest first, into rows of `time` tokens."""
     taken, row, offset = (np.full((shards, each), fill, np.int32) for fill in (-1, 0, 0))
     free = np.full((shards, each), time)
     for i, query in enumerate(queries[::-1]):
@@ -122,14 +126,17 @@ def _numbers(size: np.ndarray) -> np.ndarray:
 
 
 def part(batch: Batch, one: Pass) -> Batch:
-    """The queries of a pass; where none is there is a copy of one's data, which is not valid: zeros are no data."""
+    """Returns the queries of a pass as a Batch of their own.
+
+    A place without a query gets a copy of a query's data, marked as not valid, since zeros would be no valid data.
+    """
     there = one.queries >= 0
     found = rows_of(batch, np.where(there, one.queries, one.queries.max()))
     return found._replace(data=found.data | {"valid": np.where(there, found.data["valid"], 0).astype(np.float32)})
 
 
 def alone(batch: Batch, shards: int = 1) -> Pass:
-    """Every query in a row of its own, as wide as the batch's arrays: what a pass needs at most."""
+    """Returns the pass that needs most: every query in a row of its own, as wide as the batch's arrays."""
     queries, time = len(batch.prompt), batch.prompt.shape[1] + math.prod(batch.response.shape[1:])
     rows = np.arange(round_up(queries, shards), dtype=np.int32)
     taken, size = np.where(rows < queries, rows, -1), lengths(batch)
@@ -137,18 +144,18 @@ def alone(batch: Batch, shards: int = 1) -> Pass:
 
 
 def laid_out(batch: Batch, one: Pass, *, shards: int) -> tuple[Batch, Packed]:
-    """A pass of a batch: its part of it, and that part's rows."""
+    """Returns a pass's part of a batch, and the packed rows of that part."""
     own = part(batch, one)
     return own, pack(own, one, shards=shards)
 
 
 def pack(batch: Batch, one: Pass | None = None, *, shards: int = 1) -> Packed:
-    """The rows of a pass, as both backends compute them.
+    """Packs the rows of a pass, as both backends compute them.
 
     Args:
-        batch: its part of the batch. Prompts may be padded on either side, responses on the right.
-        one: the pass; every query alone, if it is not given.
-        shards: over how many devices they are spread.
+        batch: the pass's part of the batch. Prompts may be padded on either side, responses on the right.
+        one: the pass; if it is not given, every query has a row of its own.
+        shards: over how many devices the rows are spread.
     """
     one = one or alone(batch, shards)
     found = _tokens(batch, one)
@@ -171,7 +178,7 @@ def pack(batch: Batch, one: Pass | None = None, *, shards: int = 1) -> Packed:
 
 
 class _Tokens(NamedTuple):
-    """Every token that is there, query after query; arrays of one dimension."""
+    """All tokens of a batch without the padding, query after query, as arrays of one dimension."""
 
     token: np.ndarray
     query: np.ndarray
@@ -201,7 +208,7 @@ def _tokens(batch: Batch, one: Pass) -> _Tokens:
 
 
 def _ends(batch: Batch, one: Pass, shards: int) -> dict[str, np.ndarray]:
-    """Places, among all tokens of a device, of a prompt's last token and of every response's."""
+    """Returns the places, among all tokens of a device, of every prompt's last token and of every response's last token."""
     queries, k, _ = batch.response.shape
     area = one.rows * one.time // shards
     length, said = batch.prompt_mask.sum(1), batch.response_mask.sum(-1)
@@ -214,7 +221,7 @@ def _ends(batch: Batch, one: Pass, shards: int) -> dict[str, np.ndarray]:
 
 
 def _predictions(batch: Batch, one: Pass, shards: int, found: _Tokens) -> dict[str, np.ndarray]:
-    """What is predicted on a device: the first tokens of all responses, then the later ones, without gaps."""
+    """Returns the arrays of what a device predicts: the first tokens of all responses, then the later ones, without gaps."""
     queries, k, longest = batch.response.shape
     area, each = one.rows * one.time // shards, queries // shards
     first, shard = each * k, found.query // each
@@ -237,7 +244,7 @@ def _predictions(batch: Batch, one: Pass, shards: int, found: _Tokens) -> dict[s
 
 
 def reunited(parts: Sequence[Shaped[np.ndarray, "query *rest"]], made: Sequence[Pass]) -> Shaped[np.ndarray, "query *rest"]:
-    """What was computed in passes, in the order of the batch."""
+    """Joins what was computed in passes, and returns it in the order of the batch."""
     queries = np.concatenate([one.queries for one in made])
     there = queries >= 0
     return np.concatenate(parts)[there][np.argsort(queries[there])]

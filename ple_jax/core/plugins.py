@@ -1,4 +1,4 @@
-"""Code that a config names: a module of the package, or the user's own, a Python file or a dotted path."""
+"""Loads code that a config names: a module of the package, or the user's own, as a Python file or a dotted path."""
 
 import importlib
 import importlib.util
@@ -16,12 +16,15 @@ from ple_jax.core.secrets import shown
 
 
 def built_in(room: str, name: str) -> ModuleType | None:
-    """The module that a plain name in a config stands for, ple_jax/ROOM/NAME.py; None where there is none of that name."""
+    """Imports the module that a plain name in a config stands for, ple_jax/ROOM/NAME.py; returns None if there is none."""
     return importlib.import_module(f"ple_jax.{room}.{name}") if find(room, ".py", name) else None
 
 
 def load_module(name: str, key: str) -> ModuleType:
-    """The module of a file `my_variant.py` or of a dotted path; `key` is the config key that names it, for the error.
+    """Imports the module of a file such as `my_variant.py`, or of a dotted path.
+
+    Args:
+        key: the config key that names it, for the error.
 
     Raises:
         UserError: it does not import, whatever the reason.
@@ -44,7 +47,7 @@ def load_module(name: str, key: str) -> ModuleType:
 
 
 class Function(NamedTuple):
-    """A function of the user's own."""
+    """A function of the user's own, as `load_function` returns it."""
 
     call: Callable[..., Any]
     source: list[str]  # that it depends on, as `source` gives it
@@ -52,16 +55,16 @@ class Function(NamedTuple):
 
 
 def load_function(name: str, key: str, *, given: Sequence[str], kwargs: Mapping[str, Any], known: Sequence[str]) -> Function:
-    """The function `package.module:function` or `file.py:function`.
+    """Loads the function `package.module:function` or `file.py:function`.
 
     Args:
         key: the config key that names it, for errors.
-        given: what it is called with before its keyword arguments, by name.
-        kwargs: its keyword arguments.
+        given: the names of the positional arguments that it is called with.
+        kwargs: the keyword arguments that it is called with.
         known: the names that `key` may have instead.
 
     Raises:
-        UserError: there is no such function, its module does not import, or it is not called this way.
+        UserError: there is no such function, its module does not import, or it cannot be called this way.
     """
     file, _, function = name.partition(":")
     if not function:
@@ -82,7 +85,7 @@ def load_function(name: str, key: str, *, given: Sequence[str], kwargs: Mapping[
 
 
 def _without_a_value(function: Callable[..., Any], given: int, kwargs: Mapping[str, Any]) -> tuple[str, ...]:
-    """Arguments that must be given by name, after the first `given` ones."""
+    """Returns the names of arguments, after the first `given`, that have neither a default nor a value in `kwargs`."""
     found = list(inspect.signature(function).parameters.values())
     first = [p for p in found if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][:given]
     others = [p for p in found if p not in first and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
@@ -90,7 +93,7 @@ def _without_a_value(function: Callable[..., Any], given: int, kwargs: Mapping[s
 
 
 def check_types(function: Callable[..., Any], kwargs: Mapping[str, Any], where: str) -> None:
-    """Raises a UserError for the first value that is not of its argument's type, as the function's annotations say it.
+    """Raises a UserError for the first value whose type is not the one in the function's annotations.
 
     Args:
         where: the config key that holds the arguments, for the error.
@@ -104,7 +107,10 @@ def check_types(function: Callable[..., Any], kwargs: Mapping[str, Any], where: 
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value from a config is of a type: of the plain ones, and what is made of them; any other takes anything."""
+    """Says whether a value from a config is of a type.
+
+    Plain types, and those made of them, are checked; any other type accepts everything.
+    """
     kind, inner = get_origin(hint) or hint, get_args(hint)
     if kind in (UnionType, Union):
         return any(_fits(value, one) for one in inner)
@@ -122,7 +128,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _spelled(hint: Any) -> str:
-    """A type as a user would say it."""
+    """Returns a type as a user would say it, such as "a whole number"."""
     words = {int: "a whole number", float: "a number", str: "a text", bool: "True or False", NoneType: "None"}
     if hint in words:
         return words[hint]
@@ -132,7 +138,7 @@ def _spelled(hint: Any) -> str:
 
 
 def source(module: ModuleType, function: Callable[..., Any]) -> list[str]:
-    """What stands in the file that a function is taken from, and in the one that defines it."""
+    """Returns the contents, in hex, of the file that a function is taken from and of the one that defines it, sorted."""
     try:
         defined = inspect.getsourcefile(inspect.unwrap(function))
     except TypeError:  # an object that can be called

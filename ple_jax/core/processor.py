@@ -12,18 +12,18 @@ _BFLOAT16 = frozenset({"amx_bf16", "avx512_bf16"})
 
 
 def bfloat16() -> bool:
-    """Whether it multiplies bfloat16 faster than float32: by AMX or AVX512-BF16."""
+    """Says whether the processor multiplies bfloat16 faster than float32, by AMX or AVX512-BF16."""
     return bool(_BFLOAT16 & {flag for line in _lines("flags") for flag in line.split()})
 
 
 def digest() -> str:
-    """12 digits that stand for the processor's kind and all it can do: machine code for one may be wrong on another."""
+    """Returns 12 hex digits for the processor's kind and features: machine code for one may be wrong on another."""
     said = _lines("flags", "Features", "model name", "CPU part") or {platform.machine(), platform.processor()}
     return identity.digest(["\n".join(sorted(said)).encode()])[:12]
 
 
 def free_memory() -> int | None:
-    """Bytes that programs can still have, in this container too; None where the system does not say."""
+    """Returns the bytes that programs can still have, also within a container's limit; None if the system does not say."""
     found = [int(line.split()[1]) * 1024 for line in _of(MEMINFO) if line.startswith("MemAvailable:")]
     limit, used = ("".join(_of(CGROUP / name)).strip() for name in ("memory.max", "memory.current"))
     if limit.isdigit() and used.isdigit():
@@ -32,7 +32,7 @@ def free_memory() -> int | None:
 
 
 def resident(field: str) -> int:
-    """Bytes of this process in memory, of Linux: "VmRSS", now, or "VmHWM", the most there were."""
+    """Returns the bytes that this process has in memory, on Linux: "VmRSS" for now, "VmHWM" for the most so far."""
     return next(int(line.split()[1]) * 1024 for line in _of(STATUS) if line.startswith(field))
 
 

@@ -1,10 +1,10 @@
-"""Continuous batching: rows that are decoded together, each refilled when its response has ended.
+"""Continuous batching: rows are decoded together, and each is refilled when its response has ended.
 
-A backend reads a group of prompts into free rows (`Engine.begin`) and decodes until enough rows are free again
+A backend prefills a group of prompts into free rows (`Engine.begin`) and decodes until enough rows are free again
 (`Engine.decode`). Which response is decoded where and when is decided here, on the host and for every backend.
 
-A response depends on its prompt and its noise, not on its row, its neighbours or the order: shapes follow from all that is
-asked for, what is known already included, and never from what is left of it.
+A response depends on its prompt and its noise, not on its row, its neighbours or the order: shapes follow from all
+that is asked for, including what is already known, and never from what is left of it.
 """
 
 from collections import Counter, deque
@@ -23,7 +23,7 @@ STEPS = 32  # most tokens of a row in one call of `decode`, after which what end
 
 
 class Requests(NamedTuple):
-    """What is asked for: a response to each of the prompts."""
+    """The responses that are asked for: one to each of the prompts."""
 
     prompts: Sequence[tuple[int, ...]]
     uniforms: Float32[np.ndarray, "request new"]  # the noise of each
@@ -32,7 +32,7 @@ class Requests(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """The arrays of an engine."""
+    """The sizes of an engine's arrays."""
 
     rows: int  # decoded at once
     lanes: int  # parts of them that are refilled apart
@@ -45,16 +45,16 @@ class Shape(NamedTuple):
 
     @property
     def part(self) -> int:
-        """Rows of a lane."""
+        """The number of rows in a lane."""
         return self.rows // self.lanes
 
     @property
     def refill(self) -> int:
-        """Free rows of a lane with which it is worth while to stop decoding."""
+        """The number of free rows in a lane at which it is worth while to stop decoding and refill them."""
         return max(self.part // _PART, self.samples)
 
     def group(self, length: int) -> tuple[int, int]:
-        """Prompts of a length that are read at once, and responses to them that begin, at most."""
+        """Returns how many prompts of `length` tokens are read at once, and how many responses to them begin at most."""
         prompts = min(self.part, max(1, self.refill // self.mean, -(-_TOKENS // length)))
         begun = min(self.part, max(self.samples, prompts * self.mean))
         return round_up(self.lanes * prompts, self.multiple), self.lanes * begun
@@ -63,7 +63,7 @@ class Shape(NamedTuple):
 class Group(NamedTuple):
     """Prompts of about the same length that are read at once, and the responses to them that begin.
 
-    Of several lanes each has an equal part of the prompts and of the responses, and answers its own.
+    With several lanes, each lane has an equal part of the prompts and of the responses, and answers its own prompts.
     """
 
     tokens: Array  # "prompt length", padded on the right
@@ -75,7 +75,7 @@ class Group(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """What the rows hold. One that is done is free, or its response has just ended."""
+    """The contents of the rows. A row that is done is free, or its response has just ended."""
 
     done: Bool[np.ndarray, " row"]
     lengths: Int32[np.ndarray, " row"]
@@ -84,22 +84,22 @@ class Decoded(NamedTuple):
 
 
 class Engine(Protocol):
-    """What a backend does for `sample`."""
+    """The operations that a backend provides for `sample`."""
 
     def open(self, shape: Shape, sampling: Sampling) -> None:
         """Makes the rows, all of them free, and computes the prefix."""
         ...
 
     def begin(self, group: Group) -> None:
-        """Reads prompts, and draws the first token of every response to them."""
+        """Prefills prompts, and draws the first token of every response to them."""
         ...
 
     def decode(self, free: int) -> Decoded:
-        """Decodes until so many rows of every lane are free, or all, and `STEPS` tokens at most."""
+        """Decodes until `free` rows of every lane, or all rows, are free, but at most `STEPS` tokens of a row."""
         ...
 
     def close(self) -> None:
-        """Lets go of the rows."""
+        """Releases the rows."""
         ...
 
 
@@ -114,16 +114,16 @@ def sample(
     known: Mapping[int, Response] | None = None,
     tell: Tell | None = None,
 ) -> list[Response]:
-    """A response to every request.
+    """Samples a response to every request.
 
     Args:
         width: rows decoded at once.
-        smallest: prompts are padded to so many tokens, or as `read_as` has it.
-        lanes: parts of the rows that refill themselves alone: processes, each with its own.
-        multiple: prompts read at once are a multiple of it.
+        smallest: the least length, in tokens, that prompts are padded to; `read_as` says to which.
+        lanes: parts of the rows that are refilled independently: one for each process.
+        multiple: the number of prompts read at once is a multiple of it.
         known: responses by the number of their request, which are not sampled again.
-        tell: told of the responses that have ended, by the number of their request, and asked now and then, with none. What
-            it raises ends all.
+        tell: called with the responses that have ended, by the number of their request, and now and then with none. An
+            error that it raises ends the sampling.
     """
     found = dict(known or {})
     if len(found) == len(requests.prompts):
@@ -145,7 +145,7 @@ def sample(
 
 
 def shape_of(requests: Requests, *, width: int, smallest: int, lanes: int = 1, multiple: int = 1) -> Shape:
-    """The arrays for all requests, whichever of them are known already; arguments as `sample` has them."""
+    """Returns the array sizes for all requests, whichever of them are known already; the arguments are as in `sample`."""
     prefix = requests.prefix if sum(map(_shares(requests.prefix), set(requests.prompts))) > 1 else ()
     own = [len(p) - len(prefix) * _shares(prefix)(p) for p in requests.prompts]
     samples, new, part = Counter(requests.prompts), requests.uniforms.shape[1], width // lanes
@@ -156,14 +156,17 @@ def shape_of(requests: Requests, *, width: int, smallest: int, lanes: int = 1, m
 
 
 def read_as(length: int, smallest: int) -> int:
-    """Tokens that a prompt is padded to when it is read: the next doubling, or three quarters of it where that is long."""
+    """Returns how many tokens a prompt is padded to when it is read.
+
+    These are the next doubling of `smallest`, or three quarters of it if that suffices and the doubling is above 128.
+    """
     size = bucket(length, smallest)
     less = size // 4 * 3
     return less if length <= less and size > _TOKENS else size
 
 
 def _shares(prefix: tuple[int, ...]) -> Callable[[tuple[int, ...]], bool]:
-    """Whether a prompt begins with the prefix, and goes on."""
+    """Returns a function that says whether a prompt begins with the prefix and goes on after it."""
     n = len(prefix)
     return lambda prompt: n > 0 and len(prompt) > n and prompt[:n] == prefix
 
@@ -177,7 +180,7 @@ class _Prompt(NamedTuple):
 
 
 class _Queue:
-    """What waits, and what is decoded in which row."""
+    """The requests that wait, and the requests that are being decoded, with their rows."""
 
     def __init__(self, requests: Requests, shape: Shape, *, smallest: int, known: Mapping[int, Response]) -> None:
         self.requests, self.shape = requests, shape
@@ -187,7 +190,7 @@ class _Queue:
         self.left = sum(len(prompt.requests) for prompt in self.waiting)  # requests that wait
 
     def _prompts(self, smallest: int, known: Mapping[int, Response]) -> list[_Prompt]:
-        """What is asked for, long prompts first: those of a kind are read together."""
+        """Returns the prompts of all requests not yet known, long ones first, so that those of a kind are read together."""
         prefix, asked = self.shape.prefix, dict[tuple[int, ...], list[int]]()
         for i, prompt in enumerate(self.requests.prompts):
             if i not in known:
@@ -206,14 +209,14 @@ class _Queue:
 
     @property
     def enough(self) -> int:
-        """Free rows of a lane with which decoding stops."""
+        """The number of free rows in a lane at which decoding stops."""
         shape = self.shape
         if not self.waiting:
             return shape.part
         return min(shape.refill, max(len(self.waiting[0].requests), -(-self.left // shape.lanes)))
 
     def next_group(self) -> Group | None:
-        """The next prompts, if there are rows for them."""
+        """Returns the next group of prompts; None if none waits, or there are too few free rows."""
         if not self.waiting or min(map(len, self.free)) < self.enough:
             return None
         (length, shared), shape = self.waiting[0].kind, self.shape
@@ -240,14 +243,17 @@ class _Queue:
         return bool(self.waiting) and self.waiting[0].kind == kind and len(self.waiting[0].requests) <= rows
 
     def ended(self, decoded: Decoded) -> dict[int, Response]:
-        """The responses that have ended, whose rows are free now."""
+        """Returns the responses that have ended, by the number of their request, and frees their rows."""
         rows = sorted(row for row in self.busy if decoded.done[row])
         for row in rows:
             self.free[row // self.shape.part].append(row)
         return {self.busy.pop(row): self._response(decoded, row) for row in rows}
 
     def _response(self, decoded: Decoded, row: int) -> Response:
-        """Log-probabilities are kept to a millionth of a nat, which is less than float32 is sure of."""
+        """Returns the response in a row.
+
+        Its log-probabilities are rounded to a millionth of a nat, which is less than float32 is sure of.
+        """
         n = int(decoded.lengths[row])
         tokens = tuple(decoded.tokens[row, :n].tolist())
         nats = np.round(decoded.logprobs[row, :n].astype(np.float64), 6).tolist()

@@ -1,4 +1,4 @@
-"""Requests to a server that may be slow, busy or gone for a moment: tried again, with pauses, a number of times."""
+"""Requests to a server that may be slow, busy or gone for a moment: they are retried, with pauses, a number of times."""
 
 import functools
 import random
@@ -22,11 +22,11 @@ _UNREADABLE = (TimeoutError, ValueError, ArithmeticError, RecursionError)
 
 
 class Failed(Exception):
-    """A request without a usable answer; says why the last try had none."""
+    """The error of a request without a usable answer; it says why the last try had none."""
 
 
 class Refused(Failed):
-    """A request that no repetition mends."""
+    """The error of a request that retries cannot help."""
 
     def __init__(self, why: str, status: int):
         super().__init__(why)
@@ -34,7 +34,7 @@ class Refused(Failed):
 
 
 class Patience(NamedTuple):
-    """How long a server is given."""
+    """How long a server is given to answer, and how often a request is retried."""
 
     timeout: float  # seconds from a request to the last byte of its answer
     # tries after the first: if no connection comes about or it breaks, on status 408, 429 and 5xx, and on answers that
@@ -53,16 +53,18 @@ def request(
     patience: Patience,
     stop: threading.Event,
 ) -> T:
-    """What `read` makes of a server's answer. No message has a key in it that the headers or the address hold.
+    """Sends a request, and returns what `read` makes of the answer.
+
+    No error message contains a key that is in the headers or the address.
 
     Args:
         body: sent as JSON.
-        read: of the answer's bytes; ValueError, or what Python raises of numbers too large and of JSON too deep, where they
-            are no answer, `Failed` where another try would not help.
-        stop: when it is set there is no further try.
+        read: takes the answer's bytes. It raises ValueError, or what Python raises for too large numbers and too deep JSON,
+            if they are no answer, and `Failed` if another try would not help.
+        stop: once it is set, there is no further try.
 
     Raises:
-        Failed: no try gave any, `stop` was set before the next, or the server asks for too long a pause before it.
+        Failed: no try succeeded, `stop` was set before the next, or the server asks for too long a pause before it.
         Refused: the server says that the request is wrong.
     """
     import requests
@@ -84,16 +86,17 @@ def request(
 
 
 def _stopped(stop: threading.Event, seconds: float, why: str) -> bool:
-    """Waits, and says so where it takes long; whether `stop` was set in the meantime."""
+    """Waits for `seconds`, and prints `why` if that is long. Returns whether `stop` was set in the meantime."""
     if seconds > _SAID:
         print(f"{why}; the next try is in {seconds:.0f} s", file=sys.stderr, flush=True)
     return stop.wait(seconds)
 
 
 def _within(seconds: float, call: Callable[[], T]) -> T:
-    """What a call gives, or a TimeoutError: a socket's own timeout begins anew with every byte of a server that drips.
+    """Returns the result of a call, or raises TimeoutError if it takes longer than `seconds`.
 
-    The call goes on in its thread, which nobody waits for.
+    A socket's own timeout begins anew with every byte of a slow answer. After a timeout the call goes on in its thread,
+    which nobody waits for.
     """
     found: list[T] = []
     failed: list[Exception] = []
@@ -115,7 +118,7 @@ def _within(seconds: float, call: Callable[[], T]) -> T:
 
 
 class _Busy(Exception):
-    """An answer that another try may better; `retry_after` is when, as the server says it."""
+    """The error of an answer that another try may improve; `retry_after` is when, as the server says it."""
 
     def __init__(self, why: str, retry_after: str | None):
         super().__init__(why)
@@ -124,7 +127,7 @@ class _Busy(Exception):
 
 @functools.cache
 def _session(server: str) -> Any:
-    """The connections to a server, which stay open from one request to the next."""
+    """Returns the session of a server, whose connections stay open from one request to the next."""
     import requests
     from requests.adapters import HTTPAdapter
 
@@ -135,7 +138,7 @@ def _session(server: str) -> Any:
 
 
 def _content(method: str, url: str, body: Mapping[str, Any] | None, headers: Mapping[str, str], timeout: float) -> bytes:
-    """The bytes of an answer; `Refused` or `_Busy` where its status says that it is none."""
+    """Returns the bytes of an answer; raises `Refused` or `_Busy` if its status is not one of success."""
     with _session("{0.scheme}://{0.netloc}".format(urlsplit(url))).request(
         method,
         url,
@@ -158,10 +161,10 @@ def _content(method: str, url: str, body: Mapping[str, Any] | None, headers: Map
 
 
 def _limited(answer: Any) -> bytes:
-    """The body of an answer, unpacked.
+    """Reads the body of an answer, decompressed.
 
     Raises:
-        Refused: it is longer than any that is asked for: what is there is another kind of server.
+        Refused: it is longer than any expected answer, so that it must come from another kind of server.
     """
     parts, size = [], 0
     for part in answer.iter_content(2**16):
@@ -173,7 +176,11 @@ def _limited(answer: Any) -> bytes:
 
 
 def pause(attempt: int, *, backoff: float, asked: str | None) -> float:
-    """Seconds before the next try, at random from half to all of the back-off; not less than the server asks for."""
+    """Returns the seconds before the next try, at random from half to all of the back-off, which doubles with every attempt.
+
+    The back-off is at most a minute. The result is not less than what the server asks for with Retry-After, whose value
+    is `asked`: seconds or a date.
+    """
     own = min(backoff * 2.0**attempt, _LONGEST_PAUSE) * random.uniform(0.5, 1.0)
     if asked is None:
         return own

@@ -1,6 +1,6 @@
-"""What a key of a config may hold: small rules, of which the table in `config.py` is made, and an algorithm's own (RULES).
+"""What a key of a config may hold: the rules that make up the table in `config.py`, and an algorithm's own (RULES).
 
-A rule takes a value and gives what it must be instead, in words, or "" where it is fine.
+A rule takes a value and returns what it must be instead, in words, or "" if the value is fine.
 """
 
 import importlib.util
@@ -20,7 +20,7 @@ Rule = Callable[[Any], str]  # value -> what it must be instead, or "" where it 
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is one, and one that float64 has room for: not 10**400."""
+    """Says whether a value is a number that float64 has room for: not True or False, and not 10**400."""
     try:
         return isinstance(value, int | float) and not isinstance(value, bool) and isinstance(float(value), float)
     except OverflowError:
@@ -28,29 +28,32 @@ def is_number(value: Any) -> bool:
 
 
 def whole(low: int, high: float = math.inf) -> Rule:
-    """A whole number from `low` on, and below `high`."""
+    """Returns a rule that accepts a whole number from `low` on and below `high`."""
     says = f"a whole number, at least {low}" + (f" and below {high}" if high < math.inf else "")
     return lambda v: "" if type(v) is int and low <= v < high else says
 
 
 def real(test: Callable[[float], bool], says: str, *, infinite: bool = False) -> Rule:
-    """A number that passes `test`; `says` is what it must be."""
+    """Returns a rule that accepts a number that passes `test`; `says` is what it must be, in words.
+
+    The infinities are accepted only if `infinite` is set; NaN is not accepted.
+    """
     # NaN fails here: it is not finite, and no comparison with it holds
     return lambda v: "" if is_number(v) and test(v) and (infinite or math.isfinite(v)) else f"a number {says}"
 
 
 def choice(*options: str) -> Rule:
-    """One of the options."""
+    """Returns a rule that accepts one of the options."""
     return lambda v: "" if v in options else f"one of {', '.join(options)}{suggestion(str(v), options)}"
 
 
 def auto_or(rule: Rule) -> Rule:
-    """ "auto", or what `rule` allows."""
+    """Returns a rule that accepts "auto" and what `rule` accepts."""
     return lambda v: "" if v == "auto" or not (says := rule(v)) else f"auto or {says}"
 
 
 def many(each: Rule, *, empty: bool = False) -> Rule:
-    """A tuple of what `each` allows."""
+    """Returns a rule that accepts a tuple (or list) of what `each` accepts, and an empty one if `empty` is set."""
 
     def rule(value: Any) -> str:
         if not isinstance(value, tuple | list) or not (value or empty):
@@ -62,22 +65,25 @@ def many(each: Rule, *, empty: bool = False) -> Rule:
 
 
 def optional(rule: Rule) -> Rule:
-    """Unset, or what `rule` allows."""
+    """Returns a rule that accepts None and what `rule` accepts."""
     return lambda value: "" if value is None else rule(value)
 
 
 def flag(value: Any) -> str:
-    """True or False."""
+    """Checks that a value is True or False; returns "" or what it must be instead."""
     return "" if isinstance(value, bool) else "True or False"
 
 
 def text(value: Any) -> str:
-    """A text that is not empty."""
+    """Checks that a value is a text that is not empty; returns "" or what it must be instead."""
     return "" if isinstance(value, str) and value else "a name"
 
 
 def written(value: Any) -> str:
-    """Of whatever type: no text in it has a NUL, or half a character that no file can hold."""
+    """Checks that no text in a value of any type has a NUL or a lone surrogate, which no file can hold.
+
+    It returns "" or what the value must be instead.
+    """
     if isinstance(value, Mapping):
         return next((says for pair in value.items() for part in pair if (says := written(part))), "")
     if isinstance(value, list | tuple):
@@ -87,12 +93,12 @@ def written(value: Any) -> str:
 
 
 def mapping(value: Any) -> str:
-    """A dictionary."""
+    """Checks that a value is a dictionary; returns "" or what it must be instead."""
     return "" if isinstance(value, Mapping) else "an object"
 
 
 def day(value: Any) -> str:
-    """A date, YYYY-MM-DD."""
+    """Checks that a value is a date, YYYY-MM-DD; returns "" or what it must be instead."""
     try:
         return "" if isinstance(value, str) and date.fromisoformat(value).isoformat() == value else "a day, YYYY-MM-DD"
     except ValueError:
@@ -100,7 +106,7 @@ def day(value: Any) -> str:
 
 
 def free(value: Any) -> str:
-    """A dictionary of plain values, by name."""
+    """Checks that a value is a dictionary of plain values, by name; returns "" or what it must be instead."""
     says = "a dictionary of plain values without NaN, by argument name: \"{'k': 1}\""
     if not isinstance(value, Mapping) or not all(isinstance(k, str) for k in value):
         return says
@@ -116,12 +122,12 @@ def _is_path(value: str) -> bool:
 
 
 def named(known: list[str], *, file: str = "", folder: bool = False, code: bool = False) -> Rule:
-    """One of the `known` names, or a path.
+    """Returns a rule that accepts one of the `known` names, or a path.
 
     Args:
       known: names that need no path.
       file: what a path leads to, in words; without it paths are not allowed.
-      folder: whether it may lead to a folder.
+      folder: whether a path may lead to a folder.
       code: whether `package.module`, `package.module:function`, `file.py` and `file.py:function` are allowed.
     """
 
@@ -146,7 +152,7 @@ def named(known: list[str], *, file: str = "", folder: bool = False, code: bool 
 
 
 def patterns(each: Rule) -> Rule:
-    """Pairs of a regular expression and what `each` allows."""
+    """Returns a rule that accepts a tuple of pairs: a regular expression, and what `each` accepts."""
     says = "a tuple of (regular expression, value) pairs: \"(('mlp.down_proj', 16),)\""  # ConfigDict has no keys with dots
 
     def rule(value: Any) -> str:
@@ -165,7 +171,10 @@ def patterns(each: Rule) -> Rule:
 
 
 def misshapen(value: Any, rules: Mapping[str, Rule], *, needed: Collection[str] = ()) -> str:
-    """Why a value that was read is no object of these keys: one that is needed is missing, or has another kind of value."""
+    """Says why a value that was read is not an object of these keys; returns "" if it is one.
+
+    A key that is needed may be missing, or a key may have a value that its rule does not accept.
+    """
     if not isinstance(value, Mapping):
         return f"it is no object: {shown(value, 40)}"
     if missing := [key for key in needed if key not in value]:

@@ -1,4 +1,4 @@
-"""What is written down or shown of a config: no key that stands in an address, no path that tells of this machine."""
+"""Removes from configs, before they are written or shown, keys in addresses and paths that tell about this machine."""
 
 import os
 import re
@@ -15,7 +15,7 @@ _NO_KEY = 3  # characters: what is so short is none
 
 
 def redacted(value: Any) -> Any:
-    """A value, or a text with addresses in it, without what may be secret there: users, passwords, queries, fragments.
+    """Removes what may be secret from the addresses in a value or text: users, passwords, queries, fragments.
 
     >>> redacted({"url": "https://me:secret@host:80/score?key=abc", "batch": 8})
     {'url': 'https://host:80/score', 'batch': 8}
@@ -24,7 +24,7 @@ def redacted(value: Any) -> Any:
 
 
 def shown(value: Any, most: int = 300) -> str:
-    """A value in an error: what it is, redacted, in at most so many characters."""
+    """Formats a value for an error message: redacted, and cut off after `most` characters."""
     try:
         text = repr(redacted(value))
     except (RecursionError, ValueError):  # Python writes no number of more than 4,300 digits
@@ -33,8 +33,11 @@ def shown(value: Any, most: int = 300) -> str:
 
 
 def sent_in(url: str, headers: Mapping[str, str]) -> set[str]:
-    """What may be secret of a request: its headers, its query, and the values in it, as they are and as they are spelled
-    in an address. What is very short is no key, and would be found in every number."""
+    """Returns what may be secret in a request, both as it is and as it is spelled in an address.
+
+    These are its headers, its query, and the values in the query. Very short texts are left out: they are no keys, and
+    would be found in every number.
+    """
     query = urlsplit(url).query
     values = [value for part in query.split("&") for value in (part, part.partition("=")[2])]
     spelled = {form for text in (query, *values) for form in (text, unquote(text), quote(text, safe="!#$%&'()*+,/:;=?@[]~"))}
@@ -43,20 +46,20 @@ def sent_in(url: str, headers: Mapping[str, str]) -> set[str]:
 
 
 def hidden(text: str, secrets: Iterable[str]) -> str:
-    """A text without these."""
+    """Replaces every secret in a text by "***"."""
     for secret in sorted(secrets, key=len, reverse=True):  # one may be a part of another
         text = text.replace(secret, "***")
     return text
 
 
 def from_environment(name: str, setting: str) -> str:
-    """A key that an environment variable holds.
+    """Reads a key from an environment variable.
 
     Args:
-        setting: the config key that names the variable, for the error, which never shows what it holds.
+        setting: the config key that names the variable, for the error, which never shows the variable's value.
 
     Raises:
-        UserError: it is not set, or no header can hold it.
+        UserError: the variable is not set, or its value cannot be sent in a header.
     """
     value = os.environ.get(name, "").strip() if name.isidentifier() else ""
     if not value:
@@ -69,7 +72,10 @@ def from_environment(name: str, setting: str) -> str:
 
 
 def portable(value: Any) -> Any:
-    """A value, or a text, for other machines: absolute paths relative to the current folder, or their last part."""
+    """Makes a value or a text fit for other machines.
+
+    Absolute paths become relative to the current folder or, outside of it, are cut to their last part.
+    """
     return _each(value, lambda text: _portable(text) if text.startswith(("/", "~")) else text)
 
 
@@ -79,7 +85,7 @@ def _portable(text: str) -> str:
 
 
 def _each(value: Any, change: Callable[[str], str]) -> Any:
-    """The value with every text in it changed, keys included."""
+    """Returns the value with every text in it changed, keys included."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):

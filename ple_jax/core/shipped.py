@@ -1,4 +1,4 @@
-"""The configs that come with the package: what `--config` names, and what `configs` is in a file that imports from it."""
+"""The configs that come with the package: found by name for `--config`, and importable from any config as `configs`."""
 
 import contextlib
 import importlib.machinery
@@ -15,13 +15,13 @@ CONFIGS = PACKAGE / "configs"  # in a checkout a link to the folder at its top
 
 
 def find(config: str) -> Path:
-    """The file of a config: NAME is one of the package, a path is a path.
+    """Finds the file of a config: NAME is one of the package's, a path is a path.
 
-    The path `configs/NAME.py` is also the package's where no such file is, so that a command is the same in a checkout and
-    in any other folder.
+    The path `configs/NAME.py` is also the package's if there is no such file, so that a command is the same in a checkout
+    and in any other folder.
 
     Raises:
-      UserError: there is no such config; it says which is nearest.
+      UserError: there is no such config; the message says which is nearest.
     """
     file, known = Path(config), names("configs", ".py")
     packaged = CONFIGS / f"{file.stem}.py"
@@ -42,10 +42,10 @@ def find(config: str) -> Path:
 
 
 def copy(file: Path, folder: Path) -> Path:
-    """Copies a config into a folder, which is made if need be.
+    """Copies a config into a folder, which is made if need be, and returns the path of the copy.
 
     Raises:
-      UserError: the folder has a file of this name.
+      UserError: the folder has a file of this name, or cannot be written.
     """
     path = folder / file.name
     try:
@@ -60,7 +60,7 @@ def copy(file: Path, folder: Path) -> Path:
 
 
 class _Fallback:
-    """Finds `configs` and `configs.NAME` where nothing else of the name is found; a user's own package goes first."""
+    """An import finder for `configs` and `configs.NAME`, used last: a user's own package of that name goes first."""
 
     @staticmethod
     def find_spec(name: str, path: object = None, target: object = None) -> importlib.machinery.ModuleSpec | None:
@@ -75,6 +75,6 @@ class _Fallback:
 
 
 def importable() -> None:
-    """From here on `from configs import default` works wherever the file that says so lies, installed or not."""
+    """Makes `from configs import default` work from here on, wherever the importing file lies, installed or not."""
     if _Fallback not in sys.meta_path:
         sys.meta_path.append(_Fallback)

@@ -1,4 +1,4 @@
-"""Standard output and error that outlive their readers: a training goes on when `head` has seen enough."""
+"""Standard output and error that outlive their readers: training goes on when `head` has seen enough and exits."""
 
 import errno
 import io
@@ -9,7 +9,7 @@ _NOBODY = (errno.EPIPE, errno.EIO)  # a pipe without a reader, a terminal that w
 
 
 class _Raw(io.FileIO):
-    """A file whose reader may go: from then on what is written to its descriptor goes nowhere."""
+    """A file whose reader may go away: from then on, what is written to its descriptor is discarded."""
 
     def write(self, data: Any) -> int:  # any buffer
         try:
@@ -24,7 +24,7 @@ class _Raw(io.FileIO):
 
 
 def lasting(stream: TextIO) -> TextIO:
-    """The same stream, which nobody has to read; as it is, where it is no file."""
+    """Wraps a stream so that it does not fail when its reader is gone; returns one that is no file as it is."""
     try:
         stream.flush()
         raw = _Raw(stream.fileno(), "wb", closefd=False)

@@ -1,12 +1,12 @@
-"""Several processes as one program: process 0 leads, and the others make the calls that it tells of.
+"""Several processes as one program: process 0 leads, and the others make the calls that it announces.
 
-Process 0 runs the loop, alone, as if there were no other: it reads, scores, decides, writes. A call that all must make
-(`together`: build, generate, update ...) it first tells the others, who wait for such calls and make the same ones in the
-same order. So nothing outside a backend knows of processes, no decision can differ between them, and a process that waits
-for a slow reward server holds no device in a collective.
+Process 0 alone runs the loop, as if there were no other process: it reads, scores, decides, writes. A call that all must
+make (`together`: build, generate, update ...) it first sends to the others, which wait for such calls and make the same
+ones in the same order. So nothing outside a backend knows of processes, no decision can differ between them, and a
+process that waits for a slow reward server holds no device in a collective.
 
-How a call gets from process 0 to the others is a `Control`'s business: of `ple_jax.backend.processes` (jax.distributed), of
-`torch_ascend.sharding` (torchrun).
+A `Control` carries the calls from process 0 to the others: that of `ple_jax.backend.processes` (jax.distributed), or that
+of `torch_ascend.sharding` (torchrun).
 """
 
 import functools
@@ -25,28 +25,28 @@ F = TypeVar("F", bound=Callable)
 
 
 class Control(Protocol):
-    """This process among the others."""
+    """The connection of this process to the others."""
 
     rank: int
     size: int
 
     def tell(self, message: bytes) -> None:
-        """In process 0: to all others, in order."""
+        """Sends a message from process 0 to all others; messages arrive in order."""
         ...
 
     def told(self) -> bytes:
-        """In the others: the next message, however long it takes."""
+        """Returns the next message of process 0 in another process, however long it takes to come."""
         ...
 
     def leaving(self, error: BaseException) -> None:
-        """In process 0: an error ended it within a call that the others are in, too. Returns if its cause is here."""
+        """Handles an error that ends process 0 within a call that the others are in, too; returns if its cause is there."""
         ...
 
     def failed(self, error: BaseException, *, known: bool) -> None:
-        """In the others: a call failed here. Returns if process 0 need not be told.
+        """Handles an error of a call in a process other than 0. Returns if process 0 need not be told.
 
         Args:
-            known: it is process 0's own error.
+            known: whether it is process 0's own error.
         """
         ...
 
@@ -61,18 +61,21 @@ _functions: list[Callable] = []  # that were told of: a loss is the same object 
 
 
 def size() -> int:
-    """How many processes there are."""
+    """Returns the number of processes."""
     return 1 if _control is None else _control.size
 
 
 def rank() -> int:
-    """Which of them this is."""
+    """Returns the number of this process: 0 for the one that leads, and for one that is alone."""
     return 0 if _control is None else _control.rank
 
 
 @contextmanager
 def led(control: Control) -> Iterator[bool]:
-    """A context in which process 0 leads: it gets True; in the others the context lasts until it ends there, with False."""
+    """Lets process 0 lead while the context lasts, and yields whether this process leads.
+
+    Process 0 gets True at once. The others make its calls until its context ends, and get False after that.
+    """
     global _control, _busy
     _control = control
     try:
@@ -101,7 +104,10 @@ def _leading(control: Control) -> Iterator[bool]:
 
 
 def _serve(control: Control) -> None:
-    """Does what process 0 says, until it says that it is done. What process 0 finds amiss too, it alone reports."""
+    """Makes the calls that process 0 sends, until process 0 is done.
+
+    An error that process 0 has too is reported by process 0 alone.
+    """
     try:
         while (told := _told()) is not None:
             gone, target, name, args, kwargs = told
@@ -124,14 +130,18 @@ def _tell(call: Any) -> None:
 
 
 class _Function(NamedTuple):
-    """A function among the arguments of a call: its number, and what it is when it is told of first."""
+    """A function among the arguments of a call: its number, and its pickled form when it is sent for the first time."""
 
     number: int
     pickled: bytes | None
 
 
 def _named(x: Any) -> Any:
-    """An argument as it is told of."""
+    """Encodes an argument to be sent: a function becomes a `_Function`, anything else stays as it is.
+
+    Raises:
+        UserError: the function cannot be pickled.
+    """
     if not callable(x):
         return x
     number = next((i for i, told in enumerate(_functions) if told is x), None)
@@ -149,7 +159,7 @@ def _named(x: Any) -> Any:
 
 
 def _known(x: Any) -> Any:
-    """An argument that was told of."""
+    """Decodes an argument that was sent: a `_Function` becomes the function."""
     if not isinstance(x, _Function):
         return x
     if x.pickled is not None:
@@ -163,7 +173,7 @@ def _told() -> Any:
 
 
 def together(function: F) -> F:
-    """Decorates a function of a module, or a method of a `shared` object: where process 0 calls it, all do."""
+    """Decorates a function of a module, or a method of a `shared` object: when process 0 calls it, all processes do."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -186,19 +196,22 @@ def together(function: F) -> F:
 
 
 def busy() -> bool:
-    """Whether a call that all processes make is under way, or has failed."""
+    """Says whether a call that all processes make is under way, or has failed."""
     return _busy
 
 
 def shared(made: T) -> T:
-    """Makes the methods of an object callable `together`; every process has one of its own."""
+    """Makes the methods of an object callable `together`, and returns it; every process has such an object of its own."""
     if _control is not None:
         _objects.append(made if _control.rank else weakref.ref(made))
     return made
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """Within a call that all make: what process 0 makes, for all; what a user can mend is an error of all."""
+    """Returns, in all processes, what `make` returns in process 0; used within a call that all make.
+
+    A UserError that `make` raises is raised in all processes.
+    """
     global _error
     if _control is None:
         return make()

@@ -1,4 +1,4 @@
-"""The words the whole project speaks: queries, responses, rollouts, batches, and the contracts (Loss, Reward, Backend)."""
+"""The types that all of the project shares: queries, responses, rollouts, batches, the contracts (Loss, Reward, Backend)."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,8 +17,8 @@ Message = Mapping[str, Any]  # {"role": ..., "content": ...}; what else it holds
 class Query(NamedTuple):
     """One record of a task.
 
-    `prompt` is what the policy sees: plain text, or a `conversation.Conversation` where it has turns. `completion` is a
-    reference answer where there is one, of a preference pair the chosen one, and `rejected` the other.
+    `prompt` is what the policy sees: plain text, or a `conversation.Conversation` if it has turns. `completion` is a
+    reference answer if there is one; of a preference pair it is the chosen answer, and `rejected` the other.
     """
 
     id: str
@@ -29,7 +29,7 @@ class Query(NamedTuple):
 
 
 class Slot(NamedTuple):
-    """One response an algorithm asks for: the kind's name, whether the principles are in the prompt, its number."""
+    """One response that an algorithm asks for: its kind, whether the principles are in the prompt, and its number."""
 
     kind: str
     principled: bool = False
@@ -38,7 +38,7 @@ class Slot(NamedTuple):
 
 
 class Response(NamedTuple):
-    """Sampled token ids, never re-tokenised. EOS is the last of them only if it was sampled (`finished`)."""
+    """A response as sampled token ids, never re-tokenised. EOS is the last of them only if it was sampled (`finished`)."""
 
     tokens: tuple[int, ...]
     finished: bool
@@ -56,12 +56,12 @@ class Response(NamedTuple):
 
     @property
     def own(self) -> bool:
-        """Whether the policy gave it to the plain prompt: what a KL estimate may be made from."""
+        """Whether the policy gave the response to the plain prompt. A KL estimate may only be made from such responses."""
         return self.source == "policy" and not self.principled
 
 
 class Rollout(NamedTuple):
-    """A query with its responses and what was decided about them. One line of rollouts/iter_NNNN.jsonl."""
+    """A query with its responses and what was decided about them: one line of rollouts/iter_NNNN.jsonl."""
 
     query_id: str
     prompt: str
@@ -74,7 +74,7 @@ class Rollout(NamedTuple):
 
 
 class Sampling(NamedTuple):
-    """How to sample. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off."""
+    """The settings of sampling. A temperature of 0 is greedy; top_k 0, top_p 1 and min_p 0 are off."""
 
     max_new_tokens: int
     eos: tuple[int, ...]
@@ -85,7 +85,10 @@ class Sampling(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """One row a query, K responses each (PLE 2, DPO 2, SFT 1, GRPO n). It says what to train on; the backend decides how."""
+    """A batch of one row per query, with K responses each (PLE 2, DPO 2, SFT 1, GRPO n).
+
+    It says what to train on; the backend decides how.
+    """
 
     prompt: Int32[np.ndarray, "query prompt_len"]  # left-padded
     prompt_mask: Bool[np.ndarray, "query prompt_len"]
@@ -97,8 +100,9 @@ class Batch(NamedTuple):
 class Packed(NamedTuple):
     """Rows of queries [prompt | response 1 | ... | response K] one after another, without padding between them.
 
-    Made by `core.packing.pack`, of a Batch, on the host. Devices have equal parts of the rows and of the queries, and a
-    place is one among all tokens of the device's rows; where no token is meant it is outside, and never twice the same.
+    They are made from a Batch by `core.packing.pack`, on the host. All devices have equal parts of the rows and of the
+    queries. A place is an index among all tokens of a device's rows; one that stands for no token is outside of them, and
+    never the same twice.
     """
 
     tokens: Array  # "row time"
@@ -116,7 +120,7 @@ class Packed(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What a model says of a batch: the backend's arrays inside a loss, numpy outside; fp32."""
+    """What a model computes of a batch, in float32: the backend's arrays inside a loss, numpy arrays outside."""
 
     logprobs: Array  # "query k response_len", of the response tokens alone; 0 where masked, and of who only fills the shape
     entropy: Array | None = None  # the same shape
@@ -125,7 +129,7 @@ class Outputs(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """What a backend has compiled since its process began."""
+    """The number of programs that a backend has compiled since its process began, and the seconds that took."""
 
     programs: int
     seconds: float
@@ -138,11 +142,11 @@ Tell = Callable[[dict[int, Response]], None]  # of responses that have ended, by
 
 @dataclass(frozen=True)
 class Reward:
-    """What the method optimises: (prompts, responses) -> one float each, with a name and a scale.
+    """What the method optimises: a function (prompts, responses) -> one float each, with a name and a scale.
 
-    A prompt is the plain one, whatever the response was sampled from; where it has turns it is a
-    `conversation.Conversation`, which reads as their transcript. What it `reads` of the record comes by name, a value for
-    each response: (prompts, responses, completion=[...]).
+    A prompt is the plain one, whatever the response was sampled from; if it has turns it is a `conversation.Conversation`,
+    which reads as their transcript. The fields of the record that it `reads` are passed by name, a value for each response:
+    (prompts, responses, completion=[...]).
     """
 
     name: str
@@ -161,7 +165,7 @@ class Reward:
 
 
 class Tokenizer(Protocol):
-    """What the project needs of a tokenizer (transformers' PreTrainedTokenizerFast has it)."""
+    """What the project needs of a tokenizer; transformers' PreTrainedTokenizerFast has all of it."""
 
     eos_token_id: int | None
     bos_token_id: int | None
@@ -176,7 +180,7 @@ class Tokenizer(Protocol):
 
 
 class Backend(Protocol):
-    """Knows how to sample and how to step; holds the weights. One per framework."""
+    """The holder of the weights, which samples responses and takes optimiser steps. There is one per framework."""
 
     def generate(
         self,
@@ -191,9 +195,11 @@ class Backend(Protocol):
         """Samples one response per prompt.
 
         Args:
-            prefix: what many of the prompts begin with, which is computed once.
+            uniforms: the noise of each response, in [0, 1), as `core.noise` makes it.
+            prefix: tokens that many of the prompts begin with, and that are computed once.
             known: responses by the number of their prompt, which are not sampled again.
-            tell: told of responses as they end, in whatever order, and now and then with none; what it raises ends all.
+            tell: called with responses as they end, in whatever order, and now and then with none; an error that it raises
+                ends the sampling.
         """
         ...
 
@@ -205,7 +211,10 @@ class Backend(Protocol):
         sampling: Sampling,
         base: bool = False,
     ) -> Iterator[int]:
-        """The tokens of one response as they are sampled, EOS included; of the base without the adapter, if `base`."""
+        """Yields the tokens of one response as they are sampled, EOS included.
+
+        With `base`, they are sampled from the base model without the adapter.
+        """
         ...
 
     def logprobs(
@@ -217,48 +226,58 @@ class Backend(Protocol):
         temperature: float = 1.0,
         entropy: bool = False,
     ) -> Outputs:
-        """Log-probabilities of a batch, as numpy; of the policy, the frozen reference, or the bare base.
+        """Computes the log-probabilities, in nats, of a batch's responses, as numpy arrays.
 
-        With the values of the policy's head, where there is one, and the entropy where it is asked for: it is a second pass
-        over the vocabulary. The logits are divided by `temperature`, above 0.
+        They are those of the policy, the frozen `reference`, or the bare `base`. With them come the values of the policy's
+        head, if it has one, and the `entropy` if it is asked for: it is a second pass over the vocabulary. The logits are
+        divided by `temperature`, above 0.
         """
         ...
 
     def scores(self, batch: Batch) -> Float32[np.ndarray, "query k"]:
-        """What the head says of every response, as numpy; for algorithms that train one."""
+        """Computes the trained head's score of every response, as numpy; for algorithms that train such a head."""
         ...
 
     def update(self, batches: Sequence[Batch], loss: Loss, *, lr: float, temperature: float = 1.0) -> dict[str, float]:
-        """One optimizer step on the mean over all rows of `batches`; their metrics' means, and `grad_norm`.
+        """Takes one optimiser step on the mean loss over all rows of `batches`.
 
-        The logits are divided by `temperature`, above 0, in all that the loss is told.
+        Returns the means of their metrics, and `grad_norm`. The logits are divided by `temperature`, above 0, in all that
+        the loss is given.
         """
         ...
 
     def freeze_reference(self) -> None:
-        """The policy as it is now becomes the reference, and the optimiser's state is as at the start of a run."""
+        """Makes the policy as it is now the reference, and resets the optimiser's state to that at the start of a run."""
         ...
 
     def profile(self, folder: Path) -> AbstractContextManager[None]:
-        """A context whose work is traced: the framework's own profile is in the folder when it ends."""
+        """Returns a context in which all work is traced; when it ends, the framework's own profile is in the folder."""
         ...
 
     def adapter(self) -> dict[str, np.ndarray]:
-        """The adapter, and the head where there is one, under PEFT's names and in its layout."""
+        """Returns the adapter, and the head if there is one, under PEFT's names and in its layout."""
         ...
 
     def save(self, path: Path, step: int, meta: dict[str, Any], *, keep: int) -> None:
-        """Commits everything that training needs to go on, and `meta`; on return it is on disk."""
+        """Commits all that training needs to go on, and `meta`; on return it is on disk. The newest `keep` commits stay."""
         ...
 
     def restore(self, path: Path) -> dict[str, Any] | None:
-        """Loads the newest commit under `path` and returns its meta; None if there is none."""
+        """Loads the newest commit under `path` and returns its meta; None if there is none.
+
+        Raises:
+            Damaged: the commit is not as it was written.
+            UserError: the commit does not fit this model and adapter.
+        """
         ...
 
     def environment(self) -> dict[str, Any]:
-        """Versions, devices and flags: what bit-identical results depend on."""
+        """Returns versions, devices and flags: what bit-identical results depend on."""
         ...
 
     def compiled(self) -> Compiled:
-        """Programs compiled, or read from a cache, since the process began, and seconds that took; 0 where nothing is."""
+        """Returns how many programs were compiled, or read from a cache, since the process began, and the seconds that took.
+
+        Both are 0 for a backend that compiles nothing.
+        """
         ...

@@ -1,4 +1,4 @@
-"""The version of the package, stated once: pyproject.toml reads it here; and what of it a run was made with."""
+"""The version of the package, stated once (pyproject.toml reads it here), and the entries of environment.json about it."""
 
 import datetime
 import subprocess
@@ -8,8 +8,9 @@ VERSION = "0.1.0"
 
 
 def project() -> dict[str, str | None]:
-    """What environment.json says of this package: its version, the commit of its checkout (with "+changes" where a tracked
-    file differs; None where it is no checkout, or git is not there), and the time.
+    """Returns what environment.json says of this package: its version, the commit of its checkout, and the time.
+
+    The commit has "+changes" at its end if a tracked file differs. It is None if there is no checkout, or no git.
     """
     now = datetime.datetime.now(datetime.UTC)
     return {"ple_jax": VERSION, "commit": _commit(Path(__file__).parents[2]), "date": now.isoformat(timespec="seconds")}

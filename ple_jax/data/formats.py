@@ -1,4 +1,4 @@
-"""From a raw record to a query: one function for each config.task.format. What cannot be one is `Unusable`, and says why."""
+"""Converts raw records to queries, one function per config.task.format. Unusable records raise `Unusable` with a reason."""
 
 import hashlib
 import json
@@ -21,10 +21,18 @@ _TLDR_AT_START = re.compile(r"\s*tl ?[;:/]? ?dr ?:", re.IGNORECASE)
 
 
 def records(values: Values, *, needs: str) -> Query:
-    """Neutral records, and those of TRL: texts or lists of turns.
+    """Reads neutral records, and those of TRL: texts or lists of turns.
 
-    `prompt` with `chosen` and `rejected`, or with `completion`; `chosen` and `rejected` that begin with the prompt;
-    `messages`, of which the last is the completion; `tools`. A text is continued verbatim, an answer to turns is stripped.
+    A record has `prompt`, alone, with `completion`, or with `chosen` and `rejected`; or `chosen` and `rejected` that both
+    begin with the prompt; or `messages`, of which the last is the completion. It may have `tools`. A text is continued
+    verbatim; an answer to turns is stripped.
+
+    Args:
+        values: the record's columns.
+        needs: what the record must have: prompt, completion or pair.
+
+    Raises:
+        Unusable: the record lacks something that is needed, or is not of one of these forms.
     """
     if needs == "pair" or "chosen" in values:
         return _preference(values, needs)
@@ -50,7 +58,14 @@ def records(values: Values, *, needs: str) -> Query:
 
 
 def hh(values: Values, *, needs: str) -> Query:
-    """Anthropic's HH: two transcripts. The query is all before the last answer; answers to different queries are no pair."""
+    """Reads records of Anthropic's HH: two transcripts, `chosen` and `rejected`.
+
+    The query is all that comes before the last answer. Answers to different queries are not a pair.
+
+    Raises:
+        Unusable: `chosen` has no query or no answer; or a pair is needed and `rejected` has none, answers another query, or
+            gives the same answer.
+    """
     query, answer = _transcript(values, "chosen")
     rejected = ""
     if needs == "pair":
@@ -69,12 +84,15 @@ def hh(values: Values, *, needs: str) -> Query:
 
 
 def imdb(values: Values, *, needs: str, words: tuple[int, int], seed: int, name: str, labelled: bool) -> Query:
-    """Film reviews: the first words are the query, the others its completion.
+    """Reads film reviews: the first words of `text` are the query, the others its completion.
 
     Args:
-        words: fewest and most words of the query; how many it are depends on `seed` and `name` alone.
-        name: the record's.
-        labelled: whether the data have labels. They are not used, but a record that lacks its own is suspicious.
+        words: fewest and most words of the query; the actual number depends on `seed` and `name` alone.
+        name: the record's name.
+        labelled: whether the data have labels. They are not used, but a record without its label is refused.
+
+    Raises:
+        Unusable: the text is missing, empty or too short, the label is missing, or a pair is needed.
     """
     text = _string(values, "text")
     label = values.get("label", None if labelled else 0)
@@ -94,10 +112,14 @@ def imdb(values: Values, *, needs: str, words: tuple[int, int], seed: int, name:
 
 
 def tldr(values: Values, *, needs: str) -> Query:
-    """Reddit posts and their summaries, in every published layout; the query as in Stiennon et al. 2020, arXiv:2009.01325.
+    """Reads Reddit posts and their summaries in every published layout.
 
-    `prompt` with `label`, `completion`, or `chosen` and `rejected`; comparisons with `info`, `summaries` and `choice`;
-    `subreddit`, `title`, `post` and `summary`.
+    The layouts are `prompt` with `label`, `completion`, or `chosen` and `rejected`; comparisons with `info`, `summaries` and
+    `choice`; and `subreddit`, `title`, `post` and `summary`. The query is written as in Stiennon et al. 2020,
+    arXiv:2009.01325.
+
+    Raises:
+        Unusable: the post or what is needed of its summaries is missing.
     """
     post = values["info"] if isinstance(values.get("info"), Mapping) else values
     if "post" in post:
@@ -118,7 +140,7 @@ def tldr(values: Values, *, needs: str) -> Query:
 
 
 def without_tldr(text: str) -> str:
-    """A post without "TL;DR:" at its end, however it is spelled there, and however often."""
+    """Returns a post without "TL;DR:" at its end, however it is spelled and however often it is there."""
     while True:
         text = text.rstrip()
         if (found := _TLDR_AT_END.search(text, max(0, len(text) - 12))) is None:
@@ -172,7 +194,15 @@ def _preference(values: Values, needs: str) -> Query:
 
 
 def _answered(before: list[Message], values: Values, key: str) -> tuple[list[Message], str]:
-    """The turns before the last, and what the last says."""
+    """Returns the turns before the last one, and what the last one says.
+
+    Args:
+        before: the turns of the prompt.
+        key: the column of the answer, a text or turns.
+
+    Raises:
+        Unusable: the turns do not end with the assistant's.
+    """
     if isinstance(_column(values, key), str):
         return before, _string(values, key)
     turns = _joined(before, _turns(values, key), key, exact=not isinstance(values.get("prompt"), str))
@@ -182,10 +212,15 @@ def _answered(before: list[Message], values: Values, key: str) -> tuple[list[Mes
 
 
 def _joined(before: list[Message], turns: list[Message], key: str, *, exact: bool) -> list[Message]:
-    """The whole conversation: `turns` go on where the prompt ends, or begin with what it ends with, or hold all of it.
+    """Joins a prompt's turns and the `turns` of an answer to the whole conversation.
+
+    `turns` may continue where the prompt ends, begin with what the prompt ends with, or hold the whole conversation.
 
     Args:
         exact: whether the prompt's column holds turns; a text there may be another spelling of what `turns` begin with.
+
+    Raises:
+        Unusable: with `exact`, the prompt ends with the user's turn and `turns` begin with another one.
     """
     if not before or turns[0]["role"] == "assistant":
         return before + turns
@@ -203,14 +238,18 @@ def _joined(before: list[Message], turns: list[Message], key: str, *, exact: boo
 
 
 def _answer(message: Message) -> str:
-    """What an assistant's turn says, with all of the turn where there is more in it."""
+    """Returns what an assistant's turn says, as an `Answer` with the whole turn if there is more in it than text."""
     whole = {**message, "content": message["content"].strip()}
     more = any(value for key, value in whole.items() if key not in ("role", "content"))
     return Answer(whole) if more else whole["content"]
 
 
 def _common(chosen: str, rejected: str, needs: str) -> Query:
-    """Texts whose prompt is the words they begin with in common."""
+    """Makes a query of two texts that have no prompt of their own: the prompt is the words that both begin with.
+
+    Raises:
+        Unusable: they begin with nothing in common.
+    """
     n = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), min(len(chosen), len(rejected)))
     while n and not (chosen[n : n + 1].isspace() and rejected[n : n + 1].isspace()):
         n -= 1
@@ -256,7 +295,11 @@ def _empty(answer: str) -> bool:
 
 
 def _transcript(values: Values, key: str) -> tuple[list[Message], str]:
-    """The turns before the last, and what the last says."""
+    """Returns the turns of a transcript before the last one, and what the last one says.
+
+    Raises:
+        Unusable: the transcript does not end with an answer of the assistant to something.
+    """
     turns = merge(parse(_string(values, key)))
     if not any(turn["role"] == "assistant" for turn in turns):
         raise Unusable("turns", f": `{key}` has no assistant's turn (an empty line, and Assistant:); there is no answer")
@@ -270,7 +313,11 @@ def _transcript(values: Values, key: str) -> tuple[list[Message], str]:
 
 
 def _column(values: Values, key: str) -> Any:
-    """A text or a list."""
+    """Returns a column that is a text or a list.
+
+    Raises:
+        Unusable: there is no such column, or it is of another type.
+    """
     if key not in values:
         raise Unusable("column", f" has no `{key}`, only {', '.join(values) or 'nothing'}; rename the column")
     if not isinstance(values[key], str | list):
@@ -290,7 +337,11 @@ def _asked(prompt: str | list[Any]) -> list[Message]:
 
 
 def _turns(values: Values, key: str) -> list[Message]:
-    """A column of turns: without what is None, and with contents as texts."""
+    """Returns a column of turns, without values that are None, and with every content as one text.
+
+    Raises:
+        Unusable: the column does not hold turns, or a content is not text.
+    """
     column = _column(values, key)
     if isinstance(column, str) or not column:
         raise Unusable("turns", f": `{key}` is {'a text' if column else 'empty'}, not a list of turns")
@@ -313,7 +364,10 @@ def _turns(values: Values, key: str) -> list[Message]:
 
 
 def _without_nulls(value: Any) -> Any:
-    """Without the entries that are None, at any depth: tables write so what is in another row alone."""
+    """Removes the entries of mappings that are None, at any depth.
+
+    Tables write None for what only other rows have.
+    """
     if isinstance(value, Mapping):
         return {k: _without_nulls(v) for k, v in value.items() if v is not None}
     return [_without_nulls(v) for v in value] if isinstance(value, list) else value
@@ -332,13 +386,13 @@ def _tools(values: Values) -> Sequence[Mapping[str, Any]]:
 
 
 def shorten(prompt: str, fits: Callable[[str], bool]) -> str | None:
-    """A query of format=tldr with as much of its post as fits; None if not one word does.
+    """Shortens a query of format=tldr to as much of its post as fits; returns None if not even one word fits.
 
-    As Stiennon et al. (2020, arXiv:2009.01325): cut at the last line's end that fits; if not even the first line does, at a
-    sentence's, and then at a word's. Subreddit, title and "TL;DR:" stay.
+    As in Stiennon et al. (2020, arXiv:2009.01325), the post is cut at the end of the last line that fits; if not even the
+    first line fits, at the end of a sentence, and else of a word. Subreddit, title and "TL;DR:" stay.
 
     Args:
-        fits: whether a text is short enough; if it is, so are shorter ones.
+        fits: says whether a text is short enough; if one is, all shorter ones must be.
     """
     if fits(prompt):
         return prompt

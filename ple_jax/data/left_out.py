@@ -15,7 +15,7 @@ CUT = 300  # characters of a bad record that are kept
 
 
 class Bad(NamedTuple):
-    """A record that is left out."""
+    """A record that is left out, with the reason."""
 
     where: str  # "file:line"
     kind: str  # what is counted: json, utf-8, csv, column, type, empty, turns, pair, label, short, duplicate id ...
@@ -24,14 +24,17 @@ class Bad(NamedTuple):
 
 
 class QuerySet(NamedTuple):
-    """What is of use, in the order of the source, and what is not."""
+    """The queries of a source, in its order, and the records that are left out."""
 
     queries: Compact[Query]
     bad: list[Bad]
 
 
 def check_share(task: QuerySet, source: str, limit: float) -> None:
-    """Raises a UserError if more than `limit` of the records are bad, or all; it has the first and how many of each kind."""
+    """Raises a UserError if more than the share `limit` of the records is bad, or all of them.
+
+    The message has the first bad record and the number of each kind.
+    """
     queries, bad = task
     share = len(bad) / max(len(queries) + len(bad), 1)
     if queries and share <= limit:
@@ -52,7 +55,10 @@ def check_share(task: QuerySet, source: str, limit: float) -> None:
 
 
 def fit(queries: Sequence[Query], judge: Callable[[Query], Any]) -> tuple[Compact[Any], list[Bad]]:
-    """What `judge` makes of every query, and those that it finds `Unusable`; queries that it gives back are not copied."""
+    """Applies `judge` to every query. Returns its results, and the queries that it finds `Unusable`.
+
+    Queries that `judge` returns as they are do not get copied.
+    """
     queries, bad = compact(queries), []
     same: list[int] = []
     made: Compact[Any] | None = None  # from the first on that is something else
@@ -71,14 +77,14 @@ def fit(queries: Sequence[Query], judge: Callable[[Query], Any]) -> tuple[Compac
 
 
 def note(bad: dict[str, list[Bad]], workdir: Path) -> str:
-    """Writes what was left out to the work directory; a line that says how much it is, or nothing."""
+    """Writes the left-out records to the work directory; returns a line that says how many they are, or an empty text."""
     write_bad(workdir / FILE, bad)
     listed = counts(bad)
     return f"records left out: {listed}; listed in {workdir / FILE}" if listed else ""
 
 
 def write_bad(path: Path, bad: Mapping[str, Sequence[Bad]]) -> None:
-    """What was left out, of every set, one JSON line each; no file where there is nothing."""
+    """Writes the left-out records of every set, one JSON line each; if there are none, removes the file."""
     if not any(bad.values()):
         path.unlink(missing_ok=True)
         return
@@ -86,6 +92,6 @@ def write_bad(path: Path, bad: Mapping[str, Sequence[Bad]]) -> None:
 
 
 def counts(bad: dict[str, list[Bad]]) -> str:
-    """How many were left out, by kind; nothing if none was."""
+    """Says how many records were left out, by kind and set; the text is empty if there were none."""
     found = Counter(f"{record.kind} ({which})" for which, records in bad.items() for record in records)
     return ", ".join(f"{n} {kind}" for kind, n in found.items())

@@ -1,4 +1,4 @@
-"""A run's records: loaded as config.task says, checked, and cut to what the model takes."""
+"""The records of a run: loaded and checked as config.task says."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from ple_jax.data.queries import disjoint, load_queries
 
 
 class Data(NamedTuple):
-    """What there is to train on and to evaluate with, and what was left out of each."""
+    """The records to train on and to evaluate with, and those that were left out of each."""
 
     train: Compact[Query]
     heldout: Compact[Query]
@@ -21,15 +21,15 @@ class Data(NamedTuple):
 
 
 def load_data(config: Any, *, needs: str = "prompt", heldout_needs: str | None = None, reads: Sequence[str] = ()) -> Data:
-    """The train and held-out records of a config.
+    """Loads the train and held-out records of a config. Train queries that are also held out are left out.
 
     Args:
-        needs: what a record must have to be of use: prompt, completion or pair.
-        heldout_needs: what a held-out one must have; the same if it is not given.
-        reads: what the rewards read of every record, by name.
+        needs: what a record must have to be used: prompt, completion or pair.
+        heldout_needs: the same for held-out records; if it is not given, it equals `needs`.
+        reads: the names of what the rewards read from every record.
 
     Raises:
-        UserError: as `load_queries`; more bad records than config.task.max_bad_share; no train record is left.
+        UserError: as `load_queries`; there are more bad records than config.task.max_bad_share; no train record is left.
     """
     train = _train(config, needs, reads)
     heldout = load_heldout(config, needs=heldout_needs or needs, reads=reads)
@@ -45,7 +45,10 @@ def _train(config: Any, needs: str, reads: Sequence[str], optional: bool = False
 
 
 def load_heldout(config: Any, *, needs: str = "prompt", reads: Sequence[str] = (), optional: bool = False) -> QuerySet:
-    """The held-out records of a config alone; the arguments are those of `load_data`, and `optional` of `load_queries`."""
+    """Loads only the held-out records of a config.
+
+    The arguments are those of `load_data`, and `optional` that of `load_queries`.
+    """
     if config.task.sets:
         return _mixed(config, lambda own, reads: load_heldout(own, needs=needs, reads=reads, optional=True), reads)
     task = config.task
@@ -53,11 +56,12 @@ def load_heldout(config: Any, *, needs: str = "prompt", reads: Sequence[str] = (
 
 
 def _mixed(config: Any, load: Callable[[Any, Sequence[str]], QuerySet], reads: Sequence[str]) -> QuerySet:
-    """All sets of config.task.sets, a query of each in turn; a reward that reads `set` is told which one, and None for a
-    column that a set does not have.
+    """Loads all sets of config.task.sets and takes one query of each in turn.
+
+    A reward that reads `set` gets the name of the set, and None for a column that a set does not have.
 
     Raises:
-        UserError: no set has it.
+        UserError: no set has a column that a reward reads; or as `load`.
     """
     each: list[Compact[Query]] = []
     bad: list[Bad] = []
@@ -76,7 +80,7 @@ def _mixed(config: Any, load: Callable[[Any, Sequence[str]], QuerySet], reads: S
 
 
 def load_warm_up(config: Any) -> QuerySet:
-    """The records of the warm-up, config.warm_up.data, in the format of config.task."""
+    """Loads the records of the warm-up (config.warm_up.data), in the format of config.task."""
     return _read(config, config.warm_up.data, config.task.train_split, 0, "completion")
 
 

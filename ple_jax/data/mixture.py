@@ -1,4 +1,4 @@
-"""Several data sets as one, config.task.sets: how each is read, and how many of its queries an iteration draws."""
+"""Several data sets used as one (config.task.sets): how each is read, and how many of its queries an iteration draws."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
@@ -16,22 +16,28 @@ T = TypeVar("T")
 
 
 def sets(config: Any) -> dict[str, dict[str, Any]]:
-    """Name -> its weight and the keys of config.task that are its own; nothing where there is one data set."""
+    """Returns, by the name of every set, its weight and its own keys of config.task.
+
+    The dictionary is empty if there is only one data set.
+    """
     return config.task.sets.to_dict()
 
 
 def source(config: Any, which: str) -> str:
-    """Where the records are from, in words; `which` is train or heldout."""
+    """Says where the records are from; `which` is train or heldout."""
     return ", ".join(sets(config)) or config.task[which]
 
 
 def set_of(query_id: str) -> str:
-    """The name of the set that a query is of: its id begins with it."""
+    """Returns the name of the set that a query belongs to, with which its id begins."""
     return query_id.partition("/")[0]
 
 
 def by_set(config: Any, of: Iterable[tuple[str, T]]) -> dict[str, list[T]]:
-    """Name -> what belongs to it, of pairs (query id, ...), in the order of the config; nothing where there is one set."""
+    """Groups pairs (query id, value) by set: returns the values by the name of their set, in the order of the config.
+
+    Sets without values are left out. The dictionary is empty if there is only one data set.
+    """
     found: dict[str, list[T]] = {name: [] for name in sets(config)}
     for query_id, what in of if found else ():
         found[set_of(query_id)].append(what)
@@ -39,7 +45,7 @@ def by_set(config: Any, of: Iterable[tuple[str, T]]) -> dict[str, list[T]]:
 
 
 def config_of(config: Any, name: str) -> Any:
-    """The config as it is for one of the sets."""
+    """Returns the config as it is for one of the sets alone."""
     own = ConfigDict(config.to_dict())
     with own.ignore_type():
         for key, value in sets(config)[name].items():
@@ -50,15 +56,17 @@ def config_of(config: Any, name: str) -> Any:
 
 
 def format_of(task: Any, query_id: str) -> str:
-    """How the record of a query was read."""
+    """Returns the format in which the record of a query was read."""
     return task.sets.get(set_of(query_id), {}).get("format", task.format) if task.sets else task.format
 
 
 def counts(config: Any) -> dict[str, int]:
-    """How many of an iteration's queries are of each set: by weight, and what is left over to the largest remainders.
+    """Returns how many of an iteration's queries are drawn from each set.
+
+    They are shared by weight, and what is left over goes to the sets with the largest remainders.
 
     Raises:
-        UserError: a set would never have one.
+        UserError: a set would get no query.
     """
     n, weights = config.queries_per_iteration, {name: of.get("weight", 1.0) for name, of in sets(config).items()}
     wanted = {name: n * weight / sum(weights.values()) for name, weight in weights.items()}
@@ -75,10 +83,10 @@ def counts(config: Any) -> dict[str, int]:
 
 
 def draw_queries(config: Any, queries: Sequence[Query], iteration: int) -> list[Query]:
-    """The queries of an iteration: as `queries.draw`, from each set by itself, and mixed.
+    """Draws the queries of an iteration: as `queries.draw` does, from each set separately, and then shuffled.
 
     Raises:
-        UserError: there are fewer, of all or of a set.
+        UserError: there are fewer queries than the iteration draws, in all or in one set.
     """
     if not config.task.sets:
         return draw(queries, config.queries_per_iteration, seed=config.seed, iteration=iteration)

@@ -1,4 +1,4 @@
-"""From raw data to train.jsonl and test.jsonl: what is of use, without duplicates, and no prompt in both."""
+"""Prepares raw data as train.jsonl and test.jsonl: usable records without duplicates, and no prompt that is in both."""
 
 import functools
 import hashlib
@@ -36,14 +36,14 @@ def prepare(
     """Writes train.jsonl, test.jsonl, bad.jsonl and summary.json to `out`; returns the summary.
 
     Args:
-        train, options, seed, needs: as `load_queries` takes them.
-        test: the test records; without it a share of the train records, by the hash of their prompt.
-        test_split: of `test`, if that is a folder or a data set on a hub.
+        train, options, seed, needs: as in `load_queries`.
+        test: the source of the test records; if it is empty, a share of the train records, chosen by a hash of their prompt.
+        test_split: the split of `test`, if that is a folder or a data set on a hub.
         test_share: how large that share is, between 0 and 1.
-        max_words: longer prompts are bad records (0: none).
+        max_words: records with a longer prompt are bad (0: no limit).
 
     Raises:
-        UserError: as `load_queries`; nothing is left of one of the two.
+        UserError: as `load_queries`; or nothing is left for one of the two files.
     """
     _check_kept(options.get("reads", ()))
     load = functools.partial(load_queries, seed=seed, needs=needs)
@@ -59,7 +59,7 @@ def prepare(
 
 
 def _written(sets: "Mapping[str, _Set]", out: Path, needs: str) -> dict[str, Any]:
-    """Writes all files; what summary.json has."""
+    """Writes all files, and returns the contents of summary.json."""
     counts = {name: one.counts | _described(one, name) for name, one in sets.items()}
     out.mkdir(parents=True, exist_ok=True)
     for name, one in sets.items():
@@ -75,7 +75,7 @@ def _check_kept(names: Sequence[str]) -> None:
 
 
 class _Set(NamedTuple):
-    """The train or the test records on their way."""
+    """The train or the test records while they are prepared."""
 
     queries: list[Query]
     bad: list[Bad]
@@ -83,7 +83,7 @@ class _Set(NamedTuple):
 
 
 def _clean(found: QuerySet, *, max_words: int, needs: str) -> _Set:
-    """Without what is too long, and each once."""
+    """Removes records that are too long, and duplicates."""
     short, long = _short(found.queries, max_words)
     bad = found.bad + long
     kept, exact, normal = unique(short, needs=needs)
@@ -97,13 +97,17 @@ def _clean(found: QuerySet, *, max_words: int, needs: str) -> _Set:
 
 
 def _apart(train: _Set, test: _Set) -> _Set:
-    """Without what is in the test set too."""
+    """Removes train records whose prompt is also in the test set."""
     left, exact, normal = apart(train.queries, test.queries)
     return _Set(left, train.bad, train.counts | {"exactly in test too": exact, "normalised in test too": normal})
 
 
 def _described(one: _Set, name: str) -> dict[str, Any]:
-    """What the summary says of the records that are written; a UserError if there is none."""
+    """Returns what the summary says about the records that are written.
+
+    Raises:
+        UserError: there are none.
+    """
     if not one.queries:
         first = f"; the first bad record: {one.bad[0].reason}" if one.bad else ""
         raise UserError(f"no record is left for {name}.jsonl{first}; see --format, --columns, --needs and --test-share")
@@ -115,22 +119,26 @@ def _described(one: _Set, name: str) -> dict[str, Any]:
 
 
 def normalised(text: str) -> str:
-    """Text for comparison: NFKC, without case, runs of blanks and punctuation as one blank; of punctuation alone, that."""
+    """Normalises a text for comparison: NFKC, case-folded, with every run of blanks and punctuation as one blank.
+
+    A text of punctuation alone keeps it.
+    """
     folded = unicodedata.normalize("NFKC", text).casefold()
     return " ".join(folded.translate(_blanks()).split()) or " ".join(folded.split())
 
 
 @functools.cache
 def _blanks() -> dict[int, str]:
-    """Punctuation, separators and control characters -> a blank."""
+    """Maps punctuation, separators and control characters to a blank, for `str.translate`."""
     return {i: " " for i in range(sys.maxunicode + 1) if unicodedata.category(chr(i))[0] in "PZC"}
 
 
 def unique(queries: Iterable[Query], *, needs: str) -> tuple[list[Query], int, int]:
-    """The first of every kind; how many were exactly equal to one before, and how many only after `normalised`.
+    """Returns the queries without duplicates, and two numbers of duplicates that were dropped.
 
-    Compared is what the record is needed for: the prompt, what is kept of the record, and with needs=completion or pair its
-    answers.
+    The first query of equal ones is kept. The numbers are those of queries that exactly equal an earlier one, and of queries
+    that equal one only after `normalised`. What is compared is what the record is needed for: the prompt, what is kept of
+    the record, and with needs=completion or pair its answers.
     """
     kept: list[Query] = []
     exact, alike = set(), set()
@@ -152,7 +160,10 @@ def unique(queries: Iterable[Query], *, needs: str) -> tuple[list[Query], int, i
 
 
 def apart(train: Iterable[Query], test: Iterable[Query]) -> tuple[list[Query], int, int]:
-    """The train queries whose prompt is not in the test set; how many were exactly, and how many only after `normalised`."""
+    """Returns the train queries whose prompt is not in the test set.
+
+    It also returns how many were there exactly, and how many only after `normalised`.
+    """
     exact = {query.prompt for query in test}
     alike = {normalised(prompt) for prompt in exact}
     kept: list[Query] = []
@@ -168,7 +179,10 @@ def apart(train: Iterable[Query], test: Iterable[Query]) -> tuple[list[Query], i
 
 
 def divide(queries: Iterable[Query], *, share: float, seed: int) -> tuple[list[Query], list[Query]]:
-    """(train, test) by a hash of the normalised prompt: equal prompts go together, whatever else is in the data."""
+    """Divides queries into (train, test) by a hash of the normalised prompt.
+
+    Equal prompts stay together, whatever else is in the data. `share` is the expected share of the test queries.
+    """
     parts: tuple[list[Query], list[Query]] = ([], [])
     for query in queries:
         drawn = int.from_bytes(_hash((str(seed), normalised(query.prompt)))[:8], "big") / 2**64
@@ -177,14 +191,14 @@ def divide(queries: Iterable[Query], *, share: float, seed: int) -> tuple[list[Q
 
 
 def histogram(texts: Iterable[str]) -> dict[str, int]:
-    """How many texts have 0, 1, 2-3, 4-7, 8-15 ... words; up to the longest, without gaps."""
+    """Counts the texts with 0, 1, 2-3, 4-7, 8-15 ... words, up to the longest text and without gaps."""
     counts = Counter(len(text.split()).bit_length() for text in texts)
     bins = [f"{2**i // 2}-{2**i - 1}" if i > 1 else str(i) for i in range(max(counts, default=0) + 1)]
     return {name: counts[i] for i, name in enumerate(bins)}
 
 
 def table(summary: Mapping[str, Mapping[str, Any]]) -> str:
-    """A summary for people."""
+    """Formats a summary for people."""
     lines = []
     for name, counts in summary.items():
         lines.append(name)
@@ -200,7 +214,7 @@ def table(summary: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def write(path: Path, queries: Sequence[Query], *, needs: str) -> None:
-    """JSONL that `load_queries` and TRL read: prompt and completion, or of pairs chosen and rejected, as texts or turns."""
+    """Writes JSONL that `load_queries` and TRL read: prompt and completion, or chosen and rejected, as texts or turns."""
     answered = any(query.completion for query in queries)
 
     def record(query: Query) -> dict[str, Any]:

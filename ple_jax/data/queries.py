@@ -1,4 +1,4 @@
-"""Records -> queries, what is left out and why, and which of them an iteration draws."""
+"""Converts records to queries, sorts out unusable ones with the reason, and draws the queries of an iteration."""
 
 import functools
 import hashlib
@@ -37,21 +37,21 @@ def load_queries(
     reads: Sequence[str] = (),
     optional: bool = False,
 ) -> QuerySet:
-    """The queries of a source, and the records that cannot be one.
+    """Loads the queries of a source, and the records that cannot be one.
 
     Args:
-        source, split, subsets, streaming: as `records.read` takes them.
+        source, split, subsets, streaming: as in `records.read`.
         format: records, hh, imdb or tldr: the functions of `formats`.
-        columns: our names -> the data's.
-        words: of imdb: fewest and most words of a review that are the query.
-        limit: use so many of them (0: all), drawn by `seed`, in the order of the source; of a stream the first.
-        seed: of that, and of imdb's number of words.
-        needs: what a record must have to be of use: prompt, completion or pair (of a chosen and a rejected answer).
-        reads: what else it must have, as `Reward.reads`: that is its `record`.
-        optional: it may also lack some of that, and then has None there.
+        columns: our column names -> the data's.
+        words: for imdb, fewest and most words of a review that are the query.
+        limit: the number of queries to use (0: all), drawn by `seed`, in the order of the source; of a stream, the first.
+        seed: of that draw, and of imdb's number of words.
+        needs: what a record must have to be used: prompt, completion or pair (a chosen and a rejected answer).
+        reads: what else a record must have, as in `Reward.reads`; it becomes the query's `record`.
+        optional: whether a record may lack some of that; its value is None then.
 
     Raises:
-        UserError: as `records.read`; no record at all; a column that is needed and that no record has.
+        UserError: as `records.read`; there is no record at all; no record has a column that is needed.
     """
     if format == "imdb" and not 1 <= words[0] <= words[1]:
         raise UserError(f"config.task.words={words!r} must be (fewest, most), at least 1: --config.task.words='(2, 8)'")
@@ -70,7 +70,10 @@ def load_queries(
 def _sorted_out(
     found: Iterable[records.Record], make: Callable[[records.Record], Query], *, streaming: bool, limit: int
 ) -> QuerySet:
-    """The queries that are made of records, and the records of which none can be; of a stream no more than is needed."""
+    """Returns the queries made of the records, and the records that cannot be one.
+
+    A stream is read no further than needed.
+    """
     queries: Compact[Query] = Compact()
     bad: list[Bad] = []
     places: dict[str, str] = {}
@@ -96,7 +99,7 @@ def _sorted_out(
 
 
 def _check_any(task: QuerySet, source: str) -> None:
-    """Raises a UserError if there is no record at all, or if a column that is needed has another name in all of them."""
+    """Raises a UserError if there is no record at all, or if a needed column has another name in all of them."""
     queries, bad = task
     if not queries and not bad:
         raise UserError(f"{source} holds no record; give a JSONL file with a `prompt` on each line")
@@ -106,7 +109,7 @@ def _check_any(task: QuerySet, source: str) -> None:
 
 
 def some(queries: Compact[Query], limit: int, seed: int) -> Compact[Query]:
-    """`limit` of them (0: all), drawn by `seed`, in their order."""
+    """Returns `limit` of the queries (0: all), drawn by `seed`, in their original order."""
     if not 0 < limit < len(queries):
         return queries
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, len(queries)])))
@@ -115,7 +118,7 @@ def some(queries: Compact[Query], limit: int, seed: int) -> Compact[Query]:
 
 
 def _maker(format: str, needs: str, **options: Any) -> Callable[[Mapping[str, Any], str], Query]:
-    """What makes a query of a record's values and its name; the options are imdb's."""
+    """Returns the function (values, name) -> query for a format; the options are those of imdb."""
     if format == "imdb":
         return lambda values, name: formats.imdb(values, needs=needs, name=name, **options)
     plain = {"records": formats.records, "hh": formats.hh, "tldr": formats.tldr}[format]
@@ -138,7 +141,11 @@ def _query(
 
 
 def _told(query: Query, values: Mapping[str, Any], name: str, *, optional: bool) -> Any:
-    """What a reward is told of a record under a name: the text of an answer of the query, or a column, as JSON has it."""
+    """Returns what a reward reads from a record under a name: the text of an answer of the query, or a column, as in JSON.
+
+    Raises:
+        Unusable: the record lacks it, and it is not optional.
+    """
     own = {"completion": str(query.completion), "rejected": str(query.rejected)}
     value = own[name] or values.get(name) or None if name in own else values.get(name)
     if value is None or value != value:  # NaN
@@ -154,7 +161,7 @@ def _told(query: Query, values: Mapping[str, Any], name: str, *, optional: bool)
 
 
 def _renamed(values: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str, Any]:
-    """Under our names; what is not renamed keeps its own."""
+    """Renames columns to our names; columns that are not named keep their own."""
     if not columns:
         return values
     theirs = {name: ours for ours, name in columns.items()}
@@ -164,10 +171,10 @@ def _renamed(values: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[s
 
 
 def disjoint(train: Sequence[Query], heldout: Sequence[Query]) -> tuple[Compact[Query], list[Bad]]:
-    """The train queries that are not held out too, and those that are.
+    """Returns the train queries that are not held out too, and those that are, as left-out records.
 
     Raises:
-        UserError: none is left.
+        UserError: no train query is left.
     """
     known = {query.prompt.strip(): query.id for query in heldout}
     kept: list[int] = []
@@ -184,7 +191,7 @@ def disjoint(train: Sequence[Query], heldout: Sequence[Query]) -> tuple[Compact[
 
 
 def digest(queries: Iterable[Query]) -> str:
-    """What tells one set of queries from another, whatever rewards read of its records."""
+    """Returns a digest that identifies a set of queries, without what rewards read from their records."""
     found = hashlib.sha256()
     for query in queries:
         turns = [query.prompt.messages, query.prompt.tools] if isinstance(query.prompt, Conversation) else None
@@ -195,7 +202,7 @@ def digest(queries: Iterable[Query]) -> str:
 
 
 def record_digest(queries: Iterable[Query]) -> str | None:
-    """What tells what rewards read of some queries' records from what they read of others; None where it is nothing."""
+    """Returns a digest of what rewards read from the records of some queries; None if they read nothing."""
     read = (json.dumps(query.record, sort_keys=True) for query in queries if query.record)
     if (first := next(read, None)) is None:
         return None
@@ -204,11 +211,11 @@ def record_digest(queries: Iterable[Query]) -> str | None:
 
 
 def draw(queries: Sequence[T], n: int, *, seed: int, iteration: int) -> list[T]:
-    """The queries of one iteration: without replacement, and every query once before any comes again.
+    """Draws the queries of one iteration without replacement; every query is drawn once before any is drawn again.
 
-    Passes over the data are permutations, each from (seed, number of the pass); iteration i takes places i * n to
-    (i + 1) * n of their concatenation. Where that crosses into the next pass, queries drawn already in this iteration are
-    moved behind the others of that pass.
+    Passes over the data are permutations, each drawn from (seed, number of the pass). Iteration i takes the places from
+    i * n up to (i + 1) * n of their concatenation. If that reaches into the next pass, queries already drawn in this
+    iteration are moved behind the others of that pass.
 
     Raises:
         UserError: n is larger than the number of queries.

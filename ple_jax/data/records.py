@@ -1,6 +1,6 @@
-"""Raw records, each with its place: of a built-in set, a file, a folder, or a data set on a hub. Nothing is judged here.
+"""Raw records, each with its place, from a built-in set, a file, a folder, or a data set on a hub. They are not judged here.
 
-No code of a data set is run: files are JSON, CSV and Parquet, and `datasets` has no loading scripts any more.
+No code of a data set is run: files are JSON, CSV and Parquet, and `datasets` no longer has loading scripts.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
 class Record(NamedTuple):
-    """What stands in one place, or why it cannot be read."""
+    """A raw record from one place, or the reason why it cannot be read."""
 
     where: str  # "file:line", or "user/name/subset/split:row"; lines and rows are counted from 1
     name: str  # likewise without folders and suffixes: the id of a record that has none
@@ -33,17 +33,17 @@ class Record(NamedTuple):
 
 
 def read(source: str, *, split: str = "train", subsets: Sequence[str] = (), streaming: bool = False) -> Iterator[Record]:
-    """The records of a source, one after the other; a line that cannot be read is one record with a problem.
+    """Yields the records of a source one after the other; a line that cannot be read is one record with a problem.
 
     Args:
-        source: a built-in set (ple_jax/data), a .jsonl, .json (an array, or lines), .csv or .parquet file, also with .gz, a
-            folder of such files or as `datasets` saves them, or the user/name of a data set on a hub.
-        split: of a folder or a data set on a hub.
-        subsets: of the same, one after the other: configurations if there are some of these names, else sub-folders.
-        streaming: of a data set on a hub: downloads no more than is asked for.
+        source: a built-in set (ple_jax/data); a .jsonl, .json (an array, or lines), .csv or .parquet file, also with .gz; a
+            folder of such files or as `datasets` saves them; or the user/name of a data set on a hub.
+        split: the split of a folder or of a data set on a hub.
+        subsets: subsets of the same, read one after the other: configurations if some have these names, else sub-folders.
+        streaming: for a data set on a hub, whether to download no more than is read.
 
     Raises:
-        UserError: no such source, split or subset; a file that is cut off; a data set that cannot be reached.
+        UserError: there is no such source, split or subset; a file is cut off; a data set cannot be reached.
     """
     path = find("data", ".jsonl", source) or Path(source)
     if path.is_file():
@@ -245,7 +245,11 @@ def _numbered(rows: Iterable[dict[str, Any]], where: str, name: str) -> Iterator
 
 
 def _datasets(source: str) -> Any:
-    """The library, without its progress bars, its hints and its counting of downloads."""
+    """Imports and returns `datasets`, without its progress bars, its hints and its counting of downloads.
+
+    Raises:
+        UserError: it is not installed.
+    """
     need("data", f"data set {source!r}", "datasets")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
@@ -273,7 +277,11 @@ def _dataset(source: str, split: str, options: dict[str, str], *, streaming: boo
 
 
 def _builder(source: str, split: str, subset: str) -> tuple[Any, dict[str, str]]:
-    """What `datasets` knows of a folder or a data set on a hub before it reads it, and how the subset is named to it."""
+    """Returns what `datasets` knows of a folder or hub data set before reading it, and the options that name the subset.
+
+    Raises:
+        UserError: there is no such subset or split, or the data set cannot be reached.
+    """
     datasets = _datasets(source)
     options: dict[str, str] = {}
     with _explained(source):
@@ -320,7 +328,7 @@ def _check_split(source: str, split: str, known: Iterable[str]) -> None:
 
 @contextlib.contextmanager
 def _explained(source: str) -> Iterator[None]:
-    """What `datasets` and a hub refuse, as one line that says what to do."""
+    """Turns any error of `datasets` or of a hub into a UserError: one line that says what to do."""
     try:
         yield
     except UserError:

@@ -1,4 +1,4 @@
-"""What speaks against a comparison, in sentences."""
+"""Warnings and notes about a comparison, in sentences: what weakens it, and what a reader should know."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,10 +13,10 @@ _TOLERANCE = 0.1  # of generated tokens, within which budgets are called equal
 
 
 def warnings(methods: Sequence[Method], *, equal_tokens: bool = True) -> list[str]:
-    """What makes the comparison weaker than it looks.
+    """Collects what makes the comparison weaker than it looks, a sentence each.
 
     Args:
-        equal_tokens: whether the methods should have generated as many; at equal KL they cannot.
+        equal_tokens: whether the methods should have generated the same number of tokens; at equal KL they cannot.
     """
     found = []
     trained = [method for method in methods if method.trained]
@@ -53,7 +53,12 @@ def warnings(methods: Sequence[Method], *, equal_tokens: bool = True) -> list[st
 
 
 def unreached(curves: Mapping[str, Any], view: str) -> list[str]:
-    """Says which methods do not get as far as the budget of a view, of `frontier.of`."""
+    """Says, a sentence for each method, how many of its runs never reach the KL budget of a view.
+
+    Args:
+        curves: what `frontier.of` returns.
+        view: the view, such as "kl_4".
+    """
     short = [row for row in curves["budgets"] if row["view"] == view and row["reached"] < row["runs"]]
     return [
         f"{row['method']}: {row['runs'] - row['reached']} of {row['runs']} runs never get to {row['budget']:g} nats a"
@@ -101,7 +106,7 @@ def undecided(wins: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def notes(methods: Sequence[Method]) -> list[str]:
-    """What a reader should know, and nothing is wrong with."""
+    """Collects what a reader should know although nothing is wrong with it, a sentence each."""
     found = []
     few = sorted({len(method.runs) for method in methods if method.trained and 1 < len(method.runs) < 5})
     if few:

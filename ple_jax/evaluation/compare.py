@@ -1,11 +1,11 @@
-"""The comparison of methods: the responses of several runs to one set of queries, under one evaluation, whatever made them.
+"""Compares methods: the responses of several runs to one set of queries, measured in the same way whatever produced them.
 
-What is estimated. A method's mean is the mean over its seeds of means over queries of means over samples; responses without
-a finite reward are left out and counted. Intervals and tests take seeds and queries as draws (`formulas.intervals`): what is
-shared by a seed or a query does not pass for evidence. Methods are tested against each other on the same queries and the
-same seeds; where one has fewer seeds, on those that both have. A start model was not trained and has no seed in that sense:
-its one run stands beside every seed of the others, whose spread it then does not add to. p-values are adjusted for all pairs
-of methods of one measure, also those that nobody had asked about (Holm 1979).
+A method's mean is the mean over its seeds of the means over queries of the means over samples; responses without a finite
+reward are left out and counted. Intervals and tests treat seeds and queries as random draws (`formulas.intervals`), so that
+what one seed or one query has in common does not pass for evidence. Methods are tested against each other on the same
+queries and the same seeds; where one has fewer seeds, on those that both have. A start model was not trained and has no seed
+in that sense: its one run is paired with every seed of the others, and does not add to their spread. p-values are adjusted
+for all pairs of methods of one measure, including those that nobody had asked about (Holm 1979).
 """
 
 import itertools
@@ -24,19 +24,19 @@ from ple_jax.evaluation.win_rates import Stored, about, judged, open_judge
 
 
 def results(named: Sequence[str], out: Path, *, config: Any, backend: str) -> Iterator[dict[str, Any]]:
-    """The comparison of runs, as `reports.comparison_files` writes it: one or several views, and the frontier.
+    """Yields the comparison of runs, in the form that `reports.comparison_files` writes: views, and the frontier.
 
-    A view is a comparison of checkpoints that were chosen alike: each run's best under one budget, or its last one. Where a
-    judge must be asked, which may take hours, all come first without the verdicts, and then whole.
+    A view compares checkpoints that were chosen alike: each run's best under one budget, or its last one. Where a judge must
+    be asked, which may take hours, the comparison is yielded twice: first without the verdicts, and then with them.
 
     Args:
-        named: entries as `evaluation.entries` has them. Methods keep the order in which they are named.
+        named: entries in the syntax of `evaluation.entries`. Methods keep the order in which they are named.
         out: an existing folder, where a judge's answers are kept.
-        config: its `seed` (of resampling and of what is judged) and `compare`.
-        backend: what a judge computes with, if it is a model.
+        config: the config, of which `seed` (for resampling and for the choice of queries to judge) and `compare` are read.
+        backend: jax or torch: what a judge that is a model runs on.
 
     Raises:
-        UserError: there is nothing to read, or what is there cannot be compared.
+        UserError: there is nothing to read, what is there cannot be compared, or `out` holds a run.
     """
     if (out / "config.json").exists():
         raise UserError(f"--workdir={out} holds a run; give a folder of its own to the comparison")
@@ -52,7 +52,7 @@ def results(named: Sequence[str], out: Path, *, config: Any, backend: str) -> It
 
 
 def _by_view(found: Sequence[entries.Found]) -> dict[str, list[Method]]:
-    """The methods of every view; a run has one label in all of them."""
+    """Groups the runs of every view into methods. A run has the same label in all views."""
     answers = [one for one in found if one.view != entries.POINTS]
     runs = labelled([read(one) for one in answers])
     check(runs)
@@ -65,7 +65,10 @@ def _by_view(found: Sequence[entries.Found]) -> dict[str, list[Method]]:
 def _of_view(
     view: str, methods: Sequence[Method], wanted: str, judge: Any, said: Sequence[str], out: Path, config: Any
 ) -> Iterator[dict[str, Any]]:
-    """The comparison of one view; `said` comes first of its warnings."""
+    """Yields the comparison of one view: without the verdicts if a judge must be asked, and then complete.
+
+    The sentences in `said` come first among its warnings.
+    """
     labels = [method.label for method in methods]
     baseline = wanted if wanted in labels else labels[0]
     if baseline != wanted:
@@ -91,7 +94,11 @@ def _of_view(
 
 
 def _baseline(labels: Sequence[str], config: Any) -> str:
-    """The method that others are tested against: the one that is asked for, or the first."""
+    """Returns the label of the method that the others are tested against: config.compare.baseline, or the first label.
+
+    Raises:
+        UserError: no method has the label in config.compare.baseline.
+    """
     baseline = labels[0] if config.compare.baseline is None else config.compare.baseline
     if baseline not in labels:
         raise UserError(
@@ -102,7 +109,7 @@ def _baseline(labels: Sequence[str], config: Any) -> str:
 
 
 def settings(methods: Sequence[Method]) -> dict[str, Any]:
-    """What all runs have in common."""
+    """Returns the data, the sampling options and the rewards that all runs share, and the base models that they have."""
     runs = [run.generated for method in methods for run in method.runs]
     own = runs[0].settings
     return {
@@ -115,7 +122,10 @@ def settings(methods: Sequence[Method]) -> dict[str, Any]:
 
 
 def examples(methods: Sequence[Method], count: int) -> list[dict[str, Any]]:
-    """The first queries in file order, with the first response of every method's first seed: nothing is selected."""
+    """Returns the first `count` queries in file order, each with the first response of every method's first seed.
+
+    Nothing is selected by its content.
+    """
     rows = []
     for q, rollout in enumerate(methods[0].runs[0].generated.rollouts[:count]):
         prompt = rollout.prompt

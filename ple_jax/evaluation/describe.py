@@ -1,4 +1,4 @@
-"""What is measured of the responses that one model gave."""
+"""Measures of the responses that one model gave: rewards, likelihoods, lengths, diversity and overlap with references."""
 
 import math
 
@@ -21,27 +21,30 @@ from ple_jax.formulas.texts import (
 
 
 def check_installed() -> None:
-    """Raises a UserError where a library that references need is not installed: before anything is sampled."""
+    """Raises a UserError if a library that is needed where there are references is missing: sacrebleu or rouge_score.
+
+    It is called before anything is sampled.
+    """
     need("eval", "BLEU", "sacrebleu")
     need("eval", "ROUGE", "rouge_score")
 
 
 def describe(generated: Generated) -> dict[str, float]:
-    """Every measure of one set of responses: what --mode=compare tabulates for one seed of one method.
+    """Computes every measure of one set of responses: what --mode=compare tabulates for one seed of one method.
 
-    | key | of |
+    | key | value |
     |---|---|
     | reward, reward_second | mean over queries of the mean of its finite rewards: the one trained on, and the one held out |
     | bad_reward | share of responses without a finite reward |
     | perplexity, perplexity_references | of responses and of references under the base model and the plain prompt |
     | kl, kl_token | KL(policy, base), nats, mean per response and per token |
-    | length, length_words | mean tokens (with an EOS that was sampled) and words of a response |
+    | length, length_words | mean tokens (with an EOS that was sampled) and mean words of a response |
     | distinct_1, distinct_2, distinct_3, msttr | diversity in words, of all responses together |
-    | bleu, rouge1, rouge2, rougeL | beside the references; every response of a query has the same one |
+    | bleu, rouge1, rouge2, rougeL | against the references; every response to a query has the same one |
     | repetition, refusal, empty, truncated | shares; truncated: not finished, and as long as max_new_tokens |
-    | overlap | share of trigrams that stand in the principles |
+    | overlap | mean share of a response's trigrams that stand in the principles |
 
-    Distinct-n falls with the number of words, and MSTTR is of so few where there is no whole segment that it says little:
+    Distinct-n falls with the number of words, and MSTTR says little where there are too few words for a whole segment:
     compare them at equal numbers of responses and about equal lengths. A key whose inputs are absent (no second reward, no
     reference ...) is left out.
 
@@ -53,7 +56,7 @@ def describe(generated: Generated) -> dict[str, float]:
 
 
 def _per_response(generated: Generated, key: str) -> np.ndarray:
-    """What the scores have of every response; nan where they have nothing."""
+    """Returns the value of a key of the scores for every response, as one flat array; nan where there is none."""
     found = zip(generated.scores, generated.rollouts, strict=True)
     return floats([x for line, rollout in found for x in line.get(key, [None] * len(rollout.responses))])
 

@@ -1,9 +1,9 @@
-"""The first quantity in which two runs differ: what each did, in the order in which it did it, side by side.
+"""Finds the first quantity in which two runs differ, by comparing what each did in the order in which it did it.
 
-A run is deterministic, so two of the same config on the same machine differ nowhere; where they do, everything after the
-first difference may follow from it. Compared are the configs, and then of every iteration the evaluation before it, the
-responses that it sampled (prompts, noise, tokens, log-probabilities), their rewards and scores, what was decided, and what
-the loss said: each for all queries before the next.
+A run is deterministic, so two runs of the same config on the same machine do not differ. Where they do, everything after the
+first difference may follow from it. The configs are compared first. Then follow, for every iteration, the evaluation before
+it, the responses that it sampled (prompts, noise, tokens, log-probabilities), their rewards and scores, what was decided,
+and the loss. Each quantity is compared for all queries before the next one.
 """
 
 import math
@@ -24,7 +24,7 @@ _TIMED = ("seconds", "per_second", "memory")  # parts of metrics' names that are
 
 
 class Difference(NamedTuple):
-    """Where two runs differ, and what each has there."""
+    """A place where two runs differ, and the value that each of them has there."""
 
     quantity: str  # config, prompt, noise, token, log-probability, reward, score, decision, loss, measure or length
     where: str
@@ -40,10 +40,16 @@ def _shown(value: Any) -> str:
 
 
 def of(one: Path, other: Path) -> list[Difference]:
-    """The keys of their configs that differ, and the first difference of what they did; nothing where there is none.
+    """Compares two runs, and returns the config keys that differ and the first difference in what the runs did.
+
+    Args:
+        one, other: work directories.
+
+    Returns:
+        The differences; an empty list where there is none.
 
     Raises:
-        UserError: one of them is no run, or a file is damaged.
+        UserError: one of the folders holds no run, or a file is damaged.
     """
     for folder in (one, other):
         if not recorded(folder):
@@ -56,7 +62,7 @@ def _first(found: Iterator[Difference]) -> list[Difference]:
 
 
 def _configs(one: Path, other: Path) -> Iterator[Difference]:
-    """Keys with a part in the result."""
+    """Yields the differences in config keys that have a part in the result."""
     kept = [identity.upgraded(recorded(folder) or {}, folder / "config.json") for folder in (one, other)]
     kept = [identity.completed(kept[i], kept[1 - i]) for i in (0, 1)]  # of an earlier version one has fewer keys
     flat = [flatten({k: v for k, v in each.items() if k != "changed"}) for each in kept]
@@ -67,7 +73,7 @@ def _configs(one: Path, other: Path) -> Iterator[Difference]:
 
 
 def _done(one: Path, other: Path) -> Iterator[Difference]:
-    """What differs, in the order of time."""
+    """Yields the differences in what the runs did, in the order of time."""
     lines = [_metrics(folder) for folder in (one, other)]
     journals = {int(path.stem[5:]) for folder in (one, other) for path in (folder / "rollouts").glob("iter_????.jsonl")}
     for number in sorted({*lines[0], *lines[1], *journals}):
@@ -170,7 +176,10 @@ def _metrics(folder: Path) -> dict[int, Mapping[str, Any]]:
 
 
 def _of_metrics(lines: Sequence[Mapping[int, Mapping[str, Any]]], number: int, quantity: str) -> Iterator[Difference]:
-    """What an iteration said, its loss first; or what its evaluation measured."""
+    """Yields the differences between two lines of metrics.jsonl, the loss first; timings are not compared.
+
+    The quantity "measure" stands for the metrics of the evaluation, and "loss" for all others.
+    """
     both = [of.get(number) for of in lines]
     if both[0] is None or both[1] is None:
         if both[0] is not both[1]:
@@ -186,5 +195,5 @@ def _of_metrics(lines: Sequence[Mapping[int, Mapping[str, Any]]], number: int, q
 
 
 def _equal(one: Any, other: Any) -> bool:
-    """Nan is as good as nan."""
+    """Says whether two values are equal, where nan equals nan."""
     return one == other or (isinstance(one, float) and isinstance(other, float) and math.isnan(one) and math.isnan(other))

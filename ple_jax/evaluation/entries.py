@@ -1,8 +1,9 @@
-"""What --runs names: folders of responses, work directories, and which of a run's checkpoints is meant.
+"""Reads the entries of --runs, which name folders of responses, work directories, and checkpoints of runs.
 
-An entry is `path` or `label=path`, globs allowed, and may end in `@` and a checkpoint as `config.checkpoint.use` names it:
-`PLE=runs/ple_*@kl_4` are the answers of the best checkpoint within 4 nats, `@newest` those of the last one, `@best` those
-of the best under the largest budget. `LABEL=path@points` are no answers: the run's evaluations alone, for the frontier.
+An entry is `path` or `label=path`. It may contain globs, and may end in `@` and a checkpoint as `config.checkpoint.use`
+names it: `PLE=runs/ple_*@kl_4` stands for the answers of the best checkpoint within 4 nats, `@newest` for those of the last
+one, and `@best` for those of the best one under the largest budget. `LABEL=path@points` stands for no answers, but for the
+run's evaluations alone, which the frontier shows.
 """
 
 import glob
@@ -38,7 +39,7 @@ SUMMARY: dict[str, Rule] = {"best": _points, "points": _points}
 
 
 class Found(NamedTuple):
-    """One set of responses, or a run's evaluations."""
+    """One set of responses that an entry names, or the evaluations of a run (where `view` is "points")."""
 
     label: str  # "" if none was given
     folder: Path  # of responses
@@ -51,20 +52,21 @@ class Found(NamedTuple):
 
 
 class Expanded(NamedTuple):
-    """All that the entries name, and what of it is left out."""
+    """All that the entries name, and what was left out of it."""
 
     found: list[Found]
     left_out: list[str]  # in sentences
 
 
 def expand(entries: Iterable[str]) -> Expanded:
-    """What the entries name, globs expanded in order of name.
+    """Finds what the entries name, with globs expanded in order of name.
 
-    Work directories without a checkpoint stand for those with which all of them have answered; where there is none, for
-    their newest answers.
+    Work directories without a checkpoint stand for every checkpoint with which all of them have answered. If none of them
+    has answered with the checkpoint of a budget, they stand for their newest answers.
 
     Raises:
-        UserError: nothing is there, a folder holds no responses or several sets of them, or is named twice.
+        UserError: nothing is there, a folder holds no responses or several sets of them, something is named twice, or no
+            checkpoint is common to all runs.
     """
     found: list[Found] = []
     open_: list[Found] = []  # whose checkpoints are all that have answered
@@ -97,12 +99,18 @@ def _check(found: Sequence[Found]) -> None:
 
 
 def _trained(one: Found) -> bool:
-    """Whether these are a run's own answers under the plain prompt, and not those of what it starts from."""
+    """Says whether an entry is a run's own answers under the plain prompt, and not those of the model it started from."""
     return re.fullmatch(r"trained(_step_\d+)?", one.folder.name) is not None
 
 
 def _common(found: Sequence[Found], open_: Sequence[Found]) -> tuple[list[Found], list[str]]:
-    """The entries, with those that name no checkpoint once for each with which all of these have answered."""
+    """Replaces each entry without a checkpoint, which are those in `open_`, by one for each checkpoint that they all share.
+
+    Returns the entries, and a sentence for each checkpoint that is left out since some of them have not answered with it.
+
+    Raises:
+        UserError: they share no checkpoint.
+    """
     files = {one: {view: file for view, file in _by_view(one.workdir).items() if file.exists()} for one in open_}
     seen = list(dict.fromkeys(view for of in files.values() for view in of if view != "best"))
     shared = [view for view in seen if all(view in of for of in files.values())]
@@ -124,7 +132,7 @@ def _common(found: Sequence[Found], open_: Sequence[Found]) -> tuple[list[Found]
 
 
 def _parts(entry: str) -> tuple[str, str, str]:
-    """Label, pattern and checkpoint of an entry; a path may hold = and @ itself."""
+    """Splits an entry into label, pattern and checkpoint. A path may itself contain = and @."""
     if _folders(entry):
         return "", entry, ""
     rest, _, view = entry.rpartition("@")
@@ -144,7 +152,10 @@ def _folders(pattern: str) -> list[Path]:
 
 
 def _of_path(label: str, path: Path, view: str) -> Found:
-    """The set of responses that a path stands for; without a checkpoint the newest one."""
+    """Returns the set of responses that a path stands for.
+
+    Without a checkpoint it is the newest one, unless `_common` chooses among several later.
+    """
     if any(path.glob("iter_*.scores.jsonl")):
         if view:
             raise UserError(f"--runs: {path} is a folder of responses, and @{view} goes with a work directory")
@@ -169,7 +180,10 @@ def _of_path(label: str, path: Path, view: str) -> Found:
 
 
 def _by_view(workdir: Path) -> dict[str, Path]:
-    """Checkpoint of a finished run -> the file that its answers are in, or would be."""
+    """Maps each checkpoint of a finished run to the file that its answers are in, or would be in.
+
+    The result is empty if the run is not finished.
+    """
     summary = read_json(workdir / "summary.json") or {}
     if wrong := misshapen(summary, SUMMARY):
         raise Damaged(f"{workdir / 'summary.json'} is damaged ({wrong}); give the training's command again, which writes it")
@@ -186,7 +200,7 @@ def _found(label: str, file: Path, view: str) -> Found:
 
 
 def _responses(path: Path) -> Path:
-    """The folder of responses of the trained policy, or the only one of a work directory."""
+    """Finds the folder of responses of the trained policy in a work directory, or else the only such folder there."""
     found = sorted(scores.parent for scores in path.glob("responses/*/iter_*.scores.jsonl"))
     names = list(dict.fromkeys(folder.name for folder in found))
     if "trained" in names:
@@ -199,7 +213,10 @@ def _responses(path: Path) -> Path:
 
 
 def views(found: Sequence[Found]) -> list[str]:
-    """The checkpoints that are compared: budgets ascending, then the others, the newest last; "" where none is named."""
+    """Returns the checkpoints that are compared: budgets in ascending order, then the others, the newest last.
+
+    The list is [""] if the entries name no checkpoint.
+    """
     return sorted({one.view for one in found} - {"", POINTS}, key=_order) or [""]
 
 
@@ -208,5 +225,5 @@ def _order(view: str) -> tuple[float, bool]:
 
 
 def budget(view: str) -> float:
-    """Nats per response of a view; nan of one without."""
+    """Returns the budget of a view in nats per response; nan for a view without one."""
     return float(view.removeprefix("kl_")) if view.startswith("kl_") else float("nan")

@@ -1,8 +1,8 @@
-"""Runs as curves, reward against KL: what a method reaches at a budget of drift, and how much of it on the way.
+"""Runs as curves of reward against KL: what a method reaches at a KL budget, and what it has on the way there.
 
-A curve is a run's evaluations in the order of training, on the dev split, as far as each is further from the start than all
-before it: reward is a function of KL there, and between two evaluations it is taken to be linear. What a method has at a
-budget is the mean over the seeds that reach it, with an interval over these seeds.
+A curve consists of a run's evaluations on the dev split, in the order of training, at which KL is larger than at all before.
+Reward is then a function of KL, which is taken to be linear between two evaluations. What a method has at a budget is the
+mean over the seeds that reach it, with an interval over these seeds.
 """
 
 import math
@@ -22,7 +22,7 @@ COLUMNS = ("iteration", "step", "within", "kl", "kl_low", "kl_high", "reward", "
 
 
 class Curve(NamedTuple):
-    """The evaluations of a run."""
+    """The evaluations of one run, with its label, seed and learning rate."""
 
     label: str
     seed: int
@@ -34,7 +34,11 @@ class Curve(NamedTuple):
 
 
 def rising(kl: Float64[np.ndarray, " point"], value: Float64[np.ndarray, " point"]) -> tuple[np.ndarray, np.ndarray]:
-    """The points at which KL is larger than at all before; those without a value are out."""
+    """Keeps the points at which KL is larger than at all points before; points without a finite value are dropped.
+
+    Returns:
+        KL and value of the points that are kept.
+    """
     known = np.isfinite(kl) & np.isfinite(value)
     kl, value = kl[known], value[known]
     before = np.maximum.accumulate(np.concatenate([[-np.inf], kl[:-1]])) if len(kl) else kl
@@ -42,20 +46,24 @@ def rising(kl: Float64[np.ndarray, " point"], value: Float64[np.ndarray, " point
 
 
 def at(kl: Float64[np.ndarray, " point"], value: Float64[np.ndarray, " point"], limit: float) -> float:
-    """The value where the curve first gets to `limit` nats; nan where it does not.
+    """Computes the value where the curve first reaches `limit` nats; nan where it does not.
 
-    >>> at(np.array([0.0, 4.0, 3.0, 8.0]), np.array([0.0, 1.0, 9.0, 3.0]), 6.0)
-    2.0
+    Examples:
+        >>> at(np.array([0.0, 4.0, 3.0, 8.0]), np.array([0.0, 1.0, 9.0, 3.0]), 6.0)
+        2.0
     """
     x, y = rising(kl, value)
     return float(np.interp(limit, x, y)) if len(x) and x[0] <= limit <= x[-1] else math.nan
 
 
 def area(kl: Float64[np.ndarray, " point"], value: Float64[np.ndarray, " point"], limit: float) -> float:
-    """The mean value over the way from the first point to `limit` nats, its area over its width; nan if it ends before.
+    """Computes the mean value between the curve's first point and `limit` nats: the area under it divided by its width.
 
-    >>> area(np.array([0.0, 4.0, 8.0]), np.array([0.0, 1.0, 1.0]), 8.0)
-    0.75
+    It is nan where the curve ends before `limit`.
+
+    Examples:
+        >>> area(np.array([0.0, 4.0, 8.0]), np.array([0.0, 1.0, 1.0]), 8.0)
+        0.75
     """
     x, y = rising(kl, value)
     if not len(x) or not x[0] < limit <= x[-1]:
@@ -66,11 +74,15 @@ def area(kl: Float64[np.ndarray, " point"], value: Float64[np.ndarray, " point"]
 
 
 def of(found: Sequence[Found], views: Mapping[str, Sequence[Method]], seed: int) -> dict[str, Any]:
-    """The curves of all runs and, for every view with a budget, what each of its methods has there.
+    """Collects the curves of all runs and, for every view with a budget, what each of its methods has there.
 
     Args:
-        found: all entries, also those of points alone.
+        found: all entries, including those that name evaluations alone.
         views: the methods of every view.
+        seed: of the resampling for intervals.
+
+    Returns:
+        "runs", with the evaluations of every run as columns, and "budgets", a row for each method and budget.
     """
     members = {
         (view, method.label): {run.workdir for run in method.runs if run.trained}
@@ -104,14 +116,14 @@ def _curve(workdir: Path, label: str) -> Curve:
 
 
 def _of_line(line: Mapping[str, Any]) -> dict[str, Any]:
-    """The evaluation of a line of metrics.jsonl, of a run that is not finished."""
+    """Returns the evaluation in a line of metrics.jsonl, for a run that is not finished."""
     measured = {name: line.get(metric(name)) for name in ("kl", "kl_low", "kl_high", "reward", "second")}
     spent = {name: line[f"total_{name}"] for name in ("generated_tokens", "seconds")}
     return {"iteration": line["iteration"], **measured, **spent}
 
 
 def _at_budget(curves: Sequence[Curve], limit: float, seed: int) -> dict[str, Any]:
-    """How many seeds reach a budget; the reward, the second one and the area there, with their intervals."""
+    """Counts the seeds that reach a budget, and computes reward, second reward and area there, with their intervals."""
     row: dict[str, Any] = {"runs": len(curves)}
     row["reached"] = sum(not math.isnan(at(curve.values("kl"), curve.values("reward"), limit)) for curve in curves)
     for name, measured, key in (("reward", at, "reward"), ("second", at, "second"), ("area", area, "reward")):

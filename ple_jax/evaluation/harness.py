@@ -1,7 +1,8 @@
-"""What alignment costs: tasks of lm-evaluation-harness before and after, through our own sampler and log-probabilities.
+"""Measures what alignment costs: tasks of lm-evaluation-harness before and after training, by our own sampler.
 
-WORKDIR/harness/start.json and trained_iter_NNNN.json (or trained_step_N.json) hold the figures of every task. What was
-answered is kept beside them, by what it depends on, so that a command that is given again asks only what is new.
+WORKDIR/harness/start.json and trained_iter_NNNN.json (or trained_step_N.json) hold the figures of every task, from our own
+sampler and log-probabilities. The answers are kept beside them, under a name that stands for all that they depend on, so
+that a command that is given again asks only what is new.
 """
 
 import contextlib
@@ -43,7 +44,7 @@ _KNOWN = ("until", "max_gen_toks", "do_sample", "temperature", *_SAMPLER)
 
 
 def check(config: Any) -> None:
-    """Raises a UserError where there is nothing to do, a task that is not known, or no lm-evaluation-harness."""
+    """Raises a UserError if no task is named, a task is not known, or lm-evaluation-harness is not installed."""
     need("harness", "--mode=harness")
     options = config.harness
     if not options.tasks:
@@ -61,7 +62,10 @@ def check(config: Any) -> None:
 
 @functools.cache
 def _manager(include: str | None, tasks: Sequence[str]) -> Any:
-    """Of the user's own tasks, where these are all that is asked; else of the harness's too, which are thousands."""
+    """Returns the harness's task manager.
+
+    It has the user's own tasks alone if these are all that is asked for; else also the thousands of the harness.
+    """
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -73,10 +77,10 @@ def _manager(include: str | None, tasks: Sequence[str]) -> Any:
 
 
 def _loaded(config: Any) -> dict[str, Any]:
-    """Name -> task, its data at hand.
+    """Loads the tasks of config.harness with their data, by name.
 
     Raises:
-        UserError: they cannot be had.
+        UserError: a task or its data cannot be loaded.
     """
     try:
         return _manager(config.harness.include, config.harness.tasks).load(list(config.harness.tasks))["tasks"]
@@ -90,7 +94,7 @@ def _loaded(config: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """A context in which the harness starts no processes: JAX does not survive them."""
+    """Keeps the harness from starting processes inside the context, since JAX does not survive them."""
     name, before = "DISABLE_MULTIPROC", os.environ.get("DISABLE_MULTIPROC")
     os.environ[name] = "1"
     try:
@@ -106,7 +110,11 @@ def alone() -> Iterator[None]:
 
 
 def file_of(workdir: Path, point: Mapping[str, Any] | None) -> Path:
-    """Where the figures are of the policy at an evaluation (`within`, then `step`, and `iteration`), or of the start."""
+    """Returns the path of the figures of the policy at an evaluation, or of the start model if `point` is None.
+
+    Args:
+        point: the evaluation, of which `within` and then `step` or `iteration` are read.
+    """
     if point is None:
         return workdir / FOLDER / "start.json"
     name = f"step_{point['step']}" if point["within"] else f"iter_{point['iteration']:04d}"
@@ -114,14 +122,14 @@ def file_of(workdir: Path, point: Mapping[str, Any] | None) -> Path:
 
 
 def evaluate(run: Run[Any], file: Path) -> dict[str, Any]:
-    """The figures of the run's policy as it is now, which are also written to the file, beside those of other tasks there.
+    """Evaluates the run's policy as it is now, and writes its figures to the file, beside those of other tasks there.
 
     Returns:
-        Task -> settings, version, a digest of its questions, how many there are, and of every measure value and standard
-        error (None where the harness gives none).
+        What the file then holds: a digest of what the answers depend on, and by task: settings, version, a digest of its
+        questions, how many there are, and of every measure value and standard error (None where the harness gives none).
 
     Raises:
-        UserError: the data of a task cannot be had, or nothing ends an answer.
+        UserError: the data of a task cannot be had, or the tokenizer has neither a BOS nor an EOS.
     """
     from lm_eval import simple_evaluate
 
@@ -152,19 +160,22 @@ def _depends(run: Run[Any]) -> dict[str, Any]:
 
 
 def _of_answers(run: Run[Any]) -> str:
-    """What the answers of this policy are kept by: the adapter, and the keys that they depend on."""
+    """Computes the digest by which the answers of this policy are kept: of the adapter and the keys that they depend on."""
     adapter = [name.encode() + tensor.tobytes() for name, tensor in sorted(run.backend.adapter().items())]
     return identity.digest([json.dumps(_depends(run), sort_keys=True).encode(), *adapter])
 
 
 def _asks_for_greedy(task: Any) -> bool:
-    """Whether a task asks if its answers are the likeliest: of one answer always, of several for exact_match alone."""
+    """Says whether a task asks if its answers are the likeliest ones.
+
+    A task with one answer (loglikelihood) always does, a task with several only if it measures exact_match.
+    """
     measures = [of.get("metric") for of in task.config.metric_list or ()]
     return task.OUTPUT_TYPE == "loglikelihood" or (task.OUTPUT_TYPE == "multiple_choice" and "exact_match" in measures)
 
 
 def _figures(found: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Of what the harness says, the figures of every task, and of groups of tasks."""
+    """Yields the name and the figures of every task, and of groups of tasks, from the harness's result."""
     for task, values in found["results"].items():
         measures = {}
         for key, value in values.items():
@@ -185,13 +196,14 @@ def _figures(found: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 # one piece: the class is made where the harness is imported, which no other mode needs
 def policy(run: Run[Any], greedy: frozenset[str] = frozenset()) -> Any:
-    """The run's policy as one of the harness's models.
+    """Wraps the run's policy as one of the harness's models.
 
-    Tokens and texts are those of training: the tokenizer's own special tokens, but for an EOS at the end of what goes on;
-    with a chat template, its prompts, and answers without thoughts.
+    Tokens and texts are those of training. The tokenizer adds its own special tokens, except for an EOS at the end of a text
+    that is to be continued. With a chat template, prompts are as it writes them, and answers come without thoughts.
 
     Args:
-        greedy: tasks that ask whether an answer is the likeliest there is; others are told that none is, unless it shows.
+        greedy: tasks that ask whether an answer is the likeliest there is. For other tasks the result is that it is not,
+            unless its log-probabilities alone show that it is.
     """
     from lm_eval.api.model import TemplateLM
     from lm_eval.models.utils import normalize_gen_kwargs
@@ -282,11 +294,12 @@ def policy(run: Run[Any], greedy: frozenset[str] = frozenset()) -> Any:
 
 
 def opened(turns: list[dict[str, Any]], form: template.Form) -> str:
-    """The turns as the chat template writes them, open for an answer; a system turn stands where principles do, also under a
-    template that takes none.
+    """Renders the turns with the chat template, open for an answer.
+
+    A system turn takes the place of the principles, so it also works under a template that takes no system turn.
 
     Raises:
-        UserError: it takes no such turns.
+        UserError: the template refuses the turns.
     """
     system = turns[0]["content"] if turns[0]["role"] == "system" and len(turns) > 1 else None
     try:
@@ -299,16 +312,16 @@ def opened(turns: list[dict[str, Any]], form: template.Form) -> str:
 
 
 def _fitting(context: Sequence[int], answer: Sequence[int], most: int) -> tuple[list[int], list[int]]:
-    """Of what is longer than the model takes, the end: at least one token of the context."""
+    """Drops leading tokens until context and answer fit into `most` tokens; at least one token of the context stays."""
     answer = list(answer)[-(most - 1) :]
     return list(context)[-(most - len(answer)) :], answer
 
 
 def scored(run: Run[Any], pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Iterator[tuple[int, np.ndarray]]:
-    """(number, float64 log-probabilities of the answer's tokens, nats) of every pair of a context and an answer.
+    """Yields the number of each pair of a context and an answer, and its answer tokens' log-probabilities (float64, nats).
 
-    Answers to one context share its row, as many as are not longer together than it: it is computed once for them. Long
-    ones come first, so that what does not fit into the memory shows at once.
+    Answers to one context share its row, so that it is computed once for them, as long as they are together not longer than
+    the context. Long rows come first, so that what does not fit into the memory shows at once.
     """
     rows = sorted(_rows(pairs), key=lambda row: (-len(row[1]), -len(row[0]), row[1]))
     shape, size = run.config.sampling.bucket, run.config.optimizer.micro_queries
@@ -331,7 +344,7 @@ def scored(run: Run[Any], pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) 
 
 
 def _rows(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Iterator[tuple[tuple[int, ...], list[int]]]:
-    """A context and the numbers of the answers that share its row."""
+    """Yields each context with the numbers of the answers that share its row."""
     contexts: dict[tuple[int, ...], list[int]] = {}
     for i, (context, _) in enumerate(pairs):
         contexts.setdefault(tuple(context), []).append(i)
@@ -346,7 +359,7 @@ def _rows(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Iterator[tupl
 
 
 def _likeliest(run: Run[Any], pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[bool]:
-    """Whether each answer is what the policy says where it always takes the likeliest token."""
+    """Says for each answer whether it is what greedy decoding gives after its context."""
     if not pairs:
         return []
     new = max(len(answer) for _, answer in pairs)
@@ -355,7 +368,12 @@ def _likeliest(run: Run[Any], pairs: Sequence[tuple[Sequence[int], Sequence[int]
 
 
 def _answers(run: Run[Any], asked: Sequence[Sequence[int]], how: Mapping[str, Any]) -> list[Response]:
-    """What is sampled as a task has it; of a prompt that leaves too little room the end, at least half of what fits."""
+    """Samples responses with the options that a task gives.
+
+    Where prompts and answers are together longer than the model's context, answers are limited to the room that the longest
+    prompt leaves, or to half of the context if that is more. Prompts then keep their last tokens, at least half of what
+    fits.
+    """
     context, longest = run.base.context, max(map(len, asked))
     new = how["max_gen_toks"]
     if longest + new > context:
@@ -383,7 +401,7 @@ def _sampled(run: Run[Any], asked: Sequence[Sequence[int]], sampling: Sampling) 
 
 
 def _until(text: str, stops: Sequence[str]) -> str:
-    """The text up to the first of the stops."""
+    """Returns the text before the first of the stop strings."""
     for stop in filter(None, stops):
         text = text.split(stop, 1)[0]
     return text
@@ -393,10 +411,11 @@ def _until(text: str, stops: Sequence[str]) -> str:
 
 
 def rows(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """A row for each measure of each task: before, after, their difference and its standard error; None what is not known.
+    """Makes a row for each measure of each task: before, after, their difference and its standard error; None if not known.
 
-    The error takes the two for independent, and they answer the same questions: it is too large rather than too small.
-    Figures before training of other questions, or of other settings, than those after it are not known.
+    The standard error treats the two values as independent although they answer the same questions, so it is too large
+    rather than too small. A value before training counts as unknown if it is of other questions, another version or other
+    settings than the one after it.
     """
     earlier, later = (found["tasks"] if found else {} for found in (before, after))
     found = []
@@ -424,7 +443,7 @@ _NAMED = ("answers_to", "fewshot")  # settings that a figure is told with
 
 
 def said(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """The rows as lines of text."""
+    """Yields the rows as lines of text."""
     for row in found:
         values = " -> ".join(f"{value:.4f}" for value in (row["before"], row["after"]) if value is not None)
         change = "" if row["difference"] is None else f" ({row['difference']:+.4f})"
@@ -434,13 +453,17 @@ def said(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def of_workdir(workdir: Path, point: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """What is known of a run and one of its checkpoints, as `rows`; of no checkpoint, of the start."""
+    """Reads what is known of a run and one of its checkpoints, as `rows`; if `point` is None, of the start model alone."""
     before = read_json(file_of(workdir, None))
     return rows(before, None if point is None else read_json(file_of(workdir, point)))
 
 
 def newest(workdir: Path, point: Mapping[str, Any] | None) -> tuple[list[dict[str, Any]], str]:
-    """The rows of a run's report, and which checkpoint they are of, in words: that of the point, or else the last asked."""
+    """Reads the rows of a run's report, and names the checkpoint that they are of, such as "iteration 0004".
+
+    It is the checkpoint of `point` if there are figures of it, or else the one with the newest figures; the name is "" if no
+    checkpoint has figures.
+    """
     files = sorted((workdir / FOLDER).glob("trained_*.json"), key=lambda file: file.stat().st_mtime)
     wanted = file_of(workdir, point) if point is not None else None
     if wanted is None or not wanted.exists():

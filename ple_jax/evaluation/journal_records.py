@@ -1,12 +1,12 @@
 """Labelled responses as records of data sets, which our own formats and TRL read.
 
-preference         prompt, chosen, rejected: the pairs that are ranked, or of which one response is better; of an algorithm
-                   that learns from the records' own pairs, these
+preference         prompt, chosen, rejected: the pairs that are ranked, or in which one response is better; for an
+                   algorithm that learns from the records' own pairs, these
 sft                prompt, completion: the best response to every query, or the record's own
 prompt_completion  prompt, completion, and what was decided of it: every response of the policy
 
-A prompt of turns, or of a run with config.task.chat, and its answers are lists of turns; all others are texts, of which an
-answer continues its prompt. Responses without a text are left out, as no format takes them.
+Prompt and answers are lists of turns if the prompt is a conversation or the run has config.task.chat. Otherwise they are
+texts, and an answer continues its prompt. Responses without a text are left out, as no format takes them.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +21,15 @@ _UNDECIDED = ("blended", "dropped")  # decisions by which no response is better 
 
 
 def of(labelled: Mapping[int, Sequence[Rollout]], algorithm: Algorithm, config: Any) -> dict[str, list[dict[str, Any]]]:
-    """Name of a data set -> its records, of the rollouts of each iteration."""
+    """Makes the records of each data set from labelled rollouts.
+
+    Args:
+        labelled: the rollouts of each iteration, by its number.
+        algorithm, config: what labelled them.
+
+    Returns:
+        Name of a data set -> its records.
+    """
     found: dict[str, list[dict[str, Any]]] = {"preference": [], "sft": [], "prompt_completion": []}
     for number, rollouts in labelled.items():
         for rollout in rollouts:

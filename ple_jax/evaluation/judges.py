@@ -1,7 +1,7 @@
-"""Who of two responses to a prompt is better: judges, their questions in both orders, and win rates.
+"""Judges, which say which of two responses to a prompt is better; their questions in both orders, and win rates.
 
-A verdict is a float: 1 the first is better, 0 neither is, -1 the second is, nan where there is none. `load_judge`
-makes a judge; `compare` asks it what the cache does not hold yet; `win_rate` counts.
+A verdict is a float: 1 if the first response is better, 0 if neither is, -1 if the second is, nan if there is none.
+`load_judge` makes a judge; `compare` asks it what the cache does not hold yet; `win_rate` counts its verdicts.
 """
 
 import json
@@ -27,9 +27,9 @@ Decide = Callable[..., Sequence[float]]
 
 @dataclass(frozen=True)
 class Judge:
-    """Says of two responses to a prompt which is better: (prompts, first, second) -> one verdict each.
+    """A judge of pairs of responses: `decide` takes (prompts, first, second) and returns one verdict for each pair.
 
-    What it `reads` of the record it is told by name, a value for each pair, as rewards are.
+    The fields of the record that it `reads` are given to it by name, a value for each pair, as for rewards.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Judge:
 
 
 class Outcomes(NamedTuple):
-    """What a judge said of pairs (a, b), from a's view: 1 a is better, 0 a tie, -1 b is better, nan no verdict."""
+    """A judge's verdicts on pairs (a, b), as a sees them: 1 if a is better, 0 for a tie, -1 if b is better, nan for none."""
 
     first: Float64[np.ndarray, " n"]  # a was shown first
     second: Float64[np.ndarray, " n"]  # a was shown second
@@ -53,7 +53,10 @@ class Outcomes(NamedTuple):
 
 @dataclass(frozen=True)
 class _Higher:
-    """Decides for the higher reward. With a cache each response is scored once, however many others it meets."""
+    """Decides for the response with the higher reward.
+
+    With a cache each response is scored once, however many others it meets.
+    """
 
     reward: Reward
     tie: float
@@ -72,11 +75,15 @@ class _Higher:
 
 
 def by_reward(name: str, *, kwargs: Mapping[str, Any] | None = None, tie: float = 0.0, backend: str) -> Judge:
-    """The response with the higher reward is better; there is no verdict where one has no finite reward.
+    """Makes a judge that prefers the response with the higher reward; it has no verdict if one reward is not finite.
 
     Args:
         name, kwargs: of a reward, as config.reward has them.
         tie: largest difference of two rewards that is a tie.
+        backend: jax or torch: what a reward model runs on.
+
+    Raises:
+        UserError: `tie` is negative or not finite, or there is no such reward.
     """
     check_tie(tie)
     reward = rewards.load(name, kwargs or {}, backend=backend)
@@ -105,14 +112,17 @@ def compare(
     records: Sequence[Mapping[str, Any]] | None = None,
     cache: Cache,
 ) -> Outcomes:
-    """What a judge says of every pair of responses, shown in both orders.
+    """Asks a judge about every pair of responses, shown in both orders.
 
-    Verdicts are taken from the cache, or else the judge is asked, `judge.batch` questions at a time, and what it said is in
-    the cache before it is asked on. Equal questions are asked once, equal responses are a tie, and a symmetric judge is
-    shown one order, which counts for both. What has no verdict is not stored: it is asked again by the next command.
+    Verdicts are taken from the cache. For the others the judge is asked, `judge.batch` questions at a time, and its verdicts
+    are in the cache before it is asked the next ones. Equal questions are asked once, equal responses are a tie, and a
+    symmetric judge is shown one order, which counts for both. A question without a verdict is not stored: the next command
+    asks it again.
 
     Args:
-        records: what is known of the record of each prompt; needed where the judge reads some of it.
+        prompts, a, b: of each pair the prompt and the two responses.
+        records: what is known of the record of each prompt; needed if the judge reads some of it.
+        cache: where verdicts are kept.
 
     Raises:
         UserError: the judge failed, or gave something else than verdicts; what it said before is kept.
@@ -129,7 +139,7 @@ def compare(
 
 
 def pair(first: str, second: str) -> str:
-    """Two texts as one."""
+    """Encodes two texts as one JSON text."""
     return json.dumps([first, second])
 
 
@@ -179,17 +189,17 @@ def _checked(judge: Judge, given: Any, n: int) -> list[float]:
 
 
 def win_rate(outcomes: Outcomes) -> dict[str, float]:
-    """How often a won, and how far the judge can be trusted.
+    """Computes how often a won, and how far the judge can be trusted.
 
-    win, tie, loss: shares of the pairs with a verdict; win_rate = win + tie / 2. judged, failed: pairs with and without a
-    verdict. position_bias: of all single verdicts the share for the response shown first minus the share for the one shown
-    second, from -1 to 1. consistency: share of the pairs judged in both orders on which the two agree. A judge that always
-    prefers the first has a win rate of 0.5, a position bias of 1 and a consistency of 0; a symmetric one has 0 and 1 by
-    definition. Of no verdict at all, everything but the counts is nan.
+    win, tie, loss: shares of the pairs with a verdict; win_rate = win + tie / 2. judged, failed: numbers of pairs with and
+    without a verdict. position_bias: among all single verdicts, the share for the response shown first minus the share for
+    the one shown second, from -1 to 1. consistency: share of the pairs judged in both orders on which the two agree. A judge
+    that always prefers the first has a win rate of 0.5, a position bias of 1 and a consistency of 0; a symmetric one has a
+    position bias of 0 and a consistency of 1 by definition. Without any verdict, everything but the counts is nan.
 
     References:
         Zheng et al. 2023, "Judging LLM-as-a-Judge with MT-Bench and Chatbot Arena", arXiv:2306.05685, section 3.3: judges
-        prefer a position; a win that needs both orders is their remedy (here one of the two may be a tie).
+            prefer a position; a win that needs both orders is their remedy (here one of the two may be a tie).
     """
     combined = outcomes.combined[~np.isnan(outcomes.combined)]
     shown = np.concatenate([outcomes.first, -outcomes.second])  # 1: for the response that was shown first

@@ -1,4 +1,4 @@
-"""Which judge of pairs a config names."""
+"""Loads the judge of pairs that a config names."""
 
 import functools
 import inspect
@@ -13,10 +13,11 @@ from ple_jax.evaluation.model_judges import endpoint, local
 
 
 def load_judge(name: str, kwargs: Mapping[str, Any], *, backend: str) -> Judge:
-    """A judge by name, or a function of your own as `package.module:function` or `file.py:function`, which is called as
-    (prompts, first, second, **kwargs); what of its arguments has no default and is not in kwargs it reads of the record.
+    """Loads a judge by name, or from a function of your own as `package.module:function` or `file.py:function`.
 
-    The names are reward (`by_reward`), endpoint and model (`model_judges.endpoint`, `model_judges.local`).
+    The names are reward (`by_reward`), endpoint and model (`model_judges.endpoint`, `model_judges.local`). A function is
+    called as (prompts, first, second, **kwargs). Those of its arguments that have no default and are not in kwargs are read
+    from the record.
 
     Args:
         name: as in config.compare.judge.
@@ -24,7 +25,7 @@ def load_judge(name: str, kwargs: Mapping[str, Any], *, backend: str) -> Judge:
         backend: jax or torch: what a reward model or a local model runs on.
 
     Raises:
-        UserError: no such judge, or keyword arguments that it does not take.
+        UserError: there is no such judge, or it does not take these keyword arguments.
     """
     makers: dict[str, tuple[Callable[..., Judge], dict[str, Any]]] = {
         "reward": (by_reward, {"backend": backend}),

@@ -1,4 +1,4 @@
-"""The runs of a comparison: read, named, checked against one another, and grouped into methods."""
+"""Reads the runs of a comparison, gives them labels, checks them against one another, and groups them into methods."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ _COUNT = real(lambda v: v >= 0, "of at least 0")
 
 
 def _by_phase(value: Any) -> str:
-    """Seconds of every phase."""
+    """Checks the seconds of every phase in summary.json; returns "" for numbers of at least 0, else what they must be."""
     fine = isinstance(value, Mapping) and not any(map(_COUNT, value.values()))
     return "" if fine else "an object of numbers"
 
@@ -67,7 +67,7 @@ class Entry(NamedTuple):
 
 
 class Method(NamedTuple):
-    """Runs of one label, by seed, and what was measured of every response."""
+    """A method: its runs, which have one label and are ordered by seed, and what was measured of every response."""
 
     label: str
     runs: list[Entry]
@@ -82,7 +82,7 @@ class Method(NamedTuple):
 
 
 def read(found: entries.Found) -> Entry:
-    """The responses of an entry, and the files of their work directory."""
+    """Reads the responses of an entry, and the files of their work directory."""
     generated, (summary, lines) = responses.read(found.folder, found.iteration), progress(found.workdir)
     trained = generated.settings["policy"] == "trained"
     entry = Entry(found.label, found.folder, generated, config(found.workdir), summary, lines if trained else [], None)
@@ -90,16 +90,16 @@ def read(found: entries.Found) -> Entry:
 
 
 def config(workdir: Path) -> dict[str, Any]:
-    """config.json, flat; {} where there is none."""
+    """Reads config.json as a flat dictionary; {} if there is none."""
     kept = read_json(workdir / "config.json")
     return {} if kept is None else flatten(identity.upgraded(kept, workdir / "config.json"))
 
 
 def progress(workdir: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """summary.json, {} where training is not finished, and the lines of metrics.jsonl.
+    """Reads summary.json, {} if training is not finished, and the lines of metrics.jsonl.
 
     Raises:
-        Damaged: one of them is.
+        Damaged: one of the two files is damaged.
     """
     lines: list[dict[str, Any]] = []
     if (workdir / "metrics.jsonl").exists():
@@ -113,7 +113,7 @@ def progress(workdir: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def _point(entry: Entry) -> dict[str, Any] | None:
-    """The evaluation of the very policy that gave the responses, where the run was evaluated there and says so."""
+    """Finds the evaluation of exactly the policy that gave the responses; None if summary.json has none."""
     step = entry.folder.name.partition("_step_")[2]
     for point in entry.summary.get("points", []):
         same = point["step"] == int(step) if step else not point["within"]
@@ -123,11 +123,12 @@ def _point(entry: Entry) -> dict[str, Any] | None:
 
 
 def labelled(runs: Sequence[Entry]) -> list[Entry]:
-    """The runs with a label each: the one given, or what tells the methods apart.
+    """Gives every run a label: the one that was given, or one that tells the methods apart.
 
-    That is the algorithm ("start" before training), " (trl)" where TRL trained it, " + principles" where they were in the
-    prompt. Where runs of one such name differ in their configs (but for seeds and how they were computed), it goes on with
-    the keys, and their values, in which a run has another one than most of these configs, or than the first of them.
+    That is the algorithm ("start" before training), with " (trl)" if TRL trained it, and " + principles" if they were in the
+    prompt. Where runs of one such name differ in their configs (apart from seeds and from how they were computed), the label
+    also has the keys, and their values, in which a run differs from the most frequent value among these configs (the first
+    one, if several are as frequent).
     """
     named: dict[str, list[Entry]] = {}
     for run in runs:
@@ -155,7 +156,10 @@ def _name(run: Entry) -> str:
 
 
 def method_keys(run: Entry) -> dict[str, Any]:
-    """What of a run's config makes it the method that it is."""
+    """Returns the keys of a run's config that make it the method that it is.
+
+    For a model before training these are the keys that the start model depends on, and the principles in its prompt.
+    """
     config = identity.method_keys(run.config)
     if run.trained:
         return config
@@ -169,7 +173,7 @@ def _value(value: Any) -> str:
 
 
 def check(runs: Sequence[Entry]) -> None:
-    """Raises a UserError that names two runs whose responses are not to the same questions under the same conditions."""
+    """Raises a UserError that names two runs if they answer other queries, or were sampled or scored in another way."""
     first = runs[0]
     for key in SAME:
         # a second reward may be missing: that is warned of
@@ -193,10 +197,10 @@ def _queries(run: Entry) -> list[tuple[str, int]]:
 
 
 def group(runs: Sequence[Entry]) -> list[Method]:
-    """Runs of one label as one method, its runs by seed.
+    """Groups the runs of each label into one method, ordered by seed.
 
     Raises:
-        UserError: two of them have the same seed, or only one of them was trained.
+        UserError: two runs of a label have the same seed, or only one of them was trained.
     """
     found: dict[str, list[Entry]] = {}
     for run in runs:
@@ -216,7 +220,7 @@ def group(runs: Sequence[Entry]) -> list[Method]:
 
 
 def _values(run: Entry, measure: str) -> Float64[np.ndarray, "query sample"]:
-    """A measure of every response; nan where it has none, or none that is finite."""
+    """Returns a measure of every response; nan where a response has none, or none that is finite."""
     if measure == "reward":
         rows: list[Any] = [[r.reward for r in rollout.responses] for rollout in run.generated.rollouts]
     else:
@@ -227,7 +231,7 @@ def _values(run: Entry, measure: str) -> Float64[np.ndarray, "query sample"]:
 
 
 def mean(values: np.ndarray) -> np.ndarray:
-    """Over the last axis, of what is there; nan where nothing is."""
+    """Computes the mean over the last axis of the values that are not nan; nan where all are."""
     known = ~np.isnan(values)
     sums = np.where(known, values, 0.0).sum(-1)
     return np.where(known.any(-1), sums / np.maximum(known.sum(-1), 1), np.nan)

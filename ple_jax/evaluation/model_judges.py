@@ -1,4 +1,4 @@
-"""Language models as judges of pairs: behind an address, or on this machine through the run's own sampler."""
+"""Language models as judges of pairs: behind a server's address, or on this machine through the run's own sampler."""
 
 import functools
 import importlib
@@ -53,16 +53,17 @@ _UNCLEAR = math.inf  # an answer came, and there is no verdict in it
 
 
 def question(rubric: str, prompt: str, first: str, second: str) -> tuple[str, str]:
-    """What a judge is told to do, and the texts that it compares."""
+    """Returns the instruction to a judge, and the text with the prompt and the two responses that it compares."""
     # no text can hold its own digest, so none can write the line that ends it
     mark = digest(prompt, first, second)[:16]
     return _TASK.format(rubric=rubric, mark=mark), _TEXTS.format(mark=mark, prompt=prompt, first=first, second=second)
 
 
 def verdict(text: Any) -> float:
-    """The verdict in {"better": "A"}, or the last that stands as [[A]] or after "better:", or is all of the text.
+    """Reads the verdict from a judge's answer: 1 for A, -1 for B, 0 for a tie, nan if there is none.
 
-    nan if there is none. Thoughts (<think>) are no answer.
+    It is the one in {"better": "A"}, or the last that stands as [[A]] or after "better:", or is all of the text. Thoughts
+    (<think>) are not part of the answer.
     """
     if not isinstance(text, str) or "<think>" in (said := text.rpartition("</think>")[2]):
         return math.nan
@@ -93,24 +94,25 @@ def endpoint(
     concurrency: int = 4,
     **http: Any,
 ) -> Judge:
-    """A model behind any server with OpenAI's chat completions. What a text spells of its special tokens is the server's
-    to render harmless.
+    """Makes a judge of a model behind any server with OpenAI's chat completions.
+
+    Where a text spells special tokens of the model, it is for the server to render them harmless.
 
     Args:
-        url: of the API, http://localhost:8000/v1.
-        model: as the server calls it.
+        url: of the API, such as http://localhost:8000/v1.
+        model: its name on the server.
         rubric: what makes a response the better one, as text or as a text file.
         temperature: of the judge; None leaves it to the server.
-        options: more fields of the request, {"max_tokens": 200}.
-        asks: how often a question is asked in all while answers come without a verdict.
+        options: more fields of the request, such as {"max_tokens": 200}.
+        asks: how often a question is asked at most, while answers come without a verdict.
         name: of the judge; the model's if it is not given.
-        version: of what answers under the model's name; the url, if it is not given. Give one where the address changes
-            between runs, and another when the model behind it does.
+        version: a name for what answers under the model's name; the url if it is not given. Give one if the address changes
+            between runs, and another one when the model behind it changes.
         concurrency: requests under way at once.
         http: timeout, retries, backoff, max_failures, api_key_env, headers of `endpoints.Endpoint`.
 
     Raises:
-        UserError: a file that is none, or as `endpoints.Endpoint` does.
+        UserError: the rubric names a file that is not there, or an option is not possible (as in `endpoints.Endpoint`).
     """
     rubric = read_rubric(rubric, WHERE)
     if asks < 1:
@@ -137,7 +139,7 @@ def endpoint(
 
 @dataclass(frozen=True)
 class _Again:
-    """Decides by `ask`, which is given a prompt and a pair of responses, and asks again where it got no verdict."""
+    """Decides by `ask`, which takes prompts and encoded pairs of responses, and asks again where it got no verdict."""
 
     ask: Callable[[Sequence[str], Sequence[str]], Sequence[float]]
     asks: int
@@ -163,7 +165,7 @@ def _clear(said: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:
 
 
 class _Local(NamedTuple):
-    """A local model, its weights where it runs."""
+    """A local model with its weights where it runs, its tokenizer and its limits."""
 
     backend: Any
     tokenizer: Any
@@ -251,28 +253,28 @@ def local(
     name: str | None = None,
     backend: str,
 ) -> Judge:
-    """An instruct model of this machine, without an adapter, through the run's own sampler.
+    """Makes a judge of an instruct model on this machine, without an adapter, which runs through the run's own sampler.
 
-    By likelihood, the default, every question has a verdict: the likelier of {"better": "A"} and {"better": "B"}, which is
-    one forward pass. mode="text" is for models that keep to the form when they write: they may call a tie.
-    SmolLM2-135M-Instruct does not, and by likelihood it always prefers the reply shown first, whatever the two say: look at
-    the position bias before the win rate. A model that always thinks first belongs behind an endpoint. Weights are read
-    when the first question is asked and stay until the process ends. There is no verdict on texts that are longer than the
-    model takes.
+    By likelihood, the default, every question has a verdict: the likelier of {"better": "A"} and {"better": "B"}, which
+    takes one forward pass. mode="text" is for models that keep to the form when they write; these may call a tie.
+    SmolLM2-135M-Instruct does not keep to it, and by likelihood it always prefers the reply shown first, whatever the two
+    say: look at the position bias before the win rate. A model that always thinks first belongs behind an endpoint. Weights
+    are read when the first question is asked, and stay until the process ends. There is no verdict on texts that are longer
+    than the model's context.
 
     Args:
         path: as config.model.path; so are revision, dtype, quantize and device.
-        mode: likelihood, or text: greedy sampling of at most `max_tokens`, of which `verdict` is read.
-        tie: of likelihood: the largest difference of the two log-probabilities, in nats, that is a tie.
-        max_tokens: of text: longest answer.
+        mode: likelihood, or text: greedy sampling of at most `max_tokens`, from which `verdict` reads.
+        tie: for likelihood: the largest difference of the two log-probabilities, in nats, that is a tie.
+        max_tokens: for text: tokens of the longest answer.
         width: questions of one forward pass.
         rubric: what makes a response the better one, as text or as a text file.
         name: of the judge; the path's last part if it is not given.
         backend: jax or torch.
 
     Raises:
-        UserError: an option that cannot be, a file that is none; no such model, at once or when it is loaded, or one
-            without a chat template that takes the question.
+        UserError: an option is not possible, or the rubric names a file that is not there; or, at once or when it is loaded,
+            there is no such model, or it has no chat template that takes the question.
     """
     from ple_jax.models import hub
 
@@ -288,7 +290,7 @@ def local(
 
 
 def _check_local(set_model: Mapping[str, Any], backend: str, mode: str, **counts: int) -> None:
-    """Refuses what a local judge cannot be, before a weight is read."""
+    """Raises a UserError if an option of a local judge is not possible, before any weight is read."""
     for option, value in set_model.items():
         rule = _DTYPE if option == "dtype" else RULES[f"model.{option}"]  # its verdicts are stored by dtype: no auto
         if says := rule(value):
@@ -303,7 +305,7 @@ def _check_local(set_model: Mapping[str, Any], backend: str, mode: str, **counts
 
 
 def without_special(text: str, tokenizer: Any) -> str:
-    """The text with a blank in every special token that it spells: as a token it would end the turn."""
+    """Puts a blank into every special token that the text spells, since as a token it would end the turn."""
     spelled = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special and len(str(token)) > 1}
     for token in sorted(spelled):
         text = text.replace(token, f"{token[0]} {token[1:]}")
@@ -311,7 +313,7 @@ def without_special(text: str, tokenizer: Any) -> str:
 
 
 def _texts(model: _Local, rows: Sequence[Sequence[int]], max_tokens: int) -> list[str]:
-    """The greedy answers."""
+    """Samples the model's greedy answers, and returns them as texts."""
     noise = np.zeros((len(rows), max_tokens), np.float32)
     sampling = Sampling(max_new_tokens=max_tokens, eos=model.eos, temperature=0.0)
     answers = model.backend.generate(rows, noise, sampling=sampling)
@@ -321,7 +323,7 @@ def _texts(model: _Local, rows: Sequence[Sequence[int]], max_tokens: int) -> lis
 def _log_odds(
     model: _Local, rows: Sequence[Sequence[int]], answers: Sequence[tuple[int, ...]]
 ) -> Float64[np.ndarray, " row"]:
-    """log p(first answer) - log p(second answer) after every prompt."""
+    """Computes log p(first answer) - log p(second answer), in nats, after every prompt."""
     both = tuple(Response(answer, finished=False) for answer in answers)
     batch = pack(
         [Rollout("", "", tuple(row), both) for row in rows],

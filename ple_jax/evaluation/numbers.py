@@ -16,7 +16,7 @@ TESTED = ("reward", "reward_second")
 
 
 def described(methods: Sequence[Method], seed: int) -> list[dict[str, Any]]:
-    """Every method with its measures, costs included: of every seed, and their means over seeds."""
+    """Computes all measures of every method, costs included: those of every seed, and their means over seeds."""
     budget = common_budget(methods)
     rows = []
     for method in methods:
@@ -51,7 +51,10 @@ TAX, CHANGE = "tax ", "tax change "  # how measures of tasks begin: the value, a
 
 
 def tax(run: Entry) -> dict[str, float]:
-    """What --mode=harness found of the very policy that gave the responses."""
+    """Reads what --mode=harness found of exactly the policy that gave the responses.
+
+    Names begin with `TAX` for values, and with `CHANGE` for differences from the value before training.
+    """
     found = {}
     for row in harness.of_workdir(run.workdir, run.point) if run.point or not run.trained else ():
         own = row["settings"]  # figures of other settings have a name, and a column, of their own
@@ -65,9 +68,10 @@ def tax(run: Entry) -> dict[str, float]:
 
 
 def spent(run: Entry) -> dict[str, float]:
-    """What training cost until the responses' policy: of its last one from summary.json, or of an unfinished run from
-    metrics.jsonl; of an earlier one what its evaluation says. A base model's is nothing, of a start with an adapter nobody
-    here knows.
+    """Returns what training had cost when it had made the policy that gave the responses.
+
+    For the last policy of a run the costs are from summary.json, for that of an unfinished run from metrics.jsonl, and for
+    an earlier one from its evaluation. A base model's costs are 0. Those of a start with an adapter are not known: {}.
     """
     if not run.trained:
         known = run.generated.settings["adapter"] is None
@@ -94,7 +98,7 @@ _AXES = ("queries", "generated_tokens", "training_tokens", "reward_calls", "seco
 
 
 def curve(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Held-out reward at every evaluation of a run, and what had been spent until then, as columns."""
+    """Returns the held-out reward at every evaluation of a run, and what had been spent until then, as columns."""
     evaluated = [line for line in lines if line.get("heldout_reward") is not None]
     columns = {"iteration": "iteration", "heldout_reward": "heldout_reward", **{axis: f"total_{axis}" for axis in _AXES}}
     return {
@@ -103,15 +107,19 @@ def curve(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 
 
 def common_budget(methods: Sequence[Method]) -> float:
-    """The generated tokens that every run which samples while it trains has got to; nan where none does."""
+    """Returns the number of generated tokens that all runs which sample during training have reached.
+
+    It is nan if no run samples.
+    """
     totals = [last(run.lines).get("total_generated_tokens", 0) for method in methods for run in method.runs if run.trained]
     return min((total for total in totals if total > 0), default=math.nan)
 
 
 def area(lines: Sequence[Mapping[str, Any]], budget: float) -> float:
-    """Mean held-out reward over the first `budget` generated tokens: area under the piecewise linear curve over its width.
+    """Computes the mean held-out reward over the first `budget` generated tokens.
 
-    It tells a method that learns sooner from one that ends as high. nan where the curve does not reach so far.
+    It is the area under the piecewise linear curve, divided by its width, and tells a method that learns sooner from one
+    that only ends as high. It is nan where the curve does not reach that far.
     """
     columns = curve(lines)
     x, y = (np.array(columns.get(key, []), np.float64) for key in ("generated_tokens", "heldout_reward"))
@@ -125,7 +133,10 @@ def area(lines: Sequence[Mapping[str, Any]], budget: float) -> float:
 
 
 def beside(a: Method, b: Method) -> list[tuple[int, int]]:
-    """Which run of a stands beside which of b, by number: those of one seed; a start model's one run beside every one."""
+    """Matches the runs of two methods that have the same seed, and returns pairs of their numbers.
+
+    The one run of a start model is paired with every run of the other.
+    """
     if not a.trained and len(a.runs) == 1:
         return [(0, j) for j in range(len(b.runs))]
     if not b.trained and len(b.runs) == 1:
@@ -134,13 +145,16 @@ def beside(a: Method, b: Method) -> list[tuple[int, int]]:
 
 
 def seeds(a: Method, b: Method) -> list[int]:
-    """The seeds of `beside`; of a start model's one run those of the other."""
+    """Returns the seed of each pair of `beside`; with the one run of a start model, that of the other run."""
     of = b if not a.trained and len(a.runs) == 1 else a
     return [of.runs[i if of is a else j].seed for i, j in beside(a, b)]
 
 
 def by_length(a: Method, b: Method, measure: str) -> float:
-    """What of a - b the lengths of the responses alone would give, of the runs that are beside one another."""
+    """Computes what of the difference a - b the lengths of the responses alone would give.
+
+    It is taken over the runs that `beside` pairs, and in units of the reward; see `formulas.texts.gain_by_length`.
+    """
     both = beside(a, b)
     sides = [(b, sorted({j for _, j in both})), (a, sorted({i for i, _ in both}))]
     rewards = [method.values[measure][runs].ravel() for method, runs in sides]
@@ -152,9 +166,10 @@ def by_length(a: Method, b: Method, measure: str) -> float:
 
 
 def tests(pairs: Sequence[tuple[Method, Method]], seed: int) -> list[dict[str, Any]]:
-    """The difference of every pair of methods in both rewards: interval, p, and that adjusted for all pairs (Holm).
+    """Tests the difference of every pair of methods in both rewards.
 
-    Pairs without a seed in common, or without the reward, have no test: their numbers are nan.
+    A row has the difference with its interval, the p-value, and the p-value adjusted for all pairs (Holm). Pairs without a
+    common seed, or without the reward, have no test: their numbers are nan.
     """
     rows = []
     for measure in TESTED:

@@ -1,7 +1,8 @@
-"""What principles buy before any training, and what this reward and its scale mean for the threshold.
+"""Measures what principles buy before any training, and what this reward and its scale mean for the threshold.
 
-The start model answers held-out queries under the plain prompt, with all principles, with every rule alone, and with all but
-one, always with the same noise. From the rewards: the lift of each over the plain prompt, and what a threshold would do.
+The start model answers held-out queries under the plain prompt, with all principles, with every rule alone, and with all
+rules but one, always with the same noise. The rewards of the answers give the lift of each prompt over the plain one, and
+what a threshold would do.
 """
 
 import math
@@ -41,7 +42,7 @@ _FEWEST = 8  # queries in which lengths and rewards differ, below which their co
 
 
 class Prompt(NamedTuple):
-    """A prompt that is tried."""
+    """A prompt that the probe tries: its name, a description, and how queries are rendered under it."""
 
     name: str
     about: str
@@ -50,7 +51,7 @@ class Prompt(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """What the start model answers under one prompt."""
+    """The answers of the start model under one prompt."""
 
     prompt: Prompt
     rollouts: list[Rollout]
@@ -63,7 +64,11 @@ class Answers(NamedTuple):
 
 
 def prompts_of(run: Run[Any]) -> list[Prompt]:
-    """All prompts that are tried: rules alone and left out where there are several."""
+    """Returns all prompts that are tried.
+
+    Where there are several rules, each of them is tried alone and left out, and all together where training draws some of
+    them.
+    """
     rules = run.prompts.principles
     whole = ConfigDict(run.config.to_dict())
     whole.principles_per_query = 0
@@ -92,10 +97,12 @@ def _about_all(rules: Principles, run: Run[Any]) -> str:
 
 
 def probe(run: Run[Any]) -> dict[str, Any]:
-    """Everything that is found out, as probe.json has it; what was sampled before, by the same question, is read.
+    """Tries all prompts and returns what that shows, as probe.json has it.
+
+    What was sampled before for the same question is read instead.
 
     Raises:
-        UserError: there are no principles to try, or no query has a reward under all prompts.
+        UserError: there are no principles to try, or no query has a finite reward under all prompts.
     """
     if not run.prompts.principles.text:
         raise UserError("config.principles is a set without a rule: there is nothing to probe; name another one")
@@ -129,7 +136,11 @@ def probe(run: Run[Any]) -> dict[str, Any]:
 
 
 def _with_rewards(run: Run[Any], found: Sequence[Answers], folder: Path) -> tuple[list[Answers], int]:
-    """The answers to the queries that have a finite reward under every prompt, and how many other queries there are."""
+    """Keeps the answers to the queries that have a finite reward under every prompt, and counts the other queries.
+
+    Raises:
+        UserError: there is no such query.
+    """
     finite = np.all(np.isfinite([answers.rewards for answers in found]), axis=(0, 2))
     if not finite.any():
         raise UserError(f"no query has a finite reward under every prompt: see {folder}, and mend config.reward")
@@ -140,12 +151,15 @@ def _with_rewards(run: Run[Any], found: Sequence[Answers], folder: Path) -> tupl
 
 
 def _queries(run: Run[Any]) -> Sequence[Query]:
-    """The held-out queries, or the first of them."""
+    """Returns the held-out queries, or the first config.probe.queries of them."""
     return run.data.heldout[: run.config.probe.queries or None]
 
 
 def _settle(run: Run[Any], queries: Sequence[Query]) -> Path:
-    """The folder of the answers; those to another question are removed: of another model, sampler or prompt."""
+    """Prepares the folder of the answers and returns its path.
+
+    Answers there to another question, of another model, sampler, prompt or set of queries, are removed.
+    """
     folder, kept = run.session.workdir / FOLDER, flatten(recorded(run.session.workdir) or {})
     groups = ("backend", "seed", "model.", "task.chat", "task.thinking", "task.date", "sampling.", "principles")
     same = ("inputs.model", "inputs.adapter", "inputs.principles")
@@ -159,7 +173,10 @@ def _settle(run: Run[Any], queries: Sequence[Query]) -> Path:
 
 
 def answered(run: Run[Any], prompt: Prompt, queries: Sequence[Query], folder: Path) -> Answers:
-    """Sampled, or read, where they are there; and scored, by what the reward gives now."""
+    """Samples the answers under a prompt, or reads them if they are in the folder, and scores them.
+
+    Rewards are always what the reward gives now.
+    """
     prompts, step = prompt.prompts.sharing(queries) if prompt.principled else prompt.prompts, run.config.sampling.bucket
     # the largest bucket that is shared: prompts of about the same length then have one shape, which is compiled once
     shared = 0 if len(prompts.prefix) < step else bucket(len(prompts.prefix) + 1, step) // 2
@@ -185,7 +202,7 @@ def answered(run: Run[Any], prompt: Prompt, queries: Sequence[Query], folder: Pa
 
 
 def _prompts(run: Run[Any], found: Sequence[Answers]) -> list[dict[str, Any]]:
-    """A row for each prompt: its reward, its lift over the plain prompt, and what it costs."""
+    """Makes a row for each prompt: its reward, its lift over the plain prompt, and what it costs."""
     by_name = {answers.prompt.name: answers for answers in found}
     principles = run.base.tokenizer.encode(run.prompts.principles.text, add_special_tokens=False)
     rows = []
@@ -215,17 +232,17 @@ def _prompts(run: Run[Any], found: Sequence[Answers]) -> list[dict[str, Any]]:
 
 
 def _difference(one: Answers, other: Answers, seed: int) -> dict[str, float]:
-    """Of mean rewards, paired by query, with its 95% interval."""
+    """Computes the difference of mean rewards, paired by query, with its 95% interval."""
     each = one.rewards.mean(1) - other.rewards.mean(1)
     low, high = intervals.bootstrap_ci(each, seed=seed)
     return {"mean": float(each.mean()), "low": low, "high": high}
 
 
 def threshold(pairs: Sequence[Rollout], samples: int, *, tau_0: float) -> dict[str, Any]:
-    """What thresholds do to margins of scores, a principled response's minus a plain one's to the same query.
+    """Computes what thresholds do to margins of scores: a principled response's minus a plain one's to the same query.
 
-    Responses of the same number were drawn with the same noise, so that lifts are exact; those that training pairs were not,
-    and differ by more. A margin is therefore of two responses of different numbers.
+    Responses of the same number share their noise, which makes lifts exact. The two that training compares do not, and
+    differ by more. So a margin is taken between two responses of different numbers.
 
     Args:
         pairs: of every query `samples` plain responses and then as many principled ones, with their scores.
@@ -233,10 +250,10 @@ def threshold(pairs: Sequence[Rollout], samples: int, *, tau_0: float) -> dict[s
         tau_0: that of the config.
 
     Returns:
-        margin: mean and quantiles; negative, ties: shares of the pairs; suggested: as `suggestion`, None where the
-        principles win no pair; ranked: the share above tau_0, and above the suggested; curve: a row for each of some
-        thresholds, with the share of pairs above it, and that of pairs of two plain responses, which differ by chance alone
-        and no other reason.
+        margin: mean, sd and quantiles; negative, ties: shares of the pairs; suggested: by `suggestion`, None if the
+        principles win no pair; ranked, ranked_if_suggested: the shares above tau_0 and above the suggested; curve: a row for
+        each of some thresholds, with the share of pairs above it, and that of pairs of two plain responses, which differ by
+        chance alone.
     """
     scores = np.array([[r.score for r in pair.responses] for pair in pairs], np.float64)
     plain_ones, guided = scores[:, :samples], scores[:, samples:]
@@ -264,10 +281,10 @@ def threshold(pairs: Sequence[Rollout], samples: int, *, tau_0: float) -> dict[s
 
 
 def suggestion(margins: Float64[np.ndarray, " n"]) -> float | None:
-    """A threshold that ranks about half of the pairs which the principled response wins, and at least half.
+    """Suggests a threshold that ranks about half of the pairs that the principled response wins, and at least half.
 
-    It lies half way from the median of the margins above 0 to the next smaller one there is, or to 0: of a reward that is
-    right or wrong the median is 1, and no margin is above that.
+    It lies half way between the median of the margins above 0 and the next smaller one there is, or 0: for a reward that is
+    just right or wrong the median is 1, and no margin is above that. It is None if no margin is above 0.
     """
     won = np.unique(margins[margins > 0])
     if not len(won):
@@ -281,13 +298,13 @@ def suggestion(margins: Float64[np.ndarray, " n"]) -> float | None:
 def _apart(
     one: Float64[np.ndarray, "query sample"], other: Float64[np.ndarray, "query sample"]
 ) -> Float64[np.ndarray, " n"]:
-    """Differences between responses to the same query of different numbers, every one with every other."""
+    """Computes the differences between responses of different numbers to the same query, every one with every other."""
     apart = one[:, :, None] - other[:, None, :]
     return apart[:, ~np.eye(one.shape[1], dtype=bool)].ravel()
 
 
 def _noise(run: Run[Any], rollouts: Sequence[Rollout]) -> dict[str, Any]:
-    """How far a reward is from itself when it is asked again about the same responses."""
+    """Asks the reward again about the same responses, and measures how far its values are from the first ones."""
     some = [rollout._replace(responses=rollout.responses[:1]) for rollout in rollouts[: run.config.probe.again]]
     if not some:
         return {"responses": 0}
@@ -304,10 +321,11 @@ def _noise(run: Run[Any], rollouts: Sequence[Rollout]) -> dict[str, Any]:
 
 
 def of_length(rollouts: Sequence[Rollout], *, seed: int) -> dict[str, float]:
-    """Spearman's correlation of reward and tokens over the responses to each query, and over all, with 95% intervals.
+    """Computes Spearman's correlation of reward and length in tokens, within the queries and over all responses.
 
-    Within a query it says whether the reward prefers the longer of two answers; over all it may also be that some queries
-    have longer and better ones. nan where nothing differs; `queries` says in how many something does.
+    The one within is the mean over queries, with its 95% interval; it says whether the reward prefers the longer of two
+    answers. Over all responses it may also be that some queries have longer and better ones. Values are nan where nothing
+    differs; `queries` says in how many queries something does.
     """
     values = np.array([[r.reward for r in rollout.responses] for rollout in rollouts], np.float64)
     tokens = np.array([[len(r.tokens) for r in rollout.responses] for rollout in rollouts], np.float64)
@@ -321,7 +339,10 @@ def of_length(rollouts: Sequence[Rollout], *, seed: int) -> dict[str, float]:
 
 
 def _examples(by_name: Mapping[str, Answers]) -> list[dict[str, Any]]:
-    """The first queries with the first response under each of the two prompts: not selected."""
+    """Returns the first queries, each with its first response under the plain prompt and with all principles.
+
+    Nothing is selected by its content.
+    """
     both = zip(by_name[PLAIN].rollouts[:_EXAMPLES], by_name[ALL].rollouts[:_EXAMPLES], strict=True)
     return [
         {
@@ -337,7 +358,7 @@ def _examples(by_name: Mapping[str, Answers]) -> list[dict[str, Any]]:
 
 
 def said(found: Mapping[str, Any]) -> list[str]:
-    """What it comes to, a sentence each."""
+    """Summarises what the probe found, a sentence each."""
     rows, tau, length = {row["name"]: row for row in found["prompts"]}, found["threshold"], found["length"]
     lines = [f"all principles: {_lift(rows[ALL]['lift'])} reward over the plain prompt's {rows[PLAIN]['reward']:.3f}"]
     alone = [row for row in rows.values() if row["name"].startswith("only")]

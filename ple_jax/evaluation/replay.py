@@ -1,12 +1,12 @@
-"""What another reward, threshold, transform or selection would have made of a run's responses: from its journals alone.
+"""Computes what another reward, threshold, transform or selection would have made of the responses in a run's journals.
 
-Nothing is sampled and no weights are read, and no reward is asked but another one than the run's. Every iteration of
+Nothing is sampled, no weights are read, and no reward is asked unless it is another one than the run's. Every iteration of
 WORKDIR/rollouts is labelled again, as the config now says, and compared with what happened. An unchanged config gives every
-score, margin, decision and weight as it was, bit by bit. What the policy would have answered later, had it learned from
-other labels, no replay knows.
+score, margin, decision and weight as it was, bit by bit. A replay does not know what the policy would have answered later,
+had it learned from other labels.
 
 WORKDIR/replay/ has replay.json, flips.jsonl (a line for each query that is decided otherwise), rollouts/ (the journals as
-they would have been) and what `journal_records` makes of them.
+they would have been) and the data sets that `journal_records` makes of them.
 """
 
 import json
@@ -41,7 +41,7 @@ _UNREAD = ("eval.", "export.", "generate.", "compare.", "probe.", "inputs.", "op
 
 
 class Iteration(NamedTuple):
-    """An iteration as it was labelled, and as it is now."""
+    """The rollouts of an iteration as they were labelled, and as they are labelled now."""
 
     number: int
     pairs: list[tuple[Rollout | None, Rollout]]  # what happened, None where the query was left out; and what is now
@@ -53,10 +53,11 @@ class Iteration(NamedTuple):
 
 
 def replay(config: Any, workdir: Path, backend: str) -> dict[str, Any]:
-    """Labels the run's iterations again and writes what that gives; what replay.json holds.
+    """Labels the run's iterations again, writes what that gives, and returns what replay.json holds.
 
     Raises:
-        UserError: there is no run, or no finished iteration; the algorithm asks for other responses; the reward fails.
+        UserError: there is no run, or no finished iteration; the algorithm does not sample, or asks for other responses; or
+            the reward fails.
     """
     if not (kept := recorded(workdir)):
         raise UserError(f"--workdir={workdir} holds no run; train one first: --mode=train")
@@ -82,7 +83,7 @@ def replay(config: Any, workdir: Path, backend: str) -> dict[str, Any]:
 
 
 def _changed(was: Mapping[str, Any], config: Any, backend: str) -> dict[str, list[Any]]:
-    """The keys in which the config is another one than the run's: what it was, and what it is."""
+    """Returns the keys in which the config differs from the run's, each with the old and the new value."""
     now = plain(identity.run_keys(config, backend, {}))
     before, after = flatten(identity.completed(was, now)), flatten(json.loads(json.dumps(now)))
     keys = [key for key in after if key not in (*identity.EXECUTION, *_NOT_ASKED) and not key.startswith(_UNREAD)]
@@ -92,7 +93,10 @@ def _changed(was: Mapping[str, Any], config: Any, backend: str) -> dict[str, lis
 def _iterations(
     config: Any, workdir: Path, backend: str, algorithm: Algorithm, *, another: Collection[str]
 ) -> Iterator[Iteration]:
-    """All that are finished; `another` says whether the reward is another one, which is loaded then, and asked."""
+    """Yields all finished iterations, labelled again.
+
+    `another` has the keys of the reward that changed; if there are any, the new reward is loaded and asked.
+    """
     reward, schedule = training_reward(config, backend) if another else None, algorithm.schedule(config)
     with Cache(workdir / FOLDER / "rewards.sqlite") as cache:
         for path in sorted((workdir / "rollouts").glob("iter_????.jsonl")):
@@ -112,7 +116,7 @@ def _iterations(
 
 
 def _check_slots(rollouts: Sequence[Rollout], algorithm: Algorithm, config: Any, path: Path) -> None:
-    """Refuses an algorithm that would have asked for other responses than there are."""
+    """Raises a UserError if the algorithm would have asked for other responses than there are."""
     wanted = [(slot.kind, slot.principled, slot.sample) for slot in algorithm.collect(config)]
     for rollout in rollouts:
         if (found := [(r.kind, r.principled, r.sample) for r in rollout.responses]) != wanted:
@@ -124,7 +128,7 @@ def _check_slots(rollouts: Sequence[Rollout], algorithm: Algorithm, config: Any,
 
 
 def _scored(rollouts: Sequence[Rollout], reward: Reward, config: Any, cache: Cache) -> list[Rollout]:
-    """With the rewards of another reward; nan where it gives nothing finite."""
+    """Scores the rollouts with another reward than the run's; nan where it gives nothing finite."""
     reads = rewards.reads(reward)
     if any(name not in rollout.record for rollout in rollouts for name in reads):  # the run's own reward did not read it
         known = {query.id: query.record for query in load_data(config, reads=reads).train}
@@ -136,20 +140,20 @@ def _scored(rollouts: Sequence[Rollout], reward: Reward, config: Any, cache: Cac
 
 
 def _labels(rollout: Rollout) -> str:
-    """All that a label says, exactly, as text: nan is as good as nan."""
+    """Returns all values of a rollout's labels as one exact text, in which nan equals nan."""
     of_responses = [(r.reward, r.score, r.weight) for r in rollout.responses]
     return repr((rollout.query_id, rollout.tau, rollout.margin, rollout.decision, of_responses))
 
 
 def _same(iteration: Iteration) -> bool:
-    """Whether everything is, bit by bit, as it was."""
+    """Says whether every label is, bit by bit, as it was, and no query is left out."""
     return not iteration.left_out and all(
         one is not None and _labels(one) == _labels(other) for one, other in iteration.pairs
     )
 
 
 def _compared(iteration: Iteration) -> dict[str, Any]:
-    """A row of replay.json: of pairs the first value is what happened, the second what is now."""
+    """Makes a row of replay.json; in each pair of values the first is what happened, and the second is what is now."""
     both = [(one, other) for one, other in iteration.pairs if one is not None]
     before = [one for one, _ in both]
     moved = np.abs(np.subtract(_weights(before), _weights(other for _, other in both)))
@@ -213,7 +217,7 @@ def _write(result: Mapping[str, Any], found: Sequence[Iteration], folder: Path, 
 
 
 def said(result: Mapping[str, Any]) -> Iterator[str]:
-    """The result as lines of text."""
+    """Yields the result as lines of text."""
     if result["sampled_otherwise"]:
         keys = ", ".join(result["sampled_otherwise"])
         yield f"warning: {keys} had a part in what was sampled, and a replay labels what is there"

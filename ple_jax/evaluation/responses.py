@@ -1,8 +1,9 @@
-"""What a model answers to a fixed set of queries, with everything a comparison reads of it: responses, never weights.
+"""The responses of a model to a fixed set of queries, with everything that a comparison reads of them, never weights.
 
-WORKDIR/responses/NAME/ with NAME trained, trained_principled, start or start_principled; in it, for iteration N,
-iter_NNNN.json (settings), iter_NNNN.jsonl (the journal: texts, tokens, training reward) and iter_NNNN.scores.jsonl: a line a
-query, in the journal's order, with
+They are kept in WORKDIR/responses/NAME/, where NAME is trained, trained_principled, start or start_principled, followed by
+_step_N for a policy in the middle of an iteration. For iteration N there are iter_NNNN.json (settings), iter_NNNN.jsonl (the
+journal: texts, tokens, training reward) and iter_NNNN.scores.jsonl. The latter has a line for each query, in the journal's
+order, with n values for its n responses:
 
     query_id, reference      the record's own answer, "" if it has none
     second                   [n] a second reward's values, where one was asked for; null where it gave nothing finite
@@ -12,10 +13,11 @@ query, in the journal's order, with
     kl                       [n] sum over its tokens of r - 1 - log r, r = base / policy: nats, estimates KL(policy, base)
     reference_logprob        of the reference and its EOS under the base, nats; null without a reference, or where the model
                              takes no text of that length
-    reference_tokens         how many tokens that is of
+    reference_tokens         the number of tokens in that sum, 0 where it is null
 
 The sum of the tokens' estimates is unbiased for the KL divergence of whole responses, since each is, given what came before
-it (Schulman, "Approximating KL divergence", 2020); that is where responses are sampled at temperature 1, without truncation.
+it (Schulman, "Approximating KL divergence", 2020). That holds where responses are sampled at temperature 1, without
+truncation.
 """
 
 import json
@@ -60,18 +62,20 @@ class Generated(NamedTuple):
 
 
 def folder(workdir: Path, config: Any, step: int | None = None) -> Path:
-    """Where the responses that config.generate asks for are kept.
+    """Returns the folder of the responses that config.generate asks for.
 
     Args:
-        step: optimiser steps taken, where the policy is of the middle of an iteration.
+        step: optimiser steps taken, if the policy is of the middle of an iteration.
     """
     principled = "_principled" if config.generate.principled else ""
     return workdir / "responses" / (config.generate.policy + principled + ("" if step is None else f"_step_{step}"))
 
 
 def file_of(workdir: Path, point: Mapping[str, Any]) -> Path:
-    """The scores of the trained policy's answers at an evaluation (`within`, then `step`, and `iteration`), or where they
-    would be.
+    """Returns the path of the scores of the trained policy's answers at an evaluation, whether they are there or not.
+
+    Args:
+        point: the evaluation, of which `iteration`, `within` and, if that is true, `step` are read.
     """
     step = f"_step_{point['step']}" if point["within"] else ""
     return workdir / "responses" / f"trained{step}" / f"iter_{point['iteration']:04d}.scores.jsonl"
@@ -87,10 +91,10 @@ _SETTINGS: dict[str, Rule] = {
 
 
 def read(path: Path, iteration: int | None = None) -> Generated:
-    """What `write` kept in a folder, of the newest iteration if none is given.
+    """Reads what `write` kept in a folder, of the newest iteration if none is given.
 
     Raises:
-        UserError: there is nothing complete, or a file is damaged.
+        UserError: there is nothing complete, or a file is missing or damaged.
     """
     complete = sorted(int(file.name[5:9]) for file in path.glob("iter_????.scores.jsonl"))
     if not complete or iteration not in (None, *complete):
@@ -113,7 +117,7 @@ def read(path: Path, iteration: int | None = None) -> Generated:
 
 
 def evaluation_set(config: Any, *, reads: Sequence[str] = ()) -> QuerySet:
-    """The queries of config.generate. What a seed chooses of them is chosen by seed 0: the same for every run.
+    """Loads the queries of config.generate. Where a seed chooses among them it is 0, so that every run has the same ones.
 
     Args:
         reads: what the rewards read of their records, by name.
@@ -140,11 +144,11 @@ def evaluation_set(config: Any, *, reads: Sequence[str] = ()) -> QuerySet:
 def write(
     run: Run[Algorithm], queries: QuerySet, second: Reward | None, *, backend: str, iteration: int, step: int | None = None
 ) -> Path:
-    """Samples and scores the run's policy as it is now; what was finished before is not done again.
+    """Samples responses from the run's policy as it is now, and scores them; what was finished before is not done again.
 
     Args:
         second: a reward that training never sees; None for that of training's evaluations, if they have one.
-        iteration, step: of the policy, as `folder` has them.
+        iteration, step: of the policy; `step` as `folder` has it.
 
     Returns:
         The journal's path.
@@ -177,7 +181,7 @@ def write(
 
 
 def _tell_of_overlap(run: Run[Algorithm], queries: QuerySet) -> None:
-    """Warns of queries that were trained on."""
+    """Logs a warning if some of the queries were trained on."""
     asked = {query.prompt for query in queries.queries}
     seen = {query.prompt for query in run.data.train if query.prompt in asked}
     if both := sum(query.prompt in seen for query in queries.queries):
@@ -185,7 +189,7 @@ def _tell_of_overlap(run: Run[Algorithm], queries: QuerySet) -> None:
 
 
 def _settle(path: Path, settings: dict[str, Any]) -> None:
-    """Writes the settings of responses, or refuses others than are there."""
+    """Writes the settings of responses; raises a UserError if responses with other settings are there."""
     kept = read_json(path, remedy=_AGAIN)
     if kept is not None and kept != settings:
         keys = ", ".join(differing(flatten(kept), flatten(settings)))
@@ -226,14 +230,14 @@ def _settings(run: Run[Algorithm], second: Reward | None, *, backend: str, itera
 
 
 def _digest(run: Run[Algorithm]) -> str:
-    """Of the policy's adapter: the same iteration of another training is another policy."""
+    """Computes a digest of the policy's adapter, since the same iteration of another training is another policy."""
     return identity.digest(name.encode() + tensor.tobytes() for name, tensor in sorted(run.backend.adapter().items()))
 
 
 def _scores(
     run: Run[Algorithm], rollouts: Sequence[Rollout], second: Reward | None, prompts: Sequence[tuple[int, ...]]
 ) -> Iterator[dict[str, Any]]:
-    """The lines beside the journal; `prompts` are those that the responses were sampled from."""
+    """Yields the lines of the file of scores; `prompts` are the token ids that the responses were sampled from."""
     samples, size = len(rollouts[0].responses), run.config.optimizer.micro_queries
     values = None if second is None else scoring.values(rollouts, second, run.session)
     principles = run.base.tokenizer.encode(run.prompts.principles.text, add_special_tokens=False)
@@ -265,7 +269,10 @@ def _packed(run: Run[Algorithm], rollouts: Sequence[Rollout], picks: Sequence[Se
 def _references(
     run: Run[Algorithm], queries: Sequence[Query], rollouts: Sequence[Rollout]
 ) -> list[tuple[float | None, int]]:
-    """Log-probability and tokens of the records' own answers under the base."""
+    """Computes the log-probability (nats) and the number of tokens of the records' own answers under the base.
+
+    They are None and 0 where `_own` finds no answer.
+    """
     room = [run.base.context - len(rollout.prompt_tokens) for rollout in rollouts]
     own = [_own(query, most, run) for query, most in zip(queries, room, strict=True)]
     if not any(own):
@@ -281,7 +288,7 @@ def _references(
 
 
 def _own(query: Query, room: int, run: Run[Algorithm]) -> Response | None:
-    """The record's own answer, if there is one that the chat template holds and that has room."""
+    """Returns the record's own answer; None if there is none, the chat template cannot hold it, or it is too long."""
     try:
         answer = given(query, Slot("reference", source="completion"), run.prompts, limit=room) if query.completion else None
     except Unusable:

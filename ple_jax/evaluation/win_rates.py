@@ -1,4 +1,4 @@
-"""Pairs of methods before a judge."""
+"""Lets a judge compare the responses of pairs of methods, and computes win rates."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,20 +17,21 @@ from ple_jax.formulas import intervals
 
 
 class Stored(NamedTuple):
-    """Judges by a reward that is stored beside the responses."""
+    """A judge that prefers the response with the higher reward, as it is stored beside the responses."""
 
     measure: str
     tie: float  # largest difference that is one
 
 
 def open_judge(methods: Sequence[Method], config: Any, backend: str) -> judges.Judge | Stored:
-    """What config.compare asks for.
+    """Makes the judge that config.compare asks for.
 
     Judge "reward" without a reward's name in judge_kwargs loads none: the rewards stored beside the responses decide, the
     training reward or with {"which": "second"} the second one.
 
     Raises:
-        UserError: there is no such judge, or not so many samples.
+        UserError: there is no such judge, it does not take these judge_kwargs, no response has the stored reward, or queries
+            have fewer responses than config.compare.judge_samples.
     """
     options = config.compare
     kwargs, samples = options.judge_kwargs.to_dict(), methods[0].values["reward"].shape[-1]
@@ -54,10 +55,10 @@ def open_judge(methods: Sequence[Method], config: Any, backend: str) -> judges.J
 def judged(
     pairs: Sequence[tuple[Method, Method]], judge: judges.Judge | Stored, config: Any, out: Path
 ) -> list[dict[str, Any]]:
-    """Win rates of every pair of methods, each seen from either side: a row per ordered pair.
+    """Computes win rates of every pair of methods, each seen from either side: a row for every ordered pair.
 
-    Sample i to a query of one seed meets sample i of the other method's. Every answer of a judge is kept in
-    judgements.sqlite. The interval of a rate is over seeds and queries.
+    Of each pair of runs that `beside` makes, sample i of the one to a query is compared with sample i of the other. Every
+    answer of a judge is kept in judgements.sqlite. The interval of a rate is over seeds and queries.
     """
     options, rows = config.compare, []
     with Cache(out / "judgements.sqlite") as cache:
@@ -80,14 +81,17 @@ def judged(
 
 
 def judged_queries(queries: int, count: int, seed: int) -> list[int]:
-    """The queries that are judged, in file order: by seed, since files may be sorted; more of them include fewer."""
+    """Draws the queries that are judged, `count` of them or, if that is 0, all, and returns their numbers in file order.
+
+    They are drawn by seed, since files may be sorted. A larger number of them includes those of a smaller one.
+    """
     return sorted(np.random.default_rng(seed).permutation(queries)[: count or None].tolist())
 
 
 def _verdicts(
     judge: judges.Judge | Stored, a: Method, b: Method, cells: Sequence[tuple[int, int, int, int]], cache: Cache
 ) -> judges.Outcomes:
-    """Of pairs of responses: (run of a, run of b, query, sample)."""
+    """Returns the judge's verdicts on pairs of responses, given as (run of a, run of b, query, sample)."""
     if isinstance(judge, Stored):
         one = np.array([a.values[judge.measure][i, q, s] for i, _, q, s in cells], np.float64)
         other = np.array([b.values[judge.measure][j, q, s] for _, j, q, s in cells], np.float64)
@@ -101,12 +105,15 @@ def _verdicts(
 
 
 def _turned(found: judges.Outcomes) -> judges.Outcomes:
-    """The same verdicts from the other's view; what was shown first to one was shown second to the other."""
+    """Returns the same verdicts from the view of the other response.
+
+    Where the one was shown first, the other was shown second.
+    """
     return judges.Outcomes(-found.second, -found.first, -found.combined)
 
 
 def about(judge: judges.Judge | Stored, config: Any, methods: Sequence[Method]) -> dict[str, Any]:
-    """The judge, in the words of the config; without headers and queries of addresses, which may hold a key."""
+    """Describes the judge in the words of the config, without headers and queries of addresses, which may hold a key."""
 
     def shown(kwargs: Mapping[str, Any]) -> dict[str, Any]:
         return {k: shown(v) if isinstance(v, Mapping) else v for k, v in kwargs.items() if k != "headers"}

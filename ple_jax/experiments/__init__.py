@@ -1,1 +1,1 @@
-"""Many runs by one command: sweeps over a config, and every method on one task at one budget."""
+"""Commands that start many runs: sweeps over a config, and every method on one task at one budget."""

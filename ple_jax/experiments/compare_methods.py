@@ -1,33 +1,34 @@
-"""Every method on one task, with one tuning and one evaluation, at equal KL and at equal tokens: the evidence of
+"""Compares every method on one task, with one tuning and one evaluation, at equal KL and at equal tokens: the evidence of
 docs/compare.md in one command.
 
     python -m ple_jax.experiments.compare_methods --out runs/compare [--jobs 2] [--methods main] [--seeds 0,1,2,3,4]
         [--budgets 4,12] [--lrs 3e-4,1e-3,3e-3,1e-2] [--tune-seeds 2] [--keep DIR] [--backend jax] [--config quickstart]
         [-- --config.KEY=VALUE ...]
 
-Give the same command again after a stop or a kill: finished runs are not repeated. Everything is a
-`python -m ple_jax.main` whose work directory is in OUT, with a log beside it. With --keep what a finished run says (metrics,
-summary, responses; no weights) is also kept in DIR, packed; a run that is there is not repeated in another OUT either.
+Give the same command again after a stop or a kill: finished runs are not repeated. Every run is a
+`python -m ple_jax.main` whose work directory is in OUT, with a log beside it. With --keep the results of a finished run
+(metrics, summary, responses; no weights) are also kept in DIR, packed; a run that is kept there is not repeated in another
+OUT either.
 
 1. data: for the offline methods the start model answers queries of the train split, as many as use up the budget that the
-   others sample while they train. Best and worst answer to each, by reward, are OUT/pairs.jsonl, the best OUT/sft.jsonl:
-   made once, with the first seed.
-2. learning rates: every method at every rate of --lrs with the first --tune-seeds seeds. For each budget it gets the rate
-   whose best evaluation within the budget, on config.task.heldout (the dev split), has the highest reward, as a mean over
-   these seeds; and another one by the reward in the end. Of equal ones it is the smallest: OUT/lrs.json. A rate at which a
-   run diverged is out. Variants of PLE (ablations, sensitivity) are trained at PLE's.
-3. seeds: the others, at these rates.
-4. test: of each of these runs the best checkpoint within each budget and the last one, and the start model with and without
+   other methods sample while they train. The best and the worst answer to each query, by reward, become OUT/pairs.jsonl, the
+   best answers OUT/sft.jsonl. Both are made once, with the first seed.
+2. learning rates: every method runs at every rate of --lrs with the first --tune-seeds seeds. For each budget it gets the
+   rate whose best evaluation within the budget, on config.task.heldout (the dev split), has the highest reward, as a mean
+   over these seeds. It gets another rate by the reward at the end. Among equal rates the smallest is chosen. The choices are
+   in OUT/lrs.json. A rate at which a run diverged is out. Variants of PLE (ablations, sensitivity) are trained at PLE's.
+3. seeds: every method runs with the other seeds, at these rates.
+4. test: the best checkpoint of each of these runs within each budget and the last one, and the start model with and without
    the principles in its prompt, answer --test-data, which nothing above has read, --samples times each. --second-reward,
    which no method was trained on, scores the answers too.
-5. comparison: `--mode=compare` of all, at every budget and at equal tokens, with the curves of all runs. Its tables are
-   printed; its page is OUT/comparison/comparison.html.
+5. comparison: `--mode=compare` of all these answers, at every budget and at equal tokens, with the curves of all runs. Its
+   tables are printed; its page is OUT/comparison/comparison.html.
 
-A method samples --responses an iteration, however many of them for a query, and takes --steps optimiser steps on them; no
-run stops before its last iteration, so that all have generated as many in the end. SFT and offline DPO sample nothing while
-they train: their iterations take as many queries as those with two responses each.
+A method samples --responses in an iteration, however many of them for one query, and takes --steps optimiser steps on them.
+No run stops before its last iteration, so that all have generated equally many in the end. SFT and offline DPO sample
+nothing while they train: their iterations take as many queries as those of a method with two responses for each.
 
-The exit code is 1 if a run failed; what speaks for the others is compared nevertheless.
+The exit code is 1 if a run failed; the other runs are compared nevertheless.
 """
 
 import argparse
@@ -57,7 +58,7 @@ END = "newest"  # the view of equal tokens, as config.checkpoint.use names it
 
 
 class Settings(NamedTuple):
-    """The command line, read."""
+    """The settings of a comparison, as read from the command line."""
 
     out: Path
     file: str  # of the config
@@ -81,27 +82,27 @@ class Settings(NamedTuple):
 
     @property
     def views(self) -> list[str]:
-        """The checkpoints of a run that are compared, as config.checkpoint.use names them."""
+        """The checkpoints of a run that are compared, by their names in config.checkpoint.use."""
         return [*(f"kl_{float(budget):g}" for budget in self.budgets), END]
 
 
 def command(
     s: Settings, name: str, result: str, keys: dict[str, str], *, mode: str, workdir: str = "", backend: str = ""
 ) -> Job:
-    """A job in OUT/workdir, or else in OUT/name, whose last file is `result` there; `keys` override what the user gave."""
+    """Returns a job in OUT/workdir, or else in OUT/name, that writes `result` there last; `keys` override the user's."""
     folder, keys = s.out / (workdir or name), {**PLE, **_evaluated(s), **keys}  # the same question whatever a config becomes
     flags = (f"--config={s.file}", f"--mode={mode}", f"--backend={backend or s.backend}", f"--workdir={folder}")
     return Job(name, (*flags, *s.given, *(f"--config.{key}={value}" for key, value in keys.items())), folder, result)
 
 
 def training(s: Settings, method: str, lr: str, seed: str) -> Job:
-    """A method's run at one learning rate and seed."""
+    """Returns the job that trains a method at one learning rate and seed."""
     name = f"{method}__lr-{lr}__seed-{seed}"
     return command(s, name, "summary.json", _keys(s, method, lr, seed), mode="train", backend=_backend(s, method))
 
 
 def testing(s: Settings, method: str, lr: str, seed: str, view: str) -> Job:
-    """The answers to the test split of a run that is finished."""
+    """Returns the job in which a checkpoint, `view`, of a finished training answers the test split."""
     trained = training(s, method, lr, seed)
     summary = read_json(trained.result) or {}
     point = {"iteration": summary["iterations"], "within": False} if view == END else summary["best"][view]
@@ -141,7 +142,7 @@ def _backend(s: Settings, method: str) -> str:
 
 
 def starting(s: Settings, *, principled: bool) -> Job:
-    """The start model's answers to the test split."""
+    """Returns the job in which the start model answers the test split, with the principles in its prompt if `principled`."""
     name = "start_principled" if principled else "start"
     keys = {"generate.policy": "start", "generate.principled": str(principled), "seed": s.seeds[0], **_test(s)}
     return command(s, name, f"responses/{name}/iter_0000.scores.jsonl", keys, mode="generate")
@@ -163,7 +164,7 @@ def make_data(s: Settings) -> None:
     """Writes pairs.jsonl and sft.jsonl, from answers of the start model to the train split.
 
     Raises:
-        UserError: sampling failed, or there are fewer records than an iteration takes.
+        UserError: if sampling failed, or there are fewer records than an iteration takes.
     """
     keys = {
         "generate.policy": "start",
@@ -190,9 +191,12 @@ def make_data(s: Settings) -> None:
 
 
 def records(found: responses.Generated) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Pairs of the best and the worst response to a query, and its best one; the texts as they were sampled.
+    """Makes the records of the offline methods from sampled responses, whose texts stay as they were sampled.
 
-    No pair where no response is better than another, nothing where the best is empty or a reward is missing.
+    A query gives no pair if no response is better than another, and nothing if the best is empty or a reward is missing.
+
+    Returns:
+        Records with the best and the worst response to a query, and records with the best one alone.
     """
     pairs, best_only = [], []
     for rollout in found.rollouts:
@@ -210,9 +214,10 @@ def records(found: responses.Generated) -> tuple[list[dict[str, Any]], list[dict
 
 
 def choose(s: Settings, ended: Mapping[str, Outcome]) -> dict[tuple[str, str], str]:
-    """(Method, view) -> its learning rate by the dev split; writes lrs.json.
+    """Chooses the learning rate of every (method, view) by the dev split, and writes lrs.json.
 
-    A method of which a run was killed, crashed or had no memory is left out: what it would have been is not known.
+    A method is left out if one of its runs was killed, crashed or ran out of memory, since the result of that run is
+    unknown. Variants of PLE get PLE's rates.
     """
     rates: dict[tuple[str, str], str] = {}
     table: dict[str, Any] = {}
@@ -241,7 +246,7 @@ def choose(s: Settings, ended: Mapping[str, Outcome]) -> dict[tuple[str, str], s
 
 
 def tuned(s: Settings) -> list[str]:
-    """The methods that have a learning rate of their own; PLE's variants have PLE's."""
+    """Returns the methods that have a learning rate of their own; variants of PLE have PLE's."""
     return [method for method in s.methods if not METHODS[method].of_ple]
 
 
@@ -254,17 +259,17 @@ def _tuning(s: Settings) -> list[str]:
 
 
 def _reached(summary: Mapping[str, Any], view: str) -> float:
-    """The dev split's reward that chooses a rate."""
+    """Returns the reward on the dev split by which `view` chooses a rate, or nan if the run has none."""
     if view == END:
         return number(summary.get("heldout_reward_after"))
     return number(summary.get("best", {}).get(view, {}).get("reward"))
 
 
 def check(s: Settings) -> None:
-    """A mistake in what comes last should not show after hours.
+    """Checks the settings of all stages in advance, so that a mistake in a late stage does not show only after hours.
 
     Raises:
-        UserError: there is one.
+        UserError: if there is a mistake.
     """
     layout = s.config.task.format
     if "," in str(s.out):
@@ -281,14 +286,16 @@ def needs_data(s: Settings) -> bool:
 
 
 def chosen_runs(s: Settings, rates: Mapping[tuple[str, str], str]) -> list[Job]:
-    """All runs at a rate that was chosen for any view, seed by seed."""
+    """Returns the training jobs at every rate that was chosen for any view, seed by seed."""
     pairs = dict.fromkeys((method, lr) for (method, _), lr in rates.items())
     return [training(s, method, lr, seed) for seed in s.seeds for method, lr in pairs if seed in seeds_of(s, method)]
 
 
 def restored(s: Settings, rates: Mapping[tuple[str, str], str]) -> int:
-    """Makes finished trainings unbegun of which a checkpoint must still answer and is gone, as runs are kept without their
-    weights; how many.
+    """Resets finished trainings whose checkpoint must still answer the test and is gone; returns how many they are.
+
+    A checkpoint is gone if the run was taken from the store, which keeps runs without their weights. A training that is
+    reset is as if it had never begun.
     """
     answers: dict[Job, dict[Path, list[Job]]] = {}  # training -> file -> who writes it: two budgets may have the same best
     for (method, view), lr in rates.items():
@@ -307,8 +314,10 @@ def restored(s: Settings, rates: Mapping[tuple[str, str], str]) -> int:
 def tested(
     s: Settings, rates: Mapping[tuple[str, str], str], ended: Mapping[str, Outcome]
 ) -> tuple[dict[Path, Job], dict[str, Path]]:
-    """The jobs that answer the test split, by the file that they write, of all that finished training and of the start
-    model; and the entries of the comparison with the files that they are of.
+    """Collects what the comparison needs of all finished trainings and of the start model.
+
+    Returns:
+        The jobs that answer the test split, by the file that each writes; and the file by entry of the comparison.
     """
     jobs: dict[Path, Job] = {}
     entries: dict[str, Path] = {}
@@ -328,7 +337,10 @@ def tested(
 
 
 def compared(s: Settings, entries: Sequence[str]) -> tuple[Job, Outcome]:
-    """The page and its tables, which are printed. Always made anew: folders of the same names may hold other answers."""
+    """Makes the comparison's page, and prints its tables; returns the job and how it ended.
+
+    The page is always made anew, since folders of the same names may hold other answers.
+    """
     log = s.out / "comparison.log"
     for file in (log, log.with_suffix(".done")):
         file.unlink(missing_ok=True)
@@ -341,10 +353,10 @@ def compared(s: Settings, entries: Sequence[str]) -> tuple[Job, Outcome]:
 
 
 def compare(s: Settings, *, jobs: int) -> int:
-    """All stages; 0, or 1 where a method is left out, or a run of a later stage failed.
+    """Executes all stages; returns 0, or 1 if a method is left out or a run of any stage failed.
 
     Raises:
-        UserError: something wrong with the command line or the data.
+        UserError: if something is wrong with the command line or the data.
     """
     grid = [training(s, m, lr, seed) for seed in _tuning(s) for m in tuned(s) for lr in s.lrs]
     say(f"{len(grid)} runs choose the learning rates of {len(tuned(s))} methods; {len(s.methods)} are compared, in {s.out}")
@@ -404,10 +416,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def arguments(parser: argparse.ArgumentParser, *, task: bool = True) -> None:
-    """Adds what `settings` takes, and `jobs`.
+    """Adds the options that `settings` takes, and --jobs, to a parser.
 
     Args:
-        task: with what says the task: its config, test split, references and second reward.
+        task: whether to add the options that define the task: its config, test split, references and second reward.
     """
     add = parser.add_argument
     add("--out", required=True, type=Path, metavar="DIR")
@@ -438,10 +450,10 @@ def arguments(parser: argparse.ArgumentParser, *, task: bool = True) -> None:
 
 
 def settings(*, config: str, given: Sequence[str], methods: str, **options: Any) -> Settings:
-    """The command line, as `arguments` has it.
+    """Returns the settings in the options that `arguments` adds.
 
     Raises:
-        UserError: a method, a number or an override that there is not.
+        UserError: if there is no such method or override, or a number is none.
     """
     own = {key: value for key, value in options.items() if key in Settings._fields}
     found = overrides(given)

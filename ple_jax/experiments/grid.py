@@ -1,4 +1,4 @@
-"""The points of a grid of overrides, the names of their folders, and the best of them."""
+"""Functions for a grid of overrides: its points, the names of their folders, and the best point."""
 
 import hashlib
 import itertools
@@ -12,10 +12,10 @@ from ple_jax.core.errors import UserError
 
 
 def grid(axes: Sequence[str]) -> list[dict[str, str]]:
-    """The points of a grid, the last axis fastest: ["optimizer.lr=1e-3,3e-3", "seed=0,1"] has four.
+    """Returns the points of a grid; the last axis varies fastest. ["optimizer.lr=1e-3,3e-3", "seed=0,1"] has four.
 
     Raises:
-        UserError: no axis, one without a key or without values, a key or a value given twice.
+        UserError: if there is no axis, an axis has no key or no values, or a key or a value is given twice.
     """
     if not axes:
         raise UserError("--grid KEY=VALUE,VALUE is missing, e.g. --grid optimizer.lr=3e-4,1e-3")
@@ -32,7 +32,7 @@ def grid(axes: Sequence[str]) -> list[dict[str, str]]:
 
 
 def _split(text: str) -> list[str]:
-    """At commas that stand in no bracket: "('a','b'),('c',)" is two values."""
+    """Splits a text at the commas outside brackets: "('a','b'),('c',)" is two values."""
     parts, depth = [""], 0
     for letter in text:
         depth += (letter in "([{") - (letter in ")]}")
@@ -44,7 +44,10 @@ def _split(text: str) -> list[str]:
 
 
 def name_of(point: Mapping[str, str]) -> str:
-    """A folder's name that `--runs` can hold: the overrides, and where signs were lost or it is long, a digest of them."""
+    """Returns a name for a point's folder, made of its overrides, that `--runs` can hold.
+
+    Where characters had to be replaced or the name was cut, a digest of the overrides is added.
+    """
     text = "__".join(f"{key}-{value}" for key, value in point.items())
     name = re.sub(r"[^\w.+-]+", "_", text)[:120]
     return name if name == text else f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
@@ -53,10 +56,13 @@ def name_of(point: Mapping[str, str]) -> str:
 def best(
     points: Sequence[Mapping[str, str]], values: Sequence[float], *, lowest: bool = False
 ) -> tuple[dict[str, str], list[float]] | None:
-    """The point, without its seed, whose mean over seeds is the highest, and its values; of equal ones the first.
+    """Returns the point, without its seed, whose mean over seeds is the highest, and its values; None if there is none.
+
+    The first of equal points is returned.
 
     Args:
-        values: of every point; nan where there is none. A point without a value for all of its seeds is out.
+        values: the value of every point, or nan if it has none. A point needs a value for each of its seeds.
+        lowest: whether the lowest mean is the best.
     """
     seeds: dict[str, tuple[dict[str, str], list[float]]] = {}
     for point, value in zip(points, values, strict=True):
@@ -68,10 +74,10 @@ def best(
 
 
 def flags(point: Mapping[str, str]) -> tuple[str, ...]:
-    """Overrides as arguments."""
+    """Returns the overrides of a point as command-line arguments."""
     return tuple(f"--config.{key}={value}" for key, value in point.items())
 
 
 def number(value: Any) -> float:
-    """What a summary has as a number; nan where it is none."""
+    """Returns a value of a summary as a float, or nan if it is no number."""
     return float(value) if isinstance(value, int | float) else math.nan

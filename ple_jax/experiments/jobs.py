@@ -1,4 +1,4 @@
-"""Runs of `ple_jax.main` that are started once: what is done is not run again, a stop ends them all."""
+"""Runs `ple_jax.main` as jobs, each in a process: a job that is done is not run again, and a stop ends all of them."""
 
 import argparse
 import collections
@@ -29,7 +29,7 @@ from ple_jax.training.workdir import lock
 
 
 class Job(NamedTuple):
-    """One `python -m ple_jax.main` with its arguments, its work directory, and the file in it that it writes last."""
+    """One command `python -m ple_jax.main`: its arguments, its work directory, and the file that it writes there last."""
 
     name: str
     arguments: tuple[str, ...]
@@ -42,7 +42,7 @@ class Job(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """How a job ended: exit code 0 and nothing, or another one (negative: of a signal) and the last line of its log."""
+    """How a job ended: exit code 0 and no text, or another code (negative for a signal) and the last line of its log."""
 
     code: int
     says: str = ""
@@ -51,17 +51,20 @@ class Outcome(NamedTuple):
 def run(
     jobs: Sequence[Job], out: Path, *, parallel: int = 1, done: Callable[[Job], None] | None = None
 ) -> dict[str, Outcome]:
-    """Runs what is not done yet, at most `parallel` at a time; by name how each ended, in the order of the jobs.
+    """Executes the jobs that are not done yet, at most `parallel` at a time.
 
-    What a job prints is appended to OUT/NAME.log. OUT/NAME.done holds what it was asked for when it ended well: the same
-    is not run again, and of anything else `ple_jax.main` itself says whether the work directory is its own.
+    What a job prints is appended to OUT/NAME.log. Once it has ended well, OUT/NAME.done holds what it was asked for, and the
+    same is not run again. If it is asked for something else, `ple_jax.main` decides whether it may use the work directory.
 
     Args:
         done: called with every job that has just ended well.
 
+    Returns:
+        How each job ended, by its name, in the order of `jobs`.
+
     Raises:
-        UserError: a command line that is wrong, before anything runs.
-        KeyboardInterrupt: as it came, when all that ran have stopped.
+        UserError: if a command line is wrong, before anything runs.
+        KeyboardInterrupt: passed on after all running jobs were stopped.
     """
     wanted = {job.name: asked(job, out) for job in jobs}
     todo = [job for job in jobs if not is_done(job, out, wanted[job.name])]
@@ -88,7 +91,7 @@ def run(
 
 
 class _Processes:
-    """What runs at the moment, so that all of it can be stopped; `run` is called in several threads at once."""
+    """The processes that are running, so that all of them can be stopped; `run` is called in several threads at once."""
 
     def __init__(self, out: Path, parallel: int):
         self._out = out
@@ -100,7 +103,7 @@ class _Processes:
         self._folders: dict[Path, threading.Lock] = collections.defaultdict(threading.Lock)  # one process in each at a time
 
     def run(self, job: Job, wanted: str) -> tuple[Outcome, float]:
-        """Runs a job to its end, and marks it as done if it ended well; how it ended, and after how many seconds."""
+        """Executes a job, and marks it as done if it ended well; returns how it ended, and after how many seconds."""
         with self._folders[job.workdir]:
             cores = self._cores.get()
             try:
@@ -131,9 +134,9 @@ class _Processes:
 
 
 def _shares(parallel: int) -> list[set[int]]:
-    """The cores of each of so many processes; empty where they are not parted.
+    """Returns the cores of each of `parallel` processes; the sets are empty where cores are not divided.
 
-    A process a core is faster than two that both use all: no operation takes two cores half the time of one.
+    Giving each process cores of its own is faster than letting all share them: no operation is twice as fast on two cores.
     """
     cores = sorted(os.sched_getaffinity(0)) if parallel > 1 and hasattr(os, "sched_setaffinity") else []
     return [set(cores[i::parallel]) if len(cores) >= parallel else set() for i in range(parallel)]
@@ -144,40 +147,43 @@ def command(job: Job) -> list[str]:
 
 
 def say(line: str) -> None:
-    """A line for whoever watches, also through a pipe."""
+    """Prints a line and flushes it, so that it is seen at once, also through a pipe."""
     print(line, flush=True)
 
 
 def parsed(arguments: Sequence[str]) -> entry.CommandLine:
-    """What arguments of `ple_jax.main` ask for; a mistake in them is main's own error."""
+    """Parses arguments of `ple_jax.main`; a mistake in them raises main's own error."""
     return entry.parse(["ple_jax.main", *arguments])
 
 
 def asked(job: Job, out: Path) -> str:
-    """All that a command line asks for, with the whole config, as text; the same wherever OUT is."""
+    """Returns all that a job's command line asks for, with the whole config, as JSON; it is the same wherever OUT is."""
     found = parsed(job.arguments)
     text = json.dumps({**found._asdict(), "config": redacted(found.config.to_dict())}, indent=1, default=str)
     return anywhere(text, out)
 
 
 def anywhere(text: str, out: Path) -> str:
-    """A text of JSON in which OUT stands for the folder of that name."""
+    """Replaces the path of the folder `out` by OUT in a text of JSON."""
     return text.replace(json.dumps(f"{out}/")[1:-1], "OUT/")
 
 
 def mark(job: Job, out: Path) -> Path:
-    """What says that a job is done."""
+    """Returns the path of the file that marks a job as done, and holds what the job was asked for."""
     return out / f"{job.name}.done"
 
 
 def is_done(job: Job, out: Path, wanted: str | None = None) -> bool:
-    """Whether a job has ended well, with all that it asks for today; `wanted` is `asked` of it, where that is known."""
+    """Says whether a job has ended well, with all that it asks for today; `wanted` is the job's `asked`, if known."""
     file = mark(job, out)
     return job.result.exists() and file.exists() and is_wanted(job, out, file.read_text(encoding="utf-8"), wanted)
 
 
 def is_wanted(job: Job, out: Path, kept: str, wanted: str | None = None) -> bool:
-    """Whether a mark is of what a job asks for, but for what could not be asked for when it was written."""
+    """Says whether a mark is of what a job asks for today; `kept` is the content of the mark.
+
+    Flags and keys of the config that did not exist when the mark was written count as having their defaults there.
+    """
     today = json.loads(asked(job, out) if wanted is None else wanted)
     with contextlib.suppress(ValueError):
         return _completed(json.loads(anywhere(kept, out)), today) == today
@@ -185,7 +191,7 @@ def is_wanted(job: Job, out: Path, kept: str, wanted: str | None = None) -> bool
 
 
 def _completed(kept: Any, today: Any) -> Any:
-    """What a mark says, with the flags and the keys that there are since, at their defaults."""
+    """Returns the content of a mark, to which flags and keys that exist since are added at their defaults."""
     if not isinstance(kept, Mapping) or not isinstance(kept.get("config"), Mapping):
         return kept
     flags = json.loads(json.dumps({**entry.CommandLine(ConfigDict(), Path(), "", "")._asdict(), "config": {}}, default=str))
@@ -194,7 +200,7 @@ def _completed(kept: Any, today: Any) -> Any:
 
 
 def _wait_until_free(workdir: Path, stopping: threading.Event) -> None:
-    """A process may have outlived the script that started it, and still be at work."""
+    """Waits until no process works in a folder: one may have outlived the script that started it."""
     with contextlib.suppress(FileNotFoundError), (workdir / ".lock").open() as lock:
         while not stopping.is_set():
             try:
@@ -211,7 +217,10 @@ def _last_line(log: Path) -> str:
 
 @contextlib.contextmanager
 def reported(out: Path) -> Iterator[None]:
-    """One process in OUT; what the user can mend, and a stop by Ctrl-C or SIGTERM, as one line and an exit code."""
+    """Locks OUT for this process, and turns errors into one line and an exit code.
+
+    These are UserErrors (exit code 2) and a stop by Ctrl-C or SIGTERM (exit code 130).
+    """
 
     def stop(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
@@ -238,10 +247,10 @@ def reported(out: Path) -> Iterator[None]:
 
 
 def overrides(rest: Sequence[str]) -> tuple[str, ...]:
-    """What stands after `--`: overrides of the config and nothing else.
+    """Returns the arguments after `--`, which must all be overrides of the config.
 
     Raises:
-        UserError: another flag, which a script gives by itself.
+        UserError: if there is another argument; other flags are set by the scripts themselves.
     """
     for argument in rest:
         if not re.match(r"--(no)?config\.", argument):

@@ -1,4 +1,4 @@
-"""The methods that are compared, and what gives all of them one budget."""
+"""The methods that are compared, and the settings that give all of them the same budget."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,11 @@ from ple_jax.core.errors import UserError, suggestion
 
 
 class Method(NamedTuple):
-    """How a method differs from the config; `samples` of a query make its number of queries (of offline ones: see above)."""
+    """How a method differs from the config.
+
+    `samples`, the responses for one query, determine the number of queries. An offline method samples nothing while it
+    trains, and takes as many queries as a method with that many samples.
+    """
 
     samples: int
     keys: dict[str, str]
@@ -27,7 +31,7 @@ _PERCENTILE = {  # the authors' released code is DPO, without a likelihood term
 
 
 def _of_ple(group: str, keys: dict[str, str], *, samples: int = 2) -> Method:
-    """PLE but for these keys."""
+    """Returns the variant of PLE with these keys."""
     return Method(samples, keys, group=group)
 
 
@@ -78,12 +82,12 @@ GROUPS = tuple(dict.fromkeys(method.group for method in METHODS.values()))
 
 
 def chosen(text: str) -> list[str]:
-    """The methods that a list of groups and names means, or `all`, in the order of the table.
+    """Returns the methods that a list of groups and names with commas selects, in the order of the table.
 
-    Those that imitate people are asked for by name: not all data have answers.
+    `all` selects every method except those that imitate people's answers, since not all data have such answers.
 
     Raises:
-        UserError: a name that is none, or variants of PLE without PLE, whose learning rate they take.
+        UserError: if a name does not exist, or variants of PLE are chosen without PLE, whose learning rate they take.
     """
     wanted = {name.strip() for name in text.split(",")}
     known = ("all", *GROUPS, *METHODS)
@@ -96,10 +100,15 @@ def chosen(text: str) -> list[str]:
 
 
 def budget(name: str, *, responses: int, steps: int, micro: int) -> dict[str, str]:
-    """Queries of an iteration, of an optimiser step and of a pass over the model (`micro` at most).
+    """Returns the config's numbers of queries for an iteration, an optimiser step and a micro-batch.
+
+    Args:
+        responses: number of responses of an iteration.
+        steps: optimiser steps of an iteration.
+        micro: most queries of a micro-batch, which is one pass over the model.
 
     Raises:
-        UserError: an iteration's responses are no equal batches, nor is nearly all of them.
+        UserError: if neither all nor nearly all of an iteration's responses can be divided into equal batches.
     """
     samples = METHODS[name].samples
     batch = responses // (samples * steps)

@@ -1,20 +1,20 @@
-"""Methods on texts of people, at equal KL and at equal tokens: openings of IMDb's reviews, dialogues of HH.
+"""Compares methods on texts of people, at equal KL and at equal tokens: openings of IMDb's reviews, dialogues of HH.
 
     python -m ple_jax.experiments.real_text imdb --out runs/imdb [--train SOURCE --test SOURCE] [--keep DIR] [...]
     python -m ple_jax.experiments.real_text hh --out runs/hh [--train SOURCE --test SOURCE] [--keep DIR] [...]
 
-Makes the data and the rewards, and goes on as `ple_jax.experiments.compare_methods`, which says what is done and takes the
-same options. Give the same command again after a stop or a kill.
+Makes the data and the rewards, and goes on as `ple_jax.experiments.compare_methods`, whose help describes the stages, and
+takes the same options. Give the same command again after a stop or a kill.
 
-imdb: the reward is `bag_of_words`, trained on the labels of 584 reviews of IMDb's train split, the second one VADER's.
-    `sft_references` imitates how the positive ones among the train reviews go on.
-hh: two reward models, each with Bradley-Terry's loss on one half of the train pairs (halves by prompt): one rewards, the
-    other is the second reward. OUT/rewards.json has how many of the test pairs each of them orders as people did, and so
-    says what an answer's reward is worth. `sft_references` imitates the chosen answers. Queries are those of at most
-    --max-words words.
+imdb: the reward is `bag_of_words`, trained on the labels of 584 reviews of IMDb's train split; the second reward is VADER's.
+    `sft_references` imitates how the positive reviews of the train split go on.
+hh: two reward models are trained with Bradley-Terry's loss, each on one half of the train pairs (halves by prompt). One is
+    the reward, the other the second reward. OUT/rewards.json has the share of the test pairs that each of them orders as
+    people did, and so says what an answer's reward is worth. `sft_references` imitates the chosen answers. Only queries of
+    at most --max-words words are used.
 
-Of the train records --dev queries are set apart: learning rates and checkpoints are chosen by them. The test split answers
-once. Nothing of the data goes into --keep: what they say is read from --train and --test again.
+Of the train records --dev queries are set apart, by which learning rates and checkpoints are chosen. The test split is
+answered once. None of the data goes into --keep: texts of the data are read from --train and --test again.
 """
 
 import argparse
@@ -42,7 +42,7 @@ _DRAWN = 0  # what is set apart is the same, whatever the seeds of the runs
 
 
 class Made(NamedTuple):
-    """What a task made of its data."""
+    """What a task has prepared for the comparison: overrides, files of queries and references, and the second reward."""
 
     given: tuple[str, ...]  # overrides of every run
     test: Path
@@ -101,7 +101,7 @@ TASKS = {
 
 
 def _read(options: argparse.Namespace, **how: Any) -> tuple[Compact[Query], Compact[Query]]:
-    """The train and the test records, without duplicates, and none in both."""
+    """Reads the train and the test records; there are no duplicates, and no record is in both."""
     folder = options.out / "data" / "clean"
     subsets = ("harmless-base",) if options.task == "hh" and options.train == TASKS["hh"].train else ()
     prepare.prepare(
@@ -113,12 +113,12 @@ def _read(options: argparse.Namespace, **how: Any) -> tuple[Compact[Query], Comp
 
 
 def _short(queries: Compact[Query], most: int) -> Compact[Query]:
-    """Those whose prompt has no more words."""
+    """Returns the queries whose prompt has at most `most` words."""
     return queries.take(i for i, query in enumerate(queries) if len(query.prompt.split()) <= most)
 
 
 def _divided(options: argparse.Namespace, train: Compact[Query], test: Compact[Query]) -> dict[str, Compact[Query]]:
-    """Train, dev and test queries."""
+    """Divides the queries into train, dev and test queries."""
     if len(train) <= options.dev:
         raise UserError(f"{len(train)} train queries are left, and --dev={options.dev} are set apart: lower it")
     order = np.random.Generator(np.random.Philox(_DRAWN)).permutation(len(train)).tolist()
@@ -131,8 +131,10 @@ def _divided(options: argparse.Namespace, train: Compact[Query], test: Compact[Q
 
 
 def _written(out: Path, sets: Mapping[str, Sequence[Query]], needs: str = "completion") -> dict[str, Path]:
-    """The files of these records. Their names say what is in them, and so do the jobs that read them: what was kept of other
-    data is not taken.
+    """Writes the files of these records, and returns their paths.
+
+    A digest of the records is part of a file's name, and so of the jobs that read the file: results that were kept of other
+    data are not taken for theirs.
     """
     files = {name: out / "data" / f"{name}-{digest(queries)[:8]}.jsonl" for name, queries in sets.items()}
     for name, queries in sets.items():
@@ -156,7 +158,7 @@ def _data(options: argparse.Namespace, files: dict[str, Path]) -> tuple[str, ...
 
 
 def _rewarding(options: argparse.Namespace, name: str, pairs: Path, test: Path) -> Job:
-    """The training of a reward model; the adapter of rank 1 is small enough to be kept."""
+    """Returns the job that trains a reward model, with an adapter of rank 1, which is small enough to be kept."""
     what = f"{pairs.name} {test.name} {options.reward_base} {options.reward_tokens}"
     name = f"{name}-{identity.digest([what.encode()])[:8]}"
     folder = options.out / name
@@ -177,7 +179,7 @@ def _judged(job: Job) -> dict[str, Any]:
 
 
 def _rebuilt(job: Job) -> Path:
-    """The reward model of a training that is done, from its adapter where it was kept without."""
+    """Returns the folder of a trained reward model; it is merged again if only its adapter was kept."""
     folder = job.workdir / "reward_model"
     if not (folder / "config.json").exists():
         from ple_jax.export import merged, write

@@ -1,10 +1,11 @@
-"""What finished jobs say, packed to be kept: a file a job, which an interruption, or a machine that goes, does not lose.
+"""Keeps the results of finished jobs, one packed file for each, which survive interruptions and the loss of a machine.
 
-DIR/NAME.tar.xz holds what a job has written, and the mark that it is done: of a training its config, environment, summary
-and metrics, of answers the responses, but for the log-probability of every token. No checkpoints, no rollouts; no weights,
-but for the adapter and the head of a reward model, by which others were scored.
-A job is taken from there where its mark says what is asked today; of anything else that has its name nothing is read.
-Where data are not to be copied, `texts` is the file that queries come from: what it says is not kept, but read there again.
+DIR/NAME.tar.xz holds what a job has written, and the mark that it is done. For a training these are its config, environment,
+summary and metrics; for answers, the responses without the log-probability of every token. There are no checkpoints, no
+rollouts and no weights, except for the adapter and the head of a reward model, by which other runs were scored.
+
+A job is taken from there if its mark is of what is asked for today; any other file of its name is ignored. Where data must
+not be copied, `texts` is the file that the queries come from: texts from it are not kept, but read there again.
 """
 
 import lzma
@@ -33,7 +34,7 @@ _AGAIN = "delete it, and that job is done again"
 def run(
     some: Sequence[Job], out: Path, keep: Path | None = None, *, texts: Path | None = None, parallel: int = 1
 ) -> dict[str, Outcome]:
-    """`jobs.run`, of what is not kept; what finishes is."""
+    """Takes the jobs that are kept, executes the others as `jobs.run` does, and keeps those that end well."""
     if keep is None:
         return jobs.run(some, out, parallel=parallel)
     take_all(some, out, keep, texts=texts)
@@ -44,7 +45,7 @@ def run(
 
 
 def take_all(some: Sequence[Job], out: Path, keep: Path | None, *, texts: Path | None = None) -> None:
-    """Takes what is kept of these jobs, and says how many that were."""
+    """Takes those of the jobs that are kept, and prints how many they are."""
     if keep is not None and (taken := sum(take(job, out, keep, texts=texts) for job in some)):
         say(f"{taken} jobs are taken from {keep}")
 
@@ -54,7 +55,7 @@ def archive(job: Job, keep: Path) -> Path:
 
 
 def save(job: Job, out: Path, keep: Path, *, texts: Path | None = None) -> None:
-    """Packs a job that ended well; an earlier file of its name is replaced."""
+    """Packs the results of a job that ended well into `keep`; replaces an earlier file of its name."""
     keep.mkdir(parents=True, exist_ok=True)
     written = [mark(job, out)]
     if job.workdir == out / job.name:
@@ -76,16 +77,25 @@ def save(job: Job, out: Path, keep: Path, *, texts: Path | None = None) -> None:
 
 
 def _digest(workdir: Path) -> str:
-    """Of a training, whose summary has the seconds that it took, as no other one; of no training that of nothing."""
+    """Returns the digest of a training's summary, or of nothing if there is no training.
+
+    It differs from that of any other training, since the summary has the seconds that the training took.
+    """
     summary = workdir / "summary.json"
     return identity.digest([summary.read_bytes() if summary.exists() else b""])
 
 
 def _lean(path: Path, folder: Path, whole: bool) -> Path:
-    """A journal without the tokens' log-probabilities, which are most of it; any other file as it is.
+    """Writes a copy of a journal without the tokens' log-probabilities, which are most of it.
 
     Args:
-        whole: with what the data say.
+        path: any file of a job.
+        folder: where the copy is written.
+        whole: whether to keep the texts of the data. If not, prompts and records are left out of journals, and references
+            out of files of scores.
+
+    Returns:
+        The path of the copy, or `path` itself if nothing is left out of that file.
     """
     if not path.name.startswith("iter_") or path.suffixes not in ([".jsonl"], [".scores", ".jsonl"]):
         return path
@@ -105,10 +115,10 @@ def _lean(path: Path, folder: Path, whole: bool) -> Path:
 
 
 def _put_back(folder: Path, texts: Path) -> None:
-    """What the data say, in all answers of a folder, by the queries' ids.
+    """Restores the prompts and references in all answers of a folder, by the queries' ids, from the data in `texts`.
 
     Raises:
-        Damaged: they answer a query that is not there.
+        Damaged: if they answer a query that is not in `texts`.
     """
     known = {query.id: query for query in load_queries(str(texts)).queries}
     for scores in folder.rglob(f"iter_*{_SCORES}"):
@@ -123,7 +133,7 @@ def _put_back(folder: Path, texts: Path) -> None:
 
 
 def _plain(member: tarfile.TarInfo) -> tarfile.TarInfo:
-    """Without owner, rights and time, so that the same content is the same file."""
+    """Removes owner, permissions and time of a member, so that equal content gives equal archives."""
     member.uid = member.gid = member.mtime = 0
     member.uname = member.gname = ""
     member.mode = 0o644
@@ -131,7 +141,7 @@ def _plain(member: tarfile.TarInfo) -> tarfile.TarInfo:
 
 
 def holds(job: Job, out: Path, keep: Path) -> bool:
-    """Whether a job that is done in OUT is kept as it is there."""
+    """Says whether a job that is done in OUT is kept, with the result that it has there."""
     if not archive(job, keep).exists():
         return False
     with tempfile.TemporaryDirectory() as folder:
@@ -140,12 +150,12 @@ def holds(job: Job, out: Path, keep: Path) -> bool:
 
 
 def take(job: Job, out: Path, keep: Path, *, texts: Path | None = None) -> bool:
-    """Unpacks a job that is not done in OUT, in the place of what it may have begun there; whether it was taken.
+    """Unpacks a job that is not done in OUT, in place of anything that it began there; says whether it was taken.
 
-    Answers are taken beside the very training that gave them alone.
+    Answers are taken only if the very training that gave them is in OUT.
 
     Raises:
-        Damaged: its file cannot be read.
+        Damaged: if its file cannot be read, or answers a query that is not in `texts`.
     """
     if is_done(job, out) or not archive(job, keep).exists():
         return False
@@ -179,13 +189,13 @@ def _unpacked(job: Job, keep: Path, folder: Path) -> Path:
 
 
 def _wanted(job: Job, out: Path, unpacked: Path) -> bool:
-    """Whether an archive is of what the job asks for, and of a version that says whose answers these are."""
+    """Says whether an archive is of what the job asks for, and records which training its answers are from."""
     kept = mark(job, unpacked)
     return (unpacked / _WHOSE).is_file() and kept.is_file() and is_wanted(job, out, kept.read_text(encoding="utf-8"))
 
 
 def forget(job: Job, out: Path, keep: Path | None) -> None:
-    """Makes a training that is done one that was never begun, and its answers too, wherever they were kept."""
+    """Deletes a finished training and its answers, in OUT and in `keep`, as if they had never begun."""
     for folder, suffix in ((out, ".done"), (keep, ".tar.xz")):
         if folder is not None:
             for file in (folder / f"{job.name}{suffix}", *folder.glob(f"{job.name}__*{suffix}")):

@@ -1,16 +1,17 @@
-"""A run for every point of a grid of overrides over one config; then the table of all, and the best.
+"""Runs every point of a grid of overrides over one config; then writes the table of all points, and the best one.
 
     python -m ple_jax.experiments.sweep --config quickstart --out runs/sweep --grid optimizer.lr=3e-4,1e-3,3e-3 \\
         --grid seed=0,1 [--jobs 2] [--backend jax] [--select heldout_reward_after] [-- --config.iterations=3 ...]
 
-Every point is a `python -m ple_jax.main` of its own, whose work directory, OUT/POINT, is named by its overrides, and what it
-prints is in OUT/POINT.log. All command lines are checked before the first one runs. The same command goes on where it
-stood: finished points are not run again, killed ones continue. A point that fails is reported and stops no other; the exit
-code is 1 then.
+Every point is a `python -m ple_jax.main` of its own. Its work directory, OUT/POINT, is named by its overrides, and what it
+prints is in OUT/POINT.log. All command lines are checked before the first one runs. The same command, given again, continues
+where it stopped: finished points are not run again, killed ones go on. A point that fails is reported and stops no other;
+the exit code is 1 then.
 
-Written to OUT: sweep.csv, a line a point, and best.json, the overrides whose mean of --select over `seed` is the highest
-(--lowest: the lowest) among those that finished with every seed; of equal ones the first. That number is of
-config.task.heldout, a dev split: what is reported in the end should be measured on other data, once.
+Two files are written to OUT: sweep.csv, with one line for each point, and best.json, with the overrides whose mean of
+--select over `seed` is the highest (--lowest: the lowest) among those that finished with every seed; of equal ones the
+first. That number is measured on config.task.heldout, a dev split: what is reported in the end should be measured on other
+data, once.
 """
 
 import argparse
@@ -29,10 +30,10 @@ from ple_jax.experiments.jobs import Job, Outcome, overrides, positive, reported
 def sweep(
     config: str, out: Path, axes: Sequence[str], *, given: Sequence[str], backend: str, jobs: int, select: str, lowest: bool
 ) -> int:
-    """The whole sweep; 0, or 1 where a point failed or has no number to select by.
+    """Executes the whole sweep; returns 0, or 1 if a point failed or has no number to select by.
 
     Raises:
-        UserError: a grid or a command line that is wrong.
+        UserError: if the grid or a command line is wrong.
     """
     points = grid(axes)
     common = (f"--config={config}", f"--backend={backend}", *overrides(given))
@@ -74,7 +75,10 @@ def show(
 
 
 def keep_best(path: Path, points: Sequence[Mapping[str, str]], values: Sequence[float], *, select: str, lowest: bool) -> int:
-    """Writes best.json and says so; 0, or 1 where a point has no value. Without a best one no file is left."""
+    """Writes best.json and prints the best point; returns 0, or 1 if a point has no value.
+
+    If there is no best point, an earlier best.json is deleted.
+    """
     if (chosen := best(points, values, lowest=lowest)) is None:
         path.unlink(missing_ok=True)
         say("no point has that number for all of its seeds: there is no best one")

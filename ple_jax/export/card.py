@@ -1,4 +1,4 @@
-"""The model card of an export: README.md with the hub's front matter, from templates/, of what ran."""
+"""Renders the model card of an export: README.md with the hub's front matter, from templates/ and from what ran."""
 
 import json
 import re
@@ -39,7 +39,7 @@ def render(
     repo: str | None = None,
     head: bool = False,
 ) -> str:
-    """The text of README.md for the export of one checkpoint: of config.json, environment.json and metrics.jsonl.
+    """Renders README.md for the export of one checkpoint, from config.json, environment.json and metrics.jsonl.
 
     Args:
         workdir: a run's work directory.
@@ -76,12 +76,12 @@ def _header(base: str | None, library: str, tags: list[str], head: bool) -> str:
 
 
 def _name(algorithm: str) -> str:
-    """Of a user's file or module the last part."""
+    """Returns an algorithm's short name: of a user's file or module the last part."""
     return Path(algorithm).stem if algorithm.endswith(".py") else algorithm.rpartition(".")[2]
 
 
 def _said(workdir: Path, tree: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """What the card says whatever is exported."""
+    """Collects what the card says in any case, whatever is exported."""
     from ple_jax.models.weights import gguf_file  # here: it imports transformers, for which no other mode should wait
 
     config, plain = flatten(tree), flatten(json.loads(json.dumps(dict(defaults))))
@@ -111,7 +111,7 @@ def _body(template: str, **values: Any) -> str:
 
 
 def _guided(algorithm: Algorithm, tree: Mapping[str, Any]) -> bool:
-    """Whether principles have a part in training, for responses or for a teacher."""
+    """Says whether principles have a part in training, for responses or for a teacher."""
     from ml_collections import ConfigDict
 
     config = ConfigDict(tree)
@@ -119,18 +119,21 @@ def _guided(algorithm: Algorithm, tree: Mapping[str, Any]) -> bool:
 
 
 def _spelled(algorithm: str) -> str:
-    """The algorithm's name in a title: PLE, self distillation."""
+    """Spells the algorithm's name for a title: PLE, self distillation."""
     return algorithm.upper() if algorithm.isalpha() and len(algorithm) <= 4 else algorithm.replace("_", " ")
 
 
 def _sentence(docstring: str) -> str:
-    """A docstring's first line as Markdown, its papers as links; code is left as it is."""
+    """Formats a docstring's first line as Markdown, with its papers as links; code is left as it is."""
     parts = [part if i % 2 else _escaped(part) for i, part in enumerate(docstring.strip().split("\n")[0].split("`"))]
     return re.sub(r"arXiv:(\d{4}\.\d{4,5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", "`".join(parts))
 
 
 def _metrics(workdir: Path, iteration: int, point: Mapping[str, Any] | None) -> list[tuple[str, float, float]]:
-    """What is known before training and at the evaluation that is exported, or the newest one up to `iteration`."""
+    """Returns what is known before training and at the evaluation that is exported, or the newest one up to `iteration`.
+
+    Each row has the metric in words, and its two values.
+    """
     path = workdir / "metrics.jsonl"
     lines = read_jsonl(path) if path.exists() else []
     rows = []
@@ -149,7 +152,7 @@ def _versions(workdir: Path) -> dict[str, str]:
 
 
 def _prose(text: str) -> str:
-    """A text of the user's in a line of Markdown, which means nothing there."""
+    """Escapes a text of the user's for a line of Markdown, so that nothing in it is markup."""
     return _escaped(" ".join(text.split()))
 
 
@@ -158,7 +161,7 @@ def _escaped(text: str) -> str:
 
 
 def _cell(value: Any) -> str:
-    """A value for a table: no absolute path of this machine, nothing that ends the cell."""
+    """Formats a value for a table, without absolute paths of this machine and without anything that ends the cell."""
     value = value.name if isinstance(value, Path) else portable(value)
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return "`" + text.replace("|", "\\|").replace("`", "'").replace("\n", " ") + "`"

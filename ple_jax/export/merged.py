@@ -1,4 +1,4 @@
-"""Merged weights in a folder that transformers and vLLM load, and pushing folders to a hub. Neither jax nor torch."""
+"""Writes merged weights to a folder that transformers and vLLM load, and pushes folders to a hub, without jax or torch."""
 
 import contextlib
 import itertools
@@ -42,20 +42,20 @@ def merged(
     """Writes base plus adapter, merged in float32, as a folder that transformers' AutoModelForCausalLM loads.
 
     With a head it is for AutoModelForSequenceClassification: the head with one label takes the output matrix's place.
-    Tensor by tensor: the host holds one shard and one tensor. The folder appears whole or not at all.
+    Tensors are merged one by one: the host holds one shard and one tensor. The folder appears whole or not at all.
 
     Args:
         loaded: the base model.
         adapter: folder with a PEFT adapter.
         folder: what is written; an earlier export there is replaced.
         dtype: "float32", "bfloat16", "float16", or "keep" for every tensor's own.
-        shard_gb: most that one file holds, in 10^9 bytes; a larger tensor has a file of its own.
+        shard_gb: the most that one file holds, in 10^9 bytes; a larger tensor has a file of its own.
         readme, about: what README.md, and the export's own marker file, say of it.
-        head: the adapter's module that was trained whole, "score".
+        head: name of the adapter's module that was trained whole, "score".
 
     Raises:
-        UserError: `folder` holds something else, the adapter is not this model's, a merged tensor has values that
-            `dtype` cannot hold, or the disk is full.
+        UserError: `folder` holds something else, the adapter is not this model's, a merged tensor has values that `dtype`
+            cannot hold, or the disk is full.
     """
     _recover(folder)
     check_folder(folder)
@@ -75,14 +75,17 @@ def _beside(folder: Path, suffix: str) -> Path:
 
 
 def _recover(folder: Path) -> None:
-    """Takes back an export that was killed between its two renames."""
+    """Restores the earlier export if a new one was killed between its two renames."""
     if (old := _beside(folder, "old")).exists() and not folder.exists():
         old.rename(folder)
 
 
 @contextlib.contextmanager
 def _whole(folder: Path) -> Iterator[Path]:
-    """A folder to write to, which takes the place of `folder` when the block ends; where it raises, the old one stays."""
+    """Yields a folder to write to, which takes the place of `folder` when the block ends.
+
+    Where the block raises, the old folder stays.
+    """
     partial, old = _beside(folder, "partial"), _beside(folder, "old")
     for left in (partial, old):  # by a process that was killed
         shutil.rmtree(left, ignore_errors=True)
@@ -104,13 +107,16 @@ def _whole(folder: Path) -> Iterator[Path]:
 
 
 def check_folder(folder: Path) -> None:
-    """Raises a UserError where an export would replace something that is not an earlier one."""
+    """Raises a UserError if an export would replace something that is not an earlier export."""
     if folder.exists() and not (folder / MARKER).is_file():
         raise UserError(f"{folder} is not an earlier export (it has no {MARKER}); move it away, nothing was written")
 
 
 def _tensors(loaded: Loaded, adapter: Path, dtype: np.dtype | None, head: str | None) -> Iterator[tuple[str, np.ndarray]]:
-    """Every weight of the merged model, in the order of `loaded.weights`; a head takes the output matrix's place."""
+    """Yields the name and the values of every weight of the merged model, in the order of `loaded.weights`.
+
+    A head takes the output matrix's place, and comes last.
+    """
     tensors, config = peft.read(adapter, head=head)
     modules = peft.modules(tensors)
     if unknown := [path for path in modules if f"{path}.weight" not in loaded.weights]:
@@ -147,7 +153,7 @@ def _check_space(loaded: Loaded, dtype: np.dtype, parent: Path) -> None:
 
 
 def _write_shards(tensors: Iterable[tuple[str, np.ndarray]], folder: Path, limit: int) -> None:
-    """model.safetensors, or its numbered parts and their index."""
+    """Writes model.safetensors or, if it were longer than `limit` bytes, its numbered parts and their index."""
     from safetensors.numpy import save_file
 
     files: list[list[str]] = []
@@ -179,7 +185,10 @@ def _write_shards(tensors: Iterable[tuple[str, np.ndarray]], folder: Path, limit
 
 
 def _write_description(loaded: Loaded, folder: Path, dtype: str, stored: np.dtype, head: str | None) -> None:
-    """config.json, generation_config.json and the tokenizer: the source's own where it is a folder."""
+    """Writes config.json, generation_config.json and the tokenizer.
+
+    The latter two are copies of the source's own files where the source is a folder that has them.
+    """
     config, source = dict(_raw(loaded)), loaded.folder
     if head:
         # every class of a family is called alike
@@ -208,7 +217,7 @@ def _write_description(loaded: Loaded, folder: Path, dtype: str, stored: np.dtyp
 
 
 def _raw(loaded: Loaded) -> Mapping[str, Any]:
-    """The model's config.json; of a multimodal one that of its text part, which is what was read."""
+    """Returns the model's config.json; of a multimodal model that of its text part, which is what was read."""
     if "text_config" in loaded.raw:
         text = {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}
         return {**loaded.raw["text_config"], **text, "eos_token_id": loaded.raw.get("eos_token_id")}
@@ -223,10 +232,10 @@ def _raw(loaded: Loaded) -> Mapping[str, Any]:
 
 
 def push(folder: Path, repo: str, *, private: bool) -> str:
-    """Uploads a folder to a hub repository, made if it does not exist; its address.
+    """Uploads a folder to a hub repository, which is made if it does not exist, and returns its address.
 
     Raises:
-        UserError: no token, no network, or the hub refuses; the folder stays where it is.
+        UserError: there is no token or no network, or the hub refuses; the folder stays where it is.
     """
     from huggingface_hub import HfApi
 

@@ -1,4 +1,4 @@
-"""What a run leaves to others: the adapter in PEFT's layout, merged weights, a reward model."""
+"""Writes what a run leaves to others: the adapter in PEFT's layout, merged weights, or a reward model."""
 
 import importlib
 from collections.abc import Mapping
@@ -18,10 +18,13 @@ HEAD = "score"  # what transformers calls a classifier's head
 
 
 def write_adapter(run: Run[Any], state: State, summary: Mapping[str, Any]) -> Path:
-    """The adapter in PEFT's layout and its model card, in the work directory; `summary` is {} for an unfinished run.
+    """Writes the adapter in PEFT's layout and its model card to WORKDIR/adapter, and returns that folder.
 
-    A head that was trained alone is written the same way, without a LoRA matrix: PEFT has no such thing, `write_merged`
+    A head that was trained alone is written the same way, without a LoRA matrix. PEFT has no such thing; `write_merged`
     reads it.
+
+    Args:
+        summary: what summary.json holds; {} for an unfinished run.
     """
     workdir, base = run.session.workdir, run.base
     folder, head = workdir / "adapter", run.algorithm.needs(run.config).head == "score"
@@ -40,11 +43,16 @@ def write_adapter(run: Run[Any], state: State, summary: Mapping[str, Any]) -> Pa
 
 
 def write_merged(config: Any, workdir: Path, backend: str, state: State, repo: str | None, *, head: bool) -> Path:
-    """The base with the exported adapter merged, for transformers: `merged`, or with a head `reward_model`.
+    """Writes the base with the exported adapter merged, for transformers, and returns the folder.
+
+    That is WORKDIR/merged, or with a head WORKDIR/reward_model.
 
     Args:
-        state: where the adapter stands.
+        state: the state of the run that the adapter is of.
         repo: hub id that the folder will have, if any.
+
+    Raises:
+        UserError: as `merged.merged`.
     """
     from ple_jax.export import merged as weights  # numpy alone, whatever the backend
 
@@ -80,6 +88,6 @@ def _card(
 
 
 def merged_repository(config: Any) -> str | None:
-    """Where merged weights are pushed."""
+    """Returns the hub id that merged weights are pushed to; None if nothing is pushed."""
     # not to the adapter's: transformers would find it beside the merged weights and apply it once more
     return f"{config.export.push}-merged" if config.export.push else None

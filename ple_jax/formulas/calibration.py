@@ -1,4 +1,4 @@
-"""How far the probabilities that scores stand for can be trusted."""
+"""How well calibrated the scores of a reward model are: whether the probabilities that they stand for can be trusted."""
 
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ _BINS = 10
 
 
 class Bin(NamedTuple):
-    """Pairs whose probability of the likelier response lies in one tenth of 0.5 to 1."""
+    """A bin of the reliability diagram: pairs whose probability of the likelier response lies in one tenth of 0.5 to 1."""
 
     pairs: int
     confidence: float  # mean of that probability
@@ -19,7 +19,14 @@ class Bin(NamedTuple):
 
 
 def calibration(margins: Float[np.ndarray, " pairs"]) -> list[Bin]:
-    """Reliability of sigmoid(|margin|) as a probability of being right, by bins of equal width; empty ones left out."""
+    """Computes the reliability of sigmoid(|margin|) as a probability of being right, in 10 bins of equal width.
+
+    Args:
+        margins: score of the preferred response minus that of the other one, one per pair.
+
+    Returns:
+        The bins that are not empty, in ascending order of the probability.
+    """
     confidence = 1 / (1 + np.exp(-np.abs(margins)))
     place = np.minimum(((confidence - 0.5) * 2 * _BINS).astype(int), _BINS - 1)
     right = _right(margins)
@@ -31,14 +38,15 @@ def calibration(margins: Float[np.ndarray, " pairs"]) -> list[Bin]:
 
 
 def measures(margins: Float[np.ndarray, " pairs"], *, seed: int) -> dict[str, Any]:
-    """How well scores order pairs, and how far the probabilities that they stand for can be trusted.
+    """Measures how well scores order pairs, and how far the probabilities that they stand for can be trusted.
 
     Args:
-        margins: score of the preferred response minus that of the other.
+        margins: score of the preferred response minus that of the other one, one per pair.
+        seed: of the bootstrap.
 
     Returns:
-        accuracy (ties count half) with its 95% interval, log_loss and brier of sigmoid(margin), the expected
-        calibration error (arXiv:1706.04599, eq. 3), and its bins.
+        accuracy (ties count half) with its 95% interval, log_loss (nats) and brier (the Brier score) of sigmoid(margin), the
+        expected calibration error (arXiv:1706.04599, eq. 3), the mean margin, and the bins of `calibration`.
     """
     margins = np.asarray(margins, np.float64)
     right = _right(margins)

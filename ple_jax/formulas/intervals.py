@@ -1,17 +1,18 @@
-"""Intervals and tests of means: numpy, float64.
+"""Confidence intervals and tests of means, in numpy and float64.
 
-What one run gives is one draw of everything that its seed decides; what a query gives is one draw of the queries there
-are. A difference between two methods is to be believed where it is larger than both explain, so the variance of a mean is
-that between seeds and that between queries, crossed, as every seed answers the same queries. Both are known from few draws:
-three seeds, or eight queries. So below `FEW` draws Student's t stands in for the normal, with the degrees of freedom that
-two such variances have together.
+One run is one draw of everything that its seed decides, and one query is one draw from all possible queries. A difference
+between two methods is credible where it is larger than both explain. So the variance of a mean is the variance between seeds
+plus the variance between queries, crossed, as every seed answers the same queries. Both are estimated from few draws: three
+seeds, or eight queries. So below `FEW` draws Student's t replaces the normal distribution, with the degrees of freedom of
+the sum of the two variances.
 
-What was measured (95% intervals, 1,000 draws each, queries 8, 16, 32, 64). Of normal values the percentile bootstrap holds
-the mean in 88, 90, 93, 95%, BCa in 88, 90, 93, 95%, Student's t in 95, 94, 95, 95%; of exponential ones 83, 89, 93, 93%, BCa
-85, 91, 94, 94%, t 90, 90, 94, 94%. Of two values, one with probability a fifth, all fail at 8 (83 to 85%): often all draws
-are the same. A test of the seeds' means alone asks whether the methods differ on these very queries: where a
-query has an effect that all seeds share, equal methods differ at 0.05 in 36% (3 seeds) to 70% of cases (8 seeds). This one
-finds 0.5 to 9%, whatever has an effect, seeds, queries, both or neither, and with two seeds that differ up to 14%.
+What was measured (95% intervals, 1,000 draws each, queries 8, 16, 32, 64). For normal values the percentile bootstrap covers
+the mean in 88, 90, 93, 95% of cases, BCa in 88, 90, 93, 95%, Student's t in 95, 94, 95, 95%. For exponential values it is
+83, 89, 93, 93% for the bootstrap, 85, 91, 94, 94% for BCa, and 90, 90, 94, 94% for t. For two possible values, one of them
+with probability a fifth, all fail at 8 queries (83 to 85%), as often all draws are the same. A test of the seeds' means
+alone asks whether the methods differ on exactly these queries: where a query has an effect that all seeds share, equal
+methods differ at 0.05 in 36% (3 seeds) to 70% of cases (8 seeds). The test used here finds a difference in 0.5 to 9% of
+cases, whether seeds, queries, both or neither have an effect, and in up to 14% with two seeds that differ.
 """
 
 import functools
@@ -29,10 +30,19 @@ _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(100)
 def bootstrap_ci(
     values: Sequence[float] | np.ndarray, *, seed: int, resamples: int = 10_000, level: float = 0.95
 ) -> tuple[float, float]:
-    """Interval of the mean: percentile bootstrap (Efron 1979), of fewer than `FEW` values Student's.
+    """Computes an interval of the mean: percentile bootstrap (Efron 1979), or Student's for fewer than `FEW` values.
 
-    For paired data give the differences. Values without spread have no width, and so has a single one, of whose spread
-    nothing is known; of no values it is nan.
+    For paired data give the differences. The interval has no width where the values have no spread, or where there is only
+    one value, whose spread is unknown.
+
+    Args:
+      values: the draws, finite.
+      seed: of the resampling.
+      resamples: number of bootstrap samples.
+      level: how often the interval contains the mean.
+
+    Returns:
+      (low, high), in the unit of the values; nan where there are no values.
     """
     values = np.asarray(values, np.float64)
     if not len(values):
@@ -48,27 +58,33 @@ def bootstrap_ci(
 def clustered_ci(
     values: Float[np.ndarray, "seed query"], *, seed: int, resamples: int = 10_000, level: float = 0.95
 ) -> tuple[float, float]:
-    """Interval of the mean over seeds and queries, both of which are draws, crossed.
+    """Computes an interval of the mean over seeds and queries, which are crossed and both random draws.
 
-    The variance of the mean is that of the seeds' means over their number and that of the queries' means over theirs, which
-    counts what is neither the seed's nor the query's doing twice: it is careful. With one seed the queries alone count, as
-    `bootstrap_ci` has them, and the interval says nothing of another seed; with one query the seeds alone.
+    The variance of the mean is the variance of the seeds' means over the number of seeds, plus the variance of the queries'
+    means over the number of queries. This is conservative: it counts variation that is due to neither seed nor query twice.
+    With one seed only the queries count, as in `bootstrap_ci`, and the interval says nothing about other seeds; with one
+    query only the seeds count.
 
     Args:
-      values: one row a seed, one column a query (the mean of its responses), the same queries in every row. What is
-        nan or infinite is left out.
-      seed, resamples: of `bootstrap_ci`, with one seed or query.
-      level: how often the interval holds the mean.
+      values: one row per seed, one column per query (the mean of its responses), the same queries in every row. Values
+        that are nan or infinite are left out.
+      seed: passed to `bootstrap_ci` where there is one seed or one query.
+      resamples: likewise.
+      level: how often the interval contains the mean.
 
     Returns:
       (low, high), in the unit of the values; nan where there is no value.
 
+    Raises:
+      ValueError: the values are not a table of two axes.
+
     References: Satterthwaite (1946), An approximate distribution of estimates of variance components, Biometrics
       Bulletin 2(6).
 
-    >>> low, high = clustered_ci(np.array([[1.0, 2.0, 3.0], [2.0, 3.0, 4.0]]), seed=0)  # variance 1/4 + 1/3
-    >>> round(low, 2), round(high, 2)
-    (0.01, 4.99)
+    Examples:
+      >>> low, high = clustered_ci(np.array([[1.0, 2.0, 3.0], [2.0, 3.0, 4.0]]), seed=0)  # variance 1/4 + 1/3
+      >>> round(low, 2), round(high, 2)
+      (0.01, 4.99)
     """
     values = _known(values)
     if not values.size:
@@ -79,7 +95,7 @@ def clustered_ci(
 
 
 class Paired(NamedTuple):
-    """What `paired` says of a - b."""
+    """The result of `paired`: the mean difference a - b, its interval from low to high, and the p-value."""
 
     difference: float
     low: float
@@ -95,23 +111,26 @@ def paired(
     resamples: int = 10_000,
     level: float = 0.95,
 ) -> Paired:
-    """Is the mean of a other than that of b, on the same queries and (in pairs) the same seeds?
+    """Tests whether the means of a and b differ, on the same queries and, pairwise, the same seeds.
 
-    The interval is `clustered_ci`'s of the differences; p is two-sided, of Student's test with the same variance.
+    The interval is that of `clustered_ci` for the differences; p is two-sided, from Student's test with the same variance.
 
     Args:
-      a, b: as `clustered_ci` takes them, row by row of the same seed, column by column of the same query. Where either
-        has no finite value the pair is left out.
-      seed, resamples, level: as there.
+      a: a table as in `clustered_ci`.
+      b: another; rows are paired by seed, columns by query. Pairs without two finite values are left out.
+      seed: as in `clustered_ci`.
+      resamples: likewise.
+      level: likewise.
 
     Returns:
-      The mean difference with its interval and p; all nan where there is no pair, p where there is but one.
+      The mean difference with its interval and p. All are nan where there is no pair; p is nan where there is only one.
 
     Raises:
-      ValueError: the shapes differ.
+      ValueError: the shapes differ, or are not tables of two axes.
 
-    >>> paired(np.ones((3, 8)), np.ones((3, 8)), seed=0)
-    Paired(difference=0.0, low=0.0, high=0.0, p=1.0)
+    Examples:
+      >>> paired(np.ones((3, 8)), np.ones((3, 8)), seed=0)
+      Paired(difference=0.0, low=0.0, high=0.0, p=1.0)
     """
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if a.shape != b.shape:
@@ -126,15 +145,16 @@ def paired(
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values adjusted for their number: of all that are then at most alpha, the chance of even one false one is alpha.
+    """Adjusts p-values for their number, so that the chance of any false positive at level alpha is at most alpha.
 
-    The k-th smallest of m is multiplied by m - k + 1; it becomes at most 1, and at least what the one before it became. nan
-    is no test: it stays nan and does not count.
+    The k-th smallest of m values is multiplied by m - k + 1; the result is at most 1, and at least the result before it. A
+    nan is not a test: it stays nan and does not count.
 
     References: Holm (1979), A simple sequentially rejective multiple test procedure, Scandinavian Journal of Statistics 6.
 
-    >>> holm([0.25, 0.125, float("nan"), 0.5])
-    [0.5, 0.375, nan, 0.5]
+    Examples:
+      >>> holm([0.25, 0.125, float("nan"), 0.5])
+      [0.5, 0.375, nan, 0.5]
     """
     p = np.asarray(p_values, np.float64)
     order = np.argsort(p, kind="stable")[: (~np.isnan(p)).sum()]  # nan comes last
@@ -147,14 +167,18 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 class _Variance(NamedTuple):
-    """A part of the variance of a mean, and how many differences it was estimated from."""
+    """A component of the variance of a mean, and the number of degrees of freedom of its estimate."""
 
     value: float
     freedom: int
 
 
 def _known(values: Float[np.ndarray, "seed query"]) -> Float[np.ndarray, "seed query"]:
-    """Without the seeds and queries of which nothing is known, as if they had not been drawn; nan for what is not finite."""
+    """Drops seeds and queries without any finite value, as if not drawn; all other values that are not finite become nan.
+
+    Raises:
+      ValueError: the values are not a table of two axes.
+    """
     values = np.asarray(values, np.float64)
     if values.ndim != 2:
         raise ValueError(f"the values are of shape {values.shape}: give one row a seed, one column a query")
@@ -163,7 +187,7 @@ def _known(values: Float[np.ndarray, "seed query"]) -> Float[np.ndarray, "seed q
 
 
 def _parts(values: Float[np.ndarray, "seed query"]) -> list[_Variance]:
-    """What seeds and queries each contribute; of one alone nothing is known."""
+    """Returns the variances that seeds and queries contribute to the mean; an axis of length 1 is left out as unknown."""
     return [_part(np.nanmean(values, axis)) for axis in (1, 0) if values.shape[1 - axis] > 1]
 
 
@@ -175,7 +199,7 @@ def _part(means: Float[np.ndarray, " n"]) -> _Variance:
 
 
 def _error(parts: Sequence[_Variance]) -> tuple[float, float]:
-    """The standard error of a mean, and the degrees of freedom of its estimate; nan where nothing is known of it."""
+    """Returns the standard error of a mean and the degrees of freedom of its estimate; nan where there are no parts."""
     if not parts:
         return float("nan"), float("nan")
     total = math.fsum(part.value for part in parts)
@@ -200,7 +224,7 @@ def _p(mean: float, error: float, freedom: float) -> float:
 
 
 def student_p(t: float, freedom: float) -> float:
-    """How often Student's t is as far from 0 as this, on either side.
+    """Computes the two-sided p-value of Student's t: the probability of a value at least as far from 0 as `t`.
 
     With t = sqrt(freedom) / tan(u) its density is proportional to sin(u)^(freedom - 1), u from 0 to pi.
     """
@@ -212,7 +236,7 @@ def student_p(t: float, freedom: float) -> float:
 
 @functools.lru_cache(1024)
 def student_quantile(level: float, freedom: float) -> float:
-    """The t that |t| stays below with probability `level`."""
+    """Returns the value that |t| of Student's distribution stays below with probability `level`."""
     low, high = 0.0, 2.0
     while student_p(high, freedom) > 1 - level:
         low, high = high, 2 * high

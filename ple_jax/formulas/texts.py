@@ -1,7 +1,7 @@
-"""Measures of responses. numpy, for every backend; BLEU and ROUGE by their own libraries, imported when they are asked for.
+"""Measures of responses in numpy, for every backend. BLEU and ROUGE are computed by libraries that are imported on demand.
 
-All of them read what is written in a work directory, never weights. Words are those of `words`, for every measure but
-BLEU, which has its own.
+All measures read texts and records from a work directory, never weights. Words are those of `words` for every measure but
+BLEU, which has its own tokenizer.
 """
 
 import functools
@@ -41,14 +41,15 @@ _REFUSAL = re.compile(rf"\b(?:{'|'.join(_REFUSALS)})\b")
 
 
 def words(text: str) -> list[str]:
-    """The words of a text, lower-cased: letters and digits of any script with the marks on them, and apostrophes inside.
+    """Returns the words of a text, lower-cased: letters and digits of any script with their marks, and inner apostrophes.
 
-    Everything else parts words: spaces, punctuation, underscores, hyphens, emoji. Of scripts without spaces every character
-    of Chinese and Japanese is a word; Thai, Lao and Khmer are left as they are written. Equivalent spellings of a letter
-    (composed or not, NFC) and of the apostrophe are one.
+    Everything else separates words: spaces, punctuation, underscores, hyphens, emoji. In Chinese and Japanese, which have no
+    spaces, every character is a word; Thai, Lao and Khmer are not divided. Equivalent spellings of a letter (composed or
+    not, NFC) and of the apostrophe count as the same.
 
-    >>> words("Don’t stop: 2 cafe\\u0301s, 東京!")
-    ["don't", 'stop', '2', 'cafés', '東', '京']
+    Examples:
+      >>> words("Don’t stop: 2 cafe\\u0301s, 東京!")
+      ["don't", 'stop', '2', 'cafés', '東', '京']
     """
     text = unicodedata.normalize("NFC", text.lower()).replace("’", "'")
     return _word().findall(_UNSPACED.sub(r" \g<0> ", text))
@@ -65,28 +66,30 @@ def _word() -> re.Pattern[str]:
 
 
 def ngrams(tokens: Sequence[Hashable], n: int) -> list[tuple[Hashable, ...]]:
-    """All runs of n tokens, in their order."""
+    """Returns all runs of n consecutive tokens, in their order."""
     return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
 
 
 def distinct_n(responses: Sequence[Sequence[Hashable]], n: int) -> float:
-    """Distinct n-grams of all responses over their number (Li et al., arXiv:1510.03055); 0 where there is none.
+    """Computes the number of distinct n-grams of all responses over the number of all n-grams (Li et al., arXiv:1510.03055).
 
-    It falls with the amount of text: compare equal numbers of responses of about equal length.
+    It is 0 where there are no n-grams. It falls with the amount of text, so compare equal numbers of responses of about
+    equal length.
     """
     everything = [gram for tokens in responses for gram in ngrams(tokens, n)]
     return len(set(everything)) / max(len(everything), 1)
 
 
 def msttr(texts: Sequence[str], *, segment: int = 50) -> float:
-    """Mean segmental type-token ratio (Johnson 1944): distinct words over words, mean over segments of `segment` words.
+    """Computes the mean segmental type-token ratio (Johnson 1944): distinct words over words, mean over segments of words.
 
-    The words of all texts, one after the other, are cut into segments, and the incomplete rest is dropped. So it does not
-    fall with the amount of text, as Distinct-1 does, but it depends on the order of the texts, and texts that begin
-    alike count as more diverse the longer they are.
+    The words of all texts, one text after the other, are cut into segments of `segment` words, and the incomplete rest is
+    dropped. So the ratio does not fall with the amount of text, as Distinct-1 does. But it depends on the order of the
+    texts, and texts that begin alike count as more diverse the longer they are.
 
     Returns:
-      Where there is no whole segment the ratio of what there is, which is higher the less there is; nan without a word.
+      The ratio, in [0, 1]. With less than one whole segment it is that of all words, which is higher the fewer they are; nan
+      without any word.
     """
     everything = [word for text in texts for word in words(text)]
     if not everything:
@@ -97,9 +100,9 @@ def msttr(texts: Sequence[str], *, segment: int = 50) -> float:
 
 
 def repetition(texts: Sequence[str], n: int = 4) -> float:
-    """Share of a text's n-grams of words that are repeats of others in it, mean over texts (seq-rep-n, arXiv:1908.04319).
+    """Computes the share of a text's word n-grams that repeat others in it, mean over texts (seq-rep-n, arXiv:1908.04319).
 
-    Texts of fewer than n words have 0. nan without a text.
+    A text of fewer than n words has the share 0. The result is nan if there is no text.
     """
     grams = [ngrams(words(text), n) for text in texts]
     return mean([1 - len(set(some)) / len(some) if some else 0.0 for some in grams])
@@ -109,20 +112,21 @@ def repetition(texts: Sequence[str], n: int = 4) -> float:
 
 
 def ngram_overlap(tokens: Sequence[Hashable], reference: Sequence[Hashable], n: int) -> float:
-    """The share of a response's n-grams that occur in `reference`; 0 where it has none."""
+    """Computes the share of a response's n-grams that occur in `reference`; it is 0 for a response without n-grams."""
     known, grams = set(ngrams(reference, n)), ngrams(tokens, n)
     return sum(gram in known for gram in grams) / max(len(grams), 1)
 
 
 def bleu(responses: Sequence[str], references: Sequence[str], *, tokenize: str = "13a") -> float:
-    """sacrebleu's corpus BLEU, 0 to 100, of the responses that have a reference; nan where none has.
+    """Computes sacrebleu's corpus BLEU, 0 to 100, of the responses that have a reference; nan where none has one.
 
-    With its defaults (case counts, tokenizer 13a, exponential smoothing), as papers report it. Where all responses together
-    have no four words in a row it is 0, even of texts that equal their references, and 13a takes a Chinese or Japanese
-    clause for one word: there use tokenize="zh" or "char".
+    It uses sacrebleu's defaults (case-sensitive, tokenizer 13a, exponential smoothing), as papers report it. Where no
+    response has four words in a row it is 0, even if all texts equal their references. The tokenizer 13a takes a Chinese or
+    Japanese clause for one word: use tokenize="zh" or "char" there.
 
     Args:
-      responses, references: pairs; a blank reference is none.
+      responses: texts.
+      references: texts, paired with the responses by position; a blank one counts as none.
       tokenize: sacrebleu's name of a tokenizer.
 
     Raises:
@@ -142,16 +146,18 @@ def bleu(responses: Sequence[str], references: Sequence[str], *, tokenize: str =
 
 
 def rouge(responses: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """rouge_score's rouge1, rouge2 and rougeL, F1 from 0 to 1 with Porter's stemmer, mean over responses with a reference.
+    """Computes rouge_score's rouge1, rouge2 and rougeL: F1 from 0 to 1 with Porter's stemmer, mean over the responses.
 
-    Of ASCII text these are the library's own values. Its tokenizer drops every other letter ("café" is "caf", a Russian
-    text is empty), so it is given `words` instead, parted at apostrophes as it does, of which it stems the ASCII ones.
+    For ASCII text these are the library's own values. Its tokenizer drops all other letters ("café" becomes "caf", a Russian
+    text becomes empty). So it is given the words of `words` instead, split at apostrophes as its own tokenizer does, and
+    stems the ASCII ones.
 
     Args:
-      responses, references: pairs; a blank reference is none. A response without a word has 0.
+      responses: texts; one without a word has 0.
+      references: texts, paired with the responses by position. Responses with a blank reference are left out.
 
     Returns:
-      nan of each where there is no reference.
+      The three values by name, nan where there is no reference.
 
     Raises:
       UserError: rouge_score is not installed.
@@ -189,19 +195,22 @@ def _with_reference(responses: Sequence[str], references: Sequence[str]) -> list
 
 
 def gain_by_length(rewards: Sequence[Sequence[float] | np.ndarray], lengths: Sequence[Sequence[int] | np.ndarray]) -> float:
-    """What of the difference in mean reward between two sets of responses their lengths alone would give.
+    """Computes how much of the difference in mean reward between two sets of responses is explained by length alone.
 
     It is the slope of reward on length among the responses of one set, pooled over both, times the difference in mean
-    length. A reward that has learned to like long answers shows here.
+    length. It shows a reward that has learned to prefer long answers.
 
     Args:
-      rewards, lengths: of the one set and of the other, [n] each; responses without a finite reward are left out.
+      rewards: of the responses of the first and of the second set, [n] each; those without a finite reward are left out.
+      lengths: of the same responses.
 
     Returns:
-      second - first, in units of the reward; 0 where no two responses of a set differ in length.
+      The explained part of second - first, in units of the reward; 0 where no two responses of a set differ in length, nan
+      where a set has no finite reward.
 
-    >>> gain_by_length([[0.0, 1.0], [5.0, 6.0]], [[2, 4], [8, 10]])
-    3.0
+    Examples:
+      >>> gain_by_length([[0.0, 1.0], [5.0, 6.0]], [[2, 4], [8, 10]])
+      3.0
     """
     above, below, means = 0.0, 0.0, []
     for reward, length in zip(map(floats, rewards), map(floats, lengths), strict=True):
@@ -216,10 +225,13 @@ def gain_by_length(rewards: Sequence[Sequence[float] | np.ndarray], lengths: Seq
 
 
 def rank_correlation(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> float:
-    """Spearman's: of the ranks of two rows of finite numbers, of equal ones the mean rank; nan where either has no spread.
+    """Computes Spearman's rank correlation of two rows of finite numbers; equal numbers get their mean rank.
 
-    >>> rank_correlation([1.0, 2.0, 30.0], [3, 2, 1])
-    -1.0
+    It is nan where a row has no spread or fewer than two numbers.
+
+    Examples:
+      >>> rank_correlation([1.0, 2.0, 30.0], [3, 2, 1])
+      -1.0
     """
     ranks = []
     for values in (floats(a), floats(b)):
@@ -235,16 +247,16 @@ def rank_correlation(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.nd
 
 
 def is_refusal(text: str) -> bool:
-    """Whether an answer begins as English refusals do: one of the phrases of `_REFUSALS` in its first 200 characters.
+    """Says whether an answer begins with an English refusal: one of the phrases of `_REFUSALS` in its first 200 characters.
 
-    A count of phrases, as is usual: it misses refusals in other words or languages, and takes an answer that says "as
-    an AI" before it helps for one. "I'm sorry to hear that" and "I can't wait" are none.
+    This is the usual count of phrases. It misses refusals in other words or languages, and wrongly counts an answer that
+    says "as an AI" before it helps. "I'm sorry to hear that" and "I can't wait" do not count.
     """
     return _REFUSAL.search(" ".join(words(text[:_BEGINNING]))) is not None
 
 
 def refusal_rate(texts: Sequence[str]) -> float:
-    """The share of `is_refusal`; nan without a text."""
+    """Computes the share of texts for which `is_refusal` is true; nan if there is no text."""
     return mean([is_refusal(text) for text in texts])
 
 
@@ -252,14 +264,14 @@ def refusal_rate(texts: Sequence[str]) -> float:
 
 
 def perplexity(logprob_sums: Sequence[float | None] | np.ndarray, token_counts: Sequence[int] | np.ndarray) -> float:
-    """exp(-sum of log-probabilities / number of tokens), over all texts together.
+    """Computes exp(-sum of log-probabilities / number of tokens), over all texts together.
 
     Args:
-      logprob_sums: of each text's tokens, nats; where it is None or nan the text is left out.
-      token_counts: of each text.
+      logprob_sums: the summed log-probabilities of each text's tokens, in nats; texts with None or nan are left out.
+      token_counts: the number of tokens of each text.
 
     Returns:
-      nan where there is no token.
+      The perplexity; nan where there is no token, inf where it is too large for a float64.
     """
     sums, counts = floats(logprob_sums), floats(token_counts)
     known = ~np.isnan(sums)
@@ -270,12 +282,12 @@ def perplexity(logprob_sums: Sequence[float | None] | np.ndarray, token_counts: 
 
 
 def floats(values: Sequence[Any] | np.ndarray) -> np.ndarray:
-    """As float64; None becomes nan."""
+    """Converts the values to a float64 array; None becomes nan."""
     return np.asarray(values, np.float64)
 
 
 def mean(values: Sequence[float] | np.ndarray) -> float:
-    """Of the finite ones; nan without one."""
+    """Computes the mean of the finite values; nan if there is none."""
     known = floats(values)
     known = known[np.isfinite(known)]
     return float(known.mean()) if len(known) else math.nan

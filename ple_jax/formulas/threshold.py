@@ -1,8 +1,8 @@
-"""Schedules of the threshold: iteration -> tau. Pairs whose margin exceeds tau are ranked, the others blended.
+"""Schedules of the threshold: iteration -> tau. Pairs whose margin exceeds tau are ranked, all others are blended.
 
 The exponential schedule is the paper's (Alg. 1, arXiv:2408.02599: tau_0 = 0.2, alpha = 0.9); the others are variants.
-Any `Callable[[int], float]` serves as a schedule. Values are Python floats (float64), in units of the (transformed)
-reward.
+Iterations are counted from 0. Any `Callable[[int], float]` serves as a schedule. Values are Python floats (float64), in
+units of the (transformed) reward.
 """
 
 import math
@@ -30,17 +30,18 @@ def _check_iterations(iterations: int) -> None:
 
 
 def exponential(tau_0: float, alpha: float) -> Schedule:
-    """tau_i = tau_0 * alpha^i (Alg. 1, arXiv:2408.02599).
+    """Returns the schedule tau_i = tau_0 * alpha^i (Alg. 1, arXiv:2408.02599).
 
     Args:
-      tau_0: threshold of iteration 0, >= 0; `inf` blends every pair.
+      tau_0: threshold of iteration 0, >= 0, in units of the (transformed) reward; `inf` blends every pair.
       alpha: decay per iteration, 0 < alpha <= 1.
 
     Raises:
       UserError: tau_0 is negative or nan, or alpha is outside (0, 1].
 
-    >>> [round(exponential(0.2, 0.9)(i), 4) for i in range(3)]
-    [0.2, 0.18, 0.162]
+    Examples:
+      >>> [round(exponential(0.2, 0.9)(i), 4) for i in range(3)]
+      [0.2, 0.18, 0.162]
     """
     if not 0 < alpha <= 1:
         raise UserError(f"ple.alpha = {alpha}: give a number with 0 < alpha <= 1 (1 keeps the threshold constant)")
@@ -48,7 +49,10 @@ def exponential(tau_0: float, alpha: float) -> Schedule:
 
 
 def constant(tau_0: float) -> Schedule:
-    """tau_i = tau_0 (an ablation).
+    """Returns the schedule tau_i = tau_0 (an ablation).
+
+    Args:
+      tau_0: the threshold, >= 0, in units of the (transformed) reward; `inf` blends every pair.
 
     Raises:
       UserError: tau_0 is negative or nan.
@@ -57,22 +61,31 @@ def constant(tau_0: float) -> Schedule:
 
 
 def linear(tau_0: float, iterations: int) -> Schedule:
-    """tau_i = tau_0 * (1 - i / iterations), and 0 from i = iterations on.
+    """Returns the schedule tau_i = tau_0 * (1 - i / iterations), which is 0 from i = iterations on.
 
-    The last iteration, i = iterations - 1, still has tau_0 / iterations.
+    The last iteration, i = iterations - 1, still has the threshold tau_0 / iterations.
+
+    Args:
+      tau_0: threshold of iteration 0, >= 0, in units of the (transformed) reward; `inf` blends every pair.
+      iterations: length of the run, at least 1.
 
     Raises:
       UserError: tau_0 is negative or nan, or iterations < 1.
 
-    >>> [linear(1.0, 4)(i) for i in range(5)]
-    [1.0, 0.75, 0.5, 0.25, 0.0]
+    Examples:
+      >>> [linear(1.0, 4)(i) for i in range(5)]
+      [1.0, 0.75, 0.5, 0.25, 0.0]
     """
     _check_iterations(iterations)
     return _scaled(tau_0, lambda iteration: 1 - min(iteration / iterations, 1.0))
 
 
 def cosine(tau_0: float, iterations: int) -> Schedule:
-    """tau_i = tau_0 * (1 + cos(pi * i / iterations)) / 2, and 0 from i = iterations on.
+    """Returns the schedule tau_i = tau_0 * (1 + cos(pi * i / iterations)) / 2, which is 0 from i = iterations on.
+
+    Args:
+      tau_0: threshold of iteration 0, >= 0, in units of the (transformed) reward; `inf` blends every pair.
+      iterations: length of the run, at least 1.
 
     Raises:
       UserError: tau_0 is negative or nan, or iterations < 1.
@@ -82,16 +95,16 @@ def cosine(tau_0: float, iterations: int) -> Schedule:
 
 
 def make(name: str, *, tau_0: float, alpha: float, iterations: int) -> Schedule:
-    """The schedule of this name: exponential, constant, linear or cosine.
+    """Returns the schedule with the given name.
 
     Args:
-      name: which one.
-      tau_0: threshold of iteration 0, in units of the (transformed) reward.
-      alpha: decay of the exponential schedule; the others ignore it.
-      iterations: length of the run, of the linear and the cosine schedule; the others ignore it.
+      name: "exponential", "constant", "linear" or "cosine".
+      tau_0: threshold of iteration 0, >= 0, in units of the (transformed) reward.
+      alpha: decay per iteration of the exponential schedule; the others ignore it.
+      iterations: length of the run, for the linear and the cosine schedule; the others ignore it.
 
     Raises:
-      UserError: unknown name, or a value that the schedule refuses.
+      UserError: `name` is none of the four, or the schedule refuses a value.
     """
     match name:
         case "exponential":

@@ -1,7 +1,7 @@
-"""LoRA adapters on the host, in numpy: their settings, a fresh one, a stored one, merging and stacking. arXiv:2106.09685.
+"""LoRA adapters (arXiv:2106.09685) on the host, in numpy: settings, initialisation, reading, merging and stacking.
 
-An adapter is a dict `{module path: {"a": [in, rank], "b": [rank, out]}}` under Hugging Face's module paths, fp32; DoRA
-adds a magnitude "m": [out]. That is what both backends train, save and export.
+An adapter is a dict `{module path: {"a": [in, rank], "b": [rank, out]}}` under Hugging Face's module paths, in fp32; DoRA
+adds a magnitude "m": [out]. Both backends train, save and export this structure.
 """
 
 import json
@@ -25,7 +25,7 @@ Adapter = dict[str, dict[str, Any]]  # leaves are numpy arrays on the host, a ba
 
 @dataclass(frozen=True)
 class Lora:
-    """Which modules are adapted, and how strongly; the terms and the meaning are PEFT's LoraConfig's."""
+    """The settings of LoRA, in the terms of PEFT's LoraConfig: which modules are adapted, and how strongly."""
 
     rank: int = 8
     alpha: float = 16.0
@@ -47,7 +47,7 @@ class Lora:
         return peft.module_rank(self._peft, path)
 
     def scale_of(self, path: str) -> float:
-        """What A B is multiplied by."""
+        """Returns the factor on A B for the module at `path`: alpha / rank, or alpha / sqrt(rank) with `rslora`."""
         return peft.scaling(self._peft, path)
 
 
@@ -55,23 +55,31 @@ class Lora:
 
 
 def settings(config: ConfigDict) -> Lora:
-    """`config.lora` as settings."""
+    """Returns the settings in `config.lora`."""
     values = config.lora.to_dict()
     return Lora(**values | {name: dict(values[name]) for name in ("rank_pattern", "alpha_pattern")})
 
 
 def start(config: ConfigDict, model_config: ModelConfig) -> Adapter:
-    """The adapter in the folder `config.model.adapter`, or a fresh one (DoRA's magnitudes need the base)."""
+    """Returns the adapter that training starts from: the one in the folder `config.model.adapter`, or a fresh one.
+
+    DoRA's magnitudes in a fresh adapter are not final, since they depend on the base weights (see `init`).
+
+    Raises:
+        UserError: as `read` or `init` does.
+    """
     if config.model.adapter is None:
         return init(model_config, settings(config), seed=config.seed)
     return read(Path(config.model.adapter), model_config, settings(config))
 
 
 def resolve(config: ModelConfig, targets: Sequence[str]) -> list[str]:
-    """Paths of the adapted modules, in the model's order. As with PEFT, a target is a path or its end.
+    """Returns the paths of the modules that `targets` select, in the model's order.
+
+    As in PEFT, a target is a module's path or the end of one; "all-linear" selects every linear module.
 
     Raises:
-        UserError: a target that is no linear module of this model.
+        UserError: if a target is no linear module of this model.
     """
     paths = [path for path, *_ in layout.module_shapes(config)]
     if "all-linear" in targets:
@@ -88,13 +96,14 @@ def resolve(config: ModelConfig, targets: Sequence[str]) -> list[str]:
 
 
 def init(config: ModelConfig, lora: Lora, *, seed: int) -> Adapter:
-    """A fresh adapter, on the host: `a` as PEFT initialises it (uniform with Kaiming's bound for a=sqrt(5)), `b` zero.
+    """Returns a fresh adapter, on the host.
 
-    Every module's noise depends on (seed, its path) alone, not on how layers are arranged. DoRA's magnitudes are ones
-    until `magnitudes` has seen the base.
+    `a` is initialised as in PEFT (uniform with Kaiming's bound for a=sqrt(5)), and `b` is zero. The noise of a module
+    depends only on the seed and the module's path, not on how layers are arranged. DoRA's magnitudes are ones; the
+    backend's `magnitudes` computes them from the base.
 
     Raises:
-        UserError: a target or a pattern that matches no linear module of this model.
+        UserError: if a target or a pattern matches no linear module of this model.
     """
     targets = resolve(config, lora.targets)
     for pattern in (*lora.rank_pattern, *lora.alpha_pattern):
@@ -121,27 +130,30 @@ DECAYED = ("a", "b")  # the leaves that weight decay is of
 
 
 def init_head(config: ModelConfig, name: str) -> Adapter:
-    """A fresh head, on the host. Zeros: every response scores the same before the first step."""
+    """Returns a fresh head [hidden, 1], on the host. It is zero: before the first step all responses score the same."""
     return {name: {"w": np.zeros((config.hidden_size, 1), np.float32)}}
 
 
 def with_head(config: Any, adapter: Adapter, model: ModelConfig, name: str) -> Adapter:
-    """What is trained where a head is: the adapter and a fresh head of that name, or, as the config says, a score alone."""
+    """Returns the adapter and a fresh head called `name`, which are trained together.
+
+    A score head comes alone, without the adapter, if `config.reward_model.train` is "head".
+    """
     alone = name == SCORE and config.reward_model.train == "head"
     return ({} if alone else adapter) | init_head(model, name)
 
 
 def count(adapter: Adapter) -> int:
-    """Number of trained parameters."""
+    """Counts the trained parameters."""
     return sum(leaf.size for module in adapter.values() for leaf in module.values())
 
 
 def read(folder: Path, config: ModelConfig, lora: Lora) -> Adapter:
-    """A stored adapter to go on from, ours or PEFT's, on the host and in fp32.
+    """Reads a stored adapter, which this project or PEFT wrote, to continue from it. It is on the host and in fp32.
 
     Raises:
-        UserError: it is damaged, holds NaN, belongs to another model, or was made with other settings than `lora`; then
-            the message has the overrides to give.
+        UserError: if it is damaged, holds values that are not finite, belongs to another model, or was made with other
+            settings than `lora`. In the last case the message lists the overrides to give.
     """
     tensors, stored = peft.read(folder)
     tensors = {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
@@ -174,7 +186,7 @@ def read(folder: Path, config: ModelConfig, lora: Lora) -> Adapter:
 
 
 def _targets(config: ModelConfig, paths: Mapping[str, Any]) -> tuple[str, ...]:
-    """The shortest targets that are these modules and no others."""
+    """Returns the shortest targets that select exactly these modules."""
     names = {path: module.name for path, module, *_ in layout.module_shapes(config) if path in paths}
     short = tuple(dict.fromkeys(name.rsplit(".", 1)[1] for name in names.values()))
     for targets in (("all-linear",), short, tuple(dict.fromkeys(names.values()))):
@@ -184,7 +196,7 @@ def _targets(config: ModelConfig, paths: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _overrides(lora: Lora) -> list[str]:
-    """The command line's way to say these settings."""
+    """Returns the overrides, `--config.lora.KEY=VALUE` quoted for a shell, that set these settings on the command line."""
     values = {
         "rank": lora.rank,
         "alpha": float(lora.alpha),
@@ -202,15 +214,15 @@ def _overrides(lora: Lora) -> list[str]:
 
 
 def merge(config: ModelConfig, weights: Mapping[str, np.ndarray], adapter: Adapter, lora: Lora) -> dict[str, np.ndarray]:
-    """Weights with the adapter added, computed in fp32, each in its own dtype."""
+    """Merges an adapter into the weights. The sum is computed in fp32, and each weight keeps its own dtype."""
     return _add(config, weights, adapter, lora, sign=1)
 
 
 def unmerge(config: ModelConfig, weights: Mapping[str, np.ndarray], adapter: Adapter, lora: Lora) -> dict[str, np.ndarray]:
-    """The inverse of `merge`, to rounding.
+    """Subtracts an adapter from weights that it was merged into: the inverse of `merge`, up to rounding.
 
     Raises:
-        ValueError: a DoRA adapter, whose merge forgets the norms it started from.
+        ValueError: if it is a DoRA adapter, since merging one discards the norms of the base weights.
     """
     if any("m" in module for module in adapter.values()):
         raise ValueError("a merged DoRA adapter cannot be taken out again: keep the base weights")
@@ -230,13 +242,13 @@ def _add(
 
 
 def stack(adapters: Sequence[tuple[Adapter, Lora]]) -> tuple[Adapter, Lora]:
-    """Several adapters as one whose update is the sum of theirs; the order does not matter. Ranks add up.
+    """Combines several adapters into one whose update is the sum of their updates, whatever their order. Ranks add up.
 
     Returns:
-        The adapter, and settings under which every module has its rank and a scale of one.
+        The adapter, and settings under which every module has its own rank and a scale of one.
 
     Raises:
-        ValueError: a DoRA adapter among them: its update is not a sum.
+        ValueError: if one of them is a DoRA adapter, whose update cannot be added to another.
     """
     if any(lora.dora for _, lora in adapters):
         raise ValueError("DoRA adapters do not add up; merge them into the weights one after the other")
@@ -258,9 +270,10 @@ _PEFT = {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector
 
 
 def to_peft(adapter: Adapter) -> dict[str, np.ndarray]:
-    """PEFT's names and layout: lora_A [rank, in], lora_B [out, rank], lora_magnitude_vector [out], a score's [1, hidden].
+    """Converts an adapter to PEFT's names and layout.
 
-    A head of values is no part of the policy: it stays here.
+    The arrays are lora_A [rank, in], lora_B [out, rank], lora_magnitude_vector [out] and a score head's weight [1, hidden].
+    A value head is left out, since it is not part of the policy.
     """
     return {
         f"base_model.model.{path}.{_PEFT[kind]}": np.ascontiguousarray(np.asarray(array).T)
@@ -271,7 +284,7 @@ def to_peft(adapter: Adapter) -> dict[str, np.ndarray]:
 
 
 def from_peft(tensors: Mapping[str, np.ndarray]) -> Adapter:
-    """The inverse of `to_peft`."""
+    """Converts the LoRA tensors of a PEFT adapter to an `Adapter`: the inverse of `to_peft`, but without heads."""
     return {
         path: {kind: np.ascontiguousarray(array.T) for kind, array in zip("abm", module, strict=True) if array is not None}
         for path, module in peft.modules(tensors).items()
@@ -287,7 +300,13 @@ def write_peft(
     transposed: bool,
     head: str | None = None,
 ) -> None:
-    """An adapter in PEFT's layout, with the settings of `config.lora`."""
+    """Writes an adapter in PEFT's layout, with the settings of `config.lora`.
+
+    Args:
+        tensors: the adapter under PEFT's names, as `to_peft` returns it.
+        transposed: whether the base stores its weights as [in, out].
+        head: the name of a module that was trained in full, such as "score".
+    """
     peft.write(
         folder,
         tensors,
@@ -306,7 +325,10 @@ def write_peft(
 
 
 def _target_names(targets: Sequence[str], adapter: Mapping[str, Any]) -> list[str]:
-    """Module names for PEFT: as given, those that all-linear adapted, or whole paths where a name would say too much."""
+    """Returns PEFT's target modules: the targets as given, or for all-linear the names of the adapted modules.
+
+    Paths are given in full where a vision tower has modules of the same names, which are not adapted.
+    """
     paths = sorted(peft.modules(adapter))
     if any(".language_model." in path for path in paths):
         return paths  # a vision tower has modules of the same names

@@ -1,11 +1,11 @@
-"""What defines a decoder: the numbers and switches in which the families of `ple_jax.models.families` differ."""
+"""The configuration of a decoder: the sizes and switches in which the families of `ple_jax.models.families` differ."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
 
 class LayerKind(NamedTuple):
-    """What may differ from layer to layer: rotary positions and how far back a token sees."""
+    """The settings that may differ from layer to layer: rotary positions, and how far back a token attends."""
 
     frequencies: tuple[float, ...] = ()  # inverse rotary frequencies, radians per position; zeros leave a layer unrotated
     rope_scale: float = 1.0  # factor on cos and sin (YaRN's and LongRoPE's attention factor)
@@ -14,7 +14,7 @@ class LayerKind(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder: its sizes, and what it does differently."""
+    """The architecture of a decoder: its sizes, and the switches for what it does differently from other families."""
 
     family: str  # of ple_jax.models.families.FAMILIES: names and layout of the weights
     vocab_size: int
@@ -50,5 +50,5 @@ class ModelConfig:
 
     @property
     def group(self) -> int:
-        """Query heads per KV head."""
+        """The number of query heads that share one KV head."""
         return self.num_heads // self.num_kv_heads

@@ -1,7 +1,7 @@
-"""The table of model families: how a Hugging Face config.json becomes a `ModelConfig`, and where the weights are.
+"""The table of model families: how a Hugging Face config.json becomes a `ModelConfig`, and under which names weights are.
 
-A family is one row of `FAMILIES`; the decoder itself knows none of them. Names of modules are Hugging Face's, which are
-also PEFT's, so adapters need no translation.
+A family is one row of `FAMILIES`; the decoder's own code knows no family. Modules have Hugging Face's names, which PEFT
+uses too, so adapters need no translation.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ from ple_jax.models.values import check
 
 
 class Module(NamedTuple):
-    """One linear module of a layer, and what it holds of one of the decoder's kernels."""
+    """One linear module of a layer, and which parts of one of the decoder's fused kernels it holds."""
 
     name: str  # below the layer: "self_attn.q_proj"
     kernel: str  # qkv | o | gate_up | down
@@ -24,7 +24,7 @@ class Module(NamedTuple):
 
 @dataclass(frozen=True)
 class Family:
-    """What a family has of its own: how its config.json is read, and the names and the layout of its weights."""
+    """One family of models: how its config.json is read, and the names and the layout of its weights."""
 
     features: Callable[[dict], dict[str, Any]]  # a config.json -> fields of ModelConfig that are this family's own
     modules: tuple[Module, ...]
@@ -82,7 +82,7 @@ def _head_dim(raw: Raw) -> int:
 
 
 def _layers(raw: Raw, types: list[str], kinds: Mapping[str, LayerKind]) -> dict[str, Any]:
-    """`kinds` and `pattern` from every layer's type."""
+    """Returns `kinds` and `pattern` of a `ModelConfig`, given every layer's type and the kind of each type."""
     unknown = sorted(set(types) - set(kinds))
     if unknown or len(types) != raw["num_hidden_layers"]:
         raise UserError(
@@ -95,7 +95,10 @@ def _layers(raw: Raw, types: list[str], kinds: Mapping[str, LayerKind]) -> dict[
 
 
 def _windowed(raw: Raw, default: Callable[[int], bool]) -> dict[str, Any]:
-    """Layers that differ in their window alone. `default` says which slide where the config does not list them."""
+    """Returns `kinds` and `pattern` for layers that differ only in their attention window.
+
+    `default` says of a layer's index whether that layer has a sliding window, for a config that does not list the types.
+    """
     window = raw.get("sliding_window")
     count = raw["num_hidden_layers"]
     types = raw.get("layer_types") or [_SLIDING if window and default(i) else _FULL for i in range(count)]
@@ -431,14 +434,14 @@ _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "ge
 
 
 def read(raw: Raw, where: str) -> ModelConfig:
-    """The `ModelConfig` of a Hugging Face config.json.
+    """Converts a Hugging Face config.json to a `ModelConfig`.
 
     Args:
-        raw: its content.
-        where: its path, for messages.
+        raw: the content of the file.
+        where: its path, for error messages.
 
     Raises:
-        UserError: an unknown family, a feature that is not supported, or a number missing.
+        UserError: if the family is unknown, a feature is not supported, or a value is missing or impossible.
     """
     name = raw.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
@@ -459,7 +462,7 @@ def read(raw: Raw, where: str) -> ModelConfig:
 
 
 def _numbers(raw: Raw) -> dict[str, Any]:
-    """What all families have, from a config.json under Llama's names."""
+    """Returns the fields of a `ModelConfig` that all families share, from a config.json whose keys have Llama's names."""
     if raw["hidden_act"] not in _ACTIVATIONS:
         raise UserError(f"activation {raw['hidden_act']!r} is not supported ({', '.join(_ACTIVATIONS)})")
     heads, hidden = raw["num_attention_heads"], raw["hidden_size"]

@@ -1,7 +1,7 @@
-"""Reading a GGUF file (llama.cpp's format) into Hugging Face's names, without torch.
+"""Reads a GGUF file (llama.cpp's format) into Hugging Face's names and layout, without torch.
 
-A family is one row of `_ARCHITECTURES`: how its metadata become a config.json, and what llama.cpp's converter did to its
-tensors, to be undone here.
+A family is one row of `_ARCHITECTURES`: how its metadata become a config.json, and how to undo what llama.cpp's converter
+did to its tensors.
 """
 
 import math
@@ -24,7 +24,7 @@ from ple_jax.models.layout import expected_shapes
 
 
 class Reader(GGUFReader):
-    """GGUFReader over a plain array: slicing np.memmap itself, twice per token, costs 1.5 s on a 49k vocabulary."""
+    """A GGUFReader over a plain array. Slicing np.memmap itself, twice per token, takes 1.5 s for 49,000 tokens."""
 
     path: Path
 
@@ -37,7 +37,7 @@ class Reader(GGUFReader):
         self._data = mapped.view(np.ndarray)
 
     def value(self, key: str, default: Any = None) -> Any:
-        """Metadata value; a missing one without a default is an error."""
+        """Returns a metadata value. Raises a UserError if it is missing and has no default."""
         if key in self.fields:
             return self.fields[key].contents()
         if default is None:
@@ -45,7 +45,11 @@ class Reader(GGUFReader):
         return default
 
     def number(self, key: str, default: Any = None) -> Any:
-        """One of the architecture's own numbers, the same for all layers."""
+        """Returns one of the architecture's own metadata values; `key` is given without the architecture's name.
+
+        Raises:
+            UserError: if it is missing and has no default, or differs from layer to layer.
+        """
         value = self.value(f"{self.value('general.architecture')}.{key}", default)
         if isinstance(value, list):
             raise UserError(f"{self.path}: {key} differs from layer to layer, which is not supported")
@@ -56,7 +60,7 @@ class Reader(GGUFReader):
 
 
 def _decimal(value: float | np.float32) -> float:
-    """The number that was stored as float32: 1e-5 comes back as 9.99999974738e-06."""
+    """Returns the decimal number that was stored as float32: 1e-5 for 9.99999974738e-06."""
     return float(str(np.float32(value)))
 
 
@@ -64,7 +68,14 @@ def _decimal(value: float | np.float32) -> float:
 
 
 def _scaling(reader: Reader) -> dict[str, Any] | None:
-    """RoPE scaling as TextModel.set_gguf_parameters of llama.cpp's converter writes it."""
+    """Reads the RoPE scaling that TextModel.set_gguf_parameters of llama.cpp's converter wrote.
+
+    Returns:
+        A config.json's rope_scaling; None without a scaling, or for LongRoPE with its tables, which `_phi3` reads.
+
+    Raises:
+        UserError: if the scaling is not supported.
+    """
     kind = reader.number("rope.scaling.type", "none")
     if kind == "none" or (kind == "longrope" and reader.tensor(_LONG_SHORT[0])):
         return None
@@ -108,7 +119,11 @@ def _llama(reader: Reader) -> dict[str, Any]:
 
 
 def _gemma(reader: Reader, deep: int, period: int) -> dict[str, Any]:
-    """Gemma 2 and 3; the one with `deep` layers, 27B, has another scale of the queries, which the file does not tell."""
+    """Returns the settings of Gemma 2 or 3.
+
+    Every `period`-th layer attends to all positions, unless the file gives another period. The model with `deep`
+    layers, 27B, scales its queries differently, which the file does not record.
+    """
     layers, heads, head_dim = (reader.number(k) for k in ("block_count", "attention.head_count", "attention.key_length"))
     period = reader.number("attention.sliding_window_pattern", period)
     window = reader.number("attention.sliding_window", 0)
@@ -182,7 +197,7 @@ def _as_stored(name: str, weight: np.ndarray, c: ModelConfig) -> np.ndarray:
 
 
 def _unpermuted(name: str, weight: np.ndarray, c: ModelConfig) -> np.ndarray:
-    """LlamaModel.permute: llama.cpp keeps a rotary pair of these architectures in neighbouring rows."""
+    """Undoes LlamaModel.permute of the converter, which puts the two rows of a rotary pair in q and k next to each other."""
     heads = {"q_proj": c.num_heads, "k_proj": c.num_kv_heads}.get(name.split(".")[-2])
     if heads is None:
         return weight
@@ -190,12 +205,12 @@ def _unpermuted(name: str, weight: np.ndarray, c: ModelConfig) -> np.ndarray:
 
 
 def _minus_one(name: str, weight: np.ndarray, c: ModelConfig) -> np.ndarray:
-    """Gemma's norms scale by 1 + weight; the file has the sum."""
+    """Subtracts one from the weights of Gemma's norms: they scale by 1 + weight, and the file stores the sum."""
     return weight - 1 if name.endswith("norm.weight") else weight
 
 
 def _transposed(name: str, weight: np.ndarray, c: ModelConfig) -> np.ndarray:
-    """GPT-2's Conv1D has its weights [in, out]."""
+    """Transposes the weights of GPT-2's Conv1D modules, which Hugging Face stores as [in, out]."""
     return weight.T if _is_conv1d(name) else weight
 
 
@@ -204,7 +219,7 @@ def _is_conv1d(name: str) -> bool:
 
 
 def _interleaved(name: str, weight: np.ndarray, c: ModelConfig) -> np.ndarray:
-    """GPT-NeoX has q, k, v of one head together; the file has all q, then all k, then all v."""
+    """Puts q, k and v of each head together, as GPT-NeoX has them; the file has all q, then all k, then all v."""
     if ".query_key_value." not in name:
         return weight
     return weight.reshape(3, c.num_heads, c.head_dim, *weight.shape[1:]).swapaxes(0, 1).reshape(weight.shape)
@@ -256,17 +271,17 @@ _ARCHITECTURES = {
 
 
 def read(path: str | Path) -> tuple[dict[str, Any], ModelConfig, Mapping[str, np.ndarray], PreTrainedTokenizerFast]:
-    """Reads a GGUF file of any quantisation that the gguf package can undo.
+    """Reads a GGUF file with any quantisation that the gguf package can undo.
 
-    The file does not say everything: Mistral is stored as Llama, without its sliding window.
+    The file does not record everything: Mistral is stored as Llama, without its sliding window.
 
     Returns:
-        The config as a config.json would have it, and ours; weights under Hugging Face's names and in its layout, float32,
-        each read from disk on access; the tokenizer.
+        The content of an equivalent config.json; its `ModelConfig`; the weights under Hugging Face's names and in its
+        layout, as float32, each read from disk on access; the tokenizer.
 
     Raises:
-        UserError: not a GGUF file, truncated, another architecture or tokenizer, a tensor missing, unknown, of another
-            shape or (where it is read) with values that are not finite.
+        UserError: if it is not a GGUF file, is truncated, has an unsupported architecture or tokenizer, or if a tensor is
+            missing, unknown, of another shape or (when it is read) has values that are not finite.
     """
     reader = open_file(Path(path))
     try:
@@ -282,7 +297,11 @@ def read(path: str | Path) -> tuple[dict[str, Any], ModelConfig, Mapping[str, np
 
 
 def read_config(reader: Reader) -> dict[str, Any]:
-    """The model's numbers as a config.json has them, from the metadata and the names of the tensors."""
+    """Returns the content of an equivalent config.json, from the metadata and the names of the tensors.
+
+    Raises:
+        UserError: if the architecture or one of its features is not supported, or a value is missing.
+    """
     row, number = _architecture(reader), reader.number
     if number("expert_count", 0):
         raise UserError(f"{reader.path} is a mixture of experts, which is not supported")
@@ -313,7 +332,7 @@ def read_config(reader: Reader) -> dict[str, Any]:
 
 
 class _Tensors(Mapping[str, np.ndarray]):
-    """The tensors under Hugging Face's names: names and shapes checked at once, data read and dequantised on access."""
+    """The tensors under Hugging Face's names. Names and shapes are checked at once, data read and dequantised on access."""
 
     def __init__(self, reader: Reader, config: ModelConfig):
         self._row, self._path, self._config = _architecture(reader), reader.path, config
@@ -347,7 +366,11 @@ class _Tensors(Mapping[str, np.ndarray]):
 
 
 def read_tokenizer(reader: Reader) -> PreTrainedTokenizerFast:
-    """The tokenizer and its chat template, from the `tokenizer.*` metadata."""
+    """Builds the tokenizer, with its chat template, from the `tokenizer.*` metadata.
+
+    Raises:
+        UserError: if this kind of tokenizer is not supported, or the metadata are incomplete or damaged.
+    """
     keys = [key for key in reader.fields if key.startswith("tokenizer.") or key == "general.architecture"]
     try:
         return tokenizer.from_gguf({key: reader.value(key) for key in keys})
@@ -362,10 +385,10 @@ def read_tokenizer(reader: Reader) -> PreTrainedTokenizerFast:
 
 
 def open_file(path: Path) -> Reader:
-    """A GGUF file whose header is read; `read_config` and `read_tokenizer` take it.
+    """Opens a GGUF file and reads its header, for `read_config` and `read_tokenizer`.
 
     Raises:
-        UserError: it does not exist, is truncated or of another kind, or one of several files.
+        UserError: if it does not exist, is truncated, is no GGUF file, or is one of several files of a model.
     """
     try:
         reader = Reader(path)
@@ -390,7 +413,7 @@ def _architecture(reader: Reader) -> _Architecture:
 
 
 def _end(reader: Reader) -> dict[str, Any]:
-    """`eos_token_id` where more tokens than the tokenizer's own end a response (of a turn, of a message)."""
+    """Returns {"eos_token_id": [...]} if the end of a turn or of a message has a token of its own, and {} otherwise."""
     keys = [f"tokenizer.ggml.{kind}_token_id" for kind in ("eos", "eot", "eom")]
     ids = dict.fromkeys(reader.value(key) for key in keys if key in reader.fields)
     return {"eos_token_id": list(ids)} if len(ids) > 1 else {}

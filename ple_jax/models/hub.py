@@ -1,6 +1,6 @@
-"""Models on a hub, as user/name: their folder in the cache that all Hugging Face tools share; and what model a path is.
+"""Fetches models, named user/name, from a hub into the cache that all Hugging Face tools share, and identifies models.
 
-Only safetensors, JSON and tokenizer files are downloaded: nothing that is pickled, no code.
+Only safetensors, JSON and tokenizer files and licences are downloaded: no pickled files and no code.
 """
 
 import contextlib
@@ -24,15 +24,21 @@ _BLOCK, _BLOCKS = 4096, 16
 
 
 def is_remote(path: str) -> bool:
-    """Whether a model's path means a hub: user/name, and nothing on disk is called so."""
+    """Says whether a path names a model on a hub: it reads user/name, and no file or folder has this name."""
     return is_hub_id(path) and not os.path.exists(path)
 
 
 def here(folder: Path, source: tuple[str, str | None] | None) -> Path:
-    """The folder of a model that another process fetched, on this host; it is fetched here too where it is of a hub.
+    """Returns the folder, on this host, of a model that another process fetched.
+
+    If the folder does not exist here and the model is from a hub, it is fetched again, at the same commit.
 
     Args:
-        source: path or hub id, and revision, that the folder is of. The commit is the folder's.
+        folder: the folder on the other host; its name is the commit if the model is from a hub.
+        source: the path or hub id that the folder was found by, and the revision.
+
+    Raises:
+        UserError: as `fetch` does.
     """
     if folder.exists() or source is None or not is_remote(source[0]):
         return folder
@@ -40,19 +46,20 @@ def here(folder: Path, source: tuple[str, str | None] | None) -> Path:
 
 
 def fetch(repo: str, revision: str | None = None, *, weights: bool = True, setting: str = "--config.model.path") -> Path:
-    """The folder of a model, downloaded unless the cache has it; its name is the commit.
+    """Returns the local folder of a hub's model, which is downloaded unless the cache has it. Its name is the commit.
 
-    A cached branch stays at the commit it had when it was downloaded (`hf download` moves it): without that a run that is
-    continued could find another model.
+    A cached branch stays at the commit that it had when it was downloaded (`hf download` moves it). Otherwise a run that is
+    resumed could find another model.
 
     Args:
         repo: user/name.
         revision: branch, tag or commit; the main branch if it is not given.
-        weights: without them, only config and tokenizer are downloaded.
-        setting: what to set to a folder instead, for messages.
+        weights: whether weights are needed; if not, only config and tokenizer are downloaded.
+        setting: the setting that error messages advise to set to a local folder instead.
 
     Raises:
-        UserError: no such model or revision, one that needs a login or a licence, no network, or no model in the repository.
+        UserError: if the model or revision does not exist, it needs a login or a licence, the hub cannot be reached, or the
+            repository lacks a file that a model needs.
     """
     from huggingface_hub import snapshot_download
 
@@ -70,10 +77,10 @@ def fetch(repo: str, revision: str | None = None, *, weights: bool = True, setti
 
 
 def commit(repo: str, revision: str | None = None) -> str:
-    """The commit that `fetch` gives; nothing is downloaded.
+    """Returns the commit of the model that `fetch` would return. No file is downloaded.
 
     Raises:
-        UserError: as `fetch`.
+        UserError: as `fetch` does.
     """
     from huggingface_hub import HfApi
 
@@ -86,13 +93,13 @@ def commit(repo: str, revision: str | None = None) -> str:
 
 
 def identity(path: str, revision: str | None = None) -> str:
-    """What tells one model from another behind the same path: the commit on a hub, else a digest of samples of its files.
+    """Returns a text that tells one model from another behind the same path.
 
-    16 blocks of every weight file are enough: training changes nearly every weight. Names of built-in models stay as they
-    are.
+    It is the commit of a model on a hub, or else a digest of samples of the model's files. 16 blocks of every file are
+    enough, since training changes nearly every weight. Names of built-in models are returned as they are.
 
     Raises:
-        UserError: a file that cannot be read.
+        UserError: if a file cannot be read, or as `commit` does.
     """
     if is_remote(path):
         return commit(path, revision)
@@ -128,7 +135,7 @@ def _patterns(weights: bool) -> dict[str, Any]:
 
 
 def _cached(repo: str, revision: str | None, weights: bool) -> Path | None:
-    """The folder in the cache if it is complete; other tools may have put some of the files there."""
+    """Returns the model's folder in the cache, or None if it is incomplete: other tools may have fetched some files only."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -142,7 +149,7 @@ def _cached(repo: str, revision: str | None, weights: bool) -> Path | None:
 
 
 def _missing(folder: Path, weights: bool) -> str | None:
-    """A file without which the folder is not a whole model."""
+    """Returns the name of a file that the folder needs to be a whole model and lacks, or None if there is none."""
     needed = ["config.json", "tokenizer.json"]
     index = folder / "model.safetensors.index.json"
     if weights and index.is_file():
@@ -155,7 +162,7 @@ def _missing(folder: Path, weights: bool) -> str | None:
 
 @contextlib.contextmanager
 def _explained(repo: str, revision: str | None, setting: str) -> Iterator[None]:
-    """What a hub refuses, as one line that says what to do."""
+    """Turns errors of the hub's client into UserErrors that say in one line what to do."""
     from huggingface_hub import constants, errors
 
     where, at = f"{constants.ENDPOINT}/{repo}", f" --revision {revision}" if revision else ""

@@ -1,4 +1,4 @@
-"""Which tensors a model has, under which names, in which shapes, and how they are fused."""
+"""The tensors of a model: their names and shapes, and how they are fused into the decoder's kernels."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from ple_jax.models.families import FAMILIES, Family, Module
 
 
 def module_shapes(c: ModelConfig) -> Iterator[tuple[str, Module, int, int]]:
-    """Every linear module inside the layers: its path, its row of the table, input size, output size."""
+    """Yields every linear module inside the layers, but for a mixture's experts: path, `Module`, input size, output size."""
     family = FAMILIES[c.family]
     heads, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     inputs = {"qkv": c.hidden_size, "o": heads, "gate_up": c.hidden_size, "down": c.intermediate_size}
@@ -24,12 +24,12 @@ def module_shapes(c: ModelConfig) -> Iterator[tuple[str, Module, int, int]]:
 
 
 def has_bias(c: ModelConfig, kernel: str) -> bool:
-    """Whether the modules of a kernel have one."""
+    """Says whether the modules of a kernel (qkv, o, gate_up or down) have a bias."""
     return {"qkv": c.qkv_bias, "o": c.o_bias, "gate_up": c.mlp_bias, "down": c.mlp_bias}[kernel]
 
 
 def expected_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every weight under Hugging Face's name, in its layout: linear layers [out, in] (GPT-2: [in, out])."""
+    """Returns every weight's shape, under Hugging Face's name and in its layout: linear [out, in] (GPT-2: [in, out])."""
     family, hidden = FAMILIES[c.family], c.hidden_size
     affine = ("weight", "bias") if c.norm == "layer" else ("weight",)
     shapes: dict[str, tuple[int, ...]] = {f"{family.embed}.weight": (c.vocab_size, hidden)}
@@ -53,7 +53,7 @@ def expected_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _expert_shapes(c: ModelConfig) -> Iterator[tuple[str, tuple[int, int]]]:
-    """The router and the experts of one layer: names below it, shapes [out, in]."""
+    """Yields the names, below the layer, and the shapes [out, in] of one layer's router and experts, if it has any."""
     inner, outer = (c.intermediate_size, c.hidden_size), (c.hidden_size, c.intermediate_size)
     for kind, name in FAMILIES[c.family].experts.items():
         if kind == "router":
@@ -63,22 +63,24 @@ def _expert_shapes(c: ModelConfig) -> Iterator[tuple[str, tuple[int, int]]]:
 
 
 def active_weights(c: ModelConfig) -> int:
-    """Weights in the layers' matmuls that one token goes through: of a mixture only its own experts'."""
+    """Counts the weights in the layers' matmuls that one token uses. Of a mixture's experts only the token's own count."""
     experts = c.hidden_size * (c.experts + c.experts_per_token * 3 * c.intermediate_size)
     return sum(inp * out for *_, inp, out in module_shapes(c)) + c.num_layers * experts
 
 
 def attention_reach(c: ModelConfig) -> float:
-    """Positions that a token attends to when its attention has as many operations as its matmuls with weights."""
+    """Returns how many positions a token attends to when attention takes as many operations as its matmuls with weights."""
     return active_weights(c) / (2 * c.num_layers * c.num_heads * c.head_dim)
 
 
 def stack_experts(c: ModelConfig, kind: str, get: Callable[[str], np.ndarray]) -> np.ndarray:
-    """One leaf of `backend.experts.Experts`: the router [in, experts], or a kernel of all experts [experts, in, out].
+    """Returns one leaf of `backend.experts.Experts`: the router [in, experts], or one kernel of all experts.
+
+    A kernel is [experts, in, out].
 
     Args:
         kind: router, gate, up or down.
-        get: a module's name below the layer -> its weight [out, in].
+        get: maps a module's name below the layer to its weight [out, in].
     """
     name = FAMILIES[c.family].experts[kind]
     if kind == "router":
@@ -87,16 +89,17 @@ def stack_experts(c: ModelConfig, kind: str, get: Callable[[str], np.ndarray]) -
 
 
 def fuse(c: ModelConfig, kernel: str, modules: Mapping[str, Any]) -> Any:
-    """Puts what modules hold into the layout of the decoder's kernel, zeros where a module is not there.
+    """Fuses the arrays of modules into the layout of the decoder's kernel, with zeros for modules that are not given.
 
     Args:
         kernel: qkv, o, gate_up or down.
-        modules: module name -> array [..., out of that module], numpy or JAX: a weight [in, out], a bias [out], LoRA's
-            b [rank, out]; at least one.
+        modules: by module name, an array [..., out of that module], in numpy or JAX: a weight [in, out], a bias [out], or
+            LoRA's b [rank, out]. At least one is needed.
 
     Returns:
-        [..., out of the kernel]: qkv [..., kv_heads * (group + 2) * head_dim] (for every KV head its query heads, then
-        k, then v, so that a shard holds whole heads), gate_up [..., 2 or 1, intermediate], o and down as they are.
+        An array [..., out of the kernel]. qkv is [..., kv_heads * (group + 2) * head_dim]: for every KV head its query
+        heads, then k, then v, so that a shard holds whole heads. gate_up is [..., 2 or 1, intermediate]. o and down are
+        unchanged.
     """
     family = FAMILIES[c.family]
     parts: dict[str, Any] = {}
@@ -117,7 +120,10 @@ def fuse(c: ModelConfig, kernel: str, modules: Mapping[str, Any]) -> Any:
 
 
 def _parts(c: ModelConfig, family: Family, module: Module, x: Any) -> dict[str, Any]:
-    """A module's output dimension by part: q, k, v as [..., kv_head, n, head_dim], gate and up as [..., 1, intermediate]."""
+    """Splits a module's output dimension into its parts.
+
+    q, k and v are [..., kv_head, n, head_dim], gate and up [..., 1, intermediate]; o and down are unchanged.
+    """
     xp, before = array_namespace(x), x.shape[:-1]
     if module.kernel in ("o", "down"):
         return {module.kernel: x}

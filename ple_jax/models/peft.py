@@ -1,4 +1,4 @@
-"""LoRA adapters on disk, in the layout of Hugging Face PEFT: its users and both backends read the same files."""
+"""Reads and writes LoRA adapters in the layout of Hugging Face PEFT, so that PEFT and both backends share their files."""
 
 import json
 import math
@@ -33,7 +33,7 @@ _OPTIONS = frozenset(
 
 
 def _by_pattern(each: Rule) -> Rule:
-    """An object of what `each` allows, by regular expressions."""
+    """Returns a rule for an object whose keys are regular expressions and whose values `each` allows."""
 
     def rule(value: Any) -> str:
         if says := mapping(value):
@@ -51,7 +51,7 @@ def _by_pattern(each: Rule) -> Rule:
 
 
 def _module(pattern: str) -> str:
-    """The regular expression of the paths that a key of rank_pattern or alpha_pattern means."""
+    """Returns the regular expression for the module paths that a key of rank_pattern or alpha_pattern stands for."""
     return rf"(.*\.)?({pattern})$"
 
 
@@ -67,7 +67,7 @@ _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class Module(NamedTuple):
-    """The adapter of one linear module, as PEFT keeps it."""
+    """The adapter of one linear module, in PEFT's layout."""
 
     a: Float[np.ndarray, "rank inp"]
     b: Float[np.ndarray, "out rank"]
@@ -96,20 +96,21 @@ def write(
     Each file appears whole or not at all.
 
     Args:
-        directory: made if it does not exist; an adapter in it is replaced.
-        adapter: PEFT's names, "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" [rank, in],
+        directory: created if it does not exist; an adapter in it is replaced.
+        adapter: tensors by PEFT's names: "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" [rank, in],
             "...lora_B.weight" [out, rank] and for DoRA "...lora_magnitude_vector" [out].
         rank: r of LoRA.
         alpha: the update is (alpha / rank) * B A.
         targets: names of the adapted linear modules, "q_proj" ...
-        base_model: Hub name or path of the model the adapter belongs to.
+        base_model: Hub name or path of the model that the adapter belongs to.
         rank_pattern: other ranks, by the end of a module's path or a regular expression for it; the first match counts.
-        alpha_pattern: other alphas, likewise.
+        alpha_pattern: other alphas, by the same kinds of keys.
         use_rslora: the update is (alpha / sqrt(rank)) * B A. arXiv:2312.03732.
         use_dora: the rows of base plus update are scaled to the magnitudes. arXiv:2402.09353.
-        fan_in_fan_out: the base keeps these weights as [in, out] (GPT-2's Conv1D).
-        dropout: what training dropped of the adapter's input; it has no say in what the adapter computes.
-        head: name of a module that was trained whole, "score": "base_model.model.score.weight" of a sequence classifier.
+        fan_in_fan_out: the base stores these weights as [in, out] (GPT-2's Conv1D).
+        dropout: the dropout rate on the adapter's input in training; it does not change what the adapter computes.
+        head: name of a module that was trained in full, such as "score" of a sequence classifier, whose tensor is
+            "base_model.model.score.weight".
     """
     from safetensors.numpy import save
 
@@ -149,15 +150,15 @@ def read(directory: Path, *, head: str | None = None) -> tuple[dict[str, np.ndar
     """Reads an adapter that `write` or PEFT saved.
 
     Args:
-        head: the module trained whole that the adapter must have; without it, it may have none.
+        head: name of the module trained in full that the adapter must have; if it is None, there must be no such module.
 
     Returns:
-        The tensors under PEFT's names, as stored, and adapter_config.json. `modules` groups the former; `scaling` says
-        what the latter means for a module.
+        The tensors under PEFT's names, as stored, and the content of adapter_config.json. `modules` groups the tensors by
+        module; `module_rank` and `scaling` interpret the config for one module.
 
     Raises:
-        UserError: a file is missing or damaged, it is no LoRA adapter, it uses an option that is not supported, or its
-            tensors are not those that its config speaks of.
+        UserError: if a file is missing or damaged, it is no LoRA adapter, it uses an option that is not supported, or its
+            tensors do not match its config.
     """
     import ml_dtypes  # noqa: F401  safetensors reads bfloat16 into it
     from safetensors import SafetensorError, safe_open
@@ -180,7 +181,7 @@ def read(directory: Path, *, head: str | None = None) -> tuple[dict[str, np.ndar
 
 
 def _check_options(config: Mapping[str, Any], directory: Path, head: str | None) -> None:
-    """Nothing is set that would mean something else than is understood here, and the head is the one that is wanted."""
+    """Raises a UserError if an option is set that is not supported here, or if the head is not the one that is wanted."""
     if (kind := config.get("peft_type")) != "LORA":
         raise UserError(f"the adapter in {directory} has peft_type {kind!r}; only 'LORA' is supported")
     used = [option for option, value in config.items() if value and option not in _OPTIONS]
@@ -202,7 +203,7 @@ def _check_options(config: Mapping[str, Any], directory: Path, head: str | None)
 
 
 def _check(adapter: Mapping[str, np.ndarray], config: Mapping[str, Any], file: Path) -> None:
-    """Every module has its matrices, of the rank that the config gives it, and nothing else is there."""
+    """Raises a UserError unless every module has its matrices, of the config's rank for it, and there is no other tensor."""
     heads = {f"{_PREFIX}{name}.weight" for name in config.get("modules_to_save") or ()}
     if absent := sorted(heads - adapter.keys()):
         raise UserError(f"{file} lacks tensor {absent[0]}; write the adapter again")
@@ -226,12 +227,12 @@ def _paths(adapter: Mapping[str, np.ndarray]) -> list[str]:
 
 
 def head_weight(adapter: Mapping[str, np.ndarray], head: str) -> np.ndarray:
-    """The weight [label, hidden] of a module that was trained whole."""
+    """Returns the weight [label, hidden] of the head, a module that was trained in full."""
     return adapter[f"{_PREFIX}{head}.weight"]
 
 
 def modules(adapter: Mapping[str, np.ndarray]) -> dict[str, Module]:
-    """The tensors of an adapter by module: "model.layers.0.self_attn.q_proj" -> its matrices."""
+    """Groups the tensors of an adapter by module path, such as "model.layers.0.self_attn.q_proj"; heads are left out."""
     return {
         path: Module(
             adapter[f"{_PREFIX}{path}.lora_A.weight"],
@@ -243,28 +244,32 @@ def modules(adapter: Mapping[str, np.ndarray]) -> dict[str, Module]:
 
 
 def module_rank(config: Mapping[str, Any], path: str) -> int:
-    """Rank of the module at `path`, after an adapter_config.json."""
+    """Returns the rank that an adapter_config.json gives to the module at `path`."""
     return patterned(config.get("rank_pattern"), path, config["r"])
 
 
 def scaling(config: Mapping[str, Any], path: str) -> float:
-    """The factor on B A of the module at `path`, after an adapter_config.json."""
+    """Returns the factor on B A that an adapter_config.json gives to the module at `path`."""
     alpha = patterned(config.get("alpha_pattern"), path, config["lora_alpha"])
     rank = module_rank(config, path)
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def patterned(pattern: Mapping[str, Any] | None, path: str, default: Any) -> Any:
-    """What a rank_pattern or alpha_pattern says of a module: a key is its path, the end of it, or a regular expression."""
+    """Returns the value that a rank_pattern or alpha_pattern gives to the module at `path`, or else `default`.
+
+    A key is the module's path, the end of it, or a regular expression for it; the first match counts.
+    """
     return next((value for key, value in (pattern or {}).items() if re.match(_module(key), path)), default)
 
 
 def merge(
     weight: Float[np.ndarray, "out inp"], module: Module, *, scale: float, fan_in_fan_out: bool = False
 ) -> Float[np.ndarray, "out inp"]:
-    """One base weight with its adapter merged, in float32; with `fan_in_fan_out` the weight is [in, out], here and there.
+    """Merges an adapter into one base weight, in float32. With `fan_in_fan_out` the weight and the result are [in, out].
 
-    W + s B A, and for DoRA (arXiv:2402.09353, eq. 5) m (W + s B A) / ||W + s B A||, norms over each output's row.
+    The result is W + s B A, and for DoRA (arXiv:2402.09353, eq. 5) m (W + s B A) / ||W + s B A||, where each output's row
+    has a norm of its own.
     """
     a, b = module.a.astype(np.float32), module.b.astype(np.float32)
     whole = (weight.T if fan_in_fan_out else weight).astype(np.float32) + np.float32(scale) * (b @ a)

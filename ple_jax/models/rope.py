@@ -13,14 +13,17 @@ Raw = Mapping[str, Any]  # a config.json
 
 
 def frequencies(rope: Raw, dim: int) -> tuple[tuple[float, ...], float]:
-    """Inverse frequencies of `dim` rotated dimensions, and the factor on cos and sin.
+    """Computes the inverse frequencies of the `dim` dimensions of a head that are rotated, and the factor on cos and sin.
 
     Args:
-        rope: `rope_type` and its numbers as config.json has them, with `rope_theta` and, where a scaling needs it,
+        rope: `rope_type` and its numbers as config.json has them, with `rope_theta` and, where a scaling needs them,
             `original_max_position_embeddings` and `max_position_embeddings`.
 
+    Returns:
+        The dim / 2 inverse frequencies, in radians per position, and the factor.
+
     Raises:
-        UserError: a kind of scaling that is not supported, a number that cannot be, or pairs that do not come out even.
+        UserError: if the kind of scaling is not supported, a number is impossible, or `dim` is not even and positive.
     """
     check(rope, ROPE)
     if dim < 2 or dim % 2:
@@ -52,7 +55,11 @@ def frequencies(rope: Raw, dim: int) -> tuple[tuple[float, ...], float]:
 
 
 def _llama3(rope: Raw, inverse: np.ndarray) -> np.ndarray:
-    """Long wavelengths are slowed by `factor`, short ones kept, those between interpolated. Llama 3.1, arXiv:2407.21783."""
+    """Applies Llama 3.1's scaling, arXiv:2407.21783.
+
+    The frequencies of long wavelengths are divided by `factor`, short ones keep theirs, and those between are
+    interpolated.
+    """
     original, low, high = (rope[k] for k in ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor"))
     if high <= low:
         raise UserError(f"high_freq_factor {high} must be above low_freq_factor {low}")
@@ -62,7 +69,10 @@ def _llama3(rope: Raw, inverse: np.ndarray) -> np.ndarray:
 
 
 def _yarn(rope: Raw, inverse: np.ndarray, dim: int) -> tuple[np.ndarray, float]:
-    """YaRN, arXiv:2309.00071: dimensions that turn often are kept, those that turn rarely are interpolated."""
+    """Applies YaRN's scaling, arXiv:2309.00071; also returns its factor on cos and sin.
+
+    The frequencies of dimensions that turn often are kept, those of dimensions that turn rarely are interpolated.
+    """
     theta, original = rope["rope_theta"], rope["original_max_position_embeddings"]
     factor = rope.get("factor") or rope["max_position_embeddings"] / original
 
@@ -87,9 +97,16 @@ def _yarn(rope: Raw, inverse: np.ndarray, dim: int) -> tuple[np.ndarray, float]:
 
 
 def read_rope(raw: Raw, layer_type: str = "") -> Raw:
-    """The rotary settings: transformers 5 keeps them in rope_parameters, earlier versions beside a rope_scaling.
+    """Returns the rotary settings of a config.json, as `frequencies` takes them.
 
-    Where a config.json has both, the whole rope_scaling counts, as in transformers.
+    transformers 5 keeps them in rope_parameters, earlier versions in rope_scaling and in keys beside it. Where a config.json
+    has both, the whole rope_scaling counts and rope_parameters is ignored, as in transformers.
+
+    Args:
+        layer_type: the type of layer whose settings are returned, where each type has its own.
+
+    Raises:
+        UserError: if each type of layer has its own settings, and this one has none.
     """
     rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
     if any(isinstance(value, Mapping) for value in rope.values()):  # one of each type of layers

@@ -1,7 +1,8 @@
-"""Parts of a decoder's weights from the stored tensors, of which no more is read than they are made of.
+"""Reads parts of a decoder's weights, and of the stored tensors only the data that these parts consist of.
 
-Where a model is spread over many hosts each needs a part of every kernel. What a kernel's outputs are made of is asked of
-`layout.fuse` itself, by fusing numbers of rows in the place of weights; its inputs are the stored tensors' own.
+Where a model is sharded over many hosts, each host needs a part of every kernel. Which stored rows a kernel's outputs come
+from is found with `layout.fuse` itself, by fusing row numbers in place of weights. A kernel's inputs have the same order as
+those of the stored tensors.
 """
 
 import functools
@@ -20,10 +21,10 @@ SUFFIX = {"scale": "weight", "bias": "bias", "kernel": "weight"}  # of a leaf's 
 
 @runtime_checkable
 class Sliced(Protocol):
-    """Weights of which parts can be read."""
+    """Weights whose tensors can be read in part."""
 
     def part(self, name: str, index: Index) -> np.ndarray:
-        """What `weights[name][index]` is; slices have no step."""
+        """Returns `weights[name][index]`; the slices have no step."""
         ...
 
 
@@ -35,13 +36,13 @@ def part(
     index: Index,
     shape: tuple[int, ...],
 ) -> np.ndarray:
-    """A part of one leaf of the base.
+    """Reads a part of one leaf of the base weights.
 
     Args:
-        path: of the leaf in the base's pytree, without the layer: ("embed",), ("norm", "scale"), ("qkv", "kernel") ...
-        layer: which one; not read of what is outside the layers.
-        index: a slice a dimension of the leaf.
-        shape: of the whole leaf.
+        path: path of the leaf in the base's pytree, without the layer: ("embed",), ("norm", "scale"), ("qkv", "kernel") ...
+        layer: number of the layer; ignored for a leaf outside the layers.
+        index: one slice for each dimension of the leaf.
+        shape: shape of the whole leaf.
     """
     family = FAMILIES[c.family]
     index = tuple(slice(*s.indices(size)) for s, size in zip(index, shape, strict=True))
@@ -57,12 +58,15 @@ def part(
 
 
 def top(c: ModelConfig, path: Sequence[str]) -> str:
-    """Hugging Face's name of a weight outside the layers."""
+    """Returns Hugging Face's name of a weight outside the layers; `path` is its path in the base's pytree."""
     return f"{getattr(FAMILIES[c.family], path[0])}.{SUFFIX[path[1]] if len(path) > 1 else 'weight'}"
 
 
 def spread_axis(c: ModelConfig, path: tuple[str, ...], dimensions: int) -> int:
-    """The dimension of a leaf along which the stored tensors lie one row after the other, so that parts are read fast."""
+    """Returns the dimension along which parts of a leaf are read fastest, given how many dimensions the leaf has.
+
+    Along this dimension the rows of the stored tensors lie one after the other.
+    """
     if len(path) == 1 or path[0] == "norm" or dimensions == 1:
         return 0
     if path[0] == "experts":
@@ -86,7 +90,7 @@ def _fused(
     c: ModelConfig, weights: Mapping[str, np.ndarray], prefix: str, kernel: str, kind: str, index: Index,
     shape: tuple[int, ...],
 ) -> np.ndarray:  # fmt: skip
-    """A part of a kernel [in, *out] or a bias [*out], from rows of the modules that it holds."""
+    """Reads a part of a kernel [in, *out] or a bias [*out] from the rows of the modules that are fused in it."""
     outputs = 1 if kind == "kernel" else 0  # its first dimension that is one of outputs
     rows, starts = _sources(c, kernel)
     wanted = rows.reshape(shape[outputs:])[index[outputs:]]
@@ -107,7 +111,7 @@ def _fused(
 def _of_module(
     c: ModelConfig, weights: Mapping[str, np.ndarray], name: str, kind: str, rows: slice, inputs: slice
 ) -> np.ndarray:
-    """Outputs of a module, last: [in, rows], or of a bias [rows]."""
+    """Reads some outputs of a module: [in, rows] of its weight, or [rows] of its bias."""
     if kind == "bias":
         return _read(weights, name, (rows,))
     if FAMILIES[c.family].transposed:
@@ -117,7 +121,12 @@ def _of_module(
 
 @functools.lru_cache
 def _sources(c: ModelConfig, kernel: str) -> tuple[np.ndarray, dict[str, tuple[int, int]]]:
-    """For every output of a kernel the number of its row, 0 for none; and the numbers of each module, from and to."""
+    """Assigns numbers, from 1 on, to the rows of the modules in a kernel.
+
+    Returns:
+        For every output of the kernel the number of the row that it comes from, or 0 for none; and by module the first of
+        its numbers and the end after its last.
+    """
     starts: dict[str, tuple[int, int]] = {}
     first = f"{FAMILIES[c.family].layers}.0."
     end = 1
@@ -130,7 +139,7 @@ def _sources(c: ModelConfig, kernel: str) -> tuple[np.ndarray, dict[str, tuple[i
 
 
 def _runs(numbers: np.ndarray) -> list[slice]:
-    """Where ascending neighbours are one apart."""
+    """Splits ascending numbers into slices whose neighbours differ by one."""
     if not numbers.size:
         return []
     cuts = np.flatnonzero(np.diff(numbers) != 1) + 1

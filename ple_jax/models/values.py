@@ -1,7 +1,7 @@
-"""What the values of a config.json may be: the table that is asked before any of them is used.
+"""The rules for the values of a config.json, which are checked before any value is used.
 
-A checkpoint's config.json is written by many hands. A value that it cannot have (no heads, half a head, a text for a number)
-is refused by its name, and so is one so large that only naming the tensors would take for ever.
+A checkpoint's config.json can come from anyone. An impossible value (no heads, half a head, a text for a number) is refused
+by name, and so is one so large that merely naming the tensors would take forever.
 """
 
 from collections.abc import Mapping
@@ -82,10 +82,12 @@ ROPE: dict[str, Rule] = {  # of rope_parameters and rope_scaling
 
 
 def check(values: Mapping[str, Any], rules: Mapping[str, Rule] = VALUES, *, names: Mapping[str, str] | None = None) -> None:
-    """Raises a UserError that names the first value which its rule refuses; a key without a rule may hold anything.
+    """Raises a UserError that names the first value that its rule refuses.
+
+    A key without a rule may hold anything, and a key that is missing is not checked.
 
     Args:
-        names: what the file calls a key that goes by another name here.
+        names: the file's own names for keys that have other names in `rules`, for the error.
     """
     for key, rule in rules.items():
         if key in values and (says := rule(values[key])):

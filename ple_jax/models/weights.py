@@ -1,4 +1,4 @@
-"""Weights, config and tokenizer of a base model, from wherever they lie: the installed package, GGUF, Hugging Face."""
+"""Loads weights, config and tokenizer of a base model from an installed package, a GGUF file or Hugging Face's files."""
 
 import dataclasses
 import json
@@ -50,7 +50,7 @@ TINY = {  # the config.json of "tiny"
 
 
 class Loaded(NamedTuple):
-    """A base model. `weights` may read from disk on access: take each tensor once."""
+    """A loaded base model. `weights` may read from disk on every access, so each tensor should be taken only once."""
 
     config: ModelConfig
     weights: Mapping[str, np.ndarray]  # Hugging Face's names; float32, float16 or bfloat16 as stored
@@ -72,8 +72,8 @@ def load(path: str, revision: str | None = None) -> Loaded:
         revision: branch, tag or commit of a model on a hub; its main branch if it is not given.
 
     Raises:
-        UserError: nothing there, an unsupported model or feature, a truncated file, a tensor that is missing, unknown, of
-            another shape or dtype, or (where it is read) not finite.
+        UserError: if there is no such model, the model or a feature of it is not supported, a file is truncated, or a
+            tensor is missing, unknown, of another shape or dtype, or (when it is read) not finite.
     """
     if revision is not None and not hub.is_remote(path):
         raise UserError(f"model.revision {revision!r} goes with a model on a hub, which {path!r} is not; leave it unset")
@@ -104,7 +104,7 @@ def load(path: str, revision: str | None = None) -> Loaded:
 
 
 def gguf_file(path: str) -> Path | None:
-    """The GGUF file that a `path` of `load` stands for; None where it is no such file."""
+    """Returns the GGUF file that a `path` given to `load` stands for, or None if it stands for none."""
     if path == smollm2.NAME:
         return smollm2.file()
     return Path(path) if Path(path).is_file() and path.endswith(".gguf") else None
@@ -142,7 +142,10 @@ def _load_folder(folder: Path) -> Loaded:
 
 
 def _has_own_head(folder: Path, config: ModelConfig) -> bool:
-    """Whether the files have an output matrix unlike the embedding it is said to be tied to: transformers uses it then."""
+    """Says whether the files have an output matrix that differs from the embedding, although the config ties them.
+
+    transformers uses that matrix then.
+    """
     config, family = dataclasses.replace(config, tie_embeddings=False), FAMILIES[config.family]
     ends, (_, files) = [f"{family.embed}.weight", f"{family.head}.weight"], _list(folder)
     if None in [_stored_name(end, files, config) for end in ends]:
@@ -153,8 +156,10 @@ def _has_own_head(folder: Path, config: ModelConfig) -> bool:
 
 
 def _of_text(tokenizer: PreTrainedTokenizerFast, rows: int) -> PreTrainedTokenizerFast:
-    """The tokenizer without the token that stands for a picture, where the model has no row for it: Gemma 3's text models
-    come with the tokenizer of those that see."""
+    """Removes the token that stands for an image from a tokenizer if the embedding has no row for it.
+
+    Gemma 3's text models come with the tokenizer of the models that take images.
+    """
     if tokenizer.get_vocab().get(_PICTURE, -1) >= rows:
         state = json.loads(tokenizer.backend_tokenizer.to_str())
         state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] != _PICTURE]
@@ -163,11 +168,12 @@ def _of_text(tokenizer: PreTrainedTokenizerFast, rows: int) -> PreTrainedTokeniz
 
 
 def check_ids(tokenizer: PreTrainedTokenizerFast, eos: Sequence[int], rows: int, where: str) -> None:
-    """Raises a UserError unless every id that a tokenizer can give, and that ends a response, is a row of the embedding.
+    """Raises a UserError unless the embedding has a row for every id of the tokenizer and every id that ends a response.
 
     Args:
-        rows: of the embedding.
-        where: the model, for messages.
+        eos: the ids that end a response.
+        rows: number of rows of the embedding.
+        where: the model, for the error message.
     """
     if (most := max(tokenizer.get_vocab().values(), default=-1)) >= rows:
         raise UserError(
@@ -182,11 +188,12 @@ def check_ids(tokenizer: PreTrainedTokenizerFast, eos: Sequence[int], rows: int,
 
 
 def load_classifier(folder: Path) -> Loaded:
-    """A sequence classifier, transformers' ...ForSequenceClassification, of one of our families: no output matrix, but
-    a `SCORE` among its weights.
+    """Loads a sequence classifier, transformers' ...ForSequenceClassification, of a family that the decoder supports.
+
+    It has no output matrix; the weight of its head, `SCORE`, is [label, hidden].
 
     Raises:
-        UserError: as `load`; a folder without a head names that.
+        UserError: as `load` does, and if the folder has no head.
     """
     raw = read_json(folder / "config.json")
     # what has no output matrix is to the decoder as if it were the embedding
@@ -198,17 +205,17 @@ def load_classifier(folder: Path) -> Loaded:
 
 
 def labels(raw: Mapping[str, Any]) -> int:
-    """How many labels a classifier's config.json says it has; transformers' default is 2."""
+    """Returns the number of labels in a classifier's config.json; the default is transformers', 2."""
     return len(raw["id2label"]) if raw.get("id2label") else raw.get("num_labels", 2)
 
 
 def pad_token(raw: Mapping[str, Any]) -> int | None:
-    """The padding token of a classifier's config.json, before which its score is read; a family may have a default."""
+    """Returns the padding token in a classifier's config.json, or its family's default. The score is read before padding."""
     return {**FAMILIES[raw["model_type"]].defaults, **raw.get("text_config", raw)}.get("pad_token_id")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file of a model's folder; a UserError if it is missing or damaged."""
+    """Reads a JSON file of a model's folder. Raises a UserError if it is missing or damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -221,7 +228,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class _Place(NamedTuple):
-    """Where a tensor's numbers are."""
+    """Where the data of a tensor are stored, and their dtype and shape."""
 
     file: Path
     start: int  # bytes into the file
@@ -230,7 +237,7 @@ class _Place(NamedTuple):
 
 
 class _Tensors(Mapping[str, np.ndarray]):
-    """The tensors of a folder of safetensors files: names, shapes and dtypes checked at once, data read on access."""
+    """The tensors of a folder of safetensors files. Names, shapes and dtypes are checked at once, data read on access."""
 
     def __init__(self, folder: Path, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]):
         where, files = _list(folder)
@@ -265,7 +272,7 @@ class _Tensors(Mapping[str, np.ndarray]):
         return self._rows(name, 0, self._places[name].shape[0])
 
     def part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """`self[name][index]`, for which whole rows are read and no others; slices have no step."""
+        """Returns `self[name][index]`; reads whole rows, but only those that are needed. The slices have no step."""
         _, _, dtype, shape = self._places[name]
         rows, *rest = (slice(*s.indices(size)) for s, size in zip(index, shape, strict=True))
         at_once = max(1, _BLOCK // (math.prod(shape[1:]) * dtype.itemsize))
@@ -296,7 +303,7 @@ class _Tensors(Mapping[str, np.ndarray]):
 
 
 def is_finite(array: np.ndarray) -> bool:
-    """Whether a contiguous float array has neither NaN nor infinity; 6 times as fast as np.isfinite on bfloat16."""
+    """Says whether a contiguous float array has neither NaN nor infinity; 6 times as fast as np.isfinite on bfloat16."""
     infinity = np.array(np.inf, array.dtype)
     # as integers, NaN and infinity are above every other number of their sign; no temporary array is needed
     for kind, bound in (("i", infinity), ("u", -infinity)):
@@ -307,7 +314,7 @@ def is_finite(array: np.ndarray) -> bool:
 
 
 def _list(folder: Path) -> tuple[Path, dict[str, Path]]:
-    """The index or the single file of a folder, and every tensor's file."""
+    """Returns the path of the index, or of the single weights file without one, and the file of every tensor."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
         files = read_json(index).get("weight_map")
@@ -328,7 +335,7 @@ def _list(folder: Path) -> tuple[Path, dict[str, Path]]:
 
 
 def _header(file: Path) -> dict[str, tuple[int, str, tuple[int, ...]]]:
-    """Start in bytes, dtype and shape of every tensor of a safetensors file."""
+    """Reads the start in bytes, the dtype and the shape of every tensor in a safetensors file."""
     try:
         with safe_open(file, framework="numpy"), file.open("rb") as handle:  # checks the header and the file's size
             length = int.from_bytes(handle.read(8), "little")
@@ -345,7 +352,7 @@ def _header(file: Path) -> dict[str, tuple[int, str, tuple[int, ...]]]:
 
 
 def _perhaps(name: str, config: ModelConfig) -> str:
-    """What may be behind a missing output matrix or head."""
+    """Returns a hint, for the error, why a tensor may be missing and what to do."""
     if name == SCORE:
         return "; it is no sequence classifier: train a head (configs/reward_hh.py), or take a reward model"
     if name != f"{FAMILIES[config.family].head}.weight":
@@ -357,14 +364,17 @@ def _perhaps(name: str, config: ModelConfig) -> str:
 
 
 def _left_out(name: str, config: ModelConfig) -> bool:
-    """Whether a tensor does not matter to the decoder: buffers, parts for images, a copy of the tied embedding."""
+    """Says whether the decoder does not need a tensor: a buffer, a part for images, or a copy of the tied embedding."""
     if config.tie_embeddings and name.removeprefix("language_model.") == f"{FAMILIES[config.family].head}.weight":
         return True
     return _HARMLESS.search(name) is not None
 
 
 def _stored_name(name: str, stored: Mapping[str, Any], config: ModelConfig) -> str | None:
-    """What a checkpoint calls a tensor: its name, that of the bare backbone, or an earlier version's."""
+    """Returns the name of a tensor in a checkpoint, or None if it is not there.
+
+    It is the usual name, that of the bare backbone, or that of an earlier version.
+    """
     family = FAMILIES[config.family]
     bare = name.removeprefix(family.prefix)
     candidates = [name, bare] + [family.renamed + bare, "language_model." + name] * bool(family.renamed)

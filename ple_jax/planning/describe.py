@@ -30,7 +30,7 @@ def _table(rows: Sequence[tuple[str, str]]) -> str:
 
 
 def _visible(text: str) -> str:
-    """The text line by line between quotes, escaped: spaces at the ends and line breaks show, markup does not act."""
+    """Quotes and escapes the text line by line, so that spaces at the ends and line breaks show and markup does not act."""
     return "\n".join(f"    {line!r}" for line in text.splitlines(keepends=True))
 
 
@@ -90,14 +90,14 @@ def describe(
     """Describes the run of a config: model, records, shapes, steps, tokens, thresholds, principles and prompts.
 
     Args:
-      parameters: of the base model.
-      adapter_parameters: of the LoRA adapter, which are the ones trained.
-      found: what iterations draw from, and what evaluations are of.
+      parameters: number of parameters of the base model.
+      adapter_parameters: number of parameters of the LoRA adapter, which are the ones trained.
+      found: the records that iterations draw from and that evaluations use.
       eos: the tokens that end a response.
-      rates: of an earlier run like it on this machine.
+      rates: the speed of an earlier run like it on this machine, if there was one.
 
     Raises:
-      UserError: more records cannot be used than config.task.max_bad_share.
+      UserError: if the share of records that cannot be used is above config.task.max_bad_share.
     """
     rendering = Prompts(config, tokenizer, rules, eos)
     own = given_sources(algorithm.collect(config))
@@ -133,7 +133,7 @@ def _sampled(algorithm: Algorithm, config: "ConfigDict") -> list[Slot]:
 def _iteration(
     config: "ConfigDict", found: Data, reward: Reward, algorithm: Algorithm, rendering: Prompts, plain: Sequence[int]
 ) -> str:
-    """What every iteration samples, scores and trains on; `plain` are the tokens of every train query's plain prompt."""
+    """Describes what every iteration samples, scores and trains on; `plain` has the tokens of every plain train prompt."""
     sampling, optimizer = config.sampling, config.optimizer
     collected, slots = algorithm.collect(config), _sampled(algorithm, config)
 
@@ -169,7 +169,7 @@ def _iteration(
 
 
 def _whole_run(config: "ConfigDict", found: Data, algorithm: Algorithm, plain: Sequence[int], rates: Rates | None) -> str:
-    """Steps, evaluations, tokens, reward calls and seconds of all iterations together."""
+    """Describes all iterations together: steps, evaluations, tokens, reward calls and seconds."""
     heldout, new = found.heldout, config.sampling.max_new_tokens
     evaluations = 1 + math.ceil(config.iterations / config.eval.every)
     training_rows = config.iterations * config.queries_per_iteration * len(_sampled(algorithm, config))
@@ -208,7 +208,7 @@ def describe_offline(
     found: Data,
     algorithm: OfflineAlgorithm,
 ) -> str:
-    """Describes the run of an algorithm that samples nothing; arguments as `describe`."""
+    """Describes the run of an algorithm that samples nothing; arguments are as in `describe`."""
     settings, optimizer = config.offline, config.optimizer
     examples, bad = fit(found.train, lambda query: algorithm.encode(query, tokenizer, config))
     steps = math.ceil(len(examples) / optimizer.batch_queries) * settings.epochs
@@ -229,7 +229,7 @@ def describe_offline(
 
 
 def _shapes(config: "ConfigDict", algorithm: OfflineAlgorithm, examples: Sequence[Any]) -> str:
-    """How many batches of the first epoch have which shape."""
+    """Counts the batches of the first epoch by their shapes."""
     shapes: Counter[str] = Counter()
     for some in algorithm.batches(examples, config.optimizer.batch_queries, seed=config.seed, epoch=0):
         batch = algorithm.batch([examples[i] for i in some])
@@ -238,7 +238,7 @@ def _shapes(config: "ConfigDict", algorithm: OfflineAlgorithm, examples: Sequenc
 
 
 def _example(first: Batch, tokenizer: Tokenizer) -> str:
-    """The parts of a batch's first row, as the model sees them."""
+    """Decodes the parts of a batch's first row, as the model sees them."""
     rows = [("shared", first.prompt[0][first.prompt_mask[0]])]
     rows += [(f"end {j + 1}", first.response[0, j][first.response_mask[0, j]]) for j in range(first.response.shape[1])]
     return "\n".join(

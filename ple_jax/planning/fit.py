@@ -1,7 +1,7 @@
-"""`config.sampling.width` and `config.optimizer.micro_queries` of "auto": fitted to the memory of a device, once.
+"""Fits `config.sampling.width` and `config.optimizer.micro_queries` of "auto" to the memory of a device, once.
 
-Both change no formula. A larger pass of training takes more memory, and so do more rows decoded at once; what they take is
-counted as `--mode=plan --topology` counts it, before any weight is read.
+Neither of them changes a formula. A larger pass of training takes more memory, and so do more rows decoded at once; what
+they take is counted as `--mode=plan --topology` counts it, before any weight is read.
 """
 
 import math
@@ -26,13 +26,13 @@ _ROW = 8  # widths are multiples of so many rows
 
 
 def fitted(inputs: Inputs, backend: str, topology: str | None = None) -> Inputs:
-    """The inputs with numbers in the place of "auto", which it prints; the same where nothing is "auto".
+    """Returns the inputs with numbers in the place of "auto", and prints the numbers. Without "auto" they stay as they are.
 
     Args:
-        topology: of devices that are not there, to fit into; those of this machine if it is not given.
+        topology: devices to fit to, which need not be there; those of this machine by default.
 
     Raises:
-        UserError: nothing fits, or what the algorithm needs is not counted.
+        UserError: if nothing fits, or the memory that the algorithm or the trainer needs is not counted.
     """
     config, algorithm = inputs.config, inputs.algorithm
     flat = flatten(config.to_dict())
@@ -52,7 +52,7 @@ def fitted(inputs: Inputs, backend: str, topology: str | None = None) -> Inputs:
 
 
 def width(config: Any, algorithm: Algorithm, heldout: int, needs: Needs) -> int:
-    """Rows decoded at once: of those that fit, with which all samples of the run cost least."""
+    """Chooses how many rows are decoded at once: of the widths that fit, the one with which the run's samples cost least."""
     times, room = _groups(config, algorithm, heldout), needs.memory
     if config.sampling.server is not None:  # they are requests to a memory that is not ours
         room = None
@@ -61,7 +61,7 @@ def width(config: Any, algorithm: Algorithm, heldout: int, needs: Needs) -> int:
 
 
 def micro_queries(config: Any, algorithm: Algorithm, heldout: int, needs: Needs) -> int:
-    """Queries of a pass: the largest share of an optimiser batch that fits."""
+    """Chooses the number of queries of a training pass: the largest equal share of an optimiser batch that fits."""
     rows, batch = config.mesh.data * config.mesh.fsdp, config.optimizer.batch_queries
     sizes = [size for size in range(rows, batch + 1, rows) if batch % size == 0]
     return _fitting(_MICRO, sizes, needs.training, needs.memory)[-1]
@@ -71,7 +71,7 @@ _NUMBER = {_WIDTH: width, _MICRO: micro_queries}
 
 
 def _groups(config: Any, algorithm: Algorithm, heldout: int) -> dict[int, int]:
-    """How often a run samples so many responses."""
+    """Counts how often a run samples groups of responses, by the number of responses in a group."""
     slots = [slot for slot in algorithm.collect(config) if slot.source == "policy"]
     evaluations = math.ceil(config.iterations / config.eval.every)
     # before training what the principled prompt gives is evaluated too
@@ -83,19 +83,25 @@ def _groups(config: Any, algorithm: Algorithm, heldout: int) -> dict[int, int]:
 
 
 def _widths(groups: Mapping[int, int], multiple: int) -> list[int]:
-    """Widths that leave few rows idle at the end: for every group those that hold it 1, 2, 3 ... times over."""
+    """Returns widths that leave few rows idle at the end: those that decode some group in 1, 2, 3 ... turns."""
     step = math.lcm(_ROW, multiple)
     found = {round_up(-(-rows // times), step) for rows in groups for times in range(1, rows + 1)}
     return sorted(width for width in found if width < FEW)
 
 
 def _cost(times: Mapping[int, int], width: int, reading: int) -> int:
-    """What decoding takes, in rows: every step reads the weights, and computes all rows, idle ones too."""
+    """Computes the cost of all decoding, in rows: every step reads the weights, and computes all rows, idle ones too."""
     return sum(often * -(-rows // width) * (reading + width) for rows, often in times.items())
 
 
 def _fitting(key: str, sizes: Sequence[int], need: Callable[[int], int], room: int | None) -> Sequence[int]:
-    """Those of ascending sizes that fit; what is needed grows with them, so few are counted."""
+    """Returns those of the ascending sizes that fit into `room` bytes.
+
+    What is needed grows with the size, so only a few sizes are counted.
+
+    Raises:
+        UserError: if not even the smallest one fits.
+    """
     if room is None or len(sizes) == 1 or need(sizes[-1]) <= room:
         return sizes
     fit, over = 0, len(sizes) - 1

@@ -1,4 +1,4 @@
-"""What the text of a compiled program says about its collectives, loops included."""
+"""Reads from the text of a compiled program which collectives it runs, loops included."""
 
 import math
 import re
@@ -28,10 +28,10 @@ class Collective(NamedTuple):
 
 
 def collectives(text: str) -> list[Collective]:
-    """The collectives of a compiled program, from `compiled.as_text()`.
+    """Finds the collectives of a compiled program in its text, `compiled.as_text()`.
 
-    A loop's trip count is the compiler's own where it is known, else the constant that the loop's condition compares with:
-    a loop that may end early counts in full. A loop with neither counts once.
+    A loop's trip count is the compiler's own where it is known, else the constant that the loop's condition compares with: a
+    loop that may end early counts in full. A loop with neither counts once.
     """
     entry, bodies = _computations(text)
     found: dict[tuple, Collective] = {}
@@ -70,7 +70,7 @@ def _computations(text: str) -> tuple[str, dict[str, list[str]]]:
 
 
 def _walk(name: str, bodies: dict[str, list[str]], times: int, looped: bool) -> Iterator[tuple[str, int, bool]]:
-    """Every computation reached from `name`, how often it runs, and whether that is inside a loop."""
+    """Yields every computation reached from `name`, how often it runs, and whether it runs inside a loop."""
     yield name, times, looped
     for line in bodies[name]:
         if match := _WHILE.search(line):
@@ -103,7 +103,7 @@ def _trips(line: str, condition: str, bodies: dict[str, list[str]]) -> int:
 
 
 def _sizes(type_: str) -> list[int]:
-    """Bytes of the arrays of a type, scalars left out where there are arrays beside them."""
+    """Computes the bytes of each array in the text of a type. Scalars are left out if there are arrays beside them."""
     arrays = [(kind, [int(n) for n in dims.split(",") if n]) for kind, dims in _ARRAY.findall(type_)]
     if any(dims for _, dims in arrays):
         arrays = [(kind, dims) for kind, dims in arrays if dims]

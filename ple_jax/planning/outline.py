@@ -1,6 +1,6 @@
-"""What a plan for devices that are not there reads of a run: the shapes of the model, the lengths of the data, no weight.
+"""The outline of a run, for a plan of devices that are not there: the model's shapes and the data's lengths, but no weights.
 
-Both `topology.py` start from it, JAX's and torch's.
+JAX's and torch's `topology.py` both start from it.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ SHAPES = PACKAGE / "models" / "published"  # the config.json of well-known model
 
 
 class Source(NamedTuple):
-    """What planning reads of a model: never a weight."""
+    """The parts of a model that planning reads: its config and its tokenizer, never its weights."""
 
     config: ModelConfig
     raw: Mapping[str, Any]  # its config.json
@@ -39,7 +39,13 @@ class Source(NamedTuple):
 
 
 def read_source(path: str, revision: str | None = None) -> Source:
-    """A folder in which a config.json is enough, a published model's shapes by name, or anything that can be trained."""
+    """Reads the config and the tokenizer of a model.
+
+    Args:
+        path: a folder in which a config.json is enough, the name of a published model, whose config.json comes with this
+            package, or any model that can be trained.
+        revision: the commit of a model from the hub.
+    """
     named = SHAPES / f"{path}.json"
     folder = hub.fetch(path, revision, weights=False) if hub.is_remote(path) else Path(path)
     if path not in PUBLISHED and not folder.is_dir():
@@ -58,7 +64,7 @@ def read_source(path: str, revision: str | None = None) -> Source:
 
 
 class Lengths(NamedTuple):
-    """Tokens of the arrays that a run is made of."""
+    """The lengths, in tokens, of the arrays that a run is made of."""
 
     prefix: int  # shared by all principled prompts
     sampled: int  # of a prompt to sample from, without the prefix
@@ -75,7 +81,9 @@ def lengths(
     principles: str,
     sources: Sequence[str] = (),
 ) -> Lengths:
-    """The longest of the data; without a tokenizer the longest that the config allows, and no shared prefix.
+    """Finds the longest prompts, as they are padded, and the longest answer of the data.
+
+    Without a tokenizer they are the longest that the config allows, and there is no shared prefix.
 
     Args:
         sources: which of a record's own answers are trained on: "completion", "rejected".
@@ -112,24 +120,28 @@ def lengths_of(
     heldout: Sequence[Query],
     principles: str,
 ) -> Lengths:
-    """The `lengths` of an algorithm's run, for which the model has positions."""
+    """Finds the `lengths` of an algorithm's run, and checks that the model has positions for them.
+
+    Raises:
+        UserError: as `check_positions`.
+    """
     own = given_sources(algorithm.collect(config))
     sizes = lengths(config, source.tokenizer, train_set, heldout, principles, own)
     return check_positions(config, sizes, source.config)
 
 
 def _usable(queries: Iterable[Query], make: Callable[[Query], T]) -> Iterator[T]:
-    """What is made of the queries, but for those that the run will leave out."""
+    """Yields what `make` returns for each of the queries, without those that the run will leave out."""
     for query in queries:
         with contextlib.suppress(Unusable):
             yield make(query)
 
 
 def check_positions(config: ConfigDict, sizes: Lengths, model: ModelConfig) -> Lengths:
-    """The lengths, with an answer that the model has positions for: of records whose own is longer none is trained on.
+    """Returns the lengths with an answer that the model has positions for; records with a longer one are not trained on.
 
     Raises:
-        UserError: the longest row that is sampled needs more positions than the model has.
+        UserError: if the longest row that is sampled needs more positions than the model has.
     """
     if (longest := sizes.prefix + sizes.sampled + sizes.new) > model.max_positions:
         raise UserError(
@@ -140,7 +152,7 @@ def check_positions(config: ConfigDict, sizes: Lengths, model: ModelConfig) -> L
 
 
 def with_numbers(config: ConfigDict, numbers: Mapping[str, int]) -> ConfigDict:
-    """The config with these numbers, by dotted keys, where its own may be "auto"."""
+    """Returns the config with these numbers, by dotted keys, in the place of its own values, which may be "auto"."""
     changed = ConfigDict(config.to_dict())
     with changed.ignore_type():
         changed.update_from_flattened_dict(numbers)
@@ -148,15 +160,21 @@ def with_numbers(config: ConfigDict, numbers: Mapping[str, int]) -> ConfigDict:
 
 
 def reading(platform: str) -> int:
-    """Rows whose arithmetic takes as long as reading the weights once does: what a step of decoding costs at the least.
+    """Returns the number of rows whose arithmetic takes as long as reading the weights once, which is the least that a
+    decoding step costs.
 
-    By steps of 16 and of 64 rows on two CPU cores; of accelerators by what they multiply a second for every byte they read.
+    For a CPU it comes from steps of 16 and of 64 rows on two cores, for accelerators from what they multiply in a second for
+    every byte that they read.
     """
     return 16 if platform == "cpu" else 256
 
 
 def decoded_rows(config: ConfigDict, algorithm: Algorithm, sizes: Lengths, *, lanes: int = 1, multiple: int = 1) -> Shape:
-    """The rows that a run decodes at once, for its longest prompts; arguments as `refill.sample` has them."""
+    """Computes the shape of the rows that a run decodes at once, for its longest prompts.
+
+    Args:
+        lanes, multiple: as in `refill.sample`.
+    """
     asked = Counter(slot.principled for slot in algorithm.collect(config) if slot.source == "policy")
     most, part = max([*asked.values(), config.eval.samples]), config.sampling.width // lanes
     # of fewer responses to a prompt more prompts are read at once
@@ -166,9 +184,10 @@ def decoded_rows(config: ConfigDict, algorithm: Algorithm, sizes: Lengths, *, la
 
 
 def judged(config: ConfigDict, algorithm: Algorithm, sizes: Lengths) -> tuple[int, Lengths]:
-    """Queries of the largest forward pass without gradients, and sizes whose trained prompts are those of that pass.
+    """Returns the size of the largest forward pass without gradients: its number of queries, and the lengths of its arrays.
 
-    It is of a whole optimiser batch where a loss compares with anything; a teacher's prompts have the principles in them.
+    The pass is a whole optimiser batch where a loss compares with anything. With a teacher the prompts are the teacher's,
+    which have the principles in them.
     """
     needs = algorithm.needs(config)
     compares = needs.reference or needs.old_logprobs or needs.teacher
@@ -178,7 +197,7 @@ def judged(config: ConfigDict, algorithm: Algorithm, sizes: Lengths) -> tuple[in
 
 
 def example_batch(config: ConfigDict, algorithm: Algorithm, rows: int, sizes: Lengths, vocab: int) -> Batch:
-    """A batch of the algorithm's own making, of `rows` queries with the longest prompts."""
+    """Makes a batch of `rows` queries with the longest prompts by the algorithm's own functions; log-probabilities are 0."""
     slots = algorithm.collect(config)
 
     def response(place: int, slot: Slot) -> Response:

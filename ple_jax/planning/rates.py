@@ -1,7 +1,7 @@
-"""How fast runs were on this machine, so that a plan can say how long one will take.
+"""The speed of earlier runs on this machine, by which a plan says how long a run will take.
 
-A run that ends leaves its rates in the user's cache folder, under what they depend on most: backend, model, dtype and
-processor. They are a matter of plans alone: nothing else reads them.
+A run that ends leaves its rates in the user's cache folder, under what they depend on most: backend, model, dtype, mesh and
+processor. Only plans read them.
 """
 
 import contextlib
@@ -17,7 +17,10 @@ from ple_jax.core.files import read_json, user_cache, write_json
 
 
 class Rates(NamedTuple):
-    """Of the iterations of a run, all but the first where there are more: that one compiles."""
+    """The speed of a run.
+
+    The first iteration, which compiles, does not count for sampling and training if there are others.
+    """
 
     generate: float  # tokens of responses a second, whatever their prompts cost
     train: float  # tokens of prompts and responses a second
@@ -27,16 +30,17 @@ class Rates(NamedTuple):
 
 
 def file() -> Path:
-    """Where they are kept."""
+    """Returns the path of the file that keeps the rates."""
     return user_cache() / "rates.json"
 
 
 def measured(lines: Sequence[Mapping[str, Any]], environment: Mapping[str, Any]) -> Rates | None:
-    """The median rates of a run's metrics; None where no iteration sampled and trained in one process.
+    """Computes the rates of a run from its metrics; those of sampling and training are medians. Returns None if no iteration
+    sampled and trained in one process.
 
     Args:
-        lines: of metrics.jsonl.
-        environment: of the backend.
+        lines: the lines of metrics.jsonl.
+        environment: the environment of the backend.
     """
     ran = [line for line in lines if line.get("generate_tokens_per_second") and line.get("train_tokens_per_second")]
     if not ran:
@@ -52,7 +56,7 @@ def measured(lines: Sequence[Mapping[str, Any]], environment: Mapping[str, Any])
 
 
 def keep(config: Any, backend: str, found: Rates | None) -> None:
-    """Adds what was measured to what is there; a folder that cannot be written is done without."""
+    """Adds the rates that were measured to those in the file, if there are any and the folder can be written."""
     if found is None:
         return
     with contextlib.suppress(OSError):
@@ -61,7 +65,7 @@ def keep(config: Any, backend: str, found: Rates | None) -> None:
 
 
 def read(config: Any, backend: str) -> Rates | None:
-    """Of the newest run like this one, where there was any."""
+    """Reads the rates of the newest run like this one; None if there was none."""
     found = _all().get(_key(config, backend))
     try:
         return Rates(**found) if found else None
@@ -81,7 +85,12 @@ def _key(config: Any, backend: str) -> str:
 
 
 def expected(rates: Rates | None, *, sampled: int, trained: int, scored: int) -> str:
-    """A line of a plan: how long a run of at most so many tokens takes, and by whose rates."""
+    """Returns a line of a plan: how long a run takes at most, and by whose rates.
+
+    Args:
+        sampled, trained: most tokens that are sampled and trained on.
+        scored: most responses that are scored.
+    """
     if rates is None:
         return "not known: no run of this model, dtype and backend has ended on this machine yet"
     parts = {
@@ -97,7 +106,7 @@ def expected(rates: Rates | None, *, sampled: int, trained: int, scored: int) ->
 
 
 def duration(seconds: float) -> str:
-    """In the unit that suits it: 40 s, 12 min, 3.5 h, 2.1 days."""
+    """Formats seconds in the unit that suits them: 40 s, 12 min, 3.5 h, 2.1 days."""
     for size, unit in ((86400.0, "days"), (3600.0, "h"), (60.0, "min")):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}" if size > 60 else f"{seconds / size:.0f} {unit}"

@@ -1,6 +1,6 @@
 """The sheet of a plan for devices that are not there: what every phase needs of one, whether it fits, what to change.
 
-Both `topology.py` fill it in, JAX's and torch's: each counts in its own way, and this is how it is read.
+JAX's and torch's `topology.py` both fill it in. Each counts in its own way; this file lays the numbers out and judges them.
 """
 
 import math
@@ -17,7 +17,7 @@ Write = Callable[[str], None]  # takes a line
 
 
 class Target(NamedTuple):
-    """Devices that need not be there."""
+    """The devices that a plan is for. They need not be there."""
 
     name: str
     devices: int
@@ -27,12 +27,12 @@ class Target(NamedTuple):
 
     @property
     def limit(self) -> float:
-        """Bytes that may be filled."""
+        """The bytes of a device that may be filled; infinite if its memory is not known."""
         return math.inf if self.memory is None else self.full * self.memory * GIB
 
 
 class Row(NamedTuple):
-    """What a phase needs of one device, in bytes."""
+    """A line of the sheet: what a phase needs of one device, in bytes."""
 
     name: str
     about: str  # its shapes
@@ -56,7 +56,7 @@ def head(
     notes: Iterable[str],
     write: Write,
 ) -> None:
-    """Writes of what the plan is: model, devices, how it is made, and what a user should know."""
+    """Writes what the plan is about: model, devices, how it is made, and what a user should know."""
     mesh = " x ".join(f"{axis} {config.mesh[axis]}" for axis in ("data", "fsdp", "tensor"))
     memory = f", {target.memory:g} GiB each" if target.memory else ""
     write(f"{config.model.path}: {parameters:,} parameters, {config.model.dtype}, remat {config.model.remat}")
@@ -68,7 +68,7 @@ def head(
 
 
 def body(config: ConfigDict, target: Target, title: str, rows: Iterable[Row], write: Write) -> None:
-    """Writes a line for every phase as it comes, then what each is and says, then the verdict."""
+    """Writes a line for every phase as it comes, then what each phase is and what there is to note, then the verdict."""
     write(f"\n{title}")
     done: list[Row] = []
     for row in rows:
@@ -101,7 +101,7 @@ def _line(row: Row, target: Target) -> str:
 
 
 def verdict(config: ConfigDict, target: Target, rows: Sequence[Row]) -> list[str]:
-    """Which phase is the largest, and for each that does not fit what to change."""
+    """Says which phase is the largest and, for each one that does not fit, what to change."""
     largest = max(rows, key=lambda row: row.total)
     if target.memory is None:
         return [f"The largest phase is {largest.name}: {readable_bytes(largest.total)} a device."]
@@ -117,7 +117,7 @@ def verdict(config: ConfigDict, target: Target, rows: Sequence[Row]) -> list[str
 
 
 def advice(config: ConfigDict, target: Target, row: Row) -> str:
-    """What to change, from what takes most of the memory."""
+    """Says what to change for a phase that does not fit, depending on what takes most of its memory."""
     mesh = config.mesh
     larger = mesh.fsdp  # if all of it is spread as the weights are
     while row.total * mesh.fsdp > target.limit * larger:
@@ -135,7 +135,7 @@ def advice(config: ConfigDict, target: Target, row: Row) -> str:
 
 
 def _smaller(config: ConfigDict, phase: str) -> list[str]:
-    """Settings that make what a phase makes smaller."""
+    """Returns settings that reduce the memory of what a phase makes."""
     opt, multiple = config.optimizer, config.mesh.data * config.mesh.fsdp
     if phase == "log-probs":
         return ["a smaller --config.eval.diagnostic_queries (or optimizer.batch_queries with a reference)"]

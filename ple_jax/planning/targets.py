@@ -1,7 +1,6 @@
-"""Devices to compile for, which need not be there: slices of TPUs through libtpu, or simulated CPU devices.
+"""Devices to compile for, which need not be there: TPU slices through libtpu, GPUs by an estimate, simulated CPU devices.
 
-A topology that is none of the slices that there are, or whose devices the mesh does not take, is refused: a run could not
-start on it.
+A topology is refused if no such slice exists, or if the mesh does not take its devices: a run could not start on it.
 """
 
 import importlib.util
@@ -21,7 +20,7 @@ from ple_jax.core.errors import UserError, suggestion
 
 
 class Chip(NamedTuple):
-    """One device of a kind."""
+    """A kind of chip: the memory of one device, and the slices that there are of them."""
 
     hbm: float  # GiB that a program may take
     most: int  # chips of the largest slice; of GPUs those of a host
@@ -77,12 +76,12 @@ class Target(NamedTuple):
 
 
 def open_target(topology: str) -> Target:
-    """The devices of `v5e:2x4`, `v5p:4x4x4` ..., `h100:64` or `cpu:8`.
+    """Returns the devices of a topology: `v5e:2x4`, `v5p:4x4x4` ..., `h100:64` or `cpu:8`.
 
-    To be called before jax has made its own devices: what executes is the CPU, whatever else the machine has.
+    It must be called before jax has made its own devices: it has jax execute on the CPU, whatever else the machine has.
 
     Raises:
-        UserError: not a topology, or no slice that there is.
+        UserError: if it is not a topology, or there is no such slice.
     """
     match = re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+)*)", topology)
     kinds = ("cpu", *CHIPS, *GPUS)
@@ -125,7 +124,7 @@ def _gpus(topology: str, chip: Chip, count: int) -> Target:
 
 
 def _check_slice(topology: str, chip: Chip, shape: str) -> None:
-    """Raises a UserError where nobody can have such a slice, though the compiler may compile for it."""
+    """Raises a UserError if there is no such slice to be had, though the compiler may compile for it."""
     sizes = [int(size) for size in shape.split("x")]
     cubes = chip.axes == 3 == len(sizes) and all(size % 4 == 0 for size in sizes) and sizes == sorted(sizes)
     if shape in _SLICES[chip.axes] or (cubes and math.prod(sizes) <= chip.most):
@@ -152,10 +151,10 @@ def _tpu(topology: str, chip: Chip) -> Sequence[Any]:
 
 
 def simulated(count: int) -> Sequence[Any]:
-    """So many CPU devices, of which a program knows no better.
+    """Returns so many simulated CPU devices, which a program takes for real ones.
 
     Raises:
-        UserError: this process has made its devices already, and they are fewer.
+        UserError: if this process has made its devices already, and they are fewer.
     """
     try:
         jax.config.update("jax_num_cpu_devices", count)
@@ -168,10 +167,10 @@ def simulated(count: int) -> Sequence[Any]:
 
 
 def make_mesh(target: Target, *, data: int, fsdp: int, tensor: int) -> Mesh:
-    """The config's mesh over all devices of the target.
+    """Makes the config's mesh over all devices of the target.
 
     Raises:
-        UserError: it does not take exactly these devices.
+        UserError: if the mesh does not take exactly these devices.
     """
     devices = target.devices
     if data * fsdp * tensor != len(devices):

@@ -1,7 +1,8 @@
-"""`--mode=plan --topology=v5e:2x4`: what every phase of a run needs of a device, from the compiler, without the devices.
+"""Measures what every phase of a run needs of a device, from the compiler and without the devices.
 
-The programs are those that train (`train.programs`); weights are shapes with shardings. libtpu compiles for a slice of
-TPUs on any machine; where it is not installed the same sheet is made on simulated CPU devices.
+This is `--mode=plan --topology=v5e:2x4`. The programs are those that train (`train.programs`); weights are shapes with
+shardings. libtpu compiles for a slice of TPUs on any machine. Where it is not installed the same sheet is made on simulated
+CPU devices.
 """
 
 import functools
@@ -37,7 +38,7 @@ from ple_jax.reports.formats import readable_bytes
 
 
 def abstract_base(model: Model, mesh: Mesh, quantize: str = "none") -> Any:
-    """The base as shapes with the shardings that training gives it."""
+    """Returns the base model as shapes with the shardings that training gives it, with `quantize` as a quantised one."""
 
     def leaf(path: tuple, x: jax.ShapeDtypeStruct) -> Any:
         name = "/".join(str(k.key) for k in path if not str(k.key).isdigit())
@@ -58,7 +59,7 @@ def _abstract(tree: Any, places: Any) -> Any:
 
 
 def _placed(mesh: Mesh, batch: Batch) -> tuple[Batch, Packed]:
-    """A batch as it is on the devices where every query has a row of its own."""
+    """Returns a batch as shapes with its shardings on the devices, where every query has a row of its own."""
     shards = sharding.row_multiple(mesh)
     data = packing.laid_out(batch, packing.alone(batch, shards), shards=shards)
 
@@ -70,7 +71,7 @@ def _placed(mesh: Mesh, batch: Batch) -> tuple[Batch, Packed]:
 
 
 def device_bytes(tree: Any) -> int:
-    """Bytes of abstract arrays on one device."""
+    """Computes the bytes that abstract arrays take on one device."""
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * jax.dtypes.itemsize_bits(x.dtype) for x in leaves) // 8
 
@@ -79,7 +80,7 @@ def device_bytes(tree: Any) -> int:
 
 
 class Spread(NamedTuple):
-    """A run's arrays and programs on the devices of a mesh, of shapes alone."""
+    """The arrays and programs of a run on the devices of a mesh, as shapes without values."""
 
     config: ConfigDict
     model: Model
@@ -93,15 +94,15 @@ class Spread(NamedTuple):
     numbers: int  # parameters of the adapter
 
     def whole(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        """An array that every device has."""
+        """Returns the shape of an array that every device has as a whole."""
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.replicated(self.mesh))
 
     def rows(self, *shape: int, dtype: Any) -> jax.ShapeDtypeStruct:
-        """An array whose rows are spread."""
+        """Returns the shape of an array whose rows are spread over the devices."""
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.rows(self.mesh, len(shape)))
 
     def forward(self, rows: int, tokens: int, source: int, predicted: int) -> dict[str, float]:
-        """Operations of a forward pass, by part."""
+        """Computes the operations of a forward pass, by part of the model; arguments are as in `forward_parts`."""
         counts = {"rows": rows, "tokens": tokens, "source": source, "predicted": predicted}
         return forward_parts(self.model.config, **counts, adapter=self.numbers)
 
@@ -109,7 +110,7 @@ class Spread(NamedTuple):
 def spread(
     config: ConfigDict, model: Model, mesh: Mesh, sizes: Lengths, algorithm: Algorithm, eos: tuple[int, ...]
 ) -> Spread:
-    """Everything as it is when training starts."""
+    """Makes the arrays and programs of a run as they are when training starts, as shapes."""
     opt, s, settings = config.optimizer, config.sampling, adapters.settings(config)
     transform = train.optimizer(clip_norm=opt.clip_norm, weight_decay=opt.weight_decay)
     fresh = adapters.init(model.config, settings, seed=config.seed)
@@ -131,7 +132,7 @@ def spread(
 
 
 class Phase(NamedTuple):
-    """One compiled program of a run."""
+    """One program that a run compiles."""
 
     name: str
     about: str
@@ -144,14 +145,17 @@ class Phase(NamedTuple):
 def phases(
     config: ConfigDict, model: Model, mesh: Mesh, sizes: Lengths, algorithm: Algorithm, eos: tuple[int, ...]
 ) -> Iterator[Phase]:
-    """Everything a run compiles, in the order in which it happens."""
+    """Yields every program that a run compiles, in the order in which they run."""
     on = spread(config, model, mesh, sizes, algorithm, eos)
     yield from _sampling(on, algorithm)
     yield from _training(on, algorithm)
 
 
 def _sampling(on: Spread, algorithm: Algorithm) -> Iterator[Phase]:
-    """What reads the longest prompts, and what decodes: rows, prefix and the fused adapter are there in both."""
+    """Yields the program that reads the longest prompts, and the one that decodes.
+
+    The rows, the prefix and the fused adapter are in memory in both.
+    """
     sizes = on.sizes
     shape = outline.decoded_rows(on.config, algorithm, sizes, multiple=sharding.row_multiple(on.mesh))
     count, _ = shape.group(sizes.sampled)
@@ -178,7 +182,7 @@ def _kernels(base: Any) -> list[Any]:
 
 
 class _Generation(NamedTuple):
-    """The programs that sample, to be lowered, and what they find on the devices."""
+    """The programs that sample, to be lowered, and the arrays that they find on the devices."""
 
     kept: tuple[Any, ...]  # the base as it samples, the fused adapter, the prefix, the rows
     begin: Callable[[], Any]
@@ -190,7 +194,7 @@ def _generation(on: Spread, shape: refill.Shape) -> _Generation:
     count, begun = shape.group(on.sizes.sampled)
 
     def compiled(program: Any, *given: Any, **static: Any) -> Any:
-        """What a program gives, where it puts it."""
+        """Compiles a program, and returns its results as shapes with the shardings that it gives them."""
         places = program.lower(*given, **static).compile().output_shardings
         return _abstract(jax.eval_shape(functools.partial(program, **static), *given), places)
 
@@ -247,7 +251,7 @@ def _training(on: Spread, algorithm: Algorithm) -> Iterator[Phase]:
 
 
 def _packed(on: Spread, batch: Batch) -> tuple[str, dict[str, float]]:
-    """Shape and operations of a batch in packed rows."""
+    """Describes the shape of a batch in packed rows, and computes the operations of a forward pass over it."""
     queries, k, new = batch.response.shape
     prompt = batch.prompt.shape[1]
     time_ = prompt + k * new
@@ -259,7 +263,10 @@ def _packed(on: Spread, batch: Batch) -> tuple[str, dict[str, float]]:
 
 
 class Measured(NamedTuple):
-    """Bytes on one device. What the compiler says of a program that it refuses is how much it would need in all."""
+    """The memory of a program on one device, in bytes.
+
+    Of a program that the compiler refuses only the total that it would need is known.
+    """
 
     arguments: int
     outputs: int
@@ -271,7 +278,7 @@ class Measured(NamedTuple):
 
 
 def measure(phase: Phase) -> Measured:
-    """Lowers and compiles one phase."""
+    """Lowers and compiles one phase, and returns what it needs; `refused` says that the compiler found it too large."""
     start = time.perf_counter()
     try:
         compiled = phase.lower().compile()
@@ -292,7 +299,7 @@ def measure(phase: Phase) -> Measured:
 
 
 def _needed(message: str) -> int:
-    """Bytes in the compiler's refusal: the largest amount that it names."""
+    """Reads the bytes that a program needs from the compiler's refusal: the largest amount that it names."""
     units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
     return max((int(float(n) * units[u]) for n, u in re.findall(r"\b(\d+(?:\.\d+)?)([KMGT])\b", message)), default=0)
 
@@ -312,7 +319,7 @@ def report(
 ) -> dict[str, Measured]:
     """Compiles every phase for the topology (`v5e:2x4`, `cpu:8` ...) and writes, as it goes, what each needs of a device.
 
-    As `TopologyModule.report`; returns what was measured, by phase.
+    Arguments and errors are those of `TopologyModule.report`. Returns what was measured, by phase.
     """
     target = open_target(topology)
     mesh = make_mesh(target, **config.mesh)
@@ -337,7 +344,7 @@ def report(
 
 
 def needs(config: ConfigDict, topology: str | None, *, algorithm: Algorithm, source: Source, sizes: Lengths) -> Needs:
-    """As `TopologyModule.needs`: what the compiler says of the programs that sample and train."""
+    """Returns what the compiler says that the programs that sample and train need; see `TopologyModule.needs`."""
     target = open_target(topology) if topology else None
     if target is None and config.model.compile_cache:
         compilation.keep()
@@ -371,7 +378,7 @@ def _need(
     config: ConfigDict, model_config: ModelConfig, eos: tuple[int, ...], sizes: Lengths, name: str, algorithm: Any,
     mesh: Mesh, platform: str,
 ) -> int:  # fmt: skip
-    """Bytes on a device: of the programs that sample, or of the one of that name that trains."""
+    """Computes the bytes needed on a device: for the programs that sample, or for the training program of that `name`."""
     model = backend.make_model(config, model_config, mesh, platform=platform)
     run = spread(config, model, mesh, sizes, algorithm, eos)
     found = (one for one in _training(run, algorithm) if one.name == name) if name else _sampling(run, algorithm)
@@ -379,7 +386,7 @@ def _need(
 
 
 def _room(target: Target | None, mesh: Mesh) -> int | None:
-    """Bytes of a device that may be filled."""
+    """Returns the bytes of a device that may be filled; None if there is no limit, or it is not known."""
     if target is not None:
         return int(outline.FULL * target.chip.hbm * sheet.GIB) if target.chip else None
     stats = mesh.devices.flat[0].memory_stats()  # nothing of a CPU
@@ -390,12 +397,12 @@ def _room(target: Target | None, mesh: Mesh) -> int | None:
 
 
 def on_sheet(target: Target) -> sheet.Target:
-    """The target as the sheet knows it."""
+    """Returns the target in the form that the sheet takes."""
     return sheet.Target(target.name, len(target.devices), target.chip.hbm if target.chip else None)
 
 
 def row(phase: Phase, m: Measured) -> sheet.Row:
-    """The line of a phase."""
+    """Returns the line of the sheet for a phase."""
     cells = {"args": m.arguments, "out": m.outputs, "temp": m.temporaries, "held": phase.held}
     lines = ["not compiled"] if m.refused else _collectives(m.collectives)
     stays, passing = m.arguments + phase.held, m.temporaries + m.outputs

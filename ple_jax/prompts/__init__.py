@@ -1,4 +1,4 @@
-"""From a query to the token ids the policy sees, plain or with the principles, and from its tokens to what a reward sees."""
+"""Prompts as the policy sees them, plain or with the principles, and responses as a reward sees them."""
 
 import re
 from bisect import bisect_left
@@ -17,21 +17,21 @@ _OPEN, _CLOSE = "<think>", "</think>"  # what reasoning models write around thei
 def render(
     query: Query, principles: str | None, tokenizer: Tokenizer, *, chat: bool, thinking: bool = False, date: str = DATE
 ) -> tuple[str, list[int]]:
-    """The prompt as text and as token ids; with `principles` it is the principled one.
+    """Renders a query's prompt as text and as token ids; with `principles` it is the principled prompt.
 
-    Raw: the principles stand before the query, an empty line between. Chat: they are the system turn, or the end of the
-    query's own. Where the template refuses a system turn, leaves it out or repeats it, its text stands at the head of the
-    first user turn. A plain prompt keeps whatever system turn the query has or the template puts in.
+    Raw (not `chat`): the principles come before the query, separated by an empty line. Chat: they are the system turn, or
+    the end of the query's own one. Where the template refuses a system turn, leaves it out or repeats it, its text is put at
+    the beginning of the first user turn. A plain prompt keeps whatever system turn the query has or the template adds.
 
-    A special token spelled in a query ("<|im_end|>") becomes that token, which is transformers' default.
+    A special token that is spelled out in a query ("<|im_end|>") becomes that token, as is transformers' default.
 
     Args:
-        thinking: what templates of reasoning models read as `enable_thinking`.
-        date: today's to templates that ask for it, YYYY-MM-DD.
+        thinking: passed to templates of reasoning models as `enable_thinking`.
+        date: today's date for templates that ask for it, YYYY-MM-DD.
 
     Raises:
-        Unusable: chat without a chat template, or with one that refuses the turns or leaves out what a user says or a
-            tool that was called.
+        Unusable: in chat, if there is no chat template, or it refuses the turns, or it leaves out what a user says or a tool
+            that was called.
     """
     prompt = query.prompt
     if not chat:
@@ -52,13 +52,16 @@ def render(
 
 
 def open_ended(text: str, tokenizer: Tokenizer) -> list[int]:
-    """The tokens of a text that goes on: some tokenizers close every text with EOS."""
+    """Encodes a text that is to be continued: without the EOS that some tokenizers put after every text."""
     tokens = list(tokenizer.encode(text, add_special_tokens=True))
     return tokens[:-1] if tokens[-1:] == [tokenizer.eos_token_id] else tokens
 
 
 def completion(prompt: str, text: str, *, chat: bool) -> str:
-    """What follows the rendered prompt when `text` is its reference answer: a raw transcript is open without a space."""
+    """Returns what follows the rendered prompt when `text` is its reference answer.
+
+    A raw transcript ends without a space, so the answer begins with one there.
+    """
     return f" {text}" if isinstance(prompt, Conversation) and not chat else text
 
 
@@ -66,7 +69,7 @@ def completion(prompt: str, text: str, *, chat: bool) -> str:
 
 
 class Given(NamedTuple):
-    """An answer of a record, whole."""
+    """An answer from a record, with all of its tokens."""
 
     tokens: tuple[int, ...]
     text: str  # what a reward sees
@@ -82,20 +85,19 @@ def given(
     thinking: bool = False,
     date: str = DATE,
 ) -> Given:
-    """An answer of the data in the tokens that follow the plain prompt's, with the one that ends it.
+    """Converts an answer of the data to the tokens that follow the plain prompt's, including the token that ends it.
 
-    Chat: what the template renders of the whole conversation, less the prompt, up to its first stop; where it writes none,
-    without the blanks at the end and with EOS. Raw: what prompt and answer have as one text, less the prompt's, and EOS.
+    Chat: the tokens that the template renders after the prompt, up to the first stop; if there is none, trailing blanks are
+    removed and EOS is added. Raw: the tokens of prompt and answer as one text, without the prompt's, and EOS.
 
     Args:
-        prompt: of the query.
+        prompt: the query's prompt.
         said: the answer.
         stops: the tokens that end a response.
-        chat, thinking, date: as `render` takes them.
 
     Raises:
-        Unusable: the template refuses the conversation or leaves out some of the answer; a text cannot hold it; it spells a
-            stop before its end; its tokens cannot be told from the prompt's, or it has none.
+        Unusable: the template refuses the conversation or leaves out part of the answer; plain text cannot hold the answer;
+            it spells a stop before its end; its tokens cannot be separated from the prompt's, or it has none.
     """
     form = Form(tokenizer, thinking, date)
     opening, ids = render(Query("", prompt), None, tokenizer, chat=chat, thinking=thinking, date=date)
@@ -115,7 +117,11 @@ def given(
 
 
 def _in_template(prompt: str, opening: str, said: str, form: Form) -> str:
-    """What a chat template writes behind the opened prompt; raises Unusable if that is not all of the answer."""
+    """Returns what a chat template writes after the opened prompt for an answer.
+
+    Raises:
+        Unusable: the template refuses the conversation, or does not write all of the answer.
+    """
     try:
         return template.answered(prompt, opening, turn_of(said), form)
     except ValueError as error:
@@ -125,13 +131,17 @@ def _in_template(prompt: str, opening: str, said: str, form: Form) -> str:
 
 
 def _as_text(prompt: str, said: str) -> str:
-    """What follows a prompt that is a text; raises Unusable if the answer is more than that."""
+    """Returns what follows a prompt that is plain text.
+
+    Raises:
+        Unusable: the answer is more than its text.
+    """
     _check_text(said)
     return completion(prompt, str(said), chat=False)
 
 
 def _check_text(said: str) -> None:
-    """Raises Unusable if the answer is more than its text."""
+    """Raises Unusable if the answer is more than its text: if it calls tools or has thoughts."""
     if beside := more_than_text(turn_of(said)):
         raise Unusable(
             "answer",
@@ -141,7 +151,7 @@ def _check_text(said: str) -> None:
 
 
 def _check_end(said: str, stop: str) -> None:
-    """Raises Unusable if a stop that is spelled in the answer would end it early."""
+    """Raises Unusable if a stop token that is spelled out in the answer would end it early."""
     own = said.strip()
     while stop and own.endswith(stop):  # some data have written it down themselves
         own = own.removesuffix(stop)
@@ -150,10 +160,14 @@ def _check_end(said: str, stop: str) -> None:
 
 
 def _behind(opening: str, ids: list[int], behind: str, tokenizer: Tokenizer, *, chat: bool) -> list[int]:
-    """The tokens of what follows an opening, whose own are `ids`: those of the whole text, less the opening's.
+    """Returns the tokens of a text that follows an opening, whose own tokens are `ids`.
 
-    Where a token of the whole text would hold the end of the one and the beginning of the other, what follows is put
-    behind another text: by itself some tokenizers would begin it with a blank.
+    They are the tokens of the whole text without those of the opening. If one token spans the end of the opening and the
+    beginning of what follows, the text is encoded after another short text instead, as by itself some tokenizers would begin
+    it with a blank.
+
+    Raises:
+        Unusable: the tokens cannot be separated from those of the opening.
     """
     text = opening + behind
     whole = list(tokenizer.encode(text, add_special_tokens=False)) if chat else open_ended(text, tokenizer)
@@ -170,7 +184,10 @@ def _behind(opening: str, ids: list[int], behind: str, tokenizer: Tokenizer, *, 
 
 
 def _eos(tokenizer: Tokenizer, stops: Sequence[int]) -> list[int]:
-    """The token that ends a text: the tokenizer's, which its own training used, where it is a stop."""
+    """Returns, in a list, the token that ends a text: the tokenizer's EOS if it is a stop, else the first stop.
+
+    The tokenizer's EOS is the token that its own training used. The list is empty if there is neither.
+    """
     own = tokenizer.eos_token_id
     return [own] if own is not None and own in stops else list(stops[:1])
 
@@ -179,13 +196,13 @@ def _eos(tokenizer: Tokenizer, stops: Sequence[int]) -> list[int]:
 
 
 def answer(tokens: Sequence[int], tokenizer: Tokenizer, *, prompt: str, thinking: bool) -> str:
-    """The text of a response that a reward sees: without special tokens, and of a reasoning model without its thoughts.
+    """Returns the text of a response that a reward sees: without special tokens, and without a reasoning model's thoughts.
 
     Args:
-        tokens: the response.
-        prompt: the rendered prompt; some templates open the thoughts there.
-        thinking: whether the model may think. What follows the last "</think>" is the answer then, nothing if thoughts
-            were opened and not closed, and all of it if there are none.
+        tokens: the response's token ids.
+        prompt: the rendered prompt, in which some templates open the thoughts.
+        thinking: whether the model may think. If so, the answer is what follows the last "</think>"; it is empty if thoughts
+            were opened and not closed, and the whole text if there are none.
     """
     if not thinking:
         return tokenizer.decode(tokens, skip_special_tokens=True)
@@ -207,14 +224,14 @@ def answer(tokens: Sequence[int], tokenizer: Tokenizer, *, prompt: str, thinking
 
 
 def dialogue(prompt: str, response: str, tokenizer: Tokenizer) -> list[int]:
-    """A prompt and its response as a reward model sees them, by its own tokenizer.
+    """Encodes a prompt and its response as a reward model sees them, with its own tokenizer.
 
-    With a chat template the conversation that ends in the response; without one, the two texts one after the other. The day
-    has no part in it: to a template that asks for it, it is always the same one.
+    With a chat template it is the conversation that ends in the response; without one, the two texts one after the other. A
+    template that asks for the date always gets the same one, so that the tokens do not depend on the day.
 
     Raises:
-        Unusable: the template refuses the turns, or leaves out what a user says or a tool that was called; an answer of the
-            data is more than a text, and it leaves that out, or there is none.
+        Unusable: the template refuses the turns, or leaves out what a user says or a tool that was called; or an answer of
+            the data is more than its text, and the template leaves that out or there is no template.
     """
     if tokenizer.chat_template is None:
         _check_text(response)
@@ -233,7 +250,7 @@ def dialogue(prompt: str, response: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def common_prefix(prompts: Sequence[Sequence[int]]) -> list[int]:
-    """The tokens that all prompts begin with, leaving every prompt at least one token of its own."""
+    """Returns the tokens that all prompts begin with, and leaves every prompt at least one token of its own."""
     shortest = min(len(prompt) for prompt in prompts) - 1
     for i in range(shortest):
         if any(prompt[i] != prompts[0][i] for prompt in prompts):

@@ -1,7 +1,7 @@
 """Chat templates: the turns of a conversation as a model's own template writes them, with and without the last answer.
 
-A template is code of the checkpoint's. Some refuse a system turn, some have no generation prompt, some read the clock, some
-leave out thoughts of earlier turns. What is asked of all of them: that what was said is in what they write.
+A template is code that comes with a checkpoint. Some templates refuse a system turn, some have no generation prompt, some
+read the clock, some leave out the thoughts of earlier turns. All of them must write what was said.
 """
 
 import functools
@@ -23,7 +23,7 @@ _DIRECTIVES = "aAbBcdDeFGHIjmMpSTuUVwWxXyYZ"  # of strftime
 
 
 class Form(NamedTuple):
-    """How prompts are written."""
+    """The options with which prompts are written."""
 
     tokenizer: Tokenizer
     thinking: bool | None = None  # what templates of reasoning models read as `enable_thinking`; None: nothing
@@ -31,12 +31,12 @@ class Form(NamedTuple):
 
 
 def opened(prompt: str, principles: str | None, form: Form) -> str:
-    """The turns of a prompt, open for the assistant's answer.
+    """Renders the turns of a prompt, open for the assistant's answer.
 
-    Where a template writes no generation prompt, what it writes between the prompt and an answer stands at the end.
+    If a template writes no generation prompt, the text ends with what it writes between a prompt and an answer.
 
     Raises:
-        ValueError: the template takes no such turns; says why.
+        ValueError: the template refuses these turns; the message says why.
     """
     turns, tools = turns_of(prompt)
     text = _applied(turns, principles, form, tools, open_=True)
@@ -55,23 +55,23 @@ def opened(prompt: str, principles: str | None, form: Form) -> str:
 
 
 def closed(prompt: str, answer: Message, form: Form) -> str:
-    """The whole conversation, as the template writes it when nobody is to answer.
+    """Renders the whole conversation, ending with `answer`, as the template does when no other answer is to follow.
 
     Raises:
-        ValueError: the template takes no such turns; says why.
+        ValueError: the template refuses these turns; the message says why.
     """
     turns, tools = turns_of(prompt)
     return _applied([*turns, answer], None, form, tools)
 
 
 def answered(prompt: str, opening: str, answer: Message, form: Form) -> str:
-    """What the template writes behind the opened prompt where `answer` follows.
+    """Returns what the template writes after the opened prompt if `answer` follows.
 
-    Some templates write other things before an answer than at the end of a prompt, such as thoughts that are empty, or move
-    the system turn. What they write from the answer on follows the prompt then.
+    Some templates write something else before an answer than at the end of a prompt, such as empty thoughts, or move the
+    system turn. For them, only what they write from the answer on is returned.
 
     Raises:
-        ValueError: as `closed`; the template leaves out some of the answer, or writes it behind something else.
+        ValueError: as `closed`; or the template leaves out part of the answer, or writes something else before it.
     """
     whole = closed(prompt, answer, form)
     behind = whole[len(opening) :] if whole.startswith(opening) else _aligned(prompt, opening, answer, form)
@@ -80,7 +80,12 @@ def answered(prompt: str, opening: str, answer: Message, form: Form) -> str:
 
 
 def _aligned(prompt: str, opening: str, answer: Message, form: Form) -> str:
-    """What follows the end of the opening, which the whole conversation does not begin with."""
+    """Returns what follows the end of the opening in a whole conversation that does not begin with the opening.
+
+    Raises:
+        ValueError: the template writes something else between the prompt and this answer than after the prompt alone, or the
+            prompt opens thoughts and this answer has none.
+    """
     if opening.rstrip().endswith(_OPENINGS):
         raise ValueError("it opens thoughts in the prompt, and writes this answer without any")
     turns, tools = turns_of(prompt)
@@ -94,17 +99,17 @@ def _aligned(prompt: str, opening: str, answer: Message, form: Form) -> str:
 
 
 def turns_of(prompt: str) -> tuple[list[Message], list[Mapping[str, Any]]]:
-    """The turns of a prompt and its tools."""
+    """Returns the turns of a prompt and its tools; a plain text is one user turn."""
     if not isinstance(prompt, Conversation):
         return [{"role": "user", "content": prompt}], []
     return list(prompt.messages), list(prompt.tools)
 
 
 def end_of_turn(tokenizer: Any) -> int | None:
-    """The special token that the template writes behind an answer; None where it writes another text there, or none.
+    """Returns the special token that the template writes after an answer, or None if no special token follows.
 
-    Of several in a row it is the first, or EOS where that stands behind every answer, whether or not a turn follows:
-    Command R closes its text and then the turn, Phi-4 mini the turn and then the conversation.
+    Of several tokens in a row it is the first, or EOS if EOS follows every answer, whether or not another turn comes after
+    it: Command R closes its text and then the turn, Phi-4 mini the turn and then the conversation.
     """
     user = {"role": "user", "content": "a"}
     special = {str(token): i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -124,19 +129,19 @@ def end_of_turn(tokenizer: Any) -> int | None:
 
 
 def _leading(text: str, tokens: Collection[str]) -> Iterator[str]:
-    """The tokens that a text begins with, one right behind the other."""
+    """Yields the tokens that a text begins with, one directly after the other."""
     while found := [token for token in tokens if token and text.startswith(token)]:
         yield (longest := max(found, key=len))
         text = text.removeprefix(longest)
 
 
 def reads_clock(tokenizer: Tokenizer) -> bool:
-    """Whether the template asks for today's date."""
+    """Says whether the template asks for today's date."""
     return _CLOCK in str(tokenizer.chat_template)
 
 
 def writes_header(tokenizer: Tokenizer) -> bool:
-    """Whether the template reads `add_generation_prompt`."""
+    """Says whether the template writes a generation prompt: whether `add_generation_prompt` changes its output."""
     own: Any = tokenizer
     return _writes_header(own, str(tokenizer.chat_template))
 
@@ -160,10 +165,10 @@ def _said_by_assistant(text: str) -> Message:
 def _applied(
     turns: Sequence[Message], principles: str | None, form: Form, tools: Sequence[Any], *, open_: bool = False
 ) -> str:
-    """The turns in the template, with the principles in the system turn or, if there is no room, in the first user turn.
+    """Renders the turns in the template, with the principles in the system turn or, if that fails, in the first user turn.
 
     Raises:
-        ValueError: the template takes neither; says why.
+        ValueError: the template takes neither; the message says why.
     """
     own, rest = (turns[0]["content"], turns[1:]) if turns[0]["role"] == "system" else ("", turns)
     system = "\n\n".join(part for part in (own, principles) if part)
@@ -198,10 +203,10 @@ def _merged(system: str, turns: Sequence[Message]) -> list[Message]:
 
 
 def _shown(turns: Sequence[Message], form: Form, tools: Sequence[Any], *, open_: bool) -> str:
-    """The turns in the template, which has to show what the user says and what the assistant called.
+    """Renders the turns in the template, and checks that the text has what the user says and the tools that were called.
 
     Raises:
-        ValueError: it does not, or takes no such turns.
+        ValueError: the template leaves something out, or refuses these turns.
     """
     text = _written(turns, form, tools, open_=open_)
     try:
@@ -214,14 +219,20 @@ def _shown(turns: Sequence[Message], form: Form, tools: Sequence[Any], *, open_:
 
 
 def _said(turn: Message) -> list[str]:
-    """What every template writes as it is of a turn: some drop the assistant's thoughts, some quote a tool's answer."""
+    """Returns what every template must write verbatim for a turn: a user's text, and the names of the tools that are called.
+
+    Some templates drop the assistant's thoughts, and some quote a tool's answer, so nothing else is expected.
+    """
     if turn["role"] == "user":
         return [turn["content"]]
     return [call.get("function", call)["name"] for call in turn.get("tool_calls", ())]
 
 
 def check_complete(text: str, answer: Message) -> None:
-    """Raises a ValueError if a text lacks something of an answer: of what is trained on nothing may be lost."""
+    """Raises a ValueError if a text lacks part of an answer.
+
+    Nothing may be missing from what is trained on.
+    """
     said = answer["content"].partition("</think>")
     parts = [said[0].replace("<think>", ""), said[2], *beside(answer)]
     for part in map(str.strip, parts):
@@ -230,13 +241,13 @@ def check_complete(text: str, answer: Message) -> None:
 
 
 def beside(answer: Message) -> list[str]:
-    """The texts of an answer but for what it says: its thoughts, and what it calls with which values."""
+    """Returns the texts of an answer besides its content: its thoughts, and the tools that it calls with their arguments."""
     calls = [call.get("function", call) for call in answer.get("tool_calls", ())]
     return [*_texts([answer.get(key) for key in THOUGHTS]), *_texts(calls)]
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """All texts in a value, keys apart."""
+    """Yields all texts in a nested value, without the keys of its mappings."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping | list):
@@ -245,10 +256,10 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _written(turns: Sequence[Message], form: Form, tools: Sequence[Any], *, open_: bool = False) -> str:
-    """The template's own text.
+    """Returns the text that the template writes.
 
     Raises:
-        ValueError: it takes no such turns.
+        ValueError: the template refuses these turns.
     """
     tokenizer = form.tokenizer
     options: dict[str, Any] = {"tools": list(tools)} if tools else {}
@@ -267,7 +278,7 @@ def _written(turns: Sequence[Message], form: Form, tools: Sequence[Any], *, open
 
 
 def _template(tokenizer: Any, options: Mapping[str, Any]) -> str:
-    """The template for these options; a tokenizer may have several."""
+    """Returns the template for these options; a tokenizer may have several."""
     if isinstance(tokenizer.chat_template, str):
         return tokenizer.chat_template
     return str(tokenizer.get_chat_template(tools=options.get("tools")))
@@ -275,10 +286,10 @@ def _template(tokenizer: Any, options: Mapping[str, Any]) -> str:
 
 @functools.lru_cache(maxsize=8)
 def dated(template: str, date: str) -> str:
-    """The template with a clock that stands still: midnight of `date`, whatever it asks of it.
+    """Returns the template with a fixed clock: it always reads midnight of `date`, YYYY-MM-DD.
 
-    Transformers gives templates a function `strftime_now`, and takes none of ours; but a macro of the template's own comes
-    before it.
+    Transformers gives templates a function `strftime_now`, which cannot be replaced from outside. But a macro of that name
+    in the template itself takes precedence.
     """
     day = Date.fromisoformat(date)
     words = {letter: day.strftime(f"%{letter}") for letter in _DIRECTIVES} | {"%": "%"}

@@ -19,7 +19,7 @@ FRAME = Frame(520, 320, left=52, right=480, top=12, bottom=286)
 
 
 class Strip(NamedTuple):
-    """One method's mean, interval and seeds in one reward; places in percent of the width."""
+    """One method's mean, interval and seeds in one reward, with positions in percent of the width."""
 
     tip: str
     mean: float
@@ -29,7 +29,7 @@ class Strip(NamedTuple):
 
 
 class Strips(NamedTuple):
-    """A reward of all methods, on one axis."""
+    """One reward of all methods, on a common axis."""
 
     title: str
     cells: list[Strip | None]
@@ -38,12 +38,12 @@ class Strips(NamedTuple):
 
 
 def marks(result: Mapping[str, Any]) -> list[Mark]:
-    """A mark a method; its number stands in every chart."""
+    """Returns a mark for each method; its number appears in every chart."""
     return [drawing.mark(i, method["label"]) for i, method in enumerate(result["methods"])]
 
 
 def strips(result: Mapping[str, Any]) -> Iterator[Strips]:
-    """Mean, interval and seeds of each reward."""
+    """Lays out each reward of all methods: mean, interval and seeds."""
     for measure, name in REWARDS.items():
         methods = [method if measure in method["measures"] else None for method in result["methods"]]
         values = [x for m in methods if m for x in (*_bounds(m, measure), *_of_seeds(m, measure))]
@@ -71,7 +71,7 @@ def _bounds(method: Mapping[str, Any], measure: str) -> tuple[float, float]:
 
 
 def scatter(result: Mapping[str, Any]) -> Iterator[Chart]:
-    """Each reward against KL."""
+    """Lays out a scatter plot of each reward against KL."""
     for measure, name in REWARDS.items():
         shown = [
             (mark, method)
@@ -108,7 +108,7 @@ Columns = dict[int, tuple[float, float]]  # iteration -> (spent, reward)
 
 
 def curves(result: Mapping[str, Any]) -> Iterator[Chart]:
-    """Held-out reward against what was spent, one chart for each kind of it that any method spent."""
+    """Lays out held-out reward against what was spent, one chart for each kind of cost that any method had."""
     for axis, unit in _AXES:
         drawn = [
             (mark, runs)
@@ -130,7 +130,10 @@ def _columns(run: Mapping[str, Any], axis: str) -> Columns:
 
 
 def _line(mark: Mark, runs: Sequence[Columns], x: Scale, y: Scale, unit: str) -> Line | None:
-    """A method's mean over the iterations that all its seeds have, and every seed; None where there is no such iteration."""
+    """Lays out a method's mean over the iterations that all its seeds have, and a thin line for every seed.
+
+    It is None where there is no such iteration.
+    """
     shared = [iteration for iteration in runs[0] if all(iteration in run for run in runs)]
     mean = {i: tuple(sum(run[i][k] for run in runs) / len(runs) for k in (0, 1)) for i in shared}
     if not mean:
@@ -152,7 +155,10 @@ def _line(mark: Mark, runs: Sequence[Columns], x: Scale, y: Scale, unit: str) ->
 
 
 class Cell(NamedTuple):
-    """A row's method against a column's: text, share of the colour in percent, whether it is ahead, and the details."""
+    """A cell that compares a row's method with a column's.
+
+    It has a text, the share of the colour in percent, whether the row's method is ahead, and the details.
+    """
 
     text: str
     share: int
@@ -168,7 +174,7 @@ class Matrix(NamedTuple):
 
 
 def wins(result: Mapping[str, Any]) -> Matrix | None:
-    """Win rates; None where nothing was judged."""
+    """Lays out the matrix of win rates; None where nothing was judged."""
     cells = {(row["method"], row["against"]): win_cell(row) for row in result["wins"] if row["win_rate"] is not None}
     note = (
         "Percent of the pairs of responses that the row's method wins against the column's, ties half; bold where the 95%"
@@ -178,7 +184,7 @@ def wins(result: Mapping[str, Any]) -> Matrix | None:
 
 
 def differences(result: Mapping[str, Any]) -> Iterator[Matrix]:
-    """All differences in each reward."""
+    """Lays out a matrix of all differences between methods, for each reward."""
     for measure, name in REWARDS.items():
         rows = [row for row in result["tests"] if row["measure"] == measure and row["difference"] is not None]
         if not rows:

@@ -1,4 +1,4 @@
-"""The files of a comparison: comparison.json, and tables, pages and columns of numbers that are all made from it."""
+"""The files of a comparison: comparison.json, and the tables, pages and CSV files that are all made from it."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,10 +21,11 @@ _WINS = (
 
 
 def write(result: Mapping[str, Any], out: Path) -> Path:
-    """Writes comparison.json and comparison.html, table.md, .csv and .tex, seeds.csv, tests.csv and wins.csv; of several
-    views all this in a folder each, and a page, tables and comparison.json of all of them. Also frontier.csv, the curves.
+    """Writes the files of a comparison, and prints its tables and warnings (unequal budgets, missing seeds ...).
 
-    Prints the tables and whatever speaks against the comparison (unequal budgets, missing seeds ...).
+    The files are comparison.json, comparison.html, table.md, table.csv, table.tex, seeds.csv, tests.csv and wins.csv. With
+    several views each has all these in a folder of its own, and a page, tables and a comparison.json cover all of them. The
+    curves are written to frontier.csv.
 
     Args:
         result: of `evaluation.compare.results`.
@@ -51,7 +52,7 @@ def write(result: Mapping[str, Any], out: Path) -> Path:
 
 
 def _write_views(result: Mapping[str, Any], out: Path) -> str:
-    """The main page of several views; the tables as text."""
+    """Writes the main page, the tables and comparison.json of several views, and returns the tables as text."""
     write_json(out / "comparison.json", {**result, "views": [_numbers(view) for view in result["views"]]})
     kept = plain(result)  # what is not finite is null, as in a file
     first, tables = kept["views"][0], frontier.tables(kept)
@@ -63,13 +64,13 @@ def _write_views(result: Mapping[str, Any], out: Path) -> str:
 
 
 def _numbers(view: Mapping[str, Any]) -> dict[str, Any]:
-    """A view without what its own comparison.json has of every query and example."""
+    """Returns a view without what only its own comparison.json has: the numbers of every query, and examples."""
     methods = [{key: method[key] for key in ("label", "seeds", "measures", "intervals")} for method in view["methods"]]
     return {"view": view["view"], "baseline": view["baseline"], "methods": methods, "tests": view["tests"]}
 
 
 def _evaluations(curves: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """A row an evaluation of every run."""
+    """Yields a row for each evaluation of every run."""
     for run in curves["runs"]:
         for i in range(len(run["kl"])):
             whose = {"method": run["label"], "lr": run["lr"], "seed": run["seed"], "folder": run["folder"]}
@@ -77,7 +78,7 @@ def _evaluations(curves: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _write_view(result: Mapping[str, Any], out: Path) -> str:
-    """The files of one view; its tables as text."""
+    """Writes the files of one view, and returns its tables as text."""
     write_json(out / "comparison.json", result)
     kept = json.loads((out / "comparison.json").read_text(encoding="utf-8"))  # what is not finite is null there
     tables = layout.tables(kept)
@@ -100,7 +101,7 @@ def _write_view(result: Mapping[str, Any], out: Path) -> str:
 
 
 def _methods(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row a method: means and intervals, and of the baseline's tests and verdicts its own."""
+    """Returns a row for each method: means and intervals, and its test and its win rate against the baseline."""
     baseline = result["baseline"]
     with_baseline = {(row["method"], row["measure"]): row for row in result["tests"] if baseline == row["against"]}
     won = {row["method"]: row for row in result["wins"] if baseline == row["against"]}
@@ -120,7 +121,7 @@ def _methods(result: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _seeds(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row a run."""
+    """Returns a row for each run."""
     return [
         {"method": method["label"], **{key: run[key] for key in ("seed", "folder", "iteration")}, **run["measures"]}
         for method in result["methods"]

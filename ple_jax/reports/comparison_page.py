@@ -9,7 +9,7 @@ from ple_jax.reports.comparison_tables import Table, described, every_seed, judg
 
 
 def html(result: Mapping[str, Any], found: Sequence[Table]) -> str:
-    """One page that needs no network and no script."""
+    """Renders the page of a comparison, which needs no network and no script."""
     own = flatten({"settings": result["settings"], "judge": {k: v for k, v in result["judge"].items() if k != "kwargs"}})
     marks = comparison_charts.marks(result)
     return pages.render(
@@ -35,7 +35,7 @@ def html(result: Mapping[str, Any], found: Sequence[Table]) -> str:
 
 
 def of_views(result: Mapping[str, Any], found: Sequence[Table]) -> str:
-    """The main page of a comparison at several budgets; each has a page of its own in its folder."""
+    """Renders the main page of a comparison at several budgets; each has a page of its own in its folder."""
     views = [(view["view"], frontier.title(view["view"]), view) for view in result["views"]]
     marks = frontier.marks(result)
     return pages.render(
@@ -53,7 +53,10 @@ def of_views(result: Mapping[str, Any], found: Sequence[Table]) -> str:
 
 
 def verdicts(result: Mapping[str, Any]) -> list[list[str]]:
-    """Every method against the baseline: the judge's verdicts, and of one with positions how far it can be trusted."""
+    """Makes a row of text for every method that was judged against the baseline: the judge's verdicts.
+
+    If the order of responses may matter to the judge, the row also says how far it can be trusted.
+    """
     baseline, symmetric = result["baseline"], result["judge"]["symmetric"]
     rows = []
     for row in result["wins"]:
@@ -66,7 +69,10 @@ def verdicts(result: Mapping[str, Any]) -> list[list[str]]:
 
 
 def judge_in_all(result: Mapping[str, Any]) -> str:
-    """Position bias and consistency over all pairs of methods, in words; nothing of a judge without positions."""
+    """Says in words what position bias and consistency are over all pairs of methods.
+
+    The text is empty for a judge to which the order of responses means nothing.
+    """
     rows = [row for row in result["wins"] if row["judged"] and row["position_bias"] is not None]
     if result["judge"]["symmetric"] or not rows:
         return ""

@@ -10,7 +10,7 @@ REWARDS = {"reward": "training reward", "reward_second": "second reward"}
 
 
 class Table(NamedTuple):
-    """Cells as text; a row begins with a method's name."""
+    """A table with cells as text, in which every row begins with a method's name."""
 
     name: str
     title: str
@@ -35,9 +35,9 @@ _COSTS = (
 
 
 def tables(result: Mapping[str, Any]) -> list[Table]:
-    """The tables of a comparison: each reward with its tests against the baseline, the texts, the costs.
+    """Lays out the tables of a comparison: each reward with its tests against the baseline, the texts, the tasks, the costs.
 
-    A measure that no method has is left out, "–" stands for one that some lack.
+    A measure that no method has is left out; where only some methods lack it, "–" stands for it.
     """
     found = [_rewards(result, measure, name) for measure, name in REWARDS.items() if known(result, measure)]
     found.append(
@@ -84,7 +84,10 @@ def _rewards(result: Mapping[str, Any], measure: str, name: str) -> Table:
 
 
 def against_baseline(result: Mapping[str, Any], measure: str, label: str, digits: int) -> list[str]:
-    """A method's difference to the baseline, p, and what of it the lengths of the responses alone would give."""
+    """Returns as text a method's difference to the baseline, its adjusted p-value, and the difference by length.
+
+    The latter is what of the difference the lengths of the responses alone would give.
+    """
     of = {"measure": measure, "method": label, "against": result["baseline"]}
     test = next((row for row in result["tests"] if of.items() <= row.items() and row["difference"] is not None), None)
     if test is None:
@@ -119,7 +122,7 @@ def _means(result: Mapping[str, Any], name: str, title: str, columns: Sequence[t
 
 
 def _tax(result: Mapping[str, Any]) -> Table:
-    """Tasks of --mode=harness: the value, and behind it how far it is from that before training."""
+    """Lays out the tasks of --mode=harness: the value, and behind it its change since before training."""
     methods = result["methods"]
     names = dict.fromkeys(key for method in methods for key in method["measures"] if key.startswith(TAX))
     tasks = [key.removeprefix(TAX) for key in names if not key.startswith(CHANGE)]
@@ -139,7 +142,7 @@ def _tax(result: Mapping[str, Any]) -> Table:
 
 
 def every_seed(result: Mapping[str, Any]) -> Table:
-    """A row a run."""
+    """Lays out a table with a row for each run."""
     columns = [*((name, key) for key, name in REWARDS.items()), *_QUALITY, *_COSTS]
     kept = [(heading, key) for heading, key in columns if known(result, key)]
     digits = {key: decimals(method["measures"].get(key) for method in result["methods"]) for _, key in kept}
@@ -172,7 +175,7 @@ def _plain(key: str, value: Any, digits: int) -> str:
 
 
 def judge(result: Mapping[str, Any]) -> str:
-    """What judged, in words."""
+    """Says in words what judged: a model, a reward, or a stored reward."""
     name, kwargs = result["judge"]["name"], result["judge"]["kwargs"]
     if name != "reward":
         return str(kwargs.get("model") or kwargs.get("path") or name)
@@ -183,7 +186,7 @@ def judge(result: Mapping[str, Any]) -> str:
 
 
 def markdown(result: Mapping[str, Any], found: Sequence[Table]) -> str:
-    """The tables, columns padded so that they read well as they are."""
+    """Writes the tables as Markdown, with columns padded so that they read well as they are."""
     parts = [f"{described(result)}\n"]
     for table in found:
         cells = [[_md(cell) for cell in row] for row in (table.head, *table.rows)]
@@ -218,7 +221,7 @@ def _tex(text: str) -> str:
 
 
 def latex(result: Mapping[str, Any], found: Sequence[Table]) -> str:
-    r"""The tables for a paper; they need \usepackage{booktabs}."""
+    r"""Writes the tables as LaTeX for a paper; they need \usepackage{booktabs}."""
     parts = ["% \\usepackage{booktabs}\n"]
     for table in found:
         lines = ["".join(f"{' & '.join(map(_tex, row))} \\\\\n" for row in rows) for rows in ([table.head], table.rows)]

@@ -1,4 +1,4 @@
-"""What every chart is made of, laid out in SVG units; `templates/kit.html` draws it.
+"""The parts of every chart, laid out in SVG units; `templates/kit.html` draws them.
 
 Series are told apart by colour (`--k0` to `--k7` of templates/style.css: at least 25 apart in CIELAB for normal, red-blind
 and green-blind sight, light and dark) and, from the ninth on, by dashes.
@@ -17,7 +17,7 @@ TIP = 214  # width of what appears under the pointer
 
 
 class Frame(NamedTuple):
-    """A chart's size, and the edges of what is plotted."""
+    """A chart's size, and the edges of the area in which it is plotted, in SVG units."""
 
     width: int
     height: int
@@ -28,7 +28,7 @@ class Frame(NamedTuple):
 
 
 class Scale(NamedTuple):
-    """An axis: `low` lies at `start`, `high` at `end`."""
+    """An axis, on which the value `low` lies at the position `start`, and `high` at `end`."""
 
     low: float
     high: float
@@ -37,16 +37,16 @@ class Scale(NamedTuple):
     ticks: Sequence[float]
 
     def at(self, value: float) -> float:
-        """The place of a value."""
+        """Returns the position of a value."""
         return round(self.start + (self.end - self.start) * (value - self.low) / (self.high - self.low), 1)
 
     def labels(self, text: Callable[[float], str] = short) -> list[tuple[float, str]]:
-        """The ticks' places and texts."""
+        """Returns the positions and texts of the ticks."""
         return [(self.at(tick), text(tick)) for tick in self.ticks]
 
 
 class Mark(NamedTuple):
-    """A series in all charts of a page: its number from 1, its name, its colour's number and its dashes'."""
+    """How a series is marked in all charts of a page: its number from 1, its name, its colour's number and its dashes'."""
 
     number: int
     label: str
@@ -55,7 +55,7 @@ class Mark(NamedTuple):
 
 
 class Line(NamedTuple):
-    """A curve: its path, and its dots (x, y, what the pointer says of one)."""
+    """A curve: its path, and its dots (x, y, and the text that the pointer shows)."""
 
     mark: Mark
     path: str
@@ -69,7 +69,7 @@ class Line(NamedTuple):
 
 
 class Point(NamedTuple):
-    """One series in a scatter plot: its mean, the intervals of x and of y, and what it is the mean of."""
+    """One series in a scatter plot: its mean, the intervals of x and of y, and the seeds that it is the mean of."""
 
     mark: Mark
     tip: str
@@ -81,7 +81,7 @@ class Point(NamedTuple):
 
 
 class Band(NamedTuple):
-    """What appears over one value of x under the pointer: a box whose left edge is at `tip`."""
+    """What appears when the pointer is over one value of x: a box whose left edge is at `tip`."""
 
     title: str
     x: float
@@ -106,19 +106,19 @@ class Chart(NamedTuple):
 
 
 def mark(index: int, label: str) -> Mark:
-    """The mark of a page's series number `index`, from 0."""
+    """Returns the mark of a page's series number `index`, counted from 0."""
     return Mark(index + 1, label, index % COLOURS, index // COLOURS % DASHES)
 
 
 def scale(values: Iterable[float], start: float, end: float) -> Scale:
-    """An axis with round ticks that enclose the values."""
+    """Makes an axis with round ticks that enclose the values."""
     known = list(values)
     ticks = round_ticks(min(known), max(known))
     return Scale(ticks[0], ticks[-1], start, end, ticks)
 
 
 def round_ticks(low: float, high: float) -> list[float]:
-    """Four to seven round values that enclose [low, high]."""
+    """Returns four to seven round values that enclose [low, high]."""
     span, size = high - low, max(abs(low), abs(high))
     if span <= max(1e-9 * size, 1e-300):  # equal but for rounding
         span = size if size > 1e-300 else 1.0
@@ -130,12 +130,12 @@ def round_ticks(low: float, high: float) -> list[float]:
 
 
 def path(points: Iterable[tuple[float, float]]) -> str:
-    """The `d` of an SVG path through the points."""
+    """Returns the `d` attribute of an SVG path through the points."""
     return "M" + "L".join(f"{x} {y}" for x, y in points)
 
 
 def told_apart(lines: Sequence[Line]) -> list[Line]:
-    """The lines, of which one that would cover another, wherever both are, is dashed, so that both are seen."""
+    """Gives dashes to each line that would cover another one wherever both are, so that both are seen."""
     found: list[Line] = []
     for line in lines:
         places = {x: y for x, y, _ in line.dots}
@@ -149,19 +149,19 @@ def told_apart(lines: Sequence[Line]) -> list[Line]:
 
 
 def numbered(lines: Sequence[Line], frame: Frame) -> list[Line]:
-    """The lines told apart, with their numbers beside the plot where none covers another."""
+    """Makes the lines distinguishable, and places their numbers beside the plot where none covers another."""
     places = spread([line.label for line in lines], frame.top + 4, frame.bottom - 4, 15)
     return [line._replace(label=place) for line, place in zip(told_apart(lines), places, strict=True)]
 
 
 def band(title: str, x: float, step: float, frame: Frame, rows: Sequence[tuple[Mark, str]]) -> Band:
-    """A band `step` wide around x; its box stands to that side on which there is room."""
+    """Makes a band `step` wide around x, with its box on the side on which there is room."""
     tip = x + 8 if x < frame.width / 2 else x - 8 - TIP
     return Band(title, x, x - step / 2, step, tip, rows)
 
 
 def spread(places: Sequence[float], low: float, high: float, gap: float) -> list[float]:
-    """The places, moved until they are `gap` apart (less where there is no room), in order and between low and high."""
+    """Moves the places until they are `gap` apart (less where there is no room), in order and between low and high."""
     order = sorted(range(len(places)), key=places.__getitem__)
     gap = min(gap, (high - low) / max(len(places) - 1, 1))
     found = list(places)

@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Formats numbers as people read them."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -8,7 +8,10 @@ MISSING = "–"
 
 
 def number(value: Any, digits: int = 4) -> str:
-    """Thousands separated, `digits` significant digits, a dash for what is missing; what is no number as text."""
+    """Formats an integer with thousands separated, and a float with `digits` significant digits.
+
+    None becomes a dash, and anything that is not a number becomes its text.
+    """
     if value is None:
         return MISSING
     if isinstance(value, int):
@@ -19,7 +22,7 @@ def number(value: Any, digits: int = 4) -> str:
 
 
 def short(value: float) -> str:
-    """For the ticks of an axis: 0.25, 1500, 20k, 1.5M."""
+    """Formats a number for the ticks of an axis: 0.25, 1500, 20k, 1.5M."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= size:
             return f"{value / (1e3 if unit == 'k' else size):.3g}{unit}"
@@ -27,24 +30,24 @@ def short(value: float) -> str:
 
 
 def share(value: float | None, decimals: int = 1) -> str:
-    """0.123 -> "12.3%"."""
+    """Formats a share in percent: 0.123 -> "12.3%"; None becomes a dash."""
     return MISSING if value is None else f"{value:.{decimals}%}"
 
 
 def signed(value: float | None) -> str:
-    """0.123 -> "+0.12"."""
+    """Formats a number with its sign: 0.123 -> "+0.12"; None becomes a dash."""
     return MISSING if value is None else f"{value:+.2f}"
 
 
 def duration(seconds: float) -> str:
-    """Seconds -> "4 min 32 s"."""
+    """Formats a number of seconds as a duration, such as "4 min 32 s"."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
 
 
 def readable_bytes(count: float) -> str:
-    """512 B, 1.50 MiB, 128 GiB: three significant digits."""
+    """Formats a number of bytes with three significant digits: 512 B, 1.50 MiB, 128 GiB."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024 or unit == "GiB":
             break
@@ -57,13 +60,19 @@ def is_number(value: Any) -> bool:
 
 
 def decimals(values: Iterable[Any]) -> int:
-    """So many that the largest has three digits, from 0 to 4: one column's numbers are written alike."""
+    """Returns the number of decimals, from 0 to 4, with which the largest value has three digits.
+
+    With it the numbers of one column are all written alike.
+    """
     largest = max((abs(value) for value in values if is_number(value)), default=0.0)
     return min(max(2 - math.floor(math.log10(largest)), 0), 4) if largest else 3
 
 
 def interval(value: float | None, bounds: Sequence[float | None] | None, digits: int, sign: str = "") -> str:
-    """ "0.42 [0.31, 0.55]"; without brackets where nothing is known of them."""
+    """Formats a value with its interval: "0.42 [0.31, 0.55]".
+
+    The brackets are left out where the interval is not known; None becomes a dash.
+    """
     if value is None:
         return MISSING
     low, high = bounds or (None, None)

@@ -17,7 +17,7 @@ _COLUMNS = {"reward": "reward", "reward_second": "second"}  # measure of answers
 
 
 def title(view: str) -> str:
-    """What a view compares."""
+    """Returns the title of a view, which says what it compares."""
     if view.startswith("kl_"):
         return f"Within {view.removeprefix('kl_')} nats a response"
     return {"best": "The best of each run", "newest": "At equal tokens"}.get(view, "All answers")
@@ -27,7 +27,10 @@ def title(view: str) -> str:
 
 
 def tables(result: Mapping[str, Any]) -> list[Table]:
-    """One for every view: its answers to the test split; and what the curves of the dev split say at the budgets."""
+    """Lays out a table for each view, of its answers to the test split.
+
+    A last one has what the curves of the dev split say at the budgets.
+    """
     return [_of_view(view, result["frontier"]) for view in result["views"]] + _on_curves(result["frontier"])
 
 
@@ -77,7 +80,7 @@ def _note(view: str, baseline: str) -> str:
 
 
 def _on_curves(frontier: Mapping[str, Any]) -> list[Table]:
-    """The dev split's reward where a curve crosses a budget, and its mean on the way there."""
+    """Lays out the dev split's reward where a curve crosses a budget, and its mean on the way there."""
     budgets = list(dict.fromkeys(row["view"] for row in frontier["budgets"]))
     rows: dict[str, list[str]] = {}
     for row in frontier["budgets"]:
@@ -103,7 +106,7 @@ def _on_curves(frontier: Mapping[str, Any]) -> list[Table]:
 
 
 def labels(result: Mapping[str, Any]) -> list[str]:
-    """All methods, in the order in which they are named."""
+    """Returns the labels of all methods, in the order in which they are named."""
     named = [method["label"] for view in result["views"] for method in view["methods"]]
     return list(dict.fromkeys([*named, *(run["label"] for run in result["frontier"]["runs"])]))
 
@@ -113,7 +116,10 @@ def marks(result: Mapping[str, Any]) -> dict[str, Mark]:
 
 
 def charts(result: Mapping[str, Any]) -> Iterator[Chart]:
-    """Each reward against KL, a line a method: the mean over its runs that stand in the table of the largest budget."""
+    """Lays out each reward against KL, with one line for each method.
+
+    It is the mean over the method's runs that stand in the table of the largest budget.
+    """
     for measure, name in REWARDS.items():
         if drawn := _Drawn.of(result, measure, FRAME):
             lines = drawing.numbered([drawn.line(label, numbered=True) for label in drawn.means], FRAME)
@@ -121,7 +127,10 @@ def charts(result: Mapping[str, Any]) -> Iterator[Chart]:
 
 
 def every_run(result: Mapping[str, Any]) -> Iterator[Chart]:
-    """The training reward of all runs, a chart a method: its own runs, of every rate and seed, before the others' means."""
+    """Lays out the training reward of all runs, with one chart for each method.
+
+    It shows the method's own runs, of every rate and seed, in front of the means of the others.
+    """
     if (drawn := _Drawn.of(result, "reward", SMALL)) is None:
         return
     for label, mark in marks(result).items():
@@ -135,7 +144,7 @@ def every_run(result: Mapping[str, Any]) -> Iterator[Chart]:
 
 
 class _Drawn:
-    """The curves of one measure on one frame."""
+    """The curves of one measure, drawn in one frame."""
 
     def __init__(self, result: Mapping[str, Any], column: str, frame: Frame):
         runs = [run for run in result["frontier"]["runs"] if any(map(is_number, run[column]))]
@@ -156,7 +165,7 @@ class _Drawn:
 
     @classmethod
     def of(cls, result: Mapping[str, Any], measure: str, frame: Frame) -> "_Drawn | None":
-        """None where no run has such a curve."""
+        """Prepares the curves of a measure; None if no run has such a curve."""
         column = _COLUMNS[measure]
         runs = result["frontier"]["runs"]
         long = [run for run in runs if len(_pairs(run, column)) > 1 and max(x for x, _ in _pairs(run, column)) > 0]
@@ -186,7 +195,7 @@ def _pairs(run: Mapping[str, Any], column: str) -> list[tuple[float, float]]:
 
 
 def _mean(runs: Sequence[Mapping[str, Any]], column: str) -> list[tuple[float, float]]:
-    """Mean KL and mean value of each evaluation that all runs have."""
+    """Computes the mean KL and the mean value of each evaluation that all runs have."""
     each = [dict(zip(_places(run), zip(run["kl"], run[column], strict=True), strict=True)) for run in runs]
     shared = [place for place in each[0] if all(all(map(is_number, of.get(place, (None,)))) for of in each)]
     found = [np.mean([of[place] for of in each], axis=0) for place in shared]
@@ -194,13 +203,13 @@ def _mean(runs: Sequence[Mapping[str, Any]], column: str) -> list[tuple[float, f
 
 
 def _places(run: Mapping[str, Any]) -> list[tuple[int, int | None]]:
-    """Where each evaluation was made: after so many iterations, or within the next one."""
+    """Returns where each evaluation was made: after how many iterations, and at which step if within the next one."""
     columns = zip(run["iteration"], run["step"], run["within"], strict=True)
     return [(iteration, step if within else None) for iteration, step, within in columns]
 
 
 def cut(places: Sequence[tuple[float, float]], end: float) -> list[tuple[float, float]]:
-    """A curve up to where it first leaves the chart."""
+    """Returns a curve up to where it first leaves the chart, at `end`."""
     kept: list[tuple[float, float]] = []
     for x, y in places:
         if x > end:

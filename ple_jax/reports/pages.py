@@ -1,4 +1,4 @@
-"""How a page is made: from a template in templates/, with every value escaped. It needs no network and no script."""
+"""Renders pages from the templates in templates/, with every value escaped. A page needs no network and no script."""
 
 from typing import Any
 
@@ -6,11 +6,11 @@ from ple_jax.reports import formats
 
 
 def render(template: str, **values: Any) -> str:
-    """The text of a page.
+    """Renders a page and returns its text.
 
     Args:
         template: a file of templates/; style.css and the macros of kit.html are in all of them.
-        values: what it shows.
+        values: what the page shows.
     """
     import jinja2  # here: a run that ends without a page does without it
 

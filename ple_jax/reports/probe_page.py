@@ -19,8 +19,8 @@ def write(found: Mapping[str, Any], said: Sequence[str], workdir: Path) -> Path:
     """Writes `workdir/probe.html` and returns its path.
 
     Args:
-        found: as probe.json has it: what is not finite is None.
-        said: what it comes to, a sentence each.
+        found: what probe.json holds, where None stands for what is not finite.
+        said: the findings, a sentence each.
     """
     rows, tau = found["prompts"], found["threshold"]
     whole = next(row for row in rows if row["name"] == "all")
@@ -53,7 +53,7 @@ def _row(row: Mapping[str, Any]) -> list[str]:
 
 
 def _curve(tau: Mapping[str, Any], selection: str | None) -> Chart:
-    """The share of the pairs above every threshold."""
+    """Lays out the share of the pairs above every threshold."""
     grid = [row["tau"] for row in tau["curve"]]
     across = drawing.scale([grid[0], grid[-1]], FRAME.left + 8, FRAME.right)
     up = Scale(0, 1, FRAME.bottom, FRAME.top, (0.0, 0.25, 0.5, 0.75, 1.0))

@@ -93,7 +93,7 @@ def write(workdir: Path) -> Path:
 
 
 def html(workdir: Path) -> str:
-    """The page's text."""
+    """Renders the report of a run and returns its text."""
     metrics = read_jsonl(workdir / "metrics.jsonl", torn=True)  # a run may be writing it
     files = ("summary", "config", "environment")
     summary, config, environment = (read_json(workdir / f"{name}.json") or {} for name in files)
@@ -131,7 +131,10 @@ def html(workdir: Path) -> str:
 
 
 def different(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of a flat config.json whose values are not the defaults'; what it was begun with is not among them."""
+    """Returns the keys of a flat config.json whose values are not the defaults.
+
+    Keys that the defaults do not have, such as the digests of what the run was begun with, are left out.
+    """
     usual = importlib.import_module("ple_jax.configs.default").get_config().to_dict()
     usual = flatten(json.loads(json.dumps(usual)), whole=())  # tuples are lists in a file
     known = {key: value for key, value in config.items() if key in usual or key.partition(".")[0] in usual}
@@ -153,7 +156,7 @@ _DOUBTS = (
 
 
 def doubts(summary: Mapping[str, Any], best: Mapping[str, Any] | None) -> Iterator[tuple[str, str, str]]:
-    """What stands beside the headline: of the first evaluation and of the best one, as text."""
+    """Yields what stands beside the headline: a measure's name, and its value at the first and at the best evaluation."""
     first = next(iter(summary.get("points", [])), None)
     if best is None or first is None:
         return
@@ -186,7 +189,7 @@ def charts(metrics: Sequence[Mapping[str, Any]]) -> Iterator[Chart]:
 
 
 def _points(metrics: Sequence[Mapping[str, Any]], panel: Panel, kinds: Sequence[str]) -> dict[str, Points]:
-    """Metric -> what was logged of it; metrics without any are left out."""
+    """Returns what was logged of each metric; metrics without any value are left out."""
     found = {}
     for pattern in panel.metrics:
         for key in [pattern.replace("*", kind) for kind in kinds] if "*" in pattern else [pattern]:
@@ -211,7 +214,10 @@ def _chart(panel: Panel, found: Mapping[str, Points], kinds: Sequence[str], acro
 
 
 def _mark(panel: Panel, key: str, i: int, kinds: Sequence[str]) -> Mark:
-    """A colour stands for a kind of response; what is of none has the colour of text, and the second of such is dashed."""
+    """Chooses the mark of a metric's line, whose colour stands for a kind of response.
+
+    A metric of no kind has the colour of text, and the second such line is dashed.
+    """
     prefix = next((p[:-1] for p in panel.metrics if p.endswith("*") and key.startswith(p[:-1])), "")
     kind, label = key.removeprefix(prefix), _LABELS.get(key, key.removeprefix(prefix))
     if prefix == "heldout_reward/":
@@ -227,7 +233,7 @@ def _mark(panel: Panel, key: str, i: int, kinds: Sequence[str]) -> Mark:
 
 
 def _bands(said: Mapping[Mark, Mapping[int, str]], across: Scale) -> list[Band]:
-    """What every series has at each iteration."""
+    """Lays out a band for each iteration, with the values of every series there."""
     step = across.at(1) - across.at(0)
     return [
         drawing.band(
@@ -239,7 +245,7 @@ def _bands(said: Mapping[Mark, Mapping[int, str]], across: Scale) -> list[Band]:
 
 
 def _rollouts(path: Path) -> list[dict[str, Any]]:
-    """The lines of a journal, prompts as text."""
+    """Reads the lines of a journal, with prompts as text."""
 
     def text(prompt: str | list[dict[str, Any]]) -> str:
         return prompt if isinstance(prompt, str) else conversation.render(prompt).strip()
@@ -248,8 +254,9 @@ def _rollouts(path: Path) -> list[dict[str, Any]]:
 
 
 def _samples(evaluations: list[Path], best: Path | None) -> dict[str, Any]:
-    """The first held-out queries in file order, each with the first response before and after: of the best, or else of the
-    last evaluation.
+    """Reads the first held-out queries in file order, each with its first response before training and after it.
+
+    The latter is of the best evaluation or, if there is none, of the last one.
     """
     if not evaluations:
         return {}
@@ -264,7 +271,7 @@ def _samples(evaluations: list[Path], best: Path | None) -> dict[str, Any]:
 
 
 def _pairs(rollouts: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Decision -> its rollouts, in file order."""
+    """Groups rollouts by decision, in file order."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for rollout in rollouts:
         groups.setdefault(rollout["decision"] or "collected", []).append(rollout)

@@ -1,12 +1,12 @@
-"""Rewards: (prompts, responses) -> one float per response; of the record, what a reward asks for by name.
+"""Rewards: (prompts, responses) -> one float per response. A reward may also read fields of the record, by name.
 
 A reward is a module here, whose `make(**kwargs)` checks its options and returns a `Reward` (core/types.py), or a function
-of the user's own. `load` makes one by its name; `score` calls it on what the cache does not hold yet, checks what it gives
-and stores it; `transform` turns values into the scores that selection and weights use.
+of the user's own. `load` makes a reward by its name. `score` calls it on the responses that the cache has no value for,
+checks the values and stores them. `transform` turns values into the scores that selection and weights use.
 
-Stored values go by a reward's name and version. That of a module here says what its values depend on: its VERSION, which is
-another one with every change of the code that changes a value, its options, and the versions or digests of the packages,
-weights and files that it reads. That of a user's function is a digest of its source and its options.
+Stored values are keyed by a reward's name and version. The version of a module here covers all that its values depend on:
+its VERSION, which changes with every change of the code that changes a value; its options; and the versions or digests of
+the packages, weights and files that it reads. The version of a user's function is a digest of its source and its options.
 """
 
 import functools
@@ -31,7 +31,7 @@ _FENCE = re.compile(r"[ \t]*(`{3,}|~{3,})([^`]*)\Z")
 
 
 class Scored(NamedTuple):
-    """Values as the reward gave them: NaN or infinite where it gave none."""
+    """The values of a reward, one per response, as it gave them: NaN or infinite where it gave none."""
 
     values: Float64[np.ndarray, " n"]
     parts: dict[str, Float64[np.ndarray, " n"]]  # of a combined reward; empty of any other
@@ -41,19 +41,19 @@ class Scored(NamedTuple):
 
 
 def load(name: str, kwargs: Mapping[str, Any], **offered: Any) -> Reward:
-    """A reward by the name of a module here, or a function of your own as `package.module:function` or
-    `file.py:function`, which is called as (prompts, responses, **kwargs).
+    """Loads a reward: a module here by its name, or a function of your own.
 
-    An argument of it without a default that is not in kwargs is something it reads of the record: `completion`, the record's
-    own answer, `rejected`, or a column of the data, a value for each response.
+    A function is named `package.module:function` or `file.py:function` and called as (prompts, responses, **kwargs). A
+    parameter that has no default and is not in kwargs is read from the record, one value for each response: `completion`,
+    the record's own answer, `rejected`, or a column of the data.
 
     Args:
         name: as in config.reward.name.
         kwargs: as in config.reward.kwargs.
-        offered: what the run has for a module's `make` that asks for it by name (backend, mesh), unless kwargs has it.
+        offered: what the run offers (backend, mesh) to a module's `make` that has such a parameter, unless kwargs has it.
 
     Raises:
-        UserError: no such reward, a package it needs is missing, or keyword arguments that it does not take.
+        UserError: if there is no such reward, a package that it needs is missing, or it does not take these kwargs.
     """
     if (module := plugins.built_in("rewards", name)) is not None:
         asked = inspect.signature(module.make).parameters
@@ -70,7 +70,7 @@ def load(name: str, kwargs: Mapping[str, Any], **offered: Any) -> Reward:
 
 
 def leaves(reward: Reward) -> list[Reward]:
-    """The rewards that a combination is made of in the end; of any other it itself."""
+    """Returns the rewards that a combination consists of, also through nested ones; any other reward as it is."""
     return [leaf for part in reward.parts.values() for leaf in leaves(part)] or [reward]
 
 
@@ -78,17 +78,22 @@ def leaves(reward: Reward) -> list[Reward]:
 
 
 def reads(*rewards: Reward | None) -> tuple[str, ...]:
-    """The names of what some rewards are told of the record, each once."""
+    """Returns the names of the record's fields that these rewards read, each once."""
     return tuple(
         dict.fromkeys(name for reward in rewards if reward is not None for leaf in leaves(reward) for name in leaf.reads)
     )
 
 
 def read(names: Sequence[str], records: Sequence[Mapping[str, Any]], who: str) -> list[dict[str, Any]]:
-    """Of every record what these names stand for.
+    """Returns the fields of every record that have these names.
+
+    Args:
+        names: names of fields, as `reads` returns them.
+        records: the records' fields by name.
+        who: what reads the fields, for the error message.
 
     Raises:
-        UserError: a record lacks one, as it was kept by a run whose rewards did not read it.
+        UserError: if a record lacks one of them, since it was kept by a run whose rewards did not read it.
     """
     if lacking := [name for name in names if any(name not in record for record in records)]:
         raise UserError(
@@ -99,13 +104,15 @@ def read(names: Sequence[str], records: Sequence[Mapping[str, Any]], who: str) -
 
 
 def accepted(value: Any) -> list[str]:
-    """The answers that a column of a record has: of a list every one, else the one there is."""
+    """Returns the accepted answers in a column of a record, as texts: all entries of a list, or else the one value."""
     return [str(one) for one in value] if isinstance(value, list) else [str(value)]
 
 
 def fenced_block(text: str, languages: Sequence[str], *, or_none: bool = False) -> str | None:
-    """The last block of a text that stands between lines of ``` (or ~~~) and whose first line names one of the languages,
-    or if there is none, no language; None if there is no such either. One that does not end, as it was cut off, counts.
+    """Returns the last block of a text that is between lines of ``` (or ~~~), the first of which names one of the languages.
+
+    If there is none, it is the last block that names no language, and if there is none either, None. A block without an
+    end, since the text was cut off, counts too.
 
     Args:
         or_none: whether a block that names no language is as good as one that names one of these.
@@ -128,7 +135,7 @@ def fenced_block(text: str, languages: Sequence[str], *, or_none: bool = False) 
 
 
 def by_name(function: Callable[..., Any], given: int, names: Sequence[str]) -> Callable[..., Any]:
-    """The function, to be called with columns alone: the first `given` in their places, the others by these names."""
+    """Wraps a function to be called with columns alone: it gets the first `given` by position, the others by these names."""
     return lambda *columns: function(*columns[:given], **dict(zip(names, columns[given:], strict=True)))
 
 
@@ -143,18 +150,18 @@ def score(
     records: Sequence[Mapping[str, Any]] | None = None,
     cache: Cache | None = None,
 ) -> Scored:
-    """The reward of every response: from the cache, or else from the reward, in calls of `reward.batch` responses.
+    """Scores every response: from the cache, or else by the reward, in calls of `reward.batch` responses.
 
-    Equal prompts and responses, of records of which the reward reads the same, are scored once. What a call gave is in the
-    cache before the next one begins; values that are not finite never are.
+    Equal prompts and responses are scored once if the reward reads the same from their records. The values of a call are in
+    the cache before the next call begins; values that are not finite are never cached.
 
     Args:
-        records: what is known of the record of each response (`Query.record`); needed where the reward reads some of it.
+        records: the known fields of each response's record (`Query.record`); needed if the reward reads any.
 
     Raises:
-        UserError: the reward failed, or gave another number of values, something that is no number, or a value outside
-            its scale; it reads of the record what is not there.
-        Incomplete: it stopped in between.
+        UserError: if the reward failed, gave a wrong number of values, something that is no number, or a value outside its
+            scale, or if it reads a field that a record lacks.
+        Incomplete: if the reward stopped before the end.
     """
     known_of = records if records is not None else [{}] * len(responses)
     if reward.combine is not None:
@@ -192,7 +199,11 @@ def _combined(
 
 
 def _checked(reward: Reward, given: Any, prompts: Sequence[str], responses: Sequence[str]) -> Float64[np.ndarray, " n"]:
-    """What a reward gave as float64: one for each response, and within its scale where it is finite."""
+    """Returns the values of a reward as float64.
+
+    Raises:
+        UserError: unless there is one number for each response, which is within the reward's scale if it is finite.
+    """
     try:
         raw = np.asarray(given, object)  # as it is: float64 would make NaN of None, and a number of "1"
     except Exception as error:  # lists of different lengths, a tensor with a gradient
@@ -221,7 +232,7 @@ def _checked(reward: Reward, given: Any, prompts: Sequence[str], responses: Sequ
 
 
 def _brief(value: Any) -> str:
-    """A value that was not expected, on a short line."""
+    """Returns the type and the start of an unexpected value, on one short line, for an error message."""
     return f"{type(value).__name__} {' '.join(repr(value).split())[:80]}"
 
 
@@ -229,11 +240,15 @@ def _brief(value: Any) -> str:
 
 
 def transform(raw: Float64[np.ndarray, " n"], name: str) -> Float64[np.ndarray, " n"]:
-    """none | sigmoid | zscore | minmax | shuffle. Statistics are pooled over all responses; zero spread gives 0.
+    """Transforms raw rewards into scores; `name` is none, sigmoid, zscore, minmax or shuffle.
 
-    Pooled, because statistics of each kind alone would erase the margin between the kinds. Beware: zscore on rewards that
-    have converged blows noise up to differences of 1. shuffle is a control: the same rewards, but each is another
-    response's; a method that learns as much from these does not learn from the reward.
+    Statistics are pooled over all responses, since separate statistics for each kind of response would erase the margin
+    between the kinds. Where all rewards are equal, zscore and minmax give 0. Beware: zscore on rewards that have converged
+    amplifies noise to differences of 1. shuffle is a control: the same rewards are assigned to other responses. A method
+    that learns as much from these does not learn from the reward.
+
+    Raises:
+        UserError: if there is no such transform.
     """
     raw = np.asarray(raw, np.float64)
     match name:
@@ -253,7 +268,7 @@ def transform(raw: Float64[np.ndarray, " n"], name: str) -> Float64[np.ndarray, 
 
 
 def statistics(raw: Float64[np.ndarray, " n"], name: str) -> dict[str, float]:
-    """The pooled statistics that `transform` took of the same numbers: none, mean and std, or low and high."""
+    """Returns the pooled statistics that `transform` uses for the same numbers: mean and std, low and high, or none."""
     raw = np.asarray(raw, np.float64)
     low, spread, unit = raw.min(), np.ptp(raw), _unit(raw)
     match name:

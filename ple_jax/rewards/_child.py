@@ -1,7 +1,9 @@
-"""Runs code that a model wrote, and tests of it, within limits: started by the reward `code` as a program, never imported.
+"""Runs code that a model wrote, and tests of it, within limits.
 
-On stdin it is told {"code", "tests", "seconds", "megabytes", "mark"}; on stdout it says "MARK ready alone", or "MARK ready"
-where the system gives it no namespaces, and then "MARK NUMBER" for each test that passes, as it passes.
+The reward `code` starts this file as a program and never imports it.
+
+It reads {"code", "tests", "seconds", "megabytes", "mark"} as JSON from stdin. On stdout it writes "MARK ready alone", or
+"MARK ready" where the system gives it no namespaces, and then "MARK NUMBER" for each test, as soon as that test passes.
 """
 
 import contextlib
@@ -22,9 +24,9 @@ _FILE = 16 << 20  # bytes of the largest file
 
 
 def alone(libc: ctypes.CDLL) -> bool:
-    """Leaves all networks and other processes, as a user of its own without rights to come back; whether it may.
+    """Leaves all networks and other processes, as a user of its own who has no right to return; says whether that worked.
 
-    What is forked from here on is of the new world.
+    Processes that are forked from here on live in the new namespaces.
     """
     with contextlib.suppress(AttributeError, OSError):
         return libc.unshare(_USERS | _NETWORK | _PROCESSES) == 0
@@ -32,7 +34,7 @@ def alone(libc: ctypes.CDLL) -> bool:
 
 
 def without_rights(libc: ctypes.CDLL) -> None:
-    """Gives up every capability, for good."""
+    """Gives up every capability of this process permanently."""
     with contextlib.suppress(AttributeError, OSError):
         for number in range(_CAPABILITIES):
             libc.prctl(_DROP, number, 0, 0, 0)
@@ -47,7 +49,10 @@ def dies_with_parent(libc: ctypes.CDLL) -> None:
 
 
 def limit(seconds: float, megabytes: int) -> None:
-    """Of this process, for good; the time from here on, whatever it does with it."""
+    """Limits this process permanently: CPU time, memory (in 2^20 bytes), the size of files, and new processes.
+
+    `seconds` also limit the time from now on, whether the process computes or waits.
+    """
     wanted = {
         "RLIMIT_CPU": math.ceil(seconds) + 1, "RLIMIT_AS": megabytes << 20, "RLIMIT_FSIZE": _FILE, "RLIMIT_CORE": 0,
         "RLIMIT_NPROC": 0,  # which root does not heed
@@ -59,7 +64,7 @@ def limit(seconds: float, megabytes: int) -> None:
 
 
 def passed(code: str, tests: list[str]) -> Iterator[int]:
-    """The numbers of the tests that pass, as they do."""
+    """Yields the number of each test that passes, as soon as it does; none if the code itself fails."""
     module = types.ModuleType("response")
     sys.modules["response"] = module  # where dataclasses and pickle look for it
     try:
@@ -75,7 +80,7 @@ def passed(code: str, tests: list[str]) -> Iterator[int]:
 
 
 def run(asked: dict, said: int) -> None:
-    """In the process that is limited: what it says goes to the file `said`."""
+    """Limits this process, runs the code and its tests in it, and writes what passed to the file descriptor `said`."""
     null = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(null, stream)

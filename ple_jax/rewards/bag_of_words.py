@@ -2,7 +2,7 @@
 
 The weights that come with the package say how positive a film review is. They were trained on labelled reviews
 (scripts/train_bag_of_words.py), so this is a second opinion beside VADER's lexicon: a reward that training never sees, on
-which over-optimisation shows. A file of weights of your own goes by `path`.
+which over-optimisation shows. The option `path` names a file with weights of your own.
 
 The log-odds are the default because they do not saturate: two texts full of praise both have a probability of about 1, and
 which is better would be lost. A word counts once however often it is repeated, so repeating it earns nothing.
@@ -28,15 +28,17 @@ _WORD = re.compile(r"\w+(?:'\w+)*")  # part of what the weights mean: not the wo
 
 
 def make(path: str | None = None, *, output: str = "log_odds", with_prompt: bool = False) -> Reward:
-    """Scores the response alone, or prompt and response together.
+    """Returns a reward that is the regression's output for the words of a response.
 
     Args:
-        path: a JSON file {"bias": number, "weights": {word: number}}; other keys are for its reader. None: film reviews.
-            A weight's key is a word, or several with a space between, in lower case and with straight apostrophes.
+        path: a JSON file {"bias": number, "weights": {word: number}}, whose other keys are ignored; the weights for film
+            reviews if it is None. A weight's key is a word, or several with a space between, in lower case and with straight
+            apostrophes.
         output: log_odds (nats, unbounded) or probability (0 to 1).
+        with_prompt: score prompt and response together, not the response alone.
 
     Raises:
-        UserError: no such file, or it holds something else; another output.
+        UserError: if there is no such file, it holds something else, or there is no such output.
     """
     if output not in ("log_odds", "probability"):
         raise UserError(f"{WHERE} output = {output!r}: choose log_odds or probability")
@@ -55,7 +57,7 @@ def make(path: str | None = None, *, output: str = "log_odds", with_prompt: bool
 
 
 def log_odds(texts: Sequence[str], bias: float, weights: Mapping[str, float]) -> list[float]:
-    """What the regression says of every text, in nats."""
+    """Returns the regression's log-odds for every text, in nats."""
     longest = max(len(key.split()) for key in weights)
     known = [features(text, longest) & weights.keys() for text in texts]
     # summed exactly, in whatever order a set gives them
@@ -63,7 +65,7 @@ def log_odds(texts: Sequence[str], bias: float, weights: Mapping[str, float]) ->
 
 
 def features(text: str, longest: int = 1) -> set[str]:
-    """The distinct words of a text, and all runs of up to `longest` words, joined by a space."""
+    """Returns the distinct words of a text, and all runs of up to `longest` words, joined by spaces."""
     words = _words(text)
     return {" ".join(words[i : i + n]) for n in range(1, longest + 1) for i in range(len(words) - n + 1)}
 
@@ -73,10 +75,10 @@ def _words(text: str) -> list[str]:
 
 
 def read(path: Path) -> tuple[float, dict[str, float]]:
-    """Bias and weights of a file.
+    """Reads the bias and the weights in a file.
 
     Raises:
-        UserError: it cannot be read, is of another layout, or has a key that no text can match.
+        UserError: if it cannot be read, has another layout, or has a key that no text can match.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -1,11 +1,11 @@
 """The share of the record's tests that a response's Python code passes, from 0 to 1.
 
-Code that a model writes is run. It runs in a process of its own (`_child.py`), in a folder that is empty and removed
+Code that a model writes is run. It runs in a process of its own (`_child.py`), in an empty folder that is removed
 afterwards, with limits on time, memory and the size of files. Where the system lets a process have user namespaces (Linux,
-mostly), it has no network, no capability, and neither sees nor stops other processes, and all that it started ends with it.
-Where it does not, a warning says so. It runs with the rights of the user who trains, though: it can read that user's files
-and write where that user may, and it can look into the interpreter that tests it. Whoever trains a model that may seek to do
-harm puts the whole run into a container.
+mostly), the code has no network and no capability, it neither sees nor stops other processes, and all processes that it
+started end with it. Where the system does not, a warning says so. The code runs with the rights of the user who trains,
+though: it can read that user's files and write where that user may, and it can look into the interpreter that tests it.
+Whoever trains a model that may seek to do harm should put the whole run into a container.
 """
 
 import contextlib
@@ -42,21 +42,22 @@ def make(
     memory_mb: int = 1024,
     concurrency: int | None = None,
 ) -> Reward:
-    """Runs the last block of Python between ``` in the response, or all of it where there is none, and then the tests.
+    """Returns a reward that is the share of the record's tests that the code in a response passes.
 
-    A test passes where running it raises nothing: an assert, or calls of its own. Where the process that runs them does not
-    come about, there is no reward.
+    The code is the last block of Python between ``` in the response, or all of the response if it has none. A test is
+    run after it, and passes if it raises nothing; it may be an assert or contain calls of its own. If the process that
+    runs code and tests cannot be started, there is no reward.
 
     Args:
-        column: of the record, with the tests: a text of Python (assert f(2) == 4), or a list of such texts, each of which
-            is one test. Code that does not run passes none.
-        before: of the record, with code that goes before that of the response: an opening that it goes on with.
-        timeout: seconds for code and tests together; what was passed until then counts.
-        memory_mb: for them, in 2^20 bytes, of each process.
-        concurrency: responses that are tested at once; as many as there are cores, if it is not given.
+        column: the record's field with the tests: a text of Python (assert f(2) == 4), or a list of such texts, each of
+            which is one test. Code that does not run passes none.
+        before: the record's field with code that is put before that of the response: an opening that the response continues.
+        timeout: seconds for code and tests together; tests that passed until then count.
+        memory_mb: memory of each process, in 2^20 bytes.
+        concurrency: number of responses that are tested at once; by default the number of cores.
 
     Raises:
-        UserError: a limit that is none.
+        UserError: if a limit is out of range.
     """
     if not 0 < timeout <= 3600 or memory_mb < 64 or (concurrency is not None and concurrency < 1):
         raise UserError(
@@ -92,17 +93,17 @@ def make(
 
 
 def code_of(response: str) -> str:
-    """The last block of Python of a response, or all of it where there is none."""
+    """Returns the last block of Python in a response, or all of the response if there is none."""
     block = fenced_block(response, ("python", "py", "python3"))
     return response if block is None else block
 
 
 class _NotRun(Exception):
-    """The process that runs the code did not come about; says why."""
+    """An exception that says why the process that runs the code could not be started."""
 
 
 def _passed(code: str, tests: Sequence[str], *, seconds: float, megabytes: int) -> list[bool]:
-    """Which of the tests the code passes."""
+    """Says of each test whether the code passes it. Raises _NotRun if the process that runs them does not start."""
     mark = secrets.token_hex(16)  # code that writes where its process says what passed does not know it
     asked = json.dumps({"code": code, "tests": tests, "seconds": seconds, "megabytes": megabytes, "mark": mark})
     folder = tempfile.TemporaryDirectory(prefix="ple_jax_", ignore_cleanup_errors=True)
@@ -136,7 +137,7 @@ def _text(file: Any) -> str:
 
 @functools.cache
 def _warn() -> None:
-    """Once in a process."""
+    """Prints, once in a process, a warning that this system has no namespaces to isolate the code in."""
     print(
         "warning: reward 'code': this system gives no process namespaces of its own, so that code which the model writes has"
         " the network, and may see and stop your other processes: run it in a container",

@@ -1,4 +1,4 @@
-"""Several rewards as one: a weighted sum or the worst of them, with vetoes and a price on length."""
+"""Several rewards as one: a weighted sum or the worst of them, with vetoes and a penalty on length."""
 
 import functools
 import math
@@ -29,19 +29,19 @@ def make(
     backend: str = "jax",
     mesh: Mapping[str, int] | None = None,
 ) -> Reward:
-    """The parts of weight 0 decide nothing but their vetoes. Where a part that counts has no value, there is none.
+    """Returns the combination of several rewards, which has no value where a part that counts has none.
 
     Args:
         parts: by names of your own, {"name": ..., "weight": 1.0, "kwargs": {}, "veto_below": None}, of which only `name`
-            has no default. A part may be a combination itself.
+            has no default. A part may be a combination itself. A part of weight 0 has no effect but its veto.
         how: sum or min, of weight times value.
         length_penalty: is subtracted for every word of the response.
-        veto_value: what a response gets that a part puts below its `veto_below`; the lowest value that the combination
-            can have, if it is not given.
-        backend, mesh: the run's, which offers them; they go on to the parts.
+        veto_value: the value of a response that a part scores below its `veto_below`; by default the lowest value that the
+            combination can have.
+        backend, mesh: those of the run, which offers them; they are passed on to the parts.
 
     Raises:
-        UserError: a part that cannot be loaded, weights that are not finite or all 0, or a veto without a value.
+        UserError: if a part cannot be loaded, weights are not finite or all 0, or a veto has no value.
     """
     loaded = {key: _part(key, part, backend=backend, mesh=mesh) for key, part in parts.items()}
     weights = {key: weight for key, part in parts.items() if (weight := part.get("weight", 1.0))}
@@ -62,7 +62,7 @@ def make(
 
 
 def _part(key: str, part: Any, *, backend: str, mesh: Mapping[str, int] | None) -> Reward:
-    """The reward that a part names; its other settings are checked here."""
+    """Checks the settings of a part and loads the reward that it names."""
     of = f"{WHERE} parts[{key!r}]"
     if not isinstance(part, Mapping) or "name" not in part:
         raise UserError(f"{of} is {part!r}: give a dictionary with a name, {{'name': 'vader'}}")
@@ -83,7 +83,7 @@ def _part(key: str, part: Any, *, backend: str, mesh: Mapping[str, int] | None) 
 
 
 def _penalty(each: float) -> dict[str, Reward]:
-    """What the words of a response cost, as one more part; none where they cost nothing."""
+    """Returns the penalty on the words of a response as one more part, or no part if `each` word costs nothing."""
     if not (math.isfinite(each) and each >= 0):
         raise UserError(f"{WHERE} {_PENALTY} = {each}: give a number of at least 0")
     cost = Reward(
@@ -96,7 +96,7 @@ def _penalty(each: float) -> dict[str, Reward]:
 
 
 def _scale(parts: Mapping[str, Reward], weights: Mapping[str, float], how: str) -> tuple[float, float]:
-    """Lowest and highest value without vetoes."""
+    """Returns the lowest and the highest value that the combination can have without vetoes."""
     if how not in _HOW:
         raise UserError(f"{WHERE} how = {how!r}: choose {' or '.join(_HOW)}")
     ends = [sorted(weight * end for end in parts[key].scale) for key, weight in weights.items()]
@@ -107,7 +107,7 @@ def _scale(parts: Mapping[str, Reward], weights: Mapping[str, float], how: str) 
 def _combined(
     values: Mapping[str, np.ndarray], *, weights: Mapping[str, float], vetoes: Mapping[str, float], how: str, veto: float
 ) -> np.ndarray:
-    """The values of the combination, given those of its parts."""
+    """Computes the values of the combination from those of its parts."""
     with np.errstate(invalid="ignore"):  # inf - inf is no value
         weighted = [weight * values[key] for key, weight in weights.items()]
         total = (np.sum if how == "sum" else np.min)(weighted, axis=0)

@@ -1,4 +1,4 @@
-"""Whether a response is the record's answer, word for word: 1 or 0."""
+"""A reward that is 1 if a response is the record's answer, word for word, and 0 otherwise."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,11 +10,11 @@ VERSION = "1"  # another one with every change of the values
 
 
 def make(*, column: str = "completion", strict: bool = False) -> Reward:
-    """1 where the response is the answer of the record, or one of its answers, where that is a list.
+    """Returns a reward that is 1 if the response is the record's answer, or one of a list of answers, and 0 otherwise.
 
     Args:
-        column: of the record, with the answer; `completion` is what config.task.format takes for it.
-        strict: whether case and blanks count.
+        column: the record's field with the answer; `completion` is what config.task.format takes for the answer.
+        strict: whether case and whitespace count.
     """
 
     def shape(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Whether a response is JSON that a schema allows, the same for all or the record's own: 1 or 0."""
+"""A reward that is 1 if a response is JSON that a schema allows, one for all or the record's own, and 0 otherwise."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,16 +16,17 @@ VERSION = "1"  # another one with every change of the values
 
 
 def make(schema: str | Mapping[str, Any] | None = None, *, column: str | None = None, fenced: bool = True) -> Reward:
-    """1 where the whole response is JSON, and as the schema (https://json-schema.org) has it.
+    """Returns a reward that is 1 if the whole response is JSON that a schema (https://json-schema.org) allows, else 0.
 
     Args:
-        schema: of all responses: a .json file, the text of one, or a dictionary, of which a config takes the simple ones
-            alone; {} allows any JSON.
-        column: instead, of the record, with its own: an object, or its text.
-        fenced: whether JSON may also stand in a block between ```, of which the last counts.
+        schema: the schema of all responses: a .json file, the text of one, or a dictionary, of which a config takes only
+            simple ones; {} allows any JSON.
+        column: instead of `schema`, the record's field with a schema of its own: an object, or its text.
+        fenced: whether JSON may also be in a block between ```, of which the last counts.
 
     Raises:
-        UserError: neither a schema nor a column, or both; what is no schema; the package jsonschema is not installed.
+        UserError: if neither a schema nor a column is given, or both; if it is no schema; if the package jsonschema is not
+            installed.
     """
     need("json_schema", "reward 'json_schema'")
     if (schema is None) == (column is None):
@@ -48,7 +49,7 @@ def make(schema: str | Mapping[str, Any] | None = None, *, column: str | None = 
 
 
 def _read(schema: str | Mapping[str, Any]) -> Any:
-    """A schema of the options as JSON has it: a config makes tuples of lists."""
+    """Reads the schema that the options give, as plain JSON data: a config turns lists into tuples."""
     if not isinstance(schema, str):
         return json.loads(json.dumps(schema))
     try:
@@ -82,7 +83,7 @@ def _validator(schema: Any) -> Any:
 
 
 def _wrong(schema: Any) -> str:
-    """Why it is no schema, or one that refers to what is not in it; nothing where it can be used."""
+    """Says why a schema is invalid, or refers to something that is not in it; returns "" if it can be used."""
     import jsonschema
 
     try:

@@ -1,4 +1,4 @@
-"""A language model as the judge of responses, behind any server with OpenAI's chat completions (vLLM, SGLang, llama.cpp)."""
+"""A reward from a language model as judge, on any server with OpenAI's chat completions (vLLM, SGLang, llama.cpp)."""
 
 import json
 import math
@@ -48,23 +48,25 @@ def make(
     concurrency: int = 4,
     **http: Any,
 ) -> Reward:
-    """The number that a model gives to a response. Where it gives none in the range, after all retries, there is none.
+    """Returns a reward that is the grade which a language model gives to a response.
+
+    A response has no reward if the model gives no grade in the range, after all retries.
 
     Args:
-        url: of the API, http://localhost:8000/v1.
-        model: as the server calls it.
+        url: address of the API, such as http://localhost:8000/v1.
+        model: the model's name on the server.
         rubric: what makes a response good, as text or as a text file.
-        lowest, highest: of the grade.
-        temperature: of the judge; None leaves it to the server.
-        options: more fields of the request, {"max_tokens": 200}.
-        name: of the reward.
-        version: of what answers under the model's name; the url, if it is not given. Give one where the address changes
-            between runs, and another when the model behind it does.
-        concurrency: requests under way at once.
+        lowest, highest: the range of the grade.
+        temperature: sampling temperature of the judge; None leaves it to the server.
+        options: more fields of the request, such as {"max_tokens": 200}.
+        name: name of the reward.
+        version: a version of the model that answers under this name; by default the url. Give one if the address changes
+            between runs, and another one when the model behind it changes.
+        concurrency: number of requests under way at once.
         http: timeout, retries, backoff, max_failures, api_key_env, headers of `endpoints.Endpoint`.
 
     Raises:
-        UserError: a range or a file that is none, or as `endpoints.Endpoint` does.
+        UserError: if the range is empty or not finite, if the rubric's file does not exist, or as `endpoints.Endpoint` does.
     """
     if not -math.inf < lowest < highest < math.inf:
         raise UserError(f"{WHERE} lowest = {lowest}, highest = {highest}: give two numbers, the lower first")
@@ -93,7 +95,7 @@ def make(
 
 
 def question(rubric: str, prompt: str, response: str, *, lowest: float, highest: float) -> tuple[str, str]:
-    """What the judge is told to do, and the texts that it grades."""
+    """Returns the instructions for the judge, and the texts that it grades."""
     # no text can hold its own digest, so none can write the line that ends it
     mark = digest(prompt, response)[:16]
     task = _TASK.format(rubric=rubric, low=lowest, high=highest, mark=mark)
@@ -101,10 +103,10 @@ def question(rubric: str, prompt: str, response: str, *, lowest: float, highest:
 
 
 def read_rubric(rubric: str, where: str) -> str:
-    """A rubric that is given as text or as a text file; `where` names its setting for the error.
+    """Returns the text of a rubric that is given as text or as a text file; `where` names its setting for the error.
 
     Raises:
-        UserError: it reads like a file, and there is none.
+        UserError: if it looks like a file's name and there is no such file, or the file cannot be read.
     """
     if os.path.isfile(rubric):
         try:
@@ -117,10 +119,12 @@ def read_rubric(rubric: str, where: str) -> str:
 
 
 def grade(text: Any, lowest: float, highest: float) -> float:
-    """The number in {"score": 7}, or the last that stands after "score:" (also as 7/10 where 10 is the highest).
+    """Reads the grade in a judge's answer: the number in {"score": 7}, or else the last one after "score:".
+
+    The latter may be written as 7/10 if 10 is the highest grade.
 
     Raises:
-        ValueError: there is none, or it is not in the range.
+        ValueError: if there is no grade, or it is not in the range.
     """
     if not isinstance(text, str):
         raise ValueError(f"the judge gave no text: {text!r}")

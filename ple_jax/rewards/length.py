@@ -1,4 +1,4 @@
-"""Length: falling by the relative distance from `target` words, or by what a response has beyond `limit` words."""
+"""A reward on length: it falls with the relative distance from `target` words, or with the words beyond `limit` words."""
 
 import math
 from collections.abc import Sequence
@@ -11,14 +11,14 @@ VERSION = "1"  # another one with every change of the values
 
 
 def make(*, target: int | None = None, limit: int | None = None) -> Reward:
-    """-|words - target| / target of the response, or -max(words - limit, 0) / limit.
+    """Returns the reward -|words - target| / target, or -max(words - limit, 0) / limit, for the words of a response.
 
     Args:
-        target: words; 20 if neither is given.
-        limit: words, instead of a target.
+        target: the best number of words; 20 if neither is given.
+        limit: instead of a target, the number of words up to which the reward is 0.
 
     Raises:
-        UserError: both are given, or one is below 1.
+        UserError: if both are given, or one is below 1.
     """
     if target is not None and limit is not None:
         raise UserError(f"{WHERE} target = {target} and limit = {limit}: give one of them")

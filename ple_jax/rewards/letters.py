@@ -1,4 +1,4 @@
-"""A toy for the tiny config: the share of some letters among a response's characters, which any model can learn."""
+"""A toy reward for the tiny config: the share of some letters among a response's characters, which any model can learn."""
 
 from collections.abc import Sequence
 
@@ -10,10 +10,10 @@ VERSION = "1"  # another one with every change of the values
 
 
 def make(*, letters: str = "aeiou") -> Reward:
-    """The share of `letters` among the characters of the response; 0 for an empty one.
+    """Returns a reward that is the share of `letters` among the characters of the response, and 0 for an empty response.
 
     Raises:
-        UserError: no letters, of which every response has the same share.
+        UserError: if there are no letters, since every response would have the same share of them.
     """
     if not letters:
         raise UserError(f"{WHERE} letters = '': give at least one letter")

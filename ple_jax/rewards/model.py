@@ -1,4 +1,4 @@
-"""A neural reward: a reward model or any other sequence classifier in a Hugging Face folder or on a hub."""
+"""A reward from a neural network: a reward model or any other sequence classifier, in a Hugging Face folder or on a hub."""
 
 import functools
 import hashlib
@@ -63,30 +63,30 @@ def make(
     backend: str = "jax",
     mesh: Mapping[str, int] | None = None,
 ) -> Reward:
-    """The score that a sequence classifier gives to a response, in its conversation or alone.
+    """Returns a reward that is the score which a sequence classifier gives to a response, in its conversation or alone.
 
     Weights are read when the first response is scored; everything else is checked here.
 
     Args:
         path: a folder with config.json, tokenizer.json and safetensors, or user/name on a hub.
         revision: branch, tag or commit of a model on a hub; its main branch if it is not given.
-        framework: jax, torch, or auto: the run's own; torch where the decoder here does not know the family.
+        framework: jax, torch, or auto: the run's own, or torch if the decoder here does not know the family.
         label: name (of config.json's id2label, in any case) or number of the label that counts; needed if there are several.
-        output: of that label the logit, the probability or the logodds, log p / (1 - p). auto is the logit of a model with
-            one label or one of regression, else the probability.
-        with_prompt: score prompt and response as a conversation, rendered by the model's own chat template where it has
-            one; without, the response alone.
-        max_tokens: longest text, at most (and if it is not given) what the model takes. Of a longer one the oldest tokens
-            are cut off: the response is what is judged.
-        rows: texts of one forward pass.
+        output: which value of that label is the reward: logit, probability, or logodds, log(p / (1 - p)). auto is the logit
+            for a model with one label or for regression, else the probability.
+        with_prompt: score prompt and response as a conversation, rendered by the model's own chat template if it has one;
+            otherwise the response alone.
+        max_tokens: length of the longest text, at most (and by default) what the model takes. The oldest tokens of a longer
+            text are cut off, since the response is what is judged.
+        rows: number of texts in one forward pass.
         dtype: float32 or bfloat16.
-        device: of framework=torch: auto, cpu, cuda or npu.
-        name: of the reward; the path's last part if it is not given.
-        backend, mesh: the run's, which offers them.
+        device: auto, cpu, cuda or npu, for framework=torch.
+        name: name of the reward; by default the last part of the path.
+        backend, mesh: those of the run, which offers them.
 
     Raises:
-        UserError: no such model, one that is no classifier, that needs code of its own or has no safetensors; an option
-            that it does not take; torch where it is needed and not installed.
+        UserError: if there is no such model, it is no classifier, it needs code of its own or has no safetensors, if an
+            option has a value that it does not take, or if torch is needed and not installed.
     """
     _check({"framework": framework, "output": output, "dtype": dtype, "device": device}, rows=rows, max_tokens=max_tokens)
     folder = _folder(path, revision)
@@ -141,7 +141,7 @@ def make(
 
 
 def _check(chosen: Mapping[str, str], *, rows: int, max_tokens: int | None) -> None:
-    """Raises a UserError for a value that an option does not take."""
+    """Raises a UserError if an option has a value that it does not take."""
     for key, value in chosen.items():
         if value not in _CHOICES[key]:
             raise UserError(f"{WHERE} {key} = {value!r}: choose {', '.join(_CHOICES[key])}")
@@ -164,7 +164,7 @@ def _folder(path: str, revision: str | None) -> Path:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """The config.json of a classifier that can be run."""
+    """Reads a classifier's config.json. Raises a UserError if the folder holds no classifier that can be run here."""
     raw = read_json(folder / "config.json")
     try:
         check(raw, _VALUES)
@@ -195,10 +195,10 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def choose_framework(asked: str, backend: str, family: str, path: str) -> str:
-    """jax or torch: what is asked for, or with auto the run's own backend where it can.
+    """Returns jax or torch: what is asked for, or with auto jax if that is the run's own and knows the family, else torch.
 
     Raises:
-        UserError: it is asked for and knows no such family, or is not installed.
+        UserError: if jax is asked for and does not know the family, or the framework is not installed.
     """
     if asked == "jax" and family not in families.FAMILIES:
         raise UserError(
@@ -212,7 +212,7 @@ def choose_framework(asked: str, backend: str, family: str, path: str) -> str:
 
 
 def _positions(raw: Mapping[str, Any]) -> int | None:
-    """Tokens that a model has positions for; None where there is no end."""
+    """Returns the number of tokens that a model has positions for, or None if there is no limit."""
     own = _text(raw)
     most = own.get("max_position_embeddings", own.get("n_positions"))
     shift = 1 if own.get("pad_token_id") is None else own["pad_token_id"]
@@ -220,12 +220,12 @@ def _positions(raw: Mapping[str, Any]) -> int | None:
 
 
 def _text(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a multimodal model's language model, of any other its own."""
+    """Returns the settings of a config.json, with those of the language model inside a multimodal model on top."""
     return {**raw, **(raw.get("text_config") or {})}
 
 
 def label_names(raw: Mapping[str, Any]) -> list[str]:
-    """Names of the labels in their order, as transformers reads them: two where nothing is said."""
+    """Returns the names of the labels in their order, as transformers reads them: two if config.json does not say."""
     named = raw.get("id2label") or {i: f"LABEL_{i}" for i in range(raw.get("num_labels", 2))}
     try:
         return [str(named[key]) for key in sorted(named, key=int)]
@@ -256,7 +256,7 @@ def _output(asked: str, labels: Sequence[str], raw: Mapping[str, Any]) -> str:
 
 
 def _tokens(prompt: str, response: str, *, tokenizer: Any, with_prompt: bool, limit: int | None) -> list[int]:
-    """What the model reads of a response; at least one token."""
+    """Returns the tokens that the model reads for a response, at most `limit` and at least one."""
     if with_prompt:
         ids = prompts.dialogue(prompt, response, tokenizer)
     else:
@@ -267,7 +267,7 @@ def _tokens(prompt: str, response: str, *, tokenizer: Any, with_prompt: bool, li
 
 
 def newest(tokens: list[int], limit: int | None, *, first: tuple[int | None, ...]) -> list[int]:
-    """The newest `limit` tokens, of which one that begins texts ([CLS], BOS) keeps its place."""
+    """Returns the newest `limit` tokens, among which one of `first` that begins the text ([CLS], BOS) keeps its place."""
     if limit is None or len(tokens) <= limit:
         return tokens
     kept = 1 if tokens[0] in first else 0
@@ -277,7 +277,10 @@ def newest(tokens: list[int], limit: int | None, *, first: tuple[int | None, ...
 def _value(
     logits: Float[np.ndarray, "n labels"], index: int, output: str, *, independent: bool
 ) -> Float64[np.ndarray, " n"]:
-    """One label's logit, probability or log-odds; of labels that are `independent`, each against its own absence."""
+    """Computes one label's logit, probability or log-odds for every text.
+
+    A label competes with all others, or, where labels are `independent`, only with its own absence.
+    """
     own = logits[:, index].astype(np.float64)
     if output == "logit":
         return own

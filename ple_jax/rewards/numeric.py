@@ -1,4 +1,4 @@
-"""Whether the last number of a response is that of the record's answer: 1 or 0."""
+"""A reward that is 1 if the last number of a response is that of the record's answer, and 0 otherwise."""
 
 import math
 import re
@@ -18,17 +18,17 @@ _LEFT_OUT = str.maketrans({"\u2212": "-", ",": "", "$": "", "\u20ac": "", "\u00a
 
 
 def make(*, column: str = "completion", tolerance: float = 1e-9) -> Reward:
-    """1 where the last number of the response equals the last one of the record's answer, or of one of its answers.
+    """Returns a reward that is 1 if the response and the record's answer have equal last numbers, and 0 otherwise.
 
-    An answer may be a number, or a text that ends with one, as GSM8K's "... #### 1,234" do; a record without any is left
-    out.
+    If the record has a list of answers, one of them must match. An answer may be a number, or a text that ends with one, as
+    GSM8K's "... #### 1,234" do; a record without any number is left out.
 
     Args:
-        column: of the record, with the answer; `completion` is what config.task.format takes for it.
-        tolerance: largest difference of equal numbers, by itself or as a share of the larger one.
+        column: the record's field with the answer; `completion` is what config.task.format takes for the answer.
+        tolerance: largest difference between equal numbers, absolute or relative to the larger one.
 
     Raises:
-        UserError: the tolerance is below 0, or not finite.
+        UserError: if the tolerance is below 0, or not finite.
     """
     if not 0 <= tolerance < math.inf:
         raise UserError(f"{WHERE} tolerance = {tolerance}: give a number of at least 0")
@@ -50,7 +50,7 @@ def make(*, column: str = "completion", tolerance: float = 1e-9) -> Reward:
 
 
 def last_number(text: str) -> float | None:
-    """The last number that stands in a text; None where there is none, or one that is too large."""
+    """Returns the last number in a text, or None if there is none or it is too large for a float."""
     found = [float(number.translate(_LEFT_OUT)) for number in _NUMBER.findall(text)[-1:]]
     return found[0] if found and math.isfinite(found[0]) else None
 

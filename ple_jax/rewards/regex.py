@@ -1,4 +1,4 @@
-"""Whether a response matches a regular expression, the same for all or the record's own: 1 or 0."""
+"""A reward that is 1 if a response matches a regular expression, one for all or the record's own, and 0 otherwise."""
 
 import re
 from collections.abc import Sequence
@@ -12,18 +12,20 @@ VERSION = "1"  # another one with every change of the values
 
 
 def make(pattern: str | None = None, *, column: str | None = None, answer: str | None = None) -> Reward:
-    """1 where the pattern matches somewhere in the response; with an `answer`, where the last match has it.
+    """Returns a reward that is 1 if the pattern matches somewhere in the response, and 0 otherwise.
 
-    A pattern that repeats what repeats, (a+)+, may take for ever on some texts, as Python's `re` does.
+    With an `answer`, the last match must be that answer. A pattern with nested repetitions, (a+)+, may take forever on some
+    texts, as always with Python's `re`.
 
     Args:
         pattern: a regular expression, as Python's `re` reads it.
-        column: instead of a pattern, of the record, with its own; of a list any will do.
-        answer: of the record, with what the first group of the last match (or all of it, if there is no group) must be,
-            but for case and blanks around it; of a list one of them. Matches of nothing do not count.
+        column: instead of a pattern, the record's field with a pattern of its own, or a list, of which one must match.
+        answer: the record's field with the answer, or a list of which one must fit: what the first group of the last match
+            must be (or the whole match, if there is no group), apart from case and blanks around it. Empty matches do not
+            count.
 
     Raises:
-        UserError: neither a pattern nor a column, or both; a pattern that is no regular expression.
+        UserError: if neither a pattern nor a column is given, or both, or if the pattern is no regular expression.
     """
     if (pattern is None) == (column is None):
         raise UserError(f"{WHERE} of reward 'regex': give a pattern, or the column of the record that has one")

@@ -1,4 +1,4 @@
-"""A reward server that speaks OpenRLHF's protocol, such as `python -m openrlhf.cli.serve_rm`."""
+"""A reward from a server with OpenRLHF's protocol, such as `python -m openrlhf.cli.serve_rm`."""
 
 import math
 from collections.abc import Sequence
@@ -26,17 +26,18 @@ def make(
     concurrency: int = 4,
     **http: Any,
 ) -> Reward:
-    """Posts {"query": [prompt and response], "prompts": [...], "labels": [...]}, reads {"rewards": [...]}.
+    """Returns a reward that a server computes.
+
+    It gets {"query": [prompt and response], "prompts": [...], "labels": [...]} by POST, and answers {"rewards": [...]}.
 
     Args:
-        url: of the server, http://localhost:5000/get_reward.
-        name: of the reward.
-        version: of what the server computes, by which stored values go; the url, if it is not given. Give one where the
-            address changes between runs, and another when the model behind it does.
-        labels: a column of the record, or `completion`, its own answer: what the server is told as labels; "" for each, if
-            it is not given.
-        batch: responses of one request.
-        concurrency: requests under way at once.
+        url: address of the server, such as http://localhost:5000/get_reward.
+        name: name of the reward.
+        version: a version of what the server computes, by which stored values are keyed; by default the url. Give one if
+            the address changes between runs, and another one when the model behind it changes.
+        labels: the record's column, or `completion`, its own answer, that is sent as labels; by default each label is "".
+        batch: number of responses in one request.
+        concurrency: number of requests under way at once.
         http: timeout, retries, backoff, max_failures, api_key_env, headers of `endpoints.Endpoint`.
 
     Raises:
@@ -58,12 +59,21 @@ def make(
 
 
 def _known_by(url: str) -> str:
-    """An address as a version: of one with a query, which may hold a key and may name a model, its digest beside it."""
+    """Returns an address as a version, without its secrets.
+
+    Where something was removed, such as a query, which may hold a key and may name a model, a digest stands beside it.
+    """
     return url if redacted(url) == url else f"{redacted(url)} {digest(url)[:16]}"
 
 
 def _read(answer: Any, n: int) -> list[float]:
-    """The rewards, in a list or in a list each; null, which is how JSON spells NaN, is none."""
+    """Reads the `n` rewards in a server's answer: one list, in which each may be in a list of its own.
+
+    null, which is how JSON spells NaN, means that there is no reward.
+
+    Raises:
+        ValueError: if the answer has no rewards, another number of them, or something that is no number.
+    """
     if not isinstance(answer, dict) or "rewards" not in answer:
         raise ValueError(f'the answer has no "rewards": {str(answer)[:100]}')
     flat = np.asarray(answer["rewards"], object).ravel()

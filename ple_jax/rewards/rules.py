@@ -1,4 +1,4 @@
-"""Rules of form: the share of them that a response keeps, from 0 to 1."""
+"""A reward on the form of a response: the share of some rules that it keeps, from 0 to 1."""
 
 import re
 from collections.abc import Sequence
@@ -16,16 +16,18 @@ _SENTENCE = re.compile(r"[.!?…。！？]['\"’”»)\]*]*\s*\Z")  # closing q
 def make(
     *, require: Sequence[str] = (), forbid: Sequence[str] = (), max_repeats: int | None = None, sentence: bool = False
 ) -> Reward:
-    """Every pattern is one rule, and so are the other two.
+    """Returns a reward that is the share of these rules that a response keeps.
+
+    Every pattern is one rule, and `max_repeats` and `sentence` are one rule each.
 
     Args:
         require: regular expressions that a response must match somewhere.
         forbid: regular expressions that it must not match anywhere.
-        max_repeats: so many times the same word, in any case, or the same line may follow itself; 1: never twice.
-        sentence: whether it must end as a sentence does.
+        max_repeats: how many times the same word, in any case, or the same line may stand in a row; 1: never twice.
+        sentence: whether a response must end as a sentence does.
 
     Raises:
-        UserError: no rule at all, or a pattern that is no regular expression.
+        UserError: if there is no rule at all, `max_repeats` is below 1, or a pattern is no regular expression.
     """
     required, forbidden = _compiled("require", require), _compiled("forbid", forbid)
     if max_repeats is not None and max_repeats < 1:
@@ -57,7 +59,7 @@ def _compiled(key: str, patterns: Sequence[str]) -> list[re.Pattern[str]]:
 
 
 def _longest_run(text: str) -> int:
-    """How often the most repeated word, or line that is not empty, follows itself."""
+    """Returns how many times the most repeated word, or line that is not empty, stands in a row."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     runs = [len(list(run)) for units in (text.lower().split(), lines) for _, run in groupby(units)]
     return max(runs, default=0)

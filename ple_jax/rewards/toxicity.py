@@ -1,4 +1,4 @@
-"""Civility: 1 minus the probability that a response is profane, by alt-profanity-check's linear model of English words."""
+"""A reward for civility: 1 minus the probability of profanity, by alt-profanity-check's linear model of English words."""
 
 from collections.abc import Sequence
 from importlib import metadata
@@ -12,10 +12,10 @@ VERSION = "1"  # another one with every change of the values
 
 
 def make() -> Reward:
-    """From 0 (surely profane) to 1; 1 for an empty response.
+    """Returns the reward, which goes from 0 (surely profane) to 1; an empty response gets 1.
 
     Raises:
-        UserError: the package alt-profanity-check is not installed.
+        UserError: if the package alt-profanity-check is not installed.
     """
     need("toxicity", "reward 'toxicity'")
     from profanity_check import predict_prob

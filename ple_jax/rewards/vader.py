@@ -1,4 +1,4 @@
-"""Sentiment: VADER's compound score, from -1 (negative) to 1 (positive). Hutto and Gilbert, ICWSM 2014."""
+"""A reward for sentiment: VADER's compound score, from -1 (negative) to 1 (positive). Hutto and Gilbert, ICWSM 2014."""
 
 from collections.abc import Sequence
 from importlib import metadata
@@ -11,10 +11,10 @@ VERSION = "1"  # another one with every change of the values
 
 
 def make(*, with_prompt: bool = False) -> Reward:
-    """Scores the response alone, or prompt and response together.
+    """Returns a reward that scores the response alone or, with `with_prompt`, prompt and response together.
 
     Raises:
-        UserError: the package vaderSentiment is not installed.
+        UserError: if the package vaderSentiment is not installed.
     """
     need("vader", "reward 'vader'")
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer

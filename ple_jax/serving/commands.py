@@ -1,4 +1,4 @@
-"""The lines that serve a result with vLLM."""
+"""The commands that serve a run's result with vLLM."""
 
 import shlex
 from collections.abc import Mapping
@@ -11,17 +11,17 @@ RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what `vllm serve --max-lora-rank`
 
 
 def rank_limit(rank: int, *options: Any) -> int | None:
-    """The smallest --max-lora-rank that vLLM takes and that holds `rank`; None where there is none.
+    """Returns the smallest --max-lora-rank that vLLM takes and that holds `rank`; None if there is none.
 
     Args:
-        options: DoRA and the patterns of ranks and alphas. With any of them set there is none either: vLLM refuses the
-            first, and computes one scale from `r` and `lora_alpha` for all modules, whatever the patterns say.
+        options: the settings of DoRA and of the patterns of ranks and alphas. If any of them is set the result is None, too:
+            vLLM refuses DoRA, and computes one scale from `r` and `lora_alpha` for all modules, whatever the patterns say.
     """
     return None if any(options) else next((limit for limit in RANKS if limit >= rank), None)
 
 
 def serve_adapter(folder: Path, adapter_config: Mapping[str, Any], *, name: str) -> str | None:
-    """The command that serves an adapter folder with vLLM; None for an adapter or a base that vLLM cannot serve so."""
+    """Returns the command that serves an adapter folder with vLLM; None if vLLM cannot serve this adapter or base so."""
     base = adapter_config["base_model_name_or_path"]
     options = (adapter_config.get(option) for option in ("use_dora", "rank_pattern", "alpha_pattern"))
     rank = rank_limit(adapter_config["r"], *options)
@@ -32,5 +32,5 @@ def serve_adapter(folder: Path, adapter_config: Mapping[str, Any], *, name: str)
 
 
 def serve_merged(folder: Path, *, name: str) -> str:
-    """The command that serves a folder of merged weights with vLLM."""
+    """Returns the command that serves a folder of merged weights with vLLM."""
     return f"vllm serve {shlex.quote(str(folder))} --served-model-name {shlex.quote(name)}"

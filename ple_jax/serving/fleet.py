@@ -1,7 +1,7 @@
-"""Several vLLM servers as one: the adapter is loaded on all of them, requests go to the one with the fewest under way.
+"""Several vLLM servers as one: the adapter is loaded on all, and each request goes to the one with the fewest under way.
 
-A server that is gone is left out, and what it had not answered goes to the others: every request is answered once, by one
-of them. The next time all are tried again.
+A server that is gone is left out, and the requests that it had not answered go to the others: every request is answered
+once, by one of them. The next time all are tried again.
 """
 
 import contextlib
@@ -19,13 +19,14 @@ _LOOK = 1.0  # seconds after which who waits for completions is asked whether th
 
 
 class Fleet:
-    """Servers of one base model, one or more. Nothing is asked of them before the first call."""
+    """One or more servers of the same base model. Nothing is asked of them before the first call."""
 
     def __init__(self, servers: Sequence[Server], *, log: Callable[[str], None] = print):
-        """
+        """Takes the servers, and asks nothing of them yet.
+
         Args:
-            servers: with one folder.
-            log: told of a server that is left out.
+            servers: at least one; all have the same folder.
+            log: takes a message about a server that is left out.
         """
         self.servers, self._log = list(servers), log
         self._here = set(range(len(self.servers)))  # numbers of those that are not left out
@@ -35,12 +36,12 @@ class Fleet:
 
     @property
     def url(self) -> str:
-        """Of all of them, for messages."""
+        """The addresses of all servers, for messages."""
         return ", ".join(server.url for server in self.servers)
 
     @property
     def folder(self) -> Path:
-        """Where the adapters are that they are asked to load."""
+        """The folder of the adapters that the servers are asked to load."""
         return self.servers[0].folder
 
     @property
@@ -54,16 +55,16 @@ class Fleet:
 
     @property
     def version(self) -> str:
-        """vLLM's; of several versions all."""
+        """The version of vLLM that the servers run; all versions, if they differ."""
         found: list[str] = []
         self.each(lambda server: found.append(server.version))
         return ", ".join(sorted(set(found)))
 
     def each(self, call: Callable[[Server], Any]) -> None:
-        """Asks the same of all of them; of those that were left out before, too.
+        """Makes the same call to all servers, including those that were left out before.
 
         Raises:
-            UserError: one refuses, or all are gone.
+            UserError: a server refuses, or all are gone.
         """
         self._here = set(range(len(self.servers)))
         for number, server in enumerate(self.servers):
@@ -74,7 +75,7 @@ class Fleet:
                 self._leave_out(number, error)
 
     def rest(self) -> None:
-        """Puts those to sleep that sleep at times, before something is computed here."""
+        """Puts the servers to sleep, if they sleep at times, before something is computed in this process."""
         for number in sorted(self._here) if self.servers[0].sleeps else ():
             try:
                 self.servers[number].rest()
@@ -84,8 +85,10 @@ class Fleet:
     def complete(
         self, bodies: Mapping[int, Mapping[str, Any]], *, read: Callable[[bytes], T], width: int, tokens: int
     ) -> Generator[dict[int, T], None, None]:
-        """The completions of all requests as they come, by number: `width` requests under way at once, of at most `tokens`
-        tokens each. The first that fails ends all; what had come is given before.
+        """Yields the completions of all requests as they arrive, by number; while none arrives, {} about once a second.
+
+        `width` requests are under way at once, of at most `tokens` tokens each. The first that fails ends all; what had
+        arrived is yielded before.
         """
         pool = ThreadPoolExecutor(width)
         try:
@@ -105,7 +108,7 @@ class Fleet:
             self._stopping.clear()
 
     def _answer(self, body: Mapping[str, Any], read: Callable[[bytes], T], tokens: int) -> T:
-        """One completion, by whichever server is there."""
+        """Returns one completion, by whichever server is there."""
         while True:
             number = self._least_busy()
             try:
@@ -126,7 +129,7 @@ class Fleet:
             return number
 
     def _leave_out(self, number: int, error: Gone) -> None:
-        """Until all are asked again; not where it is the last one, whose error is that of all."""
+        """Leaves a server out until all are asked again. If it is the last one, its error is that of all, and is raised."""
         with self._lock:
             if self._here <= {number}:
                 raise error

@@ -1,4 +1,4 @@
-"""vLLM's OpenAI-compatible API: what is asked for, and what comes back."""
+"""vLLM's OpenAI-compatible API: the requests that are sent, and the answers that come back."""
 
 import hashlib
 import json
@@ -15,7 +15,10 @@ from ple_jax.core.types import Response, Sampling
 
 
 def seed(noise: Float32[np.ndarray, " max_new"]) -> int:
-    """The seed of a request: a function of the row's noise alone. 53 bits, since a JSON number is a double to some."""
+    """Returns the seed of a request: a function of the row's noise alone.
+
+    It has 53 bits, since some programs read a JSON number as a double.
+    """
     data = np.ascontiguousarray(noise, "<f4").tobytes()
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 11
 
@@ -23,7 +26,7 @@ def seed(noise: Float32[np.ndarray, " max_new"]) -> int:
 def request(
     prompt: Sequence[int], noise: Float32[np.ndarray, " max_new"], *, model: str | None, sampling: Sampling
 ) -> dict[str, Any]:
-    """The body for /v1/completions."""
+    """Returns the body of a request to /v1/completions."""
     return {
         "model": model,
         "prompt": [int(token) for token in prompt],
@@ -46,11 +49,11 @@ def request(
 
 
 def response(content: bytes, *, eos: Sequence[int], limit: int, vocab: int) -> Response:
-    """The response in an answer of /v1/completions; EOS is its last token if and only if it was sampled.
+    """Returns the response in an answer of /v1/completions; EOS is its last token if and only if it was sampled.
 
     Raises:
-        ValueError: it is no such answer.
-        retry.Refused: it is one that nothing but another start of the server mends.
+        ValueError: the answer is no completion.
+        retry.Refused: the answer is one that only another start of the server mends.
     """
     answer = json.loads(content)
     try:
@@ -88,7 +91,7 @@ def response(content: bytes, *, eos: Sequence[int], limit: int, vocab: int) -> R
 
 
 def _logprobs(choice: Mapping[str, Any], count: int) -> tuple[float, ...]:
-    """What it says of each token, in nats; nothing where it says nothing, or not of all."""
+    """Returns the log-probability of each token, in nats; () if the answer does not have one for all of them."""
     said = choice.get("logprobs")
     found = said.get("token_logprobs") if isinstance(said, dict) else None
     if not isinstance(found, list) or len(found) < count:
@@ -98,12 +101,12 @@ def _logprobs(choice: Mapping[str, Any], count: int) -> tuple[float, ...]:
 
 
 def eos_at(tokens: Sequence[int], eos: Sequence[int]) -> int:
-    """How many tokens there are up to the first EOS, itself included; 0 if there is none."""
+    """Returns how many tokens there are up to the first EOS, itself included; 0 if there is none."""
     return next((i + 1 for i, token in enumerate(tokens) if token in eos), 0)
 
 
 def models(content: bytes) -> list[dict[str, Any]]:
-    """The entries of /v1/models."""
+    """Returns the entries in an answer of /v1/models. Raises ValueError if it has none."""
     found = json.loads(content)
     entries = found.get("data") if isinstance(found, dict) else None
     if not isinstance(entries, list) or not all(isinstance(e, dict) and isinstance(e.get("id"), str) for e in entries):
@@ -112,7 +115,7 @@ def models(content: bytes) -> list[dict[str, Any]]:
 
 
 def version(content: bytes) -> str:
-    """vLLM's, in the answer of /version."""
+    """Returns the version of vLLM in an answer of /version. Raises ValueError if it has none."""
     found = json.loads(content)
     if not isinstance(found, dict) or "version" not in found:
         raise ValueError(f"this is no version: {str(found)[:100]}")
@@ -120,5 +123,5 @@ def version(content: bytes) -> str:
 
 
 def same(ours: str, theirs: str) -> bool:
-    """Whether two names or paths may be one model's: user/name, name, /models/name."""
+    """Says whether two names or paths may be those of one model: user/name, name, /models/name."""
     return Path(ours).name.lower() == Path(theirs).name.lower()

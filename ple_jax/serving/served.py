@@ -1,8 +1,8 @@
-"""Roll-outs by a separate server: vLLM or vllm-ascend, in its own environment, over its OpenAI-compatible HTTP API.
+"""Rollouts by a separate server: vLLM or vllm-ascend, in its own environment, over its OpenAI-compatible HTTP API.
 
 `Served` is a backend around another one. It samples by HTTP, token ids in and token ids out, from the policy as it is at
-that moment: the adapter is written in PEFT's layout where the server can read it, and loaded there. All the rest is the
-other backend's. What it asks of a server (vLLM from 0.10.2 on): /v1/models, /v1/load_lora_adapter,
+that moment: the adapter is written in PEFT's layout where the server can read it, and loaded there. The other backend
+does all the rest. The endpoints that a server must have (vLLM from 0.10.2 on): /v1/models, /v1/load_lora_adapter,
 /v1/unload_lora_adapter, /v1/completions, /version, and with `sleeps` /sleep and /wake_up.
 """
 
@@ -43,15 +43,15 @@ class Served:
         width: int,
         log: Callable[[str], None] = print,
     ):
-        """Nothing is asked of the server before the first `generate` or `environment`.
+        """Wraps `inner`. Nothing is asked of the server before the first `generate` or `environment`.
 
         Args:
             server: one or more; their folder, where adapters are written, belongs to this object.
-            write: how they are written.
-            base_model: the run's, to compare with the server's.
-            vocab: token ids are below it.
-            width: requests under way at once.
-            log: told what may be a mistake.
+            write: writes an adapter into a folder.
+            base_model: the run's base model, to compare with the server's.
+            vocab: the size of the vocabulary; token ids are below it.
+            width: the number of requests under way at once.
+            log: takes a message about what may be a mistake.
         """
         self.inner, self.server, self.width = inner, server, width
         self._write, self._base_model, self._vocab, self._log = write, base_model, vocab, log
@@ -73,11 +73,11 @@ class Served:
         known: Mapping[int, Response] | None = None,
         tell: Tell | None = None,
     ) -> list[Response]:
-        """One response per prompt, `width` requests under way at once. The noise seeds the server's own.
+        """Samples one response per prompt, with `width` requests under way at once. A row's noise seeds its request.
 
         A response depends on its prompt, its noise and the adapter, not on its place among the prompts, as far as the
-        server's arithmetic does not depend on what it computes together. What prompts share is the business of the server's
-        prefix cache.
+        server's arithmetic does not depend on what it computes together. What prompts share is left to the server's prefix
+        cache.
         """
         found = dict(known or {})
         if len(found) < len(prompts):
@@ -99,7 +99,7 @@ class Served:
     def stream(
         self, prompt: Sequence[int], uniforms: Float32[np.ndarray, " max_new"], *, sampling: Sampling, base: bool = False
     ) -> Iterator[int]:
-        """Of `inner`: for a person who talks to a finished run, where no server need be there."""
+        """Streams a response from `inner`: it is for a person who talks to a finished run, where there need be no server."""
         return self.inner.stream(prompt, uniforms, sampling=sampling, base=base)
 
     def logprobs(
@@ -137,7 +137,10 @@ class Served:
         return self.inner.restore(path)
 
     def environment(self) -> dict[str, Any]:
-        """What `inner` says, and the server's version: its address may change when a run goes on."""
+        """Returns the environment of `inner` with the server's version.
+
+        The server's address is left out: it may change when a run goes on.
+        """
         return {**self.inner.environment(), "vllm": self.server.version}
 
     def profile(self, folder: Path) -> contextlib.AbstractContextManager[None]:
@@ -165,10 +168,10 @@ class Served:
     # -------------------------------------------------------------- the adapter
 
     def _current(self, tokens: int) -> str:
-        """The adapter as it is now, by the name that it is loaded under; no other one of this run is.
+        """Makes the servers hold the adapter as it is now, and no other one of this run. Returns its name there.
 
-        `tokens` of prompt and response fit. The server is asked every time: it may have been started anew, or still hold
-        what a killed process had loaded.
+        It also checks that the servers take `tokens` tokens of prompt and response. They are asked every time: a server may
+        have been started anew, or still hold what a killed process had loaded.
         """
         current = self._name = self._name or self._written()
         self._loaded = True
@@ -179,7 +182,7 @@ class Served:
         return current
 
     def _prepare(self, server: Server, current: str, tokens: int) -> None:
-        """Wakes a server, and has it hold the adapter as it is now, and no other one of this run."""
+        """Wakes a server, and makes it hold the adapter `current` and no other one of this run."""
         server.wake()
         models = server.models()
         self._check(server, models, tokens)
@@ -195,7 +198,7 @@ class Served:
     def _written(self) -> str:
         """Writes the adapter as it is now. Returns its name, which no other weights ever have.
 
-        It is made of a digest of the files: vLLM keeps what it computed of a prefix by the adapter's name and path, so
+        The name is made of a digest of the files: vLLM keeps what it computed of a prefix by the adapter's name and path, so
         other weights under an old name would be given the old weights' keys and values.
         """
         tensors = self.inner.adapter()
@@ -215,11 +218,14 @@ class Served:
         return target.name
 
     def _ours(self, models: Sequence[Mapping[str, Any]]) -> list[str]:
-        """The names of the run's adapters among what the server has loaded."""
+        """Returns the names of the run's adapters among the models that the server has loaded."""
         return [model["id"] for model in models if model["id"].startswith(self._family)]
 
     def _check(self, server: Server, models: Sequence[Mapping[str, Any]], tokens: int) -> None:
-        """Raises a UserError if the base model is served for fewer tokens; says so, once, if it seems to be another one."""
+        """Raises a UserError if the base model is served for fewer than `tokens` tokens.
+
+        Warns, once for a server, if its base model seems to be another one.
+        """
         base = [model for model in models if not model.get("parent")]  # an adapter has one
         limit = min((model["max_model_len"] for model in base if model.get("max_model_len")), default=tokens)
         if limit < tokens:
@@ -247,14 +253,14 @@ def connect(
     transposed: bool,
     log: Callable[[str], None],
 ) -> Served:
-    """The backend that a config with `sampling.server` asks for, around the one that trains.
+    """Returns the backend that a config with `sampling.server` asks for, around the one that trains.
 
     Args:
         folder: where adapters are written for the server to load; made and removed here.
-        base_model: what an adapter's base_model_name_or_path says.
-        vocab: token ids are below it.
+        base_model: the base_model_name_or_path of the adapters.
+        vocab: the size of the vocabulary; token ids are below it.
         transposed: whether the base keeps its linear weights as [in, out].
-        log: told what may be a mistake.
+        log: takes a message about what may be a mistake.
 
     Raises:
         UserError: the variable that `sampling.server_key_env` names is not set.

@@ -1,4 +1,4 @@
-"""A vLLM server: what is asked of it, and what a user should do where it refuses."""
+"""A vLLM server: the requests that are made to it, and what a user should do if it refuses one."""
 
 import contextlib
 import functools
@@ -20,7 +20,7 @@ AGAIN = "and give the same command again: what was sampled is kept"
 
 
 class Gone(UserError):
-    """A server that does not answer, or has trouble of its own; `brief` is what happened, without the remedy."""
+    """The error of a server that does not answer or has trouble of its own; `brief` is what happened, without the remedy."""
 
     def __init__(self, says: str, brief: str):
         super().__init__(says)
@@ -29,7 +29,7 @@ class Gone(UserError):
 
 @dataclass
 class Server:
-    """A server by its address. Nothing is asked of it before the first call."""
+    """A vLLM server at an address. Nothing is asked of it before the first call."""
 
     url: str  # http://host:port
     folder: Path  # where the adapters are that it is asked to load; it must see them under the same path
@@ -48,20 +48,20 @@ class Server:
 
     @functools.cached_property
     def version(self) -> str:
-        """vLLM's."""
+        """The version of vLLM that the server runs."""
         return self._ask("GET", "/version", read=protocol.version)
 
     def models(self) -> list[dict[str, Any]]:
-        """What it serves, adapters included, as /v1/models has it."""
+        """Returns the models that the server has, adapters included, as /v1/models lists them."""
         return self._ask("GET", "/v1/models", read=protocol.models)
 
     def answer(self, body: Mapping[str, Any], *, read: Callable[[bytes], T], tokens: int) -> T:
-        """The completion of one request, of at most `tokens` tokens."""
+        """Returns what `read` makes of the completion of one request, which has at most `tokens` tokens."""
         return self._ask("POST", "/v1/completions", body, read=read, slack=tokens)
 
     @contextlib.contextmanager
     def stopping(self) -> Iterator[None]:
-        """A context in which no request that failed is tried again."""
+        """Keeps failed requests from being tried again while the context lasts."""
         self._stop.set()
         try:
             yield
@@ -69,7 +69,7 @@ class Server:
             self._stop.clear()
 
     def load(self, name: str) -> None:
-        """Loads the adapter in the folder of that name."""
+        """Loads the adapter in the subfolder `name` of the server's folder, under that name."""
         body = {"lora_name": name, "lora_path": str(self.folder / name)}
         try:
             self._ask("POST", "/v1/load_lora_adapter", body, read=bytes, retries=min(self.patience.retries, 1))
@@ -85,15 +85,16 @@ class Server:
             self._ask("POST", "/v1/unload_lora_adapter", {"lora_name": name}, read=bytes, retries=0)
 
     def wake(self) -> None:
-        """Wakes it, if it sleeps at times."""
+        """Wakes the server, if it sleeps at times."""
         if self.sleeps and not self.awake:
             self._ask("POST", "/wake_up", read=bytes)
             self.awake = True
 
     def rest(self) -> None:
-        """Puts it to sleep before something is computed here: weights to the host's memory, KV cache dropped.
+        """Puts the server to sleep before something is computed here.
 
-        Level 1 and not 2, which drops the weights too.
+        Its weights go to the host's memory, and its KV cache is dropped. This is sleep level 1, and not 2, which drops the
+        weights too.
         """
         if self.sleeps and self.awake is not False:
             self._ask("POST", "/sleep?level=1", read=bytes)
@@ -111,7 +112,11 @@ class Server:
         slack: float = 0.0,
         retries: int | None = None,
     ) -> T:
-        """What `read` makes of the answer; a UserError that says what to do where there is none."""
+        """Sends a request and returns what `read` makes of the answer.
+
+        Raises:
+            UserError: there is no usable answer; the message says what to do.
+        """
         timeout, usual, backoff = self.patience
         if not self.alone:
             usual = min(usual, 1)
@@ -135,7 +140,7 @@ class Server:
             raise (Gone(says, f"{self.url}{path}: {why}") if gone else UserError(says)) from error
 
     def _remedy(self, path: str, status: int | None, why: str) -> str:
-        """What to do about a request that failed; `status` is None where the server did not say that it is wrong."""
+        """Says what to do about a request that failed; `status` is None unless the server said that the request is wrong."""
         if status == 200:  # a completion that is none for us: `why` says it all
             return "mend that"
         if status in (401, 403):

@@ -1,7 +1,7 @@
-"""Rewards of a server, asked for while responses are still being sampled.
+"""Requests to reward servers that are sent while responses are still being sampled.
 
-What it gives goes into the cache of the run, where scoring finds it. Whatever fails here is left to scoring, which asks
-again, and says what is wrong.
+The values go into the run's reward cache, where scoring finds them. Whatever fails here is left to scoring, which asks again
+and reports what is wrong.
 """
 
 import contextlib
@@ -21,14 +21,15 @@ Ask = Callable[[Sequence[Asked]], None]
 
 
 def nobody(asked: Sequence[Asked]) -> None:
-    """Asks nobody."""
+    """Ignores the responses it is given. It is the `Ask` of rewards that no server computes."""
 
 
 @contextlib.contextmanager
 def scoring(reward: Reward, session: Session) -> Iterator[Ask]:
-    """In here responses can be given to the reward's servers, if it has any. At the end what they were asked is answered.
+    """Yields a function that sends ended responses to the reward's servers, if it has any, while sampling goes on.
 
-    On an error nothing is waited for but the requests that are under way.
+    At the end of the context it waits until everything that was sent is answered. After an error nothing more is sent, and
+    nothing is waited for but the requests that are under way.
     """
     served = [leaf for leaf in rewards.leaves(reward) if leaf.cancel is not None]
     if not served:
@@ -51,7 +52,7 @@ def scoring(reward: Reward, session: Session) -> Iterator[Ask]:
 
 
 def _ask(served: Sequence[Reward], path: Path, waiting: "queue.SimpleQueue[Sequence[Asked] | None]") -> None:
-    """Scores what comes until None does, all that waits at once, or until a server fails."""
+    """Scores the responses in the queue, all that waits in one call, until it meets None or a server fails."""
     with contextlib.suppress(Exception), Cache(path) as cache:
         more = True
         while more:

@@ -1,7 +1,7 @@
-"""SIGTERM and SIGINT: stop at the next safe point, and within `grace` seconds whatever the program is doing.
+"""Stops a program on SIGTERM or SIGINT: at the next safe point, and within `grace` seconds whatever it is doing.
 
-Everything on disk is consistent at any moment (the journal and the checkpoint see to that), so leaving in the middle of
-a compilation loses only the unit in hand.
+Everything on disk is consistent at any moment (the journal and the checkpoints see to that), so leaving in the middle of a
+compilation loses only the unit of work in hand.
 """
 
 import contextlib
@@ -23,13 +23,15 @@ _in_force: "list[Stop]" = []
 
 
 def ask(number: int) -> None:
-    """A stop, as a signal of that number asks for it, for another process's sake; nothing where it was asked for already."""
+    """Sends this process the signal of that number, so that it stops because another process was asked to. If a stop was
+    asked for here already, it has no effect.
+    """
     if not any(stop.asked for stop in _in_force):
         os.kill(os.getpid(), number)
 
 
 class Interrupted(KeyboardInterrupt):
-    """Raised by a `Stop`. Not an Exception: no handler of errors should take it for one."""
+    """The exception by which a `Stop` ends a program. It is not an Exception, so that handlers of errors do not catch it."""
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
@@ -39,14 +41,14 @@ class Interrupted(KeyboardInterrupt):
 class Stop:
     """A context in which SIGTERM and SIGINT ask for a stop instead of ending the program at once.
 
-    Python runs signal handlers only between bytecodes, which a compilation of a minute is not; so a thread waits at the
-    pipe that the interpreter's C handler writes to, and ends the program when the grace is over. Forked children have
-    neither the handlers nor the pipe.
+    Python runs signal handlers only between bytecodes, and a compilation may take a minute without one. So a thread waits at
+    the pipe that the interpreter's C handler writes to, and ends the program when the grace period is over. Forked children
+    have neither the handlers nor the pipe.
 
     Args:
         grace: seconds until the program is ended.
-        at_once: for what has no safe points: SIGTERM raises `Interrupted` wherever the program is, as SIGINT does without
-            a Stop.
+        at_once: for programs without safe points: SIGTERM raises `Interrupted` wherever the program is, as SIGINT does
+            without a Stop.
     """
 
     def __init__(self, *, grace: float = 20.0, at_once: bool = False):
@@ -79,7 +81,9 @@ class Stop:
             self.check()  # was asked for after the last safe point
 
     def _forget(self) -> None:
-        """In a child: signals mean to it what they meant before, and what it is sent is not told to the parent."""
+        """Restores, in a forked child, the signal handlers from before, and closes the child's copy of the pipe: signals
+        that the child receives are not reported to the parent.
+        """
         signal.set_wakeup_fd(-1)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)

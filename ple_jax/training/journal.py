@@ -1,7 +1,8 @@
 """The journal of rollouts: what was sampled, written once, atomically, and read by resume, report and evaluation.
 
-While an iteration is being sampled what has ended is appended to iter_0003.partial.jsonl; when it is complete and
-labelled, iter_0003.jsonl takes its place. All lines are sealed (`core.files`): what is read is what was written.
+While an iteration is being sampled, responses that have ended are appended to iter_0003.partial.jsonl. When it is complete
+and labelled, iter_0003.jsonl takes the place of that file. All lines are sealed (`core.files`), so that any damage is found
+when they are read.
 """
 
 import json
@@ -20,24 +21,29 @@ FOLDERS = ("rollouts", "evaluations", "quarantine")  # of a work directory: wher
 
 
 class Journal:
-    """The rollouts of one iteration in `directory`."""
+    """The journal of one iteration in `directory`: the file of its rollouts, and the partial file that comes before it."""
 
     def __init__(self, directory: Path, iteration: int):
         self.path = directory / f"iter_{iteration:04d}.jsonl"
         self.partial = directory / f"iter_{iteration:04d}.partial.jsonl"
 
     def read(self) -> list[Rollout] | None:
-        """The complete iteration; None if it is not complete."""
+        """Reads the rollouts of the iteration; returns None if it is not complete.
+
+        Raises:
+            Damaged: as the function `read`.
+        """
         if not self.path.exists():
             return None
         self.partial.unlink(missing_ok=True)  # a kill between the last two steps of `complete` leaves it behind
         return read(self.path)
 
     def finished(self, asked: Sequence[str] = ()) -> dict[int, Response]:
-        """The responses that ended before, by number; lines that are torn or damaged are taken out of the file.
+        """Reads the responses that were kept before, by request number, and removes torn or damaged lines from the file.
 
         Args:
-            asked: what each number answers, as `keep` was told; what answers something else is left out.
+            asked: a digest of each numbered request, as given to `keep`. Responses to other requests are left out; without
+                any digests all are returned.
         """
         if not self.partial.exists():
             return {}
@@ -53,32 +59,32 @@ class Journal:
         return {answer["number"]: _response(answer) for answers in kept.values() for answer in answers}
 
     def keep(self, responses: Mapping[int, Response], asked: Sequence[str] = ()) -> None:
-        """Some that have ended, by number; on return they are on disk, in one line.
+        """Appends responses that have ended, by request number, to the partial file in one line. On return they are on disk.
 
         Args:
-            asked: a digest of what each number answers.
+            asked: a digest of each numbered request, which `finished` compares.
         """
         self.partial.parent.mkdir(parents=True, exist_ok=True)
         answers = [{"number": n, "asked": asked[n] if asked else "", **_plain(r)} for n, r in responses.items()]
         files.append_line(self.partial, files.seal(json.dumps({"answers": answers}, ensure_ascii=False)))
 
     def complete(self, rollouts: Sequence[Rollout]) -> None:
-        """The whole iteration, in one step; what was kept until then is removed."""
+        """Writes the whole iteration in one atomic step, and removes what was kept until then."""
         write(self.path, rollouts)
         self.partial.unlink(missing_ok=True)
 
 
 def write(path: Path, rollouts: Sequence[Rollout]) -> None:
-    """A file of rollouts; on return it is on disk, whole."""
+    """Writes a file of rollouts. On return the whole file is on disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_sealed(path, map(_line, rollouts))
 
 
 def read(path: Path, *, remedy: str = "delete the file to sample it again") -> list[Rollout]:
-    """The rollouts of a complete iteration.
+    """Reads the rollouts of a complete iteration.
 
     Raises:
-        Damaged: the file is not as it was written; names file and line, and says the `remedy`.
+        Damaged: if the file is not as it was written. The message names file and line, and says the `remedy`.
     """
     rollouts = []
     for number, raw in enumerate(files.read_sealed(path, remedy=remedy), 1):
@@ -102,7 +108,11 @@ def read(path: Path, *, remedy: str = "delete the file to sample it again") -> l
 
 
 def left_out(path: Path, kept: Sequence[Rollout], *, remedy: str = "delete the file to sample it again") -> list[Rollout]:
-    """What of an iteration is not in its journal, at `path`, as a reward of it was not finite; `kept` is what is.
+    """Returns the rollouts that an iteration's journal at `path` lacks because a reward was not finite; reads them from
+    quarantine.
+
+    Args:
+        kept: the rollouts that the journal has.
 
     Raises:
         Damaged: as `read`.
@@ -113,14 +123,15 @@ def left_out(path: Path, kept: Sequence[Rollout], *, remedy: str = "delete the f
 
 
 def check(workdir: Path, iteration: int) -> None:
-    """What finished iterations left is as it was written: nobody wants to hear at the end of a run that it is not.
+    """Checks that the files of finished iterations are as they were written, so that no damage shows only at the end of a
+    run.
 
     Args:
-        iteration: the one that the run stands before; what is of it, or of later ones, is checked where it is read.
+        iteration: the one that the run stands before. Files of it and of later ones are checked when they are read.
 
     Raises:
-        Damaged: it is not.
-        UserError: the evaluation before training is gone, without which a run has no summary.
+        Damaged: if a file is not as it was written.
+        UserError: if the evaluation before training is gone, without which a run has no summary.
     """
     start = workdir / "evaluations" / "iter_0000.jsonl"
     again = f"put a copy of it back, or remove it and {workdir / 'checkpoints'}: the run trains again, on what it sampled"
@@ -132,7 +143,7 @@ def check(workdir: Path, iteration: int) -> None:
 
 
 def _answers(line: bytes) -> list[dict[str, Any]]:
-    """What a line of a partial journal holds; nothing where it is damaged, or an earlier version's."""
+    """Returns the responses in a line of a partial journal; none if the line is damaged, or of an earlier version."""
     try:
         value, sealed = files.opened(line)
     except ValueError:

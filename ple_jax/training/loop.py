@@ -1,8 +1,8 @@
-"""Algorithm 1 (arXiv:2408.02599), and the only place that knows its order.
+"""The loop of Algorithm 1 (arXiv:2408.02599), and the only place that knows its order.
 
-Sample both kinds of responses, score, decide with the threshold, update, lower the threshold; evaluate before, during and
-after. What is on disk decides where a run stands: the newest checkpoint (the commit point), and the journal of the
-iteration that was being sampled.
+It samples both kinds of responses, scores them, decides with the threshold, updates the policy and lowers the threshold; it
+evaluates before, during and after training. What is on disk decides where a run stands: the newest checkpoint (the commit
+point), and the journal of the iteration that was being sampled.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ Learn = Callable[[State], tuple[State, list[Rollout], dict[str, float]]]
 
 
 def train(run: Run[Algorithm]) -> State:
-    """Runs, or goes on with, the whole of Algorithm 1; returns where the run ends."""
+    """Executes Algorithm 1 to its end, from the start or from the newest checkpoint. Returns the final state."""
     schedule = run.algorithm.schedule(run.config)
 
     def learn(state: State) -> tuple[State, list[Rollout], dict[str, float]]:
@@ -48,7 +48,7 @@ def train(run: Run[Algorithm]) -> State:
 
 @contextlib.contextmanager
 def profiled(run: Run[Algorithm]) -> Iterator[None]:
-    """A context whose work is traced, in WORKDIR/profile."""
+    """Traces the work that is done inside the context, into WORKDIR/profile."""
     folder = run.session.workdir / PROFILE
     with run.backend.profile(folder):
         yield
@@ -56,14 +56,17 @@ def profiled(run: Run[Algorithm]) -> Iterator[None]:
 
 
 def at_the_end(run: Run[Algorithm], state: State) -> State:
-    """The state that it is given; says why a run ends early."""
+    """Returns the state that it is given, and logs the reason if the run ends early."""
     if why := points.stopped(run.config, state):
         run.session.progress.log(f"stopped after {state.iteration} of {run.config.iterations} iterations: {why}")
     return state
 
 
 def begin(run: Run[Algorithm]) -> State:
-    """Where the run stands, evaluated: a fresh one after its warm-up, or its newest checkpoint."""
+    """Prepares a run for its next iteration and returns the state, evaluated if that is due.
+
+    A fresh run is warmed up; another one is resumed from its newest checkpoint, after its files were checked.
+    """
     state = resume(run.backend, run.session)
     points.forget_later(run.session, state)
     if state is not None:
@@ -78,9 +81,11 @@ def begin(run: Run[Algorithm]) -> State:
 
 
 def first_length(run: Run[Algorithm]) -> float:
-    """C of the first iteration: the mean length of what would be learned from the evaluation before it.
+    """Computes C of the first iteration, in tokens: the mean length of the responses that would be learned from, in the
+    evaluation before it.
 
-    Of algorithms that learn from the records' own answers it is that of all train records, and stays.
+    For algorithms that learn from the records' own answers it is the mean over all train records, and stays the same in
+    later iterations.
     """
     if not (slots := [slot for slot in run.algorithm.collect(run.config) if slot.source != "policy"]):
         return mean_length(evaluate(run, 0), run)
@@ -89,7 +94,9 @@ def first_length(run: Run[Algorithm]) -> float:
 
 
 def one_iteration(run: Run[Algorithm], state: State, learn: Learn) -> State:
-    """One iteration, whatever it learns by: its end commits and evaluates. An error leaves the last commit in force."""
+    """Performs one iteration, whatever `learn` does in it, and ends it with a commit and the evaluation that may be due. An
+    error leaves the last commit in force.
+    """
     run.session.progress.iteration(state.iteration + 1)
     compiled = run.backend.compiled()
     after, rollouts, values = learn(state)
@@ -110,9 +117,10 @@ def one_iteration(run: Run[Algorithm], state: State, learn: Learn) -> State:
 
 
 def newly_compiled(run: Run[Algorithm], before: Compiled) -> dict[str, float]:
-    """What was compiled since, which is nothing once every shape has been met: a line where it was something, and seconds.
+    """Returns the seconds spent on compiling since `before`, as a metric, and logs how many programs were compiled, if any
+    were. Nothing is compiled any more once every shape has been met.
 
-    They are of this process, like all seconds: of a backend that compiles nothing there are none.
+    Like all seconds they are those of this process. For a backend that compiles nothing there is no metric.
     """
     now = run.backend.compiled()
     programs, seconds = now.programs - before.programs, now.seconds - before.seconds
@@ -124,7 +132,11 @@ def newly_compiled(run: Run[Algorithm], before: Compiled) -> dict[str, float]:
 
 
 def learn_from_samples(run: Run[Algorithm], state: State, context: Context) -> tuple[State, list[Rollout], dict[str, float]]:
-    """Algorithm 1, lines 1 to 6."""
+    """Performs lines 1 to 6 of Algorithm 1, with the evaluations that are due between the optimiser steps.
+
+    Returns:
+        The state after the iteration, its rollouts, and its metrics.
+    """
     state, rollouts = collect(run, context, state)
     values, between = summarise(rollouts, run), state
 
@@ -144,18 +156,26 @@ def learn_from_samples(run: Run[Algorithm], state: State, context: Context) -> t
 
 
 def evaluates_within(config: Any, iteration: int, taken: int, total: int) -> bool:
-    """Whether an iteration is evaluated after so many of its steps: config.eval.points share them equally."""
+    """Says whether an iteration is evaluated after `taken` of its `total` optimiser steps.
+
+    The config.eval.points evaluations of an iteration divide its steps equally, where the iteration's end is evaluated too.
+    """
     wanted, due = config.eval.points, (iteration + 1) % config.eval.every == 0 or iteration + 1 == config.iterations
     return due and taken in {round(total * part / wanted) for part in range(1, wanted)}
 
 
 def context_of(run: Run[Algorithm], state: State, tau: float) -> Context:
-    """What the algorithm is told of the iteration that `state` stands before."""
+    """Returns what the algorithm is told about the iteration that `state` stands before; `tau` is its threshold."""
     return Context(run.config, state.iteration, tau, state.mean_length, state.controller)
 
 
 def collect(run: Run[Algorithm], context: Context, state: State) -> tuple[State, list[Rollout]]:
-    """Algorithm 1, lines 1 to 5: the iteration's labelled rollouts, from the journal where it is complete."""
+    """Performs lines 1 to 5 of Algorithm 1: samples, scores and labels the rollouts of an iteration, or reads them if the
+    journal is complete.
+
+    Returns:
+        The state with the costs of the iteration's queries, and the labelled rollouts.
+    """
     config, session, iteration = run.config, run.session, context.iteration
     journal, slots = Journal(session.workdir / "rollouts", iteration), run.algorithm.collect(config)
     queries = draw_queries(config, run.data.train, iteration)
@@ -175,10 +195,10 @@ def collect(run: Run[Algorithm], context: Context, state: State) -> tuple[State,
 
 
 def quarantined(journal: Journal, queries: Sequence[Query], kept: Sequence[Rollout]) -> list[Rollout]:
-    """What of an iteration's queries is not in its journal, as their reward was not finite.
+    """Returns the rollouts of an iteration's queries that its journal leaves out because a reward was not finite.
 
     Raises:
-        Damaged: the journal is of other queries, or what it leaves out is not in quarantine.
+        Damaged: if the journal has other queries, or what it leaves out is not in quarantine.
     """
     path = journal.path.parents[1] / "quarantine" / journal.path.name
     again = f"put a copy of it back, or delete it and {journal.path} to sample the iteration again"
@@ -199,7 +219,9 @@ def quarantined(journal: Journal, queries: Sequence[Query], kept: Sequence[Rollo
 def counted(
     run: Run[Algorithm], queries: Sequence[Query], rollouts: Sequence[Rollout], slots: Sequence[Slot], spent: costs.Costs
 ) -> costs.Costs:
-    """The costs with the sampling and scoring of an iteration's queries; what principles add to prompts is counted apart."""
+    """Adds the sampling and scoring of an iteration's queries to the costs. Tokens that principles add to prompts are
+    counted separately.
+    """
     drawn = {query.id: query for query in queries}
     asked = [slot for slot in slots if slot.source == "policy"]
     for rollout in rollouts:

@@ -1,4 +1,4 @@
-"""What is measured of an iteration and of the held-out queries, and the summary of a run."""
+"""Metrics of an iteration's rollouts and of the held-out queries, and the summary of a run."""
 
 import contextlib
 import math
@@ -34,7 +34,7 @@ _LEAK = 0.1  # share of trigrams above which principles are said to leak
 
 
 def summarise(rollouts: Sequence[Rollout], run: Run[Algorithm]) -> dict[str, float]:
-    """The rollout metrics of one iteration; says where principles leak."""
+    """Computes the rollout metrics of one iteration, and logs a warning where principles leak into the responses."""
     transform = run.config.reward.transform
     by_kind = _by_kind(rollouts)
     principles = run.base.tokenizer.encode(run.prompts.principles.text, add_special_tokens=False)
@@ -86,14 +86,20 @@ def _of_one_kind(responses: Sequence[Response], principles: Sequence[int]) -> di
 
 
 def mean_length(rollouts: Iterable[Rollout], run: Run[Algorithm]) -> float:
-    """Mean tokens of the responses that the algorithm would train on; 0 where it asks for none."""
+    """Computes the mean length, in tokens, of the responses that the algorithm would train on.
+
+    Returns 0 if no function of the algorithm says which they are (`Algorithm.learned` is None).
+    """
     if (learned := run.algorithm.learned) is None:
         return 0.0
     return float(np.mean([len(r.tokens) for rollout in rollouts for r in learned(rollout, run.config)]))
 
 
 def warn_of_leak(values: dict[str, float]) -> str:
-    """What to say where principled responses repeat the principles more than plain ones do: training would teach it too."""
+    """Returns a warning if principled responses repeat the principles more than plain ones do; otherwise an empty text.
+
+    Training on such responses would teach the policy to quote the principles.
+    """
     if values.get("leak", 0.0) <= _LEAK:
         return ""
     return (
@@ -107,14 +113,15 @@ def warn_of_leak(values: dict[str, float]) -> str:
 
 
 def evaluate(run: Run[Algorithm], iteration: int, *, step: int | None = None) -> list[Rollout]:
-    """Responses to the held-out queries as the policy now is, scored.
+    """Samples responses of the current policy to the held-out queries, and scores them.
 
-    Noise is the same at every evaluation, so that differences between evaluations are paired. Before training the
-    principled prompt is evaluated too: what the principles buy without any training. An evaluation that is there is read; a
-    damaged one is made again.
+    Noise is the same at every evaluation, so that differences between evaluations are paired. Before training the principled
+    prompt is evaluated too, which shows what the principles gain without any training. An evaluation that is on disk is
+    read; a damaged one is made again.
 
     Args:
-        step: the optimiser steps taken, where that is in the middle of the iteration after these.
+        iteration: number of finished iterations.
+        step: number of optimiser steps taken, for an evaluation in the middle of the iteration after these; None otherwise.
     """
     journal, rollouts = evaluation(run.session.workdir, iteration, step), None
     with contextlib.suppress(Damaged):
@@ -133,20 +140,24 @@ def evaluate(run: Run[Algorithm], iteration: int, *, step: int | None = None) ->
 
 
 def evaluation(workdir: Path, iteration: int, step: int | None = None) -> Journal:
-    """Where an evaluation is, as `evaluate` has its arguments."""
+    """Returns the journal of an evaluation; arguments are as in `evaluate`."""
     folder = workdir / "evaluations"
     return Journal(folder if step is None else folder / f"step_{step:06d}", iteration)
 
 
 def mean_rewards(rollouts: Sequence[Rollout], *, principled: bool = False) -> np.ndarray:
-    """Mean reward of every query over its plain (or principled) responses that have one; nan where none has."""
+    """Computes the mean reward of every query over those of its plain (or principled) responses that have one.
+
+    Returns:
+        An array [query]; nan where no response has a reward.
+    """
     found = [[r.reward for r in rollout.responses if r.principled is principled] for rollout in rollouts]
     kept = [[reward for reward in some if not math.isnan(reward)] for some in found]
     return np.array([np.mean(some) if some else math.nan for some in kept])
 
 
 def log_iteration(run: Run[Algorithm], state: State) -> State:
-    """Evaluates where it is due, and writes the metrics line of the iteration that `state` stands at."""
+    """Evaluates if that is due, and writes the metrics line of the iteration that `state` stands at. Returns the state."""
     iteration, config = state.iteration, run.config
     values = {**state.metrics, **state.costs.totals()}
     if iteration % config.eval.every == 0 or iteration == config.iterations:
@@ -161,7 +172,7 @@ def log_iteration(run: Run[Algorithm], state: State) -> State:
 
 
 def _samples(rollouts: Sequence[Rollout]) -> list[dict[str, Any]]:
-    """The first response to each query under the plain prompt: not selected."""
+    """Returns the first response to each query under the plain prompt, without any selection, as rows of a table."""
     first = [(rollout, next(r for r in rollout.responses if not r.principled)) for rollout in rollouts]
     return [
         {
@@ -176,7 +187,7 @@ def _samples(rollouts: Sequence[Rollout]) -> list[dict[str, Any]]:
 
 
 def evaluate_within(run: Run[Algorithm], state: State) -> State:
-    """The state with a point more, in the middle of the iteration that it stands before."""
+    """Evaluates in the middle of the iteration that `state` stands before. Returns the state with one more point."""
     started = time.perf_counter()
     found = heldout_metrics(run, evaluate(run, state.iteration, step=state.step), moved=True)
     state = state._replace(costs=state.costs.took("evaluate", time.perf_counter() - started))
@@ -184,7 +195,8 @@ def evaluate_within(run: Run[Algorithm], state: State) -> State:
 
 
 def heldout_metrics(run: Run[Algorithm], rollouts: Sequence[Rollout], *, moved: bool) -> dict[str, float]:
-    """Mean rewards of an evaluation, the KL of all of it, and the entropy of the policy on some.
+    """Computes the metrics of an evaluation: mean rewards, KL over all of it, and the policy's entropy on some of its
+    queries.
 
     Args:
         moved: whether the policy may differ from the reference.
@@ -209,7 +221,7 @@ def heldout_metrics(run: Run[Algorithm], rollouts: Sequence[Rollout], *, moved: 
 
 
 def summary(run: Run[Algorithm], backend: str, state: State) -> dict[str, Any]:
-    """summary.json: what a run did, in a few numbers."""
+    """Returns the contents of summary.json: what a run did, in a few numbers."""
     config, evaluations = run.config, run.session.workdir / "evaluations"
     before, after = before_and_after(run.session.workdir, state.iteration)
     evaluated = sum(
@@ -240,7 +252,11 @@ def summary(run: Run[Algorithm], backend: str, state: State) -> dict[str, Any]:
 
 
 def best_of(run: Run[Algorithm], state: State) -> dict[str, Any]:
-    """Folder of `best/` -> the evaluation that it is of, the 95% interval of the gain since the first one, and its file."""
+    """Describes the best evaluation of each folder of `best/`, by the name of the folder.
+
+    Each has the fields of its `Point`, the 95% interval of the gain since the first evaluation, the gain that lengths alone
+    would give, the file of its responses, and for a mixture the gains of its data sets.
+    """
     found, by, workdir = {}, run.config.eval.best, run.session.workdir
     for name, budget in points.budgets(run.config).items():
         if (top := points.best(points.of(state), by, budget)) is not None:
@@ -256,7 +272,12 @@ def best_of(run: Run[Algorithm], state: State) -> dict[str, Any]:
 
 
 def gains_of_sets(config: Any, workdir: Path, last: int, step: int | None = None) -> dict[str, dict[str, Any]]:
-    """Of every data set of a mixture the mean rewards before and after, and the 95% interval of the gain."""
+    """Computes, for every data set of a mixture, the mean rewards in the first evaluation and in another one, and the 95%
+    interval of the gain.
+
+    Args:
+        last, step: the other evaluation, as `evaluate` takes them.
+    """
     journals = [read(evaluation(workdir, 0).path), read(evaluation(workdir, last, step).path)]
     each = [dict(zip((r.query_id for r in some), mean_rewards(some), strict=True)) for some in journals]
     pairs = [(name, (before, each[1].get(name, math.nan))) for name, before in each[0].items()]
@@ -270,7 +291,10 @@ def gains_of_sets(config: Any, workdir: Path, last: int, step: int | None = None
 
 
 def gain_by_length(workdir: Path, last: int, step: int | None = None) -> float:
-    """What of the gain since the first evaluation the lengths of the responses alone would give."""
+    """Computes how much of the gain since the first evaluation the lengths of the responses alone would give.
+
+    It is in units of the reward (`texts.gain_by_length`). Arguments are as in `gains_of_sets`.
+    """
     plain = [
         [r for rollout in read(journal.path) for r in rollout.responses if not r.principled]
         for journal in (evaluation(workdir, 0), evaluation(workdir, last, step))
@@ -280,9 +304,12 @@ def gain_by_length(workdir: Path, last: int, step: int | None = None) -> float:
 
 
 def before_and_after(workdir: Path, last: int, step: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Mean rewards of the held-out queries that have one in the first evaluation and in another one, in the same order.
+    """Returns the mean rewards in the first evaluation and in another one, of the held-out queries that have one in both.
 
-    A reward that was mended in between may give or refuse other queries than before.
+    A reward that was mended in between may score or refuse other queries than before. Arguments are as in `gains_of_sets`.
+
+    Returns:
+        Two arrays [query], in the same order.
     """
     first, then = read(evaluation(workdir, 0).path), read(evaluation(workdir, last, step).path)
     found = {rollout.query_id: mean for rollout, mean in zip(then, mean_rewards(then), strict=True)}

@@ -1,6 +1,6 @@
 """The loop of algorithms that sample nothing: epochs over fixed examples, with evaluations between steps.
 
-Steps are counted where Algorithm 1's loop counts iterations; every evaluation commits a checkpoint.
+It counts optimiser steps where the loop of Algorithm 1 counts iterations. Every evaluation has a checkpoint.
 """
 
 import contextlib
@@ -22,10 +22,10 @@ JUDGEMENT = "judgement.json"  # the newest evaluation, whole
 
 
 def examples(run: Run[OfflineAlgorithm]) -> tuple[Sequence[Any], Sequence[Any]]:
-    """The train and held-out examples; records that cannot be one are listed in the work directory.
+    """Encodes the train and held-out records as examples. Records that cannot be one are listed in the work directory.
 
     Raises:
-        UserError: there are more of them than config.task.max_bad_share.
+        UserError: if their share is above config.task.max_bad_share.
     """
     train, bad_train = _encoded("train", run.data.train, run)
     heldout, bad_heldout = _encoded("heldout", run.data.heldout, run)
@@ -45,7 +45,7 @@ def _encoded(which: str, queries: Sequence[Query], run: Run[OfflineAlgorithm]) -
 
 
 def train(run: Run[OfflineAlgorithm]) -> State:
-    """Trains, or goes on where the newest checkpoint stands; returns where the run ends."""
+    """Trains from the start, or goes on from the newest checkpoint. Returns the state at the end of the run."""
     config, session, every = run.config, run.session, run.config.offline.eval_every
     trained, heldout = examples(run)
     batches = [
@@ -65,13 +65,13 @@ def train(run: Run[OfflineAlgorithm]) -> State:
 
 
 def begin(run: Run[OfflineAlgorithm]) -> State:
-    """Where the run stands: its newest checkpoint, or a first one."""
+    """Returns the state to go on from: that of the newest checkpoint, or a first one, which is committed."""
     state = resume(run.backend, run.session)
     return state or commit(State(run.backend.environment()), run.backend, run.session)
 
 
 def update(run: Run[OfflineAlgorithm], batches: Iterable[Sequence[Any]], count: int, state: State, total: int) -> State:
-    """So many optimiser steps, up to the next evaluation, of all that the run takes."""
+    """Takes the `count` optimiser steps up to the next evaluation. `total` is the number of steps of the whole run."""
     run.session.progress.phase("update", count)
     collected, sizes, spent, parameters = [], [], state.costs, run.base.parameters
     for number, some in enumerate(batches, state.iteration):
@@ -98,7 +98,10 @@ def log(run: Run[OfflineAlgorithm], state: State, heldout: Sequence[Any]) -> Sta
 
 
 def evaluate(run: Run[OfflineAlgorithm], heldout: Sequence[Any], iteration: int) -> dict[str, Any]:
-    """The algorithm's measures of the held-out examples after so many steps; the newest are kept in the work directory."""
+    """Evaluates the held-out examples by the algorithm's own measures, after `iteration` optimiser steps.
+
+    The newest evaluation is kept in the work directory, and read from there if it is of this step.
+    """
     path = run.session.workdir / JUDGEMENT
     with contextlib.suppress(Damaged):
         if (kept := read_json(path) or {}).pop("iteration", None) == iteration:
@@ -111,7 +114,7 @@ def evaluate(run: Run[OfflineAlgorithm], heldout: Sequence[Any], iteration: int)
 
 
 def summary(run: Run[OfflineAlgorithm], backend: str, state: State) -> dict[str, Any]:
-    """summary.json: what a run did, in a few numbers."""
+    """Returns the contents of summary.json: what a run did, in a few numbers."""
     judged = read_json(run.session.workdir / JUDGEMENT) or {}
     del judged["iteration"]
     return {

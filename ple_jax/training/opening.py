@@ -1,4 +1,4 @@
-"""From a config to a run: what it names is read and checked, cheap things first, and the backend is built."""
+"""Opens a run from its config: reads and checks what the config names, cheap things first, and builds the backend."""
 
 import contextlib
 import itertools
@@ -30,7 +30,7 @@ from ple_jax.training.workdir import begun
 
 
 class Inputs(NamedTuple):
-    """What a config names, read and checked; cheap, and before any weights."""
+    """The inputs that a config names, read and checked. That is cheap, and done before any weights are read."""
 
     config: Any  # with the algorithm's own knobs filled in
     algorithm: Algorithm | OfflineAlgorithm
@@ -42,7 +42,11 @@ class Inputs(NamedTuple):
 
 
 def read_inputs(config: Any, backend: str) -> Inputs:
-    """The algorithm, the records, the principles and the reward of a config, which may use the run's own devices."""
+    """Reads the algorithm, the records, the principles and the rewards of a config; a reward may use the run's own devices.
+
+    Raises:
+        UserError: if one of them cannot be used, or they do not go together.
+    """
     algorithm = algorithms.load(config.algorithm)
     config = algorithms.with_defaults(algorithm, config)
     if config.lora.dropout and algorithm.needs(config).old_logprobs:
@@ -76,12 +80,19 @@ def read_inputs(config: Any, backend: str) -> Inputs:
 
 
 def training_reward(config: Any, backend: str) -> Reward:
-    """The reward of config.reward, which may use the run's own devices."""
+    """Loads the reward of config.reward, which may use the run's own devices."""
     return rewards.load(config.reward.name, config.reward.kwargs.to_dict(), backend=backend, mesh=config.mesh.to_dict())
 
 
 def second_reward(config: Any, backend: str, section: str) -> Reward | None:
-    """The reward that training never sees, of config.eval or config.generate; None where none is named."""
+    """Loads the reward that training never sees, of config.eval or config.generate; returns None if none is named.
+
+    Args:
+        section: "eval" or "generate".
+
+    Raises:
+        UserError: as `rewards.load`, with the keys of that section.
+    """
     options = config[section]
     if options.second_reward is None:
         return None
@@ -94,7 +105,7 @@ def second_reward(config: Any, backend: str, section: str) -> Reward | None:
 
 
 def _check_reach(config: Any, algorithm: Algorithm, reward: Reward) -> None:
-    """Refuses PLE's thresholds that no margin of this reward can exceed, where ranked pairs alone have a loss."""
+    """Raises a UserError if no margin of this reward exceeds PLE's lowest threshold, and only ranked pairs have a loss."""
     blends = config.ple.blend_weight > 0 or config.ple.selection == "percentile"
     if blends or config.algorithm.removeprefix("ple_jax.algorithms.") != "ple" or config.reward.transform == "zscore":
         return
@@ -111,7 +122,7 @@ def _check_reach(config: Any, algorithm: Algorithm, reward: Reward) -> None:
 
 
 def _digests(config: Any, data: Data, rules: principles.Principles | None, reward: Reward) -> dict[str, str]:
-    """What tells these inputs from others of the same names; `rules` is None where nothing is sampled."""
+    """Computes digests that tell these inputs from others of the same names. `rules` is None where nothing is sampled."""
     digests = {"train": digest(data.train), "heldout": digest(data.heldout)}
     if read := record_digest(itertools.chain(data.train, data.heldout)):
         digests["record"] = read
@@ -128,14 +139,15 @@ def _digests(config: Any, data: Data, rules: principles.Principles | None, rewar
 
 
 def check_length(inputs: Inputs, found: Mapping[str, Any], done: int) -> None:
-    """Refuses another length than a run's config.json has where what was done so far would have been another.
+    """Checks that a run may get another length than its config.json has: what was done so far must not depend on it.
 
     Args:
-        found: config.json.
+        inputs: what the config names, which has the new length.
+        found: the contents of config.json.
         done: finished iterations, or steps of an algorithm that samples nothing.
 
     Raises:
-        UserError: the run is longer already, or its thresholds depend on how long it is.
+        UserError: if the run is longer already, or its learning rates or thresholds depend on how long it is.
     """
     config = inputs.config
     if config.optimizer.schedule != "constant":
@@ -163,10 +175,10 @@ def check_length(inputs: Inputs, found: Mapping[str, Any], done: int) -> None:
 
 @contextlib.contextmanager
 def open_run(workdir: Path, backend: str, inputs: Inputs, kept: Mapping[str, Any] | None = None) -> Iterator[Run[Any]]:
-    """Everything a run needs, cheap checks first; from here on the directory belongs to this config.
+    """Yields a run with everything it needs, cheap checks first. From here on the directory belongs to this config.
 
     Args:
-        kept: what config.json is to hold (`workdir.going_on`); of a new directory it need not be given.
+        kept: the contents for config.json (`workdir.going_on`); they need not be given for a new directory.
     """
     config, algorithm = begun(inputs.config, workdir, backend), inputs.algorithm
     with Stop() as stop, Progress(_iterations(inputs)) as progress, contextlib.ExitStack() as stack:
@@ -204,7 +216,7 @@ def open_run(workdir: Path, backend: str, inputs: Inputs, kept: Mapping[str, Any
 
 
 def _served(config: Any, backend: Any, workdir: Path, base: Base, vocab: int, progress: Progress) -> Any:
-    """The backend with a vLLM server that samples for it."""
+    """Wraps the backend so that a vLLM server samples for it."""
     from ple_jax.serving import served  # not above: most runs have none
 
     return served.connect(
@@ -214,13 +226,14 @@ def _served(config: Any, backend: Any, workdir: Path, base: Base, vocab: int, pr
 
 
 def fitted(run: Run[Algorithm], *rewards: Reward) -> Run[Algorithm]:
-    """The run with the queries alone that the model and the rewards take; what is left out is listed in the work directory.
+    """Returns the run with only those queries that the model and the rewards take; lists the others in the work directory.
 
     Args:
-        rewards: that score responses to held-out queries beside the run's own.
+        rewards: rewards, beside the run's own, that score responses to held-out queries.
 
     Raises:
-        UserError: more of them than config.task.max_bad_share, or a prompt with its response is more than the model takes.
+        UserError: if the share of the others is above config.task.max_bad_share, or a prompt with its response is longer
+            than the model takes.
     """
     sources = algorithms.given_sources(run.algorithm.collect(run.config))
     own = (run.reward, *(() if run.second is None else (run.second,)))
@@ -235,7 +248,7 @@ def fitted(run: Run[Algorithm], *rewards: Reward) -> Run[Algorithm]:
 
 
 def _iterations(inputs: Inputs) -> int:
-    """What the display counts: iterations, or the evaluations of an algorithm that samples nothing."""
+    """Returns how many iterations the display counts to; evaluations, for an algorithm that samples nothing."""
     config = inputs.config
     if isinstance(inputs.algorithm, Algorithm):
         return config.iterations

@@ -1,7 +1,7 @@
-"""Evaluations as points, reward against KL: the best under every budget is kept, and a run that has spent them stops.
+"""Evaluations as points, reward against KL. The best one under every KL budget is kept, and a run that has spent them stops.
 
-Every method gains reward by moving away from where it began (arXiv:2210.10760), so a reward alone says half of what an
-evaluation found. KL is KL(policy, start) in nats per response, of all plain held-out responses.
+Every method gains reward by moving away from where it began (arXiv:2210.10760), so a reward alone is half of what an
+evaluation finds. KL is KL(policy, start) in nats per response, over all plain held-out responses.
 """
 
 import math
@@ -27,7 +27,7 @@ _ANY = "any"  # the folder of the best there is, where there is no budget
 
 
 class Point(NamedTuple):
-    """An evaluation: where it was made, and the means of its held-out queries under the plain prompt."""
+    """An evaluation: where in the run it was made, and means over its held-out queries under the plain prompt."""
 
     iteration: int  # finished ones
     step: int  # optimiser steps taken
@@ -61,26 +61,27 @@ _NAMED = {"kl": "kl_response", "kl_low": "kl_response_low", "kl_high": "kl_respo
 
 
 def metric(field: str) -> str:
-    """The metric of an evaluation that a field of its point is."""
+    """Returns the name that a field of a `Point` has as a metric in metrics.jsonl."""
     return f"heldout_{_NAMED.get(field, field)}"
 
 
 class Divergences(NamedTuple):
-    """What the reference says of every plain response, in nats, sums over its tokens."""
+    """KL estimates and reference log-probabilities of all plain responses, in nats, summed over the tokens of a response."""
 
     kl: Float64[np.ndarray, "query k"]
     logprob: Float64[np.ndarray, "query k"]  # under the reference
 
 
 def divergences(run: Run[Any], rollouts: Sequence[Rollout], *, moved: bool = True) -> Divergences:
-    """KL(policy, reference) of every plain response: the sum over its tokens of r - 1 - log r, r = reference / policy, nats.
+    """Estimates KL(policy, reference) of every plain response, in nats.
 
-    What each token's estimate is of is unbiased, given what came before it, and so is the sum (Schulman, "Approximating KL
-    divergence", 2020). The policy's log-probabilities are those that the tokens were drawn with.
+    It is the sum over the tokens of r - 1 - log r with r = reference / policy. Each token's estimate is unbiased, given the
+    tokens before it, and so is the sum (Schulman, "Approximating KL divergence", 2020). The policy's log-probabilities are
+    those that the tokens were drawn with; if a server does not give them they are computed.
 
     Args:
-        rollouts: of the policy as it is now, as many responses each.
-        moved: whether it may differ from the reference; else that is not asked.
+        rollouts: responses of the current policy, the same number for each query.
+        moved: whether the policy may differ from the reference; if not, the reference is not computed.
     """
     config = run.config
     picks = [[i for i, response in enumerate(rollout.responses) if response.own] for rollout in rollouts]
@@ -104,7 +105,7 @@ def divergences(run: Run[Any], rollouts: Sequence[Rollout], *, moved: bool = Tru
 
 
 def described(run: Run[Any], rollouts: Sequence[Rollout], found: Divergences) -> dict[str, float]:
-    """What an evaluation says beside its reward, as metrics.jsonl has it."""
+    """Returns the metrics of an evaluation apart from its reward, by their names in metrics.jsonl."""
     plain = [x._replace(responses=tuple(r for r in x.responses if not r.principled)) for x in rollouts]
     said = [r for rollout in plain for r in rollout.responses]
     tokens = [r.tokens for r in said]
@@ -127,7 +128,11 @@ def described(run: Run[Any], rollouts: Sequence[Rollout], found: Divergences) ->
 
 
 def point(state: State, values: Mapping[str, float], *, within: bool = False) -> Point:
-    """The evaluation that `values` has the metrics of."""
+    """Makes the point of an evaluation from its metrics `values` and from where the run stands.
+
+    Args:
+        within: whether it was made in the middle of the iteration that `state` stands before.
+    """
     same = ("reward", "length", "truncated", "distinct_2", "repetition", "perplexity", "overlap")
     totals = state.costs.totals()
     return Point(
@@ -143,24 +148,24 @@ def point(state: State, values: Mapping[str, float], *, within: bool = False) ->
 
 
 def place(state: State) -> str:
-    """Where the state stands, in a word or two."""
+    """Returns where the state stands, in a word or two: "iteration 3", or "step 40" within an iteration."""
     last = newest_of(state)
     return f"iteration {state.iteration}" if last is None else last.where
 
 
 def newest_of(state: State) -> Point | None:
-    """The evaluation of exactly these weights, if there was one."""
+    """Returns the newest evaluation of exactly the state's weights, or None if there was none."""
     return next((point for point in reversed(of(state)) if point.step == state.step), None)
 
 
 def step_within(state: State) -> int | None:
-    """The optimiser steps taken, where the state's weights are of the middle of an iteration and were evaluated."""
+    """Returns the optimiser steps taken if the state's weights were evaluated within an iteration; otherwise None."""
     last = newest_of(state)
     return state.step if last is not None and last.within else None
 
 
 def of(state: State) -> list[Point]:
-    """The points of a run so far."""
+    """Returns the points of a run so far."""
     return [Point(**kept) for kept in state.points]
 
 
@@ -168,14 +173,21 @@ def of(state: State) -> list[Point]:
 
 
 def budgets(config: Any) -> dict[str, float]:
-    """Folder -> nats per response, ascending: the best is kept under each; one without a limit where no budget is named."""
+    """Returns the KL budgets in nats per response, ascending, by the names of the folders in `best/`.
+
+    The best evaluation is kept under each. Where no budget is named there is one folder without a limit; where
+    config.eval.best is "none" there is no folder.
+    """
     if config.eval.best == "none":
         return {}
     return {f"kl_{budget:g}": float(budget) for budget in sorted(config.eval.max_kl)} or {_ANY: math.inf}
 
 
 def best(points: Sequence[Point], by: str, budget: float) -> Point | None:
-    """The one with the highest `by`, "reward" or "second", of those within the budget; of equal ones the first."""
+    """Returns the point with the highest `by`, "reward" or "second", among those within the budget.
+
+    It is the first one of equal points, and None if no point is within the budget.
+    """
     fit = [p for p in points if p.kl <= budget and not math.isnan(_value(p, by))]
     return max(fit, key=lambda p: _value(p, by), default=None)
 
@@ -186,7 +198,7 @@ def _value(point: Point, by: str) -> float:
 
 
 def noted(run: Run[Any], state: State, new: Point) -> State:
-    """The state with another point; its checkpoint is kept where it is the best now."""
+    """Returns the state with another point. Its checkpoint is kept under every budget for which it is the best now."""
     state = state._replace(points=(*state.points, new._asdict()))
     points = of(state)
     for name, budget in budgets(run.config).items():
@@ -197,7 +209,9 @@ def noted(run: Run[Any], state: State, new: Point) -> State:
 
 
 def forget_later(session: Session, state: State | None) -> None:
-    """Removes what was best in steps that are not taken yet, by a process that was killed before it committed them."""
+    """Removes the best checkpoints of steps after the state. A process that was killed before it committed those steps left
+    them.
+    """
     folder = session.workdir / BEST
     if state is None:
         shutil.rmtree(folder, ignore_errors=True)
@@ -209,10 +223,12 @@ def forget_later(session: Session, state: State | None) -> None:
 
 
 def taken(run: Run[Any]) -> State:
-    """Where the checkpoint stands that config.checkpoint.use asks for, which the backend takes up.
+    """Loads the checkpoint that config.checkpoint.use asks for into the backend, and returns its state.
+
+    "best" is the best evaluation under the largest budget, or the newest checkpoint where none is kept.
 
     Raises:
-        UserError: there is none.
+        UserError: if there is no such checkpoint.
     """
     use, workdir = run.config.checkpoint.use, run.session.workdir
     kept = list(budgets(run.config))
@@ -233,7 +249,7 @@ def taken(run: Run[Any]) -> State:
 
 
 def told(config: Any, state: State) -> str:
-    """Which checkpoint `taken` has found."""
+    """Returns words that tell a user which checkpoint `taken` has found."""
     if config.checkpoint.use == "newest" or (last := newest_of(state)) is None:
         return f"iteration {state.iteration}"
     return f"{last.where}, the best evaluated: reward {last.reward:.3f}, {last.kl:.3g} nats a response from the start"
@@ -243,12 +259,15 @@ def told(config: Any, state: State) -> str:
 
 
 def ended(config: Any, state: State) -> bool:
-    """Whether there is nothing left to train."""
+    """Says whether there is nothing left to train."""
     return state.iteration >= config.iterations or bool(stopped(config, state))
 
 
 def stopped(config: Any, state: State) -> str:
-    """Why training ends before config.iterations; nothing where it does not."""
+    """Says why training ends before config.iterations; returns an empty text if it goes on.
+
+    It ends when the KL budgets are spent, or when no evaluation was better for config.eval.patience evaluations.
+    """
     points = of(state)
     if not points or state.iteration >= config.iterations:
         return ""

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a live display on a terminal, plain lines anywhere else."""
+"""The progress display of a run: live on a terminal, plain lines anywhere else."""
 
 import math
 import time
@@ -25,16 +25,16 @@ _SHOWN = {
 
 
 class Progress:
-    """Progress of a run, as a context manager.
+    """The progress display of a run, as a context manager.
 
-    A terminal gets a live display (iteration, phase, tokens/s, rewards, ETA) under the lines of the finished
-    iterations. Anything else gets plain lines, flushed at once and free of control characters: one for every phase
-    that ended and one for every iteration.
+    A terminal gets a live display (iteration, phase, tokens/s, rewards, ETA) under the lines of the finished iterations.
+    Anything else gets plain lines, flushed at once and free of control characters: one for every phase that ended and one
+    for every iteration.
 
     Args:
-        total_iterations: I; iterations count from 1, as in metrics.jsonl.
+        total_iterations: I, the number of iterations; they count from 1, as in metrics.jsonl.
         console: where to draw; standard output by default. Pass `Console(file=stream)` for another stream.
-        clock: monotonic seconds.
+        clock: a function that returns monotonic seconds.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Progress:
         self._live.stop()
 
     def iteration(self, i: int) -> None:
-        """Begins iteration `i`, from 1; 0 is the work before training (warm-up, first evaluation)."""
+        """Begins iteration `i`, counted from 1; 0 is the work before training (warm-up, first evaluation)."""
         self._end_phase()
         now = self._clock()
         if self._iteration:  # the latest iteration predicts the next best: the first one compiles
@@ -76,11 +76,11 @@ class Progress:
         self._finished = max(i - 1, 0)
 
     def phase(self, name: str, total: int = 0) -> None:
-        """Begins a phase, which ends the one before it: "generate plain", "score", "update", "evaluate", "compile" ...
+        """Begins a phase, such as "generate plain", "score", "update", "evaluate" or "compile", and ends the one before it.
 
         Args:
             name: what is being done.
-            total: how many units `advance` will count; 0 where that is unknown.
+            total: how many units `advance` will count; 0 if that is unknown.
         """
         self._end_phase()
         self._phase, self._total, self._done, self._tokens = name, total, 0, 0
@@ -92,7 +92,7 @@ class Progress:
         self._tokens += tokens
 
     def metrics(self, metrics: Mapping[str, float | None]) -> None:
-        """Shows the numbers of the iteration, once it is over. Whatever is missing, None or NaN is left out."""
+        """Shows the metrics of the iteration once it is over. Values that are missing, None or not finite are left out."""
         self._end_phase()
         self._finished = self._iteration
         finite = {key: value for key, value in metrics.items() if value is not None and math.isfinite(value)}
@@ -127,7 +127,7 @@ class Progress:
         return _duration(current + self._last_duration * (self._total_iterations - self._iteration))
 
     def _render(self) -> RenderableType:
-        """The live display; rich calls it four times a second from its own thread."""
+        """Draws the live display. rich calls it four times a second from its own thread."""
         bars = Table.grid(padding=(0, 2))
         elapsed = _duration(self._clock() - self._run_start)
         bars.add_row(

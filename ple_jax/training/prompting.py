@@ -1,4 +1,4 @@
-"""From records to tokens: prompts and given answers, rendered, cut to what the model takes, and what prompts share."""
+"""Turns records into tokens: renders prompts and given answers, cuts them to their limits, and finds what prompts share."""
 
 import heapq
 import itertools
@@ -22,14 +22,14 @@ _LOOKED_AT = 64  # queries whose principled prompts tell what all of them share,
 
 
 class Rendered(NamedTuple):
-    """A prompt as the backend gets it, and as text."""
+    """A rendered prompt: its tokens, as the backend gets them, and its text."""
 
     whole: tuple[int, ...]
     text: str
 
 
 class Answer(NamedTuple):
-    """An answer of a record, no longer than config.task.max_answer_tokens."""
+    """An answer from a record, cut to config.task.max_answer_tokens if it is longer."""
 
     tokens: tuple[int, ...]
     whole: bool  # False: it was longer, and is cut; it has no EOS then
@@ -37,7 +37,10 @@ class Answer(NamedTuple):
 
 
 class Prompts(NamedTuple):
-    """How records become tokens: config.task's chat, thinking, date and limits, config.principles_per_query, config.seed."""
+    """The rendering of records as tokens.
+
+    It depends on config.task's chat, thinking, date and limits, on config.principles_per_query and on config.seed.
+    """
 
     config: Any
     tokenizer: Tokenizer
@@ -47,10 +50,10 @@ class Prompts(NamedTuple):
     prefix: tuple[int, ...] = ()  # what the principled prompts share: computed once a call of generate, not for every prompt
 
     def of(self, query: Query, principled: bool) -> tuple[str, list[int]]:
-        """The prompt of a query as text and tokens.
+        """Renders the prompt of a query as text and tokens; with the query's principles if it is `principled`.
 
         Raises:
-            Unusable: the chat template does not take it.
+            Unusable: if the chat template does not take it.
         """
         config, text = self.config, None
         if principled:
@@ -64,10 +67,11 @@ class Prompts(NamedTuple):
         return {"chat": task.chat, "thinking": task.thinking, "date": task.date or prompts.DATE}
 
     def given(self, query: Query, source: str, *, limit: int | None = None) -> Answer:
-        """The answer that a record has: its `completion`, or the `rejected` one.
+        """Returns the answer that a record has: its `completion`, or the `rejected` one.
 
         Args:
-            limit: most tokens; config.task.max_answer_tokens, if it is not given.
+            source: "completion" or "rejected".
+            limit: most tokens of it; config.task.max_answer_tokens by default.
 
         Raises:
             Unusable: as `prompts.given`.
@@ -80,17 +84,17 @@ class Prompts(NamedTuple):
         return Answer(tokens[:limit], False, self.tokenizer.decode(tokens[:limit], skip_special_tokens=True))
 
     def render(self, query: Query, principled: bool) -> Rendered:
-        """The same for a backend."""
+        """Renders the prompt of a query, as `of` does, for a backend."""
         text, ids = self.of(query, principled)
         return Rendered(tuple(ids), text)
 
     def sharing(self, queries: Sequence[Query]) -> "Prompts":
-        """These prompts, with what the principled ones of some queries share as their prefix."""
+        """Returns these prompts with a `prefix`: the tokens that the principled prompts of some queries all begin with."""
         some = [self.of(query, True)[1] for query in queries[:_LOOKED_AT]]
         return self._replace(prefix=tuple(prompts.common_prefix(some)) if len(some) > 1 else ())
 
     def after_principles(self, batch: Batch, queries: Sequence[Query]) -> Batch:
-        """The same responses after the principled prompts of their queries."""
+        """Returns the batch with its queries' principled prompts in place of the plain ones, and the same responses."""
         tokens, mask = left_padded([self.of(query, True)[1] for query in queries], self.config.sampling.bucket)
         return batch._replace(prompt=tokens, prompt_mask=mask)
 
@@ -104,17 +108,18 @@ def fitted(
     rewards: Sequence[Reward] = (),
     heldout_rewards: Sequence[Reward] = (),
 ) -> Data:
-    """The data without what the model, its chat template or a reward cannot take; says how many answers are cut.
+    """Returns the data without the queries that cannot be used, and logs how many answers are cut.
 
-    A plain prompt that is too long goes; of format=tldr it is cut between paragraphs instead.
+    A query is left out if the model, its chat template or a reward cannot take it. A plain prompt that is too long is left
+    out as well; with format=tldr it is cut between paragraphs instead.
 
     Args:
         sources: which of a train record's own answers are trained on: "completion", "rejected".
-        rewards: what scores responses.
-        heldout_rewards: what scores responses to held-out queries alone.
+        rewards: the rewards that score responses.
+        heldout_rewards: rewards that score only responses to held-out queries.
 
     Raises:
-        UserError: there is more of it than config.task.max_bad_share.
+        UserError: if the share of queries left out is above config.task.max_bad_share.
     """
     found: dict[str, QuerySet] = {}
     for which, queries in (("train", data.train), ("heldout", data.heldout)):
@@ -137,11 +142,18 @@ def usable(
     rewards: Sequence[Reward] = (),
     principled: bool = True,
 ) -> tuple[QuerySet, list[str]]:
-    """Queries of which all that is asked can be made, and the others; and lines on answers that are long; as `fitted`.
+    """Separates the queries for which everything that is asked for can be made from the others.
 
     Args:
-        source: where they are from, in words.
+        source: where the queries come from, in words.
+        sources, rewards: as in `fitted`.
         principled: whether there are principled prompts of them.
+
+    Returns:
+        Those queries and the others, and lines to log about long answers.
+
+    Raises:
+        UserError: as `fitted`.
     """
     task, known = rendering.config.task, dict[Any, str]()
     sizes: list[tuple[int, bool]] = []  # tokens of an answer, and whether it is whole: not the tokens, of all the data
@@ -163,7 +175,7 @@ def usable(
 
 
 def _said_of(sizes: Sequence[tuple[int, bool]], source: str, limit: int, new: int) -> list[str]:
-    """What to say of answers that are longer than task.max_answer_tokens, or than what is sampled."""
+    """Returns lines to log about answers that are longer than task.max_answer_tokens, or longer than what is sampled."""
     cut = sum(not whole for _, whole in sizes)
     longer = sum(whole and tokens > new for tokens, whole in sizes)
     of = f"of {len(sizes)} answers of {source} are"
@@ -178,7 +190,7 @@ def _said_of(sizes: Sequence[tuple[int, bool]], source: str, limit: int, new: in
 
 
 def _check_answers(query: Query, answers: Sequence[Answer], rendering: Prompts) -> None:
-    """Raises Unusable if a pair is none, or prompt and answer are more than the model takes."""
+    """Raises Unusable if the two answers of a pair are the same, or prompt and answer are longer than the model takes."""
     if len({answer.tokens for answer in answers}) < len(answers):
         cut = "" if answers[0].whole else f" up to task.max_answer_tokens={len(answers[0].tokens)}, where they are cut"
         raise Unusable("pair", f"has two answers that are the same in tokens{cut}; remove the line")
@@ -190,10 +202,10 @@ def _check_answers(query: Query, answers: Sequence[Answer], rendering: Prompts) 
 
 
 def _short(query: Query, rendering: Prompts) -> Query:
-    """The query, if its plain prompt is short enough; of format=tldr as much of it as is.
+    """Returns the query if its plain prompt is short enough; with format=tldr it is shortened to the limit.
 
     Raises:
-        Unusable: it is too long, or nothing.
+        Unusable: if the prompt is too long, or has no tokens.
     """
 
     def length(query: Query) -> int:
@@ -217,7 +229,8 @@ def _short(query: Query, rendering: Prompts) -> Query:
 def _check_principled(query: Query, rendering: Prompts, known: dict[Any, str]) -> None:
     """Raises Unusable if the chat template does not take the query's turns with principles.
 
-    Whether it does depends on whose turns they are, so one query of a kind is rendered; `known` has what was found.
+    Whether it does depends on the roles of the turns, so only one query with each sequence of roles is rendered. `known`
+    keeps what was found.
     """
     kind = tuple(turn["role"] for turn in query.prompt.messages) if isinstance(query.prompt, Conversation) else ("user",)
     if kind not in known:
@@ -231,14 +244,14 @@ def _check_principled(query: Query, rendering: Prompts, known: dict[Any, str]) -
 
 
 def refusal(reward: Reward, query: Query) -> str:
-    """Why a reward, or a part of it, cannot score answers to a query; nothing where it can."""
+    """Says why a reward, or a part of it, cannot score answers to a query. Returns an empty text if it can."""
     if said := next(filter(None, (refusal(part, query) for part in reward.parts.values())), ""):
         return said
     return reward.refuses(query.prompt, **{name: query.record[name] for name in reward.reads}) if reward.refuses else ""
 
 
 def notes(config: Any, tokenizer: Tokenizer, eos: Sequence[int]) -> list[str]:
-    """What a user should know of how responses end and prompts are written: a line each."""
+    """Returns what a user should know about how responses end and how prompts are written, one line each."""
     said = []
     if not eos:
         said.append(
@@ -257,7 +270,7 @@ def notes(config: Any, tokenizer: Tokenizer, eos: Sequence[int]) -> list[str]:
 
 
 def longest(data: Data, rendering: Prompts) -> int:
-    """Tokens of the longest principled prompt."""
+    """Returns the number of tokens of the longest principled prompt, sought among the queries with the longest texts."""
     # principles add about as many tokens to every prompt: the longest of the principled is among the longest of the plain
     every = itertools.chain(data.train, data.heldout)
     some = heapq.nlargest(_LOOKED_AT, every, key=lambda query: len(query.prompt))
@@ -265,7 +278,13 @@ def longest(data: Data, rendering: Prompts) -> int:
 
 
 def check_context(tokens: int, queries: int, *, model: str, context: int) -> None:
-    """Raises a UserError if the longest prompt and response together are more than the model was trained to see."""
+    """Raises a UserError if the longest prompt and its response together are longer than the model was trained to see.
+
+    Args:
+        tokens: number of tokens of that prompt and its response.
+        queries: number of prompts, for the message.
+        context: most tokens that the model takes.
+    """
     if tokens > context:
         raise UserError(
             f"the longest of {queries} prompts and its response are {tokens} tokens, and {model} takes"

@@ -1,4 +1,4 @@
-"""What a run is made of: a few small tuples, made once when it is opened. A stage takes those that it reads."""
+"""The parts of a run: a few small tuples, made once when the run is opened. Each stage takes those that it reads."""
 
 import time
 from pathlib import Path
@@ -16,7 +16,7 @@ A = TypeVar("A")  # Algorithm or OfflineAlgorithm
 
 
 class Base(NamedTuple):
-    """What is known of the frozen model, whatever computes it."""
+    """The facts about the frozen base model that do not depend on the backend."""
 
     name: str
     tokenizer: Tokenizer
@@ -27,20 +27,20 @@ class Base(NamedTuple):
 
 
 class Clock:
-    """Wall time in laps, so that a resumed run adds up what every process spent until its last commit."""
+    """A clock that measures wall time in laps: a resumed run adds up what every process spent until its last commit."""
 
     def __init__(self) -> None:
         self._last = _START
 
     def lap(self) -> float:
-        """Seconds since the last lap; the first one counts from the start of the process."""
+        """Returns the seconds since the last lap. The first lap counts from the start of the process."""
         now = time.monotonic()
         elapsed, self._last = max(now - self._last, 0.0), now
         return elapsed
 
 
 class Session(NamedTuple):
-    """This process at work on a directory: where it writes, what it shows, and when it is to stop."""
+    """The work of this process on a directory: where it writes, what it shows, and when it is to stop."""
 
     workdir: Path
     sinks: list[Sink]
@@ -53,7 +53,7 @@ class Session(NamedTuple):
 
 
 class Run(NamedTuple, Generic[A]):
-    """Everything that `modes` open and loops pass on."""
+    """An open run: everything that `modes` open and that the training loops pass on."""
 
     config: Any
     base: Base

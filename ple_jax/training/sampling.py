@@ -1,4 +1,4 @@
-"""From queries to responses: sampled, each kept as soon as it has ended, or taken from the records."""
+"""Turns queries into responses, which are sampled, and each kept as soon as it has ended, or taken from the records."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -25,11 +25,12 @@ def sample(
     stream: int,
     score: ahead.Ask = ahead.nobody,
 ) -> list[Rollout]:
-    """One response for every query and slot. Those that the journal already holds are not sampled again.
+    """Returns a rollout for every query, with one response for each slot; what the journal already holds is not sampled
+    again.
 
     Args:
-        stream: of the noise: the iteration, or one of those of `core.noise` that are none.
-        score: told of what has ended, as soon as it is in the journal.
+        stream: the stream of the noise: the iteration, or one of the streams of `core.noise` that are no iteration's.
+        score: a function that is given responses that have ended, as soon as they are in the journal.
     """
     k, rows = len(slots), [(query, slot) for query in queries for slot in slots]
     responses = {i: given(*row, run.prompts) for i, row in enumerate(rows) if row[1].source != "policy"}
@@ -50,7 +51,7 @@ def sample(
 
 
 def _drawn(run: Run[Any], rows: Sequence[Row], journal: Journal, stream: int, score: ahead.Ask) -> list[Response]:
-    """What the policy answers, in the order of the rows."""
+    """Samples the policy's responses and returns them in the order of the rows."""
     config, progress = run.config, run.session.progress
     rendered = [run.prompts.render(query, slot.principled) for query, slot in rows]
     # a reward that was mended may refuse other prompts: then numbers are of others, and what is there answers none of them
@@ -94,12 +95,12 @@ def _text(run: Run[Any], response: Response, prompt: str) -> str:
 
 
 def sampling_of(config: Any, eos: tuple[int, ...]) -> Sampling:
-    """config.sampling as a backend takes it."""
+    """Returns config.sampling in the form that a backend takes."""
     return Sampling(eos=eos, **{key: config.sampling[key] for key in Sampling._fields if key != "eos"})
 
 
 def given(query: Query, slot: Slot, rendering: Prompts, *, limit: int | None = None) -> Response:
-    """A response that the record has: its completion or the rejected one, as `Prompts.given`."""
+    """Returns a response that the record has, its completion or the rejected one, as `Prompts.given` does."""
     answer = rendering.given(query, slot.source, limit=limit)
     return _for_slot(Response(answer.tokens, answer.whole), slot, answer.text)
 

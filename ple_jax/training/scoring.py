@@ -1,4 +1,4 @@
-"""Rewards of responses, and what is left out where there is none."""
+"""Scores responses, and leaves out rollouts without a finite reward."""
 
 import math
 from collections.abc import Sequence
@@ -17,14 +17,18 @@ from ple_jax.training.run import Session
 def sorted_out(
     rollouts: Sequence[Rollout], name: str, config: Any, reward: Reward, session: Session
 ) -> tuple[list[Rollout], list[Rollout]]:
-    """All rollouts with their rewards, and those of them that can be used, with their scores too; see `quarantine`."""
+    """Scores rollouts, and leaves out those that cannot be used (`quarantine`).
+
+    Returns:
+        All rollouts with their rewards, and those of them that can be used, with their scores too.
+    """
     scored = score(rollouts, reward, session)
     kept = quarantine(scored, name, reward, session, limit=config.reward.max_bad_share)
     return scored, transformed(kept, config.reward)
 
 
 def score(rollouts: Sequence[Rollout], reward: Reward, session: Session) -> list[Rollout]:
-    """Fills rewards, on the plain query, whatever the prompt was; nan where the reward gave nothing finite."""
+    """Fills in the rewards, which are told the plain query whatever the prompt was; nan where a reward is not finite."""
     session.progress.phase("score", 1)
     scored = filled(rollouts, reward, session.cache)
     session.progress.advance(1)
@@ -32,7 +36,7 @@ def score(rollouts: Sequence[Rollout], reward: Reward, session: Session) -> list
 
 
 def filled(rollouts: Sequence[Rollout], reward: Reward, cache: Cache | None) -> list[Rollout]:
-    """The rollouts with what a reward gives their responses, and its parts; nan where that is not finite."""
+    """Returns the rollouts with their responses' rewards and the parts of these; a reward that is not finite becomes nan."""
     found = given(rollouts, reward, cache)
     values, at = np.where(np.isfinite(found.values), found.values, np.nan), iter(range(len(found.values)))
 
@@ -45,26 +49,30 @@ def filled(rollouts: Sequence[Rollout], reward: Reward, cache: Cache | None) -> 
 
 
 def values(rollouts: Sequence[Rollout], reward: Reward, session: Session) -> list[np.ndarray]:
-    """What a reward that nothing is trained on gives every response of every rollout; whatever is not finite as it is."""
+    """Computes a reward that nothing is trained on, for every response of every rollout.
+
+    Returns:
+        An array [response] for every rollout; values that are not finite stay as they are.
+    """
     found = given(rollouts, reward, session.cache).values
     return np.split(found, np.cumsum([len(rollout.responses) for rollout in rollouts])[:-1])
 
 
 def given(rollouts: Sequence[Rollout], reward: Reward, cache: Cache | None) -> rewards.Scored:
-    """What a reward gives every response of every rollout, one after the other."""
+    """Computes a reward for every response of every rollout, one after the other; takes what it can from the cache."""
     asked = [(rollout, response.text) for rollout in rollouts for response in rollout.responses]
     prompts, records = [rollout.prompt for rollout, _ in asked], [rollout.record for rollout, _ in asked]
     return rewards.score(reward, prompts, [text for _, text in asked], records=records, cache=cache)
 
 
 def quarantine(rollouts: Sequence[Rollout], name: str, reward: Reward, session: Session, *, limit: float) -> list[Rollout]:
-    """The rollouts all of whose rewards are finite; the others go to quarantine/`name`.jsonl with their texts.
+    """Returns the rollouts whose rewards are all finite. The others go to quarantine/`name`.jsonl with their texts.
 
     Args:
         limit: the largest share of the others, config.reward.max_bad_share.
 
     Raises:
-        UserError: there are more of them.
+        UserError: if there are more of them, or no rollout is left.
     """
     good = [rollout for rollout in rollouts if not any(math.isnan(r.reward) for r in rollout.responses)]
     bad = [rollout for rollout in rollouts if any(math.isnan(r.reward) for r in rollout.responses)]
@@ -91,7 +99,7 @@ def quarantine(rollouts: Sequence[Rollout], name: str, reward: Reward, session: 
 
 
 def transformed(rollouts: Sequence[Rollout], options: Any) -> list[Rollout]:
-    """Fills the scores: the rewards less their penalties, transformed with statistics of all of them.
+    """Fills in the scores: the rewards less their length penalties, transformed with statistics of all of them.
 
     Args:
         options: config.reward.
@@ -104,7 +112,7 @@ def transformed(rollouts: Sequence[Rollout], options: Any) -> list[Rollout]:
 
 
 def net_rewards(rollouts: Sequence[Rollout], penalty: float) -> np.ndarray:
-    """Every response's reward, in order, less a penalty for every token.
+    """Computes the reward of every response less a penalty for each of its tokens: [response], in order.
 
     A reward that grows with length is optimised by length first (Singhal et al., arXiv:2310.03716).
     """

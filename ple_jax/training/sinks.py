@@ -1,7 +1,8 @@
-"""Where metrics go. A sink is a plain callable `(metrics, step) -> None`; any function of your own is one too.
+"""Sinks, which metrics go to. A sink is a plain callable `(metrics, step) -> None`; any function of your own is one too.
 
-A tracker's sink has a method `samples` besides, which shows texts of an evaluation. Its own variables (WANDB_PROJECT,
-MLFLOW_EXPERIMENT_NAME, TRACKIO_PROJECT ...) stand above what it is given here.
+The sink of an experiment tracker also has a method `samples`, which shows texts of an evaluation. A tracker's own
+environment variables (WANDB_PROJECT, MLFLOW_EXPERIMENT_NAME, TRACKIO_PROJECT ...) take precedence over what it is given
+here.
 """
 
 import hashlib
@@ -26,7 +27,7 @@ def make(names: Sequence[str], workdir: Path, config: dict[str, Any]) -> list[Si
     """Opens the named sinks.
 
     Args:
-        names: of "jsonl", "tensorboard", "wandb", "mlflow", "trackio".
+        names: some of "jsonl", "tensorboard", "wandb", "mlflow", "trackio".
         workdir: the run's work directory; the local sinks write into it.
         config: the resolved config, nested; the experiment trackers record it.
 
@@ -34,7 +35,7 @@ def make(names: Sequence[str], workdir: Path, config: dict[str, Any]) -> list[Si
         One sink per name, in order. Sinks flush on every call: a killed run loses no finished iteration.
 
     Raises:
-        UserError: an unknown name, or a tracker whose package is not installed.
+        UserError: if a name is unknown, or the package of a tracker is not installed.
     """
     check(names)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -42,7 +43,7 @@ def make(names: Sequence[str], workdir: Path, config: dict[str, Any]) -> list[Si
 
 
 def check(names: Sequence[str]) -> None:
-    """Raises a UserError for an unknown name, or a package that is not there; opens nothing."""
+    """Raises a UserError for an unknown name, or a package that is not installed. It opens nothing."""
     for name in names:
         if name not in _SINKS:
             raise UserError(f"unknown sink {name!r}: choose from {', '.join(_SINKS)}")
@@ -51,7 +52,7 @@ def check(names: Sequence[str]) -> None:
 
 
 def line(metrics: Mapping[str, float], step: int) -> dict[str, Any]:
-    """The line of metrics.jsonl for these metrics."""
+    """Returns the line of metrics.jsonl for these metrics; values that are not finite become None."""
     finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}  # JSON has no NaN
     # a numpy scalar becomes the Python number that it holds
     return json.loads(json.dumps({"iteration": step, **finite}, default=lambda scalar: scalar.item()))
@@ -61,7 +62,7 @@ _PROJECT, _TABLE = "ple_jax", "heldout_samples"  # what it is called there
 
 
 class Tracker:
-    """The sink of an experiment tracker, which takes tables too."""
+    """The sink of an experiment tracker, which can show tables too."""
 
     def __init__(self, log: Sink, table: Callable[[list[Mapping[str, Any]], int], None]):
         self._log, self._table = log, table
@@ -75,7 +76,7 @@ class Tracker:
 
 
 def show_samples(sinks: Sequence[Sink], rows: Sequence[Mapping[str, Any]], step: int) -> None:
-    """Gives texts to the sinks that show some."""
+    """Gives texts of an evaluation to the sinks that can show them."""
     for sink in sinks:
         if rows and (samples := getattr(sink, "samples", None)) is not None:
             samples(rows, step)
@@ -169,7 +170,10 @@ def _trackio(workdir: Path, config: dict[str, Any]) -> Sink:
 
 
 def _digest(workdir: Path) -> str:
-    """Tells apart work directories of one name, and finds the tracker's run again after a resume."""
+    """Returns a digest of the work directory's path.
+
+    It tells work directories of the same name apart, and finds the tracker's run again after a resume.
+    """
     return hashlib.sha256(str(workdir.resolve()).encode()).hexdigest()[:8]
 
 

@@ -1,4 +1,4 @@
-"""Where a run stands: a small frozen tuple, threaded through the loop, and its commits to disk."""
+"""The state of a run: a small immutable tuple that is passed through the loop, and its commits to disk."""
 
 import resource
 import sys
@@ -17,7 +17,7 @@ CHECKPOINTS, WARM_UP, BEST = "checkpoints", "warm_up", "best"  # folders of a wo
 
 
 class State(NamedTuple):
-    """Where a run stands, beside the weights; it is kept with them, in every checkpoint."""
+    """The progress of a run, apart from the weights. It is kept with them, in every checkpoint."""
 
     environment: Mapping[str, Any] = {}  # versions, devices and flags, of the process that began the run
     iteration: int = 0  # finished ones; of an algorithm that samples nothing, optimiser steps
@@ -35,7 +35,7 @@ class State(NamedTuple):
 
 
 def newest(backend: Backend, checkpoints: Path) -> State | None:
-    """The state of the newest checkpoint, which the backend takes up; None if there is none."""
+    """Loads the newest checkpoint into the backend and returns its state; None if there is none."""
     meta = backend.restore(checkpoints)
     if meta is None:
         return None
@@ -47,7 +47,10 @@ def newest(backend: Backend, checkpoints: Path) -> State | None:
 
 
 def resume(backend: Backend, session: Session) -> State | None:
-    """Where a run stands that was begun before, its newest checkpoint; metrics.jsonl is made to stand there too."""
+    """Loads the newest checkpoint of a run that was begun before, and cuts metrics.jsonl back to where it stands.
+
+    Returns None if there is no checkpoint. Logs a warning if the environment has changed.
+    """
     state = newest(backend, session.workdir / CHECKPOINTS)
     log = session.workdir / "metrics.jsonl"
     if state is None:
@@ -61,9 +64,10 @@ def resume(backend: Backend, session: Session) -> State | None:
 
 
 def before(state: State, log: Path) -> tuple[Mapping[str, Any], ...]:
-    """The lines of metrics.jsonl up to the iteration that `state` stands at, whose own is written when it is evaluated.
+    """Returns the lines of metrics.jsonl before the iteration that `state` stands at.
 
-    The checkpoint has them; one of an earlier version has not, and what the file says stands.
+    That iteration's own line is written when it is evaluated. The checkpoint has the lines; one of an earlier version does
+    not, and then they are read from the file.
     """
     if state.lines or not log.exists():
         return state.lines
@@ -71,17 +75,17 @@ def before(state: State, log: Path) -> tuple[Mapping[str, Any], ...]:
 
 
 def commit(state: State, backend: Backend, session: Session) -> State:
-    """The commit point: from here on this state is where the run stands."""
+    """Commits the state with the weights: from here on this is where the run stands. Returns the state as it was saved."""
     return _save(state, backend, session, CHECKPOINTS, state.iteration, keep=session.keep)
 
 
 def commit_warm_up(state: State, backend: Backend, session: Session) -> State:
-    """The commit point of an unfinished warm-up, which has a folder of its own until iteration 0 is committed."""
+    """Commits an unfinished warm-up, in a folder of its own, which is needed until iteration 0 is committed."""
     return _save(state, backend, session, WARM_UP, state.warm_up, keep=1)
 
 
 def commit_best(state: State, backend: Backend, session: Session, name: str) -> State:
-    """Keeps the weights as they are beside the run's newest: the best under a budget, which has a folder of its own."""
+    """Commits the current weights as the best under a budget, in the folder `name` of `best/`, beside the run's newest."""
     return _save(state, backend, session, f"{BEST}/{name}", state.step, keep=1)
 
 
@@ -96,7 +100,7 @@ def _save(state: State, backend: Backend, session: Session, folder: str, number:
 
 
 def logged(state: State, values: dict[str, float], session: Session) -> State:
-    """Writes the metrics of the iteration that `state` stands at; the state with their line, which checkpoints keep."""
+    """Writes the metrics of the iteration that `state` stands at. Returns the state with their line, for checkpoints."""
     for sink in session.sinks:
         sink(values, state.iteration)
     session.progress.metrics(values)
@@ -104,7 +108,7 @@ def logged(state: State, values: dict[str, float], session: Session) -> State:
 
 
 def spent(state: State, session: Session) -> dict[str, float]:
-    """Seconds and bytes of a run that ends here, for summary.json."""
+    """Returns the wall time in seconds and the peak memory in bytes of a run that ends here, for summary.json."""
     return {
         "wall_seconds": state.wall_seconds + session.clock.lap(),
         "peak_memory_bytes": max(state.peak_memory_bytes, peak_memory()),
@@ -112,13 +116,13 @@ def spent(state: State, session: Session) -> dict[str, float]:
 
 
 def peak_memory() -> int:
-    """Largest resident size of this process so far, in bytes."""
+    """Returns the largest resident size of this process so far, in bytes."""
     size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return size if sys.platform == "darwin" else size * 1024
 
 
 def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """A warning where a run goes on in another environment; nothing in the same one."""
+    """Returns a warning if a run goes on in another environment than it began in; otherwise an empty text."""
     keys = [k for k in {**old, **new} if old.get(k) != new.get(k)]
     changes = ", ".join(f"{k} {old.get(k)!r} -> {new.get(k)!r}" for k in keys)
     return f"warning: the run began in another environment ({changes}); results need not be bit-identical" if keys else ""

@@ -1,4 +1,4 @@
-"""Optimiser steps: what a loss compares with, the steps of an iteration, and what is diagnosed beside them."""
+"""The optimiser steps of an iteration, the log-probabilities that its loss compares with, and diagnostics of the policy."""
 
 import math
 import time
@@ -18,7 +18,7 @@ from ple_jax.training.state import State
 
 
 class Whole(NamedTuple):
-    """An optimiser batch with what its loss compares with."""
+    """An optimiser batch together with what its loss compares with, such as reference log-probabilities."""
 
     batch: Batch
     tokens: int  # of the forward passes for that, each counted with its own prompts
@@ -31,10 +31,16 @@ Pause = Callable[[int, int, int], float]  # (steps taken, of how many, tokens of
 def update(
     run: Run[Algorithm], rollouts: Sequence[Rollout], context: Context, state: State, pause: Pause = lambda *_: 0.0
 ) -> tuple[State, dict[str, float]]:
-    """Algorithm 1, line 6: the iteration's optimiser steps; its metrics, with diagnostics from before and after them.
+    """Performs line 6 of Algorithm 1: the optimiser steps of an iteration.
 
     Args:
-        pause: called between two steps.
+        pause: a function that is called between two steps and returns the seconds that it took.
+
+    Returns:
+        The state after the steps, and the iteration's metrics, with diagnostics from before and after the steps.
+
+    Raises:
+        UserError: if the policy, the loss or a gradient is not finite.
     """
     some = rollouts[: run.config.eval.diagnostic_queries]
     # the policy that sampled these responses is the one before the update
@@ -58,13 +64,13 @@ def update(
 
 
 def prepare(run: Run[Algorithm], rollouts: Sequence[Rollout], context: Context, few: Whole) -> list[Whole]:
-    """The optimiser batches of an iteration, whole before the first step.
+    """Makes all optimiser batches of an iteration before its first step.
 
-    What a loss compares with is of the policy that sampled. Where queries were quarantined, batches differ by one at most:
-    none weighs much more than another.
+    What a loss compares with comes from the policy that sampled. Where queries were quarantined, batch sizes differ by one
+    at most, so that none weighs much more than another.
 
     Args:
-        few: the batch of the first queries, which may be the first one.
+        few: the batch of the first queries, which is taken as the first one if it has the same size.
     """
     count = -(-len(rollouts) // run.config.optimizer.batch_queries)
     groups = [[rollouts[i] for i in some] for some in np.array_split(np.arange(len(rollouts)), count)]
@@ -81,8 +87,10 @@ def prepare(run: Run[Algorithm], rollouts: Sequence[Rollout], context: Context, 
 def steps(
     run: Run[Algorithm], batches: Sequence[Batch], iteration: int, done: int, pause: Pause
 ) -> tuple[list[dict[str, float]], list[int], float]:
-    """The metrics of every optimiser step of an iteration, before which `done` were taken; the queries of each; and the
-    seconds between them.
+    """Takes the optimiser steps of an iteration, before which `done` steps were taken in the run.
+
+    Returns:
+        The metrics of every step, the number of queries of each, and the seconds spent between steps, in `pause`.
     """
     epochs, paused, tokens = run.config.optimizer.epochs, 0.0, 0
     found: list[dict[str, float]] = []
@@ -102,17 +110,23 @@ def steps(
 
 
 def over_queries(collected: Sequence[Mapping[str, float]], sizes: Sequence[int]) -> dict[str, float]:
-    """The mean of every metric over the queries of all steps: where some were quarantined, batches are of unequal size.
+    """Computes the mean of every metric over the queries of all steps.
+
+    Batches are of unequal size where some queries were quarantined.
 
     Args:
-        collected: of every step, means over its queries.
-        sizes: the queries of every step.
+        collected: for every step, means over its queries.
+        sizes: for every step, the number of its queries.
     """
     return {name: float(np.average([metrics[name] for metrics in collected], weights=sizes)) for name in collected[0]}
 
 
 def step(run: Run[Any], batch: Batch, number: int, total: int) -> dict[str, float]:
-    """Optimiser step `number` of the run's `total`: the metrics of its batch, and its learning rate."""
+    """Takes optimiser step `number` of the run's `total`. Returns the metrics of its batch, and its learning rate.
+
+    Raises:
+        UserError: if the loss or the gradient is not finite.
+    """
     run.session.stop.check()
     options = run.config.optimizer
     lr = options.lr * share_of_rate(options, number, total)
@@ -123,20 +137,24 @@ def step(run: Run[Any], batch: Batch, number: int, total: int) -> dict[str, floa
 
 
 def temperature(run: Run[Any]) -> float:
-    """What the logits are divided by: where a loss has a ratio to the policy that sampled, the temperature it sampled at."""
+    """Returns the temperature that logits are divided by.
+
+    It is that of sampling, if above 0, where a loss has a ratio to the policy that sampled, and 1 elsewhere.
+    """
     sampled_at: float = run.config.sampling.temperature
     return sampled_at if run.algorithm.needs(run.config).old_logprobs and sampled_at else 1.0
 
 
 def planned(config: Any, iterations: int) -> int:
-    """The optimiser steps of so many iterations of a run that samples: fewer are taken where queries are left out."""
+    """Computes the optimiser steps of so many iterations of a run that samples; fewer are taken if queries are left out."""
     return int(iterations * (config.queries_per_iteration // config.optimizer.batch_queries) * config.optimizer.epochs)
 
 
 def share_of_rate(options: Any, step: int, total: int) -> float:
-    """The share of optimizer.lr that a step gets, counted from 0: linear up to 1 over optimizer.warmup_steps, then as
-    optimizer.schedule has it: 1, or down to 0, which the step after the last would have, in a line or half a cosine
-    (arXiv:1608.03983).
+    """Computes the share of optimizer.lr that a step gets; `step` is counted from 0.
+
+    It rises linearly to 1 over optimizer.warmup_steps. Then it follows optimizer.schedule: it stays 1, or falls to 0 in a
+    line or in half a cosine (arXiv:1608.03983). The step after the last one would have 0.
     """
     warm = max(1, options.warmup_steps)
     if step + 1 < warm:
@@ -148,7 +166,7 @@ def share_of_rate(options: Any, step: int, total: int) -> float:
 
 
 def _options(config: Any) -> str:
-    """The numbers that an algorithm's loss is made with, for an error."""
+    """Returns the numbers among the options of an algorithm's loss, for an error message."""
     options = getattr(config, config.algorithm, config.algorithm_kwargs).to_dict()
     numbers = (f"{name} = {x:g}" for name, x in options.items() if type(x) in (int, float))
     return f"an option of algorithm {config.algorithm!r} ({', '.join(numbers) or 'none is a number'})"
@@ -157,12 +175,15 @@ def _options(config: Any) -> str:
 def check_finite(
     values: dict[str, float], step: str, lr: float, key: str, config: Any, unchanged: str = ""
 ) -> dict[str, float]:
-    """Raises a UserError where a step's loss or gradient is not finite: before anything of it is committed.
+    """Returns the values of a step if its loss and its gradient are finite.
 
     Args:
         step: what was done, for the error.
-        lr, key: its learning rate, and the key of the config that says it.
-        unchanged: of the very first step, for which no rate is to blame: what may be, beside lora.alpha.
+        lr, key: its learning rate, and the key of the config that sets it.
+        unchanged: of the very first step, for which no learning rate is to blame: what may be, beside config.lora.alpha.
+
+    Raises:
+        UserError: if they are not, before anything of the step is committed.
     """
     if np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"]):
         return values
@@ -181,12 +202,15 @@ def check_finite(
 def at_the_start(
     run: Run[Algorithm], rollouts: Sequence[Rollout], context: Context
 ) -> tuple[Whole, dict[str, float], dict[str, Array]]:
-    """The batch of a few queries before the first step of an iteration, `diagnose` of them, and the loss's metrics.
+    """Diagnoses the policy on a few queries before the first step of an iteration.
 
-    One pass of the policy serves all three where the algorithm trains on all that it said.
+    One pass of the policy serves all of it where the algorithm trains on all of the policy's own responses.
+
+    Returns:
+        The optimiser batch of these queries, the metrics of `diagnose`, and the loss's metrics of every query.
 
     Raises:
-        UserError: the policy or the loss is not finite, which no learning rate is to blame for.
+        UserError: if the policy or the loss is not finite, for which no learning rate is to blame.
     """
     config, batch = run.config, run.algorithm.batch(rollouts, context)
     own = own_responses(run, batch, rollouts)
@@ -212,7 +236,14 @@ def at_the_start(
 
 
 def check_policy(said: Outputs, lr: float, key: str) -> Outputs:
-    """Raises a UserError where the last step left a policy whose log-probabilities are not finite."""
+    """Returns the outputs of the policy after the last step if its log-probabilities are finite.
+
+    Args:
+        lr, key: the learning rate, and the key of the config that sets it.
+
+    Raises:
+        UserError: if they are not.
+    """
     if not np.isfinite(said.logprobs).all():
         raise UserError(
             f"after optimiser steps at learning rate {lr:g} the policy's log-probabilities are not finite; the newest"
@@ -227,10 +258,10 @@ def check_policy(said: Outputs, lr: float, key: str) -> Outputs:
 def optimiser_batch(
     run: Run[Algorithm], batch: Batch, rollouts: Sequence[Rollout], context: Context, policy: Outputs | None = None
 ) -> Whole:
-    """The algorithm's batch of these rollouts, with what its loss compares with, of the policy as it is now.
+    """Completes the algorithm's batch of these rollouts with what its loss compares with, from the current policy.
 
     Args:
-        policy: what it says of the batch, where that is known.
+        policy: the outputs of the policy on the batch, if they are known.
     """
     started, asked = time.perf_counter(), None
     if run.algorithm.needs(run.config).teacher:
@@ -245,7 +276,10 @@ def optimiser_batch(
 
 
 def _sampled_as(batch: Batch, rollouts: Sequence[Rollout]) -> Float64[np.ndarray, "query k response_len"]:
-    """What the sampler said of the tokens of a batch, whichever of its rollout's responses they are; nan where nothing."""
+    """Returns the sampler's log-probabilities of the tokens of a batch, in nats; nan where it gave none.
+
+    They are looked up by tokens, whichever of a rollout's responses are in the batch.
+    """
     picks = np.full(batch.response.shape[:2], -1)
     for (i, j), _ in np.ndenumerate(picks):
         tokens = tuple(batch.response[i, j][batch.response_mask[i, j]].tolist())
@@ -255,14 +289,14 @@ def _sampled_as(batch: Batch, rollouts: Sequence[Rollout]) -> Float64[np.ndarray
 
 
 def compared(batch: Batch, run: Run[Any], asked: Batch | None = None, policy: Outputs | None = None) -> tuple[Batch, int]:
-    """A batch with the log-probabilities (and values) that a loss compares with, of the policy as it is now.
+    """Adds the log-probabilities (and values) that a loss compares with to the data of a batch, from the current policy.
 
     Args:
         asked: the same responses after the teacher's prompts, where there is a teacher.
-        policy: what the policy says of the batch, where that is known.
+        policy: the outputs of the policy on the batch, if they are known.
 
     Returns:
-        The batch, and the tokens of the forward passes.
+        The batch, and the number of tokens in the forward passes.
     """
     needs, data, logprobs, heat = run.algorithm.needs(run.config), batch.data, run.backend.logprobs, temperature(run)
     tokens = costs.tokens(batch) * (needs.reference + needs.old_logprobs)
@@ -283,7 +317,7 @@ def compared(batch: Batch, run: Run[Any], asked: Batch | None = None, policy: Ou
 
 
 def policy_of(run: Run[Any], batch: Batch, *, entropy: bool = False) -> Outputs:
-    """What the policy, as it is now, says of a few queries."""
+    """Computes the outputs of the current policy on a batch of a few queries."""
     run.session.progress.phase("diagnose", 1)
     said = run.backend.logprobs(batch, temperature=temperature(run), entropy=entropy)
     run.session.progress.advance(1)
@@ -291,10 +325,11 @@ def policy_of(run: Run[Any], batch: Batch, *, entropy: bool = False) -> Outputs:
 
 
 def own_responses(run: Run[Any], batch: Batch, rollouts: Sequence[Rollout]) -> Int64[np.ndarray, "query k"] | None:
-    """Which response of its rollout one of a batch is, where the policy said it after the plain prompt, -1 elsewhere.
+    """Finds, for each response of a batch that the policy gave to the plain prompt, its index among the responses of its
+    rollout; -1 for other responses.
 
-    None where the batch cannot stand for `diagnose`: some that it said are not in there, or it is asked at another
-    temperature than it sampled at.
+    Returns None if the batch cannot stand for `diagnose`: it lacks some of the policy's own responses, has other prompts
+    than the plain ones, or is computed at another temperature than it was sampled at.
     """
     if temperature(run) != (run.config.sampling.temperature or 1.0):
         return None
@@ -313,20 +348,21 @@ def own_responses(run: Run[Any], batch: Batch, rollouts: Sequence[Rollout]) -> I
 
 
 def diagnose(run: Run[Any], rollouts: Sequence[Rollout], *, kl: bool = True) -> dict[str, float]:
-    """KL to the reference and entropy of the policy as it is now, both in nats per token, from its own plain responses.
+    """Measures the current policy on its own plain responses: KL to the reference and entropy, both in nats per token.
 
-    With them `sampler_gap` and `sampler_gap_max`, in nats: what the sampler said of a token from what the trainer says;
-    `sampler_ratio_max`, the largest ratio of trainer to sampler; `sampler_kl`, KL(sampler, trainer) in nats per token.
+    With them come `sampler_gap` and `sampler_gap_max`, in nats: the mean and largest distance of a token's log-probability
+    in the sampler from that in the trainer; `sampler_ratio_max`, the largest ratio of trainer to sampler; and `sampler_kl`,
+    KL(sampler, trainer) in nats per token.
 
     KL is the mean over response tokens of r - 1 - log r with r = reference / policy: unbiased where the tokens are the
-    policy's own, never negative, of low variance (Schulman, "Approximating KL divergence", 2020). So it is of every plain
-    response that was sampled, at the temperature it was sampled at, whichever of them are trained on: the best of several
-    are no sample of the policy. Principled responses were sampled under another prompt, and a record's by nobody; where
-    there are no others there is nothing to measure, and the held-out queries tell.
+    policy's own, never negative, of low variance (Schulman, "Approximating KL divergence", 2020). It is therefore taken over
+    every plain response that was sampled, at its sampling temperature, whichever of them are trained on: the best of several
+    are no sample of the policy. Principled responses were sampled under another prompt, and a record's answers were not
+    sampled. Without plain responses the result is empty, and only the held-out queries are measured.
 
     Args:
-        rollouts: of the policy as it is now, as many responses each.
-        kl: whether the KL is wanted, for which the reference is asked.
+        rollouts: responses of the current policy, the same number for each query.
+        kl: whether the KL is wanted, for which the reference is computed.
     """
     picks = [[i for i, response in enumerate(rollout.responses) if response.own] for rollout in rollouts]
     if not picks[0]:
@@ -343,10 +379,11 @@ def diagnose(run: Run[Any], rollouts: Sequence[Rollout], *, kl: bool = True) -> 
 def drift(
     run: Run[Any], batch: Batch, rollouts: Sequence[Rollout], policy: Outputs, own: Int64[np.ndarray, "query k"]
 ) -> dict[str, float]:
-    """`diagnose`, of what the policy says of a whole batch.
+    """Computes the metrics of `diagnose` from outputs of the policy on a whole batch.
 
     Args:
-        own: `own_responses`.
+        policy: these outputs.
+        own: what `own_responses` found.
     """
     if (own < 0).all():
         return {}
@@ -360,10 +397,10 @@ def drift(
 def sampler_logprobs(
     rollouts: Sequence[Rollout], picks: Int64[np.ndarray, "query k"], batch: Batch
 ) -> Float64[np.ndarray, "query k response_len"]:
-    """What the sampler said of the tokens of a batch, in nats; nan where it said nothing.
+    """Returns the sampler's log-probabilities of the tokens of a batch, in nats; nan where it gave none.
 
     Args:
-        picks: which response of its rollout one of the batch is; -1: another's.
+        picks: for each response of the batch, its index among the responses of its rollout; -1 if it is not to be looked up.
     """
     found = np.full(batch.response.shape, np.nan)
     for (i, j), pick in np.ndenumerate(picks):
@@ -373,7 +410,14 @@ def sampler_logprobs(
 
 
 def divergence(policy: Outputs, reference: Array | None, sampler: Array, mask: np.ndarray) -> dict[str, float]:
-    """`kl` (with a reference) and `entropy` of the tokens of a mask, in nats per token, and how far it is to the sampler."""
+    """Computes `kl` (with a reference) and `entropy` over the tokens of a mask, both in nats per token.
+
+    With them comes how far the sampler is from the trainer, as in `diagnose`.
+
+    Args:
+        reference, sampler: log-probabilities in nats, [query, k, response_len]; nan where the sampler gave none.
+        mask: the tokens that count, of the same shape.
+    """
     log_ratio = None if reference is None else np.asarray(reference - policy.logprobs, np.float64)[mask]
     off = (policy.logprobs - sampler)[mask & ~np.isnan(sampler)]
     return {
@@ -384,7 +428,7 @@ def divergence(policy: Outputs, reference: Array | None, sampler: Array, mask: n
 
 
 def _apart(log_ratio: Float64[np.ndarray, " token"]) -> dict[str, float]:
-    """Sampler and trainer, by the log-ratio of trainer to sampler of tokens that the sampler drew."""
+    """Measures how far sampler and trainer are apart, by the log-ratio of trainer to sampler on the sampler's own tokens."""
     gap = np.abs(log_ratio)
     return {
         "sampler_gap": float(gap.mean()),

@@ -1,4 +1,4 @@
-"""Step 0 of Algorithm 1: supervised fine-tuning, after which the policy is the reference."""
+"""Step 0 of Algorithm 1: supervised fine-tuning, after which the policy becomes the reference."""
 
 import time
 from typing import Any
@@ -23,11 +23,11 @@ from ple_jax.training.steps import check_finite, check_policy
 def warm_up(run: Run[Algorithm], state: State) -> State:
     """Fine-tunes on the records of config.warm_up, if there are any; the policy then becomes the reference.
 
-    Of all that this leaves the iterations inherit the adapter alone: the optimiser starts afresh. A warm-up that was killed
-    goes on where it was committed last, after as many queries as an iteration has.
+    The iterations inherit only the adapter: the optimiser starts afresh. Commits are made after as many queries as an
+    iteration has, and a warm-up that was killed goes on from the last one.
 
     Raises:
-        UserError: a step's loss or gradient is not finite, or the policy after the last one.
+        UserError: if the loss or gradient of a step, or the policy after the last one, is not finite.
     """
     config = run.config
     if config.warm_up.data is None:
@@ -53,9 +53,10 @@ def warm_up(run: Run[Algorithm], state: State) -> State:
 
 
 def groups(count: int, config: Any) -> list[np.ndarray]:
-    """Which rollouts are trained on together, in all epochs, each in an order of its own.
+    """Returns which rollouts are trained on together: an array of indices for each batch of all epochs.
 
-    Batches of an epoch differ by one at most, so that none weighs much more than another.
+    Each epoch has an order of its own. Its batches differ in size by one at most, so that none weighs much more than
+    another.
     """
     batches = -(-count // config.optimizer.batch_queries)
     orders = [np.random.default_rng([config.seed, epoch]).permutation(count) for epoch in range(config.warm_up.epochs)]
@@ -63,7 +64,7 @@ def groups(count: int, config: Any) -> list[np.ndarray]:
 
 
 def _step(run: Run[Algorithm], state: State, batch: Batch, loss: Loss) -> State:
-    """One optimiser step, counted."""
+    """Takes one optimiser step. Returns the state with the step and its costs counted."""
     started, lr = time.perf_counter(), run.config.warm_up.lr
     values = run.backend.update(micro_batches(batch, run.config.optimizer.micro_queries), loss, lr=lr)
     blamed = "config.model.dtype" if state.warm_up == 0 else ""
@@ -74,10 +75,12 @@ def _step(run: Run[Algorithm], state: State, batch: Batch, loss: Loss) -> State:
 
 
 def _rollouts(run: Run[Algorithm]) -> Compact[Rollout]:
-    """The records with their answers; what the model or its chat template does not take is left out and listed.
+    """Makes rollouts of the warm-up records and their answers.
+
+    Records that the model or its chat template does not take, or that are held out too, are left out and listed.
 
     Raises:
-        UserError: there is more of it than config.task.max_bad_share.
+        UserError: if the share of those not taken is above config.task.max_bad_share.
     """
     found = load_warm_up(run.config)
     queries, both = disjoint(found.queries, run.data.heldout)

@@ -33,11 +33,12 @@ _FILES = (
 
 @contextmanager
 def lock(workdir: Path) -> Iterator[None]:
-    """One writer per work directory. The kernel frees the lock when the process ends, however it ends; children that it
-    forked have none.
+    """Holds the lock of a work directory inside the context, so that only one process writes to it.
+
+    The kernel frees the lock when the process ends, however it ends. Children that the process forks do not hold it.
 
     Raises:
-        UserError: another process holds it, or the folder cannot be written.
+        UserError: if another process holds it, or the folder cannot be written.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -60,10 +61,11 @@ def lock(workdir: Path) -> Iterator[None]:
 
 
 def begun(config: Any, workdir: Path, backend: str) -> Any:
-    """The config with what the machine and the day decide, as it was decided when the directory's run began, or is now.
+    """Returns the config with what the machine and the day decide filled in, as it was when the directory's run began.
 
-    Chat templates ask for the day, and a run that goes on tomorrow must have the prompts that it began with. So must one
-    that goes on elsewhere have the dtype, and the numbers that were fitted to a memory.
+    Chat templates ask for the day, and a run that goes on tomorrow must have the prompts that it began with. Likewise a run
+    that goes on elsewhere must have the same dtype, and the numbers that were fitted to a memory. What no run has decided
+    yet is decided now.
     """
     flat = flatten(config.to_dict())
     fit = [key for key in AUTO if flat[key] == "auto"]
@@ -82,15 +84,15 @@ def begun(config: Any, workdir: Path, backend: str) -> Any:
 
 
 def today() -> date:
-    """The day by this machine's clock."""
+    """Returns the date by this machine's clock."""
     return date.today()
 
 
 def recorded(workdir: Path) -> dict[str, Any] | None:
-    """What config.json says; None where there is none.
+    """Reads config.json. Returns None if there is none.
 
     Raises:
-        Damaged: it is no config of a run.
+        Damaged: if it is not the config of a run.
     """
     remedy = f"put a copy of it back, or, {_SAME}, remove it and add --accept=config"
     found = redacted(read_json(workdir / "config.json", remedy=remedy))  # an earlier version may have written a key
@@ -107,13 +109,15 @@ def recorded(workdir: Path) -> dict[str, Any] | None:
 
 
 def check_config(workdir: Path, wanted: Mapping[str, Any], *, accept: Sequence[str] = ()) -> dict[str, Any]:
-    """What config.json is to hold where nothing is trained: what it holds, or in a directory without work what is `wanted`.
+    """Checks a directory in which nothing is to be trained, and returns the contents for its config.json.
+
+    They are what config.json holds already, or in a directory without work what is `wanted`.
 
     Args:
-        accept: what the user vouches for, of `identity.ACCEPTED`.
+        accept: the changes that the user vouches for, some of `identity.ACCEPTED`.
 
     Raises:
-        UserError: the directory belongs to another config; it names the keys that differ.
+        UserError: if the directory belongs to another config; the message names the keys that differ.
     """
     return _compared(workdir, wanted, accept)[0] or dict(wanted)
 
@@ -125,11 +129,14 @@ def going_on(
     accept: Sequence[str] = (),
     check_length: Callable[[Mapping[str, Any], int], None] = lambda found, done: None,
 ) -> dict[str, Any]:
-    """What config.json is to hold where training begins or goes on: what is `wanted`, and under "changed" what was changed
-    since it began, after how many iterations, from what to what.
+    """Returns the contents for config.json where training begins or goes on.
+
+    They are what is `wanted`, and under "changed" what was changed since the run began: after how many iterations, from what
+    and to what.
 
     Args:
-        check_length: (config.json, finished iterations) -> raises a UserError where the run cannot be as long as is wanted.
+        accept: as in `check_config`.
+        check_length: (config.json, finished iterations) -> raises a UserError if the run cannot be as long as is wanted.
 
     Raises:
         UserError: as `check_config`.
@@ -148,7 +155,13 @@ def going_on(
 
 
 def _compared(workdir: Path, wanted: Mapping[str, Any], accept: Sequence[str]) -> tuple[dict[str, Any] | None, list[str]]:
-    """config.json of a directory with work in it, and the keys that differ; None where there is none, or no work."""
+    """Reads config.json of a directory with work in it, and finds the keys that differ from those wanted.
+
+    Returns None and no keys if there is no config.json, or no work.
+
+    Raises:
+        UserError: if keys differ that must not, or there is work but no config.json.
+    """
     found, work = recorded(workdir), _work(workdir)
     if found is None and work and "config" not in accept:
         raise UserError(
@@ -185,7 +198,7 @@ def _work(workdir: Path) -> list[str]:
 
 
 def summary(workdir: Path) -> dict[str, Any]:
-    """What summary.json says; nothing where there is none, or a damaged one: --mode=train makes it again."""
+    """Reads summary.json. Returns an empty dict if there is none or it is damaged, as --mode=train makes it again."""
     try:
         found = read_json(workdir / SUMMARY) or {}
     except Damaged:
@@ -194,10 +207,10 @@ def summary(workdir: Path) -> dict[str, Any]:
 
 
 def _upgraded(found: Mapping[str, Any], wanted: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
-    """The config of a finished run of format 1 as it would be written today.
+    """Returns the config of a finished run of format 1 as it would be written today.
 
     Raises:
-        UserError: the run is not finished, or of a later format: it cannot go on here.
+        UserError: if the run is not finished, or of a later format, so that it cannot go on here.
     """
     if type(found.get("format", 1)) is not int or found.get("format", 1) > FORMAT or not (workdir / "summary.json").exists():
         raise UserError(

@@ -1,6 +1,6 @@
 """Named principle sets: the text that guides the principled response.
 
-A file is a version line, a heading, numbered rules ("1. ..."), and what may follow them after an empty line.
+A file holds a version line, a heading, numbered rules ("1. ..."), and possibly an ending after an empty line.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ NONE = "none"  # the set without a rule: its prompts are the plain ones
 
 
 class Principles(NamedTuple):
-    """A set of rules, of one file or of several."""
+    """A set of rules from one file or from several."""
 
     name: str
     version: str  # of every file: "helpful_harmless 1 + concise 1"; one without a version has a digest of its text
@@ -26,19 +26,21 @@ class Principles(NamedTuple):
 
     @property
     def text(self) -> str:
-        """What goes into the prompt; of one file what it holds."""
+        """The text that goes into the prompt; for a single file it is what the file holds after its version line."""
         numbered = "\n".join(f"{number}. {rule}" for number, rule in enumerate(self.rules, 1)).rstrip("\n")
         upper = "\n".join(part for part in (self.heading, numbered) if part)
         return "\n\n".join(part for part in (upper, self.ending) if part)
 
 
 def load(source: str) -> Principles:
-    """A named set or a text file of your own, or several of either: "helpful_harmless+mine.txt".
+    """Loads a named set or a text file of your own, or several of them: "helpful_harmless+mine.txt".
 
-    Several are the heading of the first, the rules of all in their order (equal ones once) and the last ending there is.
+    Several sets are joined: the heading of the first, the rules of all in their order (equal ones once), and the last ending
+    that there is.
 
     Raises:
-        UserError: a part that is neither, is empty or not UTF-8, or that has no numbered rules to add to the first.
+        UserError: a part is neither a named set nor a file, is empty or not UTF-8, or has no numbered rules to add to the
+            first.
     """
     parts = [source] if Path(source).is_file() else source.split("+")
     first, *others = (_one(part) for part in parts)
@@ -60,13 +62,15 @@ def load(source: str) -> Principles:
 
 
 def choose(principles: Principles, k: int, *, seed: int, query_id: str) -> str:
-    """The text with `k` of the rules, in their order: drawn from seed and query alone, the same ones in every iteration.
+    """Returns the text with `k` of the rules, in their original order.
+
+    They are drawn from the seed and the query alone, so a query has the same rules in every iteration.
 
     Args:
-        k: how many; 0 for all of them.
+        k: the number of rules; 0 for all of them.
 
     Raises:
-        UserError: there are fewer.
+        UserError: there are fewer than `k` rules.
     """
     n = len(principles.rules)
     if k > n:

@@ -20,7 +20,6 @@ A warm-up (config.warm_up.data) is done by our own code. TRL's telemetry and rep
 
 import contextlib
 import copy
-import dataclasses
 import math
 import time
 import warnings
@@ -402,15 +401,6 @@ class _Ours:
         generated = super()._generate(prompts)  # type: ignore[misc]
         self.ours.took("generate", time.perf_counter() - started)
         return generated
-
-
-def _recomputation(settings: type) -> str:
-    """Returns the name that transformers' settings have for the recomputation of activations.
-
-    It is "gradient_checkpointing" in 5.17 and "activation_checkpointing" in 5.24, where the first is deprecated.
-    """
-    names = {field.name for field in dataclasses.fields(settings)}
-    return "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
 
 
 def trainer(run: Run[Algorithm], model: Any, optimizers: tuple[Any, Any], ours: Trl) -> Any:

@@ -9,14 +9,11 @@ import math
 import re
 import unicodedata
 from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ple_jax.core.extras import need
-
-if TYPE_CHECKING:
-    pass
 
 # letters of scripts without spaces between words: Han with its numerals and marks of repetition, hiragana and katakana
 _UNSPACED = re.compile(

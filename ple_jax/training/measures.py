@@ -53,8 +53,9 @@ def summarise(rollouts: Sequence[Rollout], run: Run[Algorithm]) -> dict[str, flo
     guided = [kind for kind, responses in by_kind.items() if responses[0].principled]
     plain = [kind for kind, responses in by_kind.items() if responses[0].own]
     if guided and plain:
-        values["leak"] = values[f"overlap_{guided[0]}"] - values[f"overlap_{plain[0]}"]
-        if says := warn_of_leak(values):
+        quoted, by_chance = values[f"overlap_{guided[0]}"], values[f"overlap_{plain[0]}"]
+        values["leak"] = quoted - by_chance
+        if says := warn_of_leak(quoted, by_chance):
             run.session.progress.log(says)
     pooled = rewards.statistics(net_rewards(rollouts, run.config.reward.length_penalty), transform)
     for name, some in by_set(run.config, ((rollout.query_id, rollout) for rollout in rollouts)).items():
@@ -95,17 +96,20 @@ def mean_length(rollouts: Iterable[Rollout], run: Run[Algorithm]) -> float:
     return float(np.mean([len(r.tokens) for rollout in rollouts for r in learned(rollout, run.config)]))
 
 
-def warn_of_leak(values: dict[str, float]) -> str:
+def warn_of_leak(quoted: float, by_chance: float) -> str:
     """Returns a warning if principled responses repeat the principles more than plain ones do; otherwise an empty text.
 
     Training on such responses would teach the policy to quote the principles.
+
+    Args:
+        quoted: share of the trigrams of principled responses that stand in the principles.
+        by_chance: the same of plain ones.
     """
-    if values.get("leak", 0.0) <= _LEAK:
+    if quoted - by_chance <= _LEAK:
         return ""
     return (
-        f"warning: {values['overlap_principled']:.0%} of the trigrams of principled responses stand in the principles"
-        f" ({values['overlap_plain']:.0%} of the plain ones'): the policy quotes them, and training would teach it to;"
-        " shorten or rephrase them"
+        f"warning: {quoted:.0%} of the trigrams of principled responses stand in the principles ({by_chance:.0%} of the plain"
+        " ones'): the policy quotes them, and training would teach it to; shorten or rephrase them"
     )
 
 

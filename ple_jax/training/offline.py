@@ -116,7 +116,7 @@ def evaluate(run: Run[OfflineAlgorithm], heldout: Sequence[Any], iteration: int)
 def summary(run: Run[OfflineAlgorithm], backend: str, state: State) -> dict[str, Any]:
     """Returns the contents of summary.json: what a run did, in a few numbers."""
     judged = read_json(run.session.workdir / JUDGEMENT) or {}
-    del judged["iteration"]
+    judged.pop("iteration", None)
     return {
         "algorithm": run.config.algorithm,
         "backend": backend,

@@ -250,9 +250,15 @@ def taken(run: Run[Any]) -> State:
 
 def told(config: Any, state: State) -> str:
     """Returns words that tell a user which checkpoint `taken` has found."""
-    if config.checkpoint.use == "newest" or (last := newest_of(state)) is None:
+    last, limits = newest_of(state), budgets(config)
+    if last is None or config.checkpoint.use == "newest":
         return f"iteration {state.iteration}"
-    return f"{last.where}, the best evaluated: reward {last.reward:.3f}, {last.kl:.3g} nats a response from the start"
+    reached = f"reward {last.reward:.3f}, {last.kl:.3g} nats a response from the start"
+    budget = limits.get(config.checkpoint.use, max(limits.values(), default=0.0))
+    if best(of(state), config.eval.best, budget) != last:  # `taken` found none that is kept
+        return f"{last.where}: {reached}"
+    within = "" if math.isinf(budget) else f" within {budget:g} nats"
+    return f"{last.where}, the best evaluated{within}: {reached}"
 
 
 # ---------------------------------------------------------------- the end

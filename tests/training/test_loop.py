@@ -411,9 +411,9 @@ def test_conversations_reach_the_policy_the_reward_and_the_journal(tmp_path):
 
 
 def test_principles_that_are_quoted_are_warned_of():
-    said = measures.warn_of_leak({"leak": 0.3, "overlap_principled": 0.35, "overlap_plain": 0.05})
+    said = measures.warn_of_leak(0.35, 0.05)
     assert said.startswith("warning: 35% of the trigrams")
-    assert measures.warn_of_leak({"leak": 0.02, "overlap_principled": 0.05, "overlap_plain": 0.03}) == ""
+    assert measures.warn_of_leak(0.05, 0.03) == ""
 
 
 def test_files_of_someone_else_are_not_touched(tmp_path):

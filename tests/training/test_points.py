@@ -221,8 +221,8 @@ def test_the_best_under_each_budget_is_kept_and_taken(budgeted, capsys):
         assert modes.export(config_of(**shared, **{"checkpoint.use": use}), workdir, "torch") == 0
         adapters[use] = peft.read(workdir / "adapter")[0]
     said = capsys.readouterr().out
-    assert f"adapter of iteration {top['iteration']}, the best evaluated: reward {top['heldout_reward']:.3f}" in said
-    assert "adapter of iteration 3: " in said and "adapter of iteration 0, the best evaluated" in said
+    assert f"adapter of iteration {top['iteration']}, the best evaluated within 1000 nats: reward {top['heldout_reward']:.3f}" in said
+    assert "adapter of iteration 3: " in said and "adapter of iteration 0, the best evaluated within 0.05 nats: " in said
 
     def same(a, b):
         return all((adapters[a][name] == adapters[b][name]).all() for name in adapters[a])
@@ -237,6 +237,15 @@ def test_the_best_under_each_budget_is_kept_and_taken(budgeted, capsys):
     assert settings["second_reward"] == "length"  # of the evaluations, where generate names none
 
 
+def test_a_checkpoint_is_called_the_best_only_if_it_is():
+    """The newest one is taken where none is kept: with eval.best=none, or where none was within the budget."""
+    first, second = at(1, 0.75, 2.0), at(2, 0.5, 2.0)
+    state = state_of(first, second)
+    for overrides in ({"eval.best": "none"}, {"eval.max_kl": (1.0,)}, {}):
+        assert points.told(config_of(**overrides), state) == "iteration 2: reward 0.500, 2 nats a response from the start"
+    assert points.told(config_of(), state._replace(step=first.step)).startswith("iteration 1, the best evaluated: ")
+
+
 def test_a_spent_budget_ends_the_run_and_so_does_the_same_command(tmp_path, capsys):
     overrides = {"eval.max_kl": (1e-6,), "optimizer.lr": 0.1}
     summary = train(tmp_path, **overrides)
@@ -244,7 +253,7 @@ def test_a_spent_budget_ends_the_run_and_so_does_the_same_command(tmp_path, caps
     assert summary["best"]["kl_1e-06"]["iteration"] == 0 and summary["best"]["kl_1e-06"]["gain_ci95"] == [0, 0]
     said = capsys.readouterr().out
     assert "stopped after 1 of 3 iterations: its budget is spent" in said
-    assert "of iteration 0, the best evaluated: reward" in said
+    assert "of iteration 0, the best evaluated within 1e-06 nats: reward" in said
     zero = peft.read(tmp_path / "adapter")[0]
     assert not any(tensor.any() for name, tensor in zero.items() if "lora_B" in name)  # that of the start
     assert "Stopped after 1 iterations" in (tmp_path / "report.html").read_text()

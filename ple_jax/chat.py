@@ -43,9 +43,10 @@ class Chat:
         context: int,
         seed: int,
         date: str = prompts.DATE,
+        template: bool = True,
         write: Callable[[str], object],
     ):
-        """Starts a conversation with the adapter, without principles, in the chat template where the tokenizer has one.
+        """Starts a conversation with the adapter, without principles.
 
         Args:
             stream: `Backend.stream`, which yields the tokens of one response.
@@ -54,11 +55,12 @@ class Chat:
             context: the number of tokens that the model takes, prompt and answer together.
             seed: of the sampling noise; the adapter and the base answer a line with the same noise.
             date: today's date (YYYY-MM-DD) for chat templates that ask for it: that of the run.
+            template: whether lines are turns in the chat template, if the tokenizer has one; else they are plain text.
             write: prints a text as it is, and shows it at once.
         """
         self.stream, self.tokenizer, self.sampling, self.write = stream, tokenizer, sampling, write
         self.principles, self.context, self.seed, self.date = principles, context, seed, date
-        self.options = Options(("adapter",), principles=False, template=tokenizer.chat_template is not None)
+        self.options = Options(("adapter",), principles=False, template=template and tokenizer.chat_template is not None)
         self.asked = 0
         self.history: dict[str, list[dict[str, str]]] = {"adapter": [], "base": []}
 

@@ -38,6 +38,8 @@ FLAG_NAMES = (
     "config", "workdir", "backend", "mode", "accept", "topology", "runs", "against", "profile", "coordinator",
     "processes", "process", "help", "version",
 )
+# modes that need no --config: the config is then the run's own
+OF_A_RUN = ("replay", "export", "chat")
 # modes that a run may be accepted in though it changed
 ON_A_RUN = ("train", "evaluate", "generate", "harness", "export", "chat")
 
@@ -94,7 +96,7 @@ Modes
              (--config.harness.tasks ...), in DIR/harness, the report and comparisons
   replay     label what the run of DIR sampled as --config.KEY=VALUE now says (reward, threshold, transform, selection),
              from its journals alone: which pairs would have been ranked, and the journals as records of data sets, in
-             DIR/replay; without --config, the config is the run's own
+             DIR/replay; without --config, the config is the run's own (of export and chat too)
   probe      before any training: what the principles buy on held-out queries, together, one by one and left out, and
              what a threshold would do with this reward (--config.probe.*): DIR/probe.html, probe.json
   plan       print what train would do (parameters, shapes, steps, prompts as the model sees them), and train nothing
@@ -115,6 +117,7 @@ Examples
   ple_jax --mode=init --config quickstart --workdir mine
   ple_jax --config mine/quickstart.py --workdir runs/mine
   ple_jax --config mine/quickstart.py --workdir runs/mine --mode=generate
+  ple_jax --workdir runs/mine --mode=chat
   ple_jax --mode=replay --workdir runs/mine --config.ple.tau_0=0.1
   ple_jax --mode=replay --workdir runs/mine --against runs/other
   ple_jax --mode=compare --runs "runs/mine,PPO=runs/ppo_0,PPO=runs/ppo_1" --workdir runs/comparison
@@ -216,14 +219,21 @@ def _recorded(workdir: Path, config: ConfigDict) -> ConfigDict:
     return config
 
 
-def _without_what_was_read(config: ConfigDict, began: dict[str, object]) -> ConfigDict:
-    """Returns the config with defaults for the keys that name what the run has read, unless they were changed.
+def _without_unread(config: ConfigDict, began: dict[str, object], mode: str) -> ConfigDict:
+    """Returns the config with defaults for the keys that name what the mode does not read, which may be gone since.
 
-    A replay does not read those files, and they may be gone since.
+    A replay reads only what was changed; export and chat read the model alone.
+
+    Args:
+        began: the flat config of the run, if the mode takes the config from there.
     """
-    checked, now, usual = ConfigDict(config.to_dict()), flatten(config.to_dict()), flatten(_load("default")[1].to_dict())
+    now, usual = flatten(config.to_dict()), flatten(_load("default")[1].to_dict())
+    unread = [key for key in OF_FILES if mode in OF_A_RUN and key in began and now[key] == began[key]]
+    if mode in ("export", "chat"):
+        unread = [key for key in OF_FILES if not key.startswith("model.")]
+    checked = ConfigDict(config.to_dict())
     with checked.ignore_type():
-        checked.update_from_flattened_dict({key: usual[key] for key in OF_FILES if now[key] == began[key]})
+        checked.update_from_flattened_dict({key: usual[key] for key in unread})
     return checked
 
 
@@ -286,7 +296,7 @@ def parse(argv: Sequence[str]) -> CommandLine:
     backend, mode = values.backend, values.mode
     _check_flags(values)
     file, config = _load(values.config or "default")
-    if mode == "replay" and not values.config and not values.against:
+    if of_a_run := mode in OF_A_RUN and not values.config and not values.against:
         config, backend = _recorded(_workdir(values), config), _began_on(values)
     if mode == "init":
         if rest[1:]:
@@ -294,10 +304,9 @@ def parse(argv: Sequence[str]) -> CommandLine:
         return CommandLine(FrozenConfigDict(config), _workdir(values), backend, mode, file=file)
     if values.against and rest[1:]:
         raise UserError(f"--against={values.against} compares two runs as they are: leave {rest[1]!r} out")
-    of_a_run = mode == "replay" and not values.config
     began = flatten(config.to_dict()) if of_a_run else {}
     config, workdir = _override(config, rest), _workdir(values)
-    validate(_without_what_was_read(config, began) if of_a_run else config)
+    validate(_without_unread(config, began, mode))
     _check_backend(config, backend)
     _check_installed(config, backend, mode)
     found = {"topology": values.topology, "runs": tuple(values.runs or ()), "accept": tuple(values.accept or ())}
@@ -364,7 +373,7 @@ def _check_flags(values: flags.FlagValues) -> None:
     compares = values.mode == "compare"
     if bool(values.runs) != compares:
         raise UserError("--runs=A,B and --mode=compare go together: the work directories that are compared")
-    if not values.config and values.mode not in ("compare", "replay"):
+    if not values.config and values.mode not in ("compare", *OF_A_RUN):
         raise UserError("--config=CONFIG is missing, e.g. --config quickstart, or a file (see --help)")
     for name in values.accept or ():
         if name not in ACCEPTED or values.mode not in ON_A_RUN:

@@ -19,7 +19,7 @@ from ple_jax.algorithms import Algorithm, OfflineAlgorithm
 from ple_jax.core import backends
 from ple_jax.core.errors import UserError
 from ple_jax.core.files import plain, write_json
-from ple_jax.core.identity import run_keys
+from ple_jax.core.identity import run_keys, upgraded
 from ple_jax.core.version import project
 from ple_jax.evaluation import compare as comparison
 from ple_jax.evaluation import describe, differences, responses
@@ -35,11 +35,11 @@ from ple_jax.planning.fit import fitted
 from ple_jax.reports import comparison_files, probe_page, run_page
 from ple_jax.serving import commands
 from ple_jax.training import loop, measures, offline, points
-from ple_jax.training.opening import check_length, open_run, read_inputs, second_reward, training_reward
+from ple_jax.training.opening import check_length, checkpoint_inputs, open_run, read_inputs, second_reward, training_reward
 from ple_jax.training.run import Run
 from ple_jax.training.sampling import sampling_of
 from ple_jax.training.state import State
-from ple_jax.training.workdir import SUMMARY, begun, check_config, going_on, lock
+from ple_jax.training.workdir import SUMMARY, begun, check_config, going_on, lock, recorded
 from ple_jax.training.workdir import summary as finished
 
 _SHOWN = 8  # queries of which --mode=generate prints the responses
@@ -138,11 +138,11 @@ def _trains_scores(algorithm: Algorithm | OfflineAlgorithm, config: Any) -> bool
 
 @contextmanager
 def on_run(
-    config: Any, workdir: Path, backend: str, accept: Sequence[str] = (), *, trained: bool = True
+    config: Any, workdir: Path, backend: str, accept: Sequence[str] = (), *, trained: bool = True, bare: bool = False
 ) -> Iterator[tuple[Run[Any], State]]:
     """Opens a run at the checkpoint that config.checkpoint.use names, or at its start if not `trained`.
 
-    The start of a run needs no checkpoint.
+    The start of a run needs no checkpoint. A `bare` run has neither records nor rewards: these are not read.
 
     Yields:
         The run, and the state at that checkpoint.
@@ -153,8 +153,16 @@ def on_run(
     if trained and not (workdir / "config.json").exists():
         raise UserError(f"--workdir={workdir} holds no run; train one first: --mode=train")
     with lock(workdir):
-        inputs = fitted(read_inputs(begun(config, workdir, backend), backend), backend)
-        kept = check_config(workdir, run_keys(inputs.config, backend, inputs.digests), accept=accept)
+        config = begun(config, workdir, backend)
+        if bare:
+            before = upgraded(recorded(workdir) or {}, workdir / "config.json")
+            inputs = checkpoint_inputs(config, before)
+        else:
+            inputs = fitted(read_inputs(config, backend), backend)
+        keys = run_keys(inputs.config, backend, inputs.digests)
+        if bare:  # whatever sampled then, nothing is sampled by a server now
+            keys["sampling"]["server"] = before["sampling"]["server"]
+        kept = check_config(workdir, keys, accept=accept)
         with open_run(workdir, backend, inputs, kept) as run:
             yield run, points.taken(run) if trained else State(run.backend.environment())
 
@@ -303,7 +311,7 @@ def export(config: Any, workdir: Path, backend: str, accept: Sequence[str] = ())
 
 def _export_adapter(config: Any, workdir: Path, backend: str, accept: Sequence[str]) -> tuple[Path, State, str]:
     # a function of its own: the base's weights are freed when it returns, before the merged model is written
-    with on_run(config, workdir, backend, accept) as (run, state):
+    with on_run(config, workdir, backend, accept, bare=True) as (run, state):
         return write.write_adapter(run, state, finished(workdir)), state, run.base.name
 
 
@@ -318,7 +326,7 @@ def chat(config: Any, workdir: Path, backend: str, accept: Sequence[str] = ()) -
     """
     _check_samples(config, "chat")
     # nothing is written after this: another process may have the directory, and Ctrl-C ends an answer, not the program
-    with on_run(config, workdir, backend, accept) as (run, state):
+    with on_run(config, workdir, backend, accept, bare=True) as (run, state):
         talk = chatting.Chat(
             run.backend.stream,
             run.base.tokenizer,
@@ -327,11 +335,15 @@ def chat(config: Any, workdir: Path, backend: str, accept: Sequence[str] = ()) -
             context=run.base.context,
             seed=config.seed,
             date=run.config.task.date,
+            template=config.task.chat,
             write=functools.partial(print, end="", flush=True),
         )
     print(f"{run.base.name} at {points.told(config, state)}; /help lists the commands\n{talk.status()}", end="")
-    if talk.options.template and not config.task.chat:
-        print("this run was trained on plain text to be continued: /template off")
+    if not config.task.chat:
+        turns = "; /template on takes lines as turns of a chat" if run.base.tokenizer.chat_template is not None else ""
+        print(f"this run was trained on plain text, so what you type is continued{turns}")
+    if not run.prompts.principles.text and config.principles != "none":
+        print(f"its principles, {config.principles!r}, are not there any more: /principles on adds nothing")
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):  # lines can be edited where Python has it
             importlib.import_module("readline")

@@ -3,6 +3,7 @@
 import functools
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,9 @@ from test_export import a_run
 from test_train import backend
 
 from ple_jax import chat, modes
+from ple_jax import main as entry
 from ple_jax.backend import sharding
+from ple_jax.core.errors import UserError
 from ple_jax.core.types import Sampling
 from ple_jax.models.tokenizer import byte_tokenizer
 
@@ -281,7 +284,8 @@ def test_mode_chat_on_a_pipe(run, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO("/temperature 0\n/max 12\n/template off\n/both\nHello\n"))
     assert modes.chat(config, workdir, "jax") == 0
     said = capsys.readouterr().out
-    assert "tiny at iteration 2; /help lists the commands" in said and "trained on plain text" in said
+    assert "tiny at iteration 2; /help lists the commands" in said
+    assert "chat template off, temperature 1" in said and "trained on plain text, so what you type is continued" in said
     with modes.on_run(config, workdir, "jax") as (opened, _):
         prompt, noise = list(b"Hello"), np.zeros((1, 12), np.float32)
         greedy = Sampling(12, opened.base.eos, temperature=0.0)
@@ -289,6 +293,37 @@ def test_mode_chat_on_a_pipe(run, monkeypatch, capsys):
         adapter = show(opened.backend.generate([prompt], noise, sampling=greedy)[0].tokens)
         base = show(list(opened.backend.stream(prompt, noise[0], sampling=greedy, base=True)))
     assert said.endswith(f"base: {base}\nadapter: {adapter}\n\n") and base != adapter
+
+
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+def test_export_and_chat_need_neither_the_config_nor_what_was_read(tmp_path, monkeypatch, capsys, framework):
+    """Records, principles and reward of a run may be gone; the command says where the run is, and no more."""
+    folder, workdir = tmp_path / "inputs", tmp_path / "run"
+    folder.mkdir()
+    data = ROOT / "ple_jax" / "data"
+    for name in ("train", "heldout"):
+        (folder / f"{name}.jsonl").write_bytes((data / f"tiny_{name}.jsonl").read_bytes())
+    (folder / "rules.txt").write_text("Rules.\n1. Be kind.\n")
+    (folder / "own.py").write_text("def score(prompts, responses):\n    return [float(len(r)) for r in responses]\n")
+    own = [f"--config.task.{name}={folder / name}.jsonl" for name in ("train", "heldout")]
+    own += [f"--config.principles={folder / 'rules.txt'}", f"--config.reward.name={folder / 'own.py'}:score"]
+    small = ["--config.iterations=1", "--config.reward.kwargs={}", "--config.sinks=()"]
+    command = ["ple_jax", "--workdir", str(workdir), f"--backend={framework}"]
+    assert entry.main(entry.parse([*command, "--config=tiny", *own, *small])) == 0
+    kept = (workdir / "adapter" / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(folder)
+    shutil.rmtree(workdir / "adapter")
+    capsys.readouterr()
+    assert entry.main(entry.parse([*command[:3], "--mode=export"])) == 0  # the backend is the run's own, too
+    assert (workdir / "adapter" / "adapter_model.safetensors").read_bytes() == kept
+    monkeypatch.setattr("sys.stdin", io.StringIO("/max 4\n/principles on\nHello\n"))
+    assert entry.main(entry.parse([*command[:3], "--mode=chat"])) == 0
+    said = capsys.readouterr().out
+    assert "rules.txt', are not there any more: /principles on adds nothing" in said and "principles on, chat" in said
+    with pytest.raises(UserError, match="belongs to another config, differing in ple.tau_0"):
+        entry.main(entry.parse([*command[:3], "--mode=export", "--config.ple.tau_0=0.7"]))
+    with pytest.raises(UserError, match="existing"):  # what does read them says that they are gone
+        entry.parse([*command, "--config=tiny", *own, *small, "--mode=evaluate"])
 
 
 def test_a_line_that_is_no_utf8(run, monkeypatch, capsys):

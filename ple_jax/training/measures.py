@@ -108,8 +108,8 @@ def warn_of_leak(quoted: float, by_chance: float) -> str:
     if quoted - by_chance <= _LEAK:
         return ""
     return (
-        f"warning: {quoted:.0%} of the trigrams of principled responses stand in the principles ({by_chance:.0%} of the plain"
-        " ones'): the policy quotes them, and training would teach it to; shorten or rephrase them"
+        f"warning: {quoted:.0%} of the trigrams of principled responses stand in the principles ({by_chance:.0%} of the"
+        " plain ones'): the policy quotes them, and training would teach it to; shorten or rephrase them"
     )
 
 

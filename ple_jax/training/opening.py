@@ -13,6 +13,7 @@ from ple_jax import algorithms, rewards
 from ple_jax.algorithms import Algorithm, OfflineAlgorithm
 from ple_jax.core import backends, files, identity
 from ple_jax.core.answers import Cache
+from ple_jax.core.compact import compact
 from ple_jax.core.errors import UserError
 from ple_jax.core.secrets import redacted
 from ple_jax.core.types import Reward
@@ -39,6 +40,7 @@ class Inputs(NamedTuple):
     reward: Reward
     second: Reward | None  # that training never sees
     digests: dict[str, str]  # the same path with other content is another run
+    bare: bool = False  # only a checkpoint is wanted: there are no records, and nothing is sampled by a server
 
 
 def read_inputs(config: Any, backend: str) -> Inputs:
@@ -77,6 +79,28 @@ def read_inputs(config: Any, backend: str) -> Inputs:
         found, reward = load_data(config, needs=algorithm.records), Reward("none")
     digests = _digests(config, found, text if isinstance(algorithm, Algorithm) else None, reward)
     return Inputs(config, algorithm, found, text, reward, second, digests)
+
+
+def checkpoint_inputs(config: Any, kept: Mapping[str, Any]) -> Inputs:
+    """Reads what a checkpoint needs: the algorithm, and the principles if they are still there.
+
+    Records, rewards and servers are not asked, and may be gone.
+
+    Args:
+        kept: the contents of the run's config.json, which is trusted for the digests of what is not read.
+
+    Raises:
+        UserError: the algorithm cannot be used.
+    """
+    algorithm = algorithms.load(config.algorithm)
+    config = algorithms.with_defaults(algorithm, config)
+    nothing = Data(compact([]), compact([]), {})
+    try:
+        text = principles.load(config.principles)
+    except UserError:
+        text = principles.load(principles.NONE)
+    digests = {**kept["inputs"], **_own_digests(config)}
+    return Inputs(config, algorithm, nothing, text, Reward("none"), None, digests, bare=True)
 
 
 def training_reward(config: Any, backend: str) -> Reward:
@@ -126,12 +150,19 @@ def _digests(config: Any, data: Data, rules: principles.Principles | None, rewar
     digests = {"train": digest(data.train), "heldout": digest(data.heldout)}
     if read := record_digest(itertools.chain(data.train, data.heldout)):
         digests["record"] = read
-    texts = {"algorithm": Path(config.algorithm).read_text()} if Path(config.algorithm).is_file() else {}
     if rules is not None:
-        texts |= {"reward": json.dumps([leaf.version for leaf in rewards.leaves(reward)]), "principles": rules.text}
+        digests["reward"] = identity.digest([json.dumps([leaf.version for leaf in rewards.leaves(reward)]).encode()])
+        digests["principles"] = identity.digest([rules.text.encode()])
         if config.warm_up.data is not None:
             digests["warm_up"] = digest(load_warm_up(config).queries)
-    digests |= {name: identity.digest([content.encode()]) for name, content in texts.items()}
+    return {**digests, **_own_digests(config)}
+
+
+def _own_digests(config: Any) -> dict[str, str]:
+    """Computes the digests of what every use of a run reads: a variant's file, an adapter to start from, the base model."""
+    digests = {}
+    if Path(config.algorithm).is_file():
+        digests["algorithm"] = identity.digest([Path(config.algorithm).read_text().encode()])
     if config.model.adapter is not None:
         parts = [Path(config.model.adapter) / name for name in (peft.CONFIG, peft.WEIGHTS)]
         digests["adapter"] = identity.digest(part.read_bytes() for part in parts)
@@ -198,7 +229,7 @@ def open_run(workdir: Path, backend: str, inputs: Inputs, kept: Mapping[str, Any
         progress.advance(1)
         for said in (*module.notes(built), *prompting.notes(config, base.tokenizer, base.eos)):
             progress.log(said)
-        if config.sampling.server is not None:
+        if config.sampling.server is not None and not inputs.bare:
             built = _served(config, built, workdir, base, vocab, progress)
             stack.callback(built.close)
         stop.check()
@@ -212,7 +243,7 @@ def open_run(workdir: Path, backend: str, inputs: Inputs, kept: Mapping[str, Any
         run: Run[Any] = Run(
             config, base, built, algorithm, loss, inputs.data, prompts, inputs.reward, session, inputs.second
         )
-        yield fitted(run) if isinstance(algorithm, Algorithm) else run
+        yield fitted(run) if isinstance(algorithm, Algorithm) and not inputs.bare else run
 
 
 def _served(config: Any, backend: Any, workdir: Path, base: Base, vocab: int, progress: Progress) -> Any:

@@ -47,7 +47,8 @@ class Progress:
         self._total_iterations = total_iterations
         self._console = console or Console()
         self._clock = clock
-        self._iteration = self._finished = 0
+        self._iteration: int | None = None  # none has begun: the run is being opened
+        self._finished = 0
         self._numbers = ""
         self._phase = ""
         self._done = self._total = self._tokens = 0
@@ -94,11 +95,11 @@ class Progress:
     def metrics(self, metrics: Mapping[str, float | None]) -> None:
         """Shows the metrics of the iteration once it is over. Values that are missing, None or not finite are left out."""
         self._end_phase()
-        self._finished = self._iteration
+        self._finished = self._iteration or 0
         finite = {key: value for key, value in metrics.items() if value is not None and math.isfinite(value)}
         parts = [f"{label} {form.format(finite[key])}" for key, (label, form) in _SHOWN.items() if key in finite]
         self._numbers = "   ".join(parts)
-        self._print(f"iteration {self._iteration}/{self._total_iterations}   {self._numbers}".rstrip(), style="bold")
+        self._print(f"iteration {self._finished}/{self._total_iterations}   {self._numbers}".rstrip(), style="bold")
 
     def log(self, text: str) -> None:
         """Prints a line of its own, above the live display if there is one."""
@@ -113,7 +114,8 @@ class Progress:
     def _end_phase(self) -> None:
         if self._phase and not self._live.is_started:
             count = f"{self._done}/{self._total}" if self._total else f"{self._done}"
-            line = f"[{self._iteration}/{self._total_iterations}] {self._phase}: {count}"
+            where = "" if self._iteration is None else f"[{self._iteration}/{self._total_iterations}] "
+            line = f"{where}{self._phase}: {count}"
             self._print(f"{line} in {self._clock() - self._phase_start:.1f} s{self._speed()}")
         self._phase = ""
 
@@ -124,14 +126,14 @@ class Progress:
         if self._last_duration is None:
             return "-"
         current = max(self._last_duration - (self._clock() - self._iteration_start), 0.0)
-        return _duration(current + self._last_duration * (self._total_iterations - self._iteration))
+        return _duration(current + self._last_duration * (self._total_iterations - (self._iteration or 0)))
 
     def _render(self) -> RenderableType:
         """Draws the live display. rich calls it four times a second from its own thread."""
         bars = Table.grid(padding=(0, 2))
         elapsed = _duration(self._clock() - self._run_start)
         bars.add_row(
-            f"iteration {self._iteration}/{self._total_iterations}",
+            "opening" if self._iteration is None else f"iteration {self._iteration}/{self._total_iterations}",
             ProgressBar(total=self._total_iterations, completed=self._finished, width=30),
             f"{elapsed} elapsed, ETA {self._eta()}",
         )

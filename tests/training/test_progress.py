@@ -41,6 +41,9 @@ def clock():
 def test_plain_lines(clock):
     stream = Stream()
     with Progress(5, console=Console(file=stream, _environ={}), clock=clock) as progress:
+        progress.phase("load", 1)  # of a run that goes on: which iteration is next is not known yet
+        progress.advance()
+        progress.iteration(0)
         progress.phase("evaluate", 32)
         progress.advance(32)
         clock.now = 2.0
@@ -50,13 +53,14 @@ def test_plain_lines(clock):
         clock.now = 4.5
         progress.advance(16, tokens=250)
         progress.advance(32, tokens=500)
-        assert stream.getvalue().count("\n") == 2, "a phase is reported when it ends"
+        assert stream.getvalue().count("\n") == 3, "a phase is reported when it ends"
         progress.phase("compile")
         progress.advance()
         progress.log("seed 0 [bold] is not markup")
         progress.metrics({"reward_plain": 0.5, "reward_principled": 0.75, "ranked_share": 0.625, "tau": 0.2})
         assert stream.pending == 0
     assert stream.getvalue().splitlines() == [
+        "load: 1/1 in 0.0 s",
         "[0/5] evaluate: 32/32 in 2.0 s",
         "iteration 0/5   held-out 0.201",
         "[1/5] generate plain: 48/48 in 2.5 s, 300 tokens/s",

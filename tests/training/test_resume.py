@@ -90,7 +90,7 @@ def test_killed_and_continued(where, n, when, tmp_path, uninterrupted):
 @pytest.mark.parametrize(
     ("number", "until"),
     [
-        (signal.SIGTERM, "[0/3] load"),
+        (signal.SIGTERM, "load: "),
         (signal.SIGINT, "[0/3] evaluate"),
         (signal.SIGTERM, "iteration 1/3"),
         (signal.SIGINT, "iteration 1/3"),

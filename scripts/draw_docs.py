@@ -4,16 +4,19 @@
     .venv/bin/python scripts/draw_docs.py --runs runs/quickstart,runs/quickstart_1
 
 The first line writes docs/images: quickstart.svg from the table of docs/quickstart.md, methods.svg from that of
-docs/compare.md. The second one prints the table of docs/quickstart.md from finished runs, one for each seed, to be pasted.
+docs/results.md, rooms.svg from the imports of the sources. The second one prints the table of docs/quickstart.md from finished
+runs, one for each seed, to be pasted.
 """
 
 import argparse
 import json
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 DOCS = Path(__file__).parent.parent / "docs"
 INK, SOFT, RULE, COLOURS = "#1d2126", "#626b76", "#e4e5e3", ("#0f7b6c", "#c2601a", "#3b6fb5")
@@ -202,9 +205,62 @@ def methods(rows: Sequence[dict[str, str]]) -> str:
     return picture([panel], "Ten methods on the quickstart task: training reward against KL", width=870, height=440)
 
 
+_COMPUTING = ("backend", "torch_ascend")  # rooms that import JAX or torch
+
+
+def rooms(house: Any) -> str:
+    """The rooms of the package in layers, a room above all that it imports, with a line for every import that no path implies.
+
+    Args:
+        house: the sources, as scripts/house.py reads them.
+    """
+    order = [room for room in house.order if room != "the functional API"]  # a table of names, imported when they are used
+    below: dict[str, set[str]] = {room: set() for room in order}
+    for importer, imported, _ in house.edges:
+        high, low = house.rooms[importer], house.rooms.get(imported)
+        if low in below and high in below and high != low:
+            below[high].add(low)
+    layers: dict[str, int] = {}
+    reached: dict[str, set[str]] = {}
+    for room in order:  # from the bottom up
+        layers[room] = 1 + max((layers[other] for other in below[room]), default=-1)
+        reached[room] = below[room].union(*(reached[other] for other in below[room]))
+    rows = [[room for room in order if layers[room] == layer] for layer in range(max(layers.values()) + 1)]
+    panel = Panel(left=0, top=0, width=_WIDE, height=_ROW * len(rows), x=(0, _WIDE), y=(0, _ROW * len(rows)))
+    places = {
+        room: (_WIDE * (2 * i + 1) / (2 * len(row)), _ROW * (len(rows) - layer - 0.5))
+        for layer, row in enumerate(rows)
+        for i, room in enumerate(row)
+    }
+    for room in order:
+        implied = set().union(*(reached[other] for other in below[room]))
+        panel.svg += [_curve(places[room], places[other]) for other in sorted(below[room] - implied)]
+    for room, (x, y) in places.items():
+        panel.svg.append(f'<rect x="{x - 62}" y="{y - 16}" width="124" height="32" rx="6" fill="#f6f7f6" stroke="{SOFT}"/>')
+        panel.text(x, y + 4, room, fill=INK, anchor="middle", weight=700 if room in _COMPUTING else 400)
+    return picture([panel], "The rooms of ple_jax in layers, by their imports", width=_WIDE, height=_ROW * len(rows))
+
+
+_WIDE, _ROW = 720, 54  # of the picture of rooms, in pixels
+
+
+def _curve(high: tuple[float, float], low: tuple[float, float]) -> str:
+    (x, y), (to_x, to_y) = (high[0], high[1] + 16), (low[0], low[1] - 16)
+    bend = (to_y - y) / 2
+    return f'<path d="M{x} {y}C{x} {y + bend} {to_x} {to_y - bend} {to_x} {to_y}" fill="none" stroke="{COLOURS[2]}" opacity="0.55"/>'
+
+
+def _house() -> Any:
+    sys.path.insert(0, str(DOCS.parent))
+    from scripts import house
+
+    return house.read(DOCS.parent)
+
+
 PICTURES = {
     "quickstart.svg": lambda: quickstart(read_table(DOCS / "quickstart.md", "iteration")),
-    "methods.svg": lambda: methods(read_table(DOCS / "compare.md", "method")),
+    "methods.svg": lambda: methods(read_table(DOCS / "results.md", "method")),
+    "rooms.svg": lambda: rooms(_house()),
 }
 
 

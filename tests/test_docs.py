@@ -27,7 +27,8 @@ KEYS = set(flatten(default.get_config().to_dict()))
 ASCEND = "ascend_hh_llama3_8b"  # what scripts/launch/ascend.sh runs where no other config is given
 SUFFIXES = (".py", ".md", ".sh", ".svg", ".json", ".jsonl", ".html", ".sqlite", ".safetensors")
 
-_FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+# what it needs, if that is said above it; language; the file that it shows; contents
+_FENCED = re.compile(r'(?:^<!-- needs: (.*?) -->\n)?^```(\w*)(?: title="(.*?)")?\n(.*?)^```$', re.DOTALL | re.MULTILINE)
 _INLINE = re.compile(r"`([^`\n]+(?:\n[^`\n]+)?)`")  # it may be broken over two lines
 
 
@@ -35,9 +36,23 @@ def pages() -> list:
     return [pytest.param(page, id=page.name) for page in PAGES]
 
 
+class Block(NamedTuple):
+    """A code block of a page."""
+
+    needs: str  # what it takes to run it, beside two CPU cores
+    language: str
+    title: str  # the file that it shows
+    body: str
+
+
+def parted(text: str) -> list[Block]:
+    """The code blocks of a page, in their order."""
+    return [Block(*found) for found in _FENCED.findall(text)]
+
+
 def blocks(text: str, *languages: str) -> list[str]:
     """The contents of code blocks of these languages; "" is a block that names none."""
-    return [body for language, body in _FENCED.findall(text) if language in languages]
+    return [block.body for block in parted(text) if block.language in languages]
 
 
 def spans(text: str) -> list[str]:
@@ -140,24 +155,34 @@ class Command(NamedTuple):
         return overrides | {f"--config {self.flag('config')}", f"--backend {self.flag('backend') or 'jax'}"}
 
 
+def lines_of(body: str) -> list[str]:
+    """The command lines of a code block; one that goes on after a backslash is one."""
+    return [line.strip() for line in re.sub(r"\\\n\s*", "", body).splitlines() if line.strip()]
+
+
 def lines(text: str) -> Iterator[str]:
-    """The command lines of code blocks; one that goes on after a backslash is one."""
-    for block in blocks(text, "", "bash", "sh"):
-        yield from (line.strip() for line in re.sub(r"\\\n\s*", "", block).splitlines() if line.strip())
+    """The command lines of all code blocks."""
+    for body in blocks(text, "", "bash", "sh"):
+        yield from lines_of(body)
 
 
 def commands(text: str) -> Iterator[Command]:
-    for line in lines(text):
-        words = shlex.split(line, comments=True)
-        while words and re.match(r"[A-Z_]+=", words[0]):
-            words = words[1:]
-        if "ple_jax.main" in words:
-            yield Command(line, tuple(words[words.index("ple_jax.main") + 1 :]))
-        elif words and words[0] in ("ple_jax", ".venv/bin/ple_jax"):
-            yield Command(line, tuple(words[1:]))
-        elif words and words[0] == "scripts/launch/ascend.sh":
-            own = any(re.match("--config(=|$)", word) for word in words)
-            yield Command(line, ("--backend=torch", *([] if own else ["--config", ASCEND]), *words[1:]))
+    yield from filter(None, map(command_of, lines(text)))
+
+
+def command_of(line: str) -> Command | None:
+    """What a line asks of this program; None of a line that runs another one."""
+    words = shlex.split(line, comments=True)
+    while words and re.match(r"[A-Z_]+=", words[0]):
+        words = words[1:]
+    if "ple_jax.main" in words:
+        return Command(line, tuple(words[words.index("ple_jax.main") + 1 :]))
+    if words and words[0] in ("ple_jax", ".venv/bin/ple_jax"):
+        return Command(line, tuple(words[1:]))
+    if words and words[0] == "scripts/launch/ascend.sh":
+        own = any(re.match("--config(=|$)", word) for word in words)
+        return Command(line, ("--backend=torch", *([] if own else ["--config", ASCEND]), *words[1:]))
+    return None
 
 
 ALL = [(page, command) for page in PAGES for command in commands(page.read_text(encoding="utf-8"))]
@@ -170,15 +195,27 @@ def made(page: Path) -> set[str]:
     return {f"{command.flag('workdir')}/{command.flag('config')}.py" for command in inits}
 
 
+def a_folder(folder: Path, text: str) -> Path:
+    """A folder for the commands of a page: what a checkout has, and the files that the page shows."""
+    for name in ("configs", "examples", "scripts", "tests"):
+        (folder / name).symlink_to(ROOT / name)
+    for block in parted(text):
+        if block.title:
+            (folder / block.title).write_text(block.body, encoding="utf-8")
+    return folder
+
+
 @pytest.mark.parametrize(
     ("page", "command"), [pytest.param(*found, id=f"{found[0].stem}-{i}") for i, found in enumerate(RUNS)]
 )
-def test_commands_are_understood(monkeypatch, page, command):
+def test_commands_are_understood(monkeypatch, tmp_path, page, command):
     """By the program's own parser, config and overrides included."""
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(a_folder(tmp_path, page.read_text(encoding="utf-8")))
+    for name in ("train", "heldout"):  # that a script of the tutorial writes
+        (tmp_path / f"{name}.jsonl").touch()
     arguments = list(command.arguments)
     kept = default.get_config().to_dict() | {"format": 2, "backend": "jax", "inputs": {}}
-    monkeypatch.setattr(entry, "recorded", lambda workdir: kept)  # --mode=replay takes the config of a run
+    monkeypatch.setattr(entry, "recorded", lambda workdir: kept)  # of the run whose config is taken
     if (config := command.flag("config")) in made(page):
         arguments = [word.replace(config, "quickstart") for word in arguments]
     run = entry.parse(["ple_jax", *arguments])
@@ -245,6 +282,8 @@ def shared_workdirs(found: Iterable[tuple[str, Command]]) -> Iterator[str]:
     for where, command in found:
         workdir, line = command.flag("workdir"), command.line.partition(" #")[0].strip()
         if workdir is None or command.mode == "replay":  # whose overrides are what might have been
+            continue
+        if command.flag("config") is None:  # that of the run
             continue
         if (where, line) in lines:
             yield f"{where}: {line} stands there twice"
@@ -387,7 +426,7 @@ def test_tables_name_all_there_is():
     assert names("method.md", "algorithm") == modules("ple_jax/algorithms") - {"ple"}
     assert names("rewards.md", "name") - {"mine.py:score", "package.module:function"} == modules("ple_jax/rewards")
     sets = {file.stem for file in (ROOT / "ple_jax").rglob("principles/*.txt")}
-    assert len(sets) == 9 and sets <= set(spans((DOCS / "method.md").read_text(encoding="utf-8")))
+    assert len(sets) == 9 and sets == names("principles.md", "set")
 
 
 def test_readme_is_short():
@@ -395,7 +434,7 @@ def test_readme_is_short():
 
 
 def test_figures_of_the_readme_are_those_of_the_pages():
-    for page, first in (("quickstart.md", "seed"), ("compare.md", "method")):
+    for page, first in (("quickstart.md", "seed"), ("results.md", "method")):
         of_page = rows(DOCS / page, first)
         of_readme = rows(ROOT / "README.md", first)
         assert len(of_readme) >= 2
@@ -444,11 +483,11 @@ def test_a_table_is_printed_from_runs(draw_docs, tmp_path):
 
 def test_the_variant_that_is_shown_is_the_one_that_is_tested():
     code = (ROOT / "tests" / "variants" / "focal.py").read_text(encoding="utf-8")
-    assert code in blocks((DOCS / "method.md").read_text(encoding="utf-8"), "python")
+    assert code in blocks((DOCS / "variants.md").read_text(encoding="utf-8"), "python")
 
 
 def test_the_functions_that_are_shown_give_what_is_said():
-    (code,) = (block for block in blocks((DOCS / "method.md").read_text(encoding="utf-8"), "python") if "tau =" in block)
+    (code,) = (block for block in blocks((DOCS / "variants.md").read_text(encoding="utf-8"), "python") if "tau =" in block)
     said = re.findall(r"^(?:\w+ = )?(.*?)\s+# (.*)$", code, re.MULTILINE)
     assert [words for _, words in said] == ["0.2 * 0.9**3", "[True, False]", "[0.5]: the principled response is less likely"]
     checks = [f"assert np.allclose({expression}, {words.partition(':')[0]})" for expression, words in said]

@@ -306,6 +306,11 @@ def export(config: Any, workdir: Path, backend: str, accept: Sequence[str] = ())
     print("vLLM cannot serve this adapter by itself: --config.export.merged=True" if not lines else "serve with vLLM:")
     for line in lines:
         print(f"  {line}")
+    if serve and importlib.import_module("ple_jax.models.weights").gguf_file(config.model.path):
+        print(
+            f"{base_model} in the first line is the published one; this was trained on the dequantised weights of a GGUF"
+            f" file, which differ a little: {'the second line serves these' if merge else 'merge to serve these'}"
+        )
     return 0
 
 

@@ -1,11 +1,11 @@
-"""The documentation as a site, in build/site/html: docs/, README, CHANGELOG and CONTRIBUTING, and a reference made of the sources.
+"""The documentation as a site: docs/, README, CHANGELOG and CONTRIBUTING, and a reference that is made of the sources.
 
-    .venv/bin/python scripts/build_site.py
+    .venv/bin/python scripts/build_site.py       # build/site/html/index.html
 
-The pages in docs/ are written to be read in a repository too, so three things are done to them here: a link to another file of
-the repository leads to a page that shows this file, a formula between dollars becomes MathML, which needs no script to be
-read, and the reference pages are made, of configs/default.py with its rules and of docstrings. Zensical (the extra `docs`)
-then builds zensical.toml, strictly: a link that leads nowhere ends the build.
+The pages are written to be read in a repository too, so a few things are done to them here. A link to another file of the
+repository leads to a page that shows this file; a formula between dollars becomes MathML, which needs no script to be read;
+what a block of commands needs is shown above it. Reference pages are made of configs/default.py with its rules, and of
+docstrings. Zensical then builds zensical.toml, strictly: a link that leads nowhere ends the build.
 """
 
 import argparse
@@ -17,8 +17,8 @@ import shutil
 import subprocess
 import sys
 import tokenize
-from collections.abc import Iterator, Mapping
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,6 +40,12 @@ REFERENCE = {
               "ple_jax.models"],
     "results": ["ple_jax.formulas.intervals", "ple_jax.formulas.texts", "ple_jax.training.journal"],
 }  # fmt: skip
+_STYLE = """\
+.md-grid { max-width: 76rem; }
+.md-typeset table:not([class]) td code { word-break: normal; overflow-wrap: normal; }
+.md-typeset math[display="block"] { margin: 1em 0; overflow-x: auto; max-width: 100%; }
+.md-typeset img { max-width: 100%; height: auto; }
+"""
 _LANGUAGES = {".py": "python", ".sh": "bash", ".yaml": "yaml", ".json": "json", ".toml": "toml", ".ipynb": "json"}
 _CODE = re.compile(r"^```.*?^```$|`[^`\n]+`", re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"(\]\()([^)\s]+)(\))")
@@ -66,8 +72,7 @@ def with_links(text: str, source: str, shown: set[str]) -> str:
       source: that file, from the root of the repository.
       shown: gets every file or folder that a link leads to and that is no page: it needs one.
     """
-    made_of = {file: page for page, file in PAGES.items()}
-    page = PurePosixPath(made_of[source])
+    made_of = {file: page for page, file in PAGES.items()}  # all of them lie at the top of the site
 
     def lead(link: re.Match[str]) -> str:
         path, hash_, anchor = link[2].partition("#")
@@ -79,11 +84,9 @@ def with_links(text: str, source: str, shown: set[str]) -> str:
         if file not in made_of:
             shown.add(file)
         target = made_of.get(file, f"source/{file}.md")
-        assert page.parent == PurePosixPath("."), "pages lie at the top"
         return f"{link[1]}{target}{hash_}{anchor}{link[3]}"
 
-    # a badge or picture is a link within a link: the inner one ends first
-    return _LINK.sub(lead, text) if not _CODE.search(text) else outside_code(text, lambda prose: _LINK.sub(lead, prose))
+    return outside_code(text, lambda prose: _LINK.sub(lead, prose))
 
 
 def with_formulas(text: str) -> str:
@@ -92,9 +95,16 @@ def with_formulas(text: str) -> str:
 
     def formula(found: re.Match[str]) -> str:
         block, inline = found.groups()
-        return convert(" ".join((block or inline).split()), display="block" if block else "inline")
+        # within a span, as Markdown takes a line that begins with <math> for a paragraph of its own
+        drawn = convert(" ".join((block or inline).split()), display="block" if block else "inline")
+        return drawn if block else f"<span>{drawn}</span>"
 
     return outside_code(text, lambda prose: _FORMULA.sub(formula, prose))
+
+
+def with_needs(text: str) -> str:
+    """Returns a page that shows what its blocks of commands need, which stands in a comment above each of them."""
+    return re.sub(r"^<!-- needs: (.*?) -->$", r"*This needs \1.*\n", text, flags=re.MULTILINE)
 
 
 def source_page(file: str) -> str:
@@ -151,13 +161,16 @@ def _above(comments: Mapping[int, tuple[str, bool]], line: int) -> list[str]:
 
 
 def config_page() -> str:
-    """Returns the page of all config keys: defaults and meanings from configs/default.py, what they may hold from the rules."""
+    """Returns the page of all config keys: default and meaning from configs/default.py, possible values from the rules."""
     from configs import default
     from ple_jax.core.config import RULES, flatten
 
     values = flatten(default.get_config().to_dict())
-    lines = ["# Config keys", "", "Made of [configs/default.py](../source/configs/default.py.md), and of the rules by which a config is"
-             " checked. Override any of them on the command line: `--config.ple.tau_0=0.1`.", ""]  # fmt: skip
+    lines = [
+        "# Config keys", "",
+        "Made of [configs/default.py](../source/configs/default.py.md), and of the rules that check a config. Override"
+        " any of them on the command line: `--config.ple.tau_0=0.1`.", "",
+    ]  # fmt: skip
     for section, about, keys in config_keys((ROOT / "configs" / "default.py").read_text(encoding="utf-8")):
         lines += [f"## {section or 'At the top'}", "", *([about[0].upper() + about[1:] + ".", ""] if about else [])]
         lines += ["| key | default | takes | meaning |", "|---|---|---|---|"]
@@ -192,7 +205,7 @@ def write(out: Path) -> None:
     pages = {}
     for page, file in PAGES.items():
         text = (ROOT / file).read_text(encoding="utf-8")
-        pages[page] = with_formulas(with_links(text, file, shown))
+        pages[page] = with_needs(with_formulas(with_links(text, file, shown)))
     pages["reference/config.md"] = config_page()
     pages |= {f"reference/api/{title}.md": reference_page(title, modules) for title, modules in REFERENCE.items()}
     pages |= {f"source/{file}.md": source_page(file) for file in sorted(shown)}
@@ -200,14 +213,16 @@ def write(out: Path) -> None:
         (out / page).parent.mkdir(parents=True, exist_ok=True)
         (out / page).write_text(text, encoding="utf-8")
     shutil.copytree(ROOT / "docs" / "images", out / "images")
+    (out / "site.css").write_text(_STYLE, encoding="utf-8")
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args()
+    parser.parse_args(arguments)
     sys.path.insert(0, str(ROOT))
     write(OUT / "pages")
-    return subprocess.run([sys.executable, "-m", "zensical", "build", "--strict", "--clean"], cwd=ROOT, check=False).returncode
+    command = [sys.executable, "-m", "zensical", "build", "--strict", "--clean"]
+    return subprocess.run(command, cwd=ROOT, check=False).returncode
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
     .venv/bin/python scripts/draw_docs.py --runs runs/quickstart,runs/quickstart_1
 
 The first line writes docs/images: quickstart.svg from the table of docs/quickstart.md, methods.svg from that of
-docs/results.md, rooms.svg from the imports of the sources. The second one prints the table of docs/quickstart.md from finished
-runs, one for each seed, to be pasted.
+docs/results.md, rooms.svg from the imports of the sources. The second one prints the table of docs/quickstart.md from
+finished runs, one for each seed, to be pasted.
 """
 
 import argparse
@@ -209,7 +209,7 @@ _COMPUTING = ("backend", "torch_ascend")  # rooms that import JAX or torch
 
 
 def rooms(house: Any) -> str:
-    """The rooms of the package in layers, a room above all that it imports, with a line for every import that no path implies.
+    """The rooms of the package in layers, each above all that it imports; a line for every import that no path implies.
 
     Args:
         house: the sources, as scripts/house.py reads them.
@@ -247,7 +247,8 @@ _WIDE, _ROW = 720, 54  # of the picture of rooms, in pixels
 def _curve(high: tuple[float, float], low: tuple[float, float]) -> str:
     (x, y), (to_x, to_y) = (high[0], high[1] + 16), (low[0], low[1] - 16)
     bend = (to_y - y) / 2
-    return f'<path d="M{x} {y}C{x} {y + bend} {to_x} {to_y - bend} {to_x} {to_y}" fill="none" stroke="{COLOURS[2]}" opacity="0.55"/>'
+    curve = f"M{x} {y}C{x} {y + bend} {to_x} {to_y - bend} {to_x} {to_y}"
+    return f'<path d="{curve}" fill="none" stroke="{COLOURS[2]}" opacity="0.55"/>'
 
 
 def _house() -> Any:

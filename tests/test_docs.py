@@ -3,6 +3,7 @@
 The checks are functions from a page to what is wrong with it, so that they can be tried on pages that are wrong.
 """
 
+import dataclasses
 import importlib
 import json
 import re
@@ -427,6 +428,16 @@ def test_tables_name_all_there_is():
     assert names("rewards.md", "name") - {"mine.py:score", "package.module:function"} == modules("ple_jax/rewards")
     sets = {file.stem for file in (ROOT / "ple_jax").rglob("principles/*.txt")}
     assert len(sets) == 9 and sets == names("principles.md", "set")
+
+
+def test_options_of_trl_are_those_that_it_has():
+    """Its settings by the names of the installed version."""
+    trl = importlib.import_module("trl")
+    known = {field.name for config in (trl.SFTConfig, trl.DPOConfig, trl.GRPOConfig, trl.RLOOConfig, trl.ModelConfig)
+             for field in dataclasses.fields(config)}  # fmt: skip
+    named = [re.findall(r"`(\w+)`", row[0]) for row in rows(DOCS / "coming-from.md", "TRL")]
+    assert sum(map(len, named)) >= 40
+    assert sorted({name for some in named for name in some} - known) == []
 
 
 def test_readme_is_short():

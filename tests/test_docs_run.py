@@ -1,4 +1,4 @@
-"""Every command of the pages is run, as a reader would give it: one after the other, in a folder with the files that they show.
+"""Every command of the pages is run, as a reader would give it: one after the other, in a folder with what the pages show.
 
 Each is the command of the page with overrides behind it that make it small. What cannot be run here says so above its block:
 `<!-- needs: ... -->`.
@@ -27,6 +27,7 @@ SMALL = {
 # what is installed by it runs in continuous integration, which begins with make, and in tests/test_package.py
 SETUP = ("make", "pip", "source")
 CURVE = '--config.eval.max_kl="(4,16)" --config.eval.stop=False'
+PPO = "--config.algorithm=ppo --config.optimizer.lr=3e-3"
 ANSWERS = "--mode=generate --config.generate.data=quickstart_test --config.generate.second_reward=bag_of_words"
 # runs that a page speaks of without giving their commands ("and so on for every run")
 IMPLIED = {
@@ -34,11 +35,8 @@ IMPLIED = {
     "runs/mine": ["ple_jax --config quickstart"],
     "runs/other": ["ple_jax --config quickstart --config.seed=1"],
     "runs/ple_1": ["ple_jax --config quickstart --config.seed=1", f"ple_jax --config quickstart --config.seed=1 {ANSWERS}"],
-    "runs/ppo_0": [f"ple_jax --config quickstart --config.algorithm=ppo --config.optimizer.lr=3e-3 --config.seed=0 {ANSWERS}"],
-    "runs/ppo_1": [
-        f"ple_jax --config quickstart --config.algorithm=ppo --config.optimizer.lr=3e-3 --config.seed=1 {more}"
-        for more in ("", ANSWERS)
-    ],
+    "runs/ppo_0": [f"ple_jax --config quickstart {PPO} --config.seed=0 {ANSWERS}"],
+    "runs/ppo_1": [f"ple_jax --config quickstart {PPO} --config.seed=1 {more}" for more in ("", ANSWERS)],
     "runs/ppo_curve_0": [
         f"ple_jax --config quickstart --config.algorithm=ppo {CURVE} {more}"
         for more in ("", f"{ANSWERS} --config.checkpoint.use=kl_4", f"{ANSWERS} --config.checkpoint.use=kl_16")
@@ -50,10 +48,10 @@ IMPLIED = {
 def give(command: Command) -> None:
     """Gives a command in the folder that is the current one; runs that it needs come first."""
     for workdir in re.findall(r"runs/\w+\*?", " ".join(command.arguments)):
-        for name in IMPLIED:
+        for name in list(IMPLIED):
             wanted = name.startswith(workdir.rstrip("*")) if workdir.endswith("*") else name == workdir
             begun = Path(name, "config.json").exists()
-            if wanted and name in IMPLIED and command.flag("workdir") != name and not (begun and "_0" not in name):
+            if wanted and command.flag("workdir") != name and not (begun and "_0" not in name):
                 implied(name)
     if (name := command.flag("workdir")) in IMPLIED and command.mode != "train" and not Path(name, "config.json").exists():
         implied(name)

@@ -410,7 +410,7 @@ def test_exported_adapter_is_the_checkpoints_bit_for_bit(run):
             np.testing.assert_array_equal(read[path][kind], value, err_msg=path)
 
 
-def test_a_base_folder_is_served_with_the_adapter(source, tmp_path, capsys):
+def test_a_base_folder_is_served_with_the_adapter(source, tmp_path, capsys, monkeypatch):
     base = tmp_path / "base"
     tiny_like = weights.load("tiny")
     tiny.transformers_model(tiny_like.raw, dict(tiny_like.weights)).save_pretrained(base)
@@ -422,6 +422,10 @@ def test_a_base_folder_is_served_with_the_adapter(source, tmp_path, capsys):
     assert capsys.readouterr().out.endswith(
         f"serve with vLLM:\n  vllm serve {base} --enable-lora --max-lora-rank 8 --lora-modules {modules}\n"
     )
+    monkeypatch.setattr(weights, "gguf_file", lambda path: Path("small.Q4_1.gguf"))  # as if it had been read from one
+    for merged, remedy in ((False, "merge to serve these"), (True, "the second line serves these")):
+        modes.export(exporting(config, merged=merged), workdir, "jax")
+        assert f"the dequantised weights of a GGUF file, which differ a little: {remedy}" in capsys.readouterr().out
     loaded = AutoPeftModelForCausalLM.from_pretrained(workdir / "adapter")
     plain = AutoModelForCausalLM.from_pretrained(base)
     assert np.abs(logits(loaded) - logits(plain)).max() > 0.01

@@ -60,7 +60,8 @@ adapter on them, and lowers the threshold.
 Flags
   --config CONFIG        one of the package, by name (quickstart, tiny ...), or a Python file whose get_config() returns
                          the config; FILE:ARGUMENT hands it an argument
-  --config.KEY=VALUE     overrides one key; every key, with its default and its meaning, is in configs/default.py
+  --config.KEY=VALUE     overrides one key; every key, with its default and its meaning, is in configs/default.py, which
+                         --mode=init --config default --workdir DIR copies
   --workdir DIR          where everything goes: config.json, metrics.jsonl, rollouts/, checkpoints/, adapter/,
                          report.html, summary.json (not needed for --mode=plan)
   --backend jax|torch    what computes (default: jax); torch runs on Ascend NPUs, CUDA and CPUs, and under torchrun on
@@ -192,6 +193,8 @@ def _load(config: str) -> tuple[Path, ConfigDict]:
     shipped.importable()
     try:
         found = config_flags.ConfigFileFlagParser("config").parse(f"{file}{colon}{argument}")
+        if found is None:
+            raise TypeError("get_config() returns nothing; end it with `return c`")
         found.to_dict()
     except (Exception, SystemExit) as error:  # the file is the user's code: anything may come out of it
         # ml_collections puts a traceback before the message
@@ -374,7 +377,8 @@ def _check_flags(values: flags.FlagValues) -> None:
     if bool(values.runs) != compares:
         raise UserError("--runs=A,B and --mode=compare go together: the work directories that are compared")
     if not values.config and values.mode not in ("compare", *OF_A_RUN):
-        raise UserError("--config=CONFIG is missing, e.g. --config quickstart, or a file (see --help)")
+        own = "that of the run, with its overrides" if values.mode in ON_A_RUN[1:] else "e.g. --config quickstart, or a file"
+        raise UserError(f"--config=CONFIG is missing: {own} (see --help)")
     for name in values.accept or ():
         if name not in ACCEPTED or values.mode not in ON_A_RUN:
             raise UserError(
@@ -394,7 +398,8 @@ def _check_flags(values: flags.FlagValues) -> None:
 
 def _workdir(values: flags.FlagValues) -> Path:
     if not values.workdir and values.mode not in ("plan", "compare"):
-        raise UserError(f"--workdir=DIR is missing; --mode={values.mode} keeps its files there (--workdir runs/mine)")
+        use = "goes on from the run there" if values.mode in (*ON_A_RUN[1:], "replay") else "keeps its files there"
+        raise UserError(f"--workdir=DIR is missing; --mode={values.mode} {use} (--workdir runs/mine)")
     workdir = Path(values.workdir or ("runs/comparison" if values.mode == "compare" else "."))
     if longest := [part for part in workdir.parts if len(os.fsencode(part)) > _LONGEST]:
         raise UserError(f"--workdir has a part of {len(os.fsencode(longest[0]))} bytes; a name has at most {_LONGEST}")

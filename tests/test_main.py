@@ -189,7 +189,7 @@ class TestParse:
             ("def get_config(:", "SyntaxError"),
             ("import no_such_module", "No module named 'no_such_module'"),
             ("x = 1", "no attribute 'get_config'"),
-            ("def get_config(): return None", "to_dict"),
+            ("def get_config(): return None", "get_config() returns nothing; end it with `return c`"),
             ("import sys; sys.exit(0)", "SystemExit: 0"),
             ("def get_config(): return open('/no/such/file')", "/no/such/file"),
             ("from configs import default\ndef get_config():\n  default.get_config().seed = 'a'", "seed"),

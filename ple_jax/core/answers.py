@@ -4,6 +4,8 @@ import hashlib
 import json
 import math
 import sqlite3
+import sys
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -159,4 +161,15 @@ def _asked(ask: Callable[..., Any], columns: Sequence[list[Any]], failed: str, a
     except (UserError, KeyboardInterrupt):
         raise
     except BaseException as error:  # it may be the user's code: anything may come out of it, sys.exit(0) too
-        raise UserError(f"{failed}: {type(error).__name__}: {error}; {again}") from error
+        raise UserError(f"{failed}: {type(error).__name__}: {error}{_where(error)}; {again}") from error
+
+
+def _where(error: BaseException) -> str:
+    """Says in which file and line an error of the user's code was raised."""
+    installed = (Path(__file__).parents[1], Path(sys.prefix), Path(sys.base_prefix))
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if Path(frame.filename).is_file() and not any(Path(frame.filename).is_relative_to(path) for path in installed)
+    ]
+    return f" ({frames[-1].filename}, line {frames[-1].lineno}, in {frames[-1].name})" if frames else ""

@@ -80,7 +80,10 @@ def load_function(name: str, key: str, *, given: Sequence[str], kwargs: Mapping[
     try:
         inspect.signature(found).bind(*([] for _ in given), **kwargs, **dict.fromkeys(asks))
     except TypeError as error:
-        raise UserError(f"config.{key} {name!r} is not called as ({', '.join(given)}, **kwargs): {error}") from error
+        says = f"config.{key} {name!r} is not called as ({', '.join(given)}, **kwargs): {error}"
+        if kwargs and key == "reward.name":
+            says += '; --config.reward.kwargs="{}" leaves out those that were meant for another reward'
+        raise UserError(says) from error
     return Function(found, source(module, found), asks)
 
 

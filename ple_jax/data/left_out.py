@@ -44,7 +44,7 @@ def check_share(task: QuerySet, source: str, limit: float) -> None:
     kinds = ", ".join(f"{kind} {n}" for kind, n in Counter(b.kind for b in bad).most_common())
     allowing = f"--config.task.max_bad_share={min(share + 0.01, 1):.2f}"
     remedy = (
-        f"mend them, let scripts/prepare_data.py leave them out, or set {allowing}"
+        f"mend them, let scripts/prepare_data.py of a checkout leave them out, or set {allowing}"
         if queries
         else "mend them, or see whether --config.task.format and --config.task.columns are those of the data"
     )

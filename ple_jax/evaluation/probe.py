@@ -38,6 +38,7 @@ PLAIN, ALL = "plain", "all"  # the prompts without principles, and with those th
 EVERY = "every"  # the prompt with all rules, where training draws some of them
 _GRID = 41  # thresholds of the curve
 _EXAMPLES = 6  # queries that the page shows
+_CUT = 0.5  # share of plain responses cut off, above which it is said
 _FEWEST = 8  # queries in which lengths and rewards differ, below which their correlation says nothing
 
 
@@ -363,7 +364,11 @@ def said(found: Mapping[str, Any]) -> list[str]:
     lines = [f"all principles: {_lift(rows[ALL]['lift'])} reward over the plain prompt's {rows[PLAIN]['reward']:.3f}"]
     alone = [row for row in rows.values() if row["name"].startswith("only")]
     lines += [f"rule {row['name'][5:]} alone: {_lift(row['lift'])}; {row['about'].partition(': ')[2]}" for row in alone]
-    lines += [f"without rule {row['name'][8:]} the others lack {_lift(row['adds'])}" for row in rows.values() if row["adds"]]
+    lines += [f"rule {row['name'][8:]} adds {_lift(row['adds'])} to the others" for row in rows.values() if row["adds"]]
+    if rows[ALL]["lift"]["low"] <= 0:
+        lines.append("the principles are not shown to buy anything, so PLE has little to rank: mend them, or the reward")
+    if (cut := rows[PLAIN]["truncated"]) > _CUT:
+        lines.append(f"{cut:.0%} of the plain responses were cut off at config.sampling.max_new_tokens")
     scale = "" if found["transform"] == "none" else f", on the scale of transform {found['transform']}"
     lines.append(
         f"of {tau['ties']:.0%} of the pairs both responses score alike, of {tau['negative']:.0%} the plain one is"
@@ -373,9 +378,11 @@ def said(found: Mapping[str, Any]) -> list[str]:
         one = " (of one principled response; ple.candidates are more)" if found["candidates"] > 1 else ""
         lines.append(f"at ple.tau_0={tau['tau_0']:g} {tau['ranked']:.0%} of the pairs would be ranked by it{scale}{one}")
         if tau["suggested"] is not None:
+            won = 1 - tau["ties"] - tau["negative"]
+            share = "all" if tau["ranked_if_suggested"] >= won - 1e-9 else "about half"
             lines.append(
-                f"--config.ple.tau_0={tau['suggested']:g} would rank about half of the pairs that the principled response"
-                f" wins, {tau['ranked_if_suggested']:.0%} of all"
+                f"--config.ple.tau_0={tau['suggested']:g} would rank {share} of the pairs that the principled response wins,"
+                f" {tau['ranked_if_suggested']:.0%} of all"
             )
     noise = found["reward_noise"]
     if noise["responses"]:

@@ -50,7 +50,8 @@ def measured(lines: Sequence[Mapping[str, Any]], environment: Mapping[str, Any])
     generate, train = (
         statistics.median(line[f"{name}_tokens_per_second"] for line in kept) for name in ("generate", "train")
     )
-    device = f"{environment.get('device', '')}, {environment.get('cores', '?')} cores"
+    cores = environment.get("cores", "?")
+    device = f"{environment.get('device', '')}, {cores} core{'' if cores == 1 else 's'}"
     score = ran[-1]["total_reward_calls"] / max(scoring, 1e-6)
     return Rates(generate, train, score, date.today().isoformat(), device)
 

@@ -50,6 +50,8 @@ def summarise(rollouts: Sequence[Rollout], run: Run[Algorithm]) -> dict[str, flo
         "ranked_share": float(np.mean([rollout.decision == "ranked" for rollout in rollouts])),
         "truncated_share": float(np.mean([not r.finished for r in everything])),
     }
+    if len(given := {r.reward for r in everything}) == 1 and len(everything) > 1:
+        run.session.progress.log(f"warning: all rewards of this iteration are {given.pop():g}: there is nothing to rank")
     guided = [kind for kind, responses in by_kind.items() if responses[0].principled]
     plain = [kind for kind, responses in by_kind.items() if responses[0].own]
     if guided and plain:

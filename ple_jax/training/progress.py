@@ -19,7 +19,7 @@ _SHOWN = {
     "reward_principled": ("principled", "{:.3f}"),
     "ranked_share": ("ranked", "{:.0%}"),
     "tau": ("tau", "{:.3f}"),
-    "heldout_kl": ("KL", "{:.3f}"),
+    "heldout_kl_response": ("KL", "{:.1f} nats"),  # to the start, per response, as budgets have it
     "loss": ("loss", "{:.3f}"),
 }
 

@@ -124,6 +124,23 @@ def test_the_page(probed):
     assert f"{found['threshold']['suggested']:g}" in page and "<script" not in page
 
 
+def test_what_it_comes_to_is_said(probed):
+    found = result(probed)
+    lines = probe.said(found)
+    assert sum(line.startswith("rule ") and line.endswith(" to the others") for line in lines) == 4
+    every, plain = (next(row for row in found["prompts"] if row["name"] == name) for name in ("all", "plain"))
+    for lift, cut in (((-0.5, 0.5), 0.75), ((0.25, 0.5), 0.5)):
+        every["lift"] |= dict(zip(("low", "high"), lift, strict=True))
+        plain["truncated"] = cut
+        said = " ".join(probe.said(found))
+        assert ("not shown to buy anything" in said) == (lift[0] <= 0)
+        assert ("75% of the plain responses were cut off" in said) == (cut > 0.5)
+    found["threshold"] |= {"ties": 0.5, "negative": 0.125, "suggested": 0.25}
+    for ranked, share in ((0.375, "all"), (0.25, "about half")):
+        found["threshold"]["ranked_if_suggested"] = ranked
+        assert f"would rank {share} of the pairs that the principled response wins" in " ".join(probe.said(found))
+
+
 def test_one_rule_and_none(tmp_path):
     (tmp_path / "one.txt").write_text("Rules.\n1. Be kind.\n")
     modes.probe(config(principles=str(tmp_path / "one.txt"), **{"probe.queries": 2}), tmp_path / "w", "jax")

@@ -98,13 +98,17 @@ def build(kind: str, source: Path, folder: Path) -> Path:
     return built
 
 
+READ, TOLD = ("docs", "examples"), ("CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md")  # what an sdist has for its readers
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
     """A checkout, but for what it has of no use to a build; some tests are there, to be left out."""
     folder = tmp_path_factory.mktemp("source")
-    for name in ("ple_jax", "torch_ascend", "configs"):
+    for name in ("ple_jax", "torch_ascend", "configs", *READ):
         shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "tests/test_main.py", "tests/core/test_config.py"):
+    ours = ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", *TOLD)
+    for name in (*ours, "tests/test_main.py", "tests/core/test_config.py"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, folder / name)
     return folder
@@ -176,7 +180,10 @@ def test_an_sdist_makes_the_same_wheel(source, wheel, tmp_path):
         archive.extractall(tmp_path / "unpacked", filter="data")
     own = {"pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "PKG-INFO", "setup.cfg"}
     egg = {name for name in names if name.startswith("ple_jax.egg-info/")}
-    assert names - egg == own | files_of_the_package(source)
+    read = {file.relative_to(source).as_posix() for name in READ for file in (source / name).rglob("*") if file.is_file()}
+    assert {"docs/tutorial.md", "docs/images/rooms.svg", "examples/variant.ipynb"} <= read
+    kept = {name for name in read if not name.startswith("docs/evidence/")}
+    assert names - egg == own | {*TOLD} | kept | files_of_the_package(source)
     (unpacked,) = (tmp_path / "unpacked").iterdir()
     assert files_of_the_wheel(build("wheel", unpacked, tmp_path / "again")) == files_of_the_wheel(wheel)
 

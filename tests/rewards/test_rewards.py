@@ -211,7 +211,7 @@ def test_a_file_of_your_own(tmp_path):
         ("vader", {"with_promt": True}, r"config.reward.kwargs \{'with_promt': True\}.*unexpected keyword"),
         ("no_such_module:f", {}, "No module named 'no_such_module'"),
         ("test_rewards:nothing", {}, "no function 'nothing'"),
-        ("test_rewards:constant", {"size": 1}, "not called as .*unexpected keyword argument 'size'"),
+        ("test_rewards:constant", {"size": 1}, "not called as .*unexpected keyword argument 'size'; .*another reward"),
         ("test_rewards:cached", {}, "not called as"),
         ("letters", {"letters": ""}, "config.reward.kwargs letters = '': give at least one letter"),
     ],
@@ -302,8 +302,11 @@ def test_a_reward_that_fails_is_named():
     def fails(prompts, responses):
         raise KeyError("weights")
 
-    with pytest.raises(UserError, match="reward 'mine' failed on 2 responses: KeyError: 'weights'; .*same command again"):
+    says = "reward 'mine' failed on 2 responses: KeyError: 'weights'.*same command again"
+    with pytest.raises(UserError, match=says) as found:
         rewards.score(Reward("mine", fails), PROMPTS, ANSWERS)
+    line = fails.__code__.co_firstlineno + 1
+    assert f"({__file__}, line {line}, in fails); mend it" in str(found.value)
 
     class Cancelled(BaseException):
         """As asyncio's: nothing that `except Exception` sees."""
@@ -313,7 +316,7 @@ def test_a_reward_that_fails_is_named():
         def ends(prompts, responses, error=error):
             raise error
 
-        with pytest.raises(UserError, match=f"reward 'mine' failed on 2 responses: {said}; .*same command again"):
+        with pytest.raises(UserError, match=f"reward 'mine' failed on 2 responses: {said}.*same command again"):
             rewards.score(Reward("mine", ends), PROMPTS, ANSWERS)
 
     def interrupted(prompts, responses):

@@ -145,6 +145,17 @@ def test_one_override_is_another_run(override, ranked, default_run, tmp_path):
     assert any((a[name] != b[name]).any() for name in a) == ("ple.alpha" not in override)
 
 
+def test_a_reward_that_tells_nothing_apart_is_said(tmp_path, capsys):
+    train(tmp_path / "flat", **{"reward.name": "test_loop:flat_reward", "reward.kwargs": {}})
+    assert "warning: all rewards of this iteration are 0.5: there is nothing to rank" in capsys.readouterr().out
+    train(tmp_path / "letters")
+    assert "nothing to rank" not in capsys.readouterr().out
+
+
+def flat_reward(prompts, responses):
+    return [0.5] * len(responses)
+
+
 def test_constant_threshold(tmp_path):
     lines = train(tmp_path, iterations=2, **{"ple.alpha": 1.0, "ple.tau_0": 0.01})
     assert [line.get("tau") for line in lines] == [None, 0.01, 0.01]

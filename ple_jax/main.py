@@ -39,7 +39,7 @@ FLAG_NAMES = (
     "processes", "process", "help", "version",
 )
 # modes that need no --config: the config is then the run's own
-OF_A_RUN = ("replay", "export", "chat")
+OF_A_RUN = ("evaluate", "generate", "harness", "replay", "export", "chat")
 # modes that a run may be accepted in though it changed
 ON_A_RUN = ("train", "evaluate", "generate", "harness", "export", "chat")
 
@@ -97,7 +97,7 @@ Modes
              (--config.harness.tasks ...), in DIR/harness, the report and comparisons
   replay     label what the run of DIR sampled as --config.KEY=VALUE now says (reward, threshold, transform, selection),
              from its journals alone: which pairs would have been ranked, and the journals as records of data sets, in
-             DIR/replay; without --config, the config is the run's own (of export and chat too)
+             DIR/replay
   probe      before any training: what the principles buy on held-out queries, together, one by one and left out, and
              what a threshold would do with this reward (--config.probe.*): DIR/probe.html, probe.json
   plan       print what train would do (parameters, shapes, steps, prompts as the model sees them), and train nothing
@@ -106,6 +106,7 @@ Modes
   chat       talk to the best adapter of DIR, its base, or both; principles on or off
   init       copy CONFIG into DIR, as a file of your own to change
 
+Without --config, evaluate, generate, harness, replay, export and chat take the config from the run in DIR.
 `python -m ple_jax.main` is the same command as `ple_jax`.
 
 Examples
@@ -117,7 +118,7 @@ Examples
   ple_jax --config quickstart --workdir runs/low --config.ple.tau_0=0.1 --config.seed=1
   ple_jax --mode=init --config quickstart --workdir mine
   ple_jax --config mine/quickstart.py --workdir runs/mine
-  ple_jax --config mine/quickstart.py --workdir runs/mine --mode=generate
+  ple_jax --workdir runs/mine --mode=generate
   ple_jax --workdir runs/mine --mode=chat
   ple_jax --mode=replay --workdir runs/mine --config.ple.tau_0=0.1
   ple_jax --mode=replay --workdir runs/mine --against runs/other
@@ -231,7 +232,7 @@ def _without_unread(config: ConfigDict, began: dict[str, object], mode: str) -> 
         began: the flat config of the run, if the mode takes the config from there.
     """
     now, usual = flatten(config.to_dict()), flatten(_load("default")[1].to_dict())
-    unread = [key for key in OF_FILES if mode in OF_A_RUN and key in began and now[key] == began[key]]
+    unread = [key for key in OF_FILES if mode == "replay" and key in began and now[key] == began[key]]
     if mode in ("export", "chat"):
         unread = [key for key in OF_FILES if not key.startswith("model.")]
     checked = ConfigDict(config.to_dict())
@@ -377,8 +378,7 @@ def _check_flags(values: flags.FlagValues) -> None:
     if bool(values.runs) != compares:
         raise UserError("--runs=A,B and --mode=compare go together: the work directories that are compared")
     if not values.config and values.mode not in ("compare", *OF_A_RUN):
-        own = "that of the run, with its overrides" if values.mode in ON_A_RUN[1:] else "e.g. --config quickstart, or a file"
-        raise UserError(f"--config=CONFIG is missing: {own} (see --help)")
+        raise UserError("--config=CONFIG is missing, e.g. --config quickstart, or a file (see --help)")
     for name in values.accept or ():
         if name not in ACCEPTED or values.mode not in ON_A_RUN:
             raise UserError(

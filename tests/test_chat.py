@@ -322,8 +322,24 @@ def test_export_and_chat_need_neither_the_config_nor_what_was_read(tmp_path, mon
     assert "rules.txt', are not there any more: /principles on adds nothing" in said and "principles on, chat" in said
     with pytest.raises(UserError, match="belongs to another config, differing in ple.tau_0"):
         entry.main(entry.parse([*command[:3], "--mode=export", "--config.ple.tau_0=0.7"]))
-    with pytest.raises(UserError, match="existing"):  # what does read them says that they are gone
-        entry.parse([*command, "--config=tiny", *own, *small, "--mode=evaluate"])
+    for given in ((*command, "--config=tiny", *own, *small), command[:3]):  # what does read them says that they are gone
+        with pytest.raises(UserError, match="existing"):
+            entry.parse([*given, "--mode=evaluate"])
+
+
+def test_a_run_is_evaluated_by_its_own_config(tmp_path, capsys):
+    workdir = tmp_path / "run"
+    small = ["--config.iterations=1", "--config.sinks=()", "--config.seed=3", "--config.lora.targets=('q_proj','v_proj')"]
+    command = ["ple_jax", "--workdir", str(workdir)]
+    assert entry.main(entry.parse([*command, "--config=tiny", *small])) == 0
+    capsys.readouterr()
+    assert entry.main(entry.parse([*command, "--config=tiny", *small, "--mode=evaluate"])) == 0
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert entry.main(entry.parse([*command, "--mode=evaluate"])) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == said and "held-out reward" in said
+    assert entry.main(entry.parse([*command, "--mode=generate", "--config.generate.samples=1"])) == 0
+    with pytest.raises(UserError, match="--config=CONFIG is missing"):
+        entry.parse([*command, "--mode=train"])
 
 
 def test_a_line_that_is_no_utf8(run, monkeypatch, capsys):

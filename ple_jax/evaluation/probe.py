@@ -109,7 +109,7 @@ def probe(run: Run[Any]) -> dict[str, Any]:
         raise UserError("config.principles is a set without a rule: there is nothing to probe; name another one")
     started, queries = time.monotonic(), _queries(run)
     folder = _settle(run, queries)
-    found = [answered(run, prompt, queries, folder) for prompt in prompts_of(run)]
+    found = _all_answered(run, queries, folder)
     kept, left = _with_rewards(run, found, folder)
     by_name = {answers.prompt.name: answers for answers in kept}
     pairs = [
@@ -134,6 +134,16 @@ def probe(run: Run[Any]) -> dict[str, Any]:
         "examples": _examples(by_name),
         "seconds": time.monotonic() - started,
     }
+
+
+def _all_answered(run: Run[Any], queries: Sequence[Query], folder: Path) -> list[Answers]:
+    """Returns the answers under all prompts. Two prompts of the same rules are one: of two rules, leaving one out."""
+    found: list[Answers] = []
+    for prompt in prompts_of(run):
+        equal = (one for one in found if one.prompt.principled == prompt.principled and one.prompt.prompts == prompt.prompts)
+        same = next(equal, None)
+        found.append(answered(run, prompt, queries, folder) if same is None else same._replace(prompt=prompt))
+    return found
 
 
 def _with_rewards(run: Run[Any], found: Sequence[Answers], folder: Path) -> tuple[list[Answers], int]:

@@ -141,6 +141,17 @@ def test_what_it_comes_to_is_said(probed):
         assert f"would rank {share} of the pairs that the principled response wins" in " ".join(probe.said(found))
 
 
+def test_of_two_rules_leaving_one_out_is_the_other_alone(tmp_path):
+    (tmp_path / "two.txt").write_text("Rules.\n1. Be kind.\n2. Be brief.\n")
+    modes.probe(config(principles=str(tmp_path / "two.txt"), **{"probe.queries": 2}), tmp_path / "w", "jax")
+    rows = {row["name"]: row for row in result(tmp_path / "w")["prompts"]}
+    assert list(rows) == ["plain", "all", "only_1", "only_2", "without_1", "without_2"]
+    for left, alone in (("without_1", "only_2"), ("without_2", "only_1")):
+        assert rows[left]["reward"] == rows[alone]["reward"] and rows[left]["adds"] and not rows[alone]["adds"]
+    sampled = {path.parent.name for path in (tmp_path / "w" / "probe").glob("*/iter_*.jsonl")}
+    assert sampled == {"plain", "all", "only_1", "only_2"}
+
+
 def test_one_rule_and_none(tmp_path):
     (tmp_path / "one.txt").write_text("Rules.\n1. Be kind.\n")
     modes.probe(config(principles=str(tmp_path / "one.txt"), **{"probe.queries": 2}), tmp_path / "w", "jax")

@@ -398,7 +398,7 @@ def _check_flags(values: flags.FlagValues) -> None:
 
 def _workdir(values: flags.FlagValues) -> Path:
     if not values.workdir and values.mode not in ("plan", "compare"):
-        use = "goes on from the run there" if values.mode in (*ON_A_RUN[1:], "replay") else "keeps its files there"
+        use = "goes on from the run there" if values.mode in OF_A_RUN else "keeps its files there"
         raise UserError(f"--workdir=DIR is missing; --mode={values.mode} {use} (--workdir runs/mine)")
     workdir = Path(values.workdir or ("runs/comparison" if values.mode == "compare" else "."))
     if longest := [part for part in workdir.parts if len(os.fsencode(part)) > _LONGEST]:

@@ -10,16 +10,15 @@ docstrings. Zensical then builds zensical.toml, strictly: a link that leads nowh
 
 import argparse
 import ast
-import importlib
 import io
 import re
 import shutil
 import subprocess
 import sys
 import tokenize
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "build" / "site"
@@ -55,7 +54,7 @@ _FORMULA = re.compile(r"\$\$(.+?)\$\$|(?<![\w$\\])\$([^$\n]+?)\$(?![\w$])", re.D
 # ---------------------------------------------------------------- pages
 
 
-def outside_code(text: str, change: Any) -> str:
+def outside_code(text: str, change: Callable[[str], str]) -> str:
     """Returns a page with `change`, a function of text to text, done to all that is not code."""
     parts, end = [], 0
     for code in _CODE.finditer(text):
@@ -123,10 +122,9 @@ def source_page(file: str) -> str:
 
 
 class Key(NamedTuple):
-    """A key of the config: its dotted name, its default as it is written, and what the comments at it say."""
+    """A key of the config: its dotted name, and what the comments at it say."""
 
     name: str
-    default: str
     about: str
 
 
@@ -148,7 +146,7 @@ def config_keys(source: str) -> Iterator[tuple[str, str, list[Key]]]:
             yield name, about, keys
             name, about, keys = key, said, []
         else:
-            keys.append(Key(key, value, said))
+            keys.append(Key(key, said))
     yield name, about, keys
 
 
@@ -190,7 +188,6 @@ def reference_page(title: str, modules: list[str]) -> str:
     """Returns a page for mkdocstrings, with what modules' docstrings say."""
     lines = [f"# API: {title}", ""]
     for module in modules:
-        importlib.import_module(module.partition(".")[0])
         lines += [f"::: {module}", ""]
     return "\n".join(lines)
 

@@ -10,6 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ SMALL = {
     "optimizer.micro_queries": 4, "eval.diagnostic_queries": 2, "probe.queries": 2, "probe.samples": 2,
     "generate.max_queries": 4, "generate.samples": 2, "sinks": "()",
 }  # fmt: skip
-# what is installed by it runs in continuous integration, which begins with make, and in tests/test_package.py
+# what is installed by it runs in continuous integration, which begins with make, and in tests/packaging
 SETUP = ("make", "pip", "source")
 CURVE = '--config.eval.max_kl="(4,16)" --config.eval.stop=False'
 PPO = "--config.algorithm=ppo --config.optimizer.lr=3e-3"
@@ -35,7 +36,7 @@ IMPLIED = {
     "runs/mine": ["ple_jax --config quickstart"],
     "runs/other": ["ple_jax --config quickstart --config.seed=1"],
     "runs/ple_1": ["ple_jax --config quickstart --config.seed=1", f"ple_jax --config quickstart --config.seed=1 {ANSWERS}"],
-    "runs/ppo_0": [f"ple_jax --config quickstart {PPO} --config.seed=0 {ANSWERS}"],
+    "runs/ppo_0": [f"ple_jax --config quickstart {PPO} --config.seed=0 {more}" for more in ("", ANSWERS)],
     "runs/ppo_1": [f"ple_jax --config quickstart {PPO} --config.seed=1 {more}" for more in ("", ANSWERS)],
     "runs/ppo_curve_0": [
         f"ple_jax --config quickstart --config.algorithm=ppo {CURVE} {more}"
@@ -46,21 +47,14 @@ IMPLIED = {
 
 
 def give(command: Command) -> None:
-    """Gives a command in the folder that is the current one; runs that it needs come first."""
-    for workdir in re.findall(r"runs/\w+\*?", " ".join(command.arguments)):
-        for name in list(IMPLIED):
-            wanted = name.startswith(workdir.rstrip("*")) if workdir.endswith("*") else name == workdir
-            begun = Path(name, "config.json").exists()
-            if wanted and command.flag("workdir") != name and not (begun and "_0" not in name):
-                implied(name)
-    if (name := command.flag("workdir")) in IMPLIED and command.mode != "train" and not Path(name, "config.json").exists():
-        implied(name)
+    """Gives a command in the folder that is the current one; what it needs of runs that it names comes first, once."""
+    own = command.flag("workdir") if command.mode == "train" else None
+    named = re.findall(r"runs/\w+\*?", " ".join(command.arguments))
+    for workdir in [name for name in IMPLIED if name != own and any(fnmatch(name, word) for word in named)]:
+        for implied in [command_of(f"{line} --workdir {workdir}") for line in IMPLIED.pop(workdir)]:
+            if implied.mode != "train" or not Path(workdir, "config.json").exists():  # the page may have trained it
+                assert run(implied) == 0, implied.line
     assert run(command) == 0, command.line
-
-
-def implied(workdir: str) -> None:
-    for line in IMPLIED.pop(workdir):
-        assert run(command_of(f"{line} --workdir {workdir}")) == 0, line
 
 
 def run(command: Command) -> int:

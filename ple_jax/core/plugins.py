@@ -14,6 +14,9 @@ from ple_jax.core.errors import UserError, suggestion
 from ple_jax.core.rules import is_number, written
 from ple_jax.core.secrets import shown
 
+# a config that names a reward has options of it, which stay where only the name is overridden
+OF_ANOTHER = '; --config.reward.kwargs="{}" leaves out those that were meant for another reward'
+
 
 def built_in(room: str, name: str) -> ModuleType | None:
     """Imports the module that a plain name in a config stands for, ple_jax/ROOM/NAME.py; returns None if there is none."""
@@ -81,9 +84,7 @@ def load_function(name: str, key: str, *, given: Sequence[str], kwargs: Mapping[
         inspect.signature(found).bind(*([] for _ in given), **kwargs, **dict.fromkeys(asks))
     except TypeError as error:
         says = f"config.{key} {name!r} is not called as ({', '.join(given)}, **kwargs): {error}"
-        if kwargs and key == "reward.name":
-            says += '; --config.reward.kwargs="{}" leaves out those that were meant for another reward'
-        raise UserError(says) from error
+        raise UserError(says + OF_ANOTHER * bool(kwargs and key == "reward.name")) from error
     return Function(found, source(module, found), asks)
 
 

@@ -40,10 +40,6 @@ class Scored(NamedTuple):
 # ---------------------------------------------------------------- loading
 
 
-# a config that names a reward has options of it, which stay where only the name is overridden
-_OF_ANOTHER = '; --config.reward.kwargs="{}" leaves out those that were meant for another reward'
-
-
 def load(name: str, kwargs: Mapping[str, Any], **offered: Any) -> Reward:
     """Loads a reward: a module here by its name, or a function of your own.
 
@@ -66,7 +62,7 @@ def load(name: str, kwargs: Mapping[str, Any], **offered: Any) -> Reward:
         try:
             return module.make(**kwargs, **extra)
         except TypeError as error:
-            raise UserError(f"{WHERE} {dict(kwargs)!r}: {error}{_OF_ANOTHER * bool(kwargs)}") from error
+            raise UserError(f"{WHERE} {dict(kwargs)!r}: {error}{plugins.OF_ANOTHER * bool(kwargs)}") from error
     known, words = names("rewards", ".py"), ("prompts", "responses")
     found = plugins.load_function(name, "reward.name", given=words, kwargs=kwargs, known=known)
     version = digest(found.source, without_how(kwargs))

@@ -17,11 +17,11 @@ OUT either.
    rate whose best evaluation within the budget, on config.task.heldout (the dev split), has the highest reward, as a mean
    over these seeds. It gets another rate by the reward at the end. Among equal rates the smallest is chosen. The choices are
    in OUT/lrs.json. A rate at which a run diverged is out. Variants of PLE (ablations, sensitivity) are trained at PLE's.
-3. seeds: every method runs with the other seeds, at these rates.
-4. test: the best checkpoint of each of these runs within each budget and the last one, and the start model with and without
-   the principles in its prompt, answer --test-data, which nothing above has read, --samples times each. --second-reward,
-   which no method was trained on, scores the answers too.
-5. comparison: `--mode=compare` of all these answers, at every budget and at equal tokens, with the curves of all runs. Its
+3. seeds and test: every method runs with all seeds, at these rates. As soon as a run is finished, its best checkpoint within
+   each budget and its last one answer --test-data, which nothing above has read, --samples times each; so does the start
+   model, with and without the principles in its prompt. --second-reward, which no method was trained on, scores the answers
+   too. With --keep, a run that is taken from DIR without its answers is trained again, since its weights are not there.
+4. comparison: `--mode=compare` of all these answers, at every budget and at equal tokens, with the curves of all runs. Its
    tables are printed; its page is OUT/comparison/comparison.html.
 
 A method samples --responses in an iteration, however many of them for one query, and takes --steps optimiser steps on them.
@@ -52,6 +52,7 @@ from ple_jax.experiments.methods import GROUPS, METHODS, PLE, budget, chosen
 DATA_SAMPLES = 4  # answers per query of the offline methods' data
 SENSITIVITY_SEEDS = 3  # of methods of that group, at most
 DIVERGED = "lower --config.optimizer.lr"  # in what main says of a run whose learning rate was too high
+STARTS = {"start": False, "start + principles": True}  # entry of the comparison -> whether the principles are read
 END = "newest"  # the view of equal tokens, as config.checkpoint.use names it
 
 # ---------------------------------------------------------------- commands
@@ -84,6 +85,15 @@ class Settings(NamedTuple):
     def views(self) -> list[str]:
         """The checkpoints of a run that are compared, by their names in config.checkpoint.use."""
         return [*(f"kl_{float(budget):g}" for budget in self.budgets), END]
+
+
+class Run(NamedTuple):
+    """A method at one of its rates, with one seed, and the checkpoints of it that are compared."""
+
+    method: str
+    lr: str
+    seed: str
+    views: tuple[str, ...]
 
 
 def command(
@@ -285,55 +295,62 @@ def needs_data(s: Settings) -> bool:
     return any(METHODS[method].data for method in s.methods)
 
 
-def chosen_runs(s: Settings, rates: Mapping[tuple[str, str], str]) -> list[Job]:
-    """Returns the training jobs at every rate that was chosen for any view, seed by seed."""
-    pairs = dict.fromkeys((method, lr) for (method, _), lr in rates.items())
-    return [training(s, method, lr, seed) for seed in s.seeds for method, lr in pairs if seed in seeds_of(s, method)]
+def chosen_runs(s: Settings, rates: Mapping[tuple[str, str], str]) -> list[Run]:
+    """Returns the runs at every rate that was chosen for any view, seed by seed."""
+    views: dict[tuple[str, str], list[str]] = {}
+    for (method, view), lr in rates.items():
+        views.setdefault((method, lr), []).append(view)
+    pairs = [(seed, *pair) for seed in s.seeds for pair in views.items()]
+    return [Run(method, lr, seed, tuple(of)) for seed, (method, lr), of in pairs if seed in seeds_of(s, method)]
 
 
-def restored(s: Settings, rates: Mapping[tuple[str, str], str]) -> int:
-    """Resets finished trainings whose checkpoint must still answer the test and is gone; returns how many they are.
+def restored(s: Settings, runs: Sequence[Run]) -> list[Job]:
+    """Resets those of the trainings that are finished, and whose checkpoint must still answer the test and is gone.
 
-    A checkpoint is gone if the run was taken from the store, which keeps runs without their weights. A training that is
+    A checkpoint is gone if the training was taken from the store, which keeps runs without their weights. A training that is
     reset is as if it had never begun.
     """
-    answers: dict[Job, dict[Path, list[Job]]] = {}  # training -> file -> who writes it: two budgets may have the same best
-    for (method, view), lr in rates.items():
-        for seed in seeds_of(s, method):
-            job = training(s, method, lr, seed)
-            if is_done(job, s.out) and not (job.workdir / "checkpoints").exists():
-                asked = testing(s, method, lr, seed, view)
-                answers.setdefault(job, {}).setdefault(asked.result, []).append(asked)
-    _take(s, [job for of in answers.values() for some in of.values() for job in some])
-    lost = [job for job, of in answers.items() if not all(any(is_done(one, s.out) for one in some) for some in of.values())]
-    for job in lost:
-        store.forget(job, s.out, s.keep)
-    return len(lost)
+    lost = []
+    for one in runs:
+        job = training(s, *one[:3])
+        if is_done(job, s.out) and not (job.workdir / "checkpoints").exists():
+            asked: dict[Path, list[Job]] = {}  # file -> who writes it: two budgets may have the same best
+            for test in (testing(s, *one[:3], view) for view in one.views):
+                asked.setdefault(test.result, []).append(test)
+            _take(s, [test for some in asked.values() for test in some])
+            if not all(any(is_done(test, s.out) for test in some) for some in asked.values()):
+                store.forget(job, s.out, s.keep)
+                lost.append(job)
+    return lost
 
 
-def tested(
-    s: Settings, rates: Mapping[tuple[str, str], str], ended: Mapping[str, Outcome]
-) -> tuple[dict[Path, Job], dict[str, Path]]:
-    """Collects what the comparison needs of all finished trainings and of the start model.
+def trained_and_tested(s: Settings, runs: Sequence[Run], *, jobs: int) -> tuple[dict[str, Outcome], dict[str, Path]]:
+    """Trains the runs, and lets the checkpoints of each answer the test split before the next ones begin.
+
+    What an interruption leaves is then whole, even where the weights are lost with the machine.
 
     Returns:
-        The jobs that answer the test split, by the file that each writes; and the file by entry of the comparison.
+        How every job ended, by its name; and the file of answers by entry of the comparison.
     """
-    jobs: dict[Path, Job] = {}
+    ended: dict[str, Outcome] = {}
     entries: dict[str, Path] = {}
-    for (method, view), lr in rates.items():
-        for seed in seeds_of(s, method):
-            trained = training(s, method, lr, seed)
-            if ended[trained.name].code == 0:
-                job = testing(s, method, lr, seed, view)
-                if job.result not in jobs or is_done(job, s.out):  # two budgets may have the same best
-                    jobs[job.result] = job
-                entries[f"{method}={job.workdir}@{view}"] = job.result
-    for label, principled in (("start", False), ("start + principles", True)):
-        job = starting(s, principled=principled)
-        jobs[job.result] = job
-        entries[f"{label}={job.result.parent}"] = job.result
-    return jobs, entries
+    for first in range(0, len(runs), jobs):
+        some = runs[first : first + jobs]
+        trainings = [training(s, *one[:3]) for one in some]
+        say(f"\n{first + len(some)} of {len(runs)}: {', '.join(job.name for job in trainings)}")
+        _take(s, trainings)
+        for job in restored(s, some):
+            say(f"{job.name} is trained again, as its weights were not kept and the test needs them")
+        ended |= _run(s, trainings, parallel=jobs)
+        asked: dict[Path, Job] = {}
+        for one, job in zip(some, trainings, strict=True):
+            for view in one.views if ended[job.name].code == 0 else ():
+                test = testing(s, *one[:3], view)
+                if test.result not in asked or is_done(test, s.out):  # two budgets may have the same best
+                    asked[test.result] = test
+                entries[f"{one.method}={job.workdir}@{view}"] = test.result
+        ended |= _run(s, list(asked.values()), parallel=jobs)
+    return ended, {entry: file for entry, file in entries.items() if file.exists()}
 
 
 def compared(s: Settings, entries: Sequence[str]) -> tuple[Job, Outcome]:
@@ -368,19 +385,15 @@ def compare(s: Settings, *, jobs: int) -> int:
     with stage("learning rates"):
         ended = _run(s, grid, parallel=jobs)
         rates = choose(s, ended)
-    with stage("seeds"):
-        wanted = chosen_runs(s, rates)
-        _take(s, wanted)
-        if lost := restored(s, rates):
-            say(f"{lost} runs are trained again, as their weights were not kept and the test needs them")
-        ended |= _run(s, wanted, parallel=jobs)
-    with stage("test"):
-        asked, entries = tested(s, rates, ended)
-        ended |= _run(s, list(asked.values()), parallel=jobs)
+    with stage("seeds and test"):
+        starts = {label: starting(s, principled=principled) for label, principled in STARTS.items()}
+        ended |= _run(s, list(starts.values()), parallel=jobs)
+        found, entries = trained_and_tested(s, chosen_runs(s, rates), jobs=jobs)
+        ended |= found
     with stage("comparison"):
-        answered = [entry for entry, file in entries.items() if not ended[asked[file].name].code and file.exists()]
+        answered = [f"{label}={job.result.parent}" for label, job in starts.items() if not ended[job.name].code]
         curves = [f"{job.name.partition('__')[0]}={job.workdir}@points" for job in grid if ended[job.name].code == 0]
-        page, ended["comparison"] = compared(s, [*answered, *curves])
+        page, ended["comparison"] = compared(s, [*entries, *answered, *curves])
     left = [method for method in s.methods if (method, END) not in rates]
     failures = left + [name for name, outcome in ended.items() if outcome.code]
     say(f"\nfailed: {', '.join(failures)}" if failures else "\nnothing failed")

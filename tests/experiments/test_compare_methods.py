@@ -175,10 +175,43 @@ def test_variants_of_ple_have_its_rate_and_the_sensitivity_fewer_seeds(out):
     assert {method: rates[method, "kl_2"] for method in s.methods} == {
         "ple": "1e-3", "ple_empty": "1e-3", "ple_tau_1": "1e-3", "sft": "1e-4"}  # fmt: skip
     seeds = {}
-    for job in compare_methods.chosen_runs(s, rates):
-        method, _, seed = job.name.split("__")
-        seeds.setdefault(method, []).append(seed)
+    for run in compare_methods.chosen_runs(s, rates):
+        seeds.setdefault(run.method, []).append(run.seed)
     assert {method: len(found) for method, found in seeds.items()} == {"ple": 4, "ple_empty": 4, "ple_tau_1": 3, "sft": 4}
+
+
+def test_a_run_answers_the_test_before_the_next_one_begins(out, monkeypatch):
+    """Weights are lost with a machine, so that what was trained and not yet tested would be trained again."""
+    s = settings(out, names="ple,sft", seeds=["0", "1"])
+    rates = {("ple", view): "1e-3" for view in s.views} | {("sft", "kl_2"): "1e-4", ("sft", "kl_4"): "1e-3"}
+    runs = compare_methods.chosen_runs(s, rates)
+    assert [(*run,) for run in runs[:3]] == [
+        ("ple", "1e-3", "0", ("kl_2", "kl_4", "newest")), ("sft", "1e-4", "0", ("kl_2",)), ("sft", "1e-3", "0", ("kl_4",)),
+    ]  # fmt: skip
+    order, failing = [], "sft__lr-1e-3__seed-0"
+
+    def run(some, *_, **__):
+        for job in some:
+            order.append(job.name)
+            if job.name == failing:
+                continue
+            job.result.parent.mkdir(parents=True, exist_ok=True)
+            point = {"iteration": 3, "step": 2, "within": True}  # both budgets have the same best: it answers once
+            summary = {"best": {"kl_2": point, "kl_4": point}, "iterations": 5}
+            job.result.write_text(json.dumps(summary) if job.result.name == "summary.json" else "")
+        return {job.name: Outcome(int(job.name == failing)) for job in some}
+
+    monkeypatch.setattr(compare_methods.store, "run", run)
+    ended, entries = compare_methods.trained_and_tested(s, runs[:3], jobs=1)
+    ple = "ple__lr-1e-3__seed-0"
+    assert order == [ple, f"{ple}__kl_2", f"{ple}__newest", "sft__lr-1e-4__seed-0", "sft__lr-1e-4__seed-0__kl_2", failing]
+    assert set(ended) == set(order)
+    assert list(entries) == [
+        *(f"ple={out / ple}@{view}" for view in s.views), f"sft={out / 'sft__lr-1e-4__seed-0'}@kl_2",
+    ]  # fmt: skip
+    order.clear()
+    compare_methods.trained_and_tested(s, runs[:2], jobs=2)  # as many at once: these, and then the answers of both
+    assert order == [ple, "sft__lr-1e-4__seed-0", f"{ple}__kl_2", f"{ple}__newest", "sft__lr-1e-4__seed-0__kl_2"]
 
 
 def test_the_start_model_with_and_without_principles(out):
@@ -224,7 +257,9 @@ def test_the_learning_rate_is_chosen_on_the_dev_split_for_every_budget_as_a_mean
     s = settings(out, names="ple,raft,sft,ppo,rloo,grpo", lrs=["1e-4", "1e-3", "1e-2"], tune_seeds=2, seeds=["3", "4", "5"])
     reached = {  # of each rate, of both seeds: exit code, reward within 2, within 4 and in the end
         "ple": [
-            [(0, 0.5, 0.5, 0.5)] * 2, [(0, 0.2, 0.9, 0.7), (0, 0.4, 0.5, 0.7)], [(0, 0.1, 0.6, 0.8), (0, 0.1, 0.6, 0.6)],
+            [(0, 0.5, 0.5, 0.5)] * 2,
+            [(0, 0.2, 0.9, 0.7), (0, 0.4, 0.5, 0.7)],
+            [(0, 0.1, 0.6, 0.8), (0, 0.1, 0.6, 0.6)],
         ],
         "raft": [[(0, 0.9, 0.9, 0.9)] * 2, [(0, 1.0, 1.0, 1.0), (2, 0, 0, 0)], [(0, 0.1, 0.1, 0.1)] * 2],
         "sft": [[(2, 0, 0, 0)] * 2] * 3,
@@ -333,7 +368,7 @@ def test_a_whole_comparison(capsys, tmp_path):
     # answers that were not kept need the run's weights, which never are: it is trained again, and says the same
     (keep / f"{lost.name}__newest.tar.xz").unlink()
     third = call(capsys, compare_methods.main, "--out", str(tmp_path / "third"), *arguments)
-    assert third.code == 0 and "1 runs are trained again" in third.out
+    assert third.code == 0 and f"{lost.name} is trained again" in third.out
     assert (tmp_path / "third" / "comparison" / "table.md").read_text() == table
     # and what a finished OUT has is kept by the same command with --keep, where nothing was
     fourth = call(capsys, compare_methods.main, "--out", str(root), *arguments)

@@ -35,8 +35,20 @@ _LONGEST, _DEEPEST = 255, 4096 - 256  # bytes of the name of a file or folder, a
 # functions of ple_jax.modes
 MODES = ("train", "probe", "evaluate", "generate", "compare", "harness", "replay", "plan", "export", "chat")
 FLAG_NAMES = (
-    "config", "workdir", "backend", "mode", "accept", "topology", "runs", "against", "profile", "coordinator",
-    "processes", "process", "help", "version",
+    "config",
+    "workdir",
+    "backend",
+    "mode",
+    "accept",
+    "topology",
+    "runs",
+    "against",
+    "profile",
+    "coordinator",
+    "processes",
+    "process",
+    "help",
+    "version",
 )
 # modes that need no --config: the config is then the run's own
 OF_A_RUN = ("evaluate", "generate", "harness", "replay", "export", "chat")
@@ -200,8 +212,22 @@ def _load(config: str) -> tuple[Path, ConfigDict]:
     except (Exception, SystemExit) as error:  # the file is the user's code: anything may come out of it
         # ml_collections puts a traceback before the message
         reason = str(error).strip().splitlines()[-1:] or [""]
-        raise UserError(f"config file {str(file)!r} does not load: {type(error).__name__}: {reason[0]}") from error
+        where = f"config file {str(file)!r}{_line(file, error)}"
+        raise UserError(f"{where} does not load: {type(error).__name__}: {reason[0]}") from error
     return file, found
+
+
+def _line(file: Path, error: BaseException) -> str:
+    """Names the last line of a file that an error came through, or that an error of syntax is in; "" if there is none."""
+    cause: BaseException | None = error
+    while cause is not None:
+        lines = [frame.lineno for frame in traceback.extract_tb(cause.__traceback__) if Path(frame.filename) == file]
+        if isinstance(cause, SyntaxError) and cause.filename == str(file):
+            lines.append(cause.lineno)
+        if lines:
+            return f", line {lines[-1]},"
+        cause = cause.__cause__ or cause.__context__
+    return ""
 
 
 def _recorded(workdir: Path, config: ConfigDict) -> ConfigDict:
@@ -465,7 +491,7 @@ def _init(file: Path, workdir: Path) -> int:
     module = Path(sys.argv[0]).name == "main.py"  # of `python -m ple_jax.main`
     program = "python -m ple_jax.main" if module else "ple_jax"
     print(f"wrote {copied}; every key, with its default and its meaning, is in {shipped.CONFIGS / 'default.py'}")
-    print(f"{program} --config {copied} --workdir {Path('runs') / workdir.resolve().name}")
+    print(f"{program} --config {copied} --workdir {Path('runs') / f'{workdir.resolve().name}_{file.stem}'}")
     return 0
 
 

@@ -34,7 +34,7 @@ from ple_jax.planning import rates
 from ple_jax.planning.fit import fitted
 from ple_jax.reports import comparison_files, probe_page, run_page
 from ple_jax.serving import commands
-from ple_jax.training import loop, measures, offline, points
+from ple_jax.training import loop, measures, offline, outcome, points
 from ple_jax.training.opening import check_length, checkpoint_inputs, open_run, read_inputs, second_reward, training_reward
 from ple_jax.training.run import Run
 from ple_jax.training.sampling import sampling_of
@@ -61,18 +61,20 @@ def train(config: Any, workdir: Path, backend: str, accept: Sequence[str] = (), 
         if (done := finished(workdir)) and _whole(done, config, online):
             if not (workdir / "report.html").exists():  # ended between the summary and the report
                 run_page.write(workdir)
-            print(f"{workdir} is finished: {_outcome(done)}; see {workdir / 'report.html'}")
+            print(f"{workdir} is finished: {outcome.reached(done)}; see {workdir / 'report.html'}")
             return 0
         with open_run(workdir, backend, inputs, kept) as run:
             run = run._replace(session=run.session._replace(profile=profile))
             (workdir / SUMMARY).unlink(missing_ok=True)  # of a shorter run
-            for said in _of_two_rewards(kept):
+            for said in outcome.of_two_rewards(kept):
                 run.session.progress.log(said)
             write_json(workdir / "environment.json", {**project(), **run.backend.environment()})
             state = (baselines or (loop if online else offline)).train(run)
-            if baselines is None:  # another trainer's rates are its own
-                rates.keep(inputs.config, backend, rates.measured(state.lines, run.backend.environment()))
             summary = (measures if online else offline).summary(run, backend, state)
+            if online and baselines is None:  # another trainer's rates are its own
+                answers = len(run.data.heldout) * config.eval.samples * config.eval.points
+                found = rates.measured(state.lines, run.backend.environment(), summary, answers=answers)
+                rates.keep(inputs.config, backend, found)
             taken = points.taken(run)
             write.write_adapter(run, taken, summary)
         head = _trains_scores(inputs.algorithm, config)
@@ -80,7 +82,7 @@ def train(config: Any, workdir: Path, backend: str, accept: Sequence[str] = (), 
             write.write_merged(config, workdir, backend, taken, None, head=True)
         write_json(workdir / SUMMARY, summary, sealed=True)
         page = run_page.write(workdir)
-    print(f"{_outcome(summary)} in {summary['wall_seconds']:.0f} s")
+    print("\n".join([f"{outcome.reached(summary)} in {summary['wall_seconds']:.0f} s", *outcome.collapsed(summary)]))
     print(f"report: {page}\nadapter: {workdir / 'adapter'}, of {points.told(config, taken)}")
     if head:
         print(_use_reward(workdir / "reward_model"))
@@ -99,36 +101,6 @@ def _whole(summary: Mapping[str, Any], config: Any, online: bool) -> bool:
     """
     wanted = {"iterations": config.iterations} if online else {"epochs": config.offline.epochs}
     return bool(summary.get("stopped")) or all(summary.get(name, value) == value for name, value in wanted.items())
-
-
-def _of_two_rewards(kept: Mapping[str, Any]) -> Iterator[str]:
-    for change in kept.get("changed", ()):
-        if "inputs.reward" in change:
-            yield (
-                f"warning: after iteration {change['after']} the reward is another version than before (--accept=reward):"
-                " rewards before and after need not be of one scale, the gain over the start included"
-            )
-
-
-def _outcome(summary: Mapping[str, Any]) -> str:
-    """Says what a run reached: the reward of the best evaluation under its largest budget, or else of the last evaluation.
-
-    For a reward model it is the accuracy on held-out pairs.
-    """
-    if "heldout_accuracy" in summary:
-        low, high = summary["heldout_accuracy_ci95"]
-        return (
-            f"held-out accuracy {summary['heldout_accuracy']:.3f} (95% interval {low:.3f} to {high:.3f}), calibration error"
-            f" {summary['heldout_calibration_error']:.3f}, over {summary['heldout_examples']} pairs"
-        )
-    after, (low, high), where = summary["heldout_reward_after"], summary["heldout_gain_ci95"], ""
-    if best := list(summary.get("best", {}).values()):
-        after, (low, high) = best[-1]["reward"], best[-1]["gain_ci95"]
-        where = f", {best[-1]['kl']:.1f} nats a response from the start"
-    return (
-        f"held-out reward {summary['heldout_reward_before']:.3f} -> {after:.3f} (95% interval of the gain {low:.3f} to"
-        f" {high:.3f}){where}"
-    )
 
 
 def _trains_scores(algorithm: Algorithm | OfflineAlgorithm, config: Any) -> bool:

@@ -202,8 +202,28 @@ class TestParse:
         with pytest.raises(UserError) as error:
             parse(f"--config={file}", "--mode=plan")
         message = str(error.value)
-        assert message.startswith(f"config file {str(file)!r} does not load: ")
+        assert re.match(rf"config file {str(file)!r}(, line \d+,)? does not load: ", message)
         assert says in message and "\n" not in message
+
+    @pytest.mark.parametrize(
+        ("source", "line"),
+        [
+            ("from configs import default\n\ndef get_config():\n  return default.get_config().nothing()\n", 4),
+            ("import json\nfrom configs import nothing\n", 2),
+            ("def get_config():\n  import json\n  return json.loads('[')\n", 3),
+            ("import json\n\ndef get_config(:\n  pass\n", 3),
+            ("import broken_module\n", 1),
+        ],
+    )
+    def test_an_error_in_a_config_names_its_line(self, source, line, tmp_path, monkeypatch):
+        monkeypatch.delitem(sys.modules, "config_config", raising=False)
+        (tmp_path / "broken_module.py").write_text("x = 1\ny = 2\ndef f(:\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        file = tmp_path / "broken.py"
+        file.write_text(source)
+        with pytest.raises(UserError) as error:
+            parse(f"--config={file}", "--mode=plan")
+        assert str(error.value).startswith(f"config file {str(file)!r}, line {line}, does not load: ")
 
     def test_argument_of_a_config_file(self, tmp_path):
         file = tmp_path / "sized.py"
@@ -243,7 +263,7 @@ def test_init_copies_a_config(tmp_path, monkeypatch, capsys):
     assert main.main(parse("--mode=init", "--config=quickstart", "--workdir=here/mine")) == 0
     copied = tmp_path / "here" / "mine" / "quickstart.py"
     assert copied.read_text() == (ROOT / "configs" / "quickstart.py").read_text()
-    assert capsys.readouterr().out.endswith(" --config here/mine/quickstart.py --workdir runs/mine\n")
+    assert capsys.readouterr().out.endswith(" --config here/mine/quickstart.py --workdir runs/mine_quickstart\n")
     copied.write_text(copied.read_text().replace("rank_sft_weight = 5.0", "rank_sft_weight = 0.5"))
     assert parse(f"--config={copied}", "--mode=plan").config.ple.rank_sft_weight == 0.5
     with pytest.raises(UserError, match="here/mine/quickstart.py exists"):

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import os
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -190,7 +189,7 @@ class TorchBackend:
             "ops": self.model.ops.name,
             "processes": self.world.size,
             "threads": torch.get_num_threads(),
-            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "cores": processor.cores(),
         }
 
     def profile(self, folder: Path) -> AbstractContextManager[None]:

@@ -97,6 +97,20 @@ def names(folder: str, suffix: str) -> list[str]:
     return sorted(p.stem for p in (PACKAGE / folder).glob(f"*{suffix}") if not p.stem.startswith("_"))
 
 
+def chosen(config: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns those keys of a flat config.json whose values are not the defaults.
+
+    Left out are keys that the defaults do not have, and those that the defaults leave to the machine or the day: a run has
+    filled them in.
+
+    Args:
+        config: the contents of config.json, flattened.
+        usual: the defaults, flattened likewise and with lists for tuples.
+    """
+    filled = {key for key, value in usual.items() if value == "auto"} | {"task.date"}
+    return {key: value for key, value in config.items() if key in usual and key not in filled and value != usual[key]}
+
+
 def find(folder: str, suffix: str, name: str) -> Path | None:
     """Returns the file that a name without a path stands for; None if it is not among `names`."""
     return PACKAGE / folder / f"{name}{suffix}" if name in names(folder, suffix) else None
@@ -220,10 +234,11 @@ def _checkpoint(value: Any) -> str:
 
 def _model(value: Any) -> str:
     """Checks a model: a name, a path, or user/name on a hub. A hub is only asked when the model is loaded."""
-    if isinstance(value, str) and is_hub_id(value):
+    if isinstance(value, str) and (is_hub_id(value) or value in PUBLISHED):
         return ""
-    local = named(["smollm2-135m", "tiny", *PUBLISHED], file=".gguf file or Hugging Face folder", folder=True)(value)
-    return f"{local}, or a model on a hub, user/name" if local else ""
+    local = named(["smollm2-135m", "tiny"], file=".gguf file or Hugging Face folder", folder=True)(value)
+    shapes = f"for --mode=plan --topology also the shapes of {', '.join(PUBLISHED)}"
+    return f"{local}, or a model on a hub, user/name; {shapes}{suggestion(str(value), PUBLISHED)}" if local else ""
 
 
 def _revision(value: Any) -> str:

@@ -1,5 +1,6 @@
-"""What this machine's processor is, whether it computes in bfloat16, and how much memory is free or taken."""
+"""What this machine's processor is, whether it computes in bfloat16, and how many cores and how much memory there are."""
 
+import os
 import platform
 from pathlib import Path
 
@@ -20,6 +21,11 @@ def digest() -> str:
     """Returns 12 hex digits for the processor's kind and features: machine code for one may be wrong on another."""
     said = _lines("flags", "Features", "model name", "CPU part") or {platform.machine(), platform.processor()}
     return identity.digest(["\n".join(sorted(said)).encode()])[:12]
+
+
+def cores() -> int:
+    """Returns the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def free_memory() -> int | None:

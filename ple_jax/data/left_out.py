@@ -11,6 +11,7 @@ from ple_jax.core.files import write_jsonl
 from ple_jax.core.types import Query
 
 FILE = "bad_records.jsonl"  # in the work directory: what was left out, and why
+_NAMED = 8  # places of bad records of a kind that an error names
 CUT = 300  # characters of a bad record that are kept
 
 
@@ -33,7 +34,7 @@ class QuerySet(NamedTuple):
 def check_share(task: QuerySet, source: str, limit: float) -> None:
     """Raises a UserError if more than the share `limit` of the records is bad, or all of them.
 
-    The message has the first bad record and the number of each kind.
+    The message has the first bad record, and of each kind the number and the places.
     """
     queries, bad = task
     share = len(bad) / max(len(queries) + len(bad), 1)
@@ -41,7 +42,7 @@ def check_share(task: QuerySet, source: str, limit: float) -> None:
         return
     if not bad:
         raise UserError(f"{source} holds no record that can be used")
-    kinds = ", ".join(f"{kind} {n}" for kind, n in Counter(b.kind for b in bad).most_common())
+    kinds = ", ".join(f"{n} {kind} ({_places(bad, kind)})" for kind, n in Counter(b.kind for b in bad).most_common())
     allowing = f"--config.task.max_bad_share={min(share + 0.01, 1):.2f}"
     remedy = (
         f"mend them, let scripts/prepare_data.py of a checkout leave them out, or set {allowing}"
@@ -49,9 +50,20 @@ def check_share(task: QuerySet, source: str, limit: float) -> None:
         else "mend them, or see whether --config.task.format and --config.task.columns are those of the data"
     )
     raise UserError(
-        f"{bad[0].reason}; {len(bad)} of {len(queries) + len(bad)} records of {source} cannot be used ({kinds}), more than"
+        f"{bad[0].reason}; {len(bad)} of {len(queries) + len(bad)} records of {source} cannot be used: {kinds}; more than"
         f" config.task.max_bad_share={limit:g} allows: {remedy}"
     )
+
+
+def _places(bad: Sequence[Bad], kind: str) -> str:
+    """Names the first places of the bad records of a kind; of equal files the name is said once."""
+    places = [b.where for b in bad if b.kind == kind]
+    files: dict[str, list[str]] = {}
+    for place in places[:_NAMED]:
+        file, colon, line = place.rpartition(":")
+        files.setdefault(file + colon, []).append(line)
+    named = ", ".join(f"{file}{', '.join(lines)}" for file, lines in files.items())
+    return named + (f" and {len(places) - _NAMED} more" if len(places) > _NAMED else "")
 
 
 def fit(queries: Sequence[Query], judge: Callable[[Query], Any]) -> tuple[Compact[Any], list[Bad]]:

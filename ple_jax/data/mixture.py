@@ -89,6 +89,12 @@ def draw_queries(config: Any, queries: Sequence[Query], iteration: int) -> list[
         UserError: there are fewer queries than the iteration draws, in all or in one set.
     """
     if not config.task.sets:
+        batch = config.optimizer.batch_queries
+        if (fit := len(queries) // batch * batch) and config.queries_per_iteration > len(queries):
+            raise UserError(
+                f"config.queries_per_iteration is {config.queries_per_iteration} but there are {len(queries)} train queries;"
+                f" use at most {fit}, the largest multiple of config.optimizer.batch_queries={batch} among them"
+            )
         return draw(queries, config.queries_per_iteration, seed=config.seed, iteration=iteration)
     queries = compact(queries)
     some, found = by_set(config, queries.places("id").items()), []

@@ -12,7 +12,7 @@ import numpy as np
 from ple_jax.core import identity
 from ple_jax.core.compact import Compact, compact
 from ple_jax.core.conversation import Answer, Conversation
-from ple_jax.core.errors import UserError
+from ple_jax.core.errors import UserError, suggestion
 from ple_jax.core.types import Query
 from ple_jax.data import formats, records
 from ple_jax.data.left_out import CUT, Bad, QuerySet
@@ -105,7 +105,9 @@ def _check_any(task: QuerySet, source: str) -> None:
         raise UserError(f"{source} holds no record; give a JSONL file with a `prompt` on each line")
     nameless = [b for b in bad if b.kind == "column"]
     if nameless and {b.kind for b in bad} <= {"column", "json", "utf-8", "csv"} and not queries:
-        raise UserError(f"{nameless[0].reason}, or say its name: --config.task.columns=\"{{'prompt': 'question'}}\"")
+        named = "config.task.columns" in nameless[0].reason
+        hint = "" if named else ", or say its name: --config.task.columns=\"{'prompt': 'question'}\""
+        raise UserError(f"{nameless[0].reason}{hint}")
 
 
 def some(queries: Compact[Query], limit: int, seed: int) -> Compact[Query]:
@@ -136,8 +138,21 @@ def _query(
     if record.kind:
         raise formats.Unusable(record.kind, record.reason)
     values = _renamed(record.value, columns)
-    query = make(values, record.name)._replace(id=record.name if values.get("id") is None else str(values["id"]))
+    try:
+        query = make(values, record.name)
+    except formats.Unusable as error:
+        raise (error.kind == "column" and _misnamed(record.value, columns)) or error from None
+    query = query._replace(id=record.name if values.get("id") is None else str(values["id"]))
     return query._replace(record={name: _told(query, values, name, optional=optional) for name in reads})
+
+
+def _misnamed(values: Mapping[str, Any], columns: Mapping[str, str]) -> formats.Unusable | None:
+    """Returns the error for a column that config.task.columns names and a record does not have; None if it has them all."""
+    if not (wrong := [(ours, name) for ours, name in columns.items() if name not in values]):
+        return None
+    ours, name = wrong[0]
+    given = f" has no column {name!r}, which config.task.columns names as {ours!r}, only {', '.join(values)}"
+    return formats.Unusable("column", given + suggestion(name, values))
 
 
 def _told(query: Query, values: Mapping[str, Any], name: str, *, optional: bool) -> Any:

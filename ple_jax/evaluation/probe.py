@@ -108,7 +108,7 @@ def probe(run: Run[Any]) -> dict[str, Any]:
     if not run.prompts.principles.text:
         raise UserError("config.principles is a set without a rule: there is nothing to probe; name another one")
     started, queries = time.monotonic(), _queries(run)
-    folder = _settle(run, queries)
+    folder = run.session.workdir / FOLDER
     found = _all_answered(run, queries, folder)
     kept, left = _with_rewards(run, found, folder)
     by_name = {answers.prompt.name: answers for answers in kept}
@@ -166,21 +166,24 @@ def _queries(run: Run[Any]) -> Sequence[Query]:
     return run.data.heldout[: run.config.probe.queries or None]
 
 
-def _settle(run: Run[Any], queries: Sequence[Query]) -> Path:
-    """Prepares the folder of the answers and returns its path.
+def _settle(run: Run[Any], prompt: Prompt, queries: Sequence[Query], folder: Path) -> None:
+    """Prepares the folder of a prompt's answers.
 
-    Answers there to another question, of another model, sampler, prompt or set of queries, are removed.
+    Answers there to another question, of another model, sampler, prompt or set of queries, are removed. The plain prompt's
+    stay where only the principles are other ones.
     """
-    folder, kept = run.session.workdir / FOLDER, flatten(recorded(run.session.workdir) or {})
-    groups = ("backend", "seed", "model.", "task.chat", "task.thinking", "task.date", "sampling.", "principles")
-    same = ("inputs.model", "inputs.adapter", "inputs.principles")
-    wanted = {key: value for key, value in kept.items() if key.startswith(groups) or key in same}
-    wanted |= {"queries": digest(queries), "samples": run.config.probe.samples, "rules": run.prompts.principles.text}
+    kept = flatten(recorded(run.session.workdir) or {})
+    groups = ("backend", "seed", "model.", "task.chat", "task.thinking", "task.date", "sampling.")
+    wanted = {key: value for key, value in kept.items() if key.startswith(groups)}
+    wanted |= {key: kept[key] for key in ("inputs.model", "inputs.adapter") if key in kept}
+    wanted |= {"queries": digest(queries), "samples": run.config.probe.samples}
+    if prompt.principled:
+        wanted["rules"] = prompt.prompts.principles.text
+        wanted["principles_per_query"] = prompt.prompts.config.principles_per_query
     if read_json(folder / "question.json") != wanted:
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "question.json", wanted)
-    return folder
 
 
 def answered(run: Run[Any], prompt: Prompt, queries: Sequence[Query], folder: Path) -> Answers:
@@ -196,9 +199,10 @@ def answered(run: Run[Any], prompt: Prompt, queries: Sequence[Query], folder: Pa
     longest = max(map(len, rendered)) + run.config.sampling.max_new_tokens
     check_context(longest, len(queries), model=run.base.name, context=run.base.context)
     tokens, seconds = float(np.mean([len(whole) for whole in rendered])), math.nan
+    _settle(run, prompt, queries, folder / prompt.name)
     journal = Journal(folder / prompt.name, 0)
+    run.session.progress.heading(f"probe: {prompt.about}")
     if (rollouts := journal.read()) is None:
-        run.session.progress.log(f"probe: {prompt.about}")
         began = time.monotonic()
         slots = [Slot("probe", prompt.principled, number) for number in range(run.config.probe.samples)]
         with ahead.scoring(run.reward, run.session) as ask:

@@ -229,4 +229,15 @@ def said(result: Mapping[str, Any]) -> Iterator[str]:
         flips = ", ".join(f"{count} {flip}" for flip, count in row["flips"].items()) or "none"
         out = f"; {row['left_out']} left out" if row["left_out"] else ""
         yield f"{row['iteration']:>9} {row['queries']:>8} {tau:>15} {ranked:>15} {row['weights_moved']:>14}  {flips}{out}"
-    yield "every score, margin, decision and weight is as it was, bit by bit" if result["same"] else "not as it was"
+    yield _in_all(result)
+
+
+def _in_all(result: Mapping[str, Any]) -> str:
+    rows = result["iterations"]
+    pairs, moved = (sum(row[key] for row in rows) for key in ("queries", "weights_moved"))
+    flips = sum(sum(row["flips"].values()) for row in rows)
+    if result["same"]:
+        return "every score, margin, decision and weight is as it was, bit by bit"
+    if flips or moved:
+        return f"{flips} of {pairs} pairs are decided otherwise, and {moved} weights are other ones"
+    return "every pair is decided as it was, with the same weights, though thresholds, scores or margins are other ones"

@@ -49,6 +49,7 @@ from ple_jax.training.journal import Journal
 from ple_jax.training.journal import read as read_journal
 from ple_jax.training.run import Run
 from ple_jax.training.sampling import given, sample
+from ple_jax.training.steps import sampler_logprobs
 
 _AGAIN = "delete that folder and give --mode=generate again"
 
@@ -241,13 +242,16 @@ def _scores(
     samples, size = len(rollouts[0].responses), run.config.optimizer.micro_queries
     values = None if second is None else scoring.values(rollouts, second, run.session)
     principles = run.base.tokenizer.encode(run.prompts.principles.text, add_special_tokens=False)
+    heated = run.config.sampling.temperature not in (0, 1)  # what the sampler says of its tokens is of that
     run.session.progress.phase("log-probabilities", len(rollouts))
     for start in range(0, len(rollouts), size):
         run.session.stop.check()
         some = rollouts[start : start + size]
         plain = _packed(run, some, [range(samples)] * len(some), run.config.sampling.max_new_tokens)
-        asked = left_padded(prompts[start : start + size], run.config.sampling.bucket)
-        policy = run.backend.logprobs(plain._replace(prompt=asked[0], prompt_mask=asked[1])).logprobs
+        policy = sampler_logprobs(some, np.tile(np.arange(samples), (len(some), 1)), plain)
+        if heated or np.isnan(policy[plain.response_mask]).any():  # a server may say nothing
+            asked = left_padded(prompts[start : start + size], run.config.sampling.bucket)
+            policy = run.backend.logprobs(plain._replace(prompt=asked[0], prompt_mask=asked[1])).logprobs
         base = run.backend.logprobs(plain, base=True).logprobs
         policy, base = (np.where(plain.response_mask, x, 0.0).astype(np.float64) for x in (policy, base))
         kl = losses.kl_estimate(policy, base, kind="k3").sum(-1)

@@ -16,7 +16,8 @@ OUT either.
 2. learning rates: every method runs at every rate of --lrs with the first --tune-seeds seeds. For each budget it gets the
    rate whose best evaluation within the budget, on config.task.heldout (the dev split), has the highest reward, as a mean
    over these seeds. It gets another rate by the reward at the end. Among equal rates the smallest is chosen. The choices are
-   in OUT/lrs.json. A rate at which a run diverged is out. Variants of PLE (ablations, sensitivity) are trained at PLE's.
+   in OUT/lrs.json. A rate at which a run diverged is out. Variants of PLE (ablations, sensitivity) are trained at PLE's, and
+   answer the test with their best checkpoint within the largest budget and with their last one.
 3. seeds and test: every method runs with all seeds, at these rates. As soon as a run is finished, its best checkpoint within
    each budget and its last one answer --test-data, which nothing above has read, --samples times each; so does the start
    model, with and without the principles in its prompt. --second-reward, which no method was trained on, scores the answers
@@ -252,7 +253,8 @@ def choose(s: Settings, ended: Mapping[str, Outcome]) -> dict[tuple[str, str], s
                 say(f"{method}, {view}: learning rate {lr}, reward {math.fsum(top[1]) / len(top[1]):.4f}{edge}")
     write_json(s.out / "lrs.json", {"selected_on": s.config.task.heldout, "seeds": _tuning(s), "methods": table})
     of_ple = {view: lr for (method, view), lr in rates.items() if method == "ple"}
-    return rates | {(m, view): lr for m in s.methods if METHODS[m].of_ple for view, lr in of_ple.items()}
+    some = [view for view in s.views[-2:] if view in of_ple]  # variants answer the test at the largest budget and in the end
+    return rates | {(m, view): of_ple[view] for m in s.methods if METHODS[m].of_ple for view in some}
 
 
 def tuned(s: Settings) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ple_jax import algorithms
 from ple_jax.algorithms import Algorithm
-from ple_jax.core.config import flatten
+from ple_jax.core.config import chosen, flatten
 from ple_jax.core.files import read_json, read_jsonl
 from ple_jax.core.secrets import portable, redacted
 from ple_jax.core.version import VERSION
@@ -91,7 +91,7 @@ def _said(workdir: Path, tree: Mapping[str, Any], defaults: Mapping[str, Any]) -
         "config": config,
         "about": _sentence(algorithm.about),
         "guided": isinstance(algorithm, Algorithm) and _guided(algorithm, tree),
-        "settings": {k: v for k, v in config.items() if k in plain and plain[k] != v and not k.startswith("export.")},
+        "settings": {k: v for k, v in chosen(config, plain).items() if not k.startswith("export.")},
         "versions": _versions(workdir),
         "rank": rank_limit(config["lora.rank"], *unserved),
         "gguf": gguf_file(config["model.path"]),
@@ -105,7 +105,7 @@ def _body(template: str, **values: Any) -> str:
         loader=jinja2.PackageLoader("ple_jax.export"), trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     # a JSON string is one of Python too, whatever is in it
-    environment.filters |= {"cell": _cell, "prose": _prose, "quoted": json.dumps}
+    environment.filters |= {"cell": _cell, "prose": _prose, "quoted": json.dumps, "filename": lambda path: path.name}
     environment.filters |= {"shell": shlex.quote, "number": "{:.4g}".format}
     return re.sub(r"\n{3,}", "\n\n", environment.get_template(template).render(values)).strip() + "\n"
 

@@ -171,7 +171,7 @@ def _iteration(
 def _whole_run(config: "ConfigDict", found: Data, algorithm: Algorithm, plain: Sequence[int], rates: Rates | None) -> str:
     """Describes all iterations together: steps, evaluations, tokens, reward calls and seconds."""
     heldout, new = found.heldout, config.sampling.max_new_tokens
-    evaluations = 1 + math.ceil(config.iterations / config.eval.every)
+    evaluations = 1 + math.ceil(config.iterations / config.eval.every) * config.eval.points
     training_rows = config.iterations * config.queries_per_iteration * len(_sampled(algorithm, config))
     # the first evaluation samples principled responses too
     evaluation_rows = (evaluations + 1) * len(heldout) * config.eval.samples
@@ -181,6 +181,7 @@ def _whole_run(config: "ConfigDict", found: Data, algorithm: Algorithm, plain: S
     rows = config.iterations * config.queries_per_iteration * config.optimizer.epochs
     trained = round(rows * (sum(plain) / len(plain) + len(algorithm.collect(config)) * new))
     sampled, scored = (training_rows + evaluation_rows) * new, training_rows + evaluation_rows
+    counts = {"sampled": training_rows * new, "trained": trained, "scored": training_rows, "evaluated": evaluation_rows}
     return "The whole run\n" + _table(
         [
             ("optimiser steps", f"{planned(config, config.iterations):,}{warmed}"),
@@ -193,7 +194,7 @@ def _whole_run(config: "ConfigDict", found: Data, algorithm: Algorithm, plain: S
                 f"at most {sampled:,} ({training_rows * new:,} to train on, {evaluation_rows * new:,} to evaluate)",
             ),
             ("reward calls", f"{scored:,}"),
-            ("expected time", expected(rates, sampled=sampled, trained=trained, scored=scored)),
+            ("expected time", expected(rates, **counts)),
             *([] if math.isnan(tau(0)) else [("tau", ", ".join(taus))]),
         ]
     )

@@ -1,10 +1,11 @@
 """The speed of earlier runs on this machine, by which a plan says how long a run will take.
 
-A run that ends leaves its rates in the user's cache folder, under what they depend on most: backend, model, dtype, mesh and
-processor. Only plans read them.
+A run that ends leaves its rates in the user's cache folder, under what they depend on most: backend, model, dtype, mesh,
+processor and the number of its cores. Only plans read them.
 """
 
 import contextlib
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from datetime import date
@@ -25,6 +26,8 @@ class Rates(NamedTuple):
     generate: float  # tokens of responses a second, whatever their prompts cost
     train: float  # tokens of prompts and responses a second
     score: float  # responses a second
+    evaluate: float  # held-out responses a second, sampled, scored and measured
+    other: float  # seconds of nothing of this (loading, compiling, diagnosis), as a share of the seconds of all of it
     day: str  # YYYY-MM-DD
     device: str
 
@@ -34,13 +37,19 @@ def file() -> Path:
     return user_cache() / "rates.json"
 
 
-def measured(lines: Sequence[Mapping[str, Any]], environment: Mapping[str, Any]) -> Rates | None:
-    """Computes the rates of a run from its metrics; those of sampling and training are medians. Returns None if no iteration
-    sampled and trained in one process.
+def measured(
+    lines: Sequence[Mapping[str, Any]], environment: Mapping[str, Any], summary: Mapping[str, Any], *, answers: int
+) -> Rates | None:
+    """Computes the rates of a run from its metrics; those of sampling, training and evaluating are medians.
 
     Args:
         lines: the lines of metrics.jsonl.
         environment: the environment of the backend.
+        summary: the contents of summary.json.
+        answers: the number of held-out responses that an iteration evaluates.
+
+    Returns:
+        The rates, or None if no iteration sampled and trained in one process.
     """
     ran = [line for line in lines if line.get("generate_tokens_per_second") and line.get("train_tokens_per_second")]
     if not ran:
@@ -53,7 +62,10 @@ def measured(lines: Sequence[Mapping[str, Any]], environment: Mapping[str, Any])
     cores = environment.get("cores", "?")
     device = f"{environment.get('device', '')}, {cores} core{'' if cores == 1 else 's'}"
     score = ran[-1]["total_reward_calls"] / max(scoring, 1e-6)
-    return Rates(generate, train, score, date.today().isoformat(), device)
+    evaluating = statistics.median(line["seconds_evaluate"] for line in kept if "seconds_evaluate" in line)
+    of_phases = max(math.fsum(summary["seconds"].values()), 1e-6)
+    other = max(summary["wall_seconds"] / of_phases - 1, 0.0)
+    return Rates(generate, train, score, answers / max(evaluating, 1e-6), other, date.today().isoformat(), device)
 
 
 def keep(config: Any, backend: str, found: Rates | None) -> None:
@@ -82,27 +94,30 @@ def _all() -> dict[str, Any]:
 
 def _key(config: Any, backend: str) -> str:
     model, mesh = config.model, "x".join(str(n) for n in config.mesh.values())
-    return f"{backend} {model.path} {model.dtype} {model.quantize} {mesh} {processor.digest()}"
+    return f"{backend} {model.path} {model.dtype} {model.quantize} {mesh} {processor.digest()} {processor.cores()}"
 
 
-def expected(rates: Rates | None, *, sampled: int, trained: int, scored: int) -> str:
+def expected(rates: Rates | None, *, sampled: int, trained: int, scored: int, evaluated: int) -> str:
     """Returns a line of a plan: how long a run takes at most, and by whose rates.
 
     Args:
-        sampled, trained: most tokens that are sampled and trained on.
-        scored: most responses that are scored.
+        sampled, trained: most tokens that are sampled to train on, and that are trained on.
+        scored: most responses that are scored in training.
+        evaluated: most held-out responses that are evaluated.
     """
     if rates is None:
-        return "not known: no run of this model, dtype and backend has ended on this machine yet"
+        return "not known: no run of this model, dtype and backend has ended on as many cores of this machine yet"
     parts = {
         "sampling": sampled / rates.generate,
         "scoring": scored / rates.score,
         "training": trained / rates.train,
+        "evaluating": evaluated / rates.evaluate,
     }
+    parts["all else"] = rates.other * sum(parts.values())
     said = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items())
     return (
-        f"at most {duration(sum(parts.values()))} ({said}) and what compiling takes, by {rates.generate:,.0f} tokens sampled"
-        f" and {rates.train:,.0f} trained on a second ({rates.device}, {rates.day})"
+        f"at most {duration(sum(parts.values()))} ({said}), by {rates.generate:,.0f} tokens sampled and {rates.train:,.0f}"
+        f" trained on a second ({rates.device}, {rates.day})"
     )
 
 

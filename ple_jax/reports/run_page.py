@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ple_jax.core import conversation
-from ple_jax.core.config import flatten
+from ple_jax.core.config import chosen, flatten
 from ple_jax.core.errors import UserError
 from ple_jax.core.files import read_json, read_jsonl, write_text
 from ple_jax.core.secrets import redacted
@@ -131,14 +131,11 @@ def html(workdir: Path) -> str:
 
 
 def different(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the keys of a flat config.json whose values are not the defaults.
-
-    Keys that the defaults do not have, such as the digests of what the run was begun with, are left out.
-    """
+    """Returns the keys of a flat config.json that `chosen` finds, those within dictionaries that are free included."""
     usual = importlib.import_module("ple_jax.configs.default").get_config().to_dict()
     usual = flatten(json.loads(json.dumps(usual)), whole=())  # tuples are lists in a file
-    known = {key: value for key, value in config.items() if key in usual or key.partition(".")[0] in usual}
-    return {key: value for key, value in known.items() if value != usual.get(key)}
+    inner = {key: None for key in config if any(key.startswith(f"{empty}.") for empty in usual)}  # of dictionaries
+    return chosen(config, {**inner, **usual})
 
 
 def _three_digits(value: float) -> str:
@@ -270,9 +267,28 @@ def _samples(evaluations: list[Path], best: Path | None) -> dict[str, Any]:
     return {"rows": rows[:SAMPLES], "total": len(rows), "iteration": int(last.stem.split("_")[1])}
 
 
+def roles(rollout: Mapping[str, Any]) -> list[str]:
+    """Says of each response of a ranked rollout whether it is the preferred or the other one; of other rollouts nothing.
+
+    The plain response meets the best principled one, and where all are of one kind the worst meets the best.
+    """
+    responses = rollout["responses"]
+    roles, scores = [""] * len(responses), [response["score"] for response in responses]
+    if rollout["decision"] != "ranked" or not all(map(formats.is_number, scores)):
+        return roles
+    guided = [i for i, response in enumerate(responses) if response["principled"]]
+    plain = [i for i in range(len(responses)) if i not in guided] if guided else list(range(len(responses)))
+    one, other = min(plain, key=scores.__getitem__), max(guided or plain, key=scores.__getitem__)
+    winner, loser = (one, other) if scores[one] > scores[other] else (other, one)
+    roles[winner], roles[loser] = "preferred", "not preferred"
+    return [role or "not compared" for role in roles]
+
+
 def _pairs(rollouts: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """Groups rollouts by decision, in file order."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for rollout in rollouts:
+        for response, role in zip(rollout["responses"], roles(rollout), strict=True):
+            response["role"] = role
         groups.setdefault(rollout["decision"] or "collected", []).append(rollout)
     return dict(sorted(groups.items(), reverse=True))  # ranked before blended

@@ -227,7 +227,8 @@ def open_run(workdir: Path, backend: str, inputs: Inputs, kept: Mapping[str, Any
         vocab = loaded.config.vocab_size
         del loaded  # the backend has weights of its own: the host's copy may go
         progress.advance(1)
-        for said in (*module.notes(built), *prompting.notes(config, base.tokenizer, base.eos)):
+        own = () if inputs.bare or not isinstance(algorithm, Algorithm) else _of_rules(inputs.principles)
+        for said in (*module.notes(built), *prompting.notes(config, base.tokenizer, base.eos), *own):
             progress.log(said)
         if config.sampling.server is not None and not inputs.bare:
             built = _served(config, built, workdir, base, vocab, progress)
@@ -244,6 +245,14 @@ def open_run(workdir: Path, backend: str, inputs: Inputs, kept: Mapping[str, Any
             config, base, built, algorithm, loss, inputs.data, prompts, inputs.reward, session, inputs.second
         )
         yield fitted(run) if isinstance(algorithm, Algorithm) and not inputs.bare else run
+
+
+def _of_rules(text: principles.Principles) -> Iterator[str]:
+    if text.text and not text.rules:
+        yield (
+            f"warning: principles {text.name!r} have no numbered rules, so all of the text goes into every prompt; probe and"
+            ' config.principles_per_query tell rules apart that begin on lines of their own with their numbers: "1. "'
+        )
 
 
 def _served(config: Any, backend: Any, workdir: Path, base: Base, vocab: int, progress: Progress) -> Any:

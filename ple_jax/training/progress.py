@@ -105,6 +105,11 @@ class Progress:
         """Prints a line of its own, above the live display if there is one."""
         self._print(text)
 
+    def heading(self, text: str) -> None:
+        """Ends the phase, and prints a line that is the heading of the phases to come."""
+        self._end_phase()
+        self._print(text)
+
     def _print(self, text: str, style: str = "") -> None:
         if self._live.is_started:
             self._console.print(Text(text, style=style), soft_wrap=True)

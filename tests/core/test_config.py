@@ -123,6 +123,7 @@ INVALID = [
     ({"task__chat": "yes"}, "True or False"),
     ({"model__dtype": "float16"}, "float32, bfloat16"),
     ({"model__path": "smollm2-135"}, "did you mean 'smollm2-135m'?"),
+    ({"model__path": "lama-3-8b"}, "qwen3-8b; did you mean 'llama-3-8b'?"),
     ({"model__path": "nowhere/model.gguf"}, "an existing .gguf file"),
     ({"task__train": "quickstart_trian"}, "did you mean 'quickstart_train'?"),
     ({"task__heldout": "data/nowhere.jsonl"}, "an existing file of records"),

@@ -10,13 +10,13 @@ import pytest
 from ml_collections import FrozenConfigDict
 
 from ple_jax import modes
-from ple_jax.configs import tiny
+from ple_jax.configs import default, tiny
 from ple_jax.core.config import validate
 from ple_jax.core.errors import UserError
 from ple_jax.core.types import Query
 from ple_jax.data import mixture
 from ple_jax.data.load import load_data
-from ple_jax.data.queries import draw
+from ple_jax.data.queries import draw, load_queries
 from ple_jax.training import journal
 from ple_jax.training.measures import mean_rewards
 
@@ -80,6 +80,19 @@ def test_a_set_that_would_never_come(tmp_path, two):
     two["a"]["weight"] = 20.0
     with pytest.raises(UserError, match=r"iteration draws 14 train queries of config.task.sets\['a'\], and there are 12"):
         modes.train(config(tmp_path, two, queries_per_iteration=16, **{"optimizer.batch_queries": 4}), tmp_path / "w", "jax")
+
+
+def test_more_queries_than_there_are_name_a_number_that_is_taken(tmp_path):
+    data = tmp_path / "q.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"q {i}"}) + "\n" for i in range(13)))
+    c = default.get_config()
+    c.queries_per_iteration, c.optimizer.batch_queries = 24, 4
+    queries = load_queries(str(data)).queries
+    with pytest.raises(UserError, match="24 but there are 13 train queries; use at most 12, the largest multiple of"):
+        mixture.draw_queries(c, queries, 0)
+    c.optimizer.batch_queries, c.queries_per_iteration = 24, 24  # no multiple fits
+    with pytest.raises(UserError, match="use at most 13$"):
+        mixture.draw_queries(c, queries, 0)
 
 
 def test_drawing_takes_every_query_of_a_set_once_before_any_again(tmp_path, two):

@@ -81,6 +81,19 @@ def test_a_column_that_no_record_has_stops_at_once(tmp_path):
     assert [q.prompt for q in queries] == ["a", "b"] and [b.kind for b in bad] == ["json"]
 
 
+def test_a_column_that_is_named_wrongly_is_said(tmp_path):
+    source = write(tmp_path / "q.jsonl", {"question": "a", "n": 1}, {"question": "b", "n": 2})
+    with pytest.raises(UserError) as error:
+        load_queries(source, columns={"prompt": "quesiton"})
+    assert str(error.value).endswith(
+        "q.jsonl:1 has no column 'quesiton', which config.task.columns names as 'prompt', only question, n;"
+        " did you mean 'question'?"
+    )
+    mixed = write(tmp_path / "m.jsonl", {"question": "a"}, {"n": 1}, {"question": ""})
+    mixed = load_queries(mixed, columns={"prompt": "question"})
+    assert [bad.kind for bad in mixed.bad] == ["column", "empty"] and "has no column 'question'" in mixed.bad[0].reason
+
+
 def test_columns_may_change_places(tmp_path):
     source = write(tmp_path / "q.jsonl", {"prompt": "b", "completion": "a"})
     assert load_queries(source, columns={"prompt": "completion", "completion": "prompt"}).queries == [Query("q:1", "a", "b")]
@@ -196,10 +209,18 @@ def test_records_of_texts(tmp_path, record, needs, query):
         ({"chosen": [user("a")], "rejected": [user("a")]}, "pair", "turns", "`chosen` does not end with the assistant's"),
         ({"chosen": [user("a"), assistant("b")], "rejected": [user("x"), assistant("c")]}, "pair", "different queries", ""),
         ({"chosen": "blue", "rejected": "black"}, "pair", "empty", "begin with nothing in common"),
-        ({"prompt": [user("x")], "chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]}, "pair",
-         "turns", "`prompt` ends with the user's turn, and `chosen` begins with another one"),
-        ({"prompt": [user("x")], "completion": [user("a"), assistant("b")]}, "completion", "turns",
-         "`prompt` ends with the user's turn, and `completion` begins with another one"),
+        (
+            {"prompt": [user("x")], "chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]},
+            "pair",
+            "turns",
+            "`prompt` ends with the user's turn, and `chosen` begins with another one",
+        ),
+        (
+            {"prompt": [user("x")], "completion": [user("a"), assistant("b")]},
+            "completion",
+            "turns",
+            "`prompt` ends with the user's turn, and `completion` begins with another one",
+        ),
         ({"messages": [user("a"), {**assistant(""), "reasoning_content": "b"}]}, "completion", "empty", "answer is empty"),
         ({"prompt": [user("a")], "tools": "{"}, "prompt", "tools", "`tools` is not JSON"),
         ({"prompt": [user("a")], "tools": ["clock"]}, "prompt", "tools", "not a list of objects"),
@@ -459,11 +480,21 @@ def test_the_share_of_bad_records():
     check_share(QuerySet(queries, bad), "f", 0.2)
     with pytest.raises(UserError) as error:
         check_share(QuerySet(queries, bad), "f", 0.19)
-    assert str(error.value).startswith("f:1 is not JSON; 2 of 10 records of f cannot be used (json 1, empty 1), more than")
+    assert str(error.value).startswith(
+        "f:1 is not JSON; 2 of 10 records of f cannot be used: 1 json (f:1), 1 empty (f:2); more than"
+    )
     assert "scripts/prepare_data.py" in str(error.value) and "--config.task.max_bad_share=0.21" in str(error.value)
     for empty in (QuerySet([], bad), QuerySet([], [])):
         with pytest.raises(UserError, match="cannot be used|no record that can be used"):
             check_share(empty, "f", 1.0)
+
+
+def test_the_places_of_bad_records_are_named():
+    bad = [Bad(f"a/f:{i}", "json", "", "") for i in range(1, 12)]
+    bad += [Bad("a/f:12", "empty", "", ""), Bad("g:3", "empty", "", ""), Bad("q7", "empty", "", "")]
+    with pytest.raises(UserError) as error:
+        check_share(QuerySet(numbered(8), bad), "f", 0.1)
+    assert "11 json (a/f:1, 2, 3, 4, 5, 6, 7, 8 and 3 more), 3 empty (a/f:12, g:3, q7); more than" in str(error.value)
 
 
 def test_what_was_left_out_is_written_down(tmp_path):

@@ -106,6 +106,15 @@ def test_what_was_sampled_is_not_sampled_again(probed, tmp_path, monkeypatch):
     for row, was in zip(result(copy)["prompts"], before["prompts"], strict=True):
         assert {**row, "seconds": 0} == {**was, "seconds": 0}  # bit by bit
     sampled.clear()
+    other = tmp_path / "rules.txt"
+    other.write_text("Write.\n1. Be kind.\n2. Be brief.\n")
+    modes.probe(config(principles=str(other)), copy, "jax")
+    assert sampled == [
+        "all",
+        "only_1",
+        "only_2",
+    ]  # the plain prompt is as it was; of two rules each is tried once
+    sampled.clear()
     modes.probe(config(**{"probe.queries": 3}), copy, "jax")  # another question
     assert len(sampled) == 10 and result(copy)["queries"] == 3
 

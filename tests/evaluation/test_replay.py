@@ -93,6 +93,19 @@ def test_another_threshold(copy):
     flips = read_jsonl(copy / "replay" / "flips.jsonl")
     assert len(flips) == sum(sum(row["flips"].values()) for row in result["iterations"]) > 0
     assert all(flip["decision"] == ["ranked", "blended"] and flip["margin"][0] <= flip["tau"][1] for flip in flips)
+    *_, last = replay.said(result)
+    moved = sum(row["weights_moved"] for row in result["iterations"])
+    assert (
+        last == f"{len(flips)} of {sum(map(len, rollouts))} pairs are decided otherwise, and {moved} weights are other ones"
+    )
+
+
+def test_a_threshold_that_decides_nothing_otherwise(copy):
+    result = replayed(copy, "--config.ple.tau_0=0.0500001")
+    *_, last = replay.said(result)
+    assert not result["same"] and last.startswith(
+        "every pair is decided as it was, with the same weights, though thresholds"
+    )
 
 
 def test_inf_survives_the_config_of_the_run(tmp_path):

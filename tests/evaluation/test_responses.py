@@ -127,6 +127,15 @@ def test_log_probabilities_and_kl_by_hand(data, trained):
                 assert line["kl"][k] == pytest.approx((ratio - 1 - np.log(ratio)).sum(), rel=1e-3)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0])
+def test_log_probabilities_are_of_the_untouched_model_whatever_they_are_sampled_at(data, tmp_path, temperature):
+    c = settings(data, generate__policy="start", generate__second_reward=None, sampling__temperature=temperature)
+    modes.generate(c, tmp_path, "jax")
+    for line in responses.read(tmp_path / "responses" / "start").scores:  # policy and base are one model
+        assert line["logprob"] == pytest.approx(line["base_logprob"], rel=1e-5)
+        assert line["kl"] == pytest.approx([0.0] * 3, abs=1e-6)
+
+
 def test_the_start_needs_no_run(data, tmp_path):
     found = {}
     for principled in (False, True):

@@ -172,8 +172,10 @@ def test_variants_of_ple_have_its_rate_and_the_sensitivity_fewer_seeds(out):
             best = {view: {"reward": reward} for view in ("kl_2", "kl_4")}
             job.result.write_text(json.dumps({"best": best, "heldout_reward_after": reward}))
     rates = compare_methods.choose(s, ended)
-    assert {method: rates[method, "kl_2"] for method in s.methods} == {
+    assert {method: rates[method, "kl_4"] for method in s.methods} == {
         "ple": "1e-3", "ple_empty": "1e-3", "ple_tau_1": "1e-3", "sft": "1e-4"}  # fmt: skip
+    views = {method: [view for m, view in rates if m == method] for method in ("ple", "ple_empty", "ple_tau_1")}
+    assert views == {"ple": ["kl_2", "kl_4", "newest"]} | dict.fromkeys(("ple_empty", "ple_tau_1"), ["kl_4", "newest"])
     seeds = {}
     for run in compare_methods.chosen_runs(s, rates):
         seeds.setdefault(run.method, []).append(run.seed)

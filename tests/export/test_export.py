@@ -1,6 +1,9 @@
 """Exports: merged weights against transformers and PEFT, what an interruption leaves, the card, the hub, vLLM's line."""
 
+import contextlib
+import io
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -26,7 +29,7 @@ from ple_jax.core.errors import UserError
 from ple_jax.core.types import Sampling
 from ple_jax.export import card
 from ple_jax.export import merged as merging
-from ple_jax.models import adapters, peft, weights
+from ple_jax.models import adapters, peft, smollm2, weights
 from ple_jax.models.families import read
 from ple_jax.models.tokenizer import byte_tokenizer
 from ple_jax.serving import commands
@@ -434,6 +437,43 @@ def test_a_base_folder_is_served_with_the_adapter(source, tmp_path, capsys, monk
 
 
 # ---------------------------------------------------------------- the card
+
+
+def used(card_text: str, **instead: str) -> str:
+    """What the example of a card prints, with words of it replaced by what is here."""
+    (code,) = re.findall(r"```python\n(.*?)```", card_text, re.DOTALL)
+    for words, here in instead.values():
+        assert words in code
+        code = code.replace(words, here)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(compile(code, "card", "exec"), {})
+    return printed.getvalue()
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_the_example_of_a_card_runs(source, tmp_path, chat):
+    """As a reader would copy it, with the folder's path; that of the base is in the adapter's config."""
+    base, workdir = tmp_path / "base", tmp_path / "run"
+    tiny_like = weights.load("tiny")
+    tiny.transformers_model(tiny_like.raw, dict(tiny_like.weights)).save_pretrained(base)
+    byte_tokenizer().save_pretrained(base)
+    config = a_run(workdir, model__path=str(base), task__chat=chat, sampling__max_new_tokens=5)
+    modes.export(exporting(config, merged=True), workdir, "jax")
+    for folder in ("adapter", "merged"):
+        text = (workdir / folder / "README.md").read_text()
+        assert ("apply_chat_template" in text) is chat and "max_new_tokens=5" in text
+        used(text, folder=("path/to/this/folder", str(workdir / folder)))
+
+
+@pytest.mark.slow
+def test_the_example_of_a_card_reads_the_gguf_file(tmp_path):
+    """The base that a GGUF file holds, read by transformers, with an adapter of ours on it."""
+    file, folder = smollm2.file(), tmp_path / "adapter"
+    text = a_card(tmp_path / "run", base_model=smollm2.NAME, sampling__max_new_tokens=3)
+    start = adapters.to_peft(tiny.random_adapter(weights.load(smollm2.NAME).config))
+    peft.write(folder, start, rank=4, alpha=6.0, targets=TARGETS, base_model="some/base")
+    instead = {"base": ("folder/of/the/file", str(file.parent)), "adapter": ("path/to/this/folder", str(folder))}
+    assert used(text, **instead).strip()
 
 
 def a_card(

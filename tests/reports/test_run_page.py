@@ -60,7 +60,7 @@ class Page(HTMLParser):
 
 def response(kind: str, text: str, reward: float, weight: float | None = None) -> dict:
     return {"kind": kind, "sample": 0, "tokens": [5], "text": text, "finished": True, "reward": reward,
-            "score": reward, "weight": weight}  # fmt: skip
+            "score": reward, "weight": weight, "principled": kind == "principled"}  # fmt: skip
 
 
 def rollout(i: int, responses: list[dict], decision: str = "", margin: float | None = None) -> dict:
@@ -150,8 +150,9 @@ def test_what_differs_from_the_defaults_comes_first(workdir):
     config = {"format": 2, "backend": "jax", "ple": {"tau_0": 0.3, "alpha": 0.9}, "lora": {"targets": ["all-linear"]},
               "inputs": {"train": "d1"}}  # fmt: skip
     (workdir / "config.json").write_text(json.dumps(config))
-    assert run_page.different({"ple.tau_0": 0.3, "ple.alpha": 0.9, "backend": "jax", "lora.targets": ["all-linear"]}) == {
-        "ple.tau_0": 0.3}  # fmt: skip
+    given = {"ple.tau_0": 0.3, "ple.alpha": 0.9, "backend": "jax", "lora.targets": ["all-linear"],
+             "model.dtype": "float32", "task.date": "2026-11-30", "reward.kwargs.target": 3}  # fmt: skip
+    assert run_page.different(given) == {"ple.tau_0": 0.3, "reward.kwargs.target": 3}  # not what the machine filled in
     keys = [row[0] for row in page(workdir).rows if row]
     listed = [key for key in keys if key in ("ple.tau_0", "format", "backend", "ple.alpha", "lora.targets", "inputs.train")]
     assert listed[0] == "ple.tau_0" and len(listed) == 6
@@ -187,6 +188,23 @@ def test_training_pairs_are_those_of_the_last_iteration_by_decision(workdir):
     assert seen.inside("prompt")[10:] == [f"prompt {i}" for i in (1, 3, 5, 7, 0, 2, 4, 6)]
     spans = " ".join(" ".join(seen.inside("span")).split())
     assert "margin 0.5 · tau 0.2" in spans and "reward 0.6 · weight 0.7" in spans
+    assert "not preferred · reward 0.1" in spans and " preferred · reward 0.6" in spans
+
+
+@pytest.mark.parametrize(
+    ("kinds", "scores", "decision", "roles"),
+    [
+        (["plain", "principled"], [0.1, 0.6], "ranked", ["not preferred", "preferred"]),
+        (["plain", "principled"], [0.6, 0.1], "ranked", ["preferred", "not preferred"]),  # of selection symmetric
+        (["plain", "principled", "principled"], [0.1, 0.3, 0.6], "ranked", ["not preferred", "not compared", "preferred"]),
+        (["plain"] * 4, [0.3, 0.9, 0.1, 0.4], "ranked", ["not compared", "preferred", "not preferred", "not compared"]),
+        (["plain", "principled"], [0.1, 0.6], "blended", ["", ""]),
+        (["completion", "rejected"], [None, None], "ranked", ["", ""]),
+    ],
+)
+def test_of_a_ranked_pair_it_says_which_was_preferred(kinds, scores, decision, roles):
+    found = rollout(0, [response(kind, "a", score) for kind, score in zip(kinds, scores, strict=True)], decision)
+    assert run_page.roles(found) == roles
 
 
 def test_every_text_is_escaped(workdir):

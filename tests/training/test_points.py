@@ -15,7 +15,7 @@ from ple_jax.core.batches import pack
 from ple_jax.core.config import validate
 from ple_jax.core.errors import UserError
 from ple_jax.models import peft
-from ple_jax.training import measures, points
+from ple_jax.training import measures, outcome, points
 from ple_jax.training.journal import read
 from ple_jax.training.points import Point
 from ple_jax.training.state import State
@@ -260,6 +260,18 @@ def test_a_spent_budget_ends_the_run_and_so_does_the_same_command(tmp_path, caps
     assert "Stopped after 1 iterations" in (tmp_path / "report.html").read_text()
     train(tmp_path, **overrides)
     assert "is finished" in capsys.readouterr().out
+
+
+def test_the_end_of_a_run_says_what_its_best_hides():
+    best = {**at(1, 0.5, 2.0)._asdict(), "gain_ci95": [0.1, 0.9], "distinct_2": 0.4}
+    summary = {"heldout_reward_before": 0.0, "heldout_reward_after": 0.8, "heldout_gain_ci95": [0.2, 1.0],
+               "points": [at(0, 0.0, 0.0)._asdict(), best, at(2, 0.8, 9.0)._asdict()], "best": {"kl_4": best}}  # fmt: skip
+    said = outcome.reached(summary)
+    assert said.endswith("2.0 nats a response from the start (the last evaluation: 0.800, 9.0 nats)")
+    assert "0.000 -> 0.500" in said and "last evaluation" not in outcome.reached(summary | {"points": summary["points"][:2]})
+    (warning,) = outcome.collapsed(summary)
+    assert "fell from 1.00 to 0.40: they repeat one another" in warning
+    assert not list(outcome.collapsed(summary | {"best": {}})) and not list(outcome.collapsed({}))
 
 
 def test_several_points_an_iteration_change_nothing_of_the_training(tmp_path):

@@ -57,6 +57,7 @@ def test_plain_lines(clock):
         progress.phase("compile")
         progress.advance()
         progress.log("seed 0 [bold] is not markup")
+        progress.heading("a heading stands above its phases")
         progress.metrics({"reward_plain": 0.5, "reward_principled": 0.75, "ranked_share": 0.625, "tau": 0.2})
         assert stream.pending == 0
     assert stream.getvalue().splitlines() == [
@@ -66,6 +67,7 @@ def test_plain_lines(clock):
         "[1/5] generate plain: 48/48 in 2.5 s, 300 tokens/s",
         "seed 0 [bold] is not markup",
         "[1/5] compile: 1 in 0.0 s",
+        "a heading stands above its phases",
         "iteration 1/5   plain 0.500   principled 0.750   ranked 62%   tau 0.200",
     ]
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", stream.getvalue())

@@ -1,0 +1,57 @@
+"""What a run has reached, in words for the terminal, and what should make one doubt it."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+_ALIKE = 0.5  # of the start's Distinct-2, below which responses are said to repeat one another
+
+
+def of_two_rewards(kept: Mapping[str, Any]) -> Iterator[str]:
+    """Yields a warning for every time that another version of the reward was accepted.
+
+    Args:
+        kept: the contents of config.json.
+    """
+    for change in kept.get("changed", ()):
+        if "inputs.reward" in change:
+            yield (
+                f"warning: after iteration {change['after']} the reward is another version than before (--accept=reward):"
+                " rewards before and after need not be of one scale, the gain over the start included"
+            )
+
+
+def reached(summary: Mapping[str, Any]) -> str:
+    """Says what a run reached: the reward of the best evaluation under its largest budget, or else of the last evaluation.
+
+    For a reward model it is the accuracy on held-out pairs.
+    """
+    if "heldout_accuracy" in summary:
+        low, high = summary["heldout_accuracy_ci95"]
+        return (
+            f"held-out accuracy {summary['heldout_accuracy']:.3f} (95% interval {low:.3f} to {high:.3f}), calibration error"
+            f" {summary['heldout_calibration_error']:.3f}, over {summary['heldout_examples']} pairs"
+        )
+    after, (low, high), where = summary["heldout_reward_after"], summary["heldout_gain_ci95"], ""
+    if best := list(summary.get("best", {}).values()):
+        where = f", {best[-1]['kl']:.1f} nats a response from the start"
+        if best[-1]["step"] != summary["points"][-1]["step"]:
+            where += f" (the last evaluation: {after:.3f}, {summary['points'][-1]['kl']:.1f} nats)"
+        after, (low, high) = best[-1]["reward"], best[-1]["gain_ci95"]
+    return (
+        f"held-out reward {summary['heldout_reward_before']:.3f} -> {after:.3f} (95% interval of the gain {low:.3f} to"
+        f" {high:.3f}){where}"
+    )
+
+
+def collapsed(summary: Mapping[str, Any]) -> Iterator[str]:
+    """Yields a warning if the responses of what a run reached are much more alike than those of its start."""
+    points, best = summary.get("points", []), list(summary.get("best", {}).values())
+    if not points:
+        return
+    before, after = points[0]["distinct_2"], (best or points)[-1]["distinct_2"]
+    if after < _ALIKE * before:
+        yield (
+            f"warning: Distinct-2 of the held-out responses fell from {before:.2f} to {after:.2f}: they repeat one another,"
+            " so look at them in the report before you believe the reward; a smaller --config.eval.max_kl keeps them closer"
+            " to the start"
+        )

@@ -72,9 +72,7 @@ def train(config: Any, workdir: Path, backend: str, accept: Sequence[str] = (), 
             state = (baselines or (loop if online else offline)).train(run)
             summary = (measures if online else offline).summary(run, backend, state)
             if online and baselines is None:  # another trainer's rates are its own
-                answers = len(run.data.heldout) * config.eval.samples * config.eval.points
-                found = rates.measured(state.lines, run.backend.environment(), summary, answers=answers)
-                rates.keep(inputs.config, backend, found)
+                _keep_rates(run, backend, state, summary)
             taken = points.taken(run)
             write.write_adapter(run, taken, summary)
         head = _trains_scores(inputs.algorithm, config)
@@ -87,6 +85,11 @@ def train(config: Any, workdir: Path, backend: str, accept: Sequence[str] = (), 
     if head:
         print(_use_reward(workdir / "reward_model"))
     return 0
+
+
+def _keep_rates(run: Run[Algorithm], backend: str, state: State, summary: Mapping[str, Any]) -> None:
+    answers = len(run.data.heldout) * run.config.eval.samples * run.config.eval.points
+    rates.keep(run.config, backend, rates.measured(state.lines, run.backend.environment(), summary, answers=answers))
 
 
 def _check_profile(profile: bool, online: bool, baselines: Any) -> None:
@@ -155,7 +158,8 @@ def evaluate(config: Any, workdir: Path, backend: str, accept: Sequence[str] = (
         rollouts = measures.evaluate(run, state.iteration, step=points.step_within(state))
     reward = measures.mean_rewards(rollouts)
     reward = reward[~np.isnan(reward)]
-    low, high = intervals.bootstrap_ci(reward, seed=config.seed)
+    # a mean cannot leave the reward's scale, though an interval that is symmetric may
+    low, high = np.clip(intervals.bootstrap_ci(reward, seed=config.seed), *run.reward.scale)
     print(
         f"{points.place(state)}: held-out reward {reward.mean():.4f} (95% interval {low:.4f} to {high:.4f})"
         f" over {len(reward)} queries x {config.eval.samples} samples"

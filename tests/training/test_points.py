@@ -314,6 +314,20 @@ def test_one_evaluated_in_the_middle_of_an_iteration_is_taken(tmp_path, capsys, 
     assert "best evaluation, step 1" in " ".join((tmp_path / "report.html").read_text().split())
 
 
+def test_rules_without_numbers_and_intervals_within_the_scale(tmp_path, capsys, monkeypatch):
+    rules = tmp_path / "rules.txt"
+    rules.write_text("Be kind.\nBe brief.\n")
+    overrides = {"iterations": 1, "principles": str(rules)}
+    train(tmp_path / "run", **overrides)
+    assert "have no numbered rules, so all of the text goes into every prompt" in capsys.readouterr().out
+    monkeypatch.setattr(modes.intervals, "bootstrap_ci", lambda *_, **__: (-0.5, 1.25))
+    modes.evaluate(config_of(**overrides), tmp_path / "run", "torch")
+    assert "(95% interval 0.0000 to 1.0000)" in capsys.readouterr().out  # `letters` is a share
+    monkeypatch.undo()
+    train(tmp_path / "numbered", iterations=1)
+    assert "no numbered rules" not in capsys.readouterr().out
+
+
 def test_without_a_best_the_newest_is_taken(tmp_path, capsys):
     summary = train(tmp_path, iterations=1, **{"eval.best": "none"})
     assert summary["best"] == {} and not (tmp_path / "best").exists()

@@ -2,16 +2,19 @@
 
     .venv/bin/python scripts/draw_docs.py
     .venv/bin/python scripts/draw_docs.py --runs runs/quickstart,runs/quickstart_1
+    .venv/bin/python scripts/draw_docs.py --kept docs/evidence/quickstart
 
 The first line writes docs/images: quickstart.svg from the table of docs/quickstart.md, methods.svg from that of
 docs/results.md, rooms.svg from the imports of the sources. The second one prints the table of docs/quickstart.md from
-finished runs, one for each seed, to be pasted.
+finished runs, one for each seed, to be pasted; the third one that of docs/results.md, from the runs of a comparison that
+are kept.
 """
 
 import argparse
 import json
 import re
 import sys
+import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -22,6 +25,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 INK, SOFT, RULE, COLOURS = "#1d2126", "#626b76", "#e4e5e3", ("#0f7b6c", "#c2601a", "#3b6fb5")
 _MISSING = "–"
 _BUDGET, _MOST_KL = 20.0, 30.0  # nats a response: the quickstart's config.eval.max_kl, and the end of the axis
+_KEPT = (4.0, 16.0)  # nats a response: the budgets of the comparison that is kept
 _INTERVAL = re.compile(r"(-?[\d.]+) \((-?[\d.]+) to (-?[\d.]+)\)")
 
 
@@ -80,6 +84,46 @@ def _iterations(folder: Path) -> Iterator[tuple[int, tuple[str, str]]]:
             low, high = intervals.bootstrap_ci([fmean(rewards) for rewards in plain], seed=0)
             reward = f"{line['heldout_reward']:.3f} ({low:.3f} to {high:.3f})"
             yield line["iteration"], (reward, f"{line['heldout_kl_response']:.1f}")
+
+
+def table_of_kept(folder: Path) -> str:
+    """Returns the table of what the kept trainings of a comparison reach on the dev split: a row for each method and rate.
+
+    Every seed has its value, in ascending order of the seeds. At a budget it is what the curve of a run has where it first
+    gets there, linear between two evaluations; a dash where it never does.
+    """
+    from ple_jax.experiments.methods import METHODS
+
+    runs: dict[tuple[str, str], dict[int, list[str]]] = {}
+    for file in folder.glob("*__lr-*__seed-?.tar.xz"):
+        method, lr, seed = file.name.removesuffix(".tar.xz").split("__")
+        with tarfile.open(file) as packed:
+            member = packed.extractfile(f"{file.name.removesuffix('.tar.xz')}/summary.json")
+            assert member is not None
+            runs.setdefault((method, lr[3:]), {})[int(seed[5:])] = _reached(json.load(member)["points"])
+    header = ["what is compared", "lr", "seeds", *(f"{key} at {b:g} nats" for b in _KEPT for key in ("reward", "second"))]
+    header += ["in the end", "its KL"]
+    rows = []
+    for method, lr in sorted(runs, key=lambda key: (list(METHODS).index(key[0]), key[1])):
+        of_seeds = dict(sorted(runs[method, lr].items()))
+        rows.append([method, lr, _each(map(str, of_seeds)), *map(_each, zip(*of_seeds.values(), strict=True))])
+    first, *others = (f"| {' | '.join(row)} |" for row in (header, *rows))
+    return "\n".join([first, "|---" * len(header) + "|", *others])
+
+
+def _each(values: Iterable[str]) -> str:
+    return ", ".join(values)
+
+
+def _reached(points: Sequence[Mapping[str, float]]) -> list[str]:
+    """Reward and second reward at every budget, and reward and KL at the last evaluation, of one run."""
+    import numpy as np
+
+    from ple_jax.evaluation.frontier import at
+
+    kl, *both = (np.array([point[key] for point in points]) for key in ("kl", "reward", "second"))
+    found = [f"{value:.2f}" for budget in _KEPT for key in both for value in [at(kl, key, budget)]]
+    return [_MISSING if value == "nan" else value for value in found] + [f"{both[0][-1]:.2f}", f"{kl[-1]:.1f}"]
 
 
 # ---------------------------------------------------------------- drawing
@@ -268,9 +312,13 @@ PICTURES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", help="work directories of the quickstart, one a seed: print their table instead")
-    runs = parser.parse_args().runs
-    if runs:
-        print(table_of_runs([Path(folder) for folder in runs.split(",")]))
+    parser.add_argument("--kept", type=Path, help="the folder of a comparison's kept runs: print their table instead")
+    given = parser.parse_args()
+    if given.runs:
+        print(table_of_runs([Path(folder) for folder in given.runs.split(",")]))
+        return
+    if given.kept:
+        print(table_of_kept(given.kept))
         return
     (DOCS / "images").mkdir(exist_ok=True)
     for name, draw in PICTURES.items():

@@ -10,8 +10,10 @@ import re
 import shlex
 import subprocess
 import sys
+import tarfile
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -490,6 +492,19 @@ def test_a_table_is_printed_from_runs(draw_docs, tmp_path):
     (shorter / "metrics.jsonl").write_text((tmp_path / "metrics.jsonl").read_text().splitlines()[0] + "\n")
     (shorter / "evaluations" / "iter_0000.jsonl").write_text((tmp_path / "evaluations" / "iter_0000.jsonl").read_text())
     assert draw_docs.table_of_runs([tmp_path, shorter]).splitlines()[-1] == "| 2 | 0.750 (0.750 to 0.750) | 12.2 | – | – |"
+
+
+def test_the_table_of_kept_runs_is_of_the_runs_that_are_kept(draw_docs):
+    table = draw_docs.table_of_kept(DOCS / "evidence" / "quickstart")
+    assert table in (DOCS / "results.md").read_text(encoding="utf-8")
+    read = draw_docs.read_table(DOCS / "results.md", "what is compared")
+    rows = {(row["what is compared"], row["lr"]): row for row in read}
+    with tarfile.open(DOCS / "evidence" / "quickstart" / "raft__lr-3e-3__seed-1.tar.xz") as packed:
+        points = json.load(packed.extractfile("raft__lr-3e-3__seed-1/summary.json"))["points"]
+    before, after = next((a, b) for a, b in pairwise(points) if b["kl"] > 16)
+    share = (16 - before["kl"]) / (after["kl"] - before["kl"])
+    value = before["reward"] + share * (after["reward"] - before["reward"])
+    assert rows["raft", "3e-3"]["reward at 16 nats"].split(", ")[1] == f"{value:.2f}"
 
 
 def test_the_variant_that_is_shown_is_the_one_that_is_tested():

@@ -17,6 +17,7 @@ import pytest
 from test_docs import PAGES, ROOT, RUNS, Command, a_folder, command_of, lines_of, parted
 
 from ple_jax import main as entry
+from ple_jax.core.files import read_json
 
 # that make a run of a page small; a command has them behind its own
 SMALL = {
@@ -107,6 +108,12 @@ def test_commands_of_a_page_run(page, tmp_path, monkeypatch, capsys):
     for file in tmp_path.glob("runs/*/metrics.jsonl"):
         names = {name for line in file.read_text().splitlines() for name in json.loads(line)}
         assert [name for name in sorted(names) if name != "iteration" and f"`{name.partition('/')[0]}" not in known] == []
+    files = (ROOT / "docs" / "work-directory.md").read_text(encoding="utf-8")
+    for file in tmp_path.glob("runs/*/"):
+        summary, journals = read_json(file / "summary.json") or {}, sorted(file.glob("rollouts/iter_????.jsonl"))
+        lines = [json.loads(line) for line in (journals[0].read_text().splitlines() if journals else ())]
+        keys = {*summary, *(key for line in lines for key in (*line, *(k for r in line["responses"] for k in r)))}
+        assert [key for key in sorted(keys) if f"`{key}`" not in files] == []
 
 
 def needed(text: str, line: str) -> str:

@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
     c.model.path = "smollm2-135m"
     c.model.revision = config_dict.placeholder(str)  # of a model on a hub: branch, tag or commit; unset: its main branch
     # of the frozen base and of the activations: float32 | bfloat16 | auto (bfloat16 on accelerators and on processors with
-    # AMX or AVX512-BF16, float32 elsewhere; a run keeps what it began with)
+    # AMX, float32 elsewhere; a run keeps what it began with)
     c.model.dtype = "auto"
     c.model.quantize = "none"  # none | int8 | nf4: the frozen base in 8 or 4 bits (QLoRA)
     c.model.layers = "auto"  # scan | unroll | auto (unroll on CPU, where scanning copies the weights)

@@ -68,7 +68,8 @@ def train(config: Any, workdir: Path, backend: str, accept: Sequence[str] = (), 
             (workdir / SUMMARY).unlink(missing_ok=True)  # of a shorter run
             for said in outcome.of_two_rewards(kept):
                 run.session.progress.log(said)
-            write_json(workdir / "environment.json", {**project(), **run.backend.environment()})
+            made = {"dtype": run.config.model.dtype, **run.backend.environment()}
+            write_json(workdir / "environment.json", {**project(), **made})
             state = (baselines or (loop if online else offline)).train(run)
             summary = (measures if online else offline).summary(run, backend, state)
             if online and baselines is None:  # another trainer's rates are its own

@@ -306,7 +306,7 @@ def load(config: ConfigDict) -> weights.Loaded:
 def fast_dtype(config: ConfigDict) -> str:
     """Returns the dtype in which this config's devices compute fastest.
 
-    That is bfloat16 on accelerators (on GPUs from Ampere on) and on processors with AMX or AVX512-BF16, float32 elsewhere.
+    That is bfloat16 on accelerators (on GPUs from Ampere on) and on processors with AMX, float32 elsewhere.
     """
     device = jax.devices()[0]
     if device.platform == "cpu":

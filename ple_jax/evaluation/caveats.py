@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ple_jax.evaluation.methods import Method, method_keys
+from ple_jax.evaluation.methods import Entry, Method, method_keys
 from ple_jax.evaluation.numbers import spent
 
 _PATHS = {"task.train": "inputs.train", "task.heldout": "inputs.heldout"}  # a path -> the digest of what it holds
@@ -78,7 +78,13 @@ def _unequal(methods: Sequence[Method]) -> list[str]:
         return []
     largest = max(spent_by, key=spent_by.__getitem__)
     listed = "; ".join(f"{label} {n:,.0f} ({n / most:.0%})" for label, n in less.items())
-    return [f"unequal budgets: {largest} generated {most:,.0f} tokens while it trained, and {listed}"]
+    upto = " up to the checkpoint that answered" if any(map(_earlier, methods)) else ""
+    return [f"unequal budgets: {largest} generated {most:,.0f} tokens while it trained{upto}, and {listed}"]
+
+
+def _earlier(method: Method) -> bool:
+    """Says whether a checkpoint before the end of a run answered for a method."""
+    return any(run.point is not None and run.point["step"] != run.summary["points"][-1]["step"] for run in method.runs)
 
 
 def _missing(methods: Sequence[Method]) -> list[str]:
@@ -99,6 +105,12 @@ def _missing(methods: Sequence[Method]) -> list[str]:
     return found
 
 
+def _where(run: Entry) -> str:
+    done, all_ = run.generated.settings["iteration"], run.summary["iterations"]
+    within = f" and a part ({run.point['step']} steps)" if run.point is not None and run.point["within"] else ""
+    return f"{done}{within} of {all_}"
+
+
 def undecided(wins: Sequence[Mapping[str, Any]]) -> list[str]:
     """Says how many pairs of responses the judge gave no verdict on."""
     failed, judged = (sum(row[key] for row in wins) / 2 for key in ("failed", "judged"))  # each pair is there twice
@@ -113,6 +125,9 @@ def notes(methods: Sequence[Method]) -> list[str]:
         found.append(
             f"{' or '.join(map(str, few))} seeds show only roughly what another would do, so look at every seed"
         )
+    if early := [method for method in methods if _earlier(method)]:
+        listed = "; ".join(f"{method.label} {', '.join(map(_where, method.runs))}" for method in early)
+        found.append(f"not the last checkpoint answered but the best within the budget, of iteration {listed}")
     if start := [method.label for method in methods if not method.trained and len(method.runs) == 1]:
         found.append(f"{', '.join(start)}: one run, which stands beside every seed of the others")
     total = {

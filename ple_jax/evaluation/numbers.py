@@ -70,24 +70,33 @@ def tax(run: Entry) -> dict[str, float]:
 def spent(run: Entry) -> dict[str, float]:
     """Returns what training had cost when it had made the policy that gave the responses.
 
-    For the last policy of a run the costs are from summary.json, for that of an unfinished run from metrics.jsonl, and for
-    an earlier one from its evaluation. A base model's costs are 0. Those of a start with an adapter are not known: {}.
+    For the last policy of a run the costs are from summary.json, for one at the end of another iteration and for that of an
+    unfinished run from metrics.jsonl, and for one within an iteration, of which fewer are known, from its evaluation. A base
+    model's costs are 0. Those of a start with an adapter are not known: {}.
     """
     if not run.trained:
         known = run.generated.settings["adapter"] is None
         return dict.fromkeys((*costs.COUNTERS, "wall_seconds"), 0) if known else {}
     if run.point is not None and run.point["step"] != run.summary["points"][-1]["step"]:
+        own = [line for line in run.lines if line["iteration"] == run.point["iteration"] and "total_seconds" in line]
+        if own and not run.point["within"]:
+            return _totals(own[-1])
         names = {"generated_tokens": "generated_tokens", "training_tokens": "training_tokens", "seconds": "train_seconds"}
         return {name: run.point[key] for key, name in names.items() if run.point.get(key) is not None}
     if not run.summary:
-        totals = {key.removeprefix("total_"): value for key, value in last(run.lines).items() if key.startswith("total_")}
-        return {"train_seconds": totals.pop("seconds"), **totals} if totals else {}
+        return _totals(last(run.lines))
     phases = run.summary.get("seconds", {})
     found = {**run.summary, **{f"{phase}_seconds": value for phase, value in phases.items()}}
     if phases:
         found["train_seconds"] = sum(value for phase, value in phases.items() if phase != "evaluate")
     wanted = (*costs.COUNTERS, "train_seconds", "wall_seconds", "evaluation_tokens", "peak_memory_bytes")
     return {key: found[key] for key in (*wanted, *(f"{phase}_seconds" for phase in phases)) if key in found}
+
+
+def _totals(line: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the counters in a line of metrics.jsonl by their names in summary.json; {} if it has none."""
+    totals = {key.removeprefix("total_"): value for key, value in line.items() if key.startswith("total_")}
+    return {"train_seconds": totals.pop("seconds"), **totals} if totals else {}
 
 
 def last(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:

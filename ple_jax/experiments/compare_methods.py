@@ -343,7 +343,7 @@ def trained_and_tested(s: Settings, runs: Sequence[Run], *, jobs: int) -> tuple[
         _take(s, trainings)
         for job in restored(s, some):
             say(f"{job.name} is trained again, as its weights were not kept and the test needs them")
-        ended |= _run(s, trainings, parallel=jobs)
+        ended |= executed(s, trainings, parallel=jobs)
         asked: dict[Path, Job] = {}
         for one, job in zip(some, trainings, strict=True):
             for view in one.views if ended[job.name].code == 0 else ():
@@ -351,7 +351,7 @@ def trained_and_tested(s: Settings, runs: Sequence[Run], *, jobs: int) -> tuple[
                 if test.result not in asked or is_done(test, s.out):  # two budgets may have the same best
                     asked[test.result] = test
                 entries[f"{one.method}={job.workdir}@{view}"] = test.result
-        ended |= _run(s, list(asked.values()), parallel=jobs)
+        ended |= executed(s, list(asked.values()), parallel=jobs)
     return ended, {entry: file for entry, file in entries.items() if file.exists()}
 
 
@@ -385,11 +385,11 @@ def compare(s: Settings, *, jobs: int) -> int:
         with stage("data"):
             make_data(s)
     with stage("learning rates"):
-        ended = _run(s, grid, parallel=jobs)
+        ended = executed(s, grid, parallel=jobs)
         rates = choose(s, ended)
     with stage("seeds and test"):
         starts = {label: starting(s, principled=principled) for label, principled in STARTS.items()}
-        ended |= _run(s, list(starts.values()), parallel=jobs)
+        ended |= executed(s, list(starts.values()), parallel=jobs)
         found, entries = trained_and_tested(s, chosen_runs(s, rates), jobs=jobs)
         ended |= found
     with stage("comparison"):
@@ -403,8 +403,30 @@ def compare(s: Settings, *, jobs: int) -> int:
     return int(bool(failures))
 
 
-def _run(s: Settings, jobs: Sequence[Job], *, parallel: int = 1) -> dict[str, Outcome]:
-    return store.run(jobs, s.out, s.keep, texts=s.texts, parallel=parallel)
+def executed(s: Settings, jobs: Sequence[Job], *, parallel: int = 1) -> dict[str, Outcome]:
+    """Takes the jobs that are kept and executes the others; returns how they ended.
+
+    Raises:
+        UserError: trainings in OUT computed in different dtypes.
+    """
+    _take(s, jobs)
+    _check_dtypes(s.out)
+    ended = store.run(jobs, s.out, s.keep, texts=s.texts, parallel=parallel)
+    _check_dtypes(s.out)
+    return ended
+
+
+def _check_dtypes(out: Path) -> None:
+    """Raises a UserError if trainings in OUT computed in different dtypes, as `auto` does on different processors."""
+    of: dict[str, str] = {}
+    for file in sorted(out.glob("*__lr-*/config.json")):
+        of.setdefault((read_json(file) or {})["model"]["dtype"], file.parent.name)
+    if len(of) > 1:
+        (one, first), (other, second) = list(of.items())[:2]
+        raise UserError(
+            f"{first} computed in {one} and {second} in {other}, which cannot be compared; give `--"
+            f" --config.model.dtype={one}`, or float32, and delete what is of another one in {out} and in --keep"
+        )
 
 
 def _take(s: Settings, jobs: Sequence[Job]) -> None:

@@ -48,6 +48,8 @@ def write(result: Mapping[str, Any], out: Path) -> Path:
     print(text)
     for warning in warnings:
         print(f"warning: {warning}")
+    for note in result["views"][0]["notes"] if len(result["views"]) == 1 else ():
+        print(f"note: {note}")
     return out / "comparison.html"
 
 

@@ -227,6 +227,7 @@ def open_run(workdir: Path, backend: str, inputs: Inputs, kept: Mapping[str, Any
         vocab = loaded.config.vocab_size
         del loaded  # the backend has weights of its own: the host's copy may go
         progress.advance(1)
+        progress.log(f"{base.name} in {config.model.dtype}, by {backend}")
         own = () if inputs.bare or not isinstance(algorithm, Algorithm) else _of_rules(inputs.principles)
         for said in (*module.notes(built), *prompting.notes(config, base.tokenizer, base.eos), *own):
             progress.log(said)

@@ -24,7 +24,7 @@ def cpuinfo(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "fast"),
     [
-        ("fpu avx2 avx512f avx512_bf16", True),
+        ("fpu avx2 avx512f avx512_bf16", False),
         ("fpu avx2 amx_bf16 amx_tile amx_int8", True),
         ("fpu avx2 avx512f", False),
         ("fpu avx2 amx_tile amx_int8", False),

@@ -218,6 +218,24 @@ def test_every_budget_has_its_own_answers(made):
     assert "unequal budgets" not in said.partition("At equal tokens: ")[0]
 
 
+def test_an_earlier_checkpoint_has_the_costs_of_its_iteration_and_is_said(tmp_path, capsys):
+    """What its line of metrics.jsonl says; of one within an iteration the evaluation says less."""
+    lines = [{"iteration": i, "heldout_reward": 0.1, "total_seconds": 10.0 * i, "total_generated_tokens": 100 * i,
+              "total_reward_calls": 20 * i, "total_flops": 7 * i} for i in range(6)]  # fmt: skip
+    for name, algorithm, best in (("ple", "ple", POINTS[1]), ("raft", "raft", POINTS[3])):
+        run = budgeted(tmp_path / name, ANSWERS, points=POINTS, best={"any": best}, algorithm=algorithm)
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    answers = [f"{tmp_path}/ple/responses/trained", f"{tmp_path}/raft/responses/trained"]
+    (tmp_path / "ple" / "responses" / "trained" / "iter_0005.scores.jsonl").unlink()
+    result = compare(tmp_path, answers)
+    (ple, raft) = (method["runs"][0]["measures"] for method in result["methods"])
+    assert (ple["generated_tokens"], ple["reward_calls"], ple["flops"], ple["train_seconds"]) == (100, 20, 7, 10.0)
+    assert raft["generated_tokens"] == 1000
+    said = capsys.readouterr().out
+    assert "raft generated 1,000 tokens while it trained up to the checkpoint that answered, and ple 100 (10%)" in said
+    assert "not the last checkpoint answered but the best within the budget, of iteration ple 1 of 5\n" in said
+
+
 def test_the_curves_are_those_of_all_runs(made):
     out, result, _ = made
     runs = result["frontier"]["runs"]

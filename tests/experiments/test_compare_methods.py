@@ -216,6 +216,20 @@ def test_a_run_answers_the_test_before_the_next_one_begins(out, monkeypatch):
     assert order == [ple, "sft__lr-1e-4__seed-0", f"{ple}__kl_2", f"{ple}__newest", "sft__lr-1e-4__seed-0__kl_2"]
 
 
+def test_runs_of_two_dtypes_are_not_compared(out, monkeypatch):
+    """`auto` is float32 on one processor and bfloat16 on the next, and what is kept may come from anywhere."""
+    s = settings(out, names="ple,sft")
+    jobs = [compare_methods.training(s, name, "1e-3", "0") for name in ("ple", "sft")]
+    for job, dtype in zip(jobs, ("float32", "bfloat16"), strict=True):
+        job.workdir.mkdir()
+        (job.workdir / "config.json").write_text(json.dumps({"model": {"dtype": dtype}}))
+        if dtype == "float32":
+            assert compare_methods.executed(s, []) == {}
+    says = "ple__lr-1e-3__seed-0 computed in float32 and sft__lr-1e-3__seed-0 in bfloat16.*--config.model.dtype=float32"
+    with pytest.raises(UserError, match=says):
+        compare_methods.executed(s, [])
+
+
 def test_the_start_model_with_and_without_principles(out):
     for principled in (False, True):
         job = compare_methods.starting(settings(out), principled=principled)

@@ -22,7 +22,7 @@ QUESTIONS = ["What is tea?", "Why is the sky blue?", "How do I boil an egg?", "W
 
 
 def write_sources(folder: Path) -> None:
-    """Writes a CSV file with a column `ticket`, and JSON lines with `messages`, each for training and held out."""
+    """Writes a CSV file with a column `ticket`, and JSON lines with turns as `prompt`, each for training and held out."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, part in (("train", slice(0, 6)), ("heldout", slice(6, 8))):
         with (folder / f"tickets_{name}.csv").open("w", newline="", encoding="utf-8") as file:

@@ -303,12 +303,27 @@ def _override(config: ConfigDict, argv: Sequence[str]) -> ConfigDict:
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=list(argv))
         leftover = values(argv)[1:]
     except flags.UnrecognizedFlagError as error:
-        raise UserError(f"unknown flag --{error.flagname}{suggestion(error.flagname, FLAG_NAMES)}") from error
+        begins, dot, rest = error.flagname.partition(".")
+        nearest = suggestion(f"{begins}{dot}", ["config."]) if dot else suggestion(error.flagname, FLAG_NAMES)
+        raise UserError(f"unknown flag --{error.flagname}{nearest}") from error
     except (flags.Error, ArithmeticError, RecursionError, TypeError, ValueError) as error:  # of values that no key takes
-        raise UserError(f"{error} (configs/default.py shows what each key holds)") from error
+        raise UserError(f"{_in_words(str(error))} (configs/default.py shows what each key holds)") from error
     if leftover:
         raise UserError(f"leftover argument {leftover[0]!r}; every setting is --flag=value or --config.key=value")
     return values.config
+
+
+def _in_words(says: str) -> str:
+    """Rewrites what absl and Python say of a value that cannot be read."""
+    for pattern, words in (
+        (r"(.*): Failed to parse .* as a Conf.*", r"\1: give a dictionary with names and texts in quotes, {'limit': 20}"),
+        (r"(.*): invalid literal for int\(\) .*", r"\1: give a whole number"),
+        (r"(.*): could not convert string to float.*", r"\1: give a number"),
+        (r"(.*): \('Non-boolean argument to boolean flag', .*", r"\1: give True or False"),
+    ):
+        if match := re.fullmatch(pattern, says, re.DOTALL):
+            return match.expand(words)
+    return says
 
 
 def parse(argv: Sequence[str]) -> CommandLine:
@@ -392,7 +407,8 @@ def _flags(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
     try:
         return values, values(argv, known_only=True)
     except flags.Error as error:
-        raise UserError(f"{error} (see --help)") from error
+        near = suggestion(match[1], [*MODES, "init"]) if (match := re.search(r"--mode=(\w+)", str(error))) else ""
+        raise UserError(f"{error} (see --help){near}") from error
 
 
 def _check_flags(values: flags.FlagValues) -> None:

@@ -68,8 +68,7 @@ def train(config: Any, workdir: Path, backend: str, accept: Sequence[str] = (), 
             (workdir / SUMMARY).unlink(missing_ok=True)  # of a shorter run
             for said in outcome.of_two_rewards(kept):
                 run.session.progress.log(said)
-            made = {"dtype": run.config.model.dtype, **run.backend.environment()}
-            write_json(workdir / "environment.json", {**project(), **made})
+            write_json(workdir / "environment.json", _environment(run))
             state = (baselines or (loop if online else offline)).train(run)
             summary = (measures if online else offline).summary(run, backend, state)
             if online and baselines is None:  # another trainer's rates are its own
@@ -86,6 +85,10 @@ def train(config: Any, workdir: Path, backend: str, accept: Sequence[str] = (), 
     if head:
         print(_use_reward(workdir / "reward_model"))
     return 0
+
+
+def _environment(run: Run[Any]) -> dict[str, Any]:
+    return {**project(), "dtype": run.config.model.dtype, **run.backend.environment()}
 
 
 def _keep_rates(run: Run[Algorithm], backend: str, state: State, summary: Mapping[str, Any]) -> None:
@@ -275,20 +278,26 @@ def export(config: Any, workdir: Path, backend: str, accept: Sequence[str] = ())
     if head:
         print(_use_reward(merged))
         return 0
+    print("\n".join(_served(config, workdir, adapter, merged if merge else None, base_model)))
+    return 0
+
+
+def _served(config: Any, workdir: Path, adapter: Path, merged: Path | None, base_model: str) -> Iterator[str]:
+    """Yields the lines that say how to serve what was exported; `merged` is None if only the adapter was."""
     name = workdir.resolve().name
     serve = commands.serve_adapter(adapter, peft.read(adapter)[1], name=name)
     lines = [serve] if serve else []
-    if merge:
+    if merged is not None:
         lines.append(commands.serve_merged(merged, name=name))
-    print("vLLM cannot serve this adapter by itself: --config.export.merged=True" if not lines else "serve with vLLM:")
-    for line in lines:
-        print(f"  {line}")
+    yield "serve with vLLM:" if lines else "vLLM cannot serve this adapter by itself: --config.export.merged=True"
+    yield from (f"  {line}" for line in lines)
+    if merged is not None:
+        yield f"or with transformers, on a CPU too:\n  {commands.serve_by_transformers(merged)}"
     if serve and importlib.import_module("ple_jax.models.weights").gguf_file(config.model.path):
-        print(
+        yield (
             f"{base_model} in the first line is the published one; this was trained on the dequantised weights of a GGUF"
-            f" file, which differ a little: {'the second line serves these' if merge else 'merge to serve these'}"
+            f" file, which differ a little: {'the second line serves these' if merged else 'merge to serve these'}"
         )
-    return 0
 
 
 def _export_adapter(config: Any, workdir: Path, backend: str, accept: Sequence[str]) -> tuple[Path, State, str]:

@@ -424,7 +424,7 @@ def extras() -> Mapping[str, list[str]]:
 
 def test_tables_name_all_there_is():
     assert names("configs.md", "`--mode=`") == {*entry.MODES, "init"}
-    assert names("configs.md", "name") == modules("configs") - {"default"}
+    assert names("configs.md", "name") == modules("configs")
     assert names("install.md", "extra") == set(extras()) - {"dev"}
     assert names("method.md", "algorithm") == modules("ple_jax/algorithms") - {"ple"}
     assert names("rewards.md", "name") - {"mine.py:score", "package.module:function"} == modules("ple_jax/rewards")

@@ -130,6 +130,12 @@ class TestParse:
         [
             ([], "--config=CONFIG is missing"),
             (["--config.seed=1"], "--config=CONFIG is missing"),
+            ([DEFAULT, "--config.reward.kwargs={limit: 20}"], "20}: give a dictionary with names and texts in quotes"),
+            ([DEFAULT, "--config.iterations=two"], "--config.iterations=two: give a whole number"),
+            ([DEFAULT, "--config.ple.tau_0=abc"], "--config.ple.tau_0=abc: give a number"),
+            ([DEFAULT, "--config.task.chat=maybe"], "--config.task.chat=maybe: give True or False"),
+            ([DEFAULT, "--conifg.seed=1"], "unknown flag --conifg.seed; did you mean 'config.'?"),
+            ([DEFAULT, "--mode=plna"], "did you mean 'plan'?"),
             (["--config"], "Missing value for flag --config"),
             (["--config=configs/nowhere.py"], "config file 'configs/nowhere.py' does not exist"),
             (["--config=configs/quikstart.py"], "did you mean 'configs/quickstart.py'?"),
@@ -262,8 +268,14 @@ def test_init_copies_a_config(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main.main(parse("--mode=init", "--config=quickstart", "--workdir=here/mine")) == 0
     copied = tmp_path / "here" / "mine" / "quickstart.py"
-    assert copied.read_text() == (ROOT / "configs" / "quickstart.py").read_text()
-    assert capsys.readouterr().out.endswith(" --config here/mine/quickstart.py --workdir runs/mine_quickstart\n")
+    shipped_text = (ROOT / "configs" / "quickstart.py").read_text()
+    assert copied.read_text().partition("from ml_collections")[2] == shipped_text.partition("from ml_collections")[2]
+    assert copied.read_text().startswith('"""A config of my own') and "0.897" not in copied.read_text()
+    assert main.main(parse("--mode=init", f"--config={copied}", "--workdir=there")) == 0  # of a user's file all of it
+    assert (tmp_path / "there" / "quickstart.py").read_text() == copied.read_text()
+    capsys.readouterr()
+    assert main.main(parse("--mode=init", "--config=tiny", "--workdir=here/mine")) == 0
+    assert capsys.readouterr().out.endswith(" --config here/mine/tiny.py --workdir runs/mine_tiny\n")
     copied.write_text(copied.read_text().replace("rank_sft_weight = 5.0", "rank_sft_weight = 0.5"))
     assert parse(f"--config={copied}", "--mode=plan").config.ple.rank_sft_weight == 0.5
     with pytest.raises(UserError, match="here/mine/quickstart.py exists"):
@@ -447,7 +459,8 @@ def test_plan_says_what_would_run():
     lines = [" ".join(line.split()) for line in text.splitlines()]
     assert "LoRA parameters 1,500 (7.50% of the base), rank 8, alpha 16, on " + ", ".join(config.lora.targets) in lines
     assert "queries 8 of the 12 of tiny_train" in lines
-    assert "train 12 of tiny_train, left out: 2 empty (train)" in lines and "held out 2 of tiny_heldout" in lines
+    assert "train 12 of tiny_train, left out: 2 empty (train), the first at t:3" in lines
+    assert "held out 2 of tiny_heldout" in lines
     assert "reward letters (0 to 1), transform none" in lines
     assert "Principles (mine 1)" in lines
     # prompts have 1 to 11 tokens, and one 24: buckets of 16 and 32

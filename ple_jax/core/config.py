@@ -121,7 +121,13 @@ def _source(value: Any) -> str:
     if isinstance(value, str) and is_hub_id(value) and not value.endswith((".jsonl", ".json", ".csv", ".parquet", ".gz")):
         return ""
     local = named(names("data", ".jsonl"), file="file of records", folder=True)(value)
-    return f"{local}, or a data set on a hub, user/name" if local else ""
+    return _or(local, "a data set on a hub, user/name") if local else ""
+
+
+def _or(says: str, more: str) -> str:
+    """Adds another possibility to what a rule says, before its suggestion."""
+    first, *nearest = says.split("; did you mean", 1)
+    return "; did you mean".join([f"{first}, or {more}", *nearest])
 
 
 def _words(value: Any) -> str:
@@ -138,8 +144,12 @@ def _columns(value: Any) -> str:
     known = ("id", "prompt", "completion", "chosen", "rejected", "messages", "tools")
     if not fine:
         return "a dictionary, our name -> the data's: \"{'prompt': 'question'}\""
-    unknown = [key for key in value if key not in known]
-    return f"of the columns {', '.join(known)}; {unknown[0]!r} is none{suggestion(unknown[0], known)}" if unknown else ""
+    # others are what a reward reads; one that is nearly ours is a slip
+    unknown = [key for key in value if key not in known and (suggestion(key, known) or not key.isidentifier())]
+    if not unknown:
+        return ""
+    said = f"of {', '.join(known)}, or of names that a reward reads; {unknown[0]!r} is none"
+    return f"{said}{suggestion(unknown[0], known)}"
 
 
 def _sets(value: Any) -> str:
@@ -237,8 +247,8 @@ def _model(value: Any) -> str:
     if isinstance(value, str) and (is_hub_id(value) or value in PUBLISHED):
         return ""
     local = named(["smollm2-135m", "tiny"], file=".gguf file or Hugging Face folder", folder=True)(value)
-    shapes = f"for --mode=plan --topology also the shapes of {', '.join(PUBLISHED)}"
-    return f"{local}, or a model on a hub, user/name; {shapes}{suggestion(str(value), PUBLISHED)}" if local else ""
+    shapes = f"a model on a hub, user/name; for --mode=plan --topology also the shapes of {', '.join(PUBLISHED)}"
+    return f"{_or(local, shapes)}{suggestion(str(value), PUBLISHED)}" if local else ""
 
 
 def _revision(value: Any) -> str:

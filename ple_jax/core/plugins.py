@@ -78,7 +78,8 @@ def load_function(name: str, key: str, *, given: Sequence[str], kwargs: Mapping[
     module = load_module(file, key)
     found = getattr(module, function, None)
     if not callable(found):
-        raise UserError(f"config.{key} {name!r}: {file} has no function {function!r}")
+        there = [own for own, value in vars(module).items() if inspect.isfunction(value)]
+        raise UserError(f"config.{key} {name!r}: {file} has no function {function!r}{suggestion(function, there)}")
     asks = _without_a_value(found, len(given), kwargs)
     try:
         inspect.signature(found).bind(*([] for _ in given), **kwargs, **dict.fromkeys(asks))

@@ -3,6 +3,7 @@
 A rule takes a value and returns what it must be instead, in words, or "" if the value is fine.
 """
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -138,17 +139,26 @@ def named(known: list[str], *, file: str = "", folder: bool = False, code: bool 
             return ""
         module = value.split(":", 1)[0]
         if code and module.endswith(".py"):
-            return "" if os.path.isfile(module) else f"an existing Python file (looked in {Path.cwd()})"
+            missing = f"an existing Python file (looked in {Path.cwd()}){_beside(module)}"
+            return "" if os.path.isfile(module) else missing
         # only the first part is looked up: finding a submodule would import its package
         if code and ("." in module or ":" in value) and all(part.isidentifier() for part in module.split(".")):
             found = importlib.util.find_spec(module.split(".", 1)[0]) is not None
             return "" if found else f"a dotted path into an installed package; {module.split('.', 1)[0]!r} is not one"
         if file and _is_path(value):
-            return f"an existing {file} (looked in {Path.cwd()}), or one of {', '.join(known)}"
+            return f"an existing {file} (looked in {Path.cwd()}), or one of {', '.join(known)}{_beside(value)}"
         more = "a Python file, a dotted path" if code else f"the path of a {file}"
         return f"one of {', '.join(known)}, or {more}{suggestion(value, known)}"
 
     return rule
+
+
+def _beside(path: str) -> str:
+    """Suggests a file of the same suffix that lies where a path should be, as the end of a sentence; "" if none is near."""
+    with contextlib.suppress(OSError, ValueError):  # of a path that is none
+        wanted = Path(path)
+        return suggestion(path, (str(file) for file in sorted(wanted.parent.glob(f"*{wanted.suffix}"))), files=True)
+    return ""
 
 
 def patterns(each: Rule) -> Rule:

@@ -1,5 +1,6 @@
 """The configs that come with the package: found by name for `--config`, and importable from any config as `configs`."""
 
+import ast
 import contextlib
 import importlib.machinery
 import importlib.util
@@ -51,12 +52,27 @@ def copy(file: Path, folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with path.open("x", encoding="utf-8") as copied:
-            copied.write(file.read_text(encoding="utf-8"))
+            copied.write(_own(file))
     except FileExistsError as error:
         raise UserError(f"{path} exists, and may hold changes of yours: take another --workdir") from error
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error}; take another --workdir") from error
     return path
+
+
+def _own(file: Path) -> str:
+    """Returns the text of a config for its copy. What the package says of one of its own, figures too, is not said there."""
+    text = file.read_text(encoding="utf-8")
+    if file.resolve().parent != CONFIGS.resolve() or file.stem == "default":
+        return text
+    about, *_ = ast.parse(text).body  # all of them have a docstring
+    rest = "".join(text.splitlines(keepends=True)[about.end_lineno :])
+    return f'''"""A config of my own, begun as a copy of ple_jax's `{file.stem}`.
+
+The data are c.task.train and c.task.heldout, with c.task.chat and c.task.columns; the rules c.principles; the reward
+c.reward.name and c.reward.kwargs; the model c.model.path. Every key, with its default, is in ple_jax's configs/default.py.
+"""
+{rest}'''
 
 
 class _Fallback:

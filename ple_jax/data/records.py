@@ -176,6 +176,7 @@ def _csv(path: Path, name: str) -> Iterator[Record]:
             header = next(rows, [])
         except csv.Error as error:
             raise UserError(f"{path}:1 is not CSV ({error}); the first line must name the columns") from error
+        _check_header(path, header)
         while True:
             number = rows.line_num + 1
             where, called = f"{path}:{number}", f"{name}:{number}"
@@ -197,6 +198,15 @@ def _csv(path: Path, name: str) -> Iterator[Record]:
                 yield Record(where, called, {}, "csv", reason, text[:1000])
             else:
                 yield Record(where, called, dict(zip(header, row, strict=True)))
+
+
+def _check_header(path: Path, header: Sequence[str]) -> None:
+    """Raises a UserError if the first line of a CSV file is not UTF-8, or has other separators than commas."""
+    named = ",".join(header)
+    if named.encode(errors="replace").decode() != named:
+        raise UserError(f"{path}:1 is not UTF-8; convert the file")
+    if len(header) == 1 and (other := next((sign for sign in ";\t" if sign in named), "")):
+        raise UserError(f"{path}:1 names one column, {named!r}: separate fields by commas and not by {other!r}")
 
 
 def _parquet(path: Path, name: str) -> Iterator[Record]:

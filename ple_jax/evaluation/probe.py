@@ -412,4 +412,5 @@ def said(found: Mapping[str, Any]) -> list[str]:
 
 
 def _lift(found: Mapping[str, float]) -> str:
-    return f"{found['mean']:+.3f} ({found['low']:+.3f} to {found['high']:+.3f})"
+    mean, low, high = (round(found[key], 3) + 0.0 for key in ("mean", "low", "high"))  # + 0.0: no -0.000
+    return f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"

@@ -228,7 +228,8 @@ def said(result: Mapping[str, Any]) -> Iterator[str]:
         tau, ranked = (" -> ".join(f"{value:.3g}" for value in row[key]) for key in ("tau", "ranked"))
         flips = ", ".join(f"{count} {flip}" for flip, count in row["flips"].items()) or "none"
         out = f"; {row['left_out']} left out" if row["left_out"] else ""
-        yield f"{row['iteration']:>9} {row['queries']:>8} {tau:>15} {ranked:>15} {row['weights_moved']:>14}  {flips}{out}"
+        number, moved = row["iteration"] + 1, row["weights_moved"]
+        yield f"{number:>9} {row['queries']:>8} {tau:>15} {ranked:>15} {moved:>14}  {flips}{out}"
     yield _in_all(result)
 
 

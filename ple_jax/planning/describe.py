@@ -60,7 +60,8 @@ def _records(config: "ConfigDict", found: Data, *, drawn: bool = True) -> str:
     def count(which: str, queries: Sequence[Query]) -> str:
         bad, sizes = counts({which: found.bad[which]}), mixture.by_set(config, ((query.id, 1) for query in queries))
         source = ", ".join(f"{name} {len(some):,}" for name, some in sizes.items()) or task[which]
-        return f"{len(queries):,} of {source}" + (f", left out: {bad}" if bad else "")
+        first = f", the first at {found.bad[which][0].where}" if bad else ""
+        return f"{len(queries):,} of {source}" + (f", left out: {bad}{first}" if bad else "")
 
     rows = [("train", count("train", found.train)), ("held out", count("heldout", found.heldout))]
     if not task.sets or not drawn:
@@ -111,9 +112,13 @@ def describe(
         _records(config, found),
         _iteration(config, found, reward, algorithm, rendering, plain),
         _whole_run(config, found, algorithm, plain, rates),
-        f"Principles ({rules.version}{_chosen(config, rules)})\n{_visible(rules.text)}",
+        f"Principles ({rules.version}{_chosen(config, rules)}{_unnumbered(rules)})\n{_visible(rules.text)}",
     ]
     return "\n\n".join([*blocks, *(_first_prompt(found, rendering, principled) for principled in _WORDS)])
+
+
+def _unnumbered(rules: principles.Principles) -> str:
+    return ", without numbered rules" if rules.text and not rules.rules else ""
 
 
 def _first_prompt(found: Data, rendering: Prompts, principled: bool) -> str:

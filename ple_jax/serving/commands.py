@@ -31,6 +31,11 @@ def serve_adapter(folder: Path, adapter_config: Mapping[str, Any], *, name: str)
     return f"vllm serve {shlex.quote(base)} --enable-lora --max-lora-rank {rank} --lora-modules {modules}"
 
 
+def serve_by_transformers(folder: Path) -> str:
+    """Returns the command that serves a folder of merged weights with transformers; its name there is the folder."""
+    return f"transformers serve {shlex.quote(str(folder))}  # pip install 'transformers[serving]' torch"
+
+
 def serve_merged(folder: Path, *, name: str) -> str:
     """Returns the command that serves a folder of merged weights with vLLM."""
     return f"vllm serve {shlex.quote(str(folder))} --served-model-name {shlex.quote(name)}"

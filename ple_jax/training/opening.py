@@ -227,9 +227,7 @@ def open_run(workdir: Path, backend: str, inputs: Inputs, kept: Mapping[str, Any
         vocab = loaded.config.vocab_size
         del loaded  # the backend has weights of its own: the host's copy may go
         progress.advance(1)
-        progress.log(f"{base.name} in {config.model.dtype}, by {backend}")
-        own = () if inputs.bare or not isinstance(algorithm, Algorithm) else _of_rules(inputs.principles)
-        for said in (*module.notes(built), *prompting.notes(config, base.tokenizer, base.eos), *own):
+        for said in (*module.notes(built), *_told(inputs, config, base, backend)):
             progress.log(said)
         if config.sampling.server is not None and not inputs.bare:
             built = _served(config, built, workdir, base, vocab, progress)
@@ -248,8 +246,12 @@ def open_run(workdir: Path, backend: str, inputs: Inputs, kept: Mapping[str, Any
         yield fitted(run) if isinstance(algorithm, Algorithm) and not inputs.bare else run
 
 
-def _of_rules(text: principles.Principles) -> Iterator[str]:
-    if text.text and not text.rules:
+def _told(inputs: Inputs, config: Any, base: Base, backend: str) -> Iterator[str]:
+    """Yields what a user should know before the run starts, a line each."""
+    yield f"{base.name} in {config.model.dtype}, by {backend}"
+    yield from prompting.notes(config, base.tokenizer, base.eos)
+    text = inputs.principles
+    if isinstance(inputs.algorithm, Algorithm) and not inputs.bare and text.text and not text.rules:
         yield (
             f"warning: principles {text.name!r} have no numbered rules, so all of the text goes into every prompt; probe and"
             ' config.principles_per_query tell rules apart that begin on lines of their own with their numbers: "1. "'

@@ -32,7 +32,14 @@ def reached(summary: Mapping[str, Any]) -> str:
             f" {summary['heldout_calibration_error']:.3f}, over {summary['heldout_examples']} pairs"
         )
     after, (low, high), where = summary["heldout_reward_after"], summary["heldout_gain_ci95"], ""
-    if best := list(summary.get("best", {}).values()):
+    best = list(summary.get("best", {}).values())
+    if best and best[-1]["step"] == 0 and len(summary["points"]) > 1:
+        last = summary["points"][-1]
+        return (
+            f"no evaluation was better than the start's held-out reward of {best[-1]['reward']:.3f} (the last one:"
+            f" {last['reward']:.3f}, {last['kl']:.1f} nats a response from the start)"
+        )
+    if best:
         where = f", {best[-1]['kl']:.1f} nats a response from the start"
         if best[-1]["step"] != summary["points"][-1]["step"]:
             where += f" (the last evaluation: {after:.3f}, {summary['points'][-1]['kl']:.1f} nats)"

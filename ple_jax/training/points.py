@@ -251,14 +251,17 @@ def taken(run: Run[Any]) -> State:
 def told(config: Any, state: State) -> str:
     """Returns words that tell a user which checkpoint `taken` has found."""
     last, limits = newest_of(state), budgets(config)
-    if last is None or config.checkpoint.use == "newest":
+    if last is None:
         return f"iteration {state.iteration}"
     reached = f"reward {last.reward:.3f}, {last.kl:.3g} nats a response from the start"
+    if config.checkpoint.use == "newest":
+        return f"{last.where}: {reached}"
     budget = limits.get(config.checkpoint.use, max(limits.values(), default=0.0))
     if best(of(state), config.eval.best, budget) != last:  # `taken` found none that is kept
         return f"{last.where}: {reached}"
     within = "" if math.isinf(budget) else f" within {budget:g} nats"
-    return f"{last.where}, the best evaluated{within}: {reached}"
+    start = "" if last.step else "; that is the start, and --config.checkpoint.use=newest takes the last one"
+    return f"{last.where}, the best evaluated{within}: {reached}{start}"
 
 
 # ---------------------------------------------------------------- the end

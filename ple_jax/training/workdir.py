@@ -180,7 +180,7 @@ def _compared(workdir: Path, wanted: Mapping[str, Any], accept: Sequence[str]) -
     keys = [key for key in keys if day or key != "task.date"]  # where none is asked for it is that of the run
     vouched = [key for name in accept for key in ACCEPTED[name]]
     if refused := [key for key in keys if key not in (*EXECUTION, *LENGTH, *vouched)]:
-        names = ", ".join(refused)
+        names = ", ".join(f"{key} (the content)" if key.startswith("inputs.") else key for key in refused)
         says = f"--workdir={workdir} belongs to another config, differing in {names}; {_remedy(refused)}"
         raise UserError(f"{says} (its config.json has its own)")
     return found, keys

@@ -94,6 +94,27 @@ def test_a_column_that_is_named_wrongly_is_said(tmp_path):
     assert [bad.kind for bad in mixed.bad] == ["column", "empty"] and "has no column 'question'" in mixed.bad[0].reason
 
 
+def test_a_column_gets_the_name_that_a_reward_reads(tmp_path):
+    file = tmp_path / "q.csv"
+    file.write_text("Request,Word limit\nwrite,40\n")
+    found = load_queries(str(file), columns={"prompt": "Request", "limit": "Word limit"}, reads=("limit",))
+    assert [query.record for query in found.queries] == [{"limit": "40"}]  # a cell of a CSV file is text
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"prompt;n\na;1\n", "q.csv:1 names one column, 'prompt;n': separate fields by commas and not by ';'"),
+        (b"prompt\tn\na\t1\n", r"separate fields by commas and not by '\\t'"),
+        ("prompt,n\na,1\n".encode("utf-16"), "q.csv:1 is not UTF-8; convert the file"),
+    ],
+)
+def test_a_csv_file_of_another_kind_is_named(tmp_path, content, says):
+    (tmp_path / "q.csv").write_bytes(content)
+    with pytest.raises(UserError, match=says):
+        load_queries(str(tmp_path / "q.csv"))
+
+
 def test_columns_may_change_places(tmp_path):
     source = write(tmp_path / "q.jsonl", {"prompt": "b", "completion": "a"})
     assert load_queries(source, columns={"prompt": "completion", "completion": "prompt"}).queries == [Query("q:1", "a", "b")]

@@ -351,7 +351,8 @@ def test_mode_export(run, hub, capsys):
     assert modes.export(asked, workdir, "jax") == 0
     said = capsys.readouterr().out
     assert f"adapter of iteration 2: {workdir / 'adapter'} (PEFT layout, base model tiny)" in said
-    assert said.endswith(f"serve with vLLM:\n  vllm serve {workdir / 'merged'} --served-model-name tiny\n")
+    vllm, own = f"vllm serve {workdir / 'merged'} --served-model-name tiny", f"transformers serve {workdir / 'merged'}"
+    assert f"serve with vLLM:\n  {vllm}\nor with transformers, on a CPU too:\n  {own}  # pip install" in said
     assert [(what, repo) for what, repo, _ in hub] == [
         ("create", "me/mine"), ("upload", "me/mine"), ("create", "me/mine-merged"), ("upload", "me/mine-merged"),
     ]  # fmt: skip
@@ -472,8 +473,10 @@ def test_the_example_of_a_card_reads_the_gguf_file(tmp_path):
     text = a_card(tmp_path / "run", base_model=smollm2.NAME, sampling__max_new_tokens=3)
     start = adapters.to_peft(tiny.random_adapter(weights.load(smollm2.NAME).config))
     peft.write(folder, start, rank=4, alpha=6.0, targets=TARGETS, base_model="some/base")
+    assert used(text, adapter=("path/to/this/folder", str(folder))).strip()
+    elsewhere = a_card(tmp_path / "other", base_model=str(file), sampling__max_new_tokens=3)
     instead = {"base": ("folder/of/the/file", str(file.parent)), "adapter": ("path/to/this/folder", str(folder))}
-    assert used(text, **instead).strip()
+    assert used(elsewhere, **instead).strip()
 
 
 def a_card(
@@ -535,6 +538,12 @@ def test_card_of_merged_weights_before_the_end(tmp_path):
     assert "| held-out reward (mean) | 0 | 0.2 |" in text
     assert "interval" not in text  # the summary speaks of another iteration
     assert "AutoModelForCausalLM" in text and "peft" not in text.lower() and str(tmp_path) not in text
+
+
+def test_card_of_a_run_that_was_never_better_than_its_start(tmp_path):
+    says = "**these are the weights that it began with**"
+    assert says in a_card(tmp_path / "run", iteration=0) and says not in a_card(tmp_path / "run", iteration=1)
+    assert says not in a_card(tmp_path / "run", iteration=0, point={"within": True, "step": 1, "kl": 0.5})
 
 
 def test_card_of_an_evaluation_within_an_iteration(tmp_path):

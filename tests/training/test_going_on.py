@@ -94,7 +94,8 @@ def test_a_mended_reward_goes_on(broken, says, mine, tmp_path, sampled):
     first, asked = (tmp_path / "run" / "rollouts" / "iter_0000.jsonl").read_bytes(), sum(sampled)
     stored = values(tmp_path / "run")
     mine.write_text(REWARD.format(value=GOOD))
-    with pytest.raises(UserError, match="differing in inputs.reward; to go on with it as it is now, add --accept=reward;"):
+    says = r"differing in inputs.reward \(the content\); to go on with it as it is now, add --accept=reward;"
+    with pytest.raises(UserError, match=says):
         train(tmp_path / "run", **own(mine))
     assert sum(sampled) == asked and values(tmp_path / "run") == stored
     train(tmp_path / "run", "reward", **own(mine))
@@ -130,7 +131,8 @@ def test_what_is_vouched_for_is_said_where_the_scales_may_differ(mine, tmp_path,
 def test_other_inputs_are_not_vouched_for(mine, tmp_path):
     train(tmp_path / "run", iterations=1, **own(mine))
     mine.write_text(REWARD.format(value="len(r)"))
-    with pytest.raises(UserError, match="differing in inputs.reward, seed; give the same config or another --workdir"):
+    says = r"differing in inputs.reward \(the content\), seed; give the same config or another --workdir"
+    with pytest.raises(UserError, match=says):
         train(tmp_path / "run", seed=1, **own(mine))
     with pytest.raises(UserError, match="differing in seed; give the same config"):
         train(tmp_path / "run", "reward", "algorithm", seed=1, **own(mine))

@@ -245,6 +245,10 @@ def test_a_checkpoint_is_called_the_best_only_if_it_is():
     for overrides in ({"eval.best": "none"}, {"eval.max_kl": (1.0,)}, {}):
         assert points.told(config_of(**overrides), state) == "iteration 2: reward 0.500, 2 nats a response from the start"
     assert points.told(config_of(), state._replace(step=first.step)).startswith("iteration 1, the best evaluated: ")
+    newest = config_of(**{"checkpoint.use": "newest"})
+    assert points.told(newest, state) == "iteration 2: reward 0.500, 2 nats a response from the start"
+    start = points.told(config_of(), state_of(at(0, 0.9, 0.0)))
+    assert start.endswith("; that is the start, and --config.checkpoint.use=newest takes the last one")
 
 
 def test_a_spent_budget_ends_the_run_and_so_does_the_same_command(tmp_path, capsys):
@@ -269,6 +273,11 @@ def test_the_end_of_a_run_says_what_its_best_hides():
     said = outcome.reached(summary)
     assert said.endswith("2.0 nats a response from the start (the last evaluation: 0.800, 9.0 nats)")
     assert "0.000 -> 0.500" in said and "last evaluation" not in outcome.reached(summary | {"points": summary["points"][:2]})
+    start = {**at(0, 0.0, 0.0)._asdict(), "gain_ci95": [0.0, 0.0]}
+    assert outcome.reached(summary | {"best": {"any": start}}) == (
+        "no evaluation was better than the start's held-out reward of 0.000 (the last one: 0.800, 9.0 nats a response from"
+        " the start)"
+    )
     (warning,) = outcome.collapsed(summary)
     assert "fell from 1.00 to 0.40: they repeat one another" in warning
     assert not list(outcome.collapsed(summary | {"best": {}})) and not list(outcome.collapsed({}))

@@ -67,6 +67,8 @@ def run(command: Command) -> int:
     arguments = [*command.arguments, *(() if planned or taken or command.mode == "compare" else small)]
     if command.mode == "export":  # a reader exports what was trained
         arguments = list(command.arguments)
+    if command.mode == "generate" and taken:  # a run's config says nothing of what is generated
+        arguments += [argument for argument in small if argument.startswith("--config.generate.")]
     try:
         return entry.main(entry.parse(["ple_jax", *arguments]))
     except SystemExit as ended:  # of --help and --version

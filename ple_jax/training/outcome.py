@@ -36,7 +36,7 @@ def reached(summary: Mapping[str, Any]) -> str:
     if best and best[-1]["step"] == 0 and len(summary["points"]) > 1:
         last = summary["points"][-1]
         return (
-            f"no evaluation was better than the start's held-out reward of {best[-1]['reward']:.3f} (the last one:"
+            f"held-out reward {best[-1]['reward']:.3f}, that of the start: no evaluation was better (the last one:"
             f" {last['reward']:.3f}, {last['kl']:.1f} nats a response from the start)"
         )
     if best:

@@ -147,7 +147,8 @@ def test_a_mended_algorithm_goes_on(tmp_path):
     with pytest.raises(ZeroDivisionError):
         train(tmp_path / "run", algorithm=str(variant))
     variant.write_text(good)
-    with pytest.raises(UserError, match="differing in inputs.algorithm; to go on with it .*, add --accept=algorithm;"):
+    says = r"differing in inputs.algorithm \(the content\); to go on with it .*, add --accept=algorithm;"
+    with pytest.raises(UserError, match=says):
         train(tmp_path / "run", algorithm=str(variant))
     train(tmp_path / "run", "algorithm", algorithm=str(variant))
     train(tmp_path / "whole", algorithm=str(variant))

@@ -275,7 +275,7 @@ def test_the_end_of_a_run_says_what_its_best_hides():
     assert "0.000 -> 0.500" in said and "last evaluation" not in outcome.reached(summary | {"points": summary["points"][:2]})
     start = {**at(0, 0.0, 0.0)._asdict(), "gain_ci95": [0.0, 0.0]}
     assert outcome.reached(summary | {"best": {"any": start}}) == (
-        "no evaluation was better than the start's held-out reward of 0.000 (the last one: 0.800, 9.0 nats a response from"
+        "held-out reward 0.000, that of the start: no evaluation was better (the last one: 0.800, 9.0 nats a response from"
         " the start)"
     )
     (warning,) = outcome.collapsed(summary)

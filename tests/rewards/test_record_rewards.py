@@ -199,7 +199,7 @@ def test_a_run_scores_every_record_by_its_own(tmp_path):
     # another answer in the data is another run
     lines = (tmp_path / "train.jsonl").read_text().splitlines()
     write(tmp_path / "train.jsonl", *(json.loads(line) | {"answer": "77"} for line in lines))
-    with pytest.raises(UserError, match="inputs.record; to go on with it as it is now, add --accept=reward"):
+    with pytest.raises(UserError, match=r"inputs.record \(the content\); to go on with it .* add --accept=reward"):
         modes.train(c, work, "jax")
 
 

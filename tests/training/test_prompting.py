@@ -63,7 +63,7 @@ def test_a_conversation_that_the_template_refuses_is_a_bad_record():
     assert kept == ["good", "system"] and {kind for kind, _ in bad.values()} == {"template"}
     assert bad["twice"][1].startswith("query 'twice' is refused by the tokenizer's chat template: speakers take turns; take")
     assert reasons(queries, rendering(task__chat=False))[0] == ["good", "twice", "begun", "system"]
-    with pytest.raises(UserError, match="'twice' is refused.*2 of 4 records of here cannot be used .template 2."):
+    with pytest.raises(UserError, match="'twice' is refused.*2 of 4 records of here cannot be used: 2 template .twice, "):
         reasons(queries, rendering(task__max_bad_share=0.4))
 
 

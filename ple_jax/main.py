@@ -35,21 +35,9 @@ _LONGEST, _DEEPEST = 255, 4096 - 256  # bytes of the name of a file or folder, a
 # functions of ple_jax.modes
 MODES = ("train", "probe", "evaluate", "generate", "compare", "harness", "replay", "plan", "export", "chat")
 FLAG_NAMES = (
-    "config",
-    "workdir",
-    "backend",
-    "mode",
-    "accept",
-    "topology",
-    "runs",
-    "against",
-    "profile",
-    "coordinator",
-    "processes",
-    "process",
-    "help",
-    "version",
-)
+    "config", "workdir", "backend", "mode", "accept", "topology", "runs", "against", "profile", "coordinator",
+    "processes", "process", "help", "version",
+)  # fmt: skip
 # modes that need no --config: the config is then the run's own
 OF_A_RUN = ("evaluate", "generate", "harness", "replay", "export", "chat")
 # modes that a run may be accepted in though it changed
@@ -303,7 +291,7 @@ def _override(config: ConfigDict, argv: Sequence[str]) -> ConfigDict:
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=list(argv))
         leftover = values(argv)[1:]
     except flags.UnrecognizedFlagError as error:
-        begins, dot, rest = error.flagname.partition(".")
+        begins, dot, _ = error.flagname.partition(".")
         nearest = suggestion(f"{begins}{dot}", ["config."]) if dot else suggestion(error.flagname, FLAG_NAMES)
         raise UserError(f"unknown flag --{error.flagname}{nearest}") from error
     except (flags.Error, ArithmeticError, RecursionError, TypeError, ValueError) as error:  # of values that no key takes

@@ -83,8 +83,7 @@ def _unequal(methods: Sequence[Method]) -> list[str]:
 
 
 def _earlier(method: Method) -> bool:
-    """Says whether a checkpoint before the end of a run answered for a method."""
-    return any(run.point is not None and run.point["step"] != run.summary["points"][-1]["step"] for run in method.runs)
+    return any(run.earlier for run in method.runs)
 
 
 def _missing(methods: Sequence[Method]) -> list[str]:

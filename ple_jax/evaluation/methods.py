@@ -65,6 +65,11 @@ class Entry(NamedTuple):
     def trained(self) -> bool:
         return self.generated.settings["policy"] == "trained"
 
+    @property
+    def earlier(self) -> bool:
+        """Whether a checkpoint before the end of its run answered."""
+        return self.point is not None and self.point["step"] != self.summary["points"][-1]["step"]
+
 
 class Method(NamedTuple):
     """A method: its runs, which have one label and are ordered by seed, and what was measured of every response."""

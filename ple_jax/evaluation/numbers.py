@@ -77,7 +77,7 @@ def spent(run: Entry) -> dict[str, float]:
     if not run.trained:
         known = run.generated.settings["adapter"] is None
         return dict.fromkeys((*costs.COUNTERS, "wall_seconds"), 0) if known else {}
-    if run.point is not None and run.point["step"] != run.summary["points"][-1]["step"]:
+    if run.point is not None and run.earlier:
         own = [line for line in run.lines if line["iteration"] == run.point["iteration"] and "total_seconds" in line]
         if own and not run.point["within"]:
             return _totals(own[-1])

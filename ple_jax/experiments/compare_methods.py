@@ -410,10 +410,8 @@ def executed(s: Settings, jobs: Sequence[Job], *, parallel: int = 1) -> dict[str
         UserError: trainings in OUT computed in different dtypes.
     """
     _take(s, jobs)
-    _check_dtypes(s.out)
-    ended = store.run(jobs, s.out, s.keep, texts=s.texts, parallel=parallel)
-    _check_dtypes(s.out)
-    return ended
+    _check_dtypes(s.out)  # of what ran just now, before its answers
+    return store.run(jobs, s.out, s.keep, texts=s.texts, parallel=parallel)
 
 
 def _check_dtypes(out: Path) -> None:

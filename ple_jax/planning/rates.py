@@ -62,7 +62,11 @@ def measured(
     cores = environment.get("cores", "?")
     device = f"{environment.get('device', '')}, {cores} core{'' if cores == 1 else 's'}"
     score = ran[-1]["total_reward_calls"] / max(scoring, 1e-6)
-    evaluating = statistics.median(line["seconds_evaluate"] for line in kept if "seconds_evaluate" in line)
+    # of an iteration that sampled in several processes there is no rate, and it may be the only one that was evaluated
+    evaluations = [[line["seconds_evaluate"] for line in of if "seconds_evaluate" in line] for of in (kept, lines)]
+    if not (spent := next(filter(None, evaluations), None)):
+        return None
+    evaluating = statistics.median(spent)
     of_phases = max(math.fsum(summary["seconds"].values()), 1e-6)
     other = max(summary["wall_seconds"] / of_phases - 1, 0.0)
     return Rates(generate, train, score, answers / max(evaluating, 1e-6), other, date.today().isoformat(), device)

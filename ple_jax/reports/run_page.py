@@ -273,15 +273,15 @@ def roles(rollout: Mapping[str, Any]) -> list[str]:
     The plain response meets the best principled one, and where all are of one kind the worst meets the best.
     """
     responses = rollout["responses"]
-    roles, scores = [""] * len(responses), [response["score"] for response in responses]
+    found, scores = [""] * len(responses), [response["score"] for response in responses]
     if rollout["decision"] != "ranked" or not all(map(formats.is_number, scores)):
-        return roles
+        return found
     guided = [i for i, response in enumerate(responses) if response["principled"]]
     plain = [i for i in range(len(responses)) if i not in guided] if guided else list(range(len(responses)))
     one, other = min(plain, key=scores.__getitem__), max(guided or plain, key=scores.__getitem__)
     winner, loser = (one, other) if scores[one] > scores[other] else (other, one)
-    roles[winner], roles[loser] = "preferred", "not preferred"
-    return [role or "not compared" for role in roles]
+    found[winner], found[loser] = "preferred", "not preferred"
+    return [role or "not compared" for role in found]
 
 
 def _pairs(rollouts: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

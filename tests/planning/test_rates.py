@@ -29,6 +29,14 @@ def test_the_first_iteration_compiles_and_counts_only_alone():
     assert rates.measured(lines[:2], HERE, SUMMARY, answers=80).generate == 1.0
 
 
+def test_the_evaluated_iteration_may_be_one_without_rates():
+    """One that was sampled before a kill and trained after it, where not every iteration is evaluated."""
+    bare = [{k: v for k, v in line(i, 1.0, 2.0).items() if k != "seconds_evaluate"} for i in (1, 2)]
+    whole = [{"iteration": 0, "seconds_evaluate": 8.0}, *bare, {"iteration": 3, "seconds_evaluate": 4.0}]
+    assert rates.measured(whole, HERE, SUMMARY, answers=60).evaluate == 10.0
+    assert rates.measured(bare, HERE, SUMMARY, answers=60) is None
+
+
 @pytest.mark.parametrize("lines", [[], [{"iteration": 0}], [{"iteration": 1, "train_tokens_per_second": 5.0}]])
 def test_a_run_that_sampled_nothing_has_none(lines):
     assert rates.measured(lines, HERE, SUMMARY, answers=80) is None

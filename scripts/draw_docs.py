@@ -69,6 +69,10 @@ def table_of_runs(folders: Sequence[Path]) -> str:
     runs = [dict(_iterations(folder)) for folder in folders]
     evaluated = sorted({iteration for run in runs for iteration in run})
     rows = [[str(i), *(cell for run in runs for cell in run.get(i, (_MISSING, _MISSING)))] for i in evaluated]
+    return _table(header, rows)
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     first, *others = (f"| {' | '.join(row)} |" for row in (header, *rows))
     return "\n".join([first, "|---" * len(header) + "|", *others])
 
@@ -106,13 +110,8 @@ def table_of_kept(folder: Path) -> str:
     rows = []
     for method, lr in sorted(runs, key=lambda key: (list(METHODS).index(key[0]), key[1])):
         of_seeds = dict(sorted(runs[method, lr].items()))
-        rows.append([method, lr, _each(map(str, of_seeds)), *map(_each, zip(*of_seeds.values(), strict=True))])
-    first, *others = (f"| {' | '.join(row)} |" for row in (header, *rows))
-    return "\n".join([first, "|---" * len(header) + "|", *others])
-
-
-def _each(values: Iterable[str]) -> str:
-    return ", ".join(values)
+        rows.append([method, lr, *map(", ".join, (map(str, of_seeds), *zip(*of_seeds.values(), strict=True)))])
+    return _table(header, rows)
 
 
 def _reached(points: Sequence[Mapping[str, float]]) -> list[str]:

@@ -139,9 +139,12 @@ def probe(run: Run[Any]) -> dict[str, Any]:
 def _all_answered(run: Run[Any], queries: Sequence[Query], folder: Path) -> list[Answers]:
     """Returns the answers under all prompts. Two prompts of the same rules are one: of two rules, leaving one out."""
     found: list[Answers] = []
+    question = _question(run, queries)
     for prompt in prompts_of(run):
         equal = (one for one in found if one.prompt.principled == prompt.principled and one.prompt.prompts == prompt.prompts)
         same = next(equal, None)
+        if same is None:
+            _settle(question, prompt, folder / prompt.name)
         found.append(answered(run, prompt, queries, folder) if same is None else same._replace(prompt=prompt))
     return found
 
@@ -166,17 +169,22 @@ def _queries(run: Run[Any]) -> Sequence[Query]:
     return run.data.heldout[: run.config.probe.queries or None]
 
 
-def _settle(run: Run[Any], prompt: Prompt, queries: Sequence[Query], folder: Path) -> None:
-    """Prepares the folder of a prompt's answers.
-
-    Answers there to another question, of another model, sampler, prompt or set of queries, are removed. The plain prompt's
-    stay where only the principles are other ones.
-    """
+def _question(run: Run[Any], queries: Sequence[Query]) -> dict[str, Any]:
+    """Returns what the answers under all prompts depend on: model, sampler and queries."""
     kept = flatten(recorded(run.session.workdir) or {})
     groups = ("backend", "seed", "model.", "task.chat", "task.thinking", "task.date", "sampling.")
     wanted = {key: value for key, value in kept.items() if key.startswith(groups)}
     wanted |= {key: kept[key] for key in ("inputs.model", "inputs.adapter") if key in kept}
-    wanted |= {"queries": digest(queries), "samples": run.config.probe.samples}
+    return wanted | {"queries": digest(queries), "samples": run.config.probe.samples}
+
+
+def _settle(question: Mapping[str, Any], prompt: Prompt, folder: Path) -> None:
+    """Prepares the folder of a prompt's answers.
+
+    Answers there to another question, or under another prompt, are removed. The plain prompt's stay where only the
+    principles are other ones.
+    """
+    wanted = dict(question)
     if prompt.principled:
         wanted["rules"] = prompt.prompts.principles.text
         wanted["principles_per_query"] = prompt.prompts.config.principles_per_query
@@ -199,7 +207,6 @@ def answered(run: Run[Any], prompt: Prompt, queries: Sequence[Query], folder: Pa
     longest = max(map(len, rendered)) + run.config.sampling.max_new_tokens
     check_context(longest, len(queries), model=run.base.name, context=run.base.context)
     tokens, seconds = float(np.mean([len(whole) for whole in rendered])), math.nan
-    _settle(run, prompt, queries, folder / prompt.name)
     journal = Journal(folder / prompt.name, 0)
     run.session.progress.heading(f"probe: {prompt.about}")
     if (rollouts := journal.read()) is None:

@@ -186,7 +186,7 @@ def _whole_run(config: "ConfigDict", found: Data, algorithm: Algorithm, plain: S
     rows = config.iterations * config.queries_per_iteration * config.optimizer.epochs
     trained = round(rows * (sum(plain) / len(plain) + len(algorithm.collect(config)) * new))
     sampled, scored = (training_rows + evaluation_rows) * new, training_rows + evaluation_rows
-    counts = {"sampled": training_rows * new, "trained": trained, "scored": training_rows, "evaluated": evaluation_rows}
+    most = {"sampled": training_rows * new, "trained": trained, "scored": training_rows, "evaluated": evaluation_rows}
     return "The whole run\n" + _table(
         [
             ("optimiser steps", f"{planned(config, config.iterations):,}{warmed}"),
@@ -199,7 +199,7 @@ def _whole_run(config: "ConfigDict", found: Data, algorithm: Algorithm, plain: S
                 f"at most {sampled:,} ({training_rows * new:,} to train on, {evaluation_rows * new:,} to evaluate)",
             ),
             ("reward calls", f"{scored:,}"),
-            ("expected time", expected(rates, **counts)),
+            ("expected time", expected(rates, **most)),
             *([] if math.isnan(tau(0)) else [("tau", ", ".join(taus))]),
         ]
     )

@@ -4,7 +4,7 @@ import datetime
 import subprocess
 from pathlib import Path
 
-VERSION = "0.1.0"
+VERSION = "0.2.0"
 
 
 def project() -> dict[str, str | None]:

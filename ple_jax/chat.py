@@ -44,6 +44,7 @@ class Chat:
         seed: int,
         date: str = prompts.DATE,
         template: bool = True,
+        thinking: bool = False,
         write: Callable[[str], object],
     ):
         """Starts a conversation with the adapter, without principles.
@@ -56,10 +57,12 @@ class Chat:
             seed: of the sampling noise; the adapter and the base answer a line with the same noise.
             date: today's date (YYYY-MM-DD) for chat templates that ask for it: that of the run.
             template: whether lines are turns in the chat template, if the tokenizer has one; else they are plain text.
+            thinking: passed to templates of reasoning models as `enable_thinking`, as in training.
             write: prints a text as it is, and shows it at once.
         """
         self.stream, self.tokenizer, self.sampling, self.write = stream, tokenizer, sampling, write
-        self.principles, self.context, self.seed, self.date = principles, context, seed, date
+        self.principles, self.context, self.seed = principles, context, seed
+        self.date, self.thinking = date, thinking
         self.options = Options(("adapter",), principles=False, template=template and tokenizer.chat_template is not None)
         self.asked = 0
         self.history: dict[str, list[dict[str, str]]] = {"adapter": [], "base": []}
@@ -183,7 +186,7 @@ class Chat:
         principles = self.principles if self.options.principles else None
         prompt = Conversation(turns) if self.options.template else turns[-1]["content"]
         query, chat = Query("chat", prompt), self.options.template
-        return prompts.render(query, principles, self.tokenizer, chat=chat, date=self.date)[1]
+        return prompts.render(query, principles, self.tokenizer, chat=chat, thinking=self.thinking, date=self.date)[1]
 
 
 def _number(kind: Callable[[str], Any], value: str, fits: Callable[[Any], bool]) -> Any:

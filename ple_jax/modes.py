@@ -92,7 +92,7 @@ def _environment(run: Run[Any]) -> dict[str, Any]:
 
 
 def _keep_rates(run: Run[Algorithm], backend: str, state: State, summary: Mapping[str, Any]) -> None:
-    answers = len(run.data.heldout) * run.config.eval.samples * run.config.eval.points
+    answers = len(run.data.heldout) * run.config.eval.samples
     rates.keep(run.config, backend, rates.measured(state.lines, run.backend.environment(), summary, answers=answers))
 
 
@@ -327,6 +327,7 @@ def chat(config: Any, workdir: Path, backend: str, accept: Sequence[str] = ()) -
             seed=config.seed,
             date=run.config.task.date,
             template=config.task.chat,
+            thinking=config.task.thinking,
             write=functools.partial(print, end="", flush=True),
         )
     print(f"{run.base.name} at {points.told(config, state)}; /help lists the commands\n{talk.status()}", end="")

@@ -181,6 +181,20 @@ def test_turns_build_a_conversation():
     ]
 
 
+def test_a_reasoning_model_is_asked_as_in_training():
+    asked, tokenizer = [], byte_tokenizer()
+    tokenizer.chat_template = "{{ messages[0].content }}{{ ' (think)' if enable_thinking else ' (at once)' }}"
+    for thinking in (True, False):
+        model = Model()
+        talker = chat.Chat(
+            model.stream, tokenizer, sampling=Sampling(50, (256,)), principles="", context=99, seed=0, thinking=thinking,
+            write=lambda text: None,
+        )  # fmt: skip
+        talker.answer("hello")
+        asked += model.prompts
+    assert asked == ["hello (think)", "hello (at once)"]
+
+
 def test_both_answer_with_the_same_noise_and_their_own_history():
     said, model = talk("/both", "one", "/base", "two")
     assert "base: base 1\nadapter: adapter 2\n" in said and said.endswith("base 3\n\n")

@@ -134,7 +134,8 @@ def load(name: str) -> Algorithm | OfflineAlgorithm:
     """
     module = vars(built_in("algorithms", name) or load_module(name, "algorithm"))
     if former := [what for what in _FORMER if what in module]:
-        raise UserError(f"config.algorithm {name!r} has {former[0]}, which is now {_FORMER[former[0]]}; see docs/variants.md")
+        says = f"config.algorithm {name!r} has {former[0]}, which is now {_FORMER[former[0]]}"
+        raise UserError(f"{says}; see docs/variants.md")
     about = next(iter((module["__doc__"] or "").strip().splitlines()), "")
     found = {"name": name, "about": about}
     found |= {ours: module[theirs] for theirs, ours in _CONSTANTS.items() if theirs in module}

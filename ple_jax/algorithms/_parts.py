@@ -43,13 +43,18 @@ def normaliser(context: Context) -> float:
     return context.mean_length
 
 
+def valued(response: Response) -> float:
+    """Returns the score of a response, by which it is chosen, or its reward where nothing has a score: held-out queries."""
+    return response.reward if math.isnan(response.score) else response.score
+
+
 def extremes(rollout: Rollout) -> list[Response]:
-    """Returns the worst and the best of the plain responses by reward, of equal ones the first.
+    """Returns the worst and the best of the plain responses by score (`valued`), of equal ones the first.
 
     The list is empty where no plain response has a reward.
     """
-    plain = [r for r in rollout.responses if not r.principled and not math.isnan(r.reward)]
-    return [choose(plain, key=lambda r: r.reward) for choose in (min, max)] if plain else []
+    plain = [r for r in rollout.responses if not r.principled and not math.isnan(valued(r))]
+    return [choose(plain, key=valued) for choose in (min, max)] if plain else []
 
 
 def importance(batch: Batch, cap: float, *, whole: bool = False) -> Any:

@@ -15,7 +15,7 @@ from array_api_compat import array_namespace
 
 from ple_jax import losses
 from ple_jax.algorithms import Context, Needs
-from ple_jax.algorithms._parts import extremes, normaliser, pack_picks, plain_samples
+from ple_jax.algorithms._parts import extremes, normaliser, pack_picks, plain_samples, valued
 from ple_jax.core.errors import UserError
 from ple_jax.core.types import Array, Batch, Loss, Outputs, Response, Rollout, Slot
 from ple_jax.formulas import pairing, threshold
@@ -147,15 +147,15 @@ def batch(rollouts: Sequence[Rollout], context: Context) -> Batch:
 def learned(rollout: Rollout, config: Any) -> Sequence[Response]:
     """Returns the responses that a step would learn from: plain and principled ones.
 
-    With several `ple.candidates` only the best principled one by reward counts. With selection=percentile the responses are
-    the worst and the best of the plain ones.
+    With several `ple.candidates` only the best principled one counts, by score (`_parts.valued`). With selection=percentile
+    the responses are the worst and the best of the plain ones.
     """
     if config.ple.selection == "percentile":
         return extremes(rollout)
     guided = [r for r in rollout.responses if r.principled]
     if config.ple.candidates == 1 or not guided:
         return rollout.responses
-    best = max(guided, key=lambda r: -math.inf if math.isnan(r.reward) else r.reward)
+    best = max(guided, key=lambda r: -math.inf if math.isnan(valued(r)) else valued(r))
     return [*(r for r in rollout.responses if not r.principled), best]
 
 

@@ -177,7 +177,8 @@ def attend_cache(
     else:
         for start in range(0, min(length, reach) if isinstance(reach, int) else length, AT_ONCE):
             found = block(start, found, min(AT_ONCE, length - start))
-    return (found.out / found.total).astype(q.dtype)[:, :, :, None]
+    # a row that is done may read nothing, and is computed: its nan would stay in the cache, where another response goes on
+    return (found.out / jnp.where(found.total == 0, 1, found.total)).astype(q.dtype)[:, :, :, None]
 
 
 def _in_blocks(block: Callable, found: "_Part", reached: Int[Array, " row"], parts: Sequence[slice]) -> "_Part":

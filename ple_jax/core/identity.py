@@ -7,7 +7,7 @@ far), and what a user vouches for (`ACCEPTED`). Runs are seeds of one method if 
 
 import hashlib
 import importlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,19 @@ EXECUTION = (
 LENGTH = ("iterations", "offline.epochs")
 # what --accept names, code of the user's that was mended while a run went on -> the keys that may then differ; "config" is
 # for a config.json that is gone
-ACCEPTED = {"reward": ("inputs.reward", "inputs.record", "reward.kwargs"), "algorithm": ("inputs.algorithm",), "config": ()}
+ACCEPTED = {
+    "reward": ("inputs.reward", "inputs.record", "reward.kwargs", "eval.second_kwargs"),
+    "algorithm": ("inputs.algorithm",),
+    "config": (),
+}
 # what other modes do with a finished run
 _MODES = ("export", "generate", "compare", "probe", "harness")
-# of a reward's kwargs: how it is computed and not what, so that a run may go on after a server was too slow
-_HOW = ("timeout", "retries", "backoff", "max_failures", "concurrency", "batch", "api_key_env", "headers", "rows", "device")
+# options of a reward that say how it is computed and not what, so that a run may go on after a server was too slow: of a
+# function of one's own, and of the package's rewards
+_HOW_OWN = ("timeout", "retries", "backoff", "max_failures", "concurrency", "api_key_env")
+_HOW = (*_HOW_OWN, "batch", "headers", "rows", "device")
+_SECRET = ("headers",)  # of a function of one's own: they may be keys; those of the package name variables that hold keys
+_REWARDS = (("reward", "name", "kwargs"), ("eval", "second_reward", "second_kwargs"))  # part of a config, its keys
 # keys that make no other method of a run
 _NO_METHOD = (*EXECUTION, "format", "seed", "changed", "task.date")
 _NO_METHOD_GROUPS = tuple(f"{group}." for group in ("eval", *_MODES))
@@ -43,7 +51,9 @@ def run_keys(config: Any, backend: str, digests: Mapping[str, str]) -> dict[str,
     del keys["model"]["revision"]  # the commit that it stands for is among the inputs
     # whether a server samples is a part of it, for its noise is another; where it is, is none
     keys["sampling"]["server"] = None if config.sampling.server is None else "vllm"
-    keys["reward"]["kwargs"] = without_how(keys["reward"]["kwargs"])
+    for part, name, kwargs in _REWARDS:
+        own = keys[part]
+        own[kwargs] = _without(own[name], own[kwargs], lambda of: _SECRET if _is_own(of) else ())
     return {"format": FORMAT, "backend": backend, **redacted(keys), "inputs": dict(digests)}
 
 
@@ -53,9 +63,40 @@ def known_keys() -> set[str]:
     return {*usual, "format", "backend", "inputs", "changed"}
 
 
-def without_how(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a reward's options without those that only say how it is computed: timeouts, retries, how many at once ..."""
-    return {k: without_how(v) if isinstance(v, Mapping) else v for k, v in kwargs.items() if k not in _HOW}
+def without_how(name: str | None, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a reward's options without those that only say how it is computed: timeouts, retries, how many at once ...
+
+    Args:
+        name: of the reward, as in config.reward.name: what an option means depends on whose reward it is.
+    """
+    return _without(name, kwargs, lambda of: _HOW_OWN if _is_own(of) else _HOW)
+
+
+def comparable(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the contents of a config.json without what only says how its rewards are computed."""
+    found = dict(keys)
+    for part, name, kwargs in _REWARDS:
+        if isinstance(own := found.get(part), Mapping) and isinstance(own.get(kwargs), Mapping):
+            found[part] = {**own, kwargs: without_how(own.get(name), own[kwargs])}
+    return found
+
+
+def _is_own(name: str | None) -> bool:
+    return ":" in (name or "")  # package.module:function, file.py:function
+
+
+def _without(name: str | None, kwargs: Mapping[str, Any], drop: Callable[[str | None], Collection[str]]) -> dict[str, Any]:
+    """Returns a reward's options without those that `drop` names for it, in all parts of a combination too."""
+    kept = {key: value for key, value in kwargs.items() if key not in drop(name)}
+    if name == "combine" and isinstance(parts := kept.get("parts"), Mapping):
+        kept["parts"] = {label: _part_without(part, drop) for label, part in parts.items()}
+    return kept
+
+
+def _part_without(part: Any, drop: Callable[[str | None], Collection[str]]) -> Any:
+    if not isinstance(part, Mapping) or not isinstance(own := part.get("kwargs"), Mapping):
+        return part
+    return {**part, "kwargs": _without(part.get("name"), own, drop)}
 
 
 def upgraded(kept: Mapping[str, Any], file: Path = Path("config.json")) -> dict[str, Any]:
@@ -100,6 +141,8 @@ def _of_format_1(kept: Mapping[str, Any]) -> dict[str, Any]:
 def method_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the part of a run's flat config that identifies its method, whatever the seed."""
     kept = {k: v for k, v in config.items() if k not in _NO_METHOD and not k.startswith(_NO_METHOD_GROUPS)}
+    if isinstance(options := kept.get("reward.kwargs"), Mapping):
+        kept["reward.kwargs"] = without_how(kept.get("reward.name"), options)
     chosen = [config, *({f"task.{key}": of[key] for key in of} for of in (config.get("task.sets") or {}).values())]
     if any(of.get("task.max_train") or of.get("task.max_heldout") for of in chosen):  # by seed
         kept = {k: v for k, v in kept.items() if k not in ("inputs.train", "inputs.heldout")}

@@ -25,7 +25,7 @@ def records(values: Values, *, needs: str) -> Query:
 
     A record has `prompt`, alone, with `completion`, or with `chosen` and `rejected`; or `chosen` and `rejected` that both
     begin with the prompt; or `messages`, of which the last is the completion. It may have `tools`. A text is continued
-    verbatim; an answer to turns is stripped.
+    verbatim; an answer to turns is stripped. A column of None is none: tables have one in every row if any row has it.
 
     Args:
         values: the record's columns.
@@ -34,6 +34,7 @@ def records(values: Values, *, needs: str) -> Query:
     Raises:
         Unusable: the record lacks something that is needed, or is not of one of these forms.
     """
+    values = {key: value for key, value in values.items() if value is not None}
     if needs == "pair" or "chosen" in values:
         return _preference(values, needs)
     if "messages" in values and "completion" not in values:

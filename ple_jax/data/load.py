@@ -9,7 +9,7 @@ from ple_jax.core.errors import UserError
 from ple_jax.core.types import Query
 from ple_jax.data import mixture
 from ple_jax.data.left_out import Bad, QuerySet, check_share
-from ple_jax.data.queries import disjoint, load_queries
+from ple_jax.data.queries import disjoint, load_queries, some
 
 
 class Data(NamedTuple):
@@ -70,7 +70,7 @@ def _mixed(config: Any, load: Callable[[Any, Sequence[str]], QuerySet], reads: S
         found, told = load(mixture.config_of(config, name), columns), {mixture.SET: name} if mixture.SET in reads else {}
         each.append(Compact(q._replace(id=f"{name}/{q.id}", record={**q.record, **told}) for q in found.queries))
         bad += found.bad
-    queries = Compact(query for some in itertools.zip_longest(*each) for query in some if query is not None)
+    queries = Compact(query for row in itertools.zip_longest(*each) for query in row if query is not None)
     if lacking := [name for name in columns if all(query.record[name] is None for query in queries)]:
         raise UserError(
             f"no record of config.task.sets has a `{lacking[0]}`, and the reward reads it: give it in config.reward.kwargs,"
@@ -96,11 +96,11 @@ def _read(
         columns=dict(task.columns),
         words=tuple(task.words),
         streaming=task.streaming,
-        limit=limit,
+        limit=limit if task.streaming else 0,
         seed=config.seed,
         needs=needs,
         reads=reads,
         optional=optional,
     )
-    check_share(found, source, task.max_bad_share)
-    return found
+    check_share(found, source, task.max_bad_share)  # of all that was read, of which some are drawn
+    return found._replace(queries=some(found.queries, limit, config.seed))

@@ -125,7 +125,8 @@ def notes(methods: Sequence[Method]) -> list[str]:
             f"{' or '.join(map(str, few))} seeds show only roughly what another would do, so look at every seed"
         )
     if early := [method for method in methods if _earlier(method)]:
-        listed = "; ".join(f"{method.label} {', '.join(map(_where, method.runs))}" for method in early)
+        of = {method.label: [_where(run) for run in method.runs if run.earlier] for method in early}
+        listed = "; ".join(f"{label} {', '.join(places)}" for label, places in of.items())
         found.append(f"not the last checkpoint answered but the best within the budget, of iteration {listed}")
     if start := [method.label for method in methods if not method.trained and len(method.runs) == 1]:
         found.append(f"{', '.join(start)}: one run, which stands beside every seed of the others")

@@ -37,7 +37,7 @@ def describe(generated: Generated) -> dict[str, float]:
     | reward, reward_second | mean over queries of the mean of its finite rewards: the one trained on, and the one held out |
     | bad_reward | share of responses without a finite reward |
     | perplexity, perplexity_references | of responses and of references under the base model and the plain prompt |
-    | kl, kl_token | KL(policy, base), nats, mean per response and per token |
+    | kl, kl_token | KL(policy, start), nats, mean per response and per token |
     | length, length_words | mean tokens (with an EOS that was sampled) and mean words of a response |
     | distinct_1, distinct_2, distinct_3, msttr | diversity in words, of all responses together |
     | bleu, rouge1, rouge2, rougeL | against the references; every response to a query has the same one |

@@ -85,7 +85,8 @@ def replay(config: Any, workdir: Path, backend: str) -> dict[str, Any]:
 def _changed(was: Mapping[str, Any], config: Any, backend: str) -> dict[str, list[Any]]:
     """Returns the keys in which the config differs from the run's, each with the old and the new value."""
     now = plain(identity.run_keys(config, backend, {}))
-    before, after = flatten(identity.completed(was, now)), flatten(json.loads(json.dumps(now)))
+    both = identity.completed(was, now), json.loads(json.dumps(now))
+    before, after = (flatten(identity.comparable(keys)) for keys in both)
     keys = [key for key in after if key not in (*identity.EXECUTION, *_NOT_ASKED) and not key.startswith(_UNREAD)]
     return {key: [before[key], after[key]] for key in keys if key in before and before[key] != after[key]}
 

@@ -10,7 +10,8 @@ order, with n values for its n responses:
     overlap                  [n] share of a response's trigrams that stand in the principles
     logprob                  [n] sum over a response's tokens of log pi, nats, under the prompt that it was sampled from
     base_logprob             [n] the same under the base without any adapter, and the plain prompt
-    kl                       [n] sum over its tokens of r - 1 - log r, r = base / policy: nats, estimates KL(policy, base)
+    kl                       [n] sum over its tokens of r - 1 - log r, r = start / policy: nats, estimates KL(policy, start),
+                             where start is what training began with: the base, or an adapter, or the warmed-up policy
     reference_logprob        of the reference and its EOS under the base, nats; null without a reference, or where the model
                              takes no text of that length
     reference_tokens         the number of tokens in that sum, 0 where it is null
@@ -239,27 +240,29 @@ def _scores(
     run: Run[Algorithm], rollouts: Sequence[Rollout], second: Reward | None, prompts: Sequence[tuple[int, ...]]
 ) -> Iterator[dict[str, Any]]:
     """Yields the lines of the file of scores; `prompts` are the token ids that the responses were sampled from."""
+    moved = run.config.model.adapter is not None or run.config.warm_up.data is not None  # the start from the base
     samples, size = len(rollouts[0].responses), run.config.optimizer.micro_queries
     values = None if second is None else scoring.values(rollouts, second, run.session)
     principles = run.base.tokenizer.encode(run.prompts.principles.text, add_special_tokens=False)
     heated = run.config.sampling.temperature not in (0, 1)  # what the sampler says of its tokens is of that
     run.session.progress.phase("log-probabilities", len(rollouts))
-    for start in range(0, len(rollouts), size):
+    for first in range(0, len(rollouts), size):
         run.session.stop.check()
-        some = rollouts[start : start + size]
+        some = rollouts[first : first + size]
         plain = _packed(run, some, [range(samples)] * len(some), run.config.sampling.max_new_tokens)
         policy = sampler_logprobs(some, np.tile(np.arange(samples), (len(some), 1)), plain)
         if heated or np.isnan(policy[plain.response_mask]).any():  # a server may say nothing
-            asked = left_padded(prompts[start : start + size], run.config.sampling.bucket)
+            asked = left_padded(prompts[first : first + size], run.config.sampling.bucket)
             policy = run.backend.logprobs(plain._replace(prompt=asked[0], prompt_mask=asked[1])).logprobs
         base = run.backend.logprobs(plain, base=True).logprobs
-        policy, base = (np.where(plain.response_mask, x, 0.0).astype(np.float64) for x in (policy, base))
-        kl = losses.kl_estimate(policy, base, kind="k3").sum(-1)
-        references = _references(run, run.data.heldout[start : start + size], some)
+        start = run.backend.logprobs(plain, reference=True).logprobs if moved else base
+        policy, base, start = (np.where(plain.response_mask, x, 0.0).astype(np.float64) for x in (policy, base, start))
+        kl = losses.kl_estimate(policy, start, kind="k3").sum(-1)
+        references = _references(run, run.data.heldout[first : first + size], some)
         for i, rollout in enumerate(some):
-            line: dict[str, Any] = {"query_id": rollout.query_id, "reference": run.data.heldout[start + i].completion}
+            line: dict[str, Any] = {"query_id": rollout.query_id, "reference": run.data.heldout[first + i].completion}
             if values is not None:
-                line["second"] = [float(x) if math.isfinite(x) else None for x in values[start + i]]
+                line["second"] = [float(x) if math.isfinite(x) else None for x in values[first + i]]
             line["overlap"] = [ngram_overlap(response.tokens, principles, 3) for response in rollout.responses]
             line |= {"logprob": policy[i].sum(-1).tolist(), "base_logprob": base[i].sum(-1).tolist(), "kl": kl[i].tolist()}
             yield {**line, "reference_logprob": references[i][0], "reference_tokens": references[i][1]}

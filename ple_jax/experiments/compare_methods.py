@@ -44,6 +44,7 @@ from typing import Any, NamedTuple
 from ple_jax.core.conversation import Conversation
 from ple_jax.core.errors import UserError
 from ple_jax.core.files import read_json, write_json, write_jsonl
+from ple_jax.data import mixture
 from ple_jax.evaluation import responses
 from ple_jax.experiments import store
 from ple_jax.experiments.grid import best, number
@@ -251,7 +252,8 @@ def choose(s: Settings, ended: Mapping[str, Outcome]) -> dict[tuple[str, str], s
                 rates[method, view] = lr
                 edge = ", at the edge of the grid" if len(s.lrs) > 1 and lr in (s.lrs[0], s.lrs[-1]) else ""
                 say(f"{method}, {view}: learning rate {lr}, reward {math.fsum(top[1]) / len(top[1]):.4f}{edge}")
-    write_json(s.out / "lrs.json", {"selected_on": s.config.task.heldout, "seeds": _tuning(s), "methods": table})
+    selected_on = mixture.source(s.config, "heldout")
+    write_json(s.out / "lrs.json", {"selected_on": selected_on, "seeds": _tuning(s), "methods": table})
     of_ple = {view: lr for (method, view), lr in rates.items() if method == "ple"}
     some = [view for view in s.views[-2:] if view in of_ple]  # variants answer the test at the largest budget and in the end
     return rates | {(m, view): of_ple[view] for m in s.methods if METHODS[m].of_ple for view in some}
@@ -288,6 +290,12 @@ def check(s: Settings) -> None:
         raise UserError(f"--out={s.out} has a comma, which parts the runs that are compared: give another folder")
     if needs_data(s) and layout != "records":
         raise UserError(f"config.task.format is {layout!r}, and the data of the offline methods are written as records")
+    own = [m for m in s.methods if METHODS[m].data or METHODS[m].references and s.references]
+    if own and s.config.task.sets:
+        raise UserError(
+            f"config.task.sets is a mixture, and {', '.join(own)} would train on one file: leave them out of --methods, or"
+            " give one data set as config.task.train"
+        )
     for seed in s.seeds:
         parsed(command(s, "", "", {"seed": seed}, mode="plan").arguments)
     responses.evaluation_set(parsed(starting(s, principled=False).arguments).config)

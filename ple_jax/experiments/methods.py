@@ -99,13 +99,13 @@ def chosen(text: str) -> list[str]:
     return found
 
 
-def budget(name: str, *, responses: int, steps: int, micro: int) -> dict[str, str]:
+def budget(name: str, *, responses: int, steps: int, micro: int | str) -> dict[str, str]:
     """Returns the config's numbers of queries for an iteration, an optimiser step and a micro-batch.
 
     Args:
         responses: number of responses of an iteration.
         steps: optimiser steps of an iteration.
-        micro: most queries of a micro-batch, which is one pass over the model.
+        micro: most queries of a micro-batch, which is one pass over the model; "auto" leaves it to each run.
 
     Raises:
         UserError: if neither all nor nearly all of an iteration's responses can be divided into equal batches.
@@ -120,5 +120,9 @@ def budget(name: str, *, responses: int, steps: int, micro: int) -> dict[str, st
     return {
         "queries_per_iteration": str(batch * steps),
         "optimizer.batch_queries": str(batch),
-        "optimizer.micro_queries": str(max(n for n in range(1, micro + 1) if batch % n == 0)),
+        "optimizer.micro_queries": micro if isinstance(micro, str) else str(_divisor(batch, micro)),
     }
+
+
+def _divisor(number: int, most: int) -> int:
+    return max(n for n in range(1, most + 1) if number % n == 0)

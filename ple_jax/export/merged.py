@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import json
-import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -187,13 +186,14 @@ def _write_shards(tensors: Iterable[tuple[str, np.ndarray]], folder: Path, limit
 def _write_description(loaded: Loaded, folder: Path, dtype: str, stored: np.dtype, head: str | None) -> None:
     """Writes config.json, generation_config.json and the tokenizer.
 
-    The latter two are copies of the source's own files where the source is a folder that has them.
+    The latter two are the source's own files where the source is a folder that has them.
     """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
     config, source = dict(_raw(loaded)), loaded.folder
     if head:
-        # every class of a family is called alike
-        family = re.sub(r"(ForCausalLM|LMHeadModel)$", "", config["architectures"][0])
-        family = {"Gemma3": "Gemma3Text"}.get(family, family)
+        # every class of a family is called alike; a config.json need not name the one of the base
+        family = CONFIG_MAPPING_NAMES[config["model_type"]].removesuffix("Config")
         config |= {"architectures": [f"{family}ForSequenceClassification"], "pad_token_id": loaded.tokenizer.pad_token_id}
         config |= {"id2label": {"0": "reward"}, "label2id": {"reward": 0}}
     if dtype != "keep" or not {"dtype", "torch_dtype"} & config.keys():
@@ -210,10 +210,18 @@ def _write_description(loaded: Loaded, folder: Path, dtype: str, stored: np.dtyp
             shutil.copyfile(file, folder / file.name)
     if head:
         (folder / "generation_config.json").unlink(missing_ok=True)
-    elif not (folder / "generation_config.json").exists():
+    else:
+        _write_stops(loaded, folder / "generation_config.json")
+
+
+def _write_stops(loaded: Loaded, file: Path) -> None:
+    """Writes generation_config.json, or completes a copy of the source's own, so that others stop where the run stopped."""
+    if file.exists():
+        kept = json.loads(file.read_text(encoding="utf-8"))
+    else:
         ids = {name: getattr(loaded.tokenizer, name) for name in ("bos_token_id", "pad_token_id")}
-        ids = {name: token for name, token in ids.items() if token is not None}
-        write_json(folder / "generation_config.json", {**ids, "eos_token_id": list(loaded.eos)} if loaded.eos else ids)
+        kept = {name: token for name, token in ids.items() if token is not None}
+    write_json(file, {**kept, "eos_token_id": list(loaded.eos)} if loaded.eos else kept)
 
 
 def _raw(loaded: Loaded) -> Mapping[str, Any]:

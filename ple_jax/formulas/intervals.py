@@ -24,6 +24,7 @@ import numpy as np
 from jaxtyping import Float
 
 FEW = 64  # draws below which the bootstrap is too sure of itself
+DRAWS = 1_000_000  # of the bootstrap at a time: all of them would take gigabytes where there are many values
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(100)
 
 
@@ -50,8 +51,11 @@ def bootstrap_ci(
     if len(values) < FEW:
         return _student(float(values.mean()), [_part(values)], level)
     rng = np.random.default_rng(seed)
-    means = values[rng.integers(0, len(values), (resamples, len(values)))].mean(1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    means, size = [], max(1, DRAWS // len(values))
+    for first in range(0, resamples, size):
+        some = values[rng.integers(0, len(values), (min(size, resamples - first), len(values)))]
+        means.append(some.mean(1))
+    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 

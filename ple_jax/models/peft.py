@@ -269,10 +269,11 @@ def merge(
     """Merges an adapter into one base weight, in float32. With `fan_in_fan_out` the weight and the result are [in, out].
 
     The result is W + s B A, and for DoRA (arXiv:2402.09353, eq. 5) m (W + s B A) / ||W + s B A||, where each output's row
-    has a norm of its own.
+    has a norm of its own. A row with m = 0, of a base that has only zeros there, is not scaled, as in training.
     """
     a, b = module.a.astype(np.float32), module.b.astype(np.float32)
     whole = (weight.T if fan_in_fan_out else weight).astype(np.float32) + np.float32(scale) * (b @ a)
     if module.magnitude is not None:
-        whole *= (module.magnitude.astype(np.float32) / np.linalg.norm(whole, axis=1))[:, None]
+        magnitude, norm = module.magnitude.astype(np.float32), np.linalg.norm(whole, axis=1)
+        whole *= np.where(magnitude == 0, 1, magnitude / np.where(magnitude == 0, 1, norm))[:, None]
     return whole.T if fan_in_fan_out else whole

@@ -46,7 +46,7 @@ def measured(
         lines: the lines of metrics.jsonl.
         environment: the environment of the backend.
         summary: the contents of summary.json.
-        answers: the number of held-out responses that an iteration evaluates.
+        answers: the number of held-out responses of an evaluation.
 
     Returns:
         The rates, or None if no iteration sampled and trained in one process.

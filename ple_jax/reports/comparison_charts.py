@@ -227,4 +227,5 @@ def _difference(row: Mapping[str, Any], sign: int, widest: float, digits: int) -
         f"{pair[0]} - {pair[1]}: {value:+.4g}, 95% interval {low:+.4g} to {high:+.4g}, p {p_value(row['p'])}, adjusted"
         f" {p_value(row['p_holm'])}; seeds {', '.join(map(str, row['seeds']))}"
     )
-    return Cell(f"{value:+.{digits}f}", round(70 * abs(value) / widest), value > 0, tip, row["p_holm"] < 0.05)
+    strong = row["p_holm"] is not None and row["p_holm"] < 0.05  # of one query and one seed there is no p
+    return Cell(f"{value:+.{digits}f}", round(70 * abs(value) / widest), value > 0, tip, strong)

@@ -46,7 +46,7 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
             "texts",
             "Texts",
             _QUALITY,
-            "Means over seeds. KL to the base model in nats per response; perplexity of the responses under the base model;"
+            "Means over seeds. KL to the start in nats per response; perplexity of the responses under the base model;"
             " length in tokens; Distinct-n, MSTTR and ROUGE-L from 0 to 1, BLEU from 0 to 100; repetition is the share of a"
             " text's 4-grams that are repeats, overlap that of its trigrams that stand in the principles; refusals, empty,"
             " cut-off and unrewarded responses are shares.",

@@ -65,7 +65,7 @@ def load(name: str, kwargs: Mapping[str, Any], **offered: Any) -> Reward:
             raise UserError(f"{WHERE} {dict(kwargs)!r}: {error}{plugins.OF_ANOTHER * bool(kwargs)}") from error
     known, words = names("rewards", ".py"), ("prompts", "responses")
     found = plugins.load_function(name, "reward.name", given=words, kwargs=kwargs, known=known)
-    version = digest(found.source, without_how(kwargs))
+    version = digest(found.source, without_how(name, kwargs))
     return Reward(name, functools.partial(found.call, **kwargs), version=version, reads=found.asks)
 
 

@@ -1,5 +1,6 @@
 """A reward from a language model as judge, on any server with OpenAI's chat completions (vLLM, SGLang, llama.cpp)."""
 
+import contextlib
 import json
 import math
 import os
@@ -129,9 +130,9 @@ def grade(text: Any, lowest: float, highest: float) -> float:
     if not isinstance(text, str):
         raise ValueError(f"the judge gave no text: {text!r}")
     number: Any = None
-    try:
+    with contextlib.suppress(ValueError, TypeError, KeyError):
         number = json.loads(re.sub(r"\A```(?:json)?|```\Z", "", text.strip()))["score"]
-    except (ValueError, TypeError, KeyError):
+    if number is None or isinstance(number, str):  # a text is read as the regular expression reads it
         pattern = rf'score["*\s]*[:=]["*\s]*(-?\d+(?:\.\d+)?)(?:\s*/\s*{highest:g})?(?!\.?\w|\s*[/%])'
         if found := re.findall(pattern, text, re.IGNORECASE):
             number = float(found[-1])

@@ -17,13 +17,14 @@ from ple_jax.core.types import Compiled, Query, Rollout, Slot
 from ple_jax.data.mixture import draw_queries
 from ple_jax.training import ahead, costs, points
 from ple_jax.training.journal import Journal, check, left_out, read
-from ple_jax.training.measures import evaluate, evaluate_within, log_iteration, mean_length, summarise
+from ple_jax.training.measures import evaluate, evaluate_within, forget_within, log_iteration, mean_length, summarise
 from ple_jax.training.run import Run
 from ple_jax.training.sampling import given, sample
-from ple_jax.training.scoring import sorted_out
+from ple_jax.training.scoring import sorted_out, transformed
 from ple_jax.training.state import WARM_UP, State, commit, resume
 from ple_jax.training.steps import update
 from ple_jax.training.warm_up import warm_up
+from ple_jax.training.workdir import algorithm_changed
 
 PROFILE = "profile"  # a folder of the work directory
 # what an iteration learns: the state after it, its rollouts, and its metrics
@@ -71,6 +72,8 @@ def begin(run: Run[Algorithm]) -> State:
     points.forget_later(run.session, state)
     if state is not None:
         check(run.session.workdir, state.iteration)
+        if algorithm_changed(run.session.workdir, state.iteration):  # those are of a policy that will not be again
+            forget_within(run.session.workdir, state.step)
     else:
         fresh = State(run.backend.environment(), controller=run.algorithm.controller(run.config))
         state = commit(warm_up(run, fresh), run.backend, run.session)
@@ -99,11 +102,12 @@ def one_iteration(run: Run[Algorithm], state: State, learn: Learn) -> State:
     """
     run.session.progress.iteration(state.iteration + 1)
     compiled = run.backend.compiled()
+    begun = Journal(run.session.workdir / "rollouts", state.iteration).partial.exists()  # by a process that was stopped
     after, rollouts, values = learn(state)
     values |= newly_compiled(run, compiled)
     spent = {name: after.costs.seconds[name] - state.costs.seconds[name] for name in costs.PHASES if name != "evaluate"}
     new = {name: getattr(after.costs, name) - getattr(state.costs, name) for name in ("generated_tokens", "training_tokens")}
-    if spent["generate"]:  # and not read from the journal
+    if spent["generate"] and not begun:  # this process sampled all of it
         values["generate_tokens_per_second"] = new["generated_tokens"] / spent["generate"]
     values["train_tokens_per_second"] = new["training_tokens"] / max(spent["update"], 1e-9)
     kept = given_sources(run.algorithm.collect(run.config))  # C of the records' own answers is that of all of them
@@ -179,7 +183,10 @@ def collect(run: Run[Algorithm], context: Context, state: State) -> tuple[State,
     config, session, iteration = run.config, run.session, context.iteration
     journal, slots = Journal(session.workdir / "rollouts", iteration), run.algorithm.collect(config)
     queries = draw_queries(config, run.data.train, iteration)
-    if (rollouts := journal.read()) is None:
+    rollouts = journal.read()
+    if rollouts is not None and algorithm_changed(session.workdir, iteration):
+        rollouts = decided_again(run, context, journal, rollouts, slots)
+    if rollouts is None:
         started = time.perf_counter()
         with ahead.scoring(run.reward, session) as score:
             sampled = sample(run, queries, slots, journal, iteration, score)
@@ -192,6 +199,22 @@ def collect(run: Run[Algorithm], context: Context, state: State) -> tuple[State,
         rollouts = read(journal.path)
     bad = quarantined(journal, queries, rollouts)  # was sampled and scored too
     return state._replace(costs=counted(run, queries, [*rollouts, *bad], slots, state.costs)), rollouts
+
+
+def decided_again(
+    run: Run[Algorithm], context: Context, journal: Journal, rollouts: Sequence[Rollout], slots: Sequence[Slot]
+) -> list[Rollout] | None:
+    """Labels the rollouts of a complete journal by an algorithm whose file was mended since, and writes them back.
+
+    Returns None, and removes the journal, if the algorithm asks for other responses now, which must be sampled.
+    """
+    wanted = [(slot.kind, slot.principled, slot.sample, slot.source) for slot in slots]
+    found = ([(r.kind, r.principled, r.sample, r.source) for r in rollout.responses] for rollout in rollouts)
+    if any(some != wanted for some in found):
+        journal.path.unlink()
+        return None
+    journal.complete(run.algorithm.label(transformed(rollouts, run.config.reward), context))
+    return read(journal.path)
 
 
 def quarantined(journal: Journal, queries: Sequence[Query], kept: Sequence[Rollout]) -> list[Rollout]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import shutil
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -151,6 +152,13 @@ def evaluation(workdir: Path, iteration: int, step: int | None = None) -> Journa
     return Journal(folder if step is None else folder / f"step_{step:06d}", iteration)
 
 
+def forget_within(workdir: Path, step: int) -> None:
+    """Removes evaluations in the middle of an iteration, of policies with more than `step` optimiser steps."""
+    for folder in (workdir / "evaluations").glob("step_*"):
+        if int(folder.name.removeprefix("step_")) > step:
+            shutil.rmtree(folder)
+
+
 def mean_rewards(rollouts: Sequence[Rollout], *, principled: bool = False) -> np.ndarray:
     """Computes the mean reward of every query over those of its plain (or principled) responses that have one.
 
@@ -166,7 +174,9 @@ def log_iteration(run: Run[Algorithm], state: State) -> State:
     """Evaluates if that is due, and writes the metrics line of the iteration that `state` stands at. Returns the state."""
     iteration, config = state.iteration, run.config
     values = {**state.metrics, **state.costs.totals()}
-    if iteration % config.eval.every == 0 or iteration == config.iterations:
+    # of a run that was made longer the former end was evaluated too, and may be the best there is
+    known = evaluation(run.session.workdir, iteration).path.exists()
+    if iteration % config.eval.every == 0 or iteration == config.iterations or known:
         started = time.perf_counter()
         rollouts = evaluate(run, iteration)
         values |= heldout_metrics(run, rollouts, moved=state.step > 0)

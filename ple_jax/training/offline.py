@@ -56,7 +56,7 @@ def train(run: Run[OfflineAlgorithm]) -> State:
     state = begin(run)._replace(examples={"train": len(trained), "heldout": len(heldout)})
     state = log(run, state, heldout)
     while state.iteration < len(batches):
-        end = min(state.iteration + every, len(batches))
+        end = min((state.iteration // every + 1) * every, len(batches))  # the former end of a longer run is no multiple
         session.progress.iteration(-(-end // every))
         due = ([trained[i] for i in some] for some in batches[state.iteration : end])
         state = commit(update(run, due, end - state.iteration, state, len(batches)), run.backend, session)

@@ -104,8 +104,9 @@ def steps(
             sizes.append(len(batches[index].prompt))
             tokens += costs.tokens(batches[index])
             run.session.progress.advance(1, tokens=costs.tokens(batches[index]))
-            if len(found) < epochs * len(batches):
-                paused += pause(len(found), epochs * len(batches), tokens)
+            if (left := epochs * len(batches) - len(found)) and (took := pause(len(found), len(found) + left, tokens)):
+                paused += took
+                run.session.progress.phase("update", left)
     return found, sizes, paused
 
 

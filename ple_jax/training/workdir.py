@@ -20,7 +20,7 @@ from ple_jax.core.config import AUTO, differing, flatten
 from ple_jax.core.errors import Damaged, UserError
 from ple_jax.core.files import plain, read_json
 from ple_jax.core.forks import in_children
-from ple_jax.core.identity import ACCEPTED, EXECUTION, FORMAT, LENGTH, upgraded
+from ple_jax.core.identity import ACCEPTED, EXECUTION, FORMAT, LENGTH, comparable, upgraded
 from ple_jax.core.secrets import redacted
 
 SUMMARY = "summary.json"
@@ -154,6 +154,12 @@ def going_on(
     return {**wanted, **({"changed": changed} if changed else {})}
 
 
+def algorithm_changed(workdir: Path, iteration: int) -> bool:
+    """Says whether the algorithm's file was mended, and that accepted, when `iteration` iterations were finished."""
+    changed = (recorded(workdir) or {}).get("changed", [])
+    return any(change["after"] == iteration and "inputs.algorithm" in change for change in changed)
+
+
 def _compared(workdir: Path, wanted: Mapping[str, Any], accept: Sequence[str]) -> tuple[dict[str, Any] | None, list[str]]:
     """Reads config.json of a directory with work in it, and finds the keys that differ from those wanted.
 
@@ -176,7 +182,7 @@ def _compared(workdir: Path, wanted: Mapping[str, Any], accept: Sequence[str]) -
     day = wanted.get("task", {}).get("date")
     if day and not found.get("task", {}).get("date"):  # of no known day
         found = {**found, "task": {**found.get("task", {}), "date": day}}
-    keys = differing({k: v for k, v in found.items() if k != "changed"}, plain(wanted))
+    keys = differing(*map(comparable, ({k: v for k, v in found.items() if k != "changed"}, plain(wanted))))
     keys = [key for key in keys if day or key != "task.date"]  # where none is asked for it is that of the run
     vouched = [key for name in accept for key in ACCEPTED[name]]
     if refused := [key for key in keys if key not in (*EXECUTION, *LENGTH, *vouched)]:

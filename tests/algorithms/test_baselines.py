@@ -86,6 +86,13 @@ def test_the_mean_length_is_that_of_what_would_be_learned(algorithm, options, ex
     assert mean_length(given, run) == pytest.approx(expected)
 
 
+def test_raft_learns_from_the_best_by_score():
+    (first, *_) = rollouts()
+    own = first._replace(responses=tuple(r._replace(reward=-r.score) for r in first.responses))  # a transform turned them
+    (learned,) = algorithms.load("raft").learned(own, config("raft"))
+    assert learned.score == max(r.score for r in own.responses) and learned.reward == min(r.reward for r in own.responses)
+
+
 def test_raft_imitates_the_best():
     c = config("raft")
     module, rows = labelled("raft", c, rollouts())

@@ -301,6 +301,19 @@ def test_the_best_of_several_principled_responses_stands_for_all(selection):
     assert [ple.learned(r, config)[1].sample for r in several()] == best
 
 
+def test_what_would_be_learned_is_chosen_by_the_scores_that_training_chooses_by():
+    """A penalty of the length makes another candidate the best than the one with the highest reward."""
+    config = settings(candidates=2)
+    (given,) = [r._replace(responses=r.responses[:3]) for r in several()[:1]]
+    rewarded = [r._replace(reward=reward) for r, reward in zip(given.responses, (1.0, 2.0, 1.8), strict=True)]
+    scored = [r._replace(score=score) for r, score in zip(rewarded, (0.8, 0.0, 1.56), strict=True)]
+    (labelled,) = ple.label([given._replace(responses=tuple(scored))], Context(config, 0, TAU))
+    assert labelled.margin == pytest.approx(0.76) and labelled.decision == "ranked"
+    assert ple.learned(labelled, config) == [labelled.responses[0], labelled.responses[2]]
+    unscored = given._replace(responses=tuple(r._replace(score=math.nan) for r in rewarded))  # as held-out queries are
+    assert ple.learned(unscored, config) == [unscored.responses[0], unscored.responses[1]]
+
+
 # ---------------------------------------------------------------- percentile
 
 

@@ -186,6 +186,19 @@ def test_rows_are_read_in_parts_each_as_far_as_its_own_are_filled():
     np.testing.assert_array_equal(found[4:8], alone)
 
 
+def test_rows_that_read_nothing_are_numbers():
+    """All rows of a part are done: what is computed for them goes into the cache, where another response begins."""
+    length, reach = 320, jnp.array([0, 0, 5, 0], jnp.int32)
+
+    def read(start, size, rows):
+        return (jnp.ones((2, 1, size, 8)),) * 2
+
+    q, mask = jnp.ones((4, 1, 1, 1, 8)), jnp.ones((4, 1, 1), bool)
+    found = attend_cache(q, read, length=length, reach=reach, mask=mask, scale=1.0, looped=True, together=2)
+    np.testing.assert_array_equal(found[:2], 0.0)
+    np.testing.assert_allclose(found[2], 1.0)
+
+
 def test_a_short_cache_is_read_at_once_and_of_a_long_one_large_blocks_on_an_accelerator():
     """As many of them as a number says; of what only the device knows all."""
     asked = []

@@ -127,6 +127,19 @@ def test_a_response_depends_on_its_prompt_and_noise_alone(scan):
     assert sampled([0, 4, 8, 3, 1, 11], scan=scan, eos=ends(scan))[1] == whole[4]
 
 
+def test_rows_that_have_all_ended_leave_no_nan_to_the_next_response():
+    """Of 32 rows with a long cache, read in two parts, one part is done before the other; all are refilled together."""
+    (model, base), room, rng = built(False), 272, np.random.default_rng(6)
+    first, second = ([tuple(rng.integers(1, tiny.CONFIG.vocab_size, 9).tolist())] * 32 for _ in range(2))
+    noise = rng.random((64, room), dtype=np.float32)
+    how = {"sampling": Sampling(room, (7, 8, 9)), "width": 32}
+    whole = responses(model, base, {}, first + second, noise, **how)
+    lengths = [[len(r.tokens) for r in whole[i : i + 16]] for i in (0, 16)]
+    assert max(lengths[0]) != max(lengths[1]) and max(map(len, (r.tokens for r in whole[32:]))) > 32
+    assert not any(np.isnan(r.logprobs).any() for r in whole)
+    assert whole[32:] == responses(model, base, {}, second, noise[32:], **how)
+
+
 def test_responses_to_one_prompt_read_it_once():
     (model, base), every = built(False), prompts()
     engine, which = Engine(model, base), [3, 9, 10, 11, 0]

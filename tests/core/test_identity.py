@@ -34,7 +34,7 @@ def kept(changes):
         ("export.merged", True, False, False),
         ("model.revision", "main", False, False),
         ("sampling.server", "http://localhost:1", True, True),
-        ("reward.kwargs", {"timeout": 3.0}, False, False),
+        ("reward.kwargs", {"timeout": 3.0}, True, False),  # kept, for modes that take the config from the run
         ("reward.kwargs", {"scale": 3.0}, True, True),
     ],
 )
@@ -57,3 +57,43 @@ def test_records_that_a_seed_chooses_make_no_other_method(limit):
 
 def test_what_is_of_this_format_stays_as_it_is():
     assert identity.upgraded({"format": 2, "sft": 1}) == {"format": 2, "sft": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "same", "other"),
+    [
+        ("remote", {"timeout": 3, "batch": 2, "headers": {"X": "KEY"}, "concurrency": 1}, {"labels": "answer"}),
+        ("model", {"rows": 4, "device": "cpu"}, {"label": 1}),
+        ("mine.py:reward", {"timeout": 3, "api_key_env": "KEY"}, {"batch": 2}),  # what it means there nobody knows
+        ("my.module:reward", {"retries": 1}, {"rows": [1]}),
+        (
+            "combine",
+            {"parts": {"headers": {"name": "remote", "weight": 1.0, "kwargs": {"url": "x", "timeout": 3}}}},
+            {"parts": {"headers": {"name": "remote", "weight": 2.0, "kwargs": {"url": "x"}}}},
+        ),
+        (
+            "combine",
+            {"parts": {"a": {"name": "f.py:f", "kwargs": {"timeout": 1}}}},
+            {"parts": {"a": {"name": "f.py:f", "kwargs": {"rows": 1}}}},
+        ),
+    ],
+)
+@pytest.mark.parametrize("part", ["reward", "eval"])
+def test_options_that_say_how_a_reward_is_computed_make_no_other_run(part, name, same, other):
+    """By whose reward it is: an option of the same name may mean anything in a function of one's own."""
+    keys = {"reward": ("name", "kwargs"), "eval": ("second_reward", "second_kwargs")}[part]
+
+    def of(kwargs):
+        return identity.comparable({part: dict(zip(keys, (name, kwargs), strict=True)), "seed": 1})
+
+    parts = {"a": {"name": "f.py:f", "kwargs": {}}} if "a" in other.get("parts", {}) else {
+        "headers": {"name": "remote", "weight": 1.0, "kwargs": {"url": "x"}}}  # fmt: skip
+    plain = {"parts": parts} if name == "combine" else {}
+    assert of(plain) == of(same) != of(other)
+
+
+def test_headers_of_a_function_of_ones_own_are_not_written_down():
+    own = kept({"reward.name": "mine.py:reward", "reward.kwargs": {"headers": {"Key": "secret"}, "scale": 2}})
+    assert own["reward.kwargs"] == {"scale": 2}
+    ours = kept({"reward.name": "remote", "reward.kwargs": {"url": "http://x", "headers": {"Key": "VARIABLE"}}})
+    assert ours["reward.kwargs"] == {"url": "http://x", "headers": {"Key": "VARIABLE"}}

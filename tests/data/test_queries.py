@@ -8,11 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from configs.default import get_config
 from ple_jax.core.conversation import Conversation
 from ple_jax.core.errors import UserError
 from ple_jax.core.types import Query
 from ple_jax.data.formats import shorten
 from ple_jax.data.left_out import Bad, QuerySet, check_share, write_bad
+from ple_jax.data.load import load_data
 from ple_jax.data.queries import digest, disjoint, draw, load_queries
 
 
@@ -44,7 +46,8 @@ def test_load_cuts_lines_at_line_ends_only(tmp_path):
         ([r'{"prompt": "half \ud83c"}'], "json", r"q\.jsonl:1 is not JSON .*surrogates"),
         (["[1]"], "json", r"q\.jsonl:1 is a list"),
         ([{"prompt": 3}], "type", r"q\.jsonl:1: `prompt` is a int"),
-        ([{"prompt": "a", "completion": None}], "type", r"q\.jsonl:1: `completion` is a NoneType"),
+        ([{"prompt": "a", "completion": 3}], "type", r"q\.jsonl:1: `completion` is a int"),
+        ([{"prompt": "a"}, {"prompt": None, "text": "b"}], "column", r"q\.jsonl:2 has no `prompt`, only text"),
         ([{"prompt": "a", "id": 1}, {"prompt": "b", "id": "1"}], "duplicate id", r"q\.jsonl:2: id '1' is already on line 1"),
     ],
 )
@@ -54,6 +57,31 @@ def test_a_bad_record_names_file_and_line(tmp_path, lines, kind, says):
     assert [b.kind for b in task.bad] == [kind] and len(task.queries) == len(lines) - 1
     with pytest.raises(UserError, match=f"^.*{says}"):
         check_share(task, source, 0.05)
+
+
+def test_records_of_several_forms_in_one_table(tmp_path):
+    """A table has every column in every row, and None where a record has it not."""
+    turns = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
+    columns = ("prompt", "completion", "messages", "chosen", "rejected")
+    pair = {"prompt": "x", "chosen": "c", "rejected": "r"}
+    given = [{"prompt": "x"}, {"prompt": "x", "completion": "y"}, {"messages": turns}, pair]
+    table = [dict.fromkeys(columns) | {"id": str(i)} | record for i, record in enumerate(given)]
+    alone = [{"id": str(i)} | record for i, record in enumerate(given)]
+    for needs, bad in (("prompt", 0), ("completion", 1), ("pair", 3)):
+        files = [write(tmp_path / f"{name}.jsonl", *rows) for name, rows in (("a", table), ("b", alone))]
+        found = [load_queries(file, needs=needs) for file in files]
+        assert found[0].queries == found[1].queries and len(found[0].bad) == len(found[1].bad) == bad
+
+
+def test_the_share_of_bad_records_is_of_all_that_were_read(tmp_path):
+    source = write(tmp_path / "q.jsonl", *({"prompt": f"p{i}" if i % 20 else ""} for i in range(200)))
+    c = get_config()
+    c.task.train, c.task.max_train, c.task.heldout, c.task.format = source, 20, "tiny_heldout", "records"
+    found = load_data(c)
+    assert len(found.train) == 20 and len(found.bad["train"]) == 10
+    c.task.max_bad_share = 0.04
+    with pytest.raises(UserError, match="10 of 200 records of"):
+        load_data(c)
 
 
 def test_a_file_in_another_encoding(tmp_path):

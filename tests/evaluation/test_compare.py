@@ -207,6 +207,14 @@ def test_costs_of_an_unfinished_run_are_those_of_its_newest_line(two):
     assert "grpo, seed 0: training is not finished; the responses are of iteration 5" in result["warnings"]
 
 
+def test_one_query_and_one_seed_have_no_p(tmp_path):
+    write_run(tmp_path / "x", [[1.0, 2.0]])
+    write_run(tmp_path / "y", [[4.0, 3.0]])
+    compare(tmp_path, [f"x={tmp_path / 'x'}", f"y={tmp_path / 'y'}"])
+    (row,) = (row for row in table(tmp_path / "out" / "tests.csv") if row["measure"] == "reward")
+    assert abs(float(row["difference"])) == 2.0 and row["p"] == ""
+
+
 # ---------------------------------------------------------------- tests between methods
 
 

@@ -236,6 +236,17 @@ def test_an_earlier_checkpoint_has_the_costs_of_its_iteration_and_is_said(tmp_pa
     assert "not the last checkpoint answered but the best within the budget, of iteration ple 1 of 5\n" in said
 
 
+def test_an_unfinished_seed_stands_beside_one_whose_earlier_checkpoint_answered(tmp_path, capsys):
+    for name, seed in (("a", 0), ("b", 1)):
+        budgeted(tmp_path / name, ANSWERS, points=POINTS, best={"any": POINTS[1]}, seed=seed)
+    (tmp_path / "b" / "summary.json").unlink()
+    (tmp_path / "a" / "responses" / "trained" / "iter_0005.scores.jsonl").unlink()
+    compare(tmp_path, [f"{tmp_path}/{name}/responses/trained" for name in "ab"])
+    said = capsys.readouterr().out
+    assert "not the last checkpoint answered but the best within the budget, of iteration ple 1 of 5\n" in said
+    assert "ple, seed 1: training is not finished" in said
+
+
 def test_the_curves_are_those_of_all_runs(made):
     out, result, _ = made
     runs = result["frontier"]["runs"]

@@ -127,6 +127,18 @@ def test_log_probabilities_and_kl_by_hand(data, trained):
                 assert line["kl"][k] == pytest.approx((ratio - 1 - np.log(ratio)).sum(), rel=1e-3)
 
 
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_kl_is_to_what_training_began_with(backend, data, tmp_path):
+    """After a warm-up that is the warmed-up policy, as it is for the budgets; perplexity stays that of the base."""
+    options = {"warm_up__data": data, "warm_up__epochs": 3, "warm_up__lr": 0.05, "task__max_bad_share": 0.5}
+    still = {"checkpoint__use": "newest", "eval__best": "none", "optimizer__lr": 1e-30}
+    c = settings(data, **options, **still, generate__second_reward=None)
+    assert modes.train(c, tmp_path, backend) == 0
+    modes.generate(c, tmp_path, backend)
+    for line in responses.read(tmp_path / "responses" / "trained").scores:
+        assert max(line["kl"]) < 1e-3 < np.abs(np.subtract(line["logprob"], line["base_logprob"])).min()
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0])
 def test_log_probabilities_are_of_the_untouched_model_whatever_they_are_sampled_at(data, tmp_path, temperature):
     c = settings(data, generate__policy="start", generate__second_reward=None, sampling__temperature=temperature)

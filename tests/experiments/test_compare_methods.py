@@ -141,6 +141,7 @@ def test_budgets_that_do_not_divide():
         "optimizer.micro_queries": "5",
     }
     # 5 a query: 90 of the 96
+    assert methods.budget("ppo", responses=30, steps=2, micro="auto")["optimizer.micro_queries"] == "auto"
     assert methods.budget("ple_candidates_4", responses=96, steps=6, micro=8)["queries_per_iteration"] == "18"
 
 
@@ -323,6 +324,10 @@ def test_the_learning_rate_is_chosen_on_the_dev_split_for_every_budget_as_a_mean
         (["--budgets", "-1"], "config.eval.max_kl is"),
         ([], "has a comma"),
         (["--", "--config.task.format=hh"], "config.task.format is 'hh'"),
+        (
+            ["--", "--config.task.sets={'a': {'train': 'tiny_train', 'heldout': 'tiny_heldout'}}"],
+            "config.task.sets is a mixture, and dpo_offline, sft would train on one file: leave them out of --methods",
+        ),
     ],
 )
 def test_mistakes_of_a_comparison_cost_no_run(capsys, tmp_path, arguments, says):

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import families
@@ -19,7 +20,7 @@ import yaml
 from ml_collections import FrozenConfigDict
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from configs import default
 from configs import tiny as tiny_config
@@ -93,10 +94,38 @@ def test_merged_folder_is_base_plus_adapter(source, adapter, tmp_path):
         "config.json", "generation_config.json", "model.safetensors", "README.md", "tokenizer.json", "LICENSE.md",
         "tokenizer_config.json", "chat_template.jinja", merging.MARKER,
     }  # fmt: skip
-    for name in ("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja", "LICENSE.md"):
+    for name in ("config.json", "tokenizer.json", "chat_template.jinja", "LICENSE.md"):
         same = (folder / name).read_text() == (source / name).read_text()
         assert same or json.loads((folder / name).read_text()) == json.loads((source / name).read_text()), name
     assert len({file.stat().st_mode for file in folder.iterdir()}) == 1
+
+
+def test_a_merged_model_stops_where_the_run_stopped(source, adapter, tmp_path):
+    """At the tokenizer's EOS and the template's end of turn too, which generation_config.json need not have."""
+    eos = weights.load(str(source)).eos
+    assert set(eos) > {7, 9}
+    folder = merged(source, adapter, tmp_path / "merged")
+    assert json.loads((folder / "generation_config.json").read_text()) == {"eos_token_id": list(eos), "temperature": 0.3}
+    assert AutoModelForCausalLM.from_pretrained(folder).generation_config.eos_token_id == list(eos)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_reward_model_is_of_its_family_whether_the_base_names_its_class_or_not(named, source, tmp_path):
+    shutil.copytree(source, tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    if not named:
+        (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"architectures": None}))
+    head = {"base_model.model.score.weight": np.ones((1, tiny.CONFIG.hidden_size), np.float32)}
+    peft.write(
+        tmp_path / "adapter", ADAPTER | head, rank=4, alpha=6, targets=TARGETS, base_model="some/base", head="score"
+    )
+    folder = merging.merged(
+        weights.load(str(tmp_path / "base")), tmp_path / "adapter", tmp_path / "merged", dtype="keep", shard_gb=4.0,
+        readme="# card", about={}, head="score",
+    )  # fmt: skip
+    assert json.loads((folder / "config.json").read_text())["architectures"] == ["LlamaForSequenceClassification"]
+    theirs = AutoModelForSequenceClassification.from_pretrained(folder)
+    assert theirs.score.weight.tolist() == [[1.0] * tiny.CONFIG.hidden_size]
 
 
 def test_of_a_multimodal_model_the_text_part(tmp_path):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from ple_jax.formulas import intervals
 from ple_jax.formulas.intervals import (
     FEW,
     Paired,
@@ -56,6 +57,16 @@ def test_bootstrap_equals_scipys_on_skewed_values():
     values = np.random.default_rng(0).exponential(size=FEW)
     theirs = stats.bootstrap((values,), np.mean, method="percentile", n_resamples=10_000, rng=2).confidence_interval
     np.testing.assert_allclose(bootstrap_ci(values, seed=1), theirs, atol=0.02)
+
+
+@pytest.mark.parametrize("part", [1, 999, 10**9])
+def test_bootstrap_is_the_same_in_parts_of_any_size(part, monkeypatch):
+    """One row of draws, several with a rest, and all at once."""
+    values = np.random.default_rng(0).normal(size=100)
+    drawn = np.random.default_rng(7).integers(0, 100, (500, 100))
+    monkeypatch.setattr(intervals, "DRAWS", part)
+    ends = np.quantile(values[drawn].mean(1), [(1 - 0.95) / 2, (1 + 0.95) / 2])
+    assert bootstrap_ci(values, seed=7, resamples=500) == tuple(ends)
 
 
 @pytest.mark.parametrize("level", [0.5, 0.95])

@@ -214,6 +214,14 @@ def test_options_go_there_and_back(tmp_path, name):
         np.testing.assert_array_equal(again[name], value, err_msg=name)
 
 
+def test_a_row_of_zeros_is_merged_as_it_is_trained():
+    """Its magnitude is 0, and a gain of 0 / 0 is none: both backends leave such a row as it is."""
+    weight, a = np.array([[3.0, 4.0], [0.0, 0.0]]), np.array([[1.0, 2.0]])
+    for b, row in (([[0.0], [0.0]], [0.0, 0.0]), ([[0.0], [0.5]], [1.0, 2.0])):
+        module = peft.Module(a, np.array(b), np.array([5.0, 0.0]))
+        np.testing.assert_allclose(peft.merge(weight, module, scale=2.0), [[3.0, 4.0], row])
+
+
 @pytest.mark.parametrize("name", quick(OPTIONS, "patterns", "conv1d dora"))
 def test_merge_equals_pefts_own(tmp_path, name):
     build, targets, options = OPTIONS[name]

@@ -15,7 +15,7 @@ from ple_jax import modes
 from ple_jax.core.errors import UserError
 from ple_jax.core.files import read_json
 from ple_jax.models import peft
-from ple_jax.training import opening
+from ple_jax.training import journal, opening
 from torch_ascend.backend import TorchBackend
 
 REWARD = """
@@ -155,6 +155,60 @@ def test_a_mended_algorithm_goes_on(tmp_path):
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
 
 
+MENDED = """from ple_jax.algorithms.ple import *
+from ple_jax.algorithms import ple
+
+def {body}
+"""
+BROKEN = {
+    # labels and evaluations within the iteration are on disk, and are those of another algorithm
+    "labels": """label(rollouts, context):
+    swapped = [r._replace(responses=tuple(x._replace(score=-x.score) for x in r.responses)) for r in rollouts]
+    return ple.label(swapped, context)
+
+def measures(means, before, after, ended=[]):
+    ended.append(means)
+    return ple.measures(means, before, after) if len(ended) < 2 else 1 / 0""",
+    # the iteration has more responses to a query than are asked for afterwards
+    "responses": """collect(config):
+    from ple_jax.core.types import Slot
+    return (*ple.collect(config), Slot("principled", True, 1))
+
+def batch(rollouts, context):
+    return 1 / 0""",
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_an_iteration_that_a_broken_algorithm_has_labelled_is_labelled_again(broken, tmp_path):
+    variant, good = tmp_path / "variant.py", "from ple_jax.algorithms.ple import *\n"
+    how = {"algorithm": str(variant), "eval__points": 2, "optimizer__batch_queries": 2, "ple__tau_0": 0.0}
+    variant.write_text(MENDED.format(body=BROKEN[broken]))
+    with pytest.raises(ZeroDivisionError):
+        train(tmp_path / "run", **how)
+    begun = {file.name for file in (tmp_path / "run" / "rollouts").iterdir()}
+    assert begun == {f"iter_000{i}.jsonl" for i in range(2 if broken == "labels" else 1)}
+    within = {file.name for file in (tmp_path / "run" / "evaluations").glob("step_*")}
+    assert within == ({"step_000002", "step_000006"} if broken == "labels" else set())
+    variant.write_text(good)
+    train(tmp_path / "run", "algorithm", **how)
+    if broken == "labels":  # the first iteration was finished, and keeps what it has
+        kept, (change,) = journal_of(tmp_path / "run", 0), read_json(tmp_path / "run" / "config.json")["changed"]
+        assert change["after"] == 1 and all(r["score"] <= 0 for line in kept for r in line["responses"])
+        assert all(r["score"] >= 0 for line in journal_of(tmp_path / "run", 1) for r in line["responses"])
+        assert {rollout.decision for rollout in journal.read(tmp_path / "run" / "rollouts" / "iter_0001.jsonl")} > {"ranked"}
+    else:
+        train(tmp_path / "whole", **how)
+        (step,) = (tmp_path / "run" / "evaluations").glob("step_000002/iter_0000.jsonl")
+        assert step.read_bytes() == (tmp_path / "whole" / step.relative_to(tmp_path / "run")).read_bytes()
+        assert journal_of(tmp_path / "run", 0) == journal_of(tmp_path / "whole", 0)
+        assert journal_of(tmp_path / "run", 1) == journal_of(tmp_path / "whole", 1)
+
+
+def journal_of(workdir: Path, iteration: int) -> list[dict[str, Any]]:
+    return lines(workdir / "rollouts" / f"iter_{iteration:04d}.jsonl")
+
+
 # ---------------------------------------------------------------- how, and not what
 
 
@@ -191,6 +245,17 @@ def test_a_longer_timeout_of_ones_own_function_is_no_other_reward(mine, tmp_path
     assert stored.items() <= values(tmp_path / "run").items()
 
 
+def test_a_second_reward_may_be_slower_or_mended(tmp_path, mine):
+    """Training never sees it: other timeouts make no other run, and other options are vouched for as the first one's are."""
+    mine.write_text(REWARD.format(value="len(r) / timeout").replace("timeout=1", "timeout=1, scale=1"))
+    second = {"eval__second_reward": f"{mine}:reward"}
+    train(tmp_path / "run", iterations=1, **second, eval__second_kwargs={"timeout": 1})
+    train(tmp_path / "run", iterations=2, **second, eval__second_kwargs={"timeout": 60})
+    with pytest.raises(UserError, match="differing in eval.second_kwargs; to go on with it .*, add --accept=reward"):
+        train(tmp_path / "run", iterations=3, **second, eval__second_kwargs={"scale": 2})
+    train(tmp_path / "run", "reward", iterations=3, **second, eval__second_kwargs={"scale": 2})
+
+
 # ---------------------------------------------------------------- more iterations
 
 
@@ -215,6 +280,19 @@ def test_more_iterations_end_as_if_they_had_been_asked_for_at_once(finished, tmp
     assert {"after": 1, "iterations": [1, 3]} in read_json(tmp_path / "run" / "config.json")["changed"]
     with pytest.raises(UserError, match="config.iterations is 2, and 3 are done: give at least as many"):
         train(tmp_path / "run", iterations=2)
+
+
+def test_the_former_end_of_a_longer_run_stays_one_of_its_evaluations(tmp_path):
+    """It may be the best there is, and its checkpoint may have taken the place of the one before."""
+    how = {"eval__every": 2, "optimizer__lr": 0.1}
+    train(tmp_path / "run", iterations=3, **how)
+    before = read_json(tmp_path / "run" / "summary.json")
+    train(tmp_path / "run", iterations=5, **how)
+    summary, best = read_json(tmp_path / "run" / "summary.json"), tmp_path / "run" / "best" / "any"
+    assert [point["iteration"] for point in summary["points"]] == [0, 2, 3, 4, 5]
+    assert summary["points"][:3] == before["points"]
+    assert [int(kept.name) for kept in best.iterdir()] == [summary["best"]["any"]["step"]]
+    assert "heldout_reward" in lines(tmp_path / "run" / "metrics.jsonl")[3]
 
 
 @pytest.mark.parametrize(

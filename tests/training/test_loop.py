@@ -21,6 +21,7 @@ from ple_jax.models import peft
 from ple_jax.training import loop, measures
 from ple_jax.training.journal import Journal, write
 from ple_jax.training.workdir import check_config
+from torch_ascend.backend import TorchBackend
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,6 +54,30 @@ def default_run(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("default")
     # tau_0 = 0 so that about half of the pairs of a random model are ranked
     return workdir, train(workdir, **{"ple.tau_0": 0.0})
+
+
+def test_there_is_no_rate_of_an_iteration_that_two_processes_sampled(tmp_path, monkeypatch):
+    """The second has fewer tokens to sample than the iteration has, and its seconds are those of these."""
+    generate, calls = TorchBackend.generate, []
+
+    def stopped(self, *asked, tell, **options):
+        calls.append(asked)
+
+        def told(ended):
+            tell(ended)
+            if ended and len(calls) == 2:  # after the evaluation before training
+                raise KeyboardInterrupt
+
+        return generate(self, *asked, tell=told, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TorchBackend, "generate", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path, iterations=2)
+    assert (tmp_path / "rollouts" / "iter_0000.partial.jsonl").exists()
+    _, first, second = train(tmp_path, iterations=2)
+    assert "generate_tokens_per_second" not in first and first["train_tokens_per_second"] > 0
+    assert second["generate_tokens_per_second"] > 0
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("jax", marks=pytest.mark.slow)])

@@ -1,10 +1,10 @@
 """PLE on Reddit TL;DR: summaries of posts, principles of faithfulness, a trained reward model.
 
 Paper: Progressively Label Enhancement for Large Language Model Alignment, ICML 2025, arXiv:2408.02599. A reward model from
-the published comparisons of summaries:
+the published comparisons of summaries, openai/summarize_from_feedback. Its repository has a loading script, which datasets
+runs no more: download its Parquet files (branch refs/convert/parquet, folder comparisons), and give them:
 python -m ple_jax.main --config configs/reward_hh.py --workdir runs/reward_tldr --config.task.format=tldr \
-    --config.task.train=openai/summarize_from_feedback --config.task.heldout=openai/summarize_from_feedback \
-    --config.task.heldout_split=validation --config.task.subsets="('comparisons',)"
+    --config.task.train=comparisons/train --config.task.heldout=comparisons/validation --config.task.subsets="()"
 
 Command: python -m ple_jax.main --config configs/tldr.py --workdir runs/tldr
 """

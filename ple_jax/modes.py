@@ -63,7 +63,7 @@ def train(config: Any, workdir: Path, backend: str, accept: Sequence[str] = (), 
                 run_page.write(workdir)
             print(f"{workdir} is finished: {outcome.reached(done)}; see {workdir / 'report.html'}")
             return 0
-        with open_run(workdir, backend, inputs, kept) as run:
+        with open_run(workdir, backend, inputs, kept, tracked=True) as run:
             run = run._replace(session=run.session._replace(profile=profile))
             (workdir / SUMMARY).unlink(missing_ok=True)  # of a shorter run
             for said in outcome.of_two_rewards(kept):
@@ -77,7 +77,7 @@ def train(config: Any, workdir: Path, backend: str, accept: Sequence[str] = (), 
             write.write_adapter(run, taken, summary)
         head = _trains_scores(inputs.algorithm, config)
         if head:  # not before the run's own copy of the base is gone
-            write.write_merged(config, workdir, backend, taken, None, head=True)
+            write.write_merged(config, workdir, backend, taken, summary, None, head=True)
         write_json(workdir / SUMMARY, summary, sealed=True)
         page = run_page.write(workdir)
     print("\n".join([f"{outcome.reached(summary)} in {summary['wall_seconds']:.0f} s", *outcome.collapsed(summary)]))
@@ -268,7 +268,7 @@ def export(config: Any, workdir: Path, backend: str, accept: Sequence[str] = ())
     if merge:
         repo = write.merged_repository(config)
         with lock(workdir):
-            merged = write.write_merged(config, workdir, backend, state, repo, head=head)
+            merged = write.write_merged(config, workdir, backend, state, finished(workdir), repo, head=head)
         print(f"merged weights: {merged} (safetensors, for transformers)")
         folders[merged] = repo
     for folder, repo in folders.items():

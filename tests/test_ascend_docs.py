@@ -47,7 +47,8 @@ def arguments(command: str) -> list[str]:
         words = words[1:]
     if words[0] != "scripts/launch/ascend.sh":
         return words[words.index("ple_jax.main") + 1 :] if "ple_jax.main" in words else words[1:]
-    own = not any(re.match("--?config(=|$)", word) for word in words)
+    of_a_run = r"(--?mode=)?(evaluate|generate|harness|replay|export|chat)"
+    own = not any(re.match("--?config(=|$)", word) or re.fullmatch(of_a_run, word) for word in words)
     return [*(["--config", OWN] if own else []), "--backend=torch", *words[1:]]
 
 
@@ -125,6 +126,12 @@ def test_a_config_of_ones_own(launch, own):
     assert words(launch(*own, "--workdir=w", NPROC_PER_NODE="2")) == [
         "--standalone", "--nproc-per-node", "2", "-m", "ple_jax.main", "--backend=torch", *own, "--workdir=w",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", [["--mode=generate"], ["--mode", "export"]])
+def test_modes_on_a_run_take_its_own_config(launch, mode):
+    said = launch("--workdir", "runs/mine", *mode).stdout.split("\n")
+    assert "--config" not in said and said[said.index("ple_jax.main") + 1] == "--backend=torch"
 
 
 def test_several_machines(launch):

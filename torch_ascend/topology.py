@@ -8,7 +8,7 @@ import contextlib
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -200,14 +200,21 @@ def _parts(backend: TorchBackend) -> dict[str, list[Tensor]]:
 
 
 def reward_bytes(config: ConfigDict) -> int:
-    """Returns the bytes of a reward model's weights; 0 if the reward is no model, or is computed by JAX.
+    """Returns the bytes of the weights of reward models, those of parts and of the second reward too.
 
-    Like the policy, every process has it on its device.
+    Like the policy, every process has them on its device. What JAX or a CPU computes is not counted.
     """
-    kwargs = config.reward.kwargs
-    if config.reward.name != "model" or kwargs.get("framework") == "jax":
+    named = (config.reward.name, config.reward.kwargs), (config.eval.second_reward, config.eval.second_kwargs)
+    return sum(_reward_bytes(name, kwargs.to_dict()) for name, kwargs in named)
+
+
+def _reward_bytes(name: str | None, kwargs: Mapping[str, Any]) -> int:
+    if name == "combine":
+        return sum(_reward_bytes(part.get("name"), part.get("kwargs", {})) for part in kwargs.get("parts", {}).values())
+    if name != "model" or kwargs.get("framework") == "jax" or kwargs.get("device") == "cpu":
         return 0
-    folder = hub.fetch(kwargs.path, kwargs.get("revision"), weights=False) if hub.is_remote(kwargs.path) else kwargs.path
+    path = kwargs["path"]
+    folder = hub.fetch(path, kwargs.get("revision"), weights=False) if hub.is_remote(path) else path
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(folder))
     return sum(x.numel() for x in model.parameters()) * getattr(torch, kwargs.get("dtype", "float32")).itemsize

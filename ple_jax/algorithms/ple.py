@@ -155,8 +155,8 @@ def learned(rollout: Rollout, config: Any) -> Sequence[Response]:
     guided = [r for r in rollout.responses if r.principled]
     if config.ple.candidates == 1 or not guided:
         return rollout.responses
-    best = max(guided, key=lambda r: -math.inf if math.isnan(valued(r)) else valued(r))
-    return [*(r for r in rollout.responses if not r.principled), best]
+    best = max(guided[: config.ple.candidates], key=lambda r: -math.inf if math.isnan(valued(r)) else valued(r))
+    return [*[r for r in rollout.responses if not r.principled][:1], best]  # of an evaluation there may be more
 
 
 def _order(rollout: Rollout, selection: str) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""RAFT, reward-ranked fine-tuning (arXiv:2304.06767): of `raft.samples` responses the best by reward is imitated."""
+"""RAFT, reward-ranked fine-tuning (arXiv:2304.06767): of `raft.samples` responses the best is imitated."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,5 +22,5 @@ def label(rollouts: Sequence[Rollout], context: Context) -> list[Rollout]:
 
 
 def learned(rollout: Rollout, config: Any) -> list[Response]:
-    """Returns the best of the plain responses by reward, in a list."""
+    """Returns the best of the plain responses, in a list."""
     return extremes(rollout)[1:]

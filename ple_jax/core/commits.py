@@ -37,6 +37,11 @@ def committing(path: Path, step: int, *, keep: int) -> Iterator[Path]:
     (partial / str(step)).rename(whole)
     to_disk(path)
     partial.rmdir()
+    prune(path, keep=keep)
+
+
+def prune(path: Path, *, keep: int) -> None:
+    """Removes all but the newest `keep` checkpoints."""
     for old in steps(path)[:-keep]:
         _remove(path / str(old))
 

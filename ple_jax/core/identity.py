@@ -33,9 +33,10 @@ ACCEPTED = {
 # what other modes do with a finished run
 _MODES = ("export", "generate", "compare", "probe", "harness")
 # options of a reward that say how it is computed and not what, so that a run may go on after a server was too slow: of a
-# function of one's own, and of the package's rewards
-_HOW_OWN = ("timeout", "retries", "backoff", "max_failures", "concurrency", "api_key_env")
-_HOW = (*_HOW_OWN, "batch", "headers", "rows", "device")
+# function of one's own, at any depth, and of the package's rewards
+_HOW_OWN = ("timeout", "retries", "backoff", "max_failures", "concurrency", "api_key_env", "headers")
+_HOW = (*_HOW_OWN, "batch", "rows", "device")
+_HOW_CODE = ("concurrency",)  # in what time a test must pass is a part of the reward `code`
 _SECRET = ("headers",)  # of a function of one's own: they may be keys; those of the package name variables that hold keys
 _REWARDS = (("reward", "name", "kwargs"), ("eval", "second_reward", "second_kwargs"))  # part of a config, its keys
 # keys that make no other method of a run
@@ -69,7 +70,7 @@ def without_how(name: str | None, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         name: of the reward, as in config.reward.name: what an option means depends on whose reward it is.
     """
-    return _without(name, kwargs, lambda of: _HOW_OWN if _is_own(of) else _HOW)
+    return _without(name, kwargs, lambda of: _HOW_OWN if _is_own(of) else _HOW_CODE if of == "code" else _HOW)
 
 
 def comparable(keys: Mapping[str, Any]) -> dict[str, Any]:
@@ -88,6 +89,8 @@ def _is_own(name: str | None) -> bool:
 def _without(name: str | None, kwargs: Mapping[str, Any], drop: Callable[[str | None], Collection[str]]) -> dict[str, Any]:
     """Returns a reward's options without those that `drop` names for it, in all parts of a combination too."""
     kept = {key: value for key, value in kwargs.items() if key not in drop(name)}
+    if _is_own(name):
+        return {key: _without(name, value, drop) if isinstance(value, Mapping) else value for key, value in kept.items()}
     if name == "combine" and isinstance(parts := kept.get("parts"), Mapping):
         kept["parts"] = {label: _part_without(part, drop) for label, part in parts.items()}
     return kept

@@ -25,7 +25,7 @@ def records(values: Values, *, needs: str) -> Query:
 
     A record has `prompt`, alone, with `completion`, or with `chosen` and `rejected`; or `chosen` and `rejected` that both
     begin with the prompt; or `messages`, of which the last is the completion. It may have `tools`. A text is continued
-    verbatim; an answer to turns is stripped. A column of None is none: tables have one in every row if any row has it.
+    verbatim; an answer to turns is stripped. A column of None is none: a table has every column in every row.
 
     Args:
         values: the record's columns.

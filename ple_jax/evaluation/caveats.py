@@ -49,7 +49,21 @@ def warnings(methods: Sequence[Method], *, equal_tokens: bool = True) -> list[st
             )
     if len({run.generated.settings["model"] for method in methods for run in method.runs}) > 1:
         found.append("the base models differ: so do those under which perplexity and KL are measured")
-    return found + (_unequal(trained) if equal_tokens else []) + _missing(methods)
+    return found + _starts(trained) + (_unequal(trained) if equal_tokens else []) + _missing(methods)
+
+
+def _starts(trained: Sequence[Method]) -> list[str]:
+    """Says where KLs are to different policies."""
+    runs = [(method.label, run) for method in trained for run in method.runs]
+    moved = [(*one, [one[1].config.get(key) for key in ("inputs.adapter", "inputs.warm_up")]) for one in runs]
+    found = []
+    if any(start != moved[0][2] for *_, start in moved):
+        found.append("the runs start from different policies (model.adapter, warm_up.data): each KL is to its own start")
+    for label, run, start in moved:
+        if any(start) and run.generated.settings.get("kl") != "start":
+            says = "KL is to the base, by an earlier version; delete these responses and give --mode=generate again"
+            found.append(f"{label}, seed {run.seed}: {says}")
+    return found
 
 
 def unreached(curves: Mapping[str, Any], view: str) -> list[str]:

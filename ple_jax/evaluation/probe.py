@@ -126,7 +126,9 @@ def probe(run: Run[Any]) -> dict[str, Any]:
         "left_out": left,
         "samples": run.config.probe.samples,
         "prompts": _prompts(run, kept),
-        "threshold": threshold(scored, run.config.probe.samples, tau_0=run.config.ple.tau_0),
+        "threshold": threshold(
+            scored, run.config.probe.samples, tau_0=run.config.ple.tau_0, either=run.config.ple.selection == "symmetric"
+        ),
         "selection": run.config.ple.selection if run.config.algorithm.removeprefix("ple_jax.algorithms.") == "ple" else None,
         "candidates": run.config.ple.candidates,
         "reward_noise": _noise(run, by_name[PLAIN].rollouts),
@@ -260,7 +262,7 @@ def _difference(one: Answers, other: Answers, seed: int) -> dict[str, float]:
     return {"mean": float(each.mean()), "low": low, "high": high}
 
 
-def threshold(pairs: Sequence[Rollout], samples: int, *, tau_0: float) -> dict[str, Any]:
+def threshold(pairs: Sequence[Rollout], samples: int, *, tau_0: float, either: bool = False) -> dict[str, Any]:
     """Computes what thresholds do to margins of scores: a principled response's minus a plain one's to the same query.
 
     Responses of the same number share their noise, which makes lifts exact. The two that training compares do not, and
@@ -270,6 +272,7 @@ def threshold(pairs: Sequence[Rollout], samples: int, *, tau_0: float) -> dict[s
         pairs: of every query `samples` plain responses and then as many principled ones, with their scores.
         samples: at least 2.
         tau_0: that of the config.
+        either: whether a pair is ranked whichever response wins by more than the threshold (selection=symmetric).
 
     Returns:
         margin: mean, sd and quantiles; negative, ties: shares of the pairs; suggested: by `suggestion`, None if the
@@ -282,22 +285,21 @@ def threshold(pairs: Sequence[Rollout], samples: int, *, tau_0: float) -> dict[s
     margins, chance = _apart(guided, plain_ones), _apart(plain_ones, plain_ones)
     won, suggested = margins[margins > 0], suggestion(margins)
     top = max(float(np.quantile(won, 0.99)) if len(won) else 0.0, tau_0 if math.isfinite(tau_0) else 0.0) or 1.0
-    grid = np.linspace(0.0, top, _GRID)
+    wins, by_chance = (np.abs(margins), np.abs(chance)) if either else (margins, chance)
     return {
         "tau_0": tau_0,
         "suggested": suggested,
-        "ranked": float((margins > tau_0).mean()),
-        "ranked_if_suggested": None if suggested is None else float((margins > suggested).mean()),
+        "ranked": float((wins > tau_0).mean()),
+        "ranked_if_suggested": None if suggested is None else float((wins > suggested).mean()),
         "negative": float((margins < 0).mean()),
         "ties": float((margins == 0).mean()),
         "margin": {
-            "mean": float(margins.mean()),
-            "sd": float(margins.std()),
+            **{"mean": float(margins.mean()), "sd": float(margins.std())},
             **{f"q{q}": float(np.quantile(margins, q / 100)) for q in (5, 25, 50, 75, 95)},
         },
         "curve": [
-            {"tau": float(t), "ranked": float((margins > t).mean()), "by_chance": texts.mean((chance > t).astype(float))}
-            for t in grid
+            {"tau": float(t), "ranked": float((wins > t).mean()), "by_chance": texts.mean((by_chance > t).astype(float))}
+            for t in np.linspace(0.0, top, _GRID)
         ],
     }
 

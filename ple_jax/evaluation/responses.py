@@ -11,7 +11,8 @@ order, with n values for its n responses:
     logprob                  [n] sum over a response's tokens of log pi, nats, under the prompt that it was sampled from
     base_logprob             [n] the same under the base without any adapter, and the plain prompt
     kl                       [n] sum over its tokens of r - 1 - log r, r = start / policy: nats, estimates KL(policy, start),
-                             where start is what training began with: the base, or an adapter, or the warmed-up policy
+                             where start is what training began with: the base, an adapter, or the warmed-up policy (of
+                             generate.policy=start, which comes before any warm-up, the policy itself)
     reference_logprob        of the reference and its EOS under the base, nats; null without a reference, or where the model
                              takes no text of that length
     reference_tokens         the number of tokens in that sum, 0 where it is null
@@ -226,9 +227,16 @@ def _settings(run: Run[Algorithm], second: Reward | None, *, backend: str, itera
         "reward_version": run.reward.version,
         "second_reward": None if second is None else second.name,
     }
+    if _moved(config):
+        settings["kl"] = "start"  # and not the base, as in files of an earlier version
     if read := record_digest(run.data.heldout):
         settings["record_digest"] = read
     return json.loads(json.dumps(settings))
+
+
+def _moved(config: Any) -> bool:
+    """Says whether a run may start from something else than the base."""
+    return config.model.adapter is not None or config.warm_up.data is not None
 
 
 def _digest(run: Run[Algorithm]) -> str:
@@ -240,22 +248,22 @@ def _scores(
     run: Run[Algorithm], rollouts: Sequence[Rollout], second: Reward | None, prompts: Sequence[tuple[int, ...]]
 ) -> Iterator[dict[str, Any]]:
     """Yields the lines of the file of scores; `prompts` are the token ids that the responses were sampled from."""
-    moved = run.config.model.adapter is not None or run.config.warm_up.data is not None  # the start from the base
     samples, size = len(rollouts[0].responses), run.config.optimizer.micro_queries
     values = None if second is None else scoring.values(rollouts, second, run.session)
     principles = run.base.tokenizer.encode(run.prompts.principles.text, add_special_tokens=False)
-    heated = run.config.sampling.temperature not in (0, 1)  # what the sampler says of its tokens is of that
+    # what the sampler says of its tokens is of its temperature, and a server may say it of whatever
+    apart = run.config.sampling.temperature not in (0, 1) or run.config.sampling.server is not None
     run.session.progress.phase("log-probabilities", len(rollouts))
     for first in range(0, len(rollouts), size):
         run.session.stop.check()
         some = rollouts[first : first + size]
         plain = _packed(run, some, [range(samples)] * len(some), run.config.sampling.max_new_tokens)
         policy = sampler_logprobs(some, np.tile(np.arange(samples), (len(some), 1)), plain)
-        if heated or np.isnan(policy[plain.response_mask]).any():  # a server may say nothing
+        if apart or np.isnan(policy[plain.response_mask]).any():  # of an earlier version
             asked = left_padded(prompts[first : first + size], run.config.sampling.bucket)
             policy = run.backend.logprobs(plain._replace(prompt=asked[0], prompt_mask=asked[1])).logprobs
         base = run.backend.logprobs(plain, base=True).logprobs
-        start = run.backend.logprobs(plain, reference=True).logprobs if moved else base
+        start = run.backend.logprobs(plain, reference=True).logprobs if _moved(run.config) else base
         policy, base, start = (np.where(plain.response_mask, x, 0.0).astype(np.float64) for x in (policy, base, start))
         kl = losses.kl_estimate(policy, start, kind="k3").sum(-1)
         references = _references(run, run.data.heldout[first : first + size], some)

@@ -85,10 +85,11 @@ def _said(workdir: Path, tree: Mapping[str, Any], defaults: Mapping[str, Any]) -
     from ple_jax.models.weights import gguf_file  # here: it imports transformers, for which no other mode should wait
 
     config, plain = flatten(tree), flatten(json.loads(json.dumps(dict(defaults))))
-    algorithm = algorithms.load(config["algorithm"])
+    algorithm, sets = algorithms.load(config["algorithm"]), ", ".join(tree["task"].get("sets", {}))
     unserved = (config[f"lora.{key}"] for key in ("dora", "rank_pattern", "alpha_pattern"))
     return {
         "config": config,
+        "queries": {which: sets or config[f"task.{which}"] for which in ("train", "heldout")},
         "about": _sentence(algorithm.about),
         "guided": isinstance(algorithm, Algorithm) and _guided(algorithm, tree),
         "settings": {k: v for k, v in chosen(config, plain).items() if not k.startswith("export.")},
@@ -135,7 +136,7 @@ def _metrics(workdir: Path, iteration: int, point: Mapping[str, Any] | None) -> 
     Each row has the metric in words, and its two values.
     """
     path = workdir / "metrics.jsonl"
-    lines = read_jsonl(path) if path.exists() else []
+    lines = read_jsonl(path, torn=True) if path.exists() else []  # of a run that goes on, or was killed
     rows = []
     for key, name, words in _METRICS:
         known = [line[key] for line in lines if line.get(key) is not None and line["iteration"] <= iteration]

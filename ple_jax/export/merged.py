@@ -186,7 +186,8 @@ def _write_shards(tensors: Iterable[tuple[str, np.ndarray]], folder: Path, limit
 def _write_description(loaded: Loaded, folder: Path, dtype: str, stored: np.dtype, head: str | None) -> None:
     """Writes config.json, generation_config.json and the tokenizer.
 
-    The latter two are the source's own files where the source is a folder that has them.
+    The latter two are the source's own files where the source is a folder that has them, and the first of them has all
+    tokens that end a response.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 

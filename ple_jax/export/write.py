@@ -12,7 +12,6 @@ from ple_jax.models.adapters import write_peft
 from ple_jax.training import points
 from ple_jax.training.run import Run
 from ple_jax.training.state import State
-from ple_jax.training.workdir import summary as finished
 
 HEAD = "score"  # what transformers calls a classifier's head
 
@@ -42,13 +41,16 @@ def write_adapter(run: Run[Any], state: State, summary: Mapping[str, Any]) -> Pa
     return folder
 
 
-def write_merged(config: Any, workdir: Path, backend: str, state: State, repo: str | None, *, head: bool) -> Path:
+def write_merged(
+    config: Any, workdir: Path, backend: str, state: State, summary: Mapping[str, Any], repo: str | None, *, head: bool
+) -> Path:
     """Writes the base with the exported adapter merged, for transformers, and returns the folder.
 
     That is WORKDIR/merged, or with a head WORKDIR/reward_model.
 
     Args:
         state: the state of the run that the adapter is of.
+        summary: the contents of the run's summary.json; empty if it is not finished.
         repo: hub id that the folder will have, if any.
 
     Raises:
@@ -57,7 +59,6 @@ def write_merged(config: Any, workdir: Path, backend: str, state: State, repo: s
     from ple_jax.export import merged as weights  # numpy alone, whatever the backend
 
     loaded = backends.load(backend).load(config)
-    summary = finished(workdir)
     return weights.merged(
         loaded,
         workdir / "adapter",

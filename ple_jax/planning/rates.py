@@ -55,7 +55,7 @@ def measured(
     if not ran:
         return None
     kept = ran[1:] or ran
-    scoring = sum(line["seconds_score"] for line in ran)
+    scoring = sum(line.get("seconds_score", 0.0) for line in lines)
     generate, train = (
         statistics.median(line[f"{name}_tokens_per_second"] for line in kept) for name in ("generate", "train")
     )

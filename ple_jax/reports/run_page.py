@@ -1,6 +1,7 @@
 """The report of a run: one self-contained HTML file, made only from the files of its work directory."""
 
 import importlib
+import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -103,7 +104,9 @@ def html(workdir: Path) -> str:
     evaluations = sorted((workdir / "evaluations").glob("iter_????.jsonl"))
     rollouts = sorted((workdir / "rollouts").glob("iter_????.jsonl"))
     sets = ", ".join(dict.fromkeys(key.split(".")[2] for key in config if key.startswith("task.sets.")))
-    about = [config.get("model.path"), sets or config.get("task.train"), config.get("reward.name"), config.get("principles")]
+    about = [config.get("model.path"), sets or config.get("task.train")]
+    if "steps" not in summary:  # an offline algorithm reads neither
+        about += [config.get("reward.name"), config.get("principles")]
     tax, tax_of = harness.newest(workdir, best)
     return pages.render(
         "run.html",
@@ -123,7 +126,7 @@ def html(workdir: Path) -> str:
         metrics=metrics,
         keys=list(dict.fromkeys(key for line in metrics for key in line if key != "iteration")),
         best=best,
-        samples=_samples(evaluations, best and workdir / best["responses"]),
+        samples=_samples(evaluations, best and workdir / best["responses"], best),
         pairs=_pairs(_rollouts(rollouts[-1])) if rollouts else {},
         shown=PAIRS,
         responses=RESPONSES,
@@ -231,13 +234,15 @@ def _mark(panel: Panel, key: str, i: int, kinds: Sequence[str]) -> Mark:
 
 def _bands(said: Mapping[Mark, Mapping[int, str]], across: Scale) -> list[Band]:
     """Lays out a band for each iteration, with the values of every series there."""
-    step = across.at(1) - across.at(0)
+    there = sorted({iteration for values in said.values() for iteration in values})
+    between = min((b - a for a, b in itertools.pairwise(there)), default=1)  # steps of an offline algorithm
+    step = across.at(between) - across.at(0)
     return [
         drawing.band(
             f"iteration {iteration}", across.at(iteration), step, FRAME,
             [(mark, values[iteration]) for mark, values in said.items() if iteration in values],
         )
-        for iteration in sorted({iteration for values in said.values() for iteration in values})
+        for iteration in there
     ]  # fmt: skip
 
 
@@ -250,7 +255,7 @@ def _rollouts(path: Path) -> list[dict[str, Any]]:
     return [{**line, "prompt": text(line["prompt"])} for line in read_jsonl(path)]
 
 
-def _samples(evaluations: list[Path], best: Path | None) -> dict[str, Any]:
+def _samples(evaluations: list[Path], best: Path | None, point: Mapping[str, Any] | None) -> dict[str, Any]:
     """Reads the first held-out queries in file order, each with its first response before training and after it.
 
     The latter is of the best evaluation or, if there is none, of the last one.
@@ -264,7 +269,9 @@ def _samples(evaluations: list[Path], best: Path | None) -> dict[str, Any]:
         for line in before
         if line["query_id"] in after
     ]
-    return {"rows": rows[:SAMPLES], "total": len(rows), "iteration": int(last.stem.split("_")[1])}
+    within = last == best and point is not None and point["within"]
+    where = f"step {point['step']}" if within and point is not None else f"iteration {int(last.stem.split('_')[1])}"
+    return {"rows": rows[:SAMPLES], "total": len(rows), "where": where}
 
 
 def roles(rollout: Mapping[str, Any]) -> list[str]:

@@ -118,16 +118,16 @@ def fenced_block(text: str, languages: Sequence[str], *, or_none: bool = False) 
         or_none: whether a block that names no language is as good as one that names one of these.
     """
     blocks: list[tuple[str, list[str]]] = []
-    fence = ""
-    for line in text.splitlines():
+    fence, indent = "", 0
+    for line in re.split(r"\r?\n", text):
         mark = _FENCE.match(line)
         if not fence and mark:
-            fence = mark[1]
+            fence, indent = mark[1], mark.start(1)
             blocks.append((mark[2].strip().casefold(), []))
         elif fence and mark and mark[1].startswith(fence) and not mark[2].strip():
             fence = ""
         elif fence:
-            blocks[-1][1].append(line)
+            blocks[-1][1].append(line[min(indent, len(line) - len(line.lstrip(" \t"))) :])  # as in a list's item
     languages = (*languages, "") if or_none else languages
     named = [lines for language, lines in blocks if language.split(" ")[0] in languages]
     found = named or [lines for language, lines in blocks if not language]

@@ -27,7 +27,7 @@ from ple_jax.core.errors import UserError
 from ple_jax.core.types import Reward
 from ple_jax.rewards import WHERE, accepted, fenced_block
 
-VERSION = "1"  # another one with every change of the values
+VERSION = "2"  # another one with every change of the values
 _CHILD = Path(__file__).with_name("_child.py")
 _START = 10.0  # seconds more than the code has, for Python to start in
 _READ = 1 << 20  # bytes of what a child says

@@ -12,9 +12,10 @@ from ple_jax.core.answers import digest
 from ple_jax.core.errors import UserError, suggestion
 from ple_jax.core.rules import is_number
 from ple_jax.core.types import Reward
+from ple_jax.formulas import texts
 from ple_jax.rewards import WHERE
 
-VERSION = "1"  # another one with every change of the values
+VERSION = "2"  # another one with every change of the values
 _HOW = ("sum", "min")
 _KEYS = ("name", "weight", "kwargs", "veto_below")
 _PENALTY = "length_penalty"
@@ -88,7 +89,7 @@ def _penalty(each: float) -> dict[str, Reward]:
         raise UserError(f"{WHERE} {_PENALTY} = {each}: give a number of at least 0")
     cost = Reward(
         _PENALTY,
-        lambda prompts, responses: [-each * len(response.split()) for response in responses],
+        lambda prompts, responses: [-each * texts.word_count(response) for response in responses],
         version=f"{VERSION} {each!r}",
         scale=(-math.inf, 0.0),
     )

@@ -12,7 +12,7 @@ from ple_jax.core.extras import need
 from ple_jax.core.types import Reward
 from ple_jax.rewards import WHERE, fenced_block
 
-VERSION = "1"  # another one with every change of the values
+VERSION = "2"  # another one with every change of the values
 
 
 def make(schema: str | Mapping[str, Any] | None = None, *, column: str | None = None, fenced: bool = True) -> Reward:

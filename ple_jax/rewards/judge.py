@@ -1,6 +1,5 @@
 """A reward from a language model as judge, on any server with OpenAI's chat completions (vLLM, SGLang, llama.cpp)."""
 
-import contextlib
 import json
 import math
 import os
@@ -130,12 +129,14 @@ def grade(text: Any, lowest: float, highest: float) -> float:
     if not isinstance(text, str):
         raise ValueError(f"the judge gave no text: {text!r}")
     number: Any = None
-    with contextlib.suppress(ValueError, TypeError, KeyError):
+    pattern = rf'score["*\s]*[:=]["*\s]*(-?\d+(?:\.\d+)?)(?:\s*/\s*{highest:g})?(?!\.?\w|\s*[/%])'
+    try:
         number = json.loads(re.sub(r"\A```(?:json)?|```\Z", "", text.strip()))["score"]
-    if number is None or isinstance(number, str):  # a text is read as the regular expression reads it
-        pattern = rf'score["*\s]*[:=]["*\s]*(-?\d+(?:\.\d+)?)(?:\s*/\s*{highest:g})?(?!\.?\w|\s*[/%])'
-        if found := re.findall(pattern, text, re.IGNORECASE):
-            number = float(found[-1])
+        said = f"score: {number}" if isinstance(number, str) else ""  # of {"score": "7"} that alone is read
+    except (ValueError, TypeError, KeyError):
+        said = text
+    if found := re.findall(pattern, said, re.IGNORECASE):
+        number = float(found[-1])
     if not isinstance(number, int | float) or isinstance(number, bool) or not lowest <= number <= highest:
         raise ValueError(f"the judge gave no score from {lowest:g} to {highest:g}: {text[-100:]!r}")
     return float(number)

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 
 from ple_jax.core.errors import UserError
 from ple_jax.core.types import Reward
+from ple_jax.formulas import texts
 from ple_jax.rewards import WHERE
 
-VERSION = "1"  # another one with every change of the values
+VERSION = "2"  # another one with every change of the values
 
 
 def make(*, target: int | None = None, limit: int | None = None) -> Reward:
@@ -27,7 +28,7 @@ def make(*, target: int | None = None, limit: int | None = None) -> Reward:
         raise UserError(f"{WHERE} {name} = {words}: give at least 1 word")
 
     def reward(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-        beyond = [len(response.split()) - words for response in responses]
+        beyond = [texts.word_count(response) - words for response in responses]
         return [-(abs(n) if name == "target" else max(n, 0)) / words for n in beyond]
 
     return Reward("length", reward, version=f"{VERSION} {name} {words}", scale=(-math.inf, 0.0))

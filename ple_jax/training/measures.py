@@ -26,6 +26,7 @@ from ple_jax.training.scoring import net_rewards, sorted_out
 from ple_jax.training.sinks import show_samples
 from ple_jax.training.state import State, logged, spent
 from ple_jax.training.steps import diagnose
+from ple_jax.training.workdir import was_its_end
 
 _SHOWN = 8  # held-out queries of which an experiment tracker shows the response
 _LEAK = 0.1  # share of trigrams above which principles are said to leak
@@ -174,9 +175,8 @@ def log_iteration(run: Run[Algorithm], state: State) -> State:
     """Evaluates if that is due, and writes the metrics line of the iteration that `state` stands at. Returns the state."""
     iteration, config = state.iteration, run.config
     values = {**state.metrics, **state.costs.totals()}
-    # of a run that was made longer the former end was evaluated too, and may be the best there is
-    known = evaluation(run.session.workdir, iteration).path.exists()
-    if iteration % config.eval.every == 0 or iteration == config.iterations or known:
+    due = iteration % config.eval.every == 0 or iteration == config.iterations
+    if due or was_its_end(run.session.workdir, iteration):  # the best there is may be that end's
         started = time.perf_counter()
         rollouts = evaluate(run, iteration)
         values |= heldout_metrics(run, rollouts, moved=state.step > 0)

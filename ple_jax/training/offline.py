@@ -54,6 +54,7 @@ def train(run: Run[OfflineAlgorithm]) -> State:
         for some in run.algorithm.batches(trained, config.optimizer.batch_queries, seed=config.seed, epoch=epoch)
     ]
     state = begin(run)._replace(examples={"train": len(trained), "heldout": len(heldout)})
+    session.progress.iteration(-(-state.iteration // every))
     state = log(run, state, heldout)
     while state.iteration < len(batches):
         end = min((state.iteration // every + 1) * every, len(batches))  # the former end of a longer run is no multiple

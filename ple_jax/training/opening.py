@@ -205,17 +205,19 @@ def check_length(inputs: Inputs, found: Mapping[str, Any], done: int) -> None:
 
 
 @contextlib.contextmanager
-def open_run(workdir: Path, backend: str, inputs: Inputs, kept: Mapping[str, Any] | None = None) -> Iterator[Run[Any]]:
+def open_run(
+    workdir: Path, backend: str, inputs: Inputs, kept: Mapping[str, Any] | None = None, *, tracked: bool = False
+) -> Iterator[Run[Any]]:
     """Yields a run with everything it needs, cheap checks first. From here on the directory belongs to this config.
 
     Args:
         kept: the contents for config.json (`workdir.going_on`); they need not be given for a new directory.
+        tracked: whether metrics go to all of config.sinks, as they do in training; else metrics.jsonl is the only sink.
     """
     config, algorithm = begun(inputs.config, workdir, backend), inputs.algorithm
     with Stop() as stop, Progress(_iterations(inputs)) as progress, contextlib.ExitStack() as stack:
         loss = algorithm.make_loss(config)
-        names = ("jsonl", *(name for name in config.sinks if name != "jsonl"))  # metrics.jsonl is part of the contract
-        sinks.check(names)
+        sinks.check(names := ("jsonl", *(name for name in config.sinks * tracked if name != "jsonl")))
         progress.phase("load", 1)
         module = backends.load(backend)
         loaded = module.load(config)
@@ -237,12 +239,11 @@ def open_run(workdir: Path, backend: str, inputs: Inputs, kept: Mapping[str, Any
         kept = kept or identity.run_keys(config, backend, inputs.digests)
         files.write_json(workdir / "config.json", kept, sealed=True)
         cache = stack.enter_context(Cache(workdir / "rewards.sqlite"))
-        outputs = sinks.make(names, workdir, redacted(config.to_dict()))
+        outputs = stack.enter_context(sinks.opened(names, workdir, redacted(config.to_dict())))
         session = Session(workdir, outputs, config.checkpoint.keep, cache, progress, stop, Clock())
         prompts = prompting.Prompts(config, base.tokenizer, inputs.principles, base.eos, base.context)
-        run: Run[Any] = Run(
-            config, base, built, algorithm, loss, inputs.data, prompts, inputs.reward, session, inputs.second
-        )
+        given = inputs.data, prompts, inputs.reward, session, inputs.second
+        run: Run[Any] = Run(config, base, built, algorithm, loss, *given)
         yield fitted(run) if isinstance(algorithm, Algorithm) and not inputs.bare else run
 
 

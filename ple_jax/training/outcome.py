@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ple_jax.core.rules import is_number
+
 _ALIKE = 0.5  # of the start's Distinct-2, below which responses are said to repeat one another
 
 
@@ -18,6 +20,8 @@ def of_two_rewards(kept: Mapping[str, Any]) -> Iterator[str]:
                 f"warning: after iteration {change['after']} the reward is another version than before (--accept=reward):"
                 " rewards before and after need not be of one scale, the gain over the start included"
             )
+        elif "eval.second_kwargs" in change:
+            yield f"warning: after iteration {change['after']} the second reward has other options than before"
 
 
 def reached(summary: Mapping[str, Any]) -> str:
@@ -25,7 +29,11 @@ def reached(summary: Mapping[str, Any]) -> str:
 
     For a reward model it is the accuracy on held-out pairs.
     """
-    if "heldout_accuracy" in summary:
+    if "heldout_reward_after" not in summary and "heldout_accuracy_ci95" not in summary:  # of an algorithm of one's own
+        numbers = {key: value for key, value in summary.items() if key.startswith("heldout_") and is_number(value)}
+        said = ", ".join(f"{key.removeprefix('heldout_').replace('_', ' ')} {value:.4g}" for key, value in numbers.items())
+        return f"held-out {said}" if said else "trained"
+    if "heldout_accuracy_ci95" in summary:
         low, high = summary["heldout_accuracy_ci95"]
         return (
             f"held-out accuracy {summary['heldout_accuracy']:.3f} (95% interval {low:.3f} to {high:.3f}), calibration error"

@@ -77,7 +77,7 @@ def divergences(run: Run[Any], rollouts: Sequence[Rollout], *, moved: bool = Tru
 
     It is the sum over the tokens of r - 1 - log r with r = reference / policy. Each token's estimate is unbiased, given the
     tokens before it, and so is the sum (Schulman, "Approximating KL divergence", 2020). The policy's log-probabilities are
-    those that the tokens were drawn with; if a server does not give them they are computed.
+    those that the tokens were drawn with. Where a server samples they are computed: its own may be of another temperature.
 
     Args:
         rollouts: responses of the current policy, the same number for each query.
@@ -94,7 +94,7 @@ def divergences(run: Run[Any], rollouts: Sequence[Rollout], *, moved: bool = Tru
         some, own = rollouts[start : start + size], picks[start : start + size]
         batch = pack(some, own, **shape)
         policy = sampler_logprobs(some, np.array(own), batch)
-        if np.isnan(policy[batch.response_mask]).any():  # a server may say nothing
+        if config.sampling.server is not None or np.isnan(policy[batch.response_mask]).any():  # of an earlier version too
             policy = run.backend.logprobs(batch, temperature=heat).logprobs
         reference = run.backend.logprobs(batch, reference=True, temperature=heat).logprobs if moved else policy
         policy, reference = (np.where(batch.response_mask, x, 0.0).astype(np.float64) for x in (policy, reference))
@@ -202,9 +202,14 @@ def noted(run: Run[Any], state: State, new: Point) -> State:
     state = state._replace(points=(*state.points, new._asdict()))
     points = of(state)
     for name, budget in budgets(run.config).items():
-        kept = commits.steps(run.session.workdir / BEST / name)  # by a process that was killed after it
-        if best(points, run.config.eval.best, budget) == new and kept != [state.step]:
-            state = commit_best(state, run.backend, run.session, name)
+        folder = run.session.workdir / BEST / name
+        kept = commits.steps(folder)
+        # an iteration that is not finished may go another way yet: until then what was the best before it stays
+        keep = len(kept) + 1 if new.within else 1
+        if best(points, run.config.eval.best, budget) == new and kept[-1:] != [state.step]:  # not by one that was killed
+            state = commit_best(state, run.backend, run.session, name, keep=keep)
+        elif not new.within:
+            commits.prune(folder, keep=1)
     return state
 
 

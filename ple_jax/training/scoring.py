@@ -98,6 +98,12 @@ def quarantine(rollouts: Sequence[Rollout], name: str, reward: Reward, session: 
     return good
 
 
+def unlabelled(rollouts: Sequence[Rollout]) -> list[Rollout]:
+    """Returns the rollouts without what a `label` fills in, as they are before the first one."""
+    bare = [r._replace(responses=tuple(x._replace(weight=math.nan) for x in r.responses)) for r in rollouts]
+    return [rollout._replace(tau=math.nan, margin=math.nan, decision="") for rollout in bare]
+
+
 def transformed(rollouts: Sequence[Rollout], options: Any) -> list[Rollout]:
     """Fills in the scores: the rewards less their length penalties, transformed with statistics of all of them.
 

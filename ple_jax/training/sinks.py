@@ -13,7 +13,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,19 @@ def make(names: Sequence[str], workdir: Path, config: dict[str, Any]) -> list[Si
     return [_SINKS[name](workdir, config) for name in names]
 
 
+@contextmanager
+def opened(names: Sequence[str], workdir: Path, config: dict[str, Any]) -> Iterator[list[Sink]]:
+    """Opens the named sinks as `make` does, and tells trackers where the run has ended well.
+
+    Of a run that is stopped they hear nothing: some go on only with what has not ended.
+    """
+    sinks = make(names, workdir, config)
+    yield sinks
+    for sink in sinks:
+        if isinstance(sink, Tracker):
+            sink.close()
+
+
 def check(names: Sequence[str]) -> None:
     """Raises a UserError for an unknown name, or a package that is not installed. It opens nothing."""
     for name in names:
@@ -64,8 +78,8 @@ _PROJECT, _TABLE = "ple_jax", "heldout_samples"  # what it is called there
 class Tracker:
     """The sink of an experiment tracker, which can show tables too."""
 
-    def __init__(self, log: Sink, table: Callable[[list[Mapping[str, Any]], int], None]):
-        self._log, self._table = log, table
+    def __init__(self, log: Sink, table: Callable[[list[Mapping[str, Any]], int], None], close: Callable[[], object]):
+        self._log, self._table, self.close = log, table, close
 
     def __call__(self, metrics: dict[str, float], step: int) -> None:
         self._log(_finite(metrics), step)
@@ -125,7 +139,7 @@ def _wandb(workdir: Path, config: dict[str, Any]) -> Sink:
         columns = list(rows[0])
         run.log({_TABLE: wandb.Table(columns=columns, data=[[row[c] for c in columns] for row in rows])}, step=step)
 
-    return Tracker(lambda metrics, step: run.log(metrics, step=step), table)
+    return Tracker(lambda metrics, step: run.log(metrics, step=step), table, run.finish)
 
 
 def _mlflow(workdir: Path, config: dict[str, Any]) -> Sink:
@@ -144,7 +158,11 @@ def _mlflow(workdir: Path, config: dict[str, Any]) -> Sink:
         known = mlflow.search_runs(filter_string=f"run_name LIKE '%-{_digest(workdir)}'", output_format="list")
         run_id = known[0].info.run_id if known else None
         run_id = mlflow.start_run(run_id, run_name=f"{workdir.name}-{_digest(workdir)}").info.run_id
-    mlflow.log_params(flatten(config, whole=()))
+    # what was recorded once cannot change: a run may go on with more iterations, on another mesh ...
+    now, known = flatten(config, whole=()), mlflow.get_run(run_id).data.params
+    mlflow.log_params({key: value for key, value in now.items() if key not in known})
+    if changed := {key: str(now[key]) for key in known if key in now and known[key] != str(now[key])[: len(known[key])]}:
+        mlflow.set_tags({f"changed.{key}": value for key, value in changed.items()})
 
     def table(rows: list[Mapping[str, Any]], step: int) -> None:
         file = f"{_TABLE}/iteration_{step:04d}.json"
@@ -153,7 +171,7 @@ def _mlflow(workdir: Path, config: dict[str, Any]) -> Sink:
             columns = {key: [row[key] for row in rows] for key in rows[0]}
             mlflow.log_table(columns, artifact_file=file, run_id=run_id)
 
-    return Tracker(lambda metrics, step: mlflow.log_metrics(metrics, step=step, run_id=run_id), table)
+    return Tracker(lambda metrics, step: mlflow.log_metrics(metrics, step=step, run_id=run_id), table, mlflow.end_run)
 
 
 def _trackio(workdir: Path, config: dict[str, Any]) -> Sink:
@@ -166,7 +184,7 @@ def _trackio(workdir: Path, config: dict[str, Any]) -> Sink:
         frame = _package("pandas", "pandas").DataFrame(rows)  # which trackio brings along
         run.log({_TABLE: trackio.Table(dataframe=frame)}, step=step)
 
-    return Tracker(lambda metrics, step: run.log(metrics, step=step), table)
+    return Tracker(lambda metrics, step: run.log(metrics, step=step), table, run.finish)
 
 
 def _digest(workdir: Path) -> str:

@@ -84,9 +84,12 @@ def commit_warm_up(state: State, backend: Backend, session: Session) -> State:
     return _save(state, backend, session, WARM_UP, state.warm_up, keep=1)
 
 
-def commit_best(state: State, backend: Backend, session: Session, name: str) -> State:
-    """Commits the current weights as the best under a budget, in the folder `name` of `best/`, beside the run's newest."""
-    return _save(state, backend, session, f"{BEST}/{name}", state.step, keep=1)
+def commit_best(state: State, backend: Backend, session: Session, name: str, *, keep: int) -> State:
+    """Commits the current weights as the best under a budget, in the folder `name` of `best/`, beside the run's newest.
+
+    The newest `keep` of that folder stay.
+    """
+    return _save(state, backend, session, f"{BEST}/{name}", state.step, keep=keep)
 
 
 def _save(state: State, backend: Backend, session: Session, folder: str, number: int, *, keep: int) -> State:

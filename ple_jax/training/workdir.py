@@ -160,6 +160,12 @@ def algorithm_changed(workdir: Path, iteration: int) -> bool:
     return any(change["after"] == iteration and "inputs.algorithm" in change for change in changed)
 
 
+def was_its_end(workdir: Path, iteration: int) -> bool:
+    """Says whether a run that was made longer ended at this iteration before, and so was evaluated there."""
+    changed = (recorded(workdir) or {}).get("changed", [])
+    return any(change["after"] == iteration == change.get("iterations", [None])[0] for change in changed)
+
+
 def _compared(workdir: Path, wanted: Mapping[str, Any], accept: Sequence[str]) -> tuple[dict[str, Any] | None, list[str]]:
     """Reads config.json of a directory with work in it, and finds the keys that differ from those wanted.
 

@@ -42,6 +42,8 @@ torchrun=$(command -v torchrun || echo "$root/.venv/bin/torchrun")
 config=(--config "$root/configs/ascend_hh_llama3_8b.py")
 for argument in "$@"; do
     [[ $argument =~ ^--?config(=|$) ]] && config=()
+    # these take the config from the run
+    [[ $argument =~ ^(--?mode=)?(evaluate|generate|harness|replay|export|chat)$ ]] && config=()
 done
 
 nodes=${NNODES:-1}

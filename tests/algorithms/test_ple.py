@@ -310,6 +310,8 @@ def test_what_would_be_learned_is_chosen_by_the_scores_that_training_chooses_by(
     (labelled,) = ple.label([given._replace(responses=tuple(scored))], Context(config, 0, TAU))
     assert labelled.margin == pytest.approx(0.76) and labelled.decision == "ranked"
     assert ple.learned(labelled, config) == [labelled.responses[0], labelled.responses[2]]
+    more = [r._replace(score=math.nan) for r in (rewarded[0], rewarded[0], *rewarded)]  # an evaluation of three samples
+    assert ple.learned(given._replace(responses=tuple(more)), config) == [more[0], more[3]]
     unscored = given._replace(responses=tuple(r._replace(score=math.nan) for r in rewarded))  # as held-out queries are
     assert ple.learned(unscored, config) == [unscored.responses[0], unscored.responses[1]]
 

@@ -270,6 +270,9 @@ def test_it_learns_and_reports(trained):
     assert lines[-1]["train_loss"] < lines[1]["train_loss"]
     page = (workdir / "report.html").read_text()
     assert "Pair accuracy" in page and "Calibration" in page
+    assert "vader" not in page.partition("</header>")[0].partition("<h1")[2]  # a reward that it does not read
+    for folder in ("adapter", "reward_model"):
+        assert "Accuracy on 12 held-out pairs" in (workdir / folder / "README.md").read_text(), folder
 
 
 def conversations(path: str) -> list[tuple[Conversation, str, str]]:

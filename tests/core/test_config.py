@@ -203,6 +203,10 @@ def test_sizes_that_do_not_fit(changes, message):
         ({"task__thinking": True}, "thinking is True, which is not read without config.task.chat"),
         ({"sampling__server_key_env": "KEY"}, "'KEY', which is not read without config.sampling.server"),
         ({"sampling__server_sleep": True}, "True, which is not read without config.sampling.server"),
+        (
+            {"sampling__server": "http://x", "sampling__importance_cap": 2.0, "sampling__temperature": 0.7},
+            "server are of temperature 1, and every weight would be wrong; set config.sampling.temperature=1, or the cap 0",
+        ),
         ({"sampling__fold_adapter": True, "model__quantize": "nf4"}, "quantize 'nf4': the adapter is folded into .*=none"),
         ({"sampling__fold_adapter": True, "sampling__server": "http://h:1"}, "folded into weights of this process .*=None"),
         ({"generate__second_kwargs": {"k": 1}}, "is not read without config.generate.second_reward"),

@@ -64,7 +64,8 @@ def test_what_is_of_this_format_stays_as_it_is():
     [
         ("remote", {"timeout": 3, "batch": 2, "headers": {"X": "KEY"}, "concurrency": 1}, {"labels": "answer"}),
         ("model", {"rows": 4, "device": "cpu"}, {"label": 1}),
-        ("mine.py:reward", {"timeout": 3, "api_key_env": "KEY"}, {"batch": 2}),  # what it means there nobody knows
+        ("mine.py:reward", {"timeout": 3, "headers": {"Key": "x"}}, {"batch": 2}),  # what it means there nobody knows
+        ("code", {"concurrency": 3}, {"timeout": 3}),  # in time, or not passed
         ("my.module:reward", {"retries": 1}, {"rows": [1]}),
         (
             "combine",
@@ -93,7 +94,8 @@ def test_options_that_say_how_a_reward_is_computed_make_no_other_run(part, name,
 
 
 def test_headers_of_a_function_of_ones_own_are_not_written_down():
-    own = kept({"reward.name": "mine.py:reward", "reward.kwargs": {"headers": {"Key": "secret"}, "scale": 2}})
-    assert own["reward.kwargs"] == {"scale": 2}
+    options = {"headers": {"Key": "secret"}, "scale": 2, "client": {"headers": {"Key": "secret"}, "port": 3}}
+    own = kept({"reward.name": "mine.py:reward", "reward.kwargs": options})
+    assert own["reward.kwargs"] == {"scale": 2, "client": {"port": 3}}
     ours = kept({"reward.name": "remote", "reward.kwargs": {"url": "http://x", "headers": {"Key": "VARIABLE"}}})
     assert ours["reward.kwargs"] == {"url": "http://x", "headers": {"Key": "VARIABLE"}}

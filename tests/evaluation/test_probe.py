@@ -262,6 +262,9 @@ def test_thresholds():
     curve = {round(row["tau"], 6): row for row in found["curve"]}
     assert curve[0.0] == {"tau": 0.0, "ranked": 0.5, "by_chance": 0.25}  # of 0-1, 1-0, 0-0, 0-0 one is above
     assert found["curve"][-1]["ranked"] <= found["curve"][0]["ranked"]
+    either = probe.threshold([pair(1.0, 0.0, 0.5, 1.0), pair(0.0, 0.0, 2.0, -1.0)], 2, tau_0=0.4, either=True)
+    assert either["ranked"] == 0.75 and either["curve"][0] == {"tau": 0.0, "ranked": 0.75, "by_chance": 0.5}
+    assert either["suggested"] == 0.25 and either["negative"] == 0.25
     lost = probe.threshold([pair(1.0, 1.0, 0.0, 0.0)], 2, tau_0=math.inf)
     assert lost["suggested"] is None and lost["curve"][0]["by_chance"] == 0 and lost["ranked"] == 0
     # a policy that does not read its prompt ranks as many pairs as chance does, though its noise is the same

@@ -593,7 +593,7 @@ RAN = {
     "dpo": ("DPO", "Direct preference optimisation ([arXiv:2305.18290](https://arxiv.org/abs/2305.18290))", False),
     "grpo": ("GRPO", "GRPO ([arXiv:2402.03300](https://arxiv.org/abs/2402.03300)) and its relatives", False),
     "rloo": ("RLOO", "with a leave-one-out baseline ([arXiv:2402.14740](https://arxiv.org/abs/2402.14740))", False),
-    "raft": ("RAFT", "of `raft.samples` responses the best by reward is imitated", False),
+    "raft": ("RAFT", "of `raft.samples` responses the best is imitated", False),
     "sft": ("SFT", "Supervised fine-tuning on the records' own answers", False),
     "context_distillation": ("context distillation", "fine-tuning on the principled response", True),
     "self_distillation": ("self distillation", "the principles are the teacher's privileged context", True),
@@ -659,6 +659,26 @@ def test_card_of_a_reward_model(tmp_path):
         ):  # fmt: skip
             assert part in text, part
         assert "PLE" not in text and "\n\n\n" not in text
+
+
+def test_card_of_a_mixture_names_its_sets(tmp_path):
+    sets = {"tickets": {"train": "a.jsonl", "heldout": "b.jsonl"}, "questions": {"train": "c.jsonl", "heldout": "d.jsonl"}}
+    text = a_card(tmp_path / "run", summary=SUMMARY, task__sets=sets)
+    assert "| training queries | `questions, tickets`, " in text
+    assert "| held-out queries | `questions, tickets` |" in text
+
+
+def test_card_of_a_run_whose_last_line_is_torn(tmp_path):
+    a_card(tmp_path / "run")
+    lines = [json.dumps({"iteration": i, "heldout_reward": 0.1 * i}) for i in range(4)]
+    made = tmp_path / "run" / "metrics.jsonl"
+    made.write_text("\n".join(lines)[:-9])
+    tree = json.loads((tmp_path / "run" / "config.json").read_text())
+    text = card.render(
+        tmp_path / "run", library="peft", base_model="some/base", iteration=2, summary={}, defaults=tree, repo=None,
+        head=False, point=None,
+    )  # fmt: skip
+    assert "| held-out reward (mean) | 0 | 0.2 |" in text
 
 
 def test_card_says_that_a_gguf_file_was_dequantised(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -179,6 +180,18 @@ def test_samples_are_the_first_in_file_order_before_and_after(workdir):
     notes = " ".join(" ".join(seen.inside("note")).split())
     assert "The first 10 of 14 held-out queries in file order, the first response to each: not selected." in notes
     assert "After is iteration 2." in notes
+    within = workdir / "evaluations" / "step_000003"
+    within.mkdir()
+    shutil.copy(workdir / "evaluations" / "iter_0002.jsonl", within / "iter_0001.jsonl")
+    kept = json.loads((workdir / "summary.json").read_text())
+    best = evaluated(iteration=1, step=3, within=True, gain_ci95=[0.6, 0.8], gain_by_length=0.05,
+                     responses="evaluations/step_000003/iter_0001.jsonl")  # fmt: skip
+    (workdir / "summary.json").write_text(json.dumps(kept | {"best": {"any": best}, "points": [evaluated(), best]}))
+    try:
+        assert "After is step 3." in " ".join(" ".join(page(workdir).inside("note")).split())
+    finally:
+        (workdir / "summary.json").write_text(json.dumps(kept))
+        shutil.rmtree(within)
 
 
 def test_training_pairs_are_those_of_the_last_iteration_by_decision(workdir):
@@ -313,6 +326,12 @@ def test_points_lie_where_the_numbers_say():
     assert chart.yticks == [(bottom, "0%"), (pytest.approx((bottom * 3 + top) / 4, abs=0.1), "25%"), (middle, "50%"),
                             (pytest.approx((bottom + top * 3) / 4, abs=0.1), "75%"), (top, "100%")]  # fmt: skip
     assert [band.x for band in chart.bands] == [x0, x2, x3, x4]
+
+
+def test_of_evaluations_many_steps_apart_each_has_its_band():
+    (chart,) = run_page.charts([{"iteration": i, "ranked_share": 0.5} for i in (0, 500, 1000, 1286)])
+    assert [band.x for band in chart.bands] == [x for x, *_ in chart.lines[0].dots]
+    assert all(band.width > 50 for band in chart.bands[:3])
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=30))

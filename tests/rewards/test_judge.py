@@ -100,7 +100,7 @@ def test_versions_of_judges(serve):
         ('{"score": 7.5, "why": "score: 3 would be mean"}', 7.5),
         ('```json\n{"score": 2}\n```', 2),
         ('{"score": "7"}', 7),
-        ('{"score": "7/10", "why": "fair"}', 7),
+        ('{"score": "7/10", "why": "a score: 3 would be mean"}', 7),
         ("It is fine.\nScore: 8", 8),
         ("score: 3? No. Score: 4.5.", 4.5),
         ("**Score:** 9", 9),
@@ -118,7 +118,7 @@ def test_grades(text, expected):
     "text",
     [
         "", "7", "I would say 7 of 10", "score: 7/100", "score: 70%", "score: 7th", "score: 1e1", "score: 12",
-        '{"score": "high"}', '{"score": "11"}',
+        '{"score": "high"}', '{"score": "11"}', '{"score": "high", "why": "score: 3"}', '{"score": null, "why": "score: 3"}',
         '{"score": 11}', '{"score": 0}', '{"score": -3}', '{"score": NaN}', '{"score": null}', '{"score": true}',
         "score: 1.0.1", '{"grade": 7}',
         "score: high", "[7]", None, "score: 3 or rather score: 30",

@@ -279,13 +279,25 @@ def test_the_last_number(text, number):
     ("text", "number"),
     [
         ("It costs 1,234, I think", 1234), ("1,234,567, which", 1234567), ("-$5", -5), ("-\u20ac1,000.5", -1000.5),
-        ("1e999", None),
+        ("1e999", None), ("1e-999999999", 0), ("9" * 5000, None),
+        ("Rs.500", 500), ("so it is...42", 42), ("No.7", 7), ("$.50", 0.5), ("-.5", -0.5),
+        ("it is 3/4.", 0.75), ("-1 / 2", -0.5), ("11/30/2026", 2026), ("1/2/3", 3), ("3/0", None), ("3/4.5", 4.5),
+        ("1/" + "9" * 5000, None),
     ],
 )  # fmt: skip
 def test_the_last_number_beside_signs(text, number):
     from ple_jax.rewards.numeric import last_number
 
     assert last_number(text) == number
+
+
+def test_a_block_in_the_item_of_a_list():
+    """Its lines are indented as its fence is, and a separator of lines within a string parts nothing."""
+    item = "1. Like this:\n\n   ```python\n   def f(x):\n       return x + 1\n   ```\n"
+    assert rewards.fenced_block(item, ("python",)) == "def f(x):\n    return x + 1\n"
+    assert of("code", {}, item, tests="assert f(1) == 2") == 1.0
+    assert rewards.fenced_block('```json\n{"a": "x\u2028y"}\r\n```', ("json",)) == '{"a": "x\u2028y"}\n'
+    assert rewards.fenced_block("  ```\nless\n    more\n  ```", ("python",), or_none=True) == "less\n  more\n"
 
 
 def test_numeric():
@@ -296,6 +308,10 @@ def test_numeric():
     assert of("numeric", {"column": "n", "tolerance": 1e-6}, "0.3333333", n=1 / 3) == 1.0
     assert of("numeric", {"column": "n"}, "0.3333333", n=1 / 3) == 0.0
     assert of("numeric", {"column": "n", "tolerance": 0.1}, "110", n=[1, 100]) == 1.0
+    product = {"completion": "12345 * 98765 = 1219253925"}  # integers are the same or not, however large
+    assert [of("numeric", {}, f"It is {n}.", **product) for n in (1219253925, 1219253926)] == [1.0, 0.0]
+    assert of("numeric", {"tolerance": 1e-9}, "1219253926", **product) == 1.0
+    assert [of("numeric", {}, text, completion="1/2") for text in ("0.5", "2/4", "3/2", "2")] == [1.0, 1.0, 0.0, 0.0]
     with pytest.raises(UserError, match="tolerance = -1"):
         rewards.load("numeric", {"tolerance": -1.0})
 

@@ -155,6 +155,15 @@ def test_the_reward_model_stays_too(tmp_path):
     config.reward.name, config.reward.kwargs = "model", {"path": folder, "dtype": "bfloat16"}
     head = HIDDEN  # of one label; it has no output matrix
     assert topology.reward_bytes(config) == 2 * (VOCAB * HIDDEN + HIDDEN + 2 * LAYER + head)
+    one, named = topology.reward_bytes(config), {"name": "model", "kwargs": config.reward.kwargs.to_dict()}
+    config.reward.kwargs.device = "cpu"
+    assert topology.reward_bytes(config) == 0
+    config.eval.second_reward, config.eval.second_kwargs = "model", named["kwargs"]
+    assert topology.reward_bytes(config) == one
+    with config.ignore_type():
+        config.reward.name, config.reward.kwargs = "combine", {"parts": {"a": named, "b": {"name": "vader"}}}
+    assert topology.reward_bytes(config) == 2 * one
+    config.eval.second_reward = None
     found = count(config, "cpu:1")
     assert found.parts["reward model"] == topology.reward_bytes(config)
     assert found.phases[0][1].held == sum(found.parts.values())

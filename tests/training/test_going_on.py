@@ -245,7 +245,7 @@ def test_a_longer_timeout_of_ones_own_function_is_no_other_reward(mine, tmp_path
     assert stored.items() <= values(tmp_path / "run").items()
 
 
-def test_a_second_reward_may_be_slower_or_mended(tmp_path, mine):
+def test_a_second_reward_may_be_slower_or_mended(tmp_path, mine, capsys):
     """Training never sees it: other timeouts make no other run, and other options are vouched for as the first one's are."""
     mine.write_text(REWARD.format(value="len(r) / timeout").replace("timeout=1", "timeout=1, scale=1"))
     second = {"eval__second_reward": f"{mine}:reward"}
@@ -253,7 +253,9 @@ def test_a_second_reward_may_be_slower_or_mended(tmp_path, mine):
     train(tmp_path / "run", iterations=2, **second, eval__second_kwargs={"timeout": 60})
     with pytest.raises(UserError, match="differing in eval.second_kwargs; to go on with it .*, add --accept=reward"):
         train(tmp_path / "run", iterations=3, **second, eval__second_kwargs={"scale": 2})
+    capsys.readouterr()
     train(tmp_path / "run", "reward", iterations=3, **second, eval__second_kwargs={"scale": 2})
+    assert "warning: after iteration 2 the second reward has other options than before" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- more iterations
@@ -293,6 +295,19 @@ def test_the_former_end_of_a_longer_run_stays_one_of_its_evaluations(tmp_path):
     assert summary["points"][:3] == before["points"]
     assert [int(kept.name) for kept in best.iterdir()] == [summary["best"]["any"]["step"]]
     assert "heldout_reward" in lines(tmp_path / "run" / "metrics.jsonl")[3]
+
+
+def test_what_was_evaluated_by_hand_is_no_evaluation_of_the_run(tmp_path):
+    how = {"eval__every": 2, "checkpoint__use": "newest", "checkpoint__keep": 9}
+    train(tmp_path / "run", iterations=3, **how)
+    (tmp_path / "run" / "summary.json").unlink()
+    checkpoints = tmp_path / "run" / "checkpoints"
+    for step in ("3", "2"):  # as of a run that was stopped after its first iteration
+        shutil.rmtree(checkpoints / step)
+    assert modes.evaluate(config(iterations=3, **how), tmp_path / "run", "torch") == 0
+    assert (tmp_path / "run" / "evaluations" / "iter_0001.jsonl").exists()
+    train(tmp_path / "run", iterations=3, **how)
+    assert [point["iteration"] for point in read_json(tmp_path / "run" / "summary.json")["points"]] == [0, 2, 3]
 
 
 @pytest.mark.parametrize(

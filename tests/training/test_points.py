@@ -18,6 +18,7 @@ from ple_jax.models import peft
 from ple_jax.training import measures, outcome, points
 from ple_jax.training.journal import read
 from ple_jax.training.points import Point
+from ple_jax.training.run import Clock
 from ple_jax.training.state import State
 
 
@@ -264,6 +265,34 @@ def test_a_spent_budget_ends_the_run_and_so_does_the_same_command(tmp_path, caps
     assert "Stopped after 1 iterations" in (tmp_path / "report.html").read_text()
     train(tmp_path, **overrides)
     assert "is finished" in capsys.readouterr().out
+
+
+def test_of_an_algorithm_of_ones_own_all_measures_are_said():
+    """Of one that samples nothing, and measures what it likes."""
+    assert outcome.reached({"heldout_auc": 0.75, "heldout_pairs": 3, "steps": 2}) == "held-out auc 0.75, pairs 3"
+    assert outcome.reached({"heldout_accuracy": 0.5, "steps": 2}) == "held-out accuracy 0.5"
+    assert outcome.reached({"steps": 2}) == "trained"
+
+
+def test_what_was_the_best_before_an_iteration_stays_until_it_is_finished(tmp_path):
+    """A process may be stopped in it, and go on another way: then the weights of the best evaluation are still there."""
+    class Backend:
+        def save(self, folder, step, meta, *, keep):
+            (folder / str(step)).mkdir(parents=True)
+            commits.prune(folder, keep=keep)
+
+    class Stand:
+        config, backend = config_of(), Backend()
+        session = Session = type("Session", (), {"workdir": tmp_path, "clock": Clock(), "keep": 1})()
+
+    kept, state = tmp_path / "best" / "any", state_of(at(1, 0.3, 1.0))
+    state = points.noted(Stand, state._replace(points=()), at(1, 0.3, 1.0))
+    for step, reward in ((3, 0.4), (5, 0.5)):
+        new = at(1, reward, 1.0)._replace(step=step, within=True)
+        state = points.noted(Stand, state._replace(step=step), new)
+    assert commits.steps(kept) == [2, 3, 5]
+    state = points.noted(Stand, state._replace(iteration=2, step=6), at(2, 0.1, 1.0)._replace(step=6))
+    assert commits.steps(kept) == [5]
 
 
 def test_the_end_of_a_run_says_what_its_best_hides():

@@ -11,9 +11,12 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
+from ml_collections import FrozenConfigDict
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.compat.proto.event_pb2 import Event
 
+from configs import tiny as tiny_config
+from ple_jax import modes
 from ple_jax.core.errors import UserError
 from ple_jax.training import sinks
 
@@ -119,6 +122,7 @@ class Tracker(ModuleType):
         self.found: list = []  # runs
         self.artifacts: list = []
         self.known: object = "an experiment"
+        self.params: dict[str, str] = {}
 
     def __getattr__(self, name: str):
         def call(*args, **kwargs):
@@ -128,7 +132,8 @@ class Tracker(ModuleType):
                 return given[name]
             if name == "MlflowClient":
                 return self
-            return SimpleNamespace(log=self.log, info=SimpleNamespace(run_id="r1"))
+            data = SimpleNamespace(params=self.params)
+            return SimpleNamespace(log=self.log, finish=self.finish, info=SimpleNamespace(run_id="r1"), data=data)
 
         return call
 
@@ -164,6 +169,38 @@ def test_mlflow_goes_on_with_the_run_of_the_same_work_directory(tracker, tmp_pat
     tracker.found = [SimpleNamespace(info=SimpleNamespace(run_id="r0"))]
     sinks.make(["mlflow"], tmp_path, {})
     assert [args for name, args, _ in tracker.calls if name == "start_run"] == [(None,), ("r0",)]
+
+
+@pytest.mark.parametrize("tracker", ["mlflow"], indirect=True)
+def test_mlflow_takes_a_parameter_once(tracker, tmp_path):
+    """It refuses another value: a run that goes on with more iterations has them as tags."""
+    tracker.params = {"iterations": "5", "seed": "0"}
+    sinks.make(["mlflow"], tmp_path, {"iterations": 8, "seed": 0, "new": 1})
+    calls = {name: args for name, args, _ in tracker.calls}
+    assert calls["log_params"] == ({"new": 1},) and calls["set_tags"] == ({"changed.iterations": "8"},)
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "trackio", "mlflow"], indirect=True)
+def test_a_tracker_is_told_of_an_end_and_not_of_a_stop(tracker, tmp_path):
+    def ended():
+        return [name for name, *_ in tracker.calls].count("end_run" if tracker.__name__ == "mlflow" else "finish")
+
+    with pytest.raises(KeyboardInterrupt), sinks.opened(["jsonl", tracker.__name__], tmp_path, {}):
+        raise KeyboardInterrupt
+    assert ended() == 0
+    with sinks.opened(["jsonl", tracker.__name__], tmp_path, {}) as made:
+        assert len(made) == 2
+    assert ended() == 1
+
+
+@pytest.mark.parametrize("tracker", ["wandb"], indirect=True)
+def test_only_training_is_tracked(tracker, tmp_path):
+    config = tiny_config.get_config()
+    config.sinks, config.iterations = ("wandb",), 1
+    assert modes.train(FrozenConfigDict(config), tmp_path, "torch") == 0
+    assert [name for name, *_ in tracker.calls].count("init") == 1
+    assert modes.generate(FrozenConfigDict(config), tmp_path, "torch") == 0
+    assert [name for name, *_ in tracker.calls].count("init") == 1
 
 
 ROWS = [{"prompt": "a", "response": "b", "reward": 0.5}, {"prompt": "c", "response": "", "reward": None}]

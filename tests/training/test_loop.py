@@ -382,9 +382,10 @@ def test_nothing_is_scored_twice(tmp_path):
 
 def test_how_a_reward_is_computed_may_change(tmp_path):
     config = tiny_config.get_config()
-    config.reward.kwargs = {"letters": "abc", "timeout": 3, "parts": {"a": {"kwargs": {"retries": 2, "k": 1}}}}
-    found = identity.run_keys(config, "jax", {})["reward"]["kwargs"]
-    assert found == {"letters": "abc", "parts": {"a": {"kwargs": {"k": 1}}}}
+    part = {"name": "letters", "kwargs": {"retries": 2, "letters": "abc"}}
+    config.reward.name, config.reward.kwargs = "combine", {"parts": {"a": part}, "timeout": 3}
+    found = identity.comparable(identity.run_keys(config, "jax", {}))["reward"]["kwargs"]
+    assert found == {"parts": {"a": {"name": "letters", "kwargs": {"letters": "abc"}}}}
 
 
 def test_queries_that_are_held_out_are_not_trained_on(tmp_path):

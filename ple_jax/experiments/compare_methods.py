@@ -16,8 +16,9 @@ OUT either.
 2. learning rates: every method runs at every rate of --lrs with the first --tune-seeds seeds. For each budget it gets the
    rate whose best evaluation within the budget, on config.task.heldout (the dev split), has the highest reward, as a mean
    over these seeds. It gets another rate by the reward at the end. Among equal rates the smallest is chosen. The choices are
-   in OUT/lrs.json. A rate at which a run diverged is out. Variants of PLE (ablations, sensitivity) are trained at PLE's, and
-   answer the test with their best checkpoint within the largest budget and with their last one.
+   in OUT/lrs.json, and with --keep in DIR/lrs.json, where they stay. A rate at which a run diverged is out. Variants of PLE
+   (ablations, sensitivity) are trained at PLE's, and answer the test with their best checkpoint within the largest budget
+   and with their last one.
 3. seeds and test: every method runs with all seeds, at these rates. As soon as a run is finished, its best checkpoint within
    each budget and its last one answer --test-data, which nothing above has read, --samples times each; so does the start
    model, with and without the principles in its prompt. --second-reward, which no method was trained on, scores the answers
@@ -55,6 +56,7 @@ DATA_SAMPLES = 4  # answers per query of the offline methods' data
 SENSITIVITY_SEEDS = 3  # of methods of that group, at most
 DIVERGED = "lower --config.optimizer.lr"  # in what main says of a run whose learning rate was too high
 STARTS = {"start": False, "start + principles": True}  # entry of the comparison -> whether the principles are read
+RATES = "lrs.json"
 END = "newest"  # the view of equal tokens, as config.checkpoint.use names it
 
 # ---------------------------------------------------------------- commands
@@ -229,10 +231,11 @@ def choose(s: Settings, ended: Mapping[str, Outcome]) -> dict[tuple[str, str], s
     """Chooses the learning rate of every (method, view) by the dev split, and writes lrs.json.
 
     A method is left out if one of its runs was killed, crashed or ran out of memory, since the result of that run is
-    unknown. Variants of PLE get PLE's rates.
+    unknown. Variants of PLE get PLE's rates. What was chosen before is in --keep, and stays.
     """
     rates: dict[tuple[str, str], str] = {}
     table: dict[str, Any] = {}
+    known = _chosen_before(s)
     for method in tuned(s):
         grid = [{"lr": lr, "seed": seed} for lr in s.lrs for seed in _tuning(s)]
         jobs = [training(s, method, **point) for point in grid]
@@ -247,16 +250,40 @@ def choose(s: Settings, ended: Mapping[str, Outcome]) -> dict[tuple[str, str], s
         for view, top in found.items():
             lr = top[0]["lr"] if whole and top else None
             of_rate = {rate: [v for p, v in zip(grid, values[view], strict=True) if p["lr"] == rate] for rate in s.lrs}
-            table.setdefault(method, {})[view] = {"lr": lr, "reward": of_rate}
-            if lr is not None and top:
+            entry = known.get(method, {}).get(view) if lr else None
+            entry = table.setdefault(method, {})[view] = entry or {"lr": lr, "reward": of_rate}
+            if (lr := entry["lr"]) is not None:
                 rates[method, view] = lr
                 edge = ", at the edge of the grid" if len(s.lrs) > 1 and lr in (s.lrs[0], s.lrs[-1]) else ""
-                say(f"{method}, {view}: learning rate {lr}, reward {math.fsum(top[1]) / len(top[1]):.4f}{edge}")
-    selected_on = mixture.source(s.config, "heldout")
-    write_json(s.out / "lrs.json", {"selected_on": selected_on, "seeds": _tuning(s), "methods": table})
+                reached = entry["reward"][lr]
+                say(f"{method}, {view}: learning rate {lr}, reward {math.fsum(reached) / len(reached):.4f}{edge}")
+    for folder, methods in ((s.out, table), (s.keep, {**known, **table})):
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / RATES, {**_chosen_by(s), "methods": methods})
     of_ple = {view: lr for (method, view), lr in rates.items() if method == "ple"}
     some = [view for view in s.views[-2:] if view in of_ple]  # variants answer the test at the largest budget and in the end
     return rates | {(m, view): of_ple[view] for m in s.methods if METHODS[m].of_ple for view in some}
+
+
+def _chosen_by(s: Settings) -> dict[str, Any]:
+    return {"selected_on": mixture.source(s.config, "heldout"), "seeds": _tuning(s)}
+
+
+def _chosen_before(s: Settings) -> dict[str, Any]:
+    """Reads the rates of earlier commands with this --keep, of the same grid, by method and view.
+
+    A run that is trained again, as its weights were not kept, is another one on another processor. It would move the choice,
+    and the runs that have answered at the rates before would have done so for nothing.
+    """
+    kept = (read_json(s.keep / RATES) or {}) if s.keep is not None else {}
+    if any(kept.get(key) != value for key, value in _chosen_by(s).items()):
+        return {}
+    found = {
+        method: {view: entry for view, entry in views.items() if entry["lr"] and sorted(entry["reward"]) == sorted(s.lrs)}
+        for method, views in kept["methods"].items()
+    }
+    return {method: views for method, views in found.items() if views}
 
 
 def tuned(s: Settings) -> list[str]:

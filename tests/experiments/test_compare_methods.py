@@ -311,6 +311,26 @@ def test_the_learning_rate_is_chosen_on_the_dev_split_for_every_budget_as_a_mean
     assert written["methods"]["ple"]["kl_4"]["reward"] == {"1e-4": [0.5, 0.5], "1e-3": [0.9, 0.5], "1e-2": [0.6, 0.6]}
 
 
+def test_rates_that_were_chosen_stay_where_a_run_is_trained_again(out, tmp_path):
+    """On another processor it is another run: what has answered at the rates before should not have done so for nothing."""
+    s = settings(out, names="raft", seeds=["3"], tune_seeds=1, budgets=["2"], keep=tmp_path / "keep")
+
+    def reached(low, high):
+        ended = {}
+        for lr, reward in zip(s.lrs, (low, high), strict=True):
+            job = compare_methods.training(s, "raft", lr, "3")
+            ended[job.name] = Outcome(0, "")
+            job.workdir.mkdir(exist_ok=True)
+            job.result.write_text(json.dumps({"best": {"kl_2": {"reward": reward}}, "heldout_reward_after": reward}))
+        return ended
+
+    first = {("raft", view): "1e-3" for view in ("kl_2", "newest")}
+    assert compare_methods.choose(s, reached(0.1, 0.2)) == first
+    assert compare_methods.choose(s, reached(0.2, 0.1)) == first
+    assert read_json(out / "lrs.json")["methods"]["raft"]["kl_2"] == {"lr": "1e-3", "reward": {"1e-4": [0.1], "1e-3": [0.2]}}
+    assert compare_methods.choose(s._replace(keep=None), reached(0.2, 0.1)) == dict.fromkeys(first, "1e-4")
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

@@ -500,14 +500,16 @@ def validate(config: "ConfigDict") -> None:
 
 def _not_served(flat: Mapping[str, Any]) -> str:
     """Returns the error for a setting that a rollout server does not support; "" if there is none."""
+    if flat["sampling.server"] is None:
+        return ""
     heat, cap = flat["sampling.temperature"], flat["sampling.importance_cap"]
-    if flat["sampling.server"] is not None and cap and heat not in (0, 1):
+    if cap and heat not in (0, 1):
         return (
             f"config.sampling.importance_cap is {cap:g} and config.sampling.temperature {heat:g}: the log-probabilities of a"
             " server are of temperature 1, and every weight would be wrong; set config.sampling.temperature=1, or the cap 0"
         )
     unserved = ("lora.dora", "lora.rank_pattern", "lora.alpha_pattern")
-    if flat["sampling.server"] is not None and (wrong := [key for key in unserved if flat[key]]):
+    if wrong := [key for key in unserved if flat[key]]:
         return (
             f"config.{wrong[0]} is {flat[wrong[0]]!r}, and vLLM serves no DoRA adapter, and in many versions one rank and"
             " alpha for all modules: unset it or config.sampling.server"

@@ -54,13 +54,15 @@ def warnings(methods: Sequence[Method], *, equal_tokens: bool = True) -> list[st
 
 def _starts(trained: Sequence[Method]) -> list[str]:
     """Says where KLs are to different policies."""
+    def start(run: Entry) -> tuple[str | None, ...]:
+        return run.config.get("inputs.adapter"), run.config.get("inputs.warm_up")
+
     runs = [(method.label, run) for method in trained for run in method.runs]
-    moved = [(*one, [one[1].config.get(key) for key in ("inputs.adapter", "inputs.warm_up")]) for one in runs]
     found = []
-    if any(start != moved[0][2] for *_, start in moved):
+    if len({start(run) for _, run in runs}) > 1:
         found.append("the runs start from different policies (model.adapter, warm_up.data): each KL is to its own start")
-    for label, run, start in moved:
-        if any(start) and run.generated.settings.get("kl") != "start":
+    for label, run in runs:
+        if any(start(run)) and run.generated.settings.get("kl") != "start":
             says = "KL is to the base, by an earlier version; delete these responses and give --mode=generate again"
             found.append(f"{label}, seed {run.seed}: {says}")
     return found

@@ -262,6 +262,11 @@ def _difference(one: Answers, other: Answers, seed: int) -> dict[str, float]:
     return {"mean": float(each.mean()), "low": low, "high": high}
 
 
+def _distribution(values: np.ndarray) -> dict[str, float]:
+    quantiles = {f"q{q}": float(np.quantile(values, q / 100)) for q in (5, 25, 50, 75, 95)}
+    return {"mean": float(values.mean()), "sd": float(values.std()), **quantiles}
+
+
 def threshold(pairs: Sequence[Rollout], samples: int, *, tau_0: float, either: bool = False) -> dict[str, Any]:
     """Computes what thresholds do to margins of scores: a principled response's minus a plain one's to the same query.
 
@@ -293,10 +298,7 @@ def threshold(pairs: Sequence[Rollout], samples: int, *, tau_0: float, either: b
         "ranked_if_suggested": None if suggested is None else float((wins > suggested).mean()),
         "negative": float((margins < 0).mean()),
         "ties": float((margins == 0).mean()),
-        "margin": {
-            **{"mean": float(margins.mean()), "sd": float(margins.std())},
-            **{f"q{q}": float(np.quantile(margins, q / 100)) for q in (5, 25, 50, 75, 95)},
-        },
+        "margin": _distribution(margins),
         "curve": [
             {"tau": float(t), "ranked": float((wins > t).mean()), "by_chance": texts.mean((by_chance > t).astype(float))}
             for t in np.linspace(0.0, top, _GRID)

@@ -111,7 +111,7 @@ def _iterations(
             finite = [all(math.isfinite(r.reward) for r in rollout.responses) for rollout in rollouts]
             kept = [rollout for rollout, ok in zip(rollouts, finite, strict=True) if ok]
             context = Context(config, number, float(schedule(number)))
-            after = algorithm.label(scoring.transformed(scoring.unlabelled(kept), config.reward), context) if kept else []
+            after = scoring.labelled_again(kept, algorithm, context) if kept else []
             told = [rollout for rollout, ok in zip(before, finite, strict=True) if ok]
             yield Iteration(number, list(zip(told, after, strict=True)), len(rollouts) - len(kept))
 

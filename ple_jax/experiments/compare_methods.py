@@ -257,17 +257,15 @@ def choose(s: Settings, ended: Mapping[str, Outcome]) -> dict[tuple[str, str], s
                 edge = ", at the edge of the grid" if len(s.lrs) > 1 and lr in (s.lrs[0], s.lrs[-1]) else ""
                 reached = entry["reward"][lr]
                 say(f"{method}, {view}: learning rate {lr}, reward {math.fsum(reached) / len(reached):.4f}{edge}")
-    for folder, methods in ((s.out, table), (s.keep, {**known, **table})):
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / RATES, {**_chosen_by(s), "methods": methods})
+    write_json(s.out / RATES, {**_chosen_by(s), "methods": table})
+    _keep_chosen(s, table)
     of_ple = {view: lr for (method, view), lr in rates.items() if method == "ple"}
     some = [view for view in s.views[-2:] if view in of_ple]  # variants answer the test at the largest budget and in the end
     return rates | {(m, view): of_ple[view] for m in s.methods if METHODS[m].of_ple for view in some}
 
 
 def _chosen_by(s: Settings) -> dict[str, Any]:
-    return {"selected_on": mixture.source(s.config, "heldout"), "seeds": _tuning(s)}
+    return {"selected_on": mixture.source(s.config, "heldout"), "seeds": _tuning(s), "lrs": s.lrs}
 
 
 def _chosen_before(s: Settings) -> dict[str, Any]:
@@ -276,14 +274,23 @@ def _chosen_before(s: Settings) -> dict[str, Any]:
     A run that is trained again, as its weights were not kept, is another one on another processor. It would move the choice,
     and the runs that have answered at the rates before would have done so for nothing.
     """
-    kept = (read_json(s.keep / RATES) or {}) if s.keep is not None else {}
-    if any(kept.get(key) != value for key, value in _chosen_by(s).items()):
-        return {}
-    found = {
-        method: {view: entry for view, entry in views.items() if entry["lr"] and sorted(entry["reward"]) == sorted(s.lrs)}
-        for method, views in kept["methods"].items()
-    }
-    return {method: views for method, views in found.items() if views}
+    kept = read_json(s.keep / RATES) if s.keep is not None else None
+    return kept["methods"] if kept and _same_grid(s, kept) else {}
+
+
+def _keep_chosen(s: Settings, table: Mapping[str, Any]) -> None:
+    """Adds to --keep what was chosen now. Rates of another grid that are there stay alone."""
+    if s.keep is None or ((kept := read_json(s.keep / RATES)) and not _same_grid(s, kept)):
+        return
+    chosen_now = {method: {view: entry for view, entry in of.items() if entry["lr"]} for method, of in table.items()}
+    before = _chosen_before(s)
+    methods = {method: {**chosen_now.get(method, {}), **before.get(method, {})} for method in {**before, **chosen_now}}
+    s.keep.mkdir(parents=True, exist_ok=True)
+    write_json(s.keep / RATES, {**_chosen_by(s), "methods": {method: of for method, of in methods.items() if of}})
+
+
+def _same_grid(s: Settings, kept: Mapping[str, Any]) -> bool:
+    return all(kept.get(key) == value for key, value in _chosen_by(s).items())
 
 
 def tuned(s: Settings) -> list[str]:

@@ -126,7 +126,7 @@ def html(workdir: Path) -> str:
         metrics=metrics,
         keys=list(dict.fromkeys(key for line in metrics for key in line if key != "iteration")),
         best=best,
-        samples=_samples(evaluations, best and workdir / best["responses"], best),
+        samples=_samples(workdir, evaluations, best),
         pairs=_pairs(_rollouts(rollouts[-1])) if rollouts else {},
         shown=PAIRS,
         responses=RESPONSES,
@@ -255,22 +255,22 @@ def _rollouts(path: Path) -> list[dict[str, Any]]:
     return [{**line, "prompt": text(line["prompt"])} for line in read_jsonl(path)]
 
 
-def _samples(evaluations: list[Path], best: Path | None, point: Mapping[str, Any] | None) -> dict[str, Any]:
+def _samples(workdir: Path, evaluations: list[Path], best: Mapping[str, Any] | None) -> dict[str, Any]:
     """Reads the first held-out queries in file order, each with its first response before training and after it.
 
     The latter is of the best evaluation or, if there is none, of the last one.
     """
     if not evaluations:
         return {}
-    last = best if best is not None and best.exists() else evaluations[-1]
+    last, where = evaluations[-1], f"iteration {int(evaluations[-1].stem.split('_')[1])}"
+    if best is not None and (file := workdir / best["responses"]).exists():
+        last, where = file, f"step {best['step']}" if best["within"] else f"iteration {best['iteration']}"
     before, after = _rollouts(evaluations[0]), {line["query_id"]: line for line in _rollouts(last)}
     rows = [
         (line["prompt"], line["responses"][0], after[line["query_id"]]["responses"][0])
         for line in before
         if line["query_id"] in after
     ]
-    within = last == best and point is not None and point["within"]
-    where = f"step {point['step']}" if within and point is not None else f"iteration {int(last.stem.split('_')[1])}"
     return {"rows": rows[:SAMPLES], "total": len(rows), "where": where}
 
 

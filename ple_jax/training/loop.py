@@ -20,7 +20,7 @@ from ple_jax.training.journal import Journal, check, left_out, read
 from ple_jax.training.measures import evaluate, evaluate_within, forget_within, log_iteration, mean_length, summarise
 from ple_jax.training.run import Run
 from ple_jax.training.sampling import given, sample
-from ple_jax.training.scoring import sorted_out, transformed, unlabelled
+from ple_jax.training.scoring import labelled_again, sorted_out
 from ple_jax.training.state import WARM_UP, State, commit, resume
 from ple_jax.training.steps import update
 from ple_jax.training.warm_up import warm_up
@@ -213,7 +213,7 @@ def decided_again(
     if any(some != wanted for some in found):
         journal.path.unlink()
         return None
-    journal.complete(run.algorithm.label(transformed(unlabelled(rollouts), run.config.reward), context))
+    journal.complete(labelled_again(rollouts, run.algorithm, context))
     return read(journal.path)
 
 

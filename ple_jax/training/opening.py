@@ -217,16 +217,13 @@ def open_run(
     config, algorithm = begun(inputs.config, workdir, backend), inputs.algorithm
     with Stop() as stop, Progress(_iterations(inputs)) as progress, contextlib.ExitStack() as stack:
         loss = algorithm.make_loss(config)
-        sinks.check(names := ("jsonl", *(name for name in config.sinks * tracked if name != "jsonl")))
+        names = ("jsonl", *(name for name in (config.sinks if tracked else ()) if name != "jsonl"))
+        sinks.check(names)
         progress.phase("load", 1)
         module = backends.load(backend)
         loaded = module.load(config)
         built = module.build(config, loaded, head=algorithm.needs(config).head)
-        base = Base(
-            loaded.name, loaded.tokenizer, loaded.eos, loaded.config.max_positions, module.transposed(loaded),
-            layout.active_weights(loaded.config) + loaded.config.vocab_size * loaded.config.hidden_size,
-        )  # fmt: skip
-        vocab = loaded.config.vocab_size
+        base, vocab = _base(loaded, module), loaded.config.vocab_size
         del loaded  # the backend has weights of its own: the host's copy may go
         progress.advance(1)
         for said in (*module.notes(built), *_told(inputs, config, base, backend)):
@@ -242,9 +239,17 @@ def open_run(
         outputs = stack.enter_context(sinks.opened(names, workdir, redacted(config.to_dict())))
         session = Session(workdir, outputs, config.checkpoint.keep, cache, progress, stop, Clock())
         prompts = prompting.Prompts(config, base.tokenizer, inputs.principles, base.eos, base.context)
-        given = inputs.data, prompts, inputs.reward, session, inputs.second
-        run: Run[Any] = Run(config, base, built, algorithm, loss, *given)
+        run: Run[Any] = Run(
+            config, base, built, algorithm, loss, inputs.data, prompts, inputs.reward, session, inputs.second
+        )
         yield fitted(run) if isinstance(algorithm, Algorithm) and not inputs.bare else run
+
+
+def _base(loaded: Any, module: Any) -> Base:
+    return Base(
+        loaded.name, loaded.tokenizer, loaded.eos, loaded.config.max_positions, module.transposed(loaded),
+        layout.active_weights(loaded.config) + loaded.config.vocab_size * loaded.config.hidden_size,
+    )  # fmt: skip
 
 
 def _told(inputs: Inputs, config: Any, base: Base, backend: str) -> Iterator[str]:

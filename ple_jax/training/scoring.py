@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ple_jax import rewards
+from ple_jax.algorithms import Algorithm, Context
 from ple_jax.core.answers import AGAIN, Cache
 from ple_jax.core.errors import UserError
 from ple_jax.core.types import Response, Reward, Rollout
@@ -98,10 +99,11 @@ def quarantine(rollouts: Sequence[Rollout], name: str, reward: Reward, session: 
     return good
 
 
-def unlabelled(rollouts: Sequence[Rollout]) -> list[Rollout]:
-    """Returns the rollouts without what a `label` fills in, as they are before the first one."""
+def labelled_again(rollouts: Sequence[Rollout], algorithm: Algorithm, context: Context) -> list[Rollout]:
+    """Returns scored rollouts as the algorithm labels them now: nothing of an earlier label is left when it is asked."""
     bare = [r._replace(responses=tuple(x._replace(weight=math.nan) for x in r.responses)) for r in rollouts]
-    return [rollout._replace(tau=math.nan, margin=math.nan, decision="") for rollout in bare]
+    bare = [rollout._replace(tau=math.nan, margin=math.nan, decision="") for rollout in bare]
+    return algorithm.label(transformed(bare, context.config.reward), context)
 
 
 def transformed(rollouts: Sequence[Rollout], options: Any) -> list[Rollout]:

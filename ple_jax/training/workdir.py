@@ -156,14 +156,17 @@ def going_on(
 
 def algorithm_changed(workdir: Path, iteration: int) -> bool:
     """Says whether the algorithm's file was mended, and that accepted, when `iteration` iterations were finished."""
-    changed = (recorded(workdir) or {}).get("changed", [])
-    return any(change["after"] == iteration and "inputs.algorithm" in change for change in changed)
+    return any("inputs.algorithm" in change for change in _changes(workdir, iteration))
 
 
 def was_its_end(workdir: Path, iteration: int) -> bool:
     """Says whether a run that was made longer ended at this iteration before, and so was evaluated there."""
-    changed = (recorded(workdir) or {}).get("changed", [])
-    return any(change["after"] == iteration == change.get("iterations", [None])[0] for change in changed)
+    return any(change.get("iterations", [None])[0] == iteration for change in _changes(workdir, iteration))
+
+
+def _changes(workdir: Path, after: int) -> list[Mapping[str, Any]]:
+    """Returns what config.json says was changed when `after` iterations were finished."""
+    return [change for change in (recorded(workdir) or {}).get("changed", []) if change["after"] == after]
 
 
 def _compared(workdir: Path, wanted: Mapping[str, Any], accept: Sequence[str]) -> tuple[dict[str, Any] | None, list[str]]:

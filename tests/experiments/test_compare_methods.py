@@ -329,6 +329,12 @@ def test_rates_that_were_chosen_stay_where_a_run_is_trained_again(out, tmp_path)
     assert compare_methods.choose(s, reached(0.2, 0.1)) == first
     assert read_json(out / "lrs.json")["methods"]["raft"]["kl_2"] == {"lr": "1e-3", "reward": {"1e-4": [0.1], "1e-3": [0.2]}}
     assert compare_methods.choose(s._replace(keep=None), reached(0.2, 0.1)) == dict.fromkeys(first, "1e-4")
+    # neither a run that was killed since nor another grid takes the place of what was chosen
+    kept = (tmp_path / "keep" / "lrs.json").read_text()
+    killed = reached(0.2, 0.1) | {compare_methods.training(s, "raft", "1e-4", "3").name: Outcome(-9, "")}
+    assert compare_methods.choose(s, killed) == {}
+    assert compare_methods.choose(s._replace(lrs=["1e-4"]), reached(0.2, 0.1)) == dict.fromkeys(first, "1e-4")
+    assert (tmp_path / "keep" / "lrs.json").read_text() == kept
 
 
 @pytest.mark.parametrize(

@@ -249,6 +249,8 @@ def _without_unread(config: ConfigDict, began: dict[str, object], mode: str) -> 
     unread = [key for key in OF_FILES if mode == "replay" and key in began and now[key] == began[key]]
     if mode in ("export", "chat"):
         unread = [key for key in OF_FILES if not key.startswith("model.")]
+    if "eval.second_reward" in unread:
+        unread.append("eval.best")  # which may be by it
     checked = ConfigDict(config.to_dict())
     with checked.ignore_type():
         checked.update_from_flattened_dict({key: usual[key] for key in unread})
@@ -430,12 +432,13 @@ def _workdir(values: flags.FlagValues) -> Path:
     if not values.workdir and values.mode not in ("plan", "compare"):
         use = "goes on from the run there" if values.mode in OF_A_RUN else "keeps its files there"
         raise UserError(f"--workdir=DIR is missing; --mode={values.mode} {use} (--workdir runs/mine)")
-    workdir = Path(values.workdir or ("runs/comparison" if values.mode == "compare" else "."))
+    # a plan without a directory is of no run: whatever lies here is none of it
+    workdir = Path(values.workdir or ("runs/comparison" if values.mode == "compare" else os.devnull))
     if longest := [part for part in workdir.parts if len(os.fsencode(part)) > _LONGEST]:
         raise UserError(f"--workdir has a part of {len(os.fsencode(longest[0]))} bytes; a name has at most {_LONGEST}")
     if (length := len(os.fsencode(workdir.absolute()))) > _DEEPEST:
         raise UserError(f"--workdir is a path of {length} bytes; give one of at most {_DEEPEST}")
-    if os.path.exists(workdir) and not workdir.is_dir():
+    if values.workdir and os.path.exists(workdir) and not workdir.is_dir():
         raise UserError(f"--workdir={workdir} is a file; give a folder, which is created if need be")
     return workdir
 
@@ -509,7 +512,8 @@ def _processes(run: CommandLine) -> contextlib.AbstractContextManager[bool]:
     """
     if run.mode in ("plan", "compare", "replay"):
         several = run.backend == "jax" and launch.given(*run.launched) is not None
-        return contextlib.nullcontext(not several or launch.number(run.launched[2]) == 0)
+        first = launch.number(run.launched[2]) == 0 if several else os.environ.get("RANK", "0") == "0"  # torchrun's
+        return contextlib.nullcontext(first)
     if run.backend == "torch":
         return importlib.import_module("torch_ascend.sharding").processes(run.config)
     if (asked := launch.given(*run.launched)) is None:  # jax is not imported yet

@@ -75,7 +75,7 @@ def train(config: Any, workdir: Path, backend: str, accept: Sequence[str] = (), 
                 _keep_rates(run, backend, state, summary)
             taken = points.taken(run)
             write.write_adapter(run, taken, summary)
-        head = _trains_scores(inputs.algorithm, config)
+        head = _trains_scores(inputs.algorithm, inputs.config)
         if head:  # not before the run's own copy of the base is gone
             write.write_merged(config, workdir, backend, taken, summary, None, head=True)
         write_json(workdir / SUMMARY, summary, sealed=True)
@@ -155,9 +155,9 @@ def evaluate(config: Any, workdir: Path, backend: str, accept: Sequence[str] = (
     """Scores the held-out queries with the run's checkpoint and prints the result; it reuses what training evaluated."""
     with on_run(config, workdir, backend, accept) as (run, state):
         if not isinstance(run.algorithm, Algorithm):
-            found = offline.evaluate(run, offline.examples(run)[1], state.iteration)
+            found = offline.evaluate(run, examples := offline.examples(run)[1], state.iteration)
             numbers = (f"{name} {value:.4f}" for name, value in found.items() if isinstance(value, float))
-            print(f"step {state.iteration}: held-out {', '.join(numbers)}, over {len(run.data.heldout)} examples")
+            print(f"step {state.iteration}: held-out {', '.join(numbers)}, over {len(examples)} examples")
             return 0
         rollouts = measures.evaluate(run, state.iteration, step=points.step_within(state))
     reward = measures.mean_rewards(rollouts)
@@ -258,7 +258,8 @@ def export(config: Any, workdir: Path, backend: str, accept: Sequence[str] = ())
     It also writes merged weights, and pushes to a hub, if the config asks for that. A reward model is always written merged
     as well, as only then can it be used as a reward.
     """
-    head = _trains_scores(algorithms.load(config.algorithm), config)
+    algorithm = algorithms.load(config.algorithm)
+    head = _trains_scores(algorithm, algorithms.with_defaults(algorithm, config))
     merge = config.export.merged or head
     if merge:  # refused before anything is loaded or written
         importlib.import_module("ple_jax.export.merged").check_folder(workdir / ("reward_model" if head else "merged"))
@@ -350,9 +351,9 @@ def plan(config: Any, workdir: Path, backend: str, topology: str | None = None) 
 
     With a topology it reports instead what every phase needs of those devices, which need not be there.
     """
-    if topology and config.model.dtype == "auto":  # its devices are accelerators, whatever is here
-        config = ConfigDict(config.to_dict())
-        config.model.dtype = "bfloat16"
+    accelerators = topology and not topology.startswith("cpu:")  # whatever is here
+    if accelerators and config.model.dtype == "auto":
+        config = ConfigDict(config.to_dict() | {"model": config.model.to_dict() | {"dtype": "bfloat16"}})
     inputs = fitted(read_inputs(begun(config, workdir, backend), backend), backend, topology)
     config, algorithm, found = inputs.config, inputs.algorithm, inputs.data
     algorithm.make_loss(config)
@@ -367,11 +368,12 @@ def plan(config: Any, workdir: Path, backend: str, topology: str | None = None) 
     module = backends.load(backend)
     loaded = module.load(config)
     parameters, adapter_parameters = module.count(config, loaded)
-    sizes = {"tokenizer": loaded.tokenizer, "parameters": parameters, "adapter_parameters": adapter_parameters}
-    if isinstance(algorithm, Algorithm):
-        rules, reward = inputs.principles, inputs.reward
-        how = {"rules": rules, "reward": reward, "algorithm": algorithm, "eos": loaded.eos}
-        print(planning.describe(config, **sizes, found=found, **how, rates=rates.read(config, backend)))
-    else:
+    sizes: dict[str, Any] = {"tokenizer": loaded.tokenizer, "parameters": parameters, "adapter_parameters": adapter_parameters}
+    if not isinstance(algorithm, Algorithm):
         print(planning.describe_offline(config, **sizes, found=found, algorithm=algorithm))
+        return 0
+    of_base: dict[str, Any] = {"eos": loaded.eos, "model": loaded.name, "context": loaded.config.max_positions}
+    asked: dict[str, Any] = {"rules": inputs.principles, "reward": inputs.reward, "second": inputs.second}
+    known = rates.read(config, backend)
+    print(planning.describe(config, **sizes, found=found, algorithm=algorithm, **asked, **of_base, rates=known))
     return 0

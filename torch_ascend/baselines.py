@@ -74,6 +74,9 @@ def check(config: Any) -> None:
             name != "sft" and config.lora.dropout
         ),
         "sampling.temperature=0, as TRL never samples greedily": name in SAMPLE and config.sampling.temperature == 0,
+        f"sampling.importance_cap={config.sampling.importance_cap:g}, as TRL has it for vLLM alone": (
+            name in SAMPLE and config.sampling.importance_cap
+        ),
         f"model.quantize={config.model.quantize}": config.model.quantize != "none",
         "sampling.server, as TRL samples by itself": config.sampling.server is not None,
         f"eval.points={config.eval.points}, as TRL's steps are its own": config.eval.points > 1,

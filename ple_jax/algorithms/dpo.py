@@ -4,7 +4,7 @@ Offline (`dpo.samples` = 0), it trains on the records' chosen and rejected answe
 best and worst of n plain responses by reward, drawn anew in every iteration; the reference stays where the run began.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from ple_jax.algorithms._parts import pack_picks, plain_samples
 from ple_jax.core.errors import UserError
 from ple_jax.core.types import Array, Batch, Loss, Outputs, Rollout, Slot
 
-__all__ = ["batch", "collect", "label", "make_loss", "needs"]
+__all__ = ["batch", "collect", "label", "make_loss", "measures", "needs"]
 
 
 def collect(config: Any) -> tuple[Slot, ...]:
@@ -74,7 +74,7 @@ def needs(config: Any) -> Needs:
 def make_loss(config: Any) -> Loss:
     """Returns the loss that `dpo.loss` names.
 
-    Metrics: `ranked`, and of the implicit reward `reward_accuracy` and `reward_margin` (nats).
+    Metrics: `ranked`, and of the implicit reward `reward_accuracy` and `reward_margin` (nats); all 0 for a dropped pair.
     """
     options = config.dpo
     beta, smoothing, kind = options.beta, options.label_smoothing, options.loss
@@ -95,8 +95,14 @@ def make_loss(config: Any) -> Loss:
         ranked = xp.astype(kept > 0, value.dtype)
         return value * kept, {
             "ranked": ranked,
-            "reward_accuracy": kept * xp.astype(margin > 0, value.dtype),
-            "reward_margin": kept * margin,
+            "reward_accuracy": ranked * xp.astype(margin > 0, value.dtype),
+            "reward_margin": ranked * margin,
         }
 
     return loss
+
+
+def measures(means: Mapping[str, float], before: Mapping[str, Array], after: Mapping[str, Array]) -> dict[str, float]:
+    """Returns the loss's metrics, with those of the implicit reward as means over the pairs that were kept; 0 of none."""
+    kept = means["ranked"] or 1.0
+    return {**means, **{name: means[name] / kept for name in ("reward_accuracy", "reward_margin")}}

@@ -40,6 +40,9 @@ def committing(path: Path, step: int, *, keep: int) -> Iterator[Path]:
     prune(path, keep=keep)
 
 
+BEST = "best"  # the folder, of a work directory, of the folders with the best checkpoints
+
+
 def prune(path: Path, *, keep: int) -> None:
     """Removes all but the newest `keep` checkpoints."""
     for old in steps(path)[:-keep]:
@@ -61,6 +64,7 @@ def newest(path: Path) -> Path | None:
         return None
     folder = path / str(found[-1])
     back = "go on from the one before it" if len(found) > 1 else "train again from the start, on what was sampled"
+    back = "take the newest checkpoint in its place" if path.parent.name == BEST else back
     for name, said in _listed(folder, back).items():
         if not (folder / name).is_file():
             raise damaged(folder, f"{name} is gone", back)

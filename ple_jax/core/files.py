@@ -15,6 +15,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
+
 from ple_jax.core.errors import Damaged
 from ple_jax.core.identity import digest
 
@@ -151,8 +153,11 @@ def to_disk(path: Path) -> None:
 def plain(value: Any) -> Any:
     """Converts a value to what JSON has.
 
-    Keys become texts, tuples become lists, NaN becomes None, and the infinities become "inf" and "-inf".
+    Keys become texts, tuples become lists, numpy's scalars become Python's, NaN becomes None, and the infinities become
+    "inf" and "-inf".
     """
+    if isinstance(value, np.generic):
+        value = value.item()
     if isinstance(value, Mapping):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

@@ -6,7 +6,7 @@ import json
 import numpy as np
 from jaxtyping import Float32
 
-# The streams: training draws with the number of its iteration, from 1 on; what is no iteration's has a number below 0.
+# The streams: training draws with the number of its iteration, from 0 on; what is no iteration's has a number below 0.
 HELDOUT = -1  # evaluations while a run trains: all of them draw with the same
 RESPONSES = -2  # --mode=generate: the same for every checkpoint
 CHAT = -3  # the lines of a conversation
@@ -21,7 +21,7 @@ def uniforms(seed: int, iteration: int, query_id: str, kind: str, sample: int, n
     exactly, so that none rounds up to 1.
 
     Args:
-        iteration: of training, from 1 on, or one of this module's streams (HELDOUT, RESPONSES ...), which are below 0.
+        iteration: of training, from 0 on, or one of this module's streams (HELDOUT, RESPONSES ...), which are below 0.
         n: how many numbers.
     """
     what = json.dumps([seed, iteration, query_id, kind, sample]).encode()

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Collection, Mapping
 from datetime import date
 from pathlib import Path
@@ -143,7 +144,8 @@ def named(known: list[str], *, file: str = "", folder: bool = False, code: bool 
             return "" if os.path.isfile(module) else missing
         # only the first part is looked up: finding a submodule would import its package
         if code and ("." in module or ":" in value) and all(part.isidentifier() for part in module.split(".")):
-            found = importlib.util.find_spec(module.split(".", 1)[0]) is not None
+            root = module.split(".", 1)[0]
+            found = root in sys.modules or importlib.util.find_spec(root) is not None  # a script's __main__ has no spec
             return "" if found else f"a dotted path into an installed package; {module.split('.', 1)[0]!r} is not one"
         if file and _is_path(value):
             return f"an existing {file} (looked in {Path.cwd()}), or one of {', '.join(known)}{_beside(value)}"

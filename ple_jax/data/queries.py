@@ -161,8 +161,9 @@ def _told(query: Query, values: Mapping[str, Any], name: str, *, optional: bool)
     Raises:
         Unusable: the record lacks it, and it is not optional.
     """
-    own = {"completion": str(query.completion), "rejected": str(query.rejected)}
-    value = own[name] or values.get(name) or None if name in own else values.get(name)
+    own, value = {"completion": str(query.completion), "rejected": str(query.rejected)}, values.get(name)
+    if name in own:  # a column of turns, all of which call tools, has no text
+        value = own[name] or (value if isinstance(value, str) else "") or None
     if value is None or value != value:  # NaN
         if optional:
             return None
@@ -179,10 +180,8 @@ def _renamed(values: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[s
     """Renames columns to our names; columns that are not named keep their own."""
     if not columns:
         return values
-    theirs = {name: ours for ours, name in columns.items()}
-    return {k: v for k, v in values.items() if k not in theirs and k not in columns} | {
-        ours: values[name] for name, ours in theirs.items() if name in values
-    }
+    others = {name: value for name, value in values.items() if name not in {*columns, *columns.values()}}
+    return others | {ours: values[name] for ours, name in columns.items() if name in values}
 
 
 def disjoint(train: Sequence[Query], heldout: Sequence[Query]) -> tuple[Compact[Query], list[Bad]]:

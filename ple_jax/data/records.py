@@ -201,10 +201,12 @@ def _csv(path: Path, name: str) -> Iterator[Record]:
 
 
 def _check_header(path: Path, header: Sequence[str]) -> None:
-    """Raises a UserError if the first line of a CSV file is not UTF-8, or has other separators than commas."""
+    """Raises a UserError if a CSV file's first line is not UTF-8, repeats a name, or has other separators than commas."""
     named = ",".join(header)
     if named.encode(errors="replace").decode() != named:
         raise UserError(f"{path}:1 is not UTF-8; convert the file")
+    if twice := [name for i, name in enumerate(header) if name in header[:i]]:
+        raise UserError(f"{path}:1 names the column {twice[0]!r} twice: give each a name of its own")
     if len(header) == 1 and (other := next((sign for sign in ";\t" if sign in named), "")):
         raise UserError(f"{path}:1 names one column, {named!r}: separate fields by commas and not by {other!r}")
 

@@ -115,7 +115,7 @@ def settings(methods: Sequence[Method]) -> dict[str, Any]:
     return {
         "data": own["data"],
         "queries": len(runs[0].rollouts),
-        **{key: own[key] for key in SAME if key != "second_reward"},
+        **{key: own[key] for key in SAME if not key.startswith("second_reward")},
         "second_reward": next((s for run in runs if (s := run.settings["second_reward"]) is not None), None),
         "models": list(dict.fromkeys(run.settings["model"] for run in runs)),
     }

@@ -140,10 +140,12 @@ def evaluate(run: Run[Any], file: Path) -> dict[str, Any]:
     seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "fewshot_random_seed"), run.config.seed)
     with alone():
         greedy = frozenset(name for name, task in _loaded(run.config).items() if _asks_for_greedy(task))
+        # the same request may come from a task that asks whether an answer is the likeliest, and from one that does not
+        cache = identity.digest([answers.encode(), *(name.encode() for name in sorted(greedy))]) if greedy else answers
         found = simple_evaluate(
             model=policy(run, greedy), tasks=list(options.tasks), num_fewshot=options.fewshot, limit=options.limit or None,
             task_manager=_manager(options.include, options.tasks), apply_chat_template=run.config.task.chat,
-            use_cache=str(file.parent / f"answers_{answers}"), bootstrap_iters=1000, torch_random_seed=None, **seeds,
+            use_cache=str(file.parent / f"answers_{cache}"), bootstrap_iters=1000, torch_random_seed=None, **seeds,
         )  # fmt: skip
     settings = {"answers_to": options.limit, "fewshot": options.fewshot, "chat": run.config.task.chat}
     settings |= {key: value for key, value in _depends(run).items() if key != "inputs.adapter"}

@@ -55,6 +55,8 @@ def _records(name: str, rollout: Rollout, algorithm: Algorithm, config: Any) -> 
     ordered = sorted((r for r in learned if r.text.strip()), key=lambda r: (r.source == "completion", r.score), reverse=True)
     if ordered:
         best, worst = ordered[0], ordered[-1]
+        if len(learned) == 1:  # of an algorithm that imitates the best, all others are worse
+            worst = min((r for r in rollout.responses if r.text.strip()), key=lambda r: r.score)
         yield "sft", {"id": name, "prompt": prompt, "completion": said(best), **tools, "reward": best.reward}
         better = best.score > worst.score or (best.source, worst.source) == ("completion", "rejected")
         differ = better and best.text.strip() != worst.text.strip()

@@ -17,7 +17,10 @@ from ple_jax.evaluation import entries, responses
 from ple_jax.training import costs
 
 MEASURED = ("reward", "reward_second", "kl")  # measures with a value of every response
-SAME = ("data_digest", "samples", "max_new_tokens", "sampling", "reward", "reward_version", "second_reward")
+SAME = (
+    "data_digest", "samples", "max_new_tokens", "sampling", "reward", "reward_version", "second_reward",
+    "second_reward_version",
+)  # fmt: skip
 _REMEDY = "give the training's command again, which writes it, or leave the run out"
 # the keys that a model before any training depends on
 _START = ("backend", "model.", "task.chat", "task.thinking", "inputs.model", "inputs.adapter")
@@ -181,8 +184,8 @@ def check(runs: Sequence[Entry]) -> None:
     """Raises a UserError that names two runs if they answer other queries, or were sampled or scored in another way."""
     first = runs[0]
     for key in SAME:
-        # a second reward may be missing: that is warned of
-        known = [run for run in runs if key != "second_reward" or run.generated.settings[key] is not None]
+        # a second reward may be missing: that is warned of; and files of an earlier version do not say its version
+        known = [run for run in runs if not key.startswith("second") or run.generated.settings.get(key) is not None]
         for run in known[1:]:
             one, other = known[0].generated.settings[key], run.generated.settings[key]
             if one != other:

@@ -281,9 +281,9 @@ def threshold(pairs: Sequence[Rollout], samples: int, *, tau_0: float, either: b
 
     Returns:
         margin: mean, sd and quantiles; negative, ties: shares of the pairs; suggested: by `suggestion`, None if the
-        principles win no pair; ranked, ranked_if_suggested: the shares above tau_0 and above the suggested; curve: a row for
-        each of some thresholds, with the share of pairs above it, and that of pairs of two plain responses, which differ by
-        chance alone.
+        principles win no pair; won_if_suggested: the share above it of the pairs that they win; ranked,
+        ranked_if_suggested: the shares of all pairs above tau_0 and above the suggested; curve: a row for each of some
+        thresholds, with the share of pairs above it, and that of pairs of two plain responses, which differ by chance alone.
     """
     scores = np.array([[r.score for r in pair.responses] for pair in pairs], np.float64)
     plain_ones, guided = scores[:, :samples], scores[:, samples:]
@@ -296,6 +296,7 @@ def threshold(pairs: Sequence[Rollout], samples: int, *, tau_0: float, either: b
         "suggested": suggested,
         "ranked": float((wins > tau_0).mean()),
         "ranked_if_suggested": None if suggested is None else float((wins > suggested).mean()),
+        "won_if_suggested": None if suggested is None else float((won > suggested).mean()),
         "negative": float((margins < 0).mean()),
         "ties": float((margins == 0).mean()),
         "margin": _distribution(margins),
@@ -403,8 +404,7 @@ def said(found: Mapping[str, Any]) -> list[str]:
         one = " (of one principled response; ple.candidates are more)" if found["candidates"] > 1 else ""
         lines.append(f"at ple.tau_0={tau['tau_0']:g} {tau['ranked']:.0%} of the pairs would be ranked by it{scale}{one}")
         if tau["suggested"] is not None:
-            won = 1 - tau["ties"] - tau["negative"]
-            share = "all" if tau["ranked_if_suggested"] >= won - 1e-9 else "about half"
+            share = "all" if (won := tau["won_if_suggested"]) == 1 else "about half" if won < 0.6 else f"{won:.0%}"
             lines.append(
                 f"--config.ple.tau_0={tau['suggested']:g} would rank {share} of the pairs that the principled response wins,"
                 f" {tau['ranked_if_suggested']:.0%} of all"

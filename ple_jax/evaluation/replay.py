@@ -239,7 +239,9 @@ def _in_all(result: Mapping[str, Any]) -> str:
     pairs, moved = (sum(row[key] for row in rows) for key in ("queries", "weights_moved"))
     flips = sum(sum(row["flips"].values()) for row in rows)
     if result["same"]:
-        return "every score, margin, decision and weight is as it was, bit by bit"
+        asked = {"reward.name", "reward.kwargs"} & result["changed"].keys()
+        unasked = "" if asked else " (no reward was asked: the rewards are those of the run)"
+        return f"every score, margin, decision and weight is as it was, bit by bit{unasked}"
     if flips or moved:
         return f"{flips} of {pairs} pairs are decided otherwise, and {moved} weights are other ones"
     return "every pair is decided as it was, with the same weights, though thresholds, scores or margins are other ones"

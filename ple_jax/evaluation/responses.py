@@ -85,6 +85,7 @@ def file_of(workdir: Path, point: Mapping[str, Any]) -> Path:
 
 
 # what is read of the settings of responses
+_VERSION = "second_reward_version"  # which files of an earlier version lack
 _SETTINGS: dict[str, Rule] = {
     "algorithm": text, "trainer": text, "seed": whole(0), "iteration": whole(0), "policy": choice("trained", "start"),
     "principled": flag, "principles": optional(text), "model": text, "adapter": optional(text), "data_digest": text,
@@ -194,7 +195,7 @@ def _tell_of_overlap(run: Run[Algorithm], queries: QuerySet) -> None:
 def _settle(path: Path, settings: dict[str, Any]) -> None:
     """Writes the settings of responses; raises a UserError if responses with other settings are there."""
     kept = read_json(path, remedy=_AGAIN)
-    if kept is not None and kept != settings:
+    if kept is not None and {_VERSION: settings[_VERSION], **kept} != settings:
         keys = ", ".join(differing(flatten(kept), flatten(settings)))
         raise UserError(
             f"{path.parent} holds responses of iteration {settings['iteration']} with other settings ({keys}); move or"
@@ -226,6 +227,7 @@ def _settings(run: Run[Algorithm], second: Reward | None, *, backend: str, itera
         "reward": run.reward.name,
         "reward_version": run.reward.version,
         "second_reward": None if second is None else second.name,
+        _VERSION: None if second is None else second.version,
     }
     if _moved(config):
         settings["kl"] = "start"  # and not the base, as in files of an earlier version

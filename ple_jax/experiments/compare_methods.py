@@ -34,6 +34,7 @@ The exit code is 1 if a run failed; the other runs are compared nevertheless.
 """
 
 import argparse
+import json
 import math
 import sys
 import time
@@ -47,9 +48,10 @@ from ple_jax.core.errors import UserError
 from ple_jax.core.files import read_json, write_json, write_jsonl
 from ple_jax.data import mixture
 from ple_jax.evaluation import responses
+from ple_jax.experiments import jobs as jobs_of
 from ple_jax.experiments import store
 from ple_jax.experiments.grid import best, number
-from ple_jax.experiments.jobs import Job, Outcome, is_done, overrides, parsed, positive, reported, run, say
+from ple_jax.experiments.jobs import Job, Outcome, is_done, is_wanted, overrides, parsed, positive, reported, run, say
 from ple_jax.experiments.methods import GROUPS, METHODS, PLE, budget, chosen
 
 DATA_SAMPLES = 4  # answers per query of the offline methods' data
@@ -265,11 +267,17 @@ def choose(s: Settings, ended: Mapping[str, Outcome]) -> dict[tuple[str, str], s
 
 
 def _chosen_by(s: Settings) -> dict[str, Any]:
-    return {"selected_on": mixture.source(s.config, "heldout"), "seeds": _tuning(s), "lrs": s.lrs}
+    where = jobs_of.anywhere(mixture.source(s.config, "heldout"), s.out)
+    return {"selected_on": where, "seeds": _tuning(s), "lrs": s.lrs, "asked": json.loads(jobs_of.asked(_of_all(s), s.out))}
+
+
+def _of_all(s: Settings) -> Job:
+    """Returns the training that stands for what all trainings of a comparison are asked for."""
+    return training(s, "ple", s.lrs[0], s.seeds[0])
 
 
 def _chosen_before(s: Settings) -> dict[str, Any]:
-    """Reads the rates of earlier commands with this --keep, of the same grid, by method and view.
+    """Reads the rates of earlier commands with this --keep, of the same question and grid, by method and view.
 
     A run that is trained again, as its weights were not kept, is another one on another processor. It would move the choice,
     and the runs that have answered at the rates before would have done so for nothing.
@@ -279,7 +287,7 @@ def _chosen_before(s: Settings) -> dict[str, Any]:
 
 
 def _keep_chosen(s: Settings, table: Mapping[str, Any]) -> None:
-    """Adds to --keep what was chosen now. Rates of another grid that are there stay alone."""
+    """Adds to --keep what was chosen now. Rates of another question or grid that are there stay alone."""
     if s.keep is None or ((kept := read_json(s.keep / RATES)) and not _same_grid(s, kept)):
         return
     chosen_now = {method: {view: entry for view, entry in of.items() if entry["lr"]} for method, of in table.items()}
@@ -290,7 +298,8 @@ def _keep_chosen(s: Settings, table: Mapping[str, Any]) -> None:
 
 
 def _same_grid(s: Settings, kept: Mapping[str, Any]) -> bool:
-    return all(kept.get(key) == value for key, value in _chosen_by(s).items())
+    same = all(kept.get(key) == value for key, value in (("seeds", _tuning(s)), ("lrs", s.lrs)))
+    return same and is_wanted(_of_all(s), s.out, json.dumps(kept.get("asked")))
 
 
 def tuned(s: Settings) -> list[str]:

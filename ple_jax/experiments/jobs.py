@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 
 from ple_jax import main as entry
 from ple_jax.core import identity
+from ple_jax.core.config import differing
 from ple_jax.core.errors import UserError
 from ple_jax.core.secrets import redacted
 from ple_jax.training.interrupt import MESSAGE
@@ -184,10 +185,17 @@ def is_wanted(job: Job, out: Path, kept: str, wanted: str | None = None) -> bool
 
     Flags and keys of the config that did not exist when the mark was written count as having their defaults there.
     """
-    today = json.loads(asked(job, out) if wanted is None else wanted)
+    return not differences(job, out, kept, wanted)
+
+
+def differences(job: Job, out: Path, kept: str, wanted: str | None = None) -> list[str]:
+    """Returns the flags and keys in which a mark, of content `kept`, differs from what the job asks for; as `is_wanted`."""
+    today, before = json.loads(asked(job, out) if wanted is None else wanted), None
     with contextlib.suppress(ValueError):
-        return _completed(json.loads(anywhere(kept, out)), today) == today
-    return False
+        before = _completed(json.loads(anywhere(kept, out)), today)
+    if before == today:
+        return []
+    return differing(before, today) if isinstance(before, Mapping) else ["what it asks for"]
 
 
 def _completed(kept: Any, today: Any) -> Any:

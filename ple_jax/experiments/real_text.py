@@ -166,9 +166,10 @@ def _rewarding(options: argparse.Namespace, name: str, pairs: Path, test: Path) 
         "task.format": "records", "task.subsets": "()", "task.train": pairs, "task.heldout": test, "seed": _DRAWN,
         "model.path": options.reward_base, "reward_model.max_tokens": options.reward_tokens,
         "lora.rank": 1, "lora.alpha": 2.0, "optimizer.micro_queries": 2, "offline.epochs": 1,
-        "offline.eval_every": 1_000_000,
+        "offline.eval_every": 500,  # and so often it is committed: a stop costs no more
     }  # fmt: skip
-    overrides = (f"--config.{key}={value}" for key, value in keys.items())
+    own = [word for word in options.given if word.startswith("--config.model.dtype")]
+    overrides = (*(f"--config.{key}={value}" for key, value in keys.items()), *own)
     given = ("--config=reward_hh", "--mode=train", f"--backend={options.backend}", f"--workdir={folder}", *overrides)
     return Job(name, given, folder, "summary.json")
 
@@ -190,12 +191,20 @@ def _rebuilt(job: Job) -> Path:
         base, how = weights.load(asked.config.model.path, asked.config.model.revision), asked.config.export
         merged.merged(
             base, job.workdir / "adapter", folder, dtype=how.dtype, shard_gb=how.shard_gb, readme="",
-            about={"adapter": "kept"}, head=write.HEAD,
+            about={"iteration": (read_json(job.result) or {})["steps"], "dtype": how.dtype},  # as when it was trained, byte
+            head=write.HEAD,  # by byte: the files are the reward's version
         )  # fmt: skip
     return folder
 
 
 # ---------------------------------------------------------------- the command line
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Raises a UserError for a mistake in what is read after the data and the rewards, which may take hours, are made."""
+    found = compare_methods.settings(**{**vars(options), "test_data": "", "second_reward": ""})
+    for method in found.methods:
+        budget(method, responses=options.responses, steps=options.steps, micro=found.config.optimizer.micro_queries)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -217,6 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             add("--reward-tokens", type=positive, default=256, metavar="N", help="of a pair (default: %(default)s)")
     options = parser.parse_args(argv)
     with reported(options.out):
+        _check(options)
         made = TASKS[options.task].make(options)
         for name, judged in (read_json(options.out / "rewards.json") or {}).items():
             low, high = judged["heldout_accuracy_ci95"]

@@ -4,7 +4,8 @@ DIR/NAME.tar.xz holds what a job has written, and the mark that it is done. For 
 summary and metrics; for answers, the responses without the log-probability of every token. There are no checkpoints, no
 rollouts and no weights, except for the adapter and the head of a reward model, by which other runs were scored.
 
-A job is taken from there if its mark is of what is asked for today; any other file of its name is ignored. Where data must
+A job is taken from there if its mark is of what is asked for today. If a file of its name is of another question, the
+command is refused before that job runs: its result would take the place of one that somebody may wait for. Where data must
 not be copied, `texts` is the file that the queries come from: texts from it are not kept, but read there again.
 """
 
@@ -16,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ple_jax.core import identity
-from ple_jax.core.errors import Damaged
+from ple_jax.core.errors import Damaged, UserError
 from ple_jax.core.files import read_sealed, write_sealed
 from ple_jax.core.types import Query
 from ple_jax.data.queries import load_queries
@@ -55,8 +56,15 @@ def archive(job: Job, keep: Path) -> Path:
 
 
 def save(job: Job, out: Path, keep: Path, *, texts: Path | None = None) -> None:
-    """Packs the results of a job that ended well into `keep`; replaces an earlier file of its name."""
+    """Packs the results of a job that ended well into `keep`; replaces an earlier file of its name.
+
+    Raises:
+        UserError: the earlier file is of another question.
+    """
     keep.mkdir(parents=True, exist_ok=True)
+    if archive(job, keep).exists():
+        with tempfile.TemporaryDirectory() as folder:
+            _check_question(job, out, _unpacked(job, keep, Path(folder)), keep)
     written = [mark(job, out)]
     if job.workdir == out / job.name:
         reward = _OF_REWARD if (job.workdir / "reward_model").exists() else ()
@@ -156,6 +164,7 @@ def take(job: Job, out: Path, keep: Path, *, texts: Path | None = None) -> bool:
 
     Raises:
         Damaged: if its file cannot be read, or answers a query that is not in `texts`.
+        UserError: if its file is of another question.
     """
     if is_done(job, out) or not archive(job, keep).exists():
         return False
@@ -163,6 +172,7 @@ def take(job: Job, out: Path, keep: Path, *, texts: Path | None = None) -> bool:
         unpacked = _unpacked(job, keep, Path(folder))
         own = job.workdir == out / job.name
         whose = unpacked / _WHOSE
+        _check_question(job, out, unpacked, keep)
         if not _wanted(job, out, unpacked) or not (own or whose.read_text(encoding="utf-8") == _digest(job.workdir)):
             return False
         whose.unlink()
@@ -192,6 +202,16 @@ def _wanted(job: Job, out: Path, unpacked: Path) -> bool:
     """Says whether an archive is of what the job asks for, and records which training its answers are from."""
     kept = mark(job, unpacked)
     return (unpacked / _WHOSE).is_file() and kept.is_file() and is_wanted(job, out, kept.read_text(encoding="utf-8"))
+
+
+def _check_question(job: Job, out: Path, unpacked: Path, keep: Path) -> None:
+    """Raises a UserError if an archive is not of what the job asks for."""
+    kept = mark(job, unpacked)
+    if kept.is_file() and (keys := jobs.differences(job, out, kept.read_text(encoding="utf-8"))):
+        raise UserError(
+            f"{archive(job, keep)} is of another command, differing in {', '.join(keys)}; give another --keep, or move it"
+            " away"
+        )
 
 
 def forget(job: Job, out: Path, keep: Path | None) -> None:

@@ -177,7 +177,9 @@ def whiten(
 def adaptive_kl(coefficient: float, kl: float, n: int, *, target: float, horizon: int) -> float:
     """Computes the KL coefficient of the next iteration, which steers the KL to a target (arXiv:1909.08593, 2.2).
 
-    coefficient * (1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon)
+    coefficient * (1 + clip(kl / target - 1, -0.2, 0.2) * min(n / horizon, 1))
+
+    The minimum is not the paper's: with more responses than five horizons the coefficient could become negative.
 
     Args:
       coefficient: of this iteration, in units of the reward per nat; 0.2 is usual for the first iteration.
@@ -191,4 +193,4 @@ def adaptive_kl(coefficient: float, kl: float, n: int, *, target: float, horizon
       >>> adaptive_kl(0.2, 12.0, 500, target=6.0, horizon=10000)
       0.202
     """
-    return coefficient * (1 + float(np.clip(kl / target - 1, -0.2, 0.2)) * n / horizon)
+    return coefficient * (1 + float(np.clip(kl / target - 1, -0.2, 0.2)) * min(n / horizon, 1.0))

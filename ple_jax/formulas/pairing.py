@@ -63,7 +63,7 @@ def percentile(margin: ArrayLike, *, share: float, temperature: float) -> Float[
     """
     margin = np.asarray(margin, np.float64)
     kept = margin > 0
-    top = np.argsort(-margin, kind="stable")[: int(share * kept.sum())]
+    top = np.argsort(-margin, kind="stable")[: int(share * kept.sum() + 1e-9)]  # 0.7 * 90 is 62.99... in float64
     weights = np.where(kept, np.exp(-np.logaddexp(0.0, -margin / temperature)), 0.0)
     weights[top] = 1.0
     return weights

@@ -10,11 +10,11 @@ from ple_jax.core.batches import bucket, response_width
 from ple_jax.core.refill import read_as
 from ple_jax.core.types import Batch, Query, Reward, Slot, Tokenizer
 from ple_jax.data import mixture
-from ple_jax.data.left_out import counts, fit
+from ple_jax.data.left_out import QuerySet, check_share, counts, fit
 from ple_jax.data.load import Data
 from ple_jax.planning.rates import Rates, expected
 from ple_jax.prompts import principles
-from ple_jax.training.prompting import Prompts, usable
+from ple_jax.training.prompting import Prompts, check_context, longest, usable
 from ple_jax.training.steps import planned
 
 if TYPE_CHECKING:
@@ -85,27 +85,27 @@ def describe(
     rules: principles.Principles,
     reward: Reward,
     algorithm: Algorithm,
+    second: Reward | None = None,
     eos: tuple[int, ...] = (),
+    model: str = "the model",
+    context: float = math.inf,
     rates: Rates | None = None,
 ) -> str:
     """Describes the run of a config: model, records, shapes, steps, tokens, thresholds, principles and prompts.
 
     Args:
-      parameters: number of parameters of the base model.
-      adapter_parameters: number of parameters of the LoRA adapter, which are the ones trained.
+      parameters, adapter_parameters: of the base model, and of the LoRA adapter, which alone is trained.
       found: the records that iterations draw from and that evaluations use.
-      eos: the tokens that end a response.
+      reward, second: the rewards that score responses; a record that they do not take is left out.
+      eos, model, context: the tokens that end a response, the base model's name, and the most tokens that it takes.
       rates: the speed of an earlier run like it on this machine, if there was one.
 
     Raises:
-      UserError: if the share of records that cannot be used is above config.task.max_bad_share.
+      UserError: the records are refused, as they would be when the run begins.
     """
-    rendering = Prompts(config, tokenizer, rules, eos)
-    own = given_sources(algorithm.collect(config))
-    train, _ = usable(found.train, rendering, "config.task.train", sources=own)
-    heldout, _ = usable(found.heldout, rendering, "config.task.heldout")
-    bad = {"train": [*found.bad["train"], *train.bad], "heldout": [*found.bad["heldout"], *heldout.bad]}
-    found = Data(train.queries, heldout.queries, {**found.bad, **bad})
+    rendering = Prompts(config, tokenizer, rules, eos, context)
+    rewards = [one for one in (reward, second) if one is not None]
+    found = _fitted(found, rendering, given_sources(algorithm.collect(config)), rewards, model)
     plain = [len(rendering.of(query, False)[1]) for query in found.train]
     blocks = [
         _model(config, parameters, adapter_parameters),
@@ -115,6 +115,18 @@ def describe(
         f"Principles ({rules.version}{_chosen(config, rules)}{_unnumbered(rules)})\n{_visible(rules.text)}",
     ]
     return "\n\n".join([*blocks, *(_first_prompt(found, rendering, principled) for principled in _WORDS)])
+
+
+def _fitted(found: Data, rendering: Prompts, sources: Sequence[str], rewards: Sequence[Reward], model: str) -> Data:
+    """Returns the records that a run would use, after the checks with which it begins."""
+    train, _ = usable(found.train, rendering, "config.task.train", sources=sources, rewards=rewards)
+    heldout, _ = usable(found.heldout, rendering, "config.task.heldout", rewards=rewards)
+    bad = {"train": [*found.bad["train"], *train.bad], "heldout": [*found.bad["heldout"], *heldout.bad]}
+    found = Data(train.queries, heldout.queries, {**found.bad, **bad})
+    mixture.draw_queries(rendering.config, found.train, 0)
+    needed = longest(found, rendering) + rendering.config.sampling.max_new_tokens
+    check_context(needed, len(found.train), model=model, context=rendering.context)
+    return found
 
 
 def _unnumbered(rules: principles.Principles) -> str:
@@ -214,14 +226,18 @@ def describe_offline(
     found: Data,
     algorithm: OfflineAlgorithm,
 ) -> str:
-    """Describes the run of an algorithm that samples nothing; arguments are as in `describe`."""
+    """Describes the run of an algorithm that samples nothing; arguments and errors are as in `describe`."""
     settings, optimizer = config.offline, config.optimizer
-    examples, bad = fit(found.train, lambda query: algorithm.encode(query, tokenizer, config))
+    (examples, bad), (heldout, others) = (
+        fit(some, lambda query: algorithm.encode(query, tokenizer, config)) for some in (found.train, found.heldout)
+    )
+    for which, kept in (("train", QuerySet(examples, bad)), ("heldout", QuerySet(heldout, others))):
+        check_share(kept, f"config.task.{which}", config.task.max_bad_share)
     steps = math.ceil(len(examples) / optimizer.batch_queries) * settings.epochs
     rows = [
         ("examples", f"{len(examples):,}" + (f", {len(bad):,} cannot be used" if bad else "")),
         ("optimiser steps", f"{steps:,} of {optimizer.batch_queries} examples, {settings.epochs} epochs"),
-        ("evaluations", f"{math.ceil(steps / settings.eval_every) + 1} of {len(found.heldout):,} examples"),
+        ("evaluations", f"{math.ceil(steps / settings.eval_every) + 1} of {len(heldout):,} examples"),
         ("batches by tokens", _shapes(config, algorithm, examples)),
     ]
     return "\n\n".join(

@@ -20,6 +20,12 @@ _WINS = (
 )  # fmt: skip
 
 
+_FILES = (
+    "comparison.json", "comparison.html", "table.md", "table.csv", "table.tex", "seeds.csv", "tests.csv", "wins.csv",
+    "frontier.csv",
+)  # fmt: skip
+
+
 def write(result: Mapping[str, Any], out: Path) -> Path:
     """Writes the files of a comparison, and prints its tables and warnings (unequal budgets, missing seeds ...).
 
@@ -34,6 +40,9 @@ def write(result: Mapping[str, Any], out: Path) -> Path:
     Returns:
         The page's path.
     """
+    for folder in (out, *sorted(out.glob("kl_*")), out / "newest"):
+        for name in _FILES:  # of a comparison that was here before, of other views perhaps
+            (folder / name).unlink(missing_ok=True)
     if len(result["views"]) == 1:
         text = _write_view({**result["views"][0], "frontier": result["frontier"]}, out)
         warnings = result["views"][0]["warnings"]

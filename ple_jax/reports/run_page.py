@@ -263,7 +263,7 @@ def _samples(workdir: Path, evaluations: list[Path], best: Mapping[str, Any] | N
     if not evaluations:
         return {}
     last, where = evaluations[-1], f"iteration {int(evaluations[-1].stem.split('_')[1])}"
-    if best is not None and (file := workdir / best["responses"]).exists():
+    if best is not None and "responses" in best and (file := workdir / best["responses"]).exists():
         last, where = file, f"step {best['step']}" if best["within"] else f"iteration {best['iteration']}"
     before, after = _rollouts(evaluations[0]), {line["query_id"]: line for line in _rollouts(last)}
     rows = [

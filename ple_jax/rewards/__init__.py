@@ -104,8 +104,11 @@ def read(names: Sequence[str], records: Sequence[Mapping[str, Any]], who: str) -
 
 
 def accepted(value: Any) -> list[str]:
-    """Returns the accepted answers in a column of a record, as texts: all entries of a list, or else the one value."""
-    return [str(one) for one in value] if isinstance(value, list) else [str(value)]
+    """Returns the accepted answers in a column of a record, as texts: all entries of a list, or else the one value.
+
+    What is missing, such as a column that one data set of a mixture lacks, is no answer.
+    """
+    return [str(one) for one in (value if isinstance(value, list) else [value]) if one is not None]
 
 
 def fenced_block(text: str, languages: Sequence[str], *, or_none: bool = False) -> str | None:

@@ -27,7 +27,7 @@ from ple_jax.core.errors import UserError
 from ple_jax.core.types import Reward
 from ple_jax.rewards import WHERE, accepted, fenced_block
 
-VERSION = "2"  # another one with every change of the values
+VERSION = "3"  # another one with every change of the values
 _CHILD = Path(__file__).with_name("_child.py")
 _START = 10.0  # seconds more than the code has, for Python to start in
 _READ = 1 << 20  # bytes of what a child says
@@ -76,7 +76,7 @@ def make(
         return sum(passed) / len(passed)
 
     def reward(prompts: Sequence[str], responses: Sequence[str], /, **fields: Sequence[Any]) -> list[float]:
-        opening = [""] * len(responses) if before is None else map(str, fields[before])
+        opening = [""] * len(responses) if before is None else ["" if one is None else str(one) for one in fields[before]]
         programs = [opened + code_of(response) for opened, response in zip(opening, responses, strict=True)]
         with ThreadPoolExecutor(concurrency or os.cpu_count()) as pool:
             return list(pool.map(share, programs, map(accepted, fields[column])))

@@ -8,7 +8,7 @@ from ple_jax.core.errors import UserError
 from ple_jax.core.types import Reward
 from ple_jax.rewards import WHERE, accepted
 
-VERSION = "1"  # another one with every change of the values
+VERSION = "2"  # another one with every change of the values
 
 
 def make(pattern: str | None = None, *, column: str | None = None, answer: str | None = None) -> Reward:
@@ -42,12 +42,9 @@ def make(pattern: str | None = None, *, column: str | None = None, answer: str |
         return [float(matches(*one)) for one in zip(responses, told, strict=True)]
 
     def refuses(prompt: str, /, **fields: Any) -> str:
-        try:
-            for one in accepted(fields[column]) if column is not None else ():
-                _compiled(one, f"`{column}`:")
-        except UserError as error:
-            return f"has no pattern in {error}"
-        return ""
+        if lacking := [name for name in reads if not accepted(fields[name])]:
+            return f"has nothing in its `{lacking[0]}`"
+        return next(filter(None, (_wrong(one, column) for one in accepted(fields[column]))), "") if column is not None else ""
 
     version = f"{VERSION} {pattern!r} {column} {answer}"
     return Reward("regex", reward, version=version, scale=(0.0, 1.0), reads=reads, refuses=refuses)
@@ -59,6 +56,14 @@ def _matches(pattern: re.Pattern[str], response: str, right: set[str] | None) ->
     said = [(match[min(1, pattern.groups)] or "").strip() for match in pattern.finditer(response)]
     said = [text for text in said if text]
     return bool(said) and said[-1].casefold() in right
+
+
+def _wrong(pattern: str, column: str) -> str:
+    try:
+        _compiled(pattern, f"`{column}`:")
+    except UserError as error:
+        return f"has no pattern in {error}"
+    return ""
 
 
 def _compiled(pattern: str, where: str) -> re.Pattern[str]:

@@ -137,7 +137,7 @@ def check(workdir: Path, iteration: int) -> None:
     again = f"put a copy of it back, or remove it and {workdir / 'checkpoints'}: the run trains again, on what it sampled"
     if iteration and not start.exists():
         raise UserError(f"{start}, the evaluation before training, is gone; {again.replace('it and ', '')}")
-    for path in sorted(path for folder in FOLDERS for path in (workdir / folder).glob("*_????.jsonl")):
+    for path in sorted(path for folder in FOLDERS for path in (workdir / folder).rglob("*_????.jsonl")):
         if int(path.stem[-4:]) < iteration:
             read(path, remedy=again if path == start else "put a copy of it back, or remove it: the run goes on without it")
 

@@ -8,8 +8,10 @@ point), and the journal of the iteration that was being sampled.
 import contextlib
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from ple_jax.algorithms import Algorithm, Context, given_sources
 from ple_jax.core.errors import Damaged
@@ -21,10 +23,10 @@ from ple_jax.training.measures import evaluate, evaluate_within, forget_within, 
 from ple_jax.training.run import Run
 from ple_jax.training.sampling import given, sample
 from ple_jax.training.scoring import labelled_again, sorted_out
-from ple_jax.training.state import WARM_UP, State, commit, resume
+from ple_jax.training.state import WARM_UP, State, changed, commit, resume
 from ple_jax.training.steps import update
 from ple_jax.training.warm_up import warm_up
-from ple_jax.training.workdir import algorithm_changed
+from ple_jax.training.workdir import changed_since
 
 PROFILE = "profile"  # a folder of the work directory
 # what an iteration learns: the state after it, its rollouts, and its metrics
@@ -72,7 +74,7 @@ def begin(run: Run[Algorithm]) -> State:
     points.forget_later(run.session, state)
     if state is not None:
         check(run.session.workdir, state.iteration)
-        if algorithm_changed(run.session.workdir, state.iteration):  # those are of a policy that will not be again
+        if goes_another_way(run, state):  # those are of a policy that will not be again
             forget_within(run.session.workdir, state.step)
     else:
         fresh = State(run.backend.environment(), controller=run.algorithm.controller(run.config))
@@ -81,6 +83,12 @@ def begin(run: Run[Algorithm]) -> State:
     run.session.progress.iteration(state.iteration)
     state = log_iteration(run, state)
     return state if state.iteration else state._replace(mean_length=first_length(run))
+
+
+def goes_another_way(run: Run[Algorithm], state: State) -> bool:
+    """Says whether the unfinished iteration after `state` may take other steps now than it took before it was stopped."""
+    mended = changed_since(run.session.workdir, state.iteration) - {"after", "iterations"}
+    return bool(mended) or bool(changed(state.environment, run.backend.environment()))
 
 
 def first_length(run: Run[Algorithm]) -> float:
@@ -104,7 +112,7 @@ def one_iteration(run: Run[Algorithm], state: State, learn: Learn) -> State:
     compiled = run.backend.compiled()
     begun = Journal(run.session.workdir / "rollouts", state.iteration).partial.exists()  # by a process that was stopped
     after, rollouts, values = learn(state)
-    values |= newly_compiled(run, compiled)
+    values = numbers(values) | newly_compiled(run, compiled)
     spent = {name: after.costs.seconds[name] - state.costs.seconds[name] for name in costs.PHASES if name != "evaluate"}
     new = {name: getattr(after.costs, name) - getattr(state.costs, name) for name in ("generated_tokens", "training_tokens")}
     if spent["generate"] and not begun:  # this process sampled all of it
@@ -113,11 +121,16 @@ def one_iteration(run: Run[Algorithm], state: State, learn: Learn) -> State:
     kept = given_sources(run.algorithm.collect(run.config))  # C of the records' own answers is that of all of them
     after = after._replace(
         iteration=state.iteration + 1,
-        controller=run.algorithm.control(state.controller, values, run.config),
+        controller=numbers(run.algorithm.control(state.controller, values, run.config)),
         mean_length=state.mean_length if kept else mean_length(rollouts, run),
         metrics={**values, **new, **{f"seconds_{name}": s for name, s in spent.items()}},
     )
     return log_iteration(run, commit(after, run.backend, run.session))
+
+
+def numbers(values: Mapping[str, float]) -> dict[str, float]:
+    """Converts numpy's scalars, which a variant's metrics may be, to Python's, which a checkpoint's JSON takes."""
+    return {name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()}
 
 
 def newly_compiled(run: Run[Algorithm], before: Compiled) -> dict[str, float]:
@@ -144,12 +157,13 @@ def learn_from_samples(run: Run[Algorithm], state: State, context: Context) -> t
     state, rollouts = collect(run, context, state)
     values, between = summarise(rollouts, run), state
 
-    def pause(taken: int, total: int, tokens: int) -> float:
+    def pause(taken: int, total: int, tokens: int, seconds: Mapping[str, float]) -> float:
         nonlocal between
         if not evaluates_within(run.config, state.iteration, taken, total):
             return 0.0
         started = time.perf_counter()
-        spent = between.costs._replace(training_tokens=state.costs.training_tokens + tokens)
+        so_far = {**between.costs.seconds, **{phase: state.costs.seconds[phase] + s for phase, s in seconds.items()}}
+        spent = between.costs._replace(training_tokens=state.costs.training_tokens + tokens, seconds=so_far)
         between = evaluate_within(run, between._replace(step=state.step + taken, costs=spent))
         return time.perf_counter() - started
 
@@ -184,7 +198,7 @@ def collect(run: Run[Algorithm], context: Context, state: State) -> tuple[State,
     journal, slots = Journal(session.workdir / "rollouts", iteration), run.algorithm.collect(config)
     queries = draw_queries(config, run.data.train, iteration)
     rollouts = journal.read()
-    if rollouts is not None and algorithm_changed(session.workdir, iteration):
+    if rollouts is not None and "inputs.algorithm" in changed_since(session.workdir, iteration):
         rollouts = decided_again(run, context, journal, rollouts, slots)
     if rollouts is None:
         started = time.perf_counter()

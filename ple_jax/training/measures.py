@@ -271,17 +271,20 @@ def best_of(run: Run[Algorithm], state: State) -> dict[str, Any]:
     """Describes the best evaluation of each folder of `best/`, by the name of the folder.
 
     Each has the fields of its `Point`, the 95% interval of the gain since the first evaluation, the gain that lengths alone
-    would give, the file of its responses, and for a mixture the gains of its data sets.
+    would give, the file of its responses, and for a mixture the gains of its data sets; without that file, its point alone.
     """
     found, by, workdir = {}, run.config.eval.best, run.session.workdir
     for name, budget in points.budgets(run.config).items():
         if (top := points.best(points.of(state), by, budget)) is not None:
             where = top.iteration, top.step if top.within else None
+            found[name] = top._asdict()
+            if not evaluation(workdir, *where).path.exists():  # it was damaged, and removed: the checkpoint is there
+                continue
             before, after = before_and_after(workdir, *where)
             gain = intervals.bootstrap_ci(after - before, seed=run.config.seed)
             file = evaluation(workdir, *where).path.relative_to(workdir)
             length = gain_by_length(workdir, *where)
-            found[name] = {**top._asdict(), "gain_ci95": list(gain), "gain_by_length": length, "responses": file.as_posix()}
+            found[name] |= {"gain_ci95": list(gain), "gain_by_length": length, "responses": file.as_posix()}
             if sets := gains_of_sets(run.config, workdir, *where):
                 found[name]["sets"] = sets
     return found

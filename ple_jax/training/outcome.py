@@ -51,11 +51,10 @@ def reached(summary: Mapping[str, Any]) -> str:
         where = f", {best[-1]['kl']:.1f} nats a response from the start"
         if best[-1]["step"] != summary["points"][-1]["step"]:
             where += f" (the last evaluation: {after:.3f}, {summary['points'][-1]['kl']:.1f} nats)"
-        after, (low, high) = best[-1]["reward"], best[-1]["gain_ci95"]
-    return (
-        f"held-out reward {summary['heldout_reward_before']:.3f} -> {after:.3f} (95% interval of the gain {low:.3f} to"
-        f" {high:.3f}){where}"
-    )
+        after, (low, high) = best[-1]["reward"], best[-1].get("gain_ci95", (None, None))
+    # of an evaluation whose file is gone, the reward is known and not the interval
+    gain = "" if low is None else f" (95% interval of the gain {low:.3f} to {high:.3f})"
+    return f"held-out reward {summary['heldout_reward_before']:.3f} -> {after:.3f}{gain}{where}"
 
 
 def collapsed(summary: Mapping[str, Any]) -> Iterator[str]:

@@ -246,10 +246,15 @@ def taken(run: Run[Any]) -> State:
             there = [path.name for path in sorted((workdir / BEST).glob("*")) if commits.steps(path)]
             raise UserError(
                 f"config.checkpoint.use is {use!r}, and {workdir} has {', '.join(['best', 'newest', *there])}: no evaluation"
-                " was within that budget"
+                " was within that budget, or its checkpoint was removed"
             )
     if (state := newest(run.backend, folder)) is None:
         raise UserError(f"{folder} holds no checkpoint yet; train first: --mode=train")
+    top = best(of(state), run.config.eval.best, budgets(run.config)[kept[-1]]) if use == "best" and kept else None
+    if top is not None and top.step != state.step:
+        run.session.progress.log(
+            f"warning: the checkpoint of the best evaluation, {top.where}, is gone: this is that of {place(state)}"
+        )
     return state
 
 

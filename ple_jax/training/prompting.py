@@ -277,7 +277,7 @@ def longest(data: Data, rendering: Prompts) -> int:
     return max(len(rendering.of(query, True)[1]) for query in some)
 
 
-def check_context(tokens: int, queries: int, *, model: str, context: int) -> None:
+def check_context(tokens: int, queries: int, *, model: str, context: float) -> None:
     """Raises a UserError if the longest prompt and its response together are longer than the model was trained to see.
 
     Args:

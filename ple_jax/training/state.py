@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ple_jax.core import commits
 from ple_jax.core.files import read_jsonl, write_jsonl
 from ple_jax.core.identity import FORMAT
 from ple_jax.core.types import Backend
@@ -13,7 +14,7 @@ from ple_jax.training.costs import Costs
 from ple_jax.training.run import Session
 from ple_jax.training.sinks import line
 
-CHECKPOINTS, WARM_UP, BEST = "checkpoints", "warm_up", "best"  # folders of a work directory
+CHECKPOINTS, WARM_UP, BEST = "checkpoints", "warm_up", commits.BEST  # folders of a work directory
 
 
 class State(NamedTuple):
@@ -69,7 +70,7 @@ def before(state: State, log: Path) -> tuple[Mapping[str, Any], ...]:
     That iteration's own line is written when it is evaluated. The checkpoint has the lines; one of an earlier version does
     not, and then they are read from the file.
     """
-    if state.lines or not log.exists():
+    if state.lines or not state.iteration or not log.exists():
         return state.lines
     return tuple(line for line in read_jsonl(log, torn=True) if line["iteration"] < state.iteration)
 

@@ -25,7 +25,8 @@ class Whole(NamedTuple):
     seconds: float  # that they took
 
 
-Pause = Callable[[int, int, int], float]  # (steps taken, of how many, tokens of them) -> seconds that it took
+# (steps taken, of how many, tokens of them, seconds of their phases) -> seconds that it took
+Pause = Callable[[int, int, int, Mapping[str, float]], float]
 
 
 def update(
@@ -47,8 +48,8 @@ def update(
     few, kl, before = at_the_start(run, some, context)
     whole = prepare(run, rollouts, context, few)
     batches, compared = [one.batch for one in whole], sum(one.tokens for one in whole)
-    started = time.perf_counter()
-    collected, sizes, paused = steps(run, batches, state.iteration, state.step, pause)
+    prepared, started = sum(one.seconds for one in whole), time.perf_counter()
+    collected, sizes, paused = steps(run, batches, state.iteration, state.step, pause, prepared)
     updated = time.perf_counter() - paused
     said = check_policy(policy_of(run, few.batch), run.config.optimizer.lr, "optimizer.lr")
     after = run.loss(said, few.batch)[1]
@@ -57,7 +58,7 @@ def update(
         training_tokens=trained,
         flops=costs.forward_flops(run.base.parameters, compared) + costs.update_flops(run.base.parameters, trained),
     )
-    spent = spent.took("prepare", sum(one.seconds for one in whole)).took("update", updated - started)
+    spent = spent.took("prepare", prepared).took("update", updated - started)
     means = over_queries(collected, sizes)
     metrics = {**run.algorithm.measures(means, before, after), **kl, "lr": collected[-1]["lr"]}
     return state._replace(step=state.step + len(collected), costs=spent), metrics
@@ -85,14 +86,17 @@ def prepare(run: Run[Algorithm], rollouts: Sequence[Rollout], context: Context, 
 
 
 def steps(
-    run: Run[Algorithm], batches: Sequence[Batch], iteration: int, done: int, pause: Pause
+    run: Run[Algorithm], batches: Sequence[Batch], iteration: int, done: int, pause: Pause, prepared: float
 ) -> tuple[list[dict[str, float]], list[int], float]:
     """Takes the optimiser steps of an iteration, before which `done` steps were taken in the run.
+
+    Args:
+        prepared: seconds that it took to make the batches.
 
     Returns:
         The metrics of every step, the number of queries of each, and the seconds spent between steps, in `pause`.
     """
-    epochs, paused, tokens = run.config.optimizer.epochs, 0.0, 0
+    epochs, paused, tokens, started = run.config.optimizer.epochs, 0.0, 0, time.perf_counter()
     found: list[dict[str, float]] = []
     sizes: list[int] = []
     run.session.progress.phase("update", len(batches) * epochs)
@@ -104,9 +108,11 @@ def steps(
             sizes.append(len(batches[index].prompt))
             tokens += costs.tokens(batches[index])
             run.session.progress.advance(1, tokens=costs.tokens(batches[index]))
-            if (left := epochs * len(batches) - len(found)) and (took := pause(len(found), len(found) + left, tokens)):
-                paused += took
-                run.session.progress.phase("update", left)
+            if left := epochs * len(batches) - len(found):
+                seconds = {"prepare": prepared, "update": time.perf_counter() - started - paused}
+                if took := pause(len(found), len(found) + left, tokens, seconds):
+                    paused += took
+                    run.session.progress.phase("update", left)
     return found, sizes, paused
 
 
@@ -167,10 +173,13 @@ def share_of_rate(options: Any, step: int, total: int) -> float:
 
 
 def _options(config: Any) -> str:
-    """Returns the numbers among the options of an algorithm's loss, for an error message."""
-    options = getattr(config, config.algorithm, config.algorithm_kwargs).to_dict()
-    numbers = (f"{name} = {x:g}" for name, x in options.items() if type(x) in (int, float))
-    return f"an option of algorithm {config.algorithm!r} ({', '.join(numbers) or 'none is a number'})"
+    """Returns what may make a first step not finite, for an error message: the numbers among the options of the loss."""
+    own = config.algorithm.rpartition(".")[2]  # also of ple_jax.algorithms.ple
+    section = {"reward": "reward_model"}.get(own, own)  # config.reward is the reward that is asked
+    options = getattr(config, section, config.algorithm_kwargs).to_dict()
+    numbers = [f"{name} = {x:g}" for name, x in options.items() if type(x) in (int, float)]
+    told = f"an option of algorithm {config.algorithm!r} ({', '.join(numbers)}), " if numbers else ""
+    return f"{told}config.model.dtype = {config.model.dtype!r}"
 
 
 def check_finite(

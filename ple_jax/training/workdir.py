@@ -154,9 +154,9 @@ def going_on(
     return {**wanted, **({"changed": changed} if changed else {})}
 
 
-def algorithm_changed(workdir: Path, iteration: int) -> bool:
-    """Says whether the algorithm's file was mended, and that accepted, when `iteration` iterations were finished."""
-    return any("inputs.algorithm" in change for change in _changes(workdir, iteration))
+def changed_since(workdir: Path, iteration: int) -> set[str]:
+    """Returns the keys that were changed when `iteration` iterations were finished, as config.json has them."""
+    return {key for change in _changes(workdir, iteration) for key in change}
 
 
 def was_its_end(workdir: Path, iteration: int) -> bool:

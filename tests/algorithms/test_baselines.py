@@ -120,8 +120,12 @@ def test_dpo_ranks_best_over_worst_and_drops_ties():
     margin = 0.1 * (gain[:, 1] - gain[:, 0])
     expected = np.log1p(np.exp(-margin))[[0, 2]].mean()
     assert value.mean() == pytest.approx(expected)  # of the kept ones
-    assert metrics["reward_margin"].mean() == pytest.approx(margin[[0, 2]].mean())
-    assert metrics["ranked"].tolist() == [1, 0, 1]
+    assert metrics["ranked"].tolist() == [1, 0, 1] and metrics["reward_margin"][1] == metrics["reward_accuracy"][1] == 0
+    means = {name: float(values.mean()) for name, values in metrics.items()}
+    said = module.measures(means, metrics, metrics)  # of the kept ones too
+    assert said["reward_margin"] == pytest.approx(margin[[0, 2]].mean(), rel=1e-6)
+    assert said["reward_accuracy"] == pytest.approx((margin[[0, 2]] > 0).mean(), rel=1e-6)
+    assert module.measures({**means, "ranked": 0.0, "reward_accuracy": 0.0}, metrics, metrics)["reward_accuracy"] == 0
 
 
 def test_offline_dpo_takes_the_records_word():
@@ -129,6 +133,16 @@ def test_offline_dpo_takes_the_records_word():
     module, rows = labelled("dpo", c, rollouts(2))  # the third one's chosen answer has the lower reward
     assert {row.decision for row in rows} == {"ranked"} and rows[2].margin == -2.0
     assert module.batch(rows, Context(c)).response_mask.sum(-1).tolist() == [[3, 8], [2, 2], [1, 7]]
+
+
+def test_labels_are_smoothed():
+    c = config("dpo", dpo__label_smoothing=0.2)
+    module, rows = labelled("dpo", c, rollouts(2))
+    batch = module.batch(rows, Context(c))
+    batch.data["reference_logprobs"], found = outputs(batch, 1).logprobs, outputs(batch)
+    gain = np.where(batch.response_mask, found.logprobs - batch.data["reference_logprobs"], 0.0).sum(-1)
+    z = c.dpo.beta * (gain[:, 1] - gain[:, 0])
+    np.testing.assert_allclose(module.make_loss(c)(found, batch)[0], np.log1p(np.exp(-z)) + 0.2 * z, rtol=1e-6)
 
 
 def test_ipo_regresses_the_margin_per_token():
@@ -211,6 +225,35 @@ def test_the_teacher_reads_the_principles_and_the_same_tokens(tmp_path, monkeypa
     query = queries[0]
     assert text.endswith(query.prompt) and "love, joy and praise" in text
     assert tokenizer.decode(plain.prompt[0][plain.prompt_mask[0]].tolist(), skip_special_tokens=False) == query.prompt
+
+
+def test_the_teacher_is_the_policy_of_now_at_the_temperature_that_sampled():
+    asked = []
+
+    class Backend:
+        def logprobs(self, batch, *, reference=False, base=False, temperature=1.0, entropy=False):
+            asked.append((batch.prompt.shape[1], reference, base, temperature))
+            return outputs(batch)
+
+    c = config("self_distillation", sampling__temperature=0.7)
+    module, rows = labelled("self_distillation", c, rollouts(1))
+    batch = module.batch(rows, Context(c, mean_length=4.0))
+    width, left = batch.prompt.shape[1], ((0, 0), (16, 0))
+    wide = batch._replace(prompt=np.pad(batch.prompt, left), prompt_mask=np.pad(batch.prompt_mask, left))
+    run = type("Stand", (), {"algorithm": module, "config": c, "backend": Backend()})()
+    steps.compared(batch, run, wide)
+    assert asked == [(width, False, False, 0.7), (width + 16, False, False, 0.7)]
+
+
+def test_the_ratio_of_self_distillation_is_clipped():
+    c = config("self_distillation", self_distillation__clip=0.1)
+    module, rows = labelled("self_distillation", c, rollouts(1))
+    batch = module.batch(rows, Context(c, mean_length=4.0))
+    policy, one = outputs(batch).logprobs, np.where(batch.response_mask, 1.0, 0.0)
+    batch.data.update(old_logprobs=policy, teacher_logprobs=policy + one)
+    value, metrics = module.make_loss(c)(outputs(batch)._replace(logprobs=policy + one), batch)
+    np.testing.assert_allclose(value, -1.1 * batch.response_mask.sum((1, 2)) / 4, rtol=1e-5)
+    assert metrics["clipped"].tolist() == [1.0, 1.0, 1.0]
 
 
 def test_what_is_needed_is_there_before_the_first_step():

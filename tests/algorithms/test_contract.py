@@ -11,6 +11,7 @@ from ple_jax import algorithms, modes
 from ple_jax.algorithms import Algorithm, Context, OfflineAlgorithm
 from ple_jax.core.config import names
 from ple_jax.core.errors import UserError
+from ple_jax.training import loop
 from ple_jax.training.journal import read
 
 PLE = "from ple_jax.algorithms.ple import *\n"
@@ -107,6 +108,16 @@ def test_what_an_iteration_is_told(tmp_path):
         sampled = [r for rollout in read(run / f"{file}.jsonl") for r in rollout.responses]
         assert {r.kind for r in sampled} == {"plain", "principled"}
         assert line[2] == pytest.approx(sum(len(r.tokens) for r in sampled) / len(sampled))
+
+
+def test_c_of_the_records_own_answers_is_that_of_all_of_them(tmp_path, monkeypatch):
+    seen, whole = [], loop.context_of
+    monkeypatch.setattr(loop, "context_of", lambda *given: seen.append(whole(*given)) or seen[-1])
+    rows = [{"prompt": f"q {i}", "completion": "a" * (1 + i)} for i in range(24)]  # a token a byte, and the end
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    c = config("sft", iterations=3, task__train=str(tmp_path / "t.jsonl"), task__max_answer_tokens=64)
+    assert modes.train(FrozenConfigDict(c), tmp_path / "run", "torch") == 0
+    assert [context.mean_length for context in seen] == pytest.approx([sum(i + 2 for i in range(24)) / 24] * 3)
 
 
 def test_a_context_needs_the_config_alone():

@@ -236,6 +236,18 @@ def test_metrics():
     assert metrics["hinge_active"].tolist() == [0] * 6
 
 
+def test_what_is_measured_before_and_after_the_update():
+    both = {"ranked": np.array([1.0, 1, 1, 0])}
+    before, after = (
+        {**both, "hinge_active": np.array(active), "lp_plain": np.full(4, plain), "lp_principled": np.full(4, other)}
+        for active, plain, other in (([1.0, 1, 0, 0], -1.0, -2.0), ([1.0, 0, 0, 0], -3.0, -4.0))
+    )
+    found = ple.measures({"loss": 2.0, "hinge_active": 9.0, "lp_plain": 9.0, "lp_principled": 9.0}, before, after)
+    assert found == pytest.approx(
+        {"loss": 2.0, "lp_plain": -3.0, "lp_principled": -4.0, "hinge_active_before": 2 / 3, "hinge_active_after": 1 / 3}
+    )
+
+
 @pytest.mark.parametrize("case", ["default", "dpo", "response_length", "kl"])
 def test_rows_that_only_fill_the_shape_change_nothing(case):
     config = settings(**CASES[case])

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
 import test_model
 import test_train
 import tiny
@@ -61,6 +62,25 @@ def test_advantages_and_returns_by_hand():
     np.testing.assert_allclose(batch.data["kl_response"], gap, rtol=1e-5)
 
 
+def test_every_knob_of_the_advantages_is_read():
+    c = config(
+        "ppo", ppo__samples=2, ppo__gamma=0.5, ppo__lam=0.8, ppo__kl_coefficient=0.3, ppo__kl_estimator="k3",
+        ppo__whiten_rewards=True, ppo__whiten_advantages=False,
+    )  # fmt: skip
+    _, batch = ready(c)
+    data, mask = batch.data, batch.response_mask
+    gap = np.where(mask, data["old_logprobs"] - data["reference_logprobs"], 0.0)
+    rewards = -0.3 * (np.exp(-gap) - 1 + gap)
+    for i, k in np.ndindex(3, 2):
+        rewards[i, k, LENGTHS[i][k] - 1] += SCORES[i][k]
+    real = rewards[mask]
+    rewards = (rewards - real.mean()) / np.sqrt(real.var(ddof=1) + 1e-8) + real.mean()
+    for i, k in np.ndindex(3, 2):
+        n = LENGTHS[i][k]
+        wanted = reference.advantages(data["old_values"][i, k, :n], rewards[i, k, :n], gamma=0.5, lam=0.8)
+        np.testing.assert_allclose(data["advantages"][i, k, :n], wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_whitening_is_over_the_optimiser_batch():
     c = config("ppo", ppo__samples=2)
     _, batch = ready(c)
@@ -107,6 +127,18 @@ def test_the_loss_at_the_first_step():
     assert value.mean() == pytest.approx(expected, rel=1e-5)
     assert metrics["value_loss"].mean() == pytest.approx((error**2).sum() / 2 / tokens, rel=1e-5)
     assert not metrics["clipped"].any() and not metrics["value_clipped"].any()
+
+
+def test_the_ratio_is_clipped_where_ppo_clip_says():
+    c = config("ppo", ppo__samples=2, ppo__clip=0.1, ppo__value_weight=0.0)
+    module, batch = ready(c)
+    batch.data["advantages"] = np.where(batch.response_mask, 1.0, 0.0)
+    moved = outputs(batch)
+    moved = moved._replace(
+        logprobs=batch.data["old_logprobs"] + np.where(batch.response_mask, 1.0, 0.0), values=batch.data["old_values"]
+    )
+    value, metrics = module.make_loss(c)(moved, batch)
+    assert value.mean() == pytest.approx(-1.1, rel=1e-5) and (metrics["clipped"] == 1).all()
 
 
 def value_head() -> adapters.Adapter:

@@ -13,12 +13,12 @@ from ple_jax import modes
 from ple_jax.configs import default, tiny
 from ple_jax.core.config import validate
 from ple_jax.core.errors import UserError
-from ple_jax.core.types import Query
+from ple_jax.core.types import Query, Response, Rollout
 from ple_jax.data import mixture
 from ple_jax.data.load import load_data
 from ple_jax.data.queries import draw, load_queries
 from ple_jax.training import journal
-from ple_jax.training.measures import mean_rewards
+from ple_jax.training.measures import gains_of_sets, mean_rewards
 
 
 def write(path: Path, *records: dict[str, Any]) -> str:
@@ -140,6 +140,19 @@ def test_a_run_says_what_each_set_gained(tmp_path, two):
     modes.generate(c, work, "jax")
     settings = json.loads((work / "responses" / "trained" / f"iter_{best['iteration']:04d}.json").read_text())
     assert settings["data"] == "a, b" and settings["queries"] == 8
+
+
+def test_the_gain_of_a_set_is_after_less_before(tmp_path, two):
+    for iteration, rewards in enumerate(({"a": 0.0, "b": 1.0}, {"a": 0.5, "b": 0.0})):
+        rollouts = [
+            Rollout(f"{name}/{i}", "q", (1,), (Response((2,), True, "plain", 0, "x", reward + i / 10),))
+            for name, reward in rewards.items()
+            for i in range(3)
+        ]
+        journal.write(tmp_path / "evaluations" / f"iter_{iteration:04d}.jsonl", rollouts)
+    found = gains_of_sets(config(tmp_path, two), tmp_path, 1)
+    assert found["a"]["gain_ci95"] == pytest.approx([0.5, 0.5]) and found["b"]["gain_ci95"] == pytest.approx([-1, -1])
+    assert (found["a"]["before"], found["a"]["after"]) == pytest.approx((0.1, 0.6))
 
 
 def test_a_column_that_one_set_lacks_is_none_there(tmp_path, two):

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from ple_jax.core.errors import UserError
 from ple_jax.core.files import write_json
 from ple_jax.core.types import Response, Rollout
 from ple_jax.evaluation import compare as comparing
+from ple_jax.evaluation import numbers as of_methods
 from ple_jax.evaluation import win_rates
 from ple_jax.evaluation.entries import Found, expand
 from ple_jax.evaluation.methods import labelled, read
@@ -276,6 +278,16 @@ def test_methods_with_other_seeds_are_tested_on_those_that_both_have(tmp_path):
     assert row["p_holm"] == row["p"]  # the pairs without a test do not count
 
 
+def test_what_lengths_alone_would_give_has_the_sign_of_a_minus_b():
+    def method(lengths: list[int], values: list[float]) -> SimpleNamespace:
+        answered = [SimpleNamespace(responses=[SimpleNamespace(tokens=(0,) * n) for n in lengths])]
+        run = SimpleNamespace(seed=0, generated=SimpleNamespace(rollouts=answered))
+        return SimpleNamespace(trained=True, runs=[run], values={"reward": np.array([[values]])})
+
+    a, b = method([8, 10], [5.0, 6.0]), method([2, 4], [0.0, 1.0])
+    assert (of_methods.by_length(a, b, "reward"), of_methods.by_length(b, a, "reward")) == (3.0, -3.0)
+
+
 def test_the_one_run_of_a_start_model_stands_beside_every_seed(tmp_path):
     write_run(tmp_path / "s", const(1.0, 3), policy="start", seed=5)
     for seed, value in enumerate((1.0, 2.0, 4.0)):
@@ -331,6 +343,18 @@ def test_win_rates_by_the_stored_rewards(tmp_path):
     assert "on 2 responses to each of 5 queries" in (tmp_path / "out" / "table.md").read_text()
     second = by(compare(tmp_path, entries, judge_kwargs={"which": "second"})["wins"], method="y", against="x")
     assert (second["win"], second["judged"]) == (1.0, 5)
+
+
+def test_the_interval_of_a_turned_pair_is_mirrored(tmp_path):
+    write_run(tmp_path / "x", [[float(q == 5)] for q in range(6)])
+    write_run(tmp_path / "y", const(0.5, 6))  # wins 5 of 6
+    wins = compare(tmp_path, [f"x={tmp_path}/x", f"y={tmp_path}/y"])["wins"]
+    one, other = by(wins, method="y", against="x"), by(wins, method="x", against="y")
+    low = students([1.0] * 5 + [0.0])[0]
+    assert 0 < low < 0.5
+    assert (one["low"], one["high"]) == pytest.approx((low, 1.0))
+    assert (other["low"], other["high"]) == pytest.approx((0.0, 1 - low))
+    assert other["win_rate"] == pytest.approx(1 / 6)
 
 
 JUDGE = """
@@ -539,10 +563,11 @@ def test_methods_keep_the_order_of_the_entries_and_runs_that_of_their_seeds(tmp_
         ({"reward": "letters"}, "reward is vader and letters"),
         ({"reward_version": "2"}, "reward_version is 1 and 2"),
         ({"second_reward": "other"}, "second_reward is words and other"),
+        ({"second_reward_version": "2"}, "second_reward_version is 1 and 2"),
     ],
 )
 def test_responses_under_other_conditions_are_refused(tmp_path, change, says):
-    write_run(tmp_path / "a", const(1.0), second=const(1.0))
+    write_run(tmp_path / "a", const(1.0), second=const(1.0), settings={"second_reward_version": "1"})
     write_run(tmp_path / "b", const(1.0), second=const(1.0), algorithm="raft", settings=change)
     with pytest.raises(UserError) as error:
         compare(tmp_path, [tmp_path / "a", tmp_path / "b"])

@@ -259,6 +259,9 @@ def test_the_curves_are_those_of_all_runs(made):
     assert (at["kl_8", "ple"]["reached"], at["kl_8", "ple"]["runs"]) == (1, 2)
     assert at["kl_8", "ple"]["reward"] == pytest.approx(0.4 + 0.5 * 3 / 4) == at["kl_8", "raft"]["reward"]
     assert at["kl_8", "ple"]["reward_low"] is None  # of one seed nothing is known
+    for row in at.values():
+        assert row["reward"] is None or row["second"] == pytest.approx(row["reward"] / 2)  # as of each point
+    assert at["kl_8", "raft"]["area"] == pytest.approx((0.2 * 3 + 0.35 * 2 + (0.4 + 0.775) / 2 * 3) / 8)
     with (out / "frontier.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 4 * 3 + 3 and rows[2]["kl"] == "5.0" and rows[2]["step"] == "9" and rows[-1]["lr"] == "0.01"
@@ -331,6 +334,21 @@ def test_a_mean_curve_is_of_evaluations_made_at_the_same_place():
     result = {"views": [{"view": "", "methods": []}], "frontier": {"runs": [whole, unfinished], "budgets": []}}
     (chart,) = drawn.charts(result)
     assert [dot[2] for dot in chart.lines[0].dots] == ["a: 0.000 at 0 nats", "a: 0.300 at 3 nats"]
+
+
+def test_the_curve_of_an_unfinished_run_is_in_nats_a_response(tmp_path):
+    lines = [
+        {"iteration": i, "heldout_reward": 0.1 + i, "heldout_kl_response": 4.0 * i, "heldout_kl": 0.5 * i,
+         "heldout_kl_response_low": 3.0 * i, "heldout_kl_response_high": 5.0 * i, "heldout_second": 7.0,
+         "total_generated_tokens": 10 * i, "total_seconds": 1.0}
+        for i in range(2)
+    ]  # fmt: skip
+    write_run(tmp_path / "a", const(1.0), lines=lines, summary=False)
+    write_run(tmp_path / "s", const(0.05), policy="start")
+    (run,) = compare(tmp_path, [f"x={tmp_path}/a", tmp_path / "s"])["frontier"]["runs"]
+    assert [run[name] for name in ("kl", "kl_low", "kl_high", "reward", "second")] == [
+        [0, 4], [0, 3], [0, 5], [0.1, 1.1], [7, 7],
+    ]  # fmt: skip
 
 
 def test_one_budget_alone_is_one_page_with_its_curve(tmp_path):

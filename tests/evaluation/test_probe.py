@@ -145,8 +145,8 @@ def test_what_it_comes_to_is_said(probed):
         assert ("not shown to buy anything" in said) == (lift[0] <= 0)
         assert ("75% of the plain responses were cut off" in said) == (cut > 0.5)
     found["threshold"] |= {"ties": 0.5, "negative": 0.125, "suggested": 0.25}
-    for ranked, share in ((0.375, "all"), (0.25, "about half")):
-        found["threshold"]["ranked_if_suggested"] = ranked
+    for won, share in ((1.0, "all"), (0.55, "about half"), (0.75, "75%")):
+        found["threshold"]["won_if_suggested"] = won
         assert f"would rank {share} of the pairs that the principled response wins" in " ".join(probe.said(found))
 
 
@@ -259,6 +259,7 @@ def test_thresholds():
     assert found["margin"]["mean"] == pytest.approx((0.5 + 0.0 + 2.0 - 1.0) / 4)
     assert found["ties"] == 0.25 and found["negative"] == 0.25 and found["ranked"] == 0.5
     assert found["suggested"] == 0.25 and found["ranked_if_suggested"] == 0.5  # half way from 0.5 to 0
+    assert found["won_if_suggested"] == 1
     curve = {round(row["tau"], 6): row for row in found["curve"]}
     assert curve[0.0] == {"tau": 0.0, "ranked": 0.5, "by_chance": 0.25}  # of 0-1, 1-0, 0-0, 0-0 one is above
     assert found["curve"][-1]["ranked"] <= found["curve"][0]["ranked"]

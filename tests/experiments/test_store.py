@@ -6,7 +6,7 @@ import tarfile
 import pytest
 
 from ple_jax import experiments
-from ple_jax.core.errors import Damaged
+from ple_jax.core.errors import Damaged, UserError
 from ple_jax.core.files import read_sealed, write_jsonl, write_sealed
 from ple_jax.core.types import Response, Rollout
 from ple_jax.experiments import store
@@ -135,9 +135,14 @@ def test_what_is_kept_is_known(out, kept, asked):
     assert not store.holds(training, out, kept) and not store.holds(training, out, kept / "elsewhere")
 
 
-def test_a_job_of_another_question_is_not_taken(kept, other, asked):
-    asked["ple__seed-0"] = "with other budgets"
-    assert not store.take(jobs(other)[0], other, kept) and list(other.iterdir()) == []
+def test_a_job_of_another_question_is_neither_taken_nor_replaced(out, kept, other, asked):
+    before = {path.name: path.read_bytes() for path in kept.iterdir()}
+    asked["ple__seed-0"] = {"config": {"budgets": [4]}}
+    for job, folder in ((jobs(other)[0], other), (jobs(out)[0], out)):
+        act = store.take if folder == other else store.save
+        with pytest.raises(UserError, match=r"ple__seed-0.tar.xz is of another command, .* give another --keep"):
+            act(job, folder, kept)
+    assert list(other.iterdir()) == [] and {path.name: path.read_bytes() for path in kept.iterdir()} == before
 
 
 @pytest.mark.parametrize("spoil", [lambda data: data[:100], lambda data: data[:60] + bytes(8) + data[68:]])

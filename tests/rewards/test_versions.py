@@ -22,7 +22,7 @@ RECORD = {"completion": TEXT.lower(), "n": [1, 42], "day": "DAY", "tests": ["pas
 GREAT = {"name": "letters", "kwargs": {"letters": "gt"}}
 TABLE = {  # reward: options, version, value of TEXT
     "bag_of_words": ({}, "1", 0.8146),
-    "code": ({}, "2", 0.5),
+    "code": ({}, "3", 0.5),
     "combine": (
         {
             "parts": {"a": GREAT | {"weight": 3.0}, "b": {"name": "length", "veto_below": -0.9}},
@@ -32,14 +32,14 @@ TABLE = {  # reward: options, version, value of TEXT
         "2",
         -0.145,  # 3 * 8 / 64 - 8 / 20 - 0.01 * 12
     ),
-    "exact": ({}, "1", 1.0),
+    "exact": ({}, "2", 1.0),
     "json_schema": ({"schema": {}}, "2", 0.0),
     "judge": ({"model": "m"}, "1", 5.01),
     "length": ({"target": 20}, "2", -0.4),
     "letters": ({}, "1", 0.171875),
     "model": ({"label": "l1", "with_prompt": True, "max_tokens": 50}, "1", 0.57395),
     "numeric": ({"column": "n"}, "2", 1.0),
-    "regex": ({"pattern": r"BEST (\w+)", "answer": "day"}, "1", 1.0),
+    "regex": ({"pattern": r"BEST (\w+)", "answer": "day"}, "2", 1.0),
     "remote": ({"batch": 2}, "1", 28.4),
     "rules": ({"require": ["great"], "forbid": ["42"], "max_repeats": 2, "sentence": True}, "1", 0.75),
     "toxicity": ({}, "1", 0.75),

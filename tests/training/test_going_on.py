@@ -318,6 +318,7 @@ def test_what_was_evaluated_by_hand_is_no_evaluation_of_the_run(tmp_path):
         ({"ple__schedule": "constant"}, None),
         ({"ple__selection": "percentile", "ple__rank": "dpo"}, None),
         ({"ple__tau_0": float("inf"), "ple__schedule": "linear"}, None),
+        ({"optimizer__schedule": "linear"}, "its rates depend on how long the run is"),
     ],
     ids=str,
 )

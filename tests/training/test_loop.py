@@ -453,6 +453,13 @@ def test_principles_that_are_quoted_are_warned_of():
     assert measures.warn_of_leak(0.05, 0.03) == ""
 
 
+def test_evaluations_divide_the_steps_of_iterations_that_are_evaluated():
+    c = tiny_config.get_config()
+    c.eval.points, c.eval.every, c.iterations = 3, 2, 5
+    found = {i: [n for n in range(1, 10) if loop.evaluates_within(c, i, n, 9)] for i in range(5)}
+    assert found == {0: [], 1: [3, 6], 2: [], 3: [3, 6], 4: [3, 6]}  # the last one always
+
+
 def test_files_of_someone_else_are_not_touched(tmp_path):
     (tmp_path / "rollouts").mkdir()
     with pytest.raises(UserError, match="no config.json"):

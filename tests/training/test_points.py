@@ -9,7 +9,7 @@ import pytest
 from ml_collections import FrozenConfigDict
 
 from configs import tiny as tiny_config
-from ple_jax import modes
+from ple_jax import modes, rewards
 from ple_jax.core import commits
 from ple_jax.core.batches import pack
 from ple_jax.core.config import validate
@@ -147,6 +147,25 @@ def test_every_evaluation_is_a_point_with_the_kl_of_all_its_responses(budgeted):
     assert summary["iterations"] == 3 and summary["stopped"] is None
 
 
+def test_every_evaluation_draws_with_the_same_noise(budgeted):
+    workdir, _ = budgeted
+    answered = [read(workdir / "evaluations" / f"iter_{i:04d}.jsonl") for i in range(4)]
+    noise = [[r.noise for rollout in rollouts for r in rollout.responses if r.own] for rollouts in answered]
+    assert noise[0] == noise[1] == noise[2] == noise[3]
+    assert len(set(noise[0])) == len(noise[0]) > 1
+
+
+def test_the_first_evaluation_keeps_the_kinds_apart(budgeted):
+    workdir, _ = budgeted
+    first, rollouts = lines(workdir)[0], read(workdir / "evaluations" / "iter_0000.jsonl")
+    kinds = {how: [r for rollout in rollouts for r in rollout.responses if r.principled is how] for how in (False, True)}
+    means = {how: np.mean([r.reward for r in some]) for how, some in kinds.items()}
+    assert first["heldout_reward"] == pytest.approx(means[False]) != pytest.approx(means[True])
+    assert first["heldout_reward_principled"] == pytest.approx(means[True])
+    said = rewards.score(rewards.load("length", {}), [x.prompt for x in rollouts], [r.text for r in kinds[False]]).values
+    assert first["heldout_second"] == pytest.approx(said.mean())
+
+
 def test_kl_is_what_it_is_said_to_be(budgeted):
     """To the base, where the adapter began as nothing, of the trainer's log-probabilities, in float64."""
     workdir, _ = budgeted
@@ -267,6 +286,20 @@ def test_a_spent_budget_ends_the_run_and_so_does_the_same_command(tmp_path, caps
     assert "is finished" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("key", ["principles", "heldout"])
+def test_other_content_of_principles_or_heldout_is_another_run(key, tmp_path):
+    file = tmp_path / ("p.txt" if key == "principles" else "h.jsonl")
+    first, other = {
+        "principles": ("Be kind.\n", "Be rude.\n"), "heldout": ('{"prompt": "a"}\n', '{"prompt": "b"}\n')
+    }[key]  # fmt: skip
+    how = {"iterations": 1, "principles" if key == "principles" else "task.heldout": str(file)}
+    file.write_text(first)
+    train(tmp_path / "run", **how)
+    file.write_text(other)
+    with pytest.raises(UserError, match=rf"inputs\.{key}"):
+        train(tmp_path / "run", **how)
+
+
 def test_of_an_algorithm_of_ones_own_all_measures_are_said():
     """Of one that samples nothing, and measures what it likes."""
     assert outcome.reached({"heldout_auc": 0.75, "heldout_pairs": 3, "steps": 2}) == "held-out auc 0.75, pairs 3"
@@ -343,7 +376,11 @@ def test_one_evaluated_in_the_middle_of_an_iteration_is_taken(tmp_path, capsys, 
     overrides = {"iterations": 1, "eval.points": 2}
     monkeypatch.setattr(points, "best", lambda found, by, budget: found[1] if len(found) > 1 else found[0])
     summary = train(tmp_path, **overrides)
-    assert summary["best"]["any"]["step"] == 1 and summary["best"]["any"]["within"]
+    best = summary["best"]["any"]
+    assert best["step"] == 1 and best["within"] and best["responses"] == "evaluations/step_000001/iter_0000.jsonl"
+    means = [measures.mean_rewards(read(tmp_path / file)) for file in ("evaluations/iter_0000.jsonl", best["responses"])]
+    gains = means[1] - means[0]
+    assert best["gain_ci95"] == pytest.approx(measures.intervals.bootstrap_ci(gains, seed=0)) and gains.any()
     assert "adapter, of step 1, the best evaluated" in capsys.readouterr().out
     assert modes.evaluate(config_of(**overrides), tmp_path, "torch") == 0
     assert "step 1: held-out reward" in capsys.readouterr().out

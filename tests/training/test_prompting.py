@@ -76,6 +76,16 @@ def test_principles_without_a_rule_are_no_principles(chat):
     assert rendering(task__chat=chat).of(queries[0], True) != prompts.of(queries[0], True)
 
 
+def test_every_query_has_the_rules_that_its_seed_draws():
+    rules = principles.load("helpful_harmless")
+    c = FrozenConfigDict(configured("ple", principles_per_query=1, seed=3))
+    prompts = prompting.Prompts(c, byte_tokenizer(), rules, (256,), 2048)
+    wanted = [principles.choose(rules, 1, seed=3, query_id=f"q{i}") for i in range(8)]
+    assert all(prompts.of(Query(f"q{i}", "x"), True)[0].startswith(wanted[i]) for i in range(8))
+    assert len(set(wanted)) > 1
+    assert rules.text not in prompts.of(Query("q0", "x"), True)[0]
+
+
 def test_turns_that_the_template_takes_without_principles_alone():
     prompts = rendering()
     prompts.tokenizer.chat_template = (

@@ -15,7 +15,7 @@ from ple_jax import algorithms, modes
 from ple_jax.algorithms import Context
 from ple_jax.core.errors import UserError
 from ple_jax.core.types import Outputs, Response, Rollout
-from ple_jax.training import steps
+from ple_jax.training import points, steps
 from ple_jax.training.journal import read
 
 pytest_plugins = ["servers"]
@@ -39,6 +39,13 @@ def test_the_rate_warms_up_and_falls(schedule, shares):
     assert steps.share_of_rate(options, 7, 7) == pytest.approx(float(schedule == "constant"))  # the step after the last
     assert steps.share_of_rate(SimpleNamespace(warmup_steps=0, schedule="linear"), 0, 4) == 1
     assert steps.planned(config("ple", queries_per_iteration=8, optimizer__epochs=2), 3) == 3 * 2 * 2
+
+
+def test_a_falling_rate_falls_over_the_whole_run(tmp_path):
+    c = config("ple", iterations=2, optimizer__schedule="linear", optimizer__warmup_steps=0)  # two steps an iteration
+    assert modes.train(FrozenConfigDict(c), tmp_path / "run", "torch") == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["lr"] for line in lines[1:]] == pytest.approx([c.optimizer.lr * 3 / 4, c.optimizer.lr / 4])
 
 
 class Table:
@@ -162,6 +169,8 @@ def test_the_sampler_may_say_something_else_than_the_trainer(whole):
     else:
         found = steps.diagnose(run, [*known, without])
     assert found["sampler_gap"] == pytest.approx(0.75 / 7) and found["sampler_gap_max"] == pytest.approx(0.5)
+    assert found["sampler_ratio_max"] == pytest.approx(math.exp(0.25))  # the trainer's share over the sampler's
+    assert found["sampler_kl"] == pytest.approx((math.expm1(-0.5) + 0.5 + math.expm1(0.25) - 0.25) / 7)
     assert "sampler_gap" not in steps.diagnose(run, [without])
 
 
@@ -170,6 +179,19 @@ def test_kl_is_of_the_policy_that_sampled(temperature, asked):
     run = stand_in("ple", sampling__temperature=temperature)
     steps.diagnose(run, sampled(2, queries=4))
     assert run.backend.asked == [asked, asked]
+
+
+def test_the_kl_of_an_evaluation_is_at_the_temperature_of_sampling():
+    run = stand_in("ple", sampling__temperature=0.7)
+    run.session.stop = SimpleNamespace(check=lambda: None)
+    bare = sampled(1, queries=8)
+    told = [
+        r._replace(responses=tuple(x._replace(logprobs=(math.log(POLICY[x.tokens[0]]),)) for x in r.responses)) for r in bare
+    ]
+    for rollouts, passes in ((told, 2), (bare, 4)):  # two chunks; of the policy if the sampler said nothing
+        run.backend.asked.clear()
+        points.divergences(run, rollouts)
+        assert run.backend.asked == [0.7] * passes
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "rloo", "ppo", "ple", "raft", "dpo"])

@@ -35,6 +35,8 @@ def test_every_record_once_an_epoch_in_batches_that_weigh_alike():
     assert [len(group) for group in groups] == [4, 3, 3, 3] * 3  # and not 4, 4, 4 and a single one
     epochs = [np.concatenate(groups[i : i + 4]).tolist() for i in (0, 4, 8)]
     assert all(sorted(epoch) == list(range(COUNT)) for epoch in epochs) and len({tuple(epoch) for epoch in epochs}) == 3
+    others = warm_up.groups(COUNT, settings("x", warm_up__epochs=3, seed=1))
+    assert np.concatenate(others).tolist() != np.concatenate(groups).tolist()
 
 
 def test_a_step_divides_by_the_mean_length_of_all_records(records, tmp_path, monkeypatch):

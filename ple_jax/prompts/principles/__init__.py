@@ -42,7 +42,7 @@ def load(source: str) -> Principles:
         UserError: a part is neither a named set nor a file, is empty or not UTF-8, or has no numbered rules to add to the
             first.
     """
-    parts = [source] if Path(source).is_file() else source.split("+")
+    parts = [source] if Path(source).is_file() else [part.strip() for part in source.split("+")]
     first, *others = (_one(part) for part in parts)
     if not others:
         return first

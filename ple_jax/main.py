@@ -27,7 +27,7 @@ from ple_jax.core.identity import ACCEPTED, upgraded
 from ple_jax.core.rules import written
 from ple_jax.core.secrets import redacted
 from ple_jax.core.version import VERSION
-from ple_jax.models import smollm2
+from ple_jax.models import hub, smollm2
 from ple_jax.training.interrupt import MESSAGE, Interrupted, Stop, ask
 from ple_jax.training.workdir import recorded
 
@@ -234,6 +234,9 @@ def _recorded(workdir: Path, config: ConfigDict) -> ConfigDict:
 
     with config.ignore_type():
         config.update_from_flattened_dict({key: of_json(key, value) for key, value in own.items()})
+    model = str(kept.get("inputs", {}).get("model"))
+    if hub.is_remote(config.model.path) and hub.is_commit(model):
+        config.model.revision = model  # which its config does not name: the branch may have moved
     return config
 
 

@@ -368,7 +368,8 @@ def plan(config: Any, workdir: Path, backend: str, topology: str | None = None) 
     module = backends.load(backend)
     loaded = module.load(config)
     parameters, adapter_parameters = module.count(config, loaded)
-    sizes: dict[str, Any] = {"tokenizer": loaded.tokenizer, "parameters": parameters, "adapter_parameters": adapter_parameters}
+    sizes: dict[str, Any] = {"parameters": parameters, "adapter_parameters": adapter_parameters}
+    sizes["tokenizer"] = loaded.tokenizer
     if not isinstance(algorithm, Algorithm):
         print(planning.describe_offline(config, **sizes, found=found, algorithm=algorithm))
         return 0

@@ -49,7 +49,7 @@ def arguments(command: str) -> list[str]:
         return words[words.index("ple_jax.main") + 1 :] if "ple_jax.main" in words else words[1:]
     of_a_run = r"(--?mode=)?(evaluate|generate|harness|replay|export|chat)"
     own = not any(re.match("--?config(=|$)", word) or re.fullmatch(of_a_run, word) for word in words)
-    return [*(["--config", OWN] if own else []), "--backend=torch", *words[1:]]
+    return [*(["--config", OWN] if own else []), "--backend=torch", "--config.model.device=npu", *words[1:]]
 
 
 IN_CONFIG = commands(inspect.getdoc(ascend_hh_llama3_8b).replace("Command: ", ""))
@@ -117,14 +117,15 @@ def words(done: subprocess.CompletedProcess) -> list[str]:
 def test_eight_processes_of_the_papers_config(launch):
     assert words(launch("--workdir", "runs/a b", "--config.mesh.data=8")) == [
         "--standalone", "--nproc-per-node", "8", "-m", "ple_jax.main", "--config", str(ROOT / OWN), "--backend=torch",
-        "--workdir", "runs/a b", "--config.mesh.data=8",
+        "--config.model.device=npu", "--workdir", "runs/a b", "--config.mesh.data=8",
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize("own", [["--config", "mine.py"], ["--config=mine.py"]])
 def test_a_config_of_ones_own(launch, own):
     assert words(launch(*own, "--workdir=w", NPROC_PER_NODE="2")) == [
-        "--standalone", "--nproc-per-node", "2", "-m", "ple_jax.main", "--backend=torch", *own, "--workdir=w",
+        "--standalone", "--nproc-per-node", "2", "-m", "ple_jax.main", "--backend=torch", "--config.model.device=npu", *own,
+        "--workdir=w",
     ]  # fmt: skip
 
 

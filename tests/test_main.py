@@ -1,5 +1,6 @@
 """The entry: good command lines give a Run; bad ones give one line, exit code 2, and cost no heavy import."""
 
+import contextlib
 import errno
 import importlib.util
 import itertools
@@ -20,6 +21,7 @@ from ple_jax.algorithms import ple
 from ple_jax.core import extras, shipped
 from ple_jax.core.config import names, validate
 from ple_jax.core.errors import UserError
+from ple_jax.core.files import write_json
 from ple_jax.core.types import Query
 from ple_jax.data.left_out import Bad
 from ple_jax.data.load import Data
@@ -98,7 +100,7 @@ class TestParse:
         assert parse(DEFAULT, "--mode=plan", "--config.task.chat").config.task.chat is True
 
     def test_plan_needs_no_workdir(self):
-        assert parse(DEFAULT, "--mode=plan")[1:] == (Path("."), "jax", "plan", None, (), (), None, False, None, ALONE)
+        assert parse(DEFAULT, "--mode=plan")[1:] == (Path(os.devnull), "jax", "plan", None, (), (), None, False, None, ALONE)
 
     def test_compare_needs_runs_and_nothing_else(self, tmp_path):
         run = parse("--mode=compare", "--runs=a,PPO=b,PPO=c")
@@ -439,6 +441,33 @@ class Utf8:
         return list(text.encode())
 
 
+@pytest.mark.parametrize("mode", ["export", "chat", "replay"])
+def test_a_run_whose_best_is_by_the_second_reward_needs_none_of_it_later(mode, tmp_path):
+    config = tiny.get_config()
+    config.eval.best, config.eval.second_reward = "second", "length"
+    write_json(tmp_path / "config.json", {"format": 2, "backend": "jax", **config.to_dict(), "inputs": {"model": "x"}})
+    assert parse(f"--workdir={tmp_path}", f"--mode={mode}").config.eval.best == "second"
+
+
+def test_a_run_of_a_models_commit_is_used_at_that_commit(tmp_path):
+    config = tiny.get_config()
+    config.model.path = "me/model"
+    for model, revision in (("a" * 40, "a" * 40), ("a" * 16, None)):  # as of a hub, and of a folder since gone
+        kept = {"format": 2, "backend": "jax", **config.to_dict(), "inputs": {"model": model}}
+        del kept["model"]["revision"]
+        write_json(tmp_path / "config.json", kept)
+        assert parse(f"--workdir={tmp_path}", "--mode=export").config.model.revision == revision
+
+
+def test_a_plan_without_a_directory_reads_none(tmp_path, monkeypatch, capsys):
+    (tmp_path / "config.json").write_text('{"model": "another program\'s"}')
+    monkeypatch.chdir(tmp_path)
+    run = parse("--config=tiny", "--mode=plan", "--backend=torch")
+    assert main.main(run) == 0 and "optimiser steps" in capsys.readouterr().out
+    monkeypatch.setenv("RANK", "1")  # as torchrun says it: the first process plans
+    assert main.main(run) == 0 and capsys.readouterr().out == ""
+
+
 def test_plan_says_what_would_run():
     config = tiny.get_config()
     config.eval.every = 2
@@ -476,6 +505,32 @@ def test_plan_says_what_would_run():
     assert "'1. Be kind.\\n'" in lines and "'2. Be brief.'" in lines
     assert lines[lines.index("First query, plain prompt: 24 tokens") + 1] == "'The film [red]was[/red] '"
     assert any(line.startswith("First query, principled prompt: ") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"reward": "numeric"}, "has no number in its `completion`"),
+        ({"second": "numeric"}, "has no number in its `completion`"),
+        ({"context": 30}, "the longest of 12 prompts and its response are .* tokens, and me/model takes 30"),
+        ({"queries": 12}, None),
+        ({"queries": 16}, "config.queries_per_iteration is 16 but there are 12 train queries"),
+    ],
+    ids=str,
+)
+def test_plan_refuses_what_training_would(changes, says):
+    config = tiny.get_config()
+    config.queries_per_iteration = changes.get("queries", 8)
+    queries = [Query(str(i), "x" * (1 + i), "yes", record={"completion": "yes"}) for i in range(14)]
+    how = {
+        "tokenizer": Utf8(), "parameters": 1, "adapter_parameters": 1, "algorithm": ple, "model": "me/model",
+        "found": Data(queries[:12], queries[12:], {"train": [], "heldout": []}),
+        "rules": principles.Principles("mine", "1", "", ("Be kind.",), ""),
+        "reward": rewards.load(changes.get("reward", "letters"), {}), "context": changes.get("context", 2048),
+        "second": rewards.load(changes["second"], {}) if "second" in changes else None,
+    }  # fmt: skip
+    with contextlib.nullcontext() if says is None else pytest.raises(UserError, match=says):
+        describe.describe(config, **how)
 
 
 @pytest.mark.parametrize(

@@ -184,6 +184,7 @@ class TorchBackend:
         return {
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "transformers")},
+            **devices.versions(self.model.device),
             "device": devices.description(self.model.device),
             "platform": self.model.device.type,
             "ops": self.model.ops.name,
@@ -434,7 +435,7 @@ def build(config: ConfigDict, loaded: weights.Loaded, *, head: str | None = None
     Raises:
         UserError: there is no such device, the config asks for what this backend lacks, or a stored adapter does not fit.
     """
-    return _build(config, head)
+    return _build(config if together.size() == 1 else weights.pinned(config, loaded), head)
 
 
 @together.together
@@ -467,7 +468,14 @@ def choose_place(
     Raises:
         UserError: the config asks for what this backend lacks (see `check`).
     """
-    data, fsdp, note = sharding.choose(config.mesh, base_bytes(config, model_config), memory)
+    needed = base_bytes(config, model_config)
+    data, fsdp, note = sharding.choose(config.mesh, needed, memory)
+    if config.model.quantize != "none" and fsdp > config.mesh.fsdp:  # it would be spread, by itself
+        raise UserError(
+            f"the base in {config.model.quantize} takes {needed / 2**30:.1f} GiB, which is too much for a device of"
+            f" {(memory or 0) / 2**30:.1f}, and the torch backend keeps a quantised base whole: take a smaller one,"
+            " --config.model.quantize=nf4, or none with --config.mesh.fsdp"
+        )
     check(config, fsdp)
     mesh = sharding.make_mesh(device, data=data, fsdp=fsdp) if fsdp > 1 else None
     return Place(device, able, world, mesh, note)
@@ -486,7 +494,7 @@ def assemble(config: ConfigDict, loaded: weights.Loaded, place: Place, table: Op
     settings = adapters.settings(config)
     adapter = adapters.start(config, loaded.config)  # before the weights are read: it may be refused
     model = make_model(config, loaded, place, table)
-    said = [f"operators: {table.name}"] if place.device.type == "npu" else []
+    said = [f"operators: {table.name}"] if place.device.type == "npu" else devices.passed_over(config.model.device)
     shard = None if place.mesh is None else functools.partial(sharding.shard_layer, mesh=place.mesh)
     models.fill(model, loaded.weights, layer_done=shard)
     if place.mesh is not None:

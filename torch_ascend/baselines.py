@@ -280,9 +280,10 @@ class Trl:
         return [r.score for rollout in self.rollouts for r in rollout.responses]
 
     def _rollout(self, query: Query, sampled: Sequence[Sequence[int]]) -> Rollout:
-        run, thinking = self.run, self.run.config.task.thinking
+        run, task = self.run, self.run.config.task
         text, ids = run.prompts.of(query, False)
-        shown = [prompts.answer(tokens, run.base.tokenizer, prompt=text, thinking=thinking) for tokens in sampled]
+        how = {"prompt": text, "thinking": task.thinking, "chat": task.chat}
+        shown = [prompts.answer(tokens, run.base.tokenizer, **how) for tokens in sampled]
         responses = (
             Response(tuple(tokens), tokens[-1] in run.base.eos, sample=i, text=shown[i]) for i, tokens in enumerate(sampled)
         )

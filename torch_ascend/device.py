@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +73,13 @@ def _missing_cuda() -> str:
     return "is not here: torch sees no CUDA device (a CPU wheel of torch, or no driver; see nvidia-smi)"
 
 
+_NO_PACKAGE = "needs the package torch-npu"
+
+
 def import_torch_npu() -> str:
     """Imports torch_npu; returns why that is impossible, or an empty string."""
     if importlib.util.find_spec("torch_npu") is None:
-        return f"needs the package torch-npu, which is not installed: {_INSTALL}"
+        return f"{_NO_PACKAGE}, which is not installed: {_INSTALL}"
     try:
         importlib.import_module("torch_npu")
     except Exception as error:  # it raises what its libraries raise
@@ -101,6 +105,24 @@ def _missing_npu() -> str:
     if not torch.npu.is_available():
         return "is not here: torch-npu and CANN are, but no device; see npu-smi info (driver, firmware, container options)"
     return ""
+
+
+def passed_over(name: str) -> list[str]:
+    """Returns a warning if `auto` took another device although torch-npu is installed; else nothing."""
+    missing = _missing_npu()
+    if name != "auto" or not missing or missing.startswith(_NO_PACKAGE):
+        return []
+    return [f"warning: torch-npu is installed, and device 'npu' {missing}; config.model.device 'auto' took another one"]
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """Returns what numbers on an NPU depend on beside torch: the versions of torch-npu and, where it is told, of CANN."""
+    if device.type != "npu":
+        return {}
+    with contextlib.suppress(PackageNotFoundError):
+        folder = Path(os.environ.get("ASCEND_HOME_PATH", "unknown")).resolve()  # .../ascend-toolkit/VERSION
+        return {"torch_npu": version("torch-npu"), "cann": str(getattr(torch.version, "cann", None) or folder.name)}
+    return {}
 
 
 def module(kind: str) -> Any:

@@ -423,11 +423,13 @@ def needs(config: ConfigDict, topology: str | None, *, algorithm: Algorithm, sou
 def _elsewhere(config: ConfigDict, model: ModelConfig, target: Target) -> int:
     """Returns the bytes of the base that other devices of this machine hold.
 
-    Two layers are whole on every device while they are computed.
+    Embedding and head are whole on every device, and so are two layers while they are computed.
     """
     base, memory = backend.base_bytes(config, model), target.chip.memory
     _, fsdp, _ = sharding.choose(config.mesh, base, None if memory is None else int(memory * sheet.GIB))
-    return int(max(0, 1 - 1 / fsdp - 2 / model.num_layers) * base)
+    ends = model.vocab_size * model.hidden_size * (1 if model.tie_embeddings else 2)
+    layers = base - ends * getattr(torch, config.model.dtype).itemsize
+    return int(max(0.0, (1 - 1 / fsdp) * (1 - 2 / model.num_layers)) * layers)
 
 
 def _present(config: ConfigDict) -> Target:

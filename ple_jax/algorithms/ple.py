@@ -177,7 +177,8 @@ def make_loss(config: Any) -> Loss:
         + kl_weight * KL
 
     KL is the k2 estimate of KL(policy, reference) (`losses.kl_estimate`) on the plain response, which is the policy's own.
-    It is divided as likelihoods are. Its gradient is that of KL(policy, reference) while the policy has not moved.
+    It is divided as likelihoods are. While the policy has not moved, its gradient is that of the KL of each token; what a
+    token does to the KL of later ones is left out.
 
     Returns:
       A function (outputs, batch) -> (value per query, metrics per query) on numpy, JAX or torch arrays. The step's loss

@@ -378,7 +378,7 @@ def build(config: ConfigDict, loaded: weights.Loaded, *, head: str | None = None
     Raises:
         UserError: the mesh, the attention or a stored adapter does not fit the devices or the model.
     """
-    return _assemble(config, loaded, head) if together.size() == 1 else _build(config, head)
+    return _assemble(config, loaded, head) if together.size() == 1 else _build(weights.pinned(config, loaded), head)
 
 
 @together.together

@@ -141,15 +141,19 @@ class Endpoint:
         sent = dict(self._secrets)
         if self.api_key_env is not None:
             sent["Authorization"] = f"Bearer {sent['Authorization']}"
-        return retry.request(
-            "POST",
-            self.url,
-            self.body(*columns),
-            read=lambda content: self.read(json.loads(content), len(columns[0])),
-            headers=sent,
-            patience=retry.Patience(self.timeout, self.retries, self.backoff),
-            stop=stop,
-        )
+        try:
+            return retry.request(
+                "POST",
+                self.url,
+                self.body(*columns),
+                read=lambda content: self.read(json.loads(content), len(columns[0])),
+                headers=sent,
+                patience=retry.Patience(self.timeout, self.retries, self.backoff),
+                stop=stop,
+            )
+        except retry.Refused:
+            stop.set()  # here: before this thread takes the next one
+            raise
 
     def _refused(self, why: str) -> UserError:
         return UserError(f"{self.where} {why}")

@@ -108,6 +108,8 @@ def _file(path: Path, name: str) -> Iterator[Record]:
         yield from reader(path, name)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path} is cut off or damaged ({error}); copy it again") from error
+    except PermissionError as error:
+        raise UserError(f"{path} may not be read by this user ({error.strerror}); change its permissions") from error
 
 
 def _open(path: Path) -> Any:

@@ -287,7 +287,8 @@ def policy(run: Run[Any], greedy: frozenset[str] = frozenset()) -> Any:
                 asked = [requests[i].args[0] for i in some]
                 for i, response in zip(some, _answers(run, list(map(self.tok_encode, asked)), json.loads(key)), strict=True):
                     opening = requests[i].args[0]
-                    said = prompts.answer(response.tokens, tokenizer, prompt=opening, thinking=config.task.thinking)
+                    how = {"thinking": config.task.thinking, "chat": config.task.chat}
+                    said = prompts.answer(response.tokens, tokenizer, prompt=opening, **how)
                     texts[i] = _until(said, options[i]["until"])
                     self.cache_hook.add_partial("generate_until", requests[i].args, texts[i])
             return texts

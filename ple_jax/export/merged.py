@@ -192,6 +192,7 @@ def _write_description(loaded: Loaded, folder: Path, dtype: str, stored: np.dtyp
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     config, source = dict(_raw(loaded)), loaded.folder
+    config.pop("auto_map", None)  # it names files of code, which are not exported and not needed
     if head:
         # every class of a family is called alike; a config.json need not name the one of the base
         family = CONFIG_MAPPING_NAMES[config["model_type"]].removesuffix("Config")

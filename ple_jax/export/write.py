@@ -33,6 +33,7 @@ def write_adapter(run: Run[Any], state: State, summary: Mapping[str, Any]) -> Pa
         lora=run.config.lora,
         base_model=base.name,
         transposed=base.transposed,
+        revision=base.revision,
         head=HEAD if head else None,
     )
     push = run.config.export.push

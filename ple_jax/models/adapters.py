@@ -298,6 +298,7 @@ def write_peft(
     lora: Any,
     base_model: str,
     transposed: bool,
+    revision: str | None = None,
     head: str | None = None,
 ) -> None:
     """Writes an adapter in PEFT's layout, with the settings of `config.lora`.
@@ -305,6 +306,7 @@ def write_peft(
     Args:
         tensors: the adapter under PEFT's names, as `to_peft` returns it.
         transposed: whether the base stores its weights as [in, out].
+        revision: the base's commit on a hub.
         head: the name of a module that was trained in full, such as "score".
     """
     peft.write(
@@ -314,6 +316,7 @@ def write_peft(
         alpha=lora.alpha,
         targets=_target_names(lora.targets, tensors),
         base_model=base_model,
+        revision=revision,
         rank_pattern=dict(lora.rank_pattern),
         alpha_pattern=dict(lora.alpha_pattern),
         use_rslora=lora.rslora,

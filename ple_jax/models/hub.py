@@ -28,6 +28,10 @@ def is_remote(path: str) -> bool:
     return is_hub_id(path) and not os.path.exists(path)
 
 
+def is_commit(revision: str) -> bool:
+    return _COMMIT.fullmatch(revision) is not None
+
+
 def here(folder: Path, source: tuple[str, str | None] | None) -> Path:
     """Returns the folder, on this host, of a model that another process fetched.
 
@@ -84,7 +88,7 @@ def commit(repo: str, revision: str | None = None) -> str:
     """
     from huggingface_hub import HfApi
 
-    if revision is not None and _COMMIT.fullmatch(revision):
+    if revision is not None and is_commit(revision):
         return revision
     if (cached := _cached(repo, revision, True)) is not None:
         return cached.name

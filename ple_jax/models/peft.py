@@ -83,6 +83,7 @@ def write(
     alpha: float,
     targets: Sequence[str],
     base_model: str,
+    revision: str | None = None,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     use_rslora: bool = False,
@@ -103,6 +104,7 @@ def write(
         alpha: the update is (alpha / rank) * B A.
         targets: names of the adapted linear modules, "q_proj" ...
         base_model: Hub name or path of the model that the adapter belongs to.
+        revision: its commit on the hub, which PEFT loads it at.
         rank_pattern: other ranks, by the end of a module's path or a regular expression for it; the first match counts.
         alpha_pattern: other alphas, by the same kinds of keys.
         use_rslora: the update is (alpha / sqrt(rank)) * B A. arXiv:2312.03732.
@@ -132,7 +134,7 @@ def write(
         "peft_type": "LORA",
         "r": rank,
         "rank_pattern": dict(rank_pattern or {}),
-        "revision": None,
+        "revision": revision,
         "target_modules": sorted(targets),
         "task_type": "SEQ_CLS" if head else "CAUSAL_LM",
         "use_dora": use_dora,
@@ -184,6 +186,8 @@ def _check_options(config: Mapping[str, Any], directory: Path, head: str | None)
     """Raises a UserError if an option is set that is not supported here, or if the head is not the one that is wanted."""
     if (kind := config.get("peft_type")) != "LORA":
         raise UserError(f"the adapter in {directory} has peft_type {kind!r}; only 'LORA' is supported")
+    if lacking := [key for key in ("r", "lora_alpha") if key not in config]:
+        raise UserError(f"the adapter in {directory} has no {lacking[0]} in its {CONFIG}: PEFT writes it; write it again")
     used = [option for option, value in config.items() if value and option not in _OPTIONS]
     if config.get("bias", "none") != "none":
         used.append("bias")

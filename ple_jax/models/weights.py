@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+from ml_collections import ConfigDict
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
@@ -119,6 +120,13 @@ def _load_gguf(path: Path, name: str) -> Loaded:
     return Loaded(config, weights, tokenizer, eos, name, raw, None)
 
 
+def pinned(config: ConfigDict, loaded: Loaded) -> ConfigDict:
+    """Returns the config with the commit of a base from a hub, for other processes, whose caches may have another one."""
+    with_commit = ConfigDict(config.to_dict())
+    with_commit.model.revision = loaded.revision
+    return with_commit
+
+
 def _load_folder(folder: Path) -> Loaded:
     raw = read_json(folder / "config.json")
     config = read(raw, str(folder / "config.json"))
@@ -128,7 +136,7 @@ def _load_folder(folder: Path) -> Loaded:
             f"{folder / 'config.json'} has a quantization_config ({method or 'of an unknown method'}): a quantised"
             " checkpoint cannot be aligned; take the original, and --config.model.quantize=nf4 to save memory"
         )
-    tokenizer = _of_text(tokenizers.from_folder(folder), config.vocab_size)
+    tokenizer = tokenizer_of(folder, config.vocab_size)
     # without a generation_config.json transformers takes EOS from config.json too
     generation = folder / "generation_config.json"
     eos = tokenizers.eos_ids(tokenizer, read_json(generation) if generation.is_file() else raw)
@@ -155,11 +163,16 @@ def _has_own_head(folder: Path, config: ModelConfig) -> bool:
     return not np.array_equal(embedding, head)
 
 
-def _of_text(tokenizer: PreTrainedTokenizerFast, rows: int) -> PreTrainedTokenizerFast:
-    """Removes the token that stands for an image from a tokenizer if the embedding has no row for it.
+def tokenizer_of(folder: Path, rows: int) -> PreTrainedTokenizerFast:
+    """Loads the tokenizer of a model's folder.
 
-    Gemma 3's text models come with the tokenizer of the models that take images.
+    The token that stands for an image is left out if the embedding has no row for it: Gemma 3's text models come with the
+    tokenizer of the models that take images.
+
+    Args:
+        rows: number of rows of the embedding.
     """
+    tokenizer = tokenizers.from_folder(folder)
     if tokenizer.get_vocab().get(_PICTURE, -1) >= rows:
         state = json.loads(tokenizer.backend_tokenizer.to_str())
         state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] != _PICTURE]
@@ -199,7 +212,7 @@ def load_classifier(folder: Path) -> Loaded:
     # what has no output matrix is to the decoder as if it were the embedding
     config = dataclasses.replace(read(raw, str(folder / "config.json")), tie_embeddings=True)
     shapes = expected_shapes(config) | {SCORE: (labels(raw), config.hidden_size)}
-    tokenizer = tokenizers.from_folder(folder)
+    tokenizer = tokenizer_of(folder, config.vocab_size)
     check_ids(tokenizer, (), config.vocab_size, str(folder))
     return Loaded(config, _Tensors(folder, config, shapes), tokenizer, (), str(folder), raw, folder)
 

@@ -55,7 +55,7 @@ def read_source(path: str, revision: str | None = None) -> Source:
     raw = weights.read_json(file)
     config = families.read(raw, str(file))
     if (folder / "tokenizer.json").is_file():
-        tokenizer = tokenizers.from_folder(folder)
+        tokenizer = weights.tokenizer_of(folder, config.vocab_size)
         ends = tokenizers.eos_ids(tokenizer, raw)
         weights.check_ids(tokenizer, ends, config.vocab_size, str(folder))
         return Source(config, raw, tokenizer, ends)

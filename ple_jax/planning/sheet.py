@@ -122,12 +122,15 @@ def advice(config: ConfigDict, target: Target, row: Row) -> str:
     larger = mesh.fsdp  # if all of it is spread as the weights are
     while row.total * mesh.fsdp > target.limit * larger:
         larger *= 2
+    spreads = target.spreads_quantized or config.model.quantize == "none"
     more = f"{larger // mesh.fsdp} times the devices with --config.mesh.fsdp={larger}"
+    if not spreads:
+        more = "--config.model.quantize=none with --config.mesh.fsdp, as this backend keeps a quantised base whole"
     if row.stays >= row.passing:
         steps = ["--config.model.dtype=bfloat16"] if config.model.dtype == "float32" else []
         if config.model.quantize == "none" and (target.spreads_quantized or mesh.fsdp == 1):
             steps.append("--config.model.quantize=nf4")
-        if mesh.data > 1:
+        if mesh.data > 1 and spreads:
             steps.append(f"--config.mesh.data=1 --config.mesh.fsdp={mesh.data * mesh.fsdp}, which spreads the weights too")
         return f"weights and state dominate ({readable_bytes(row.stays)}); try {' or '.join([*steps, more])}"
     steps = [*_smaller(config, row.name), "shorter --config.task.max_prompt_tokens and --config.sampling.max_new_tokens"]

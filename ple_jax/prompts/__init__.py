@@ -60,9 +60,10 @@ def open_ended(text: str, tokenizer: Tokenizer) -> list[int]:
 def completion(prompt: str, text: str, *, chat: bool) -> str:
     """Returns what follows the rendered prompt when `text` is its reference answer.
 
-    A raw transcript ends without a space, so the answer begins with one there.
+    A raw transcript ends without a space, so the answer begins with one there, as what was sampled does already.
     """
-    return f" {text}" if isinstance(prompt, Conversation) and not chat else text
+    begins = isinstance(prompt, Conversation) and not chat and not text[:1].isspace()
+    return f" {text}" if begins else text
 
 
 # ---------------------------------------------------------------- answers that the data give
@@ -195,7 +196,20 @@ def _eos(tokenizer: Tokenizer, stops: Sequence[int]) -> list[int]:
 # ---------------------------------------------------------------- what rewards see
 
 
-def answer(tokens: Sequence[int], tokenizer: Tokenizer, *, prompt: str, thinking: bool) -> str:
+def decoded(tokens: Sequence[int], tokenizer: Tokenizer, *, chat: bool) -> str:
+    """Returns the text of a response without special tokens.
+
+    Raw, it is what stands behind a prompt: some decoders (Llama 2, Mistral) drop the blank before a first word, which parts
+    it from the prompt's last one.
+    """
+    if chat:
+        return tokenizer.decode(tokens, skip_special_tokens=True)
+    near = list(tokenizer.encode("a", add_special_tokens=False))
+    before = tokenizer.decode(near, skip_special_tokens=True)
+    return tokenizer.decode([*near, *tokens], skip_special_tokens=True).removeprefix(before)
+
+
+def answer(tokens: Sequence[int], tokenizer: Tokenizer, *, prompt: str, thinking: bool, chat: bool = True) -> str:
     """Returns the text of a response that a reward sees: without special tokens, and without a reasoning model's thoughts.
 
     Args:
@@ -203,9 +217,10 @@ def answer(tokens: Sequence[int], tokenizer: Tokenizer, *, prompt: str, thinking
         prompt: the rendered prompt, in which some templates open the thoughts.
         thinking: whether the model may think. If so, the answer is what follows the last "</think>"; it is empty if thoughts
             were opened and not closed, and the whole text if there are none.
+        chat: whether the prompt was rendered by a chat template; see `decoded`.
     """
     if not thinking:
-        return tokenizer.decode(tokens, skip_special_tokens=True)
+        return decoded(tokens, tokenizer, chat=chat)
     whole = tokenizer.decode(tokens, skip_special_tokens=False)
     closed = whole.count(_CLOSE)
     if _OPEN in whole.rpartition(_CLOSE)[2] or (not closed and prompt.rstrip().endswith(_OPEN)):

@@ -21,11 +21,11 @@ from ple_jax.core.types import Reward
 from ple_jax.models import families, hub
 from ple_jax.models.tokenizer import from_folder
 from ple_jax.models.values import check
-from ple_jax.models.weights import check_ids, read_json
+from ple_jax.models.weights import check_ids, read_json, tokenizer_of
 from ple_jax.prompts import template
 from ple_jax.rewards import WHERE
 
-VERSION = "1"  # another one with every change of the values
+VERSION = "2"  # another one with every change of the values
 _HEAD = "ForSequenceClassification"
 _CHOICES = {
     "framework": ("auto", *REWARD_MODELS),
@@ -99,9 +99,10 @@ def make(
     labels = label_names(raw)
     index, output = _index(labels, label, path), _output(output, labels, raw)
     independent = raw.get("problem_type") == "multi_label_classification"
-    tokenizer = from_folder(folder)
     if type(rows_known := _text(raw).get("vocab_size")) is int:
-        check_ids(tokenizer, (), rows_known, f"reward model {folder}")
+        check_ids(tokenizer := tokenizer_of(folder, rows_known), (), rows_known, f"reward model {folder}")
+    else:
+        tokenizer = from_folder(folder)
     tokens = functools.partial(_tokens, tokenizer=tokenizer, with_prompt=with_prompt, limit=limit)
 
     def refuses(prompt: str) -> str:

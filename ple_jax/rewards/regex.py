@@ -44,7 +44,7 @@ def make(pattern: str | None = None, *, column: str | None = None, answer: str |
     def refuses(prompt: str, /, **fields: Any) -> str:
         if lacking := [name for name in reads if not accepted(fields[name])]:
             return f"has nothing in its `{lacking[0]}`"
-        return next(filter(None, (_wrong(one, column) for one in accepted(fields[column]))), "") if column is not None else ""
+        return "" if column is None else next(filter(None, (_wrong(one, column) for one in accepted(fields[column]))), "")
 
     version = f"{VERSION} {pattern!r} {column} {answer}"
     return Reward("regex", reward, version=version, scale=(0.0, 1.0), reads=reads, refuses=refuses)

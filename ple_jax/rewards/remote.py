@@ -13,7 +13,7 @@ from ple_jax.core.secrets import redacted
 from ple_jax.core.types import Reward
 from ple_jax.rewards import WHERE
 
-VERSION = "1"  # another one with every change of the values
+VERSION = "2"  # another one with every change of the values
 
 
 def make(

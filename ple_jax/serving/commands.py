@@ -28,7 +28,8 @@ def serve_adapter(folder: Path, adapter_config: Mapping[str, Any], *, name: str)
     if rank is None or not (is_remote(base) or Path(base).is_dir()):
         return None
     modules = shlex.quote(f"{name}={folder}")
-    return f"vllm serve {shlex.quote(base)} --enable-lora --max-lora-rank {rank} --lora-modules {modules}"
+    commit = f" --revision {revision}" if (revision := adapter_config.get("revision")) else ""
+    return f"vllm serve {shlex.quote(base)}{commit} --enable-lora --max-lora-rank {rank} --lora-modules {modules}"
 
 
 def serve_by_transformers(folder: Path) -> str:

@@ -248,7 +248,7 @@ def open_run(
 def _base(loaded: Any, module: Any) -> Base:
     return Base(
         loaded.name, loaded.tokenizer, loaded.eos, loaded.config.max_positions, module.transposed(loaded),
-        layout.active_weights(loaded.config) + loaded.config.vocab_size * loaded.config.hidden_size,
+        layout.active_weights(loaded.config) + loaded.config.vocab_size * loaded.config.hidden_size, loaded.revision,
     )  # fmt: skip
 
 

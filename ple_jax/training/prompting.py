@@ -2,6 +2,7 @@
 
 import heapq
 import itertools
+import json
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -81,7 +82,7 @@ class Prompts(NamedTuple):
         limit = self.config.task.max_answer_tokens if limit is None else limit
         if len(tokens) <= limit:
             return Answer(tokens, True, text)
-        return Answer(tokens[:limit], False, self.tokenizer.decode(tokens[:limit], skip_special_tokens=True))
+        return Answer(tokens[:limit], False, prompts.decoded(tokens[:limit], self.tokenizer, chat=self.config.task.chat))
 
     def render(self, query: Query, principled: bool) -> Rendered:
         """Renders the prompt of a query, as `of` does, for a backend."""
@@ -271,9 +272,13 @@ def notes(config: Any, tokenizer: Tokenizer, eos: Sequence[int]) -> list[str]:
 
 def longest(data: Data, rendering: Prompts) -> int:
     """Returns the number of tokens of the longest principled prompt, sought among the queries with the longest texts."""
+
+    def size(query: Query) -> int:  # in bytes, nearer to tokens than characters are; with its tools
+        tools = json.dumps(list(query.prompt.tools)) if isinstance(query.prompt, Conversation) and query.prompt.tools else ""
+        return len(query.prompt.encode(errors="replace")) + len(tools)
+
     # principles add about as many tokens to every prompt: the longest of the principled is among the longest of the plain
-    every = itertools.chain(data.train, data.heldout)
-    some = heapq.nlargest(_LOOKED_AT, every, key=lambda query: len(query.prompt))
+    some = heapq.nlargest(_LOOKED_AT, itertools.chain(data.train, data.heldout), key=size)
     return max(len(rendering.of(query, True)[1]) for query in some)
 
 

@@ -24,6 +24,7 @@ class Base(NamedTuple):
     context: int  # tokens that it was trained to see at once
     transposed: bool  # its linear weights are [in, out], which PEFT wants to know
     parameters: int  # that a token is multiplied with
+    revision: str | None = None  # the commit, of a model from a hub
 
 
 class Clock:

@@ -91,7 +91,8 @@ def _drawn(run: Run[Any], rows: Sequence[Row], journal: Journal, stream: int, sc
 
 
 def _text(run: Run[Any], response: Response, prompt: str) -> str:
-    return prompts.answer(response.tokens, run.base.tokenizer, prompt=prompt, thinking=run.config.task.thinking)
+    task = run.config.task
+    return prompts.answer(response.tokens, run.base.tokenizer, prompt=prompt, thinking=task.thinking, chat=task.chat)
 
 
 def sampling_of(config: Any, eos: tuple[int, ...]) -> Sampling:

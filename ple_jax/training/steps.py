@@ -139,8 +139,8 @@ def step(run: Run[Any], batch: Batch, number: int, total: int) -> dict[str, floa
     lr = options.lr * share_of_rate(options, number, total)
     micro = micro_batches(batch, options.micro_queries)
     values = run.backend.update(micro, run.loss, lr=lr, temperature=temperature(run))
-    blamed = "" if number else _options(run.config)
-    return {**check_finite(values, f"optimiser step {number}", lr, "optimizer.lr", run.config, blamed), "lr": lr}
+    unchanged = "" if number else blamed(run.config)
+    return {**check_finite(values, f"optimiser step {number}", lr, "optimizer.lr", run.config, unchanged), "lr": lr}
 
 
 def temperature(run: Run[Any]) -> float:
@@ -172,14 +172,15 @@ def share_of_rate(options: Any, step: int, total: int) -> float:
     return 1 - gone if options.schedule == "linear" else (1 + math.cos(math.pi * gone)) / 2
 
 
-def _options(config: Any) -> str:
+def blamed(config: Any) -> str:
     """Returns what may make a first step not finite, for an error message: the numbers among the options of the loss."""
     own = config.algorithm.rpartition(".")[2]  # also of ple_jax.algorithms.ple
     section = {"reward": "reward_model"}.get(own, own)  # config.reward is the reward that is asked
     options = getattr(config, section, config.algorithm_kwargs).to_dict()
     numbers = [f"{name} = {x:g}" for name, x in options.items() if type(x) in (int, float)]
-    told = f"an option of algorithm {config.algorithm!r} ({', '.join(numbers)}), " if numbers else ""
-    return f"{told}config.model.dtype = {config.model.dtype!r}"
+    if not numbers:
+        return f"config.model.dtype ({config.model.dtype})"
+    return f"an option of algorithm {config.algorithm!r} ({', '.join(numbers)})"
 
 
 def check_finite(
@@ -240,7 +241,7 @@ def at_the_start(
     if not np.isfinite(value).all():
         raise UserError(
             f"before any step of iteration {context.iteration + 1} the loss is not finite, though the log-probabilities are:"
-            f" {_options(config)} is too large or too small; mend it (in a new --workdir)"
+            f" {blamed(config)} is too large or too small; mend it (in a new --workdir)"
         )
     return few._replace(seconds=few.seconds + took), kl, metrics
 

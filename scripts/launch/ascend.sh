@@ -53,4 +53,6 @@ else
     [[ -n ${NODE_RANK:-} && -n ${MASTER_ADDR:-} ]] || stop "NNODES=$nodes needs NODE_RANK (0 to $((nodes - 1))) and MASTER_ADDR"
     where=(--nnodes "$nodes" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
 fi
-exec "$torchrun" "${where[@]}" --nproc-per-node "${NPROC_PER_NODE:-8}" -m ple_jax.main "${config[@]}" --backend=torch "$@"
+# what is missing for an NPU is an error, where `auto` would take the CPU
+own=(--backend=torch --config.model.device=npu)
+exec "$torchrun" "${where[@]}" --nproc-per-node "${NPROC_PER_NODE:-8}" -m ple_jax.main "${config[@]}" "${own[@]}" "$@"

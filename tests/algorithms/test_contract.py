@@ -70,6 +70,14 @@ def test_knobs_of_its_own_stand_in_its_file(tmp_path):
         algorithms.with_defaults(found, c)
 
 
+def test_what_an_algorithm_needs_may_depend_on_its_own_knobs(tmp_path):
+    """From beginning to end, and where it is exported by its config."""
+    needs = "def needs(config):\n    return Needs(reference=config.algorithm_kwargs['anchor'] > 0)\n"
+    code = f"from ple_jax.algorithms import Needs\n{PLE}DEFAULTS = {{'anchor': 0.1}}\n{needs}"
+    c = FrozenConfigDict(config(written(tmp_path, code), iterations=1))
+    assert modes.train(c, tmp_path / "run", "torch") == 0 == modes.export(c, tmp_path / "run", "torch")
+
+
 def test_without_declared_knobs_they_are_free():
     c = FrozenConfigDict(config("ple", algorithm_kwargs=ConfigDict({"whatever": 1})))
     assert algorithms.with_defaults(algorithms.load("ple"), c) is c
@@ -108,6 +116,22 @@ def test_what_an_iteration_is_told(tmp_path):
         sampled = [r for rollout in read(run / f"{file}.jsonl") for r in rollout.responses]
         assert {r.kind for r in sampled} == {"plain", "principled"}
         assert line[2] == pytest.approx(sum(len(r.tokens) for r in sampled) / len(sampled))
+
+
+def test_metrics_of_a_variant_may_be_numpys(tmp_path):
+    """They are committed and logged as numbers."""
+    code = (
+        f"import numpy as np\n{PLE}def measures(means, before, after):\n"
+        "    return {**means, 'mine': np.float32(0.5), 'some': after['lp_plain'].mean()}\n"
+        "def controller(config):\n    return {'x': 1.0}\n"
+        "def control(carried, metrics, config):\n    return {'x': np.float32(carried['x'] / 2)}\n"
+        "def label(rollouts, context):\n    from ple_jax.algorithms import ple\n"
+        "    return [r._replace(margin=np.float32(r.margin)) for r in ple.label(rollouts, context)]\n"
+    )
+    c = FrozenConfigDict(config(written(tmp_path, code), iterations=2))
+    assert modes.train(c, tmp_path / "run", "torch") == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["mine"] for line in lines[1:]] == [0.5, 0.5]
 
 
 def test_c_of_the_records_own_answers_is_that_of_all_of_them(tmp_path, monkeypatch):

@@ -47,7 +47,7 @@ def test_a_runs_config_and_a_rewards_version_hold_no_query():
     assert KEY not in kept[0] and "http://host/score" in kept[0]
     versions = [rewards.load("remote", {"url": url}).version for url in urls]
     assert len(set(versions)) == 2 and not any(KEY in version for version in versions)  # another model, another value
-    assert rewards.load("remote", {"url": "http://host/score"}).version == "1 http://host/score"
+    assert rewards.load("remote", {"url": "http://host/score"}).version == "2 http://host/score"
 
 
 def test_no_error_shows_a_key(monkeypatch, capsys):

@@ -148,6 +148,22 @@ def test_columns_may_change_places(tmp_path):
     assert load_queries(source, columns={"prompt": "completion", "completion": "prompt"}).queries == [Query("q:1", "a", "b")]
 
 
+def test_two_names_for_one_column(tmp_path):
+    source = write(tmp_path / "q.jsonl", {"question": "a", "answer": "b"})
+    columns = {"prompt": "question", "completion": "answer", "answer": "answer"}
+    (query,) = load_queries(source, columns=columns, reads=("answer", "completion")).queries
+    assert (query.prompt, query.completion, query.record) == ("a", "b", {"answer": "b", "completion": "b"})
+
+
+def test_an_answer_that_only_calls_a_tool_has_no_text_for_a_reward(tmp_path):
+    calls = [{"type": "function", "function": {"name": "f", "arguments": {"n": 1}}}]
+    for content in (None, " "):
+        said = [{"role": "assistant", "content": content, "tool_calls": calls}]
+        source = write(tmp_path / "q.jsonl", {"prompt": [{"role": "user", "content": "a"}], "completion": said})
+        found = load_queries(source, reads=("completion",))
+        assert not found.queries and "has an empty `completion`" in found.bad[0].reason
+
+
 def user(content):
     return {"role": "user", "content": content}
 

@@ -219,6 +219,24 @@ def test_what_was_asked_is_not_asked_again(base, folder, asked, tmp_path, monkey
 
 
 @pytest.mark.slow
+def test_the_same_question_of_a_task_that_wants_to_know_the_likeliest(base, folder, tmp_path):
+    """What was kept for a task that does not is no answer to it."""
+    exact = "  - {metric: exact_match, aggregation: mean, higher_is_better: true}\n"
+    found = {}
+    for name in ("kept", "new"):
+        tasks = tmp_path / f"tasks_{name}"
+        shutil.copytree(folder, tasks)
+        c = config(base, tasks, **{"harness.policies": ("start",), "harness.tasks": ("own_choice",)})
+        if name == "kept":
+            modes.harness(c, tmp_path / name, "jax")
+        (task,) = (file for file in tasks.glob("*.yaml") if "own_choice" in file.read_text())
+        task.write_text(task.read_text().replace("metric_list:\n", f"metric_list:\n{exact}"))
+        modes.harness(c, tmp_path / name, "jax")
+        found[name] = figures(tmp_path / name)
+    assert found["kept"] == found["new"] and any("exact_match" in key for key in found["new"])
+
+
+@pytest.mark.slow
 def test_another_question_is_asked(base, folder, asked, tmp_path):
     copy, docs, other = tmp_path / "w", folder / "docs.jsonl", tmp_path / "tasks"
     shutil.copytree(asked, copy)

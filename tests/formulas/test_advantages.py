@@ -261,6 +261,9 @@ def test_the_adaptive_coefficient_finds_the_one_that_holds_the_target():
     coefficient = 0.05
     for _ in range(400):
         coefficient = advantages.adaptive_kl(coefficient, 3 / coefficient, 100, target=6.0, horizon=500)
+    # more responses than the horizon: a fifth, and never a penalty that turns into a bonus
+    assert advantages.adaptive_kl(0.05, 0.0, 48, target=6.0, horizon=9) == pytest.approx(0.04)
+    assert advantages.adaptive_kl(0.05, 99.0, 48, target=6.0, horizon=9) == pytest.approx(0.06)
     np.testing.assert_allclose(coefficient, 0.5, rtol=1e-3)
 
 

@@ -86,6 +86,13 @@ def test_percentile_weights():
     assert pairing.percentile([0.0, 0.0], share=0.5, temperature=10.0).tolist() == [0.0, 0.0]
 
 
+@pytest.mark.parametrize(("share", "count", "full"), [(0.7, 90, 63), (0.29, 100, 29), (0.35, 180, 63), (0.5, 3, 1)])
+def test_a_share_of_pairs_is_rounded_down_from_its_exact_value(share, count, full):
+    """In float64 0.7 * 90 is below 63."""
+    weights = pairing.percentile(np.arange(1.0, count + 1), share=share, temperature=1e6)
+    assert (weights == 1).sum() == full
+
+
 def test_as_intended_is_a_weighted_mean_and_as_released_a_plain_one():
     weights, loss = np.array([1.0, 0.0, 0.6, 0.5]), np.array([3.0, 99.0, 1.0, 2.0])
     intended, released = (pairing.batch_weights(weights, how=how) for how in ("as_intended", "as_released"))

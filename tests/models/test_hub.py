@@ -11,12 +11,15 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 import pytest
 from huggingface_hub import constants
+from ml_collections import FrozenConfigDict
 from safetensors.numpy import load_file, save_file
 
-from configs import default
+from configs import default, tiny
+from ple_jax import modes
 from ple_jax.backend import backend
 from ple_jax.core.config import RULES, is_hub_id
 from ple_jax.core.errors import UserError
+from ple_jax.main import parse
 from ple_jax.models import hub, weights
 from ple_jax.models.layout import expected_shapes
 from ple_jax.models.tokenizer import byte_tokenizer
@@ -185,6 +188,21 @@ def test_revision_of_the_config(online):
     config = default.get_config()
     config.model.path, config.model.revision = "me/model", "v1"
     assert backend.load(config).revision == OLD
+
+
+def test_an_export_names_the_commit_of_its_base(online, tmp_path, monkeypatch, capsys):
+    """By the run's own directory, after the branch has moved too."""
+    c = tiny.get_config()
+    c.sinks, c.iterations, c.model.path, c.model.revision = (), 1, "me/model", "v1"
+    assert modes.train(FrozenConfigDict(c), tmp_path / "run", "jax") == 0
+    online.refs["v1"] = NEW
+    run = parse(["ple_jax", f"--workdir={tmp_path / 'run'}", "--mode=export"])
+    assert modes.export(run.config, run.workdir, run.backend) == 0
+    assert f"vllm serve me/model --revision {OLD} --enable-lora" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())["revision"] == OLD
+    # and other processes are told which one it is
+    loaded = backend.load(c)
+    assert weights.pinned(c, loaded._replace(revision=OLD)).model.revision == OLD and c.model.revision == "v1"
 
 
 def test_a_cached_branch_stays_where_it_was(online):

@@ -269,6 +269,15 @@ def test_a_config_with_values_that_cannot_be(tmp_path, key, value):
             peft.read(tmp_path)
 
 
+@pytest.mark.parametrize("key", ["r", "lora_alpha"])
+def test_a_config_without_what_an_adapter_needs(tmp_path, key):
+    write(tmp_path, random_adapter(tiny_llama()))
+    file = tmp_path / peft.CONFIG
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != key}))
+    with pytest.raises(UserError, match=f"has no {key} in its adapter_config.json"):
+        peft.read(tmp_path)
+
+
 def test_damaged_or_missing_files(tmp_path):
     with pytest.raises(UserError, match="adapter_config.json does not exist"):
         peft.read(tmp_path)

@@ -13,10 +13,12 @@ import torch
 from safetensors.numpy import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from ple_jax import rewards
 from ple_jax.core.errors import UserError
 from ple_jax.models import weights as checkpoints
 from ple_jax.models.families import read
 from ple_jax.models.tokenizer import byte_tokenizer
+from ple_jax.planning import outline
 
 
 def save(folder: Path, *, dtype=torch.float32, shard="1GB", **options) -> LlamaForCausalLM:
@@ -298,6 +300,14 @@ def test_the_token_of_pictures_is_left_out_of_a_text_model(tmp_path):
     loaded = checkpoints.load(str(tmp_path)).tokenizer
     assert len(loaded) == 258 and loaded.encode("<image_soft_token>") == list(b"<image_soft_token>")
     assert loaded.encode("a<|eos|>") == [97, 256]
+    # as its reward model has it, and a plan of it
+    assert len(outline.read_source(str(tmp_path), None).tokenizer) == 258
+    classifier = {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "reward"}}
+    edit(tmp_path / "config.json", **classifier)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({**weights, "score.weight": np.ones((1, 32), np.float32)}, tmp_path / "model.safetensors")
+    assert len(checkpoints.load_classifier(tmp_path).tokenizer) == 258
+    rewards.load("model", {"path": str(tmp_path)})
 
 
 @pytest.mark.parametrize("eos", [-1, 258, 10**9, [256, -1], [256, 10**9]])

@@ -127,6 +127,17 @@ def test_a_plain_answer_has_no_second_blank(prompt, said, pieces):
     assert tok.convert_ids_to_tokens(list(found.tokens)) == pieces and found.text == said
 
 
+def test_what_was_sampled_has_the_blank_before_its_first_word():
+    """As an answer of the data has, though the decoder drops the blank of a text that it begins."""
+    tok = blank_first()
+    ids = tok.convert_tokens_to_ids(["▁great", "▁film", "</s>"])
+    assert prompts.answer(ids, tok, prompt="A", thinking=False, chat=False) == " great film"
+    assert prompts.answer(ids[1:], tok, prompt="A great", thinking=False, chat=False) == " film"
+    assert prompts.answer(tok.convert_tokens_to_ids(["s", "</s>"]), tok, prompt="A film", thinking=False, chat=False) == "s"
+    assert prompts.answer(ids, tok, prompt="A", thinking=False) == "great film"
+    assert prompts.decoded((), tok, chat=False) == ""
+
+
 def test_a_chat_answer_has_no_blank_of_its_own():
     tok = blank_first(ZEPHYR)
     found = prompts.given("A film", "great", tok, stops=(2,), chat=True)

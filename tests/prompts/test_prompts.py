@@ -443,9 +443,12 @@ def test_a_reward_model_without_a_template_sees_the_two_texts():
     tok = tokenizer(adds="<s> $A <|im_end|>")
     for prompt, text in (
         ("The film", "<s>The film begins<|im_end|>"),
-        (Conversation(TURNS[:1]), "<s>\n\nHuman: Which film?\n\nAssistant:  begins<|im_end|>"),
+        (Conversation(TURNS[:1]), "<s>\n\nHuman: Which film?\n\nAssistant: begins<|im_end|>"),
     ):
         assert tok.decode(prompts.dialogue(prompt, " begins", tok), skip_special_tokens=False) == text
+    # a sampled answer, which begins with the blank, and one of the data, which does not, are the same
+    same = [prompts.dialogue(Conversation(TURNS[:1]), text, tok) for text in (" begins", "begins")]
+    assert same[0] == same[1]
 
 
 def test_a_reward_model_with_a_template_sees_the_whole_conversation():

@@ -262,6 +262,28 @@ def test_exact():
 
 
 @pytest.mark.parametrize(
+    ("name", "options", "record", "says"),
+    [
+        ("exact", {}, {"completion": None}, "has no answer in its `completion`"),
+        ("exact", {}, {"completion": [None]}, "has no answer in its `completion`"),
+        ("regex", {"column": "c"}, {"c": None}, "has nothing in its `c`"),
+        ("regex", {"pattern": "a", "answer": "c"}, {"c": [None]}, "has nothing in its `c`"),
+        ("code", {"column": "c"}, {"c": None}, "has no test in its `c`"),
+        ("numeric", {}, {"completion": None}, "has no number in its `completion`"),
+        ("exact", {}, {"completion": [None, "yes"]}, ""),
+    ],
+)
+def test_a_missing_value_is_no_answer(name, options, record, says):
+    """As of a mixture whose other set has the column."""
+    assert rewards.load(name, options).refuses("p", **record).startswith(says)
+
+
+def test_an_opening_that_a_record_lacks_is_none():
+    reward = rewards.load("code", {"column": "c", "before": "b"})
+    assert rewards.score(reward, ["p"], ["x = 1"], records=[{"c": "assert x == 1", "b": None}]).values.tolist() == [1.0]
+
+
+@pytest.mark.parametrize(
     ("text", "number"),
     [
         ("so 12 + 30 is 42.", 42), ("#### 1,234", 1234), ("about 1,234,567.25 in all", 1234567.25), ("x = -3", -3),

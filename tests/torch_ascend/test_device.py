@@ -105,6 +105,13 @@ def test_every_process_has_its_own(machine, monkeypatch):
     assert device.resolve("cpu") == torch.device("cpu")  # of which there is no end
 
 
+def test_an_environment_names_what_numbers_depend_on(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(fake(tmp_path, ""))
+    monkeypatch.setenv("ASCEND_HOME_PATH", str(tmp_path / "8.5.0"))
+    found = device.versions(types.SimpleNamespace(type="npu"))
+    assert found == {"torch_npu": "2.13.0", "cann": "8.5.0"} and device.versions(torch.device("cpu")) == {}
+
+
 # ---------------------------------------------------------------- what is missing
 
 
@@ -125,10 +132,12 @@ def test_no_wheel(machine, monkeypatch):
     monkeypatch.setattr(device, "TORCH_NPU", device.import_torch_npu())
     with pytest.raises(UserError, match=r"device 'npu' needs the package torch-npu.*pip install 'ple_jax\[ascend\]'"):
         device.resolve("npu")
+    assert device.passed_over("auto") == []
 
 
 def test_no_npu(machine):
     machine(cuda=1, npu=0)
+    assert "but no device" in device.passed_over("auto")[0]
     with pytest.raises(UserError, match="device 'npu' is not here: torch-npu and CANN are, but no device; see npu-smi info"):
         device.resolve("npu")
 
@@ -152,6 +161,8 @@ def test_a_wheel_that_does_not_import(error, says, machine, monkeypatch, tmp_pat
         device.resolve("npu")
     assert "\n" not in str(raised.value)
     assert device.resolve("auto") == torch.device("cpu")
+    (warning,) = device.passed_over("auto")  # not in silence
+    assert "torch-npu is installed, and device 'npu' needs " in warning and device.passed_over("cpu") == []
     assert importlib.util.find_spec("torch_npu") is None  # nobody else stumbles over it
 
 

@@ -12,12 +12,16 @@ from pathlib import Path
 import journals
 import numpy as np
 import pytest
+import torch
 from patience import LAST_RESORT
 from safetensors.numpy import load_file
 
 from configs import default
+from configs import tiny as tiny_config
 from ple_jax.core.errors import UserError
-from torch_ascend import sharding
+from ple_jax.models import weights
+from torch_ascend import backend, sharding
+from torch_ascend import device as devices
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
@@ -173,3 +177,11 @@ def test_a_base_that_does_not_fit_is_spread(size, data, fsdp, chosen):
     assert tuple(got) == chosen
     assert bool(note) == (chosen != (data, fsdp)) and (not note or f"mesh.fsdp={data * fsdp}" in note)
     assert sharding.choose({"data": data, "fsdp": fsdp}, size * 2**30, None) == (data, fsdp, "")
+
+
+def test_a_quantised_base_that_does_not_fit_is_not_told_to_stay_whole():
+    config, loaded = tiny_config.get_config(), weights.load("tiny")
+    config.model.quantize, config.mesh.data = "int8", 8
+    device = torch.device("cpu")
+    with pytest.raises(UserError, match=r"the base in int8 takes 0\.0 GiB, .* a smaller one, --config.model.quantize=nf4"):
+        backend.choose_place(config, loaded.config, device, devices.capabilities(device), 10_000, sharding.ALONE)

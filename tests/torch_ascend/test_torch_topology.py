@@ -441,6 +441,12 @@ def test_advice_follows_what_dominates():
     state = lines("gradients", 60, 10)
     assert "largest phase is gradients: 70.0 GiB of 60.97" in state and "weights and state dominate (60.0 GiB)" in state
     assert "model.dtype=bfloat16" in state and "mesh.data=1 --config.mesh.fsdp=2" in state and "quantize=nf4" in state
+    config.model.quantize = "nf4"  # which this backend keeps whole
+    for held, besides in ((60, 10), (2, 70)):
+        whole = lines("gradients", held, besides)
+        assert "quantize=none with --config.mesh.fsdp" in whole
+        assert "mesh.fsdp=2" not in whole and "quantize=nf4" not in whole
+    config.model.quantize = "none"
     temporary = lines("gradients", 2, 70)
     assert "model.remat=full" in temporary and "optimizer.micro_queries=4" in temporary
     config.model.remat = "full"

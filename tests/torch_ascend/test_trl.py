@@ -437,6 +437,7 @@ def test_other_modes_on_such_a_run(records, tmp_path, capsys):
         ("sft", {"model__quantize": "nf4"}, "model.quantize=nf4"),
         ("grpo", {"sampling__server": "http://localhost:1"}, "sampling.server"),
         ("sft", {"mesh__data": 2}, "config.mesh"),
+        ("grpo", {"sampling__importance_cap": 2.0}, "sampling.importance_cap=2, as TRL has it for vLLM alone"),
     ],
 )
 def test_what_trl_has_not_is_refused_before_anything_is_read(algorithm, options, said, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from ple_jax.core.batches import pack
 from ple_jax.core.config import validate
 from ple_jax.core.errors import UserError
 from ple_jax.models import peft
-from ple_jax.training import measures, outcome, points
+from ple_jax.training import loop, measures, outcome, points
 from ple_jax.training.journal import read
 from ple_jax.training.points import Point
 from ple_jax.training.run import Clock
@@ -258,6 +259,41 @@ def test_the_best_under_each_budget_is_kept_and_taken(budgeted, capsys):
     assert settings["second_reward"] == "length"  # of the evaluations, where generate names none
 
 
+def test_a_run_whose_best_evaluation_was_removed_ends_nevertheless(tmp_path, capsys, monkeypatch):
+    """As the error about a damaged one advises; what only its file says is left out."""
+    monkeypatch.setattr(points, "best", lambda found, by, budget: found[min(1, len(found) - 1)])
+    stop = {"n": 0}
+    real = loop.learn_from_samples
+
+    def learn(run, state, context):
+        stop["n"] += 1
+        if stop["n"] == 3:
+            raise KeyboardInterrupt
+        return real(run, state, context)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "learn_from_samples", learn)
+        train(tmp_path, iterations=3)
+    (tmp_path / "evaluations" / "iter_0001.jsonl").unlink()
+    summary = train(tmp_path, iterations=3)
+    best = summary["best"]["any"]
+    assert best["iteration"] == 1 and "gain_ci95" not in best and "responses" not in best
+    said = capsys.readouterr().out
+    assert "held-out reward" in said and "95% interval of the gain" not in said.rpartition("held-out reward")[2]
+    assert f"→ {best['reward']:.3f}" in (tmp_path / "report.html").read_text()
+    # the checkpoint is damaged too: the error says what its removal means, and then what was taken is said
+    (kept,) = (tmp_path / "best" / "any").iterdir()
+    file = next(path for path in kept.rglob("*") if path.is_file() and path.stat().st_size > 1000)
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(UserError, match="remove that folder to take the newest checkpoint in its place"):
+        modes.export(config_of(iterations=3), tmp_path, "torch")
+    shutil.rmtree(kept)
+    capsys.readouterr()
+    assert modes.export(config_of(iterations=3), tmp_path, "torch") == 0
+    said = capsys.readouterr().out
+    assert "the checkpoint of the best evaluation, iteration 1, is gone: this is that of iteration 3" in said
+
+
 def test_a_checkpoint_is_called_the_best_only_if_it_is():
     """The newest one is taken where none is kept: with eval.best=none, or where none was within the budget."""
     first, second = at(1, 0.75, 2.0), at(2, 0.5, 2.0)
@@ -353,6 +389,9 @@ def test_several_points_an_iteration_change_nothing_of_the_training(tmp_path):
     assert [{k: v for k, v in line.items() if "second" not in k} for line in lines(whole)] == [
         {k: v for k, v in line.items() if "second" not in k} for line in lines(parted)
     ]
+    # of an evaluation within an iteration the costs are those until then
+    first, between, end = summary["points"][:3]
+    assert first["seconds"] < between["seconds"] < end["seconds"]
     within = sorted((parted / "evaluations").glob("step_*/iter_*.jsonl"))
     assert [str(path.relative_to(parted / "evaluations")) for path in within] == [
         "step_000001/iter_0000.jsonl", "step_000003/iter_0001.jsonl",

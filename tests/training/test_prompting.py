@@ -154,6 +154,16 @@ def test_prompt_and_answer_must_have_room():
     assert bad["not"] == ("over-long", says)
 
 
+def test_that_too_few_queries_are_left_is_said_before_the_warm_up(tmp_path):
+    rows = [{"prompt": f"q {i}" + "x" * (300 if i == 3 else 0), "completion": "a"} for i in range(8)]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    c = configured("ple", iterations=1, task__train=str(tmp_path / "t.jsonl"), task__max_prompt_tokens=200)
+    c.queries_per_iteration, c.task.max_bad_share, c.warm_up.data = 8, 0.5, str(tmp_path / "t.jsonl")
+    with pytest.raises(UserError, match="config.queries_per_iteration is 8 but there are 7 train queries"):
+        modes.train(FrozenConfigDict(c), tmp_path / "run", "torch")
+    assert not any((tmp_path / "run" / name).exists() for name in ("checkpoints", "warm_up", "evaluations"))
+
+
 def test_what_is_left_out_of_both_sets():
     class Shown:
         lines: list[str] = []

@@ -267,6 +267,21 @@ def test_a_learning_rate_is_not_blamed_before_any_step(options, says, tmp_path):
     assert "lr" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "named", "others"),
+    [
+        ("reward", "max_tokens = ", "max_bad_share"), ("sft", "config.model.dtype", "an option"),
+        ("ple_jax.algorithms.ple", "tau_0", "config.model.dtype"),
+    ],
+)
+def test_what_a_first_step_is_blamed_on_is_what_it_reads(algorithm, named, others):
+    c = config("ple")
+    c.algorithm = algorithm
+    with pytest.raises(UserError) as error:
+        steps.check_finite({"loss": math.nan, "grad_norm": 1.0}, "step 0", 1e-3, "optimizer.lr", c, steps.blamed(c))
+    assert named in str(error.value) and others not in str(error.value)
+
+
 def huge(adapter: Path) -> Path:
     """The adapter with numbers whose products overflow."""
     file = adapter / "adapter_model.safetensors"

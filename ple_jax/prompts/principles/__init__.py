@@ -92,6 +92,8 @@ def _one(source: str) -> Principles:
         raise UserError(f"principles {source!r}: neither a file nor one of {', '.join(known)}{suggestion(source, known)}")
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except PermissionError as error:
+        raise UserError(f"principles file {path} may not be read by this user ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise UserError(f"principles file {path} is not UTF-8 ({error.reason} at byte {error.start}); convert it") from None
     version = ""

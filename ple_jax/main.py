@@ -515,8 +515,10 @@ def _processes(run: CommandLine) -> contextlib.AbstractContextManager[bool]:
     """
     if run.mode in ("plan", "compare", "replay"):
         several = run.backend == "jax" and launch.given(*run.launched) is not None
-        first = launch.number(run.launched[2]) == 0 if several else os.environ.get("RANK", "0") == "0"  # torchrun's
-        return contextlib.nullcontext(first)
+        if several:
+            return contextlib.nullcontext(launch.number(run.launched[2]) == 0)
+        torchrun = "LOCAL_RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+        return contextlib.nullcontext(not torchrun or os.environ.get("RANK", "0") == "0")
     if run.backend == "torch":
         return importlib.import_module("torch_ascend.sharding").processes(run.config)
     if (asked := launch.given(*run.launched)) is None:  # jax is not imported yet

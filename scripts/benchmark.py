@@ -250,12 +250,13 @@ def measure_generate(here: Here, new: int = 64, length: int = 16) -> Iterator[di
             noise = rng.random((width, new), dtype=np.float32)
             sides: dict[str, Side] = {
                 "ours": functools.partial(ours.generate, prompts.tolist(), noise, sampling=Sampling(new, ())),
-                "generate": peers.generate_sorted(peer, prompts.tolist(), new, eos=(), width=width),
+                "generate_sorted": peers.generate_sorted(peer, prompts.tolist(), new, eos=(), width=width),
                 "generate_batch": peers.generate_batch(peer, prompts.tolist(), new, eos=(), width=width),
                 "roof": roof(here, width, said=width, times=new, backward=False),
             }
             if vllm:
                 sides["vllm"] = vllm(prompts.tolist(), new, ())
+            sides = {name: side for name, side in sides.items() if name not in here.options.without}
             yield report("generate", f"{width} x {new}", width * new, turns(sides, here.options.repeats))
 
 

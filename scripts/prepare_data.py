@@ -10,6 +10,7 @@ share of the records is set apart by a hash of the prompt, so that no prompt is 
 """
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -39,6 +40,21 @@ def _share(text: str) -> float:
     return float(text)
 
 
+def _number(text: str) -> int:
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return int(text)
+
+
+def _in_its_words(error: str) -> str:
+    """Names the options of this script where an error names keys of a config."""
+    error = re.sub(r"""--config\.task\.columns="\{'(\w+)': '(\w+)'\}\"""", r"--columns \1=\2", error)
+    error = re.sub(r"""--config\.task\.subsets="\('([^']*)',\)\"""", r"--subsets \1", error)
+    error = re.sub(r"--config\.task\.words='\((\d+), (\d+)\)'", r"--words \1-\2", error)
+    error = error.replace("--config.task.train_split and --config.task.heldout_split", "--train-split and --test-split")
+    return re.sub(r"(?:--)?config\.task\.(subsets|columns|words|format)", r"--\1", error)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -55,13 +71,13 @@ def main() -> int:
     add("--keep", default=(), dest="reads", type=_names, metavar="A,B", help="columns that rewards read; all must have them")
     add("--test-share", default=0.05, type=_share, help="without --test: how much is set apart (default: 0.05)")
     add("--max-words", default=0, type=int, metavar="N", help="leave longer prompts out")
-    add("--limit", default=0, type=int, metavar="N", help="use so many records, drawn by --seed")
-    add("--seed", default=0, type=int)
+    add("--limit", default=0, type=_number, metavar="N", help="use so many records, drawn by --seed")
+    add("--seed", default=0, type=_number)
     options = vars(parser.parse_args())
     try:
         summary = prepare.prepare(options.pop("train"), options.pop("out"), **options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, OSError) as error:
+        print(f"error: {_in_its_words(str(error))}", file=sys.stderr)
         return 2
     print(prepare.table(summary))
     return 0

@@ -135,6 +135,12 @@ def test_modes_on_a_run_take_its_own_config(launch, mode):
     assert "--config" not in said and said[said.index("ple_jax.main") + 1] == "--backend=torch"
 
 
+@pytest.mark.parametrize("asked", [["--mode=replay", "--against=runs/b"], ["--mode", "init", "--config", "hh"]])
+def test_what_takes_no_settings_gets_none(launch, asked):
+    said = words(launch("--workdir=runs/a", *asked))
+    assert "--backend=torch" in said and "--config.model.device=npu" not in said
+
+
 def test_several_machines(launch):
     found = words(launch("--workdir=w", NNODES="2", NODE_RANK="1", MASTER_ADDR="10.0.0.1"))
     expected = ["--nnodes", "2", "--node-rank", "1", "--master-addr", "10.0.0.1", "--master-port", "29500"]

@@ -464,7 +464,8 @@ def test_a_plan_without_a_directory_reads_none(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     run = parse("--config=tiny", "--mode=plan", "--backend=torch")
     assert main.main(run) == 0 and "optimiser steps" in capsys.readouterr().out
-    monkeypatch.setenv("RANK", "1")  # as torchrun says it: the first process plans
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():  # torchrun's: the first process plans
+        monkeypatch.setenv(name, value)
     assert main.main(run) == 0 and capsys.readouterr().out == ""
 
 

@@ -103,6 +103,9 @@ def make_loss(config: Any) -> Loss:
 
 
 def measures(means: Mapping[str, float], before: Mapping[str, Array], after: Mapping[str, Array]) -> dict[str, float]:
-    """Returns the loss's metrics, with those of the implicit reward as means over the pairs that were kept; 0 of none."""
-    kept = means["ranked"] or 1.0
-    return {**means, **{name: means[name] / kept for name in ("reward_accuracy", "reward_margin")}}
+    """Returns the loss's metrics, with those of the implicit reward as means over the pairs that were kept; 0 of none.
+
+    The loss may be a variant's, which has others.
+    """
+    kept = means.get("ranked") or 1.0
+    return {**means, **{name: means[name] / kept for name in ("reward_accuracy", "reward_margin") if name in means}}

@@ -63,8 +63,10 @@ def newest(path: Path) -> Path | None:
     if not (found := steps(path)):
         return None
     folder = path / str(found[-1])
-    back = "go on from the one before it" if len(found) > 1 else "train again from the start, on what was sampled"
-    back = "take the newest checkpoint in its place" if path.parent.name == BEST else back
+    alone = "train again from the start, on what was sampled"
+    if path.parent.name == BEST and not (path.parent / "config.json").exists():  # which a work directory of that name has
+        alone = "take the newest checkpoint in its place"
+    back = "go on from the one before it" if len(found) > 1 else alone
     for name, said in _listed(folder, back).items():
         if not (folder / name).is_file():
             raise damaged(folder, f"{name} is gone", back)

@@ -493,7 +493,7 @@ def validate(config: "ConfigDict") -> None:
                 f"config.optimizer.weight_decay is {decay:g} and config.{key} {lr:g}: a step would take {lr * decay:g} times"
                 " every weight from itself; usual are 0 to 0.1"
             )
-    for check in (_not_served, _not_folded, _learns_nothing, _never_warm, _keeps_no_best, _unread):
+    for check in (_not_served, _not_folded, _not_under_a_head, _learns_nothing, _never_warm, _keeps_no_best, _unread):
         if wrong := check(flat):
             raise UserError(wrong)
 
@@ -515,6 +515,18 @@ def _not_served(flat: Mapping[str, Any]) -> str:
             " alpha for all modules: unset it or config.sampling.server"
         )
     return ""
+
+
+def _not_under_a_head(flat: Mapping[str, Any]) -> str:
+    """Returns the error for an adapter to start from that a head trained alone would not have; "" if there is none."""
+    if flat["algorithm"].removeprefix("ple_jax.algorithms.") != "reward" or flat["model.adapter"] is None:
+        return ""
+    if flat["reward_model.train"] != "head":
+        return ""
+    return (
+        "config.model.adapter is set and config.reward_model.train is 'head', which trains a head on the base alone: give"
+        " merged weights as config.model.path, or set train to lora"
+    )
 
 
 def _not_folded(flat: Mapping[str, Any]) -> str:

@@ -35,7 +35,8 @@ def free_memory() -> int | None:
     found = [int(line.split()[1]) * 1024 for line in _of(MEMINFO) if line.startswith("MemAvailable:")]
     limit, used = ("".join(_of(CGROUP / name)).strip() for name in ("memory.max", "memory.current"))
     if limit.isdigit() and used.isdigit():
-        found.append(int(limit) - int(used))
+        cached = [int(line.split()[1]) for line in _of(CGROUP / "memory.stat") if line.startswith("inactive_file ")]
+        found.append(int(limit) - int(used) + sum(cached))  # files that were read, which make room
     return max(0, min(found)) if found else None
 
 

@@ -207,7 +207,7 @@ def _check_header(path: Path, header: Sequence[str]) -> None:
     named = ",".join(header)
     if named.encode(errors="replace").decode() != named:
         raise UserError(f"{path}:1 is not UTF-8; convert the file")
-    if twice := [name for i, name in enumerate(header) if name in header[:i]]:
+    if twice := [name for i, name in enumerate(header) if name and name in header[:i]]:
         raise UserError(f"{path}:1 names the column {twice[0]!r} twice: give each a name of its own")
     if len(header) == 1 and (other := next((sign for sign in ";\t" if sign in named), "")):
         raise UserError(f"{path}:1 names one column, {named!r}: separate fields by commas and not by {other!r}")

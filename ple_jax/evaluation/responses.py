@@ -195,7 +195,9 @@ def _tell_of_overlap(run: Run[Algorithm], queries: QuerySet) -> None:
 def _settle(path: Path, settings: dict[str, Any]) -> None:
     """Writes the settings of responses; raises a UserError if responses with other settings are there."""
     kept = read_json(path, remedy=_AGAIN)
-    if kept is not None and {_VERSION: settings[_VERSION], **kept} != settings:
+    if kept is not None and _VERSION not in kept:  # of whatever version these were scored by
+        settings = {key: value for key, value in settings.items() if key != _VERSION}
+    if kept is not None and kept != settings:
         keys = ", ".join(differing(flatten(kept), flatten(settings)))
         raise UserError(
             f"{path.parent} holds responses of iteration {settings['iteration']} with other settings ({keys}); move or"

@@ -268,12 +268,17 @@ def choose(s: Settings, ended: Mapping[str, Outcome]) -> dict[tuple[str, str], s
 
 def _chosen_by(s: Settings) -> dict[str, Any]:
     where = jobs_of.anywhere(mixture.source(s.config, "heldout"), s.out)
-    return {"selected_on": where, "seeds": _tuning(s), "lrs": s.lrs, "asked": json.loads(jobs_of.asked(_of_all(s), s.out))}
+    asked = json.loads(jobs_of.asked(_of_all(s), s.out))
+    return {"selected_on": where, **_grid(s), "asked": asked}
+
+
+def _grid(s: Settings) -> dict[str, Any]:
+    return {"seeds": _tuning(s), "lrs": s.lrs, "responses": s.responses, "steps": s.steps}
 
 
 def _of_all(s: Settings) -> Job:
-    """Returns the training that stands for what all trainings of a comparison are asked for."""
-    return training(s, "ple", s.lrs[0], s.seeds[0])
+    """Returns a command that has what all trainings of a comparison are asked for, and nothing of a method."""
+    return command(s, "all", "summary.json", {"seed": s.seeds[0]}, mode="train")
 
 
 def _chosen_before(s: Settings) -> dict[str, Any]:
@@ -298,7 +303,7 @@ def _keep_chosen(s: Settings, table: Mapping[str, Any]) -> None:
 
 
 def _same_grid(s: Settings, kept: Mapping[str, Any]) -> bool:
-    same = all(kept.get(key) == value for key, value in (("seeds", _tuning(s)), ("lrs", s.lrs)))
+    same = all(kept.get(key) == value for key, value in _grid(s).items())
     return same and is_wanted(_of_all(s), s.out, json.dumps(kept.get("asked")))
 
 
@@ -341,7 +346,17 @@ def check(s: Settings) -> None:
         )
     for seed in s.seeds:
         parsed(command(s, "", "", {"seed": seed}, mode="plan").arguments)
+    if s.keep is not None:
+        if s.out == Path("."):  # a job's mark is to be the same wherever OUT is, and nothing of its path tells OUT apart
+            raise UserError(f"--out=. does not go with --keep={s.keep}: give the command outside, with the folder's path")
+        store.check([*(starting(s, principled=which) for which in STARTS.values()), *_untold(s)], s.out, s.keep)
     responses.evaluation_set(parsed(starting(s, principled=False).arguments).config)
+
+
+def _untold(s: Settings) -> list[Job]:
+    """Returns the trainings that choose the rates and read no data that are made first."""
+    some = [method for method in tuned(s) if not METHODS[method].data]
+    return [training(s, method, lr, seed) for method in some for lr in s.lrs for seed in _tuning(s)]
 
 
 def needs_data(s: Settings) -> bool:

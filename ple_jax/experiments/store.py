@@ -10,9 +10,11 @@ not be copied, `texts` is the file that the queries come from: texts from it are
 """
 
 import lzma
+import os
 import shutil
 import tarfile
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,6 +32,7 @@ _OF_RUN = ("config.json", "environment.json", "summary.json", "metrics.jsonl")
 _OF_REWARD = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")
 _SCORES = ".scores.jsonl"
 _AGAIN = "delete it, and that job is done again"
+_LEFT = 3600.0  # seconds: no file takes as long to write
 
 
 def run(
@@ -62,18 +65,17 @@ def save(job: Job, out: Path, keep: Path, *, texts: Path | None = None) -> None:
         UserError: the earlier file is of another question.
     """
     keep.mkdir(parents=True, exist_ok=True)
-    if archive(job, keep).exists():
-        with tempfile.TemporaryDirectory() as folder:
-            _check_question(job, out, _unpacked(job, keep, Path(folder)), keep)
+    check([job], out, keep)
     written = [mark(job, out)]
     if job.workdir == out / job.name:
         reward = _OF_REWARD if (job.workdir / "reward_model").exists() else ()
         written += [job.workdir / name for name in (*_OF_RUN, *reward)]
     if job.result.parent != job.workdir:  # a set of responses: three files of one iteration
         written += sorted(job.result.parent.glob(f"{job.result.name.partition('.')[0]}.*"))
-    new = keep / f".{job.name}.new"
-    for left in keep.glob(".*.new"):  # by a process that was killed
-        left.unlink()
+    new = keep / f".{job.name}.{os.getpid()}.new"
+    for left in keep.glob(".*.new"):
+        if time.time() - left.stat().st_mtime > _LEFT:  # by a process that was killed; a younger one is being written
+            left.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as folder, tarfile.open(new, "w:xz", preset=9) as packed:
         whose = Path(folder) / _WHOSE
         whose.write_text(_digest(job.workdir), encoding="utf-8")
@@ -202,6 +204,14 @@ def _wanted(job: Job, out: Path, unpacked: Path) -> bool:
     """Says whether an archive is of what the job asks for, and records which training its answers are from."""
     kept = mark(job, unpacked)
     return (unpacked / _WHOSE).is_file() and kept.is_file() and is_wanted(job, out, kept.read_text(encoding="utf-8"))
+
+
+def check(some: Sequence[Job], out: Path, keep: Path) -> None:
+    """Raises a UserError if `keep` has a file of one of the jobs that is of another question."""
+    for job in some:
+        if archive(job, keep).exists():
+            with tempfile.TemporaryDirectory() as folder:
+                _check_question(job, out, _unpacked(job, keep, Path(folder)), keep)
 
 
 def _check_question(job: Job, out: Path, unpacked: Path, keep: Path) -> None:

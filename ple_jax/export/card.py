@@ -37,6 +37,7 @@ def render(
     defaults: Mapping[str, Any],
     point: Mapping[str, Any] | None = None,
     repo: str | None = None,
+    revision: str | None = None,
     head: bool = False,
 ) -> str:
     """Renders README.md for the export of one checkpoint, from config.json, environment.json and metrics.jsonl.
@@ -49,7 +50,7 @@ def render(
         summary: what summary.json says, or {}; left out where it speaks of another iteration.
         defaults: the default config, nested: the card shows what differs from it.
         point: the evaluation of what is exported, as `training.points.Point`, where there is one.
-        repo: hub id that the export will have, if any.
+        repo, revision: hub id that the export will have, if any; the base's commit on its hub.
         head: whether it is a reward model.
     """
     from huggingface_hub import ModelCard
@@ -60,7 +61,7 @@ def render(
     header = _header(base_model if on_hub else None, library, tags, head)
     body = _body(
         "reward_model.md" if head else "policy.md", **_said(workdir, tree, defaults), library=library, on_hub=on_hub,
-        base=base_model if on_hub else Path(base_model).name, method=("TRL's " if trl else "") + _spelled(name),
+        revision=revision, base=base_model if on_hub else Path(base_model).name, method=("TRL's " if trl else "") + _spelled(name),
         name=repo or "path/to/this/folder", iteration=iteration, metrics=_metrics(workdir, iteration, point),
         step=point["step"] if point is not None and point["within"] else None,
         summary=summary if summary.get("steps" if head else "iterations") == iteration else {},

@@ -37,7 +37,7 @@ def write_adapter(run: Run[Any], state: State, summary: Mapping[str, Any]) -> Pa
         head=HEAD if head else None,
     )
     push = run.config.export.push
-    readme = _card(workdir, "peft", base.name, state, summary, push, head=head)
+    readme = _card(workdir, "peft", (base.name, base.revision), state, summary, push, head=head)
     write_text(folder / "README.md", readme)
     return folder
 
@@ -66,20 +66,22 @@ def write_merged(
         workdir / ("reward_model" if head else "merged"),
         dtype=config.export.dtype,
         shard_gb=config.export.shard_gb,
-        readme=_card(workdir, "transformers", loaded.name, state, summary, repo, head=head),
+        readme=_card(workdir, "transformers", (loaded.name, loaded.revision), state, summary, repo, head=head),
         about={"iteration": state.iteration, "dtype": config.export.dtype},
         head=HEAD if head else None,
     )
 
 
 def _card(
-    workdir: Path, library: str, base_model: str, state: State, summary: Mapping[str, Any], repo: str | None, *, head: bool
-) -> str:
+    workdir: Path, library: str, base: tuple[str, str | None], state: State, summary: Mapping[str, Any], repo: str | None,
+    *, head: bool,
+) -> str:  # fmt: skip
     point = points.newest_of(state)
     return card.render(
         workdir,
         library=library,
-        base_model=base_model,
+        base_model=base[0],
+        revision=base[1],
         iteration=state.iteration,
         summary=summary,
         point=None if point is None else point._asdict(),

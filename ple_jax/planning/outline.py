@@ -20,6 +20,7 @@ from ple_jax.core.config import PACKAGE, PUBLISHED
 from ple_jax.core.errors import Unusable, UserError
 from ple_jax.core.refill import Shape, read_as
 from ple_jax.core.types import Batch, Query, Response, Rollout, Slot, Tokenizer
+from ple_jax.data.mixture import format_of
 from ple_jax.models import families, hub, weights
 from ple_jax.models import tokenizer as tokenizers
 from ple_jax.models.config import ModelConfig
@@ -71,6 +72,7 @@ class Lengths(NamedTuple):
     trained: int  # of a prompt to train on
     new: int  # of a sampled response
     answer: int = 0  # of an answer of the records, where those are trained on
+    positions: int = 0  # of the longest prompt, not padded, and its response
 
 
 def lengths(
@@ -91,25 +93,27 @@ def lengths(
     smallest, new = config.sampling.bucket, config.sampling.max_new_tokens
     if tokenizer is None:
         longest, answer = config.task.max_prompt_tokens, config.task.max_answer_tokens if sources else 0
-        return Lengths(0, read_as(longest, smallest), bucket(longest, smallest), new, answer)
-    form = {"chat": config.task.chat, "thinking": config.task.thinking}
+        return Lengths(0, read_as(longest, smallest), bucket(longest, smallest), new, answer, longest + new)
+    form, limit = {"chat": config.task.chat, "thinking": config.task.thinking}, config.task.max_prompt_tokens
 
     def ids(queries: Iterable[Query], text: str | None) -> Iterator[list[int]]:
         return _usable(queries, lambda q: prompts.render(q, text, tokenizer, **form)[1])
 
-    def longest_of(text: str | None) -> int:
-        return max(map(len, ids(itertools.chain(train_set, heldout), text)), default=1)
+    def size(query: Query) -> tuple[int, int]:  # of its plain and its principled prompt, cut as the run cuts them
+        plain, guided = (len(prompts.render(query, text, tokenizer, **form)[1]) for text in (None, principles or None))
+        if plain > limit and format_of(config.task, query.id) != "tldr":
+            raise Unusable("over-long", "")
+        return min(plain, limit), guided - max(0, plain - limit)
 
     def own(query: Query) -> int:
         said = ({"completion": query.completion, "rejected": query.rejected}[source] for source in sources)
         return max(len(prompts.given(query.prompt, text, tokenizer, stops=(), **form).tokens) + 1 for text in said)
 
-    answer = max(_usable(train_set, own), default=0) if sources else 0
-    plain = longest_of(None)
-    prefix = len(prompts.common_prefix(list(ids(heldout[:64], principles)))) if len(heldout) > 1 else 0
-    rest = longest_of(principles) - prefix
-    answer = min(answer, config.task.max_answer_tokens)
-    return Lengths(prefix, read_as(max(plain, rest), smallest), bucket(plain, smallest), new, answer)
+    answer = min(max(_usable(train_set, own), default=0), config.task.max_answer_tokens) if sources else 0
+    plain, guided = map(max, zip((1, 1), *_usable(itertools.chain(train_set, heldout), size), strict=True))
+    prefix = len(prompts.common_prefix(list(ids(heldout[:64], principles or None)))) if len(heldout) > 1 else 0
+    sampled = read_as(max(plain, guided - prefix), smallest)
+    return Lengths(prefix, sampled, bucket(plain, smallest), new, answer, max(plain, guided) + new)
 
 
 def lengths_of(
@@ -143,12 +147,13 @@ def check_positions(config: ConfigDict, sizes: Lengths, model: ModelConfig) -> L
     Raises:
         UserError: if the longest row that is sampled needs more positions than the model has.
     """
-    if (longest := sizes.prefix + sizes.sampled + sizes.new) > model.max_positions:
+    if sizes.positions > model.max_positions:
         raise UserError(
-            f"{longest} positions are needed and {config.model.path} has {model.max_positions};"
+            f"{sizes.positions} positions are needed and {config.model.path} has {model.max_positions};"
             " lower --config.task.max_prompt_tokens or --config.sampling.max_new_tokens"
         )
-    return sizes._replace(answer=min(sizes.answer, model.max_positions - sizes.trained))
+    room = model.max_positions - sizes.trained  # below 1 only if the prompt's padding needs no positions
+    return sizes._replace(answer=min(sizes.answer, room if room > 0 else model.max_positions))
 
 
 def with_numbers(config: ConfigDict, numbers: Mapping[str, int]) -> ConfigDict:

@@ -1,11 +1,13 @@
 """The files of a comparison: comparison.json, and the tables, pages and CSV files that are all made from it."""
 
+import contextlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ple_jax.core.files import plain, write_csv, write_json, write_text
+from ple_jax.core.errors import Damaged
+from ple_jax.core.files import plain, read_json, write_csv, write_json, write_text
 from ple_jax.evaluation.frontier import COLUMNS
 from ple_jax.evaluation.methods import MEASURED
 from ple_jax.evaluation.numbers import TESTED
@@ -20,10 +22,8 @@ _WINS = (
 )  # fmt: skip
 
 
-_FILES = (
-    "comparison.json", "comparison.html", "table.md", "table.csv", "table.tex", "seeds.csv", "tests.csv", "wins.csv",
-    "frontier.csv",
-)  # fmt: skip
+_SHARED = ("comparison.json", "comparison.html", "table.md", "table.tex", "frontier.csv")
+_ALONE = ("table.csv", "seeds.csv", "tests.csv", "wins.csv")  # of one view
 
 
 def write(result: Mapping[str, Any], out: Path) -> Path:
@@ -40,9 +40,7 @@ def write(result: Mapping[str, Any], out: Path) -> Path:
     Returns:
         The page's path.
     """
-    for folder in (out, *sorted(out.glob("kl_*")), out / "newest"):
-        for name in _FILES:  # of a comparison that was here before, of other views perhaps
-            (folder / name).unlink(missing_ok=True)
+    _remove_former(out)
     if len(result["views"]) == 1:
         text = _write_view({**result["views"][0], "frontier": result["frontier"]}, out)
         warnings = result["views"][0]["warnings"]
@@ -60,6 +58,18 @@ def write(result: Mapping[str, Any], out: Path) -> Path:
     for note in result["views"][0]["notes"] if len(result["views"]) == 1 else ():
         print(f"note: {note}")
     return out / "comparison.html"
+
+
+def _remove_former(out: Path) -> None:
+    """Removes the files of the comparison that was in a folder before, whose views may have been others."""
+    before: Mapping[str, Any] = {}
+    with contextlib.suppress(Damaged):
+        before = read_json(out / "comparison.json") or {}
+    views = [out / str(view["view"]) for view in before.get("views", ())]
+    for folder in (out, *views) if before else ():
+        for name in _SHARED if folder == out and views else (*_SHARED, *_ALONE):
+            if (folder / name).is_file():
+                (folder / name).unlink()
 
 
 def _write_views(result: Mapping[str, Any], out: Path) -> str:

@@ -100,7 +100,7 @@ def html(workdir: Path) -> str:
     summary, config, environment = (read_json(workdir / f"{name}.json") or {} for name in files)
     config = flatten(redacted(config), whole=())  # of an earlier version it may hold a key
     changed = different(config)
-    best = next(reversed(summary.get("best", {}).values()), None)
+    budget, best = next(reversed(summary.get("best", {}).items()), ("", None))
     evaluations = sorted((workdir / "evaluations").glob("iter_????.jsonl"))
     rollouts = sorted((workdir / "rollouts").glob("iter_????.jsonl"))
     sets = ", ".join(dict.fromkeys(key.split(".")[2] for key in config if key.startswith("task.sets.")))
@@ -126,6 +126,8 @@ def html(workdir: Path) -> str:
         metrics=metrics,
         keys=list(dict.fromkeys(key for line in metrics for key in line if key != "iteration")),
         best=best,
+        within=f" within {budget.removeprefix('kl_')} nats" if budget.startswith("kl_") else "",
+        newest=config.get("checkpoint.use") == "newest",
         samples=_samples(workdir, evaluations, best),
         pairs=_pairs(_rollouts(rollouts[-1])) if rollouts else {},
         shown=PAIRS,

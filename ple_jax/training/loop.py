@@ -77,7 +77,7 @@ def begin(run: Run[Algorithm]) -> State:
         if goes_another_way(run, state):  # those are of a policy that will not be again
             forget_within(run.session.workdir, state.step)
     else:
-        fresh = State(run.backend.environment(), controller=run.algorithm.controller(run.config))
+        fresh = State(run.backend.environment(), controller=numbers(run.algorithm.controller(run.config)))
         state = commit(warm_up(run, fresh), run.backend, run.session)
     shutil.rmtree(run.session.workdir / WARM_UP, ignore_errors=True)  # what it was resumed from has no use any more
     run.session.progress.iteration(state.iteration)

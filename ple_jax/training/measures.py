@@ -259,6 +259,7 @@ def summary(run: Run[Algorithm], backend: str, state: State) -> dict[str, Any]:
         "iterations": state.iteration,
         "stopped": points.stopped(config, state) or None,
         "best": best_of(run, state),
+        "best_by": config.eval.best,
         "points": [point._asdict() for point in points.of(state)],
         **state.costs.counters(),
         "evaluation_tokens": evaluated,

@@ -9,7 +9,7 @@ from typing import Any
 
 from ple_jax.algorithms import OfflineAlgorithm
 from ple_jax.core.compact import Compact
-from ple_jax.core.errors import Damaged
+from ple_jax.core.errors import Damaged, UserError
 from ple_jax.core.files import plain, read_json, write_json
 from ple_jax.core.types import Query
 from ple_jax.data.left_out import Bad, QuerySet, check_share, fit, note
@@ -25,8 +25,13 @@ def examples(run: Run[OfflineAlgorithm]) -> tuple[Sequence[Any], Sequence[Any]]:
     """Encodes the train and held-out records as examples. Records that cannot be one are listed in the work directory.
 
     Raises:
-        UserError: if their share is above config.task.max_bad_share.
+        UserError: if their share is above config.task.max_bad_share, or a reward model would see more than its base takes.
     """
+    most, head = run.config.reward_model.max_tokens, run.algorithm.needs(run.config).head
+    if head == "score" and most > run.base.context:
+        raise UserError(
+            f"config.reward_model.max_tokens is {most}, and {run.base.name} takes {run.base.context}: set it to at most that"
+        )
     train, bad_train = _encoded("train", run.data.train, run)
     heldout, bad_heldout = _encoded("heldout", run.data.heldout, run)
     bad = {**run.data.bad}

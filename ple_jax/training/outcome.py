@@ -44,7 +44,7 @@ def reached(summary: Mapping[str, Any]) -> str:
     if best and best[-1]["step"] == 0 and len(summary["points"]) > 1:
         last = summary["points"][-1]
         return (
-            f"held-out reward {best[-1]['reward']:.3f}, that of the start: no evaluation was better (the last one:"
+            f"held-out reward {best[-1]['reward']:.3f}, that of the start: {none_better(summary)} (the last one:"
             f" {last['reward']:.3f}, {last['kl']:.1f} nats a response from the start)"
         )
     if best:
@@ -55,6 +55,13 @@ def reached(summary: Mapping[str, Any]) -> str:
     # of an evaluation whose file is gone, the reward is known and not the interval
     gain = "" if low is None else f" (95% interval of the gain {low:.3f} to {high:.3f})"
     return f"held-out reward {summary['heldout_reward_before']:.3f} -> {after:.3f}{gain}{where}"
+
+
+def none_better(summary: Mapping[str, Any]) -> str:
+    """Says that no evaluation was better than the start, within what budget and by which reward."""
+    budget = next(reversed(summary["best"]), "")
+    within = f" within {budget.removeprefix('kl_')} nats" if budget.startswith("kl_") else ""
+    return f"no evaluation{within} was better{' by the second reward' if summary.get('best_by') == 'second' else ''}"
 
 
 def collapsed(summary: Mapping[str, Any]) -> Iterator[str]:

@@ -161,7 +161,9 @@ def _mlflow(workdir: Path, config: dict[str, Any]) -> Sink:
     # what was recorded once cannot change: a run may go on with more iterations, on another mesh ...
     now, known = flatten(config, whole=()), mlflow.get_run(run_id).data.params
     mlflow.log_params({key: value for key, value in now.items() if key not in known})
-    if changed := {key: str(now[key]) for key in known if key in now and known[key] != str(now[key])[: len(known[key])]}:
+    texts = {key: str(now[key]) for key in known if key in now}
+    # it cuts a long one, at 500 characters or more
+    if changed := {key: s for key, s in texts.items() if known[key] != (s[: len(known[key])] if len(s) > 500 else s)}:
         mlflow.set_tags({f"changed.{key}": value for key, value in changed.items()})
 
     def table(rows: list[Mapping[str, Any]], step: int) -> None:

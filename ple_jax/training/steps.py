@@ -174,7 +174,7 @@ def share_of_rate(options: Any, step: int, total: int) -> float:
 
 def blamed(config: Any) -> str:
     """Returns what may make a first step not finite, for an error message: the numbers among the options of the loss."""
-    own = config.algorithm.rpartition(".")[2]  # also of ple_jax.algorithms.ple
+    own = config.algorithm.removeprefix("ple_jax.algorithms.")
     section = {"reward": "reward_model"}.get(own, own)  # config.reward is the reward that is asked
     options = getattr(config, section, config.algorithm_kwargs).to_dict()
     numbers = [f"{name} = {x:g}" for name, x in options.items() if type(x) in (int, float)]

@@ -40,7 +40,11 @@ torchrun=$(command -v torchrun || echo "$root/.venv/bin/torchrun")
 [[ -x $torchrun ]] || stop "torchrun is not found; pip install -e '.[ascend]', or activate the environment that has it"
 
 config=(--config "$root/configs/ascend_hh_llama3_8b.py")
+# what is missing for an NPU is an error, where `auto` would take the CPU
+own=(--backend=torch --config.model.device=npu)
 for argument in "$@"; do
+    # these take no settings
+    [[ $argument =~ ^--?against(=|$) || $argument =~ ^(--?mode=)?init$ ]] && own=(--backend=torch)
     [[ $argument =~ ^--?config(=|$) ]] && config=()
     # these take the config from the run
     [[ $argument =~ ^(--?mode=)?(evaluate|generate|harness|replay|export|chat)$ ]] && config=()
@@ -53,6 +57,4 @@ else
     [[ -n ${NODE_RANK:-} && -n ${MASTER_ADDR:-} ]] || stop "NNODES=$nodes needs NODE_RANK (0 to $((nodes - 1))) and MASTER_ADDR"
     where=(--nnodes "$nodes" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
 fi
-# what is missing for an NPU is an error, where `auto` would take the CPU
-own=(--backend=torch --config.model.device=npu)
 exec "$torchrun" "${where[@]}" --nproc-per-node "${NPROC_PER_NODE:-8}" -m ple_jax.main "${config[@]}" "${own[@]}" "$@"

@@ -123,8 +123,8 @@ def test_metrics_of_a_variant_may_be_numpys(tmp_path):
     code = (
         f"import numpy as np\n{PLE}def measures(means, before, after):\n"
         "    return {**means, 'mine': np.float32(0.5), 'some': after['lp_plain'].mean()}\n"
-        "def controller(config):\n    return {'x': 1.0}\n"
-        "def control(carried, metrics, config):\n    return {'x': np.float32(carried['x'] / 2)}\n"
+        "def controller(config):\n    return {'x': np.float64(1.0), 'y': np.float32(1.0)}\n"
+        "def control(carried, metrics, config):\n    return {'x': np.float32(carried['x'] / 2), 'y': 0.0}\n"
         "def label(rollouts, context):\n    from ple_jax.algorithms import ple\n"
         "    return [r._replace(margin=np.float32(r.margin)) for r in ple.label(rollouts, context)]\n"
     )
@@ -132,6 +132,15 @@ def test_metrics_of_a_variant_may_be_numpys(tmp_path):
     assert modes.train(c, tmp_path / "run", "torch") == 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["mine"] for line in lines[1:]] == [0.5, 0.5]
+
+
+def test_a_variant_of_dpo_may_have_metrics_of_its_own(tmp_path):
+    code = (
+        "from ple_jax.algorithms.dpo import *\ndef make_loss(config):\n    def loss(outputs, batch):\n"
+        "        value = -outputs.logprobs.sum((1, 2))\n        return value, {'mine': value}\n    return loss\n"
+    )
+    c = FrozenConfigDict(config(written(tmp_path, code), iterations=1, dpo__samples=2))
+    assert modes.train(c, tmp_path / "run", "torch") == 0
 
 
 def test_c_of_the_records_own_answers_is_that_of_all_of_them(tmp_path, monkeypatch):

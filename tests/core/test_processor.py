@@ -72,6 +72,10 @@ def test_the_memory_that_is_free(tmp_path, monkeypatch, available, limit, used, 
         if text:
             (tmp_path / f"memory.{name}").write_text(f"{text}\n")
     assert processor.free_memory() == free
+    if limit and limit.isdigit() and used:  # what was read of files makes room
+        (tmp_path / "memory.stat").write_text(f"anon 1\ninactive_file {used}\nactive_file 3\n")
+        found = [int(limit)] + ([1024 * int(available.split()[0])] if available else [])
+        assert processor.free_memory() == min(found)
 
 
 @pytest.mark.parametrize("backend", ["jax", "torch"])

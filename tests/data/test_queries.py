@@ -155,6 +155,14 @@ def test_two_names_for_one_column(tmp_path):
     assert (query.prompt, query.completion, query.record) == ("a", "b", {"answer": "b", "completion": "b"})
 
 
+def test_columns_of_a_table_without_a_name_are_no_matter_and_two_of_one_are(tmp_path):
+    (tmp_path / "q.csv").write_text("prompt,answer,,\na,b,,\n")
+    assert [query.prompt for query in load_queries(str(tmp_path / "q.csv")).queries] == ["a"]
+    (tmp_path / "q.csv").write_text("prompt,answer,answer\na,b,c\n")
+    with pytest.raises(UserError, match=r"q.csv:1 names the column 'answer' twice"):
+        load_queries(str(tmp_path / "q.csv"))
+
+
 def test_an_answer_that_only_calls_a_tool_has_no_text_for_a_reward(tmp_path):
     calls = [{"type": "function", "function": {"name": "f", "arguments": {"n": 1}}}]
     for content in (None, " "):

@@ -356,3 +356,21 @@ def test_one_budget_alone_is_one_page_with_its_curve(tmp_path):
     result = compare(tmp_path, [f"{tmp_path}/ple0@kl_8"])
     assert result["view"] == "kl_8" and result["methods"][0]["measures"]["reward"] == 0.45
     assert not (tmp_path / "out" / "kl_8").exists() and "The way there" in (tmp_path / "out" / "comparison.html").read_text()
+
+
+def test_a_comparison_takes_the_place_of_the_one_before_and_of_nothing_else(tmp_path, capsys):
+    for name in "ab":
+        budgeted(tmp_path / name, ANSWERS, points=POINTS, best=BEST)
+    out = tmp_path / "out"
+    (out / "kl_beta").mkdir(parents=True)
+    own = [out / "kl_beta" / "table.csv", out / "kl_x.png"]
+    for file in own:
+        file.write_text("mine")
+    compare(tmp_path, [f"x={tmp_path}/a", f"y={tmp_path}/b"])
+    assert (out / "kl_4" / "table.csv").exists() and (out / "frontier.csv").exists()
+    views = {file.relative_to(out).as_posix() for file in out.rglob("table.csv")}
+    compare(tmp_path, [f"x={tmp_path}/a@kl_8", f"y={tmp_path}/b@kl_8"])
+    now = {file.relative_to(out).as_posix() for file in out.rglob("table.csv")}
+    assert now == {"table.csv", "kl_beta/table.csv"} != views
+    compare(tmp_path, [f"x={tmp_path}/a", f"y={tmp_path}/b"])
+    assert not (out / "table.csv").exists() and all(file.read_text() == "mine" for file in own)

@@ -13,7 +13,7 @@ from ple_jax.core.errors import UserError
 from ple_jax.core.files import read_json
 from ple_jax.core.types import Response, Rollout
 from ple_jax.evaluation import responses
-from ple_jax.experiments import compare_methods, methods
+from ple_jax.experiments import compare_methods, jobs, methods, store
 from ple_jax.experiments.jobs import Outcome, parsed
 from ple_jax.training.journal import read
 
@@ -334,7 +334,36 @@ def test_rates_that_were_chosen_stay_where_a_run_is_trained_again(out, tmp_path)
     killed = reached(0.2, 0.1) | {compare_methods.training(s, "raft", "1e-4", "3").name: Outcome(-9, "")}
     assert compare_methods.choose(s, killed) == {}
     assert compare_methods.choose(s._replace(lrs=["1e-4"]), reached(0.2, 0.1)) == dict.fromkeys(first, "1e-4")
+    # and another question's are neither taken nor replaced
+    for other in (s._replace(steps=12), s._replace(given=("--config.lora.rank=4",))):
+        assert compare_methods.choose(other, reached(0.2, 0.1)) == dict.fromkeys(first, "1e-4")
     assert (tmp_path / "keep" / "lrs.json").read_text() == kept
+
+
+def test_what_chooses_rates_asks_nothing_of_a_method_that_is_not_compared(out):
+    """Six responses go with PPO's one a query, and not with PLE's two."""
+    s = settings(out, names="ppo", seeds=["3"], tune_seeds=1, budgets=["2"], responses=6, steps=6)
+    ended = {}
+    for lr in s.lrs:
+        job = compare_methods.training(s, "ppo", lr, "3")
+        ended[job.name] = Outcome(0, "")
+        job.workdir.mkdir(exist_ok=True)
+        job.result.write_text(json.dumps({"best": {"kl_2": {"reward": 0.5}}, "heldout_reward_after": 0.5}))
+    assert compare_methods.choose(s, ended)["ppo", "newest"] == "1e-4"
+
+
+def test_a_folder_of_kept_results_of_another_question_is_refused_at_once(out, tmp_path):
+    s = settings(out, names="raft", seeds=["3"], tune_seeds=1, budgets=["2"], keep=tmp_path / "keep")
+    job = compare_methods.starting(s, principled=False)
+    job.result.parent.mkdir(parents=True)
+    job.result.write_text("")
+    jobs.mark(job, out).write_text(jobs.asked(job, out))
+    store.save(job, out, s.keep)
+    compare_methods.check(s)
+    with pytest.raises(UserError, match=r"start.tar.xz is of another command, differing in config.generate.samples"):
+        compare_methods.check(s._replace(samples=s.samples + 1))
+    with pytest.raises(UserError, match="--out=. does not go with --keep"):
+        compare_methods.check(s._replace(out=Path(".")))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The plan for devices that are not there: collectives read from programs, formulas against XLA, and the whole report."""
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -196,7 +197,7 @@ def _placed(x, place):
 def test_lengths_by_hand():
     config = tiny_config.get_config()
     config.task.max_prompt_tokens = 100
-    assert outline.lengths(config, None, [], [], "") == (0, 128, 128, 8, 0)  # buckets are 16, 32, 64, 128
+    assert outline.lengths(config, None, [], [], "") == (0, 128, 128, 8, 0, 108)  # buckets are 16, 32, 64, 128
     assert outline.lengths(config, None, [], [], "", ["completion"]).answer == config.task.max_answer_tokens
 
     source = outline.read_source("tiny")  # one token a byte
@@ -204,7 +205,18 @@ def test_lengths_by_hand():
     heldout = [Query("c", "z" * 5), Query("d", "w" * 7)]
     extra = len(source.tokenizer.encode("", add_special_tokens=True))
     sizes = outline.lengths(config, source.tokenizer, train_set, heldout, "be kind")
-    assert sizes == (len("be kind\n\n") + extra, 64, 64, 8, 0)
+    assert sizes == (len("be kind\n\n") + extra, 64, 64, 8, 0, len("be kind\n\n") + extra + 40 + 8)
+    # a run leaves out what is too long, or cuts it, and what it needs of positions is not padded
+    longer = [*train_set, Query("e", "v" * 3000)]
+    assert outline.lengths(config, source.tokenizer, longer, heldout, "be kind") == sizes
+    config.task.format = "tldr"
+    cut = outline.lengths(config, source.tokenizer, longer, heldout, "be kind")
+    assert (cut.trained, cut.positions) == (128, len("be kind\n\n") + extra + 100 + 8)
+    config.task.format = "records"
+    small = dataclasses.replace(source.config, max_positions=sizes.positions)
+    assert outline.check_positions(config, sizes, small) == sizes
+    with pytest.raises(UserError, match=f"{sizes.positions} positions are needed and tiny has {sizes.positions - 1}"):
+        outline.check_positions(config, sizes, dataclasses.replace(small, max_positions=sizes.positions - 1))
     pairs = [Query("a", "x", "y" * 20, "z"), Query("b", "x", "y", "z" * 40)]
     assert outline.lengths(config, source.tokenizer, pairs, heldout, "", ["rejected", "completion"]).answer == 41  # with EOS
     config.algorithm, algorithm = "dpo", algorithms.sampling("dpo")

@@ -372,6 +372,8 @@ def test_the_end_of_a_run_says_what_its_best_hides():
     assert said.endswith("2.0 nats a response from the start (the last evaluation: 0.800, 9.0 nats)")
     assert "0.000 -> 0.500" in said and "last evaluation" not in outcome.reached(summary | {"points": summary["points"][:2]})
     start = {**at(0, 0.0, 0.0)._asdict(), "gain_ci95": [0.0, 0.0]}
+    by_second = summary | {"best": {"kl_20": start}, "best_by": "second"}
+    assert "no evaluation within 20 nats was better by the second reward (the last one:" in outcome.reached(by_second)
     assert outcome.reached(summary | {"best": {"any": start}}) == (
         "held-out reward 0.000, that of the start: no evaluation was better (the last one: 0.800, 9.0 nats a response from"
         " the start)"

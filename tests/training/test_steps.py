@@ -271,7 +271,7 @@ def test_a_learning_rate_is_not_blamed_before_any_step(options, says, tmp_path):
     ("algorithm", "named", "others"),
     [
         ("reward", "max_tokens = ", "max_bad_share"), ("sft", "config.model.dtype", "an option"),
-        ("ple_jax.algorithms.ple", "tau_0", "config.model.dtype"),
+        ("ple_jax.algorithms.ple", "tau_0", "config.model.dtype"), ("mine.trainer", "config.model.dtype", "an option"),
     ],
 )
 def test_what_a_first_step_is_blamed_on_is_what_it_reads(algorithm, named, others):

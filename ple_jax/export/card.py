@@ -61,8 +61,8 @@ def render(
     header = _header(base_model if on_hub else None, library, tags, head)
     body = _body(
         "reward_model.md" if head else "policy.md", **_said(workdir, tree, defaults), library=library, on_hub=on_hub,
-        revision=revision, base=base_model if on_hub else Path(base_model).name, method=("TRL's " if trl else "") + _spelled(name),
-        name=repo or "path/to/this/folder", iteration=iteration, metrics=_metrics(workdir, iteration, point),
+        base=base_model if on_hub else Path(base_model).name, revision=revision, metrics=_metrics(workdir, iteration, point),
+        method=("TRL's " if trl else "") + _spelled(name), name=repo or "path/to/this/folder", iteration=iteration,
         step=point["step"] if point is not None and point["within"] else None,
         summary=summary if summary.get("steps" if head else "iterations") == iteration else {},
     )  # fmt: skip

@@ -324,6 +324,8 @@ def adapter_config(**changes):
 def test_line_that_serves_an_adapter():
     line = commands.serve_adapter(Path("runs/my run/adapter"), adapter_config(), name="my run")
     assert line == ("vllm serve some/base --enable-lora --max-lora-rank 8 --lora-modules 'my run=runs/my run/adapter'")
+    pinned = commands.serve_adapter(Path("a"), adapter_config(revision="f" * 40), name="a")
+    assert f"serve some/base --revision {'f' * 40} --enable-lora" in pinned
     assert shlex.split(line)[-1] == "my run=runs/my run/adapter"
 
 
@@ -510,7 +512,7 @@ def test_the_example_of_a_card_reads_the_gguf_file(tmp_path):
 
 def a_card(
     workdir: Path, *, iteration=3, base_model="some/base", library="peft", summary=None, repo=None, head=False, point=None,
-    **changes,
+    revision=None, **changes,
 ) -> str:  # fmt: skip
     workdir.mkdir(exist_ok=True)
     settings = default.get_config()
@@ -524,7 +526,7 @@ def a_card(
     (workdir / "environment.json").write_text(json.dumps({"jax": "9.9.9", "device": "cpu", "python": "3.99"}))
     return card.render(
         workdir, library=library, base_model=base_model, iteration=iteration, summary=summary or {},
-        defaults=default.get_config().to_dict(), repo=repo, head=head, point=point,
+        defaults=default.get_config().to_dict(), repo=repo, head=head, point=point, revision=revision,
     )  # fmt: skip
 
 
@@ -556,6 +558,9 @@ def test_card_of_an_adapter(tmp_path):
         "https://arxiv.org/abs/2408.02599",
     ):
         assert part in text, part
+    pinned = a_card(tmp_path / "pinned", revision="f" * 40)
+    assert f"| base model | some/base at commit {'f' * 40} |" in pinned and "at commit" not in text
+    assert f"vllm serve some/base --revision {'f' * 40} --enable-lora" in pinned
     assert str(tmp_path) not in text and "\n\n\n" not in text
     rows = [line for line in text.split("\n") if line.startswith("| `")]
     assert {row.split("`")[1] for row in rows} == {"lora.rank", "task.train", "model.path"}  # nothing that is as by default

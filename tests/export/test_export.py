@@ -559,7 +559,7 @@ def test_card_of_an_adapter(tmp_path):
     ):
         assert part in text, part
     pinned = a_card(tmp_path / "pinned", revision="f" * 40)
-    assert f"| base model | some/base at commit {'f' * 40} |" in pinned and "at commit" not in text
+    assert f"at commit {'f' * 40} |" in pinned and "at commit" not in text
     assert f"vllm serve some/base --revision {'f' * 40} --enable-lora" in pinned
     assert str(tmp_path) not in text and "\n\n\n" not in text
     rows = [line for line in text.split("\n") if line.startswith("| `")]

@@ -5,11 +5,14 @@ shardings. libtpu compiles for a slice of TPUs on any machine. Where it is not i
 CPU devices.
 """
 
+import dataclasses
 import functools
+import itertools
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +29,7 @@ from ple_jax.backend.model import Model, quantized_axis
 from ple_jax.core import packing, processor, refill, together
 from ple_jax.core.backends import Needs
 from ple_jax.core.types import Batch, Packed, Query, Sampling
-from ple_jax.models import adapters
+from ple_jax.models import adapters, families, hub, weights
 from ple_jax.models.config import ModelConfig
 from ple_jax.planning import hlo, outline, sheet
 from ple_jax.planning.flops import forward_parts, gradient_flops
@@ -145,10 +148,37 @@ class Phase(NamedTuple):
 def phases(
     config: ConfigDict, model: Model, mesh: Mesh, sizes: Lengths, algorithm: Algorithm, eos: tuple[int, ...]
 ) -> Iterator[Phase]:
-    """Yields every program that a run compiles, in the order in which they run."""
-    on = spread(config, model, mesh, sizes, algorithm, eos)
-    yield from _sampling(on, algorithm)
-    yield from _training(on, algorithm)
+    """Yields every program of the policy that a run compiles, in the order in which they run."""
+    on, reward = spread(config, model, mesh, sizes, algorithm, eos), reward_bytes(config, mesh)
+    sampling = _sampling(on, algorithm) if config.sampling.server is None else ()  # else others sample
+    for phase in itertools.chain(sampling, _training(on, algorithm)):
+        yield phase._replace(held=phase.held + reward)
+
+
+def reward_bytes(config: ConfigDict, mesh: Mesh) -> int:
+    """Returns the bytes on a device of the weights of reward models, those of parts and of the second reward too.
+
+    They are spread as the policy is, and stay. What torch computes is not counted.
+    """
+    named = (config.reward.name, config.reward.kwargs), (config.eval.second_reward, config.eval.second_kwargs)
+    return sum(_reward_bytes(name, kwargs.to_dict(), mesh) for name, kwargs in named)
+
+
+def _reward_bytes(name: str | None, kwargs: Mapping[str, Any], mesh: Mesh) -> int:
+    if name == "combine":
+        parts = kwargs.get("parts", {}).values()
+        return sum(_reward_bytes(part.get("name"), part.get("kwargs", {}), mesh) for part in parts)
+    if name != "model" or kwargs.get("framework") == "torch":
+        return 0
+    path = kwargs["path"]
+    folder = hub.fetch(path, kwargs.get("revision"), weights=False) if hub.is_remote(path) else Path(path)
+    raw = weights.read_json(folder / "config.json")
+    if raw.get("model_type") not in families.FAMILIES:  # which is torch's
+        return 0
+    # it has no output matrix
+    known = dataclasses.replace(families.read(raw, str(folder / "config.json")), tie_embeddings=True)
+    settings = {"dtype": kwargs.get("dtype", "float32"), "layers": "auto", "remat": "none", "attention": "auto"}
+    return device_bytes(abstract_base(backend.make_model(ConfigDict({"model": settings}), known, mesh), mesh))
 
 
 def _sampling(on: Spread, algorithm: Algorithm) -> Iterator[Phase]:
@@ -382,7 +412,7 @@ def _need(
     model = backend.make_model(config, model_config, mesh, platform=platform)
     run = spread(config, model, mesh, sizes, algorithm, eos)
     found = (one for one in _training(run, algorithm) if one.name == name) if name else _sampling(run, algorithm)
-    return max(one.held + measure(one).peak for one in found)
+    return reward_bytes(config, mesh) + max(one.held + measure(one).peak for one in found)
 
 
 def _room(target: Target | None, mesh: Mesh) -> int | None:

@@ -385,6 +385,40 @@ def test_advice_follows_what_dominates():
     assert "sampling.width=4" in lines(_phase("decode step"), _measured(2, 30))
 
 
+def test_reward_models_stay_on_the_devices(tmp_path):
+    """Spread as the policy is, in the dtype that they are asked for; torch's are elsewhere."""
+    folder, c = _folder(tmp_path / "reward"), tiny.CONFIG
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**raw, "architectures": ["LlamaForSequenceClassification"]}))
+    config = tiny_config.get_config()
+    config.mesh.fsdp = 2
+    mesh = targets.make_mesh(targets.open_target("cpu:2"), **config.mesh)
+    assert topology.reward_bytes(config, mesh) == 0
+    named = {"name": "model", "kwargs": {"path": str(folder), "dtype": "bfloat16"}}
+    config.reward.name, config.reward.kwargs = "model", named["kwargs"]
+    one = topology.reward_bytes(config, mesh)
+    qkvo = 2 * c.hidden_size * c.head_dim * (c.num_heads + c.num_kv_heads)
+    matrices = 128 * c.hidden_size + 2 * (qkvo + 3 * c.hidden_size * c.intermediate_size)
+    assert one == 2 * (matrices // 2 + 5 * c.hidden_size)  # norms are whole everywhere
+    with config.ignore_type():
+        config.eval.second_reward = "combine"
+        config.eval.second_kwargs = {"parts": {"a": named, "b": {"name": "length"}}}
+    assert topology.reward_bytes(config, mesh) == 2 * one
+    config.reward.kwargs.framework = "torch"
+    assert topology.reward_bytes(config, mesh) == one
+    source = outline.read_source("tiny")
+    sizes, model = outline.lengths(config, None, [], [], ""), topology.backend.make_model(config, source.config, mesh)
+    bare = tiny_config.get_config()
+    bare.mesh.fsdp = 2
+    held = [
+        [(phase.name, phase.held) for phase in topology.phases(some, model, mesh, sizes, PLE, source.eos)]
+        for some in (config, bare)
+    ]
+    assert [(name, more - one) for name, more in held[0]] == held[1] and held[1][0][0] == "prefill"
+    config.sampling.server = "http://localhost:8000"
+    assert "prefill" not in [phase.name for phase in topology.phases(config, model, mesh, sizes, PLE, source.eos)]
+
+
 # ---------------------------------------------------------------- the whole report
 
 

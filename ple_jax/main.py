@@ -477,7 +477,7 @@ def _check_installed(config: ConfigDict, backend: str, mode: str) -> None:
 def main(run: CommandLine) -> int:
     """Carries out what the command line asks for, and returns the exit code."""
     if run.file is not None:
-        return _init(run.file, run.workdir)
+        return _init(run.file, run.workdir) if _first() else 0
     modes = importlib.import_module("ple_jax.modes")
     names = ("topology", "runs", "against", "accept", "profile")
     options = {name: value for name in names if (value := getattr(run, name))}
@@ -517,8 +517,7 @@ def _processes(run: CommandLine) -> contextlib.AbstractContextManager[bool]:
         several = run.backend == "jax" and launch.given(*run.launched) is not None
         if several:
             return contextlib.nullcontext(launch.number(run.launched[2]) == 0)
-        torchrun = "LOCAL_RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
-        return contextlib.nullcontext(not torchrun or os.environ.get("RANK", "0") == "0")
+        return contextlib.nullcontext(_first())
     if run.backend == "torch":
         return importlib.import_module("torch_ascend.sharding").processes(run.config)
     if (asked := launch.given(*run.launched)) is None:  # jax is not imported yet
@@ -526,6 +525,12 @@ def _processes(run: CommandLine) -> contextlib.AbstractContextManager[bool]:
     if run.mode == "chat":
         raise UserError("--mode=chat is one process: start it alone, with --processes=1")
     return importlib.import_module("ple_jax.backend.processes").processes(asked, run.workdir, stop=ask)
+
+
+def _first() -> bool:
+    """Says whether this process is the first that torchrun has started, or the only one."""
+    torchrun = "LOCAL_RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+    return not torchrun or os.environ.get("RANK", "0") == "0"
 
 
 def cli() -> None:

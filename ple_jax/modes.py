@@ -370,10 +370,11 @@ def plan(config: Any, workdir: Path, backend: str, topology: str | None = None) 
     parameters, adapter_parameters = module.count(config, loaded)
     sizes: dict[str, Any] = {"parameters": parameters, "adapter_parameters": adapter_parameters}
     sizes["tokenizer"] = loaded.tokenizer
+    of_base: dict[str, Any] = {"model": loaded.name, "context": loaded.config.max_positions}
     if not isinstance(algorithm, Algorithm):
-        print(planning.describe_offline(config, **sizes, found=found, algorithm=algorithm))
+        print(planning.describe_offline(config, **sizes, found=found, algorithm=algorithm, **of_base))
         return 0
-    of_base: dict[str, Any] = {"eos": loaded.eos, "model": loaded.name, "context": loaded.config.max_positions}
+    of_base["eos"] = loaded.eos
     asked: dict[str, Any] = {"rules": inputs.principles, "reward": inputs.reward, "second": inputs.second}
     known = rates.read(config, backend)
     print(planning.describe(config, **sizes, found=found, algorithm=algorithm, **asked, **of_base, rates=known))

@@ -51,6 +51,7 @@ def _in_its_words(error: str) -> str:
     error = re.sub(r"""--config\.task\.columns="\{'(\w+)': '(\w+)'\}\"""", r"--columns \1=\2", error)
     error = re.sub(r"""--config\.task\.subsets="\('([^']*)',\)\"""", r"--subsets \1", error)
     error = re.sub(r"--config\.task\.words='\((\d+), (\d+)\)'", r"--words \1-\2", error)
+    error = error.replace("set --config.task.train=DIR or --config.task.heldout=DIR", "give --train DIR or --test DIR")
     error = error.replace("--config.task.train_split and --config.task.heldout_split", "--train-split and --test-split")
     return re.sub(r"(?:--)?config\.task\.(subsets|columns|words|format)", r"--\1", error)
 

@@ -467,6 +467,8 @@ def test_a_plan_without_a_directory_reads_none(tmp_path, monkeypatch, capsys):
     for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():  # torchrun's: the first process plans
         monkeypatch.setenv(name, value)
     assert main.main(run) == 0 and capsys.readouterr().out == ""
+    copies = parse("--config=tiny", "--mode=init", f"--workdir={tmp_path / 'mine'}")
+    assert main.main(copies) == 0 and not (tmp_path / "mine").exists()
 
 
 def test_plan_says_what_would_run():

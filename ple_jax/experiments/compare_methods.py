@@ -334,8 +334,7 @@ def check(s: Settings) -> None:
         UserError: if there is a mistake.
     """
     layout = s.config.task.format
-    if "," in str(s.out):
-        raise UserError(f"--out={s.out} has a comma, which parts the runs that are compared: give another folder")
+    check_out(s.out, s.keep)
     if needs_data(s) and layout != "records":
         raise UserError(f"config.task.format is {layout!r}, and the data of the offline methods are written as records")
     own = [m for m in s.methods if METHODS[m].data or METHODS[m].references and s.references]
@@ -347,10 +346,16 @@ def check(s: Settings) -> None:
     for seed in s.seeds:
         parsed(command(s, "", "", {"seed": seed}, mode="plan").arguments)
     if s.keep is not None:
-        if s.out == Path("."):  # a job's mark is to be the same wherever OUT is, and nothing of its path tells OUT apart
-            raise UserError(f"--out=. does not go with --keep={s.keep}: give the command outside, with the folder's path")
         store.check([*(starting(s, principled=which) for which in STARTS.values()), *_untold(s)], s.out, s.keep)
     responses.evaluation_set(parsed(starting(s, principled=False).arguments).config)
+
+
+def check_out(out: Path, keep: Path | None) -> None:
+    """Raises a UserError if OUT is a folder in which no comparison can be made."""
+    if "," in str(out):
+        raise UserError(f"--out={out} has a comma, which parts the runs that are compared: give another folder")
+    if keep is not None and out == Path("."):  # a mark is to be the same wherever OUT is, and its path does not tell it
+        raise UserError(f"--out=. does not go with --keep={keep}: give the command outside, with the folder's path")
 
 
 def _untold(s: Settings) -> list[Job]:

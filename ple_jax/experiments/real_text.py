@@ -202,6 +202,7 @@ def _rebuilt(job: Job) -> Path:
 
 def _check(options: argparse.Namespace) -> None:
     """Raises a UserError for a mistake in what is read after the data and the rewards, which may take hours, are made."""
+    compare_methods.check_out(options.out, options.keep)
     found = compare_methods.settings(**{**vars(options), "test_data": "", "second_reward": ""})
     for method in found.methods:
         budget(method, responses=options.responses, steps=options.steps, micro=found.config.optimizer.micro_queries)

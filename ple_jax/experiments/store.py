@@ -9,6 +9,7 @@ command is refused before that job runs: its result would take the place of one 
 not be copied, `texts` is the file that the queries come from: texts from it are not kept, but read there again.
 """
 
+import contextlib
 import lzma
 import os
 import shutil
@@ -74,8 +75,9 @@ def save(job: Job, out: Path, keep: Path, *, texts: Path | None = None) -> None:
         written += sorted(job.result.parent.glob(f"{job.result.name.partition('.')[0]}.*"))
     new = keep / f".{job.name}.{os.getpid()}.new"
     for left in keep.glob(".*.new"):
-        if time.time() - left.stat().st_mtime > _LEFT:  # by a process that was killed; a younger one is being written
-            left.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another command has just finished it
+            if time.time() - left.stat().st_mtime > _LEFT:  # by a process that was killed; a younger one is being written
+                left.unlink()
     with tempfile.TemporaryDirectory() as folder, tarfile.open(new, "w:xz", preset=9) as packed:
         whose = Path(folder) / _WHOSE
         whose.write_text(_digest(job.workdir), encoding="utf-8")

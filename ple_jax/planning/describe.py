@@ -14,6 +14,7 @@ from ple_jax.data.left_out import QuerySet, check_share, counts, fit
 from ple_jax.data.load import Data
 from ple_jax.planning.rates import Rates, expected
 from ple_jax.prompts import principles
+from ple_jax.training.offline import check_room
 from ple_jax.training.prompting import Prompts, check_context, longest, usable
 from ple_jax.training.steps import planned
 
@@ -225,9 +226,12 @@ def describe_offline(
     adapter_parameters: int,
     found: Data,
     algorithm: OfflineAlgorithm,
+    model: str = "the model",
+    context: float = math.inf,
 ) -> str:
     """Describes the run of an algorithm that samples nothing; arguments and errors are as in `describe`."""
     settings, optimizer = config.offline, config.optimizer
+    check_room(algorithm, config, model=model, context=context)
     (examples, bad), (heldout, others) = (
         fit(some, lambda query: algorithm.encode(query, tokenizer, config)) for some in (found.train, found.heldout)
     )

@@ -111,7 +111,8 @@ def lengths(
 
     answer = min(max(_usable(train_set, own), default=0), config.task.max_answer_tokens) if sources else 0
     plain, guided = map(max, zip((1, 1), *_usable(itertools.chain(train_set, heldout), size), strict=True))
-    prefix = len(prompts.common_prefix(list(ids(heldout[:64], principles or None)))) if len(heldout) > 1 else 0
+    some = list(ids(heldout[:64], principles or None))  # none, where the base has no chat template
+    prefix = len(prompts.common_prefix(some)) if len(some) > 1 else 0
     sampled = read_as(max(plain, guided - prefix), smallest)
     return Lengths(prefix, sampled, bucket(plain, smallest), new, answer, max(plain, guided) + new)
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ple_jax.algorithms import OfflineAlgorithm
+from ple_jax.core import commits
 from ple_jax.core.compact import Compact
 from ple_jax.core.errors import Damaged, UserError
 from ple_jax.core.files import plain, read_json, write_json
@@ -15,7 +16,7 @@ from ple_jax.core.types import Query
 from ple_jax.data.left_out import Bad, QuerySet, check_share, fit, note
 from ple_jax.training import costs
 from ple_jax.training.run import Run
-from ple_jax.training.state import State, commit, logged, resume, spent
+from ple_jax.training.state import CHECKPOINTS, State, commit, logged, resume, spent
 from ple_jax.training.steps import compared, over_queries, step
 
 JUDGEMENT = "judgement.json"  # the newest evaluation, whole
@@ -27,11 +28,8 @@ def examples(run: Run[OfflineAlgorithm]) -> tuple[Sequence[Any], Sequence[Any]]:
     Raises:
         UserError: if their share is above config.task.max_bad_share, or a reward model would see more than its base takes.
     """
-    most, head = run.config.reward_model.max_tokens, run.algorithm.needs(run.config).head
-    if head == "score" and most > run.base.context:
-        raise UserError(
-            f"config.reward_model.max_tokens is {most}, and {run.base.name} takes {run.base.context}: set it to at most that"
-        )
+    if not commits.steps(run.session.workdir / CHECKPOINTS):  # one that was begun with more, its base may not mind
+        check_room(run.algorithm, run.config, model=run.base.name, context=run.base.context)
     train, bad_train = _encoded("train", run.data.train, run)
     heldout, bad_heldout = _encoded("heldout", run.data.heldout, run)
     bad = {**run.data.bad}
@@ -39,6 +37,17 @@ def examples(run: Run[OfflineAlgorithm]) -> tuple[Sequence[Any], Sequence[Any]]:
     if listed := note(bad, run.session.workdir):
         run.session.progress.log(listed)
     return train, heldout
+
+
+def check_room(algorithm: OfflineAlgorithm, config: Any, *, model: str, context: float) -> None:
+    """Raises a UserError if a reward model would be trained on more tokens of a pair than its base takes.
+
+    Args:
+        model, context: the base model's name, and the most tokens that it takes.
+    """
+    most = config.reward_model.max_tokens
+    if algorithm.needs(config).head == "score" and most > context:
+        raise UserError(f"config.reward_model.max_tokens is {most}, and {model} takes {context}: set it to at most that")
 
 
 def _encoded(which: str, queries: Sequence[Query], run: Run[OfflineAlgorithm]) -> tuple[Compact[Any], list[Bad]]:

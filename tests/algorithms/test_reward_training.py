@@ -407,3 +407,20 @@ def test_pairs_that_are_none_stop_the_run(tmp_path, files):
     assert summary(tmp_path / "few")["train_examples"] == 40
     with pytest.raises(UserError, match="128 tokens of .*1 of 41 records.*config.task.max_bad_share=0.01"):
         run(tmp_path / "none", **changed, task__max_bad_share=0.01)
+
+
+def test_a_pair_is_no_longer_than_the_base_takes(tmp_path, files):
+    """Later tokens would have the last position; a plan says so as well, and a run that was begun goes on."""
+    c = FrozenConfigDict(config(**files, reward_model__max_tokens=4096))
+    for mode in (modes.train, modes.plan):
+        with pytest.raises(UserError, match="config.reward_model.max_tokens is 4096, and tiny takes 2048"):
+            mode(c, tmp_path / "run", "torch")
+    run(tmp_path / "begun", **files, reward_model__max_tokens=2048)
+
+
+def test_a_head_alone_takes_no_adapter(tmp_path):
+    start = adapters.to_peft(tiny.random_adapter(weights.load("tiny").config))
+    peft.write(tmp_path, start, rank=4, alpha=6.0, targets=["q_proj"], base_model="tiny")
+    c = config(model__adapter=str(tmp_path), reward_model__train="head")
+    with pytest.raises(UserError, match="config.reward_model.train is 'head', which trains a head on the base alone"):
+        validate(c)

@@ -169,6 +169,17 @@ def run(*arguments):
     )
 
 
+def test_errors_name_the_options_of_the_script(tmp_path):
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps({"question": f"a {i}"}) + "\n" for i in range(60)))
+    done = run("--train", str(tmp_path / "q.jsonl"), "--out", str(tmp_path / "out"))
+    assert done.returncode == 2 and "or say its name: --columns prompt=question" in done.stderr
+    done = run("--train", str(tmp_path / "q.jsonl"), "--format", "imdb", "--words", "8-2", "--out", str(tmp_path / "out"))
+    assert done.returncode == 2 and "--words 2-8" in done.stderr and "config.task" not in done.stderr
+    done = run("--train", str(tmp_path / "q.jsonl"), "--out", str(tmp_path / "q.jsonl"), "--columns", "prompt=question")
+    assert done.returncode == 2 and "File exists" in done.stderr and done.stderr.count("\n") == 1
+    assert "-1 is below 0" in run("--train", "a", "--out", "b", "--seed", "-1").stderr
+
+
 def test_the_script(tmp_path):
     rows = [{"question": f"How late is it in town {i}?", "answer": "ten"} for i in range(200)]
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))

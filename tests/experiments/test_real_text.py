@@ -8,6 +8,7 @@ from test_sweep import call
 
 from ple_jax.core.files import read_json, read_jsonl, write_jsonl
 from ple_jax.experiments import real_text
+from ple_jax.models import hub
 
 SMALL = ["--dev", "8", "--test-queries", "8", "--responses", "16", "--steps", "2", "--samples", "2", "--lrs", "1e-2"]
 SMALL += ["--seeds", "0", "--tune-seeds", "1", "--budgets", "1", "--methods", "ple,sft_references"]
@@ -103,6 +104,24 @@ def test_mistakes_cost_no_run(capsys, tmp_path, reviews, compared, arguments, sa
     assert found.code == 2 and says in found.err and found.err.count("\n") == 1 and not compared
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--methods", "plee"], "'plee' is none of"),
+        (["--lrs", "fast"], "--lrs=fast"),
+        (["--responses", "7"], "--responses=7 must be a multiple of"),
+        (["--", "--config.optimizer.ll=1"], "unknown key in '--config.optimizer.ll=1'"),
+        (["--out", "."], "--out=. does not go with --keep="),
+    ],
+)
+def test_mistakes_cost_no_reward_model(capsys, tmp_path, dialogues, compared, monkeypatch, arguments, says):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(real_text.store, "run", lambda *_, **__: pytest.fail("a reward model is trained"))
+    asked = ["hh", "--out", str(tmp_path / "out"), "--keep", str(tmp_path / "keep"), *dialogues, *SMALL, *arguments]
+    found = call(capsys, real_text.main, *asked)
+    assert found.code == 2 and says in found.err and found.err.count("\n") == 1 and not compared
+
+
 def test_reviews_without_a_positive_one_are_refused(capsys, tmp_path, reviews, compared):
     train = Path(reviews[1])
     write_jsonl(train, [row | {"label": 0} for row in read_jsonl(train)])
@@ -116,6 +135,7 @@ def test_dialogues_with_two_reward_models(capsys, tmp_path, dialogues):
     keep = tmp_path / "kept"
     asked = [*dialogues, *SMALL, "--keep", str(keep), "--jobs", "2", "--reward-base", "tiny", "--reward-tokens", "512"]
     asked += TINY
+    known: list[str] = []
     for out in (tmp_path / "out", tmp_path / "other"):
         found = call(capsys, real_text.main, "hh", "--out", str(out), *asked)
         assert found.code == 0, found.out + found.err
@@ -128,6 +148,10 @@ def test_dialogues_with_two_reward_models(capsys, tmp_path, dialogues):
         assert [judged[name]["train_examples"] for name in real_text.HALVES] == [len(half) for half in halves]
         halves = [next(out.glob(f"{name}-*/reward_model/model.safetensors")) for name in real_text.HALVES]
         assert halves[0].read_bytes() != halves[1].read_bytes()
+        # what stands in its folder is the reward's version
+        models = [hub.identity(str(file.parent), None) for file in halves]
+        assert models == known or not known
+        known = models
     first, second = tmp_path / "out", tmp_path / "other"
     for name in ("comparison/table.md", "rewards.json", halves[1].relative_to(second)):
         assert (first / name).read_bytes() == (second / name).read_bytes()

@@ -213,6 +213,10 @@ def test_lengths_by_hand():
     cut = outline.lengths(config, source.tokenizer, longer, heldout, "be kind")
     assert (cut.trained, cut.positions) == (128, len("be kind\n\n") + extra + 100 + 8)
     config.task.format = "records"
+    bare, config.task.chat = outline.read_source("tiny").tokenizer, True
+    bare.chat_template = None  # the run refuses such a base in its own words
+    assert outline.lengths(config, bare, train_set, heldout, "be kind").prefix == 0
+    config.task.chat = False
     small = dataclasses.replace(source.config, max_positions=sizes.positions)
     assert outline.check_positions(config, sizes, small) == sizes
     with pytest.raises(UserError, match=f"{sizes.positions} positions are needed and tiny has {sizes.positions - 1}"):

@@ -7,7 +7,7 @@ once, by one of them. The next time all are tried again.
 import contextlib
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, CancelledError, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -90,15 +90,26 @@ class Fleet:
         `width` requests are under way at once, of at most `tokens` tokens each. The first that fails ends all; what had
         arrived is yielded before.
         """
-        pool = ThreadPoolExecutor(width)
+        pool, failed = ThreadPoolExecutor(width), threading.Event()
+
+        def answer(body: Mapping[str, Any]) -> T:
+            if failed.is_set():  # here: before this thread asks for the next one
+                raise CancelledError
+            try:
+                return self._answer(body, read, tokens)
+            except BaseException:
+                failed.set()
+                raise
+
         try:
-            waiting = {pool.submit(self._answer, body, read, tokens): number for number, body in bodies.items()}
+            waiting = {pool.submit(answer, body): number for number, body in bodies.items()}
             while waiting:
                 done, _ = wait(waiting, timeout=_LOOK, return_when=FIRST_COMPLETED)
                 numbers = {future: waiting.pop(future) for future in done}
                 yield {number: future.result() for future, number in numbers.items() if future.exception() is None}
                 for future in numbers:
-                    future.result()
+                    if not isinstance(future.exception(), CancelledError):  # the error itself comes too
+                        future.result()
         finally:
             self._stopping.set()
             with contextlib.ExitStack() as stack:

@@ -591,7 +591,7 @@ def test_faults_that_pass(fault, where, vllm, tmp_path):
 
 
 def test_faults_that_stay_end_all(vllm, tmp_path):
-    """The first failure is told, and of the rest no more is asked than was on its way."""
+    """The first failure is told, and nothing more is asked."""
     server = vllm()
     _, backend = connect(server, tmp_path, width=1, retries=2)
     bad = {7}
@@ -599,7 +599,7 @@ def test_faults_that_stay_end_all(vllm, tmp_path):
     with pytest.raises(UserError, match="status 500: EngineCore died; see that vLLM runs there"):
         sample(backend)
     asked = [body["prompt"] for body in server.bodies()]
-    assert asked[:6] == [[1, 2, 3], [4, 5], [6], *[[7, 8, 9, 10]] * 3] and len(asked) <= 7
+    assert asked == [[1, 2, 3], [4, 5], [6], *[[7, 8, 9, 10]] * 3]
     bad.clear()
     assert len(sample(backend)) == len(PROMPTS)  # and it is of use again
 
@@ -610,7 +610,7 @@ def test_a_refusal_is_told_at_once(vllm, tmp_path):
     server.fault = lambda path, body: (400, "min_p is not supported") if path == "/v1/completions" else None
     with pytest.raises(UserError, match="status 400: min_p is not supported; mend that, and give the same command again"):
         sample(backend)
-    assert len(server.bodies()) <= 2  # the next may have been on its way
+    assert len(server.bodies()) == 1
 
 
 def test_the_end_of_a_run_does_not_wait_for_a_server_that_is_gone(vllm, tmp_path):

@@ -368,14 +368,13 @@ def plan(config: Any, workdir: Path, backend: str, topology: str | None = None) 
     module = backends.load(backend)
     loaded = module.load(config)
     parameters, adapter_parameters = module.count(config, loaded)
-    sizes: dict[str, Any] = {"parameters": parameters, "adapter_parameters": adapter_parameters}
-    sizes["tokenizer"] = loaded.tokenizer
-    of_base: dict[str, Any] = {"model": loaded.name, "context": loaded.config.max_positions}
+    common: dict[str, Any] = {
+        "tokenizer": loaded.tokenizer, "parameters": parameters, "adapter_parameters": adapter_parameters, "found": found,
+        "model": loaded.name, "context": loaded.config.max_positions,
+    }  # fmt: skip
     if not isinstance(algorithm, Algorithm):
-        print(planning.describe_offline(config, **sizes, found=found, algorithm=algorithm, **of_base))
+        print(planning.describe_offline(config, algorithm=algorithm, **common))
         return 0
-    of_base["eos"] = loaded.eos
-    asked: dict[str, Any] = {"rules": inputs.principles, "reward": inputs.reward, "second": inputs.second}
-    known = rates.read(config, backend)
-    print(planning.describe(config, **sizes, found=found, algorithm=algorithm, **asked, **of_base, rates=known))
+    asked = {"rules": inputs.principles, "reward": inputs.reward, "second": inputs.second, "eos": loaded.eos}
+    print(planning.describe(config, algorithm=algorithm, **common, **asked, rates=rates.read(config, backend)))
     return 0

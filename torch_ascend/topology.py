@@ -26,7 +26,6 @@ from ple_jax.core import packing, processor, refill
 from ple_jax.core.backends import Needs
 from ple_jax.core.errors import UserError, suggestion
 from ple_jax.core.types import Batch, Query, Sampling
-from ple_jax.models import hub
 from ple_jax.models.config import ModelConfig
 from ple_jax.models.layout import expected_shapes
 from ple_jax.models.weights import Loaded
@@ -41,6 +40,8 @@ from ple_jax.planning.outline import (
     lengths_of,
     read_source,
     reading,
+    reward_folder,
+    reward_models,
     with_numbers,
 )
 from ple_jax.reports.formats import readable_bytes
@@ -204,19 +205,14 @@ def reward_bytes(config: ConfigDict) -> int:
 
     Like the policy, every process has them on its device. What JAX or a CPU computes is not counted.
     """
-    named = (config.reward.name, config.reward.kwargs), (config.eval.second_reward, config.eval.second_kwargs)
-    return sum(_reward_bytes(name, kwargs.to_dict()) for name, kwargs in named)
+    return sum(map(_reward_bytes, reward_models(config)))
 
 
-def _reward_bytes(name: str | None, kwargs: Mapping[str, Any]) -> int:
-    if name == "combine":
-        return sum(_reward_bytes(part.get("name"), part.get("kwargs", {})) for part in kwargs.get("parts", {}).values())
-    if name != "model" or kwargs.get("framework") == "jax" or kwargs.get("device") == "cpu":
+def _reward_bytes(kwargs: Mapping[str, Any]) -> int:
+    if kwargs.get("framework") == "jax" or kwargs.get("device") == "cpu":
         return 0
-    path = kwargs["path"]
-    folder = hub.fetch(path, kwargs.get("revision"), weights=False) if hub.is_remote(path) else path
     with torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(folder))
+        model = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(reward_folder(kwargs)))
     return sum(x.numel() for x in model.parameters()) * getattr(torch, kwargs.get("dtype", "float32")).itemsize
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Float32, Int
 from ml_collections import ConfigDict
 
@@ -19,6 +20,7 @@ from ple_jax.backend.model import Model, fill
 from ple_jax.core import together
 from ple_jax.core.batches import bucket, round_up
 from ple_jax.models import hub, weights
+from ple_jax.models.config import ModelConfig
 
 _BUCKET = 32  # tokens
 _MODEL = {"layers": "auto", "remat": "none", "attention": "auto"}
@@ -46,6 +48,11 @@ def classifier(
     return _make(folder, source, dtype, rows, dict(mesh)).classify
 
 
+def decoder(config: ModelConfig, dtype: str, mesh: Mesh) -> Model:
+    """Returns a classifier's decoder, without weights, as it runs on a mesh."""
+    return make_model(ConfigDict({"model": {"dtype": dtype, **_MODEL}}), config, mesh)
+
+
 @together.together
 def _make(
     folder: Path, source: tuple[str, str | None] | None, dtype: str, rows: int, mesh: Mapping[str, int]
@@ -60,7 +67,7 @@ class _Classifier:
     def __init__(self, folder: Path, dtype: str, rows: int, mesh: Mapping[str, int]):
         self._mesh = sharding.make_mesh(**mesh)
         loaded = weights.load_classifier(folder)
-        model = make_model(ConfigDict({"model": {"dtype": dtype, **_MODEL}}), loaded.config, self._mesh)
+        model = decoder(loaded.config, dtype, self._mesh)
         put = sharding.put_weight(self._mesh, kv_heads=loaded.config.num_kv_heads)
         place = sharding.place_weight(self._mesh, kv_heads=loaded.config.num_kv_heads)
         self._base = fill(model, loaded.weights, put, place=place)

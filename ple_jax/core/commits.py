@@ -19,6 +19,7 @@ from ple_jax.core.errors import Damaged
 from ple_jax.core.files import opened, to_disk, write_json
 
 MANIFEST = "digests.json"
+BEST = "best"  # the folder, of a work directory, of the folders with the best checkpoints
 
 
 @contextlib.contextmanager
@@ -38,9 +39,6 @@ def committing(path: Path, step: int, *, keep: int) -> Iterator[Path]:
     to_disk(path)
     partial.rmdir()
     prune(path, keep=keep)
-
-
-BEST = "best"  # the folder, of a work directory, of the folders with the best checkpoints
 
 
 def prune(path: Path, *, keep: int) -> None:

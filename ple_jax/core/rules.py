@@ -146,7 +146,7 @@ def named(known: list[str], *, file: str = "", folder: bool = False, code: bool 
         if code and ("." in module or ":" in value) and all(part.isidentifier() for part in module.split(".")):
             root = module.split(".", 1)[0]
             found = root in sys.modules or importlib.util.find_spec(root) is not None  # a script's __main__ has no spec
-            return "" if found else f"a dotted path into an installed package; {module.split('.', 1)[0]!r} is not one"
+            return "" if found else f"a dotted path into an installed package; {root!r} is not one"
         if file and _is_path(value):
             return f"an existing {file} (looked in {Path.cwd()}), or one of {', '.join(known)}{_beside(value)}"
         more = "a Python file, a dotted path" if code else f"the path of a {file}"

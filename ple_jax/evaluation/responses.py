@@ -84,8 +84,8 @@ def file_of(workdir: Path, point: Mapping[str, Any]) -> Path:
     return workdir / "responses" / f"trained{step}" / f"iter_{point['iteration']:04d}.scores.jsonl"
 
 
-# what is read of the settings of responses
 _VERSION = "second_reward_version"  # which files of an earlier version lack
+# what is read of the settings of responses
 _SETTINGS: dict[str, Rule] = {
     "algorithm": text, "trainer": text, "seed": whole(0), "iteration": whole(0), "policy": choice("trained", "start"),
     "principled": flag, "principles": optional(text), "model": text, "adapter": optional(text), "data_digest": text,

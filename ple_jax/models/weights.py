@@ -209,12 +209,19 @@ def load_classifier(folder: Path) -> Loaded:
         UserError: as `load` does, and if the folder has no head.
     """
     raw = read_json(folder / "config.json")
-    # what has no output matrix is to the decoder as if it were the embedding
-    config = dataclasses.replace(read(raw, str(folder / "config.json")), tie_embeddings=True)
+    config = classifier_config(raw, str(folder / "config.json"))
     shapes = expected_shapes(config) | {SCORE: (labels(raw), config.hidden_size)}
     tokenizer = tokenizer_of(folder, config.vocab_size)
     check_ids(tokenizer, (), config.vocab_size, str(folder))
     return Loaded(config, _Tensors(folder, config, shapes), tokenizer, (), str(folder), raw, folder)
+
+
+def classifier_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
+    """Reads the config.json of a classifier; `where` is its path, for errors.
+
+    It has no output matrix, which is to the decoder as if it were the embedding.
+    """
+    return dataclasses.replace(read(raw, where), tie_embeddings=True)
 
 
 def labels(raw: Mapping[str, Any]) -> int:

@@ -10,12 +10,12 @@ from ple_jax.core.batches import bucket, response_width
 from ple_jax.core.refill import read_as
 from ple_jax.core.types import Batch, Query, Reward, Slot, Tokenizer
 from ple_jax.data import mixture
-from ple_jax.data.left_out import QuerySet, check_share, counts, fit
+from ple_jax.data.left_out import counts
 from ple_jax.data.load import Data
 from ple_jax.planning.rates import Rates, expected
 from ple_jax.prompts import principles
-from ple_jax.training.offline import check_room
-from ple_jax.training.prompting import Prompts, check_context, longest, usable
+from ple_jax.training.offline import check_room, encoded
+from ple_jax.training.prompting import Prompts, check_run, usable
 from ple_jax.training.steps import planned
 
 if TYPE_CHECKING:
@@ -124,9 +124,7 @@ def _fitted(found: Data, rendering: Prompts, sources: Sequence[str], rewards: Se
     heldout, _ = usable(found.heldout, rendering, "config.task.heldout", rewards=rewards)
     bad = {"train": [*found.bad["train"], *train.bad], "heldout": [*found.bad["heldout"], *heldout.bad]}
     found = Data(train.queries, heldout.queries, {**found.bad, **bad})
-    mixture.draw_queries(rendering.config, found.train, 0)
-    needed = longest(found, rendering) + rendering.config.sampling.max_new_tokens
-    check_context(needed, len(found.train), model=model, context=rendering.context)
+    check_run(found, rendering, model=model)
     return found
 
 
@@ -232,11 +230,8 @@ def describe_offline(
     """Describes the run of an algorithm that samples nothing; arguments and errors are as in `describe`."""
     settings, optimizer = config.offline, config.optimizer
     check_room(algorithm, config, model=model, context=context)
-    (examples, bad), (heldout, others) = (
-        fit(some, lambda query: algorithm.encode(query, tokenizer, config)) for some in (found.train, found.heldout)
-    )
-    for which, kept in (("train", QuerySet(examples, bad)), ("heldout", QuerySet(heldout, others))):
-        check_share(kept, f"config.task.{which}", config.task.max_bad_share)
+    examples, bad = encoded("train", found.train, algorithm, tokenizer, config)
+    heldout, _ = encoded("heldout", found.heldout, algorithm, tokenizer, config)
     steps = math.ceil(len(examples) / optimizer.batch_queries) * settings.epochs
     rows = [
         ("examples", f"{len(examples):,}" + (f", {len(bad):,} cannot be used" if bad else "")),

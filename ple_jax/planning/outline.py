@@ -157,6 +157,25 @@ def check_positions(config: ConfigDict, sizes: Lengths, model: ModelConfig) -> L
     return sizes._replace(answer=min(sizes.answer, room if room > 0 else model.max_positions))
 
 
+def reward_models(config: ConfigDict) -> Iterator[Mapping[str, Any]]:
+    """Yields the arguments of every reward that is a model: the reward, the second one, and parts of combinations."""
+
+    def models(name: str | None, kwargs: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+        if name == "model":
+            yield kwargs
+        for part in kwargs.get("parts", {}).values() if name == "combine" else ():
+            yield from models(part.get("name"), part.get("kwargs", {}))
+
+    yield from models(config.reward.name, config.reward.kwargs.to_dict())
+    yield from models(config.eval.second_reward, config.eval.second_kwargs.to_dict())
+
+
+def reward_folder(kwargs: Mapping[str, Any]) -> Path:
+    """Returns the folder with the description of a reward model, given its arguments."""
+    path = kwargs["path"]
+    return hub.fetch(path, kwargs.get("revision"), weights=False) if hub.is_remote(path) else Path(path)
+
+
 def with_numbers(config: ConfigDict, numbers: Mapping[str, int]) -> ConfigDict:
     """Returns the config with these numbers, by dotted keys, in the place of its own values, which may be "auto"."""
     changed = ConfigDict(config.to_dict())

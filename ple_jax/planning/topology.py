@@ -5,13 +5,12 @@ shardings. libtpu compiles for a slice of TPUs on any machine. Where it is not i
 CPU devices.
 """
 
-import dataclasses
 import functools
 import itertools
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,13 +22,13 @@ from ml_collections import ConfigDict
 
 from ple_jax import algorithms
 from ple_jax.algorithms import Algorithm
-from ple_jax.backend import backend, compilation, lora, sharding, train
+from ple_jax.backend import backend, compilation, lora, reward_model, sharding, train
 from ple_jax.backend import quantize as quantization
 from ple_jax.backend.model import Model, quantized_axis
 from ple_jax.core import packing, processor, refill, together
 from ple_jax.core.backends import Needs
 from ple_jax.core.types import Batch, Packed, Query, Sampling
-from ple_jax.models import adapters, families, hub, weights
+from ple_jax.models import adapters, families, weights
 from ple_jax.models.config import ModelConfig
 from ple_jax.planning import hlo, outline, sheet
 from ple_jax.planning.flops import forward_parts, gradient_flops
@@ -160,25 +159,16 @@ def reward_bytes(config: ConfigDict, mesh: Mesh) -> int:
 
     They are spread as the policy is, and stay. What torch computes is not counted.
     """
-    named = (config.reward.name, config.reward.kwargs), (config.eval.second_reward, config.eval.second_kwargs)
-    return sum(_reward_bytes(name, kwargs.to_dict(), mesh) for name, kwargs in named)
+    ours = (kwargs for kwargs in outline.reward_models(config) if kwargs.get("framework") != "torch")
+    return sum(_reward_bytes(outline.reward_folder(kwargs), kwargs.get("dtype", "float32"), mesh) for kwargs in ours)
 
 
-def _reward_bytes(name: str | None, kwargs: Mapping[str, Any], mesh: Mesh) -> int:
-    if name == "combine":
-        parts = kwargs.get("parts", {}).values()
-        return sum(_reward_bytes(part.get("name"), part.get("kwargs", {}), mesh) for part in parts)
-    if name != "model" or kwargs.get("framework") == "torch":
-        return 0
-    path = kwargs["path"]
-    folder = hub.fetch(path, kwargs.get("revision"), weights=False) if hub.is_remote(path) else Path(path)
+def _reward_bytes(folder: Path, dtype: str, mesh: Mesh) -> int:
     raw = weights.read_json(folder / "config.json")
     if raw.get("model_type") not in families.FAMILIES:  # which is torch's
         return 0
-    # it has no output matrix
-    known = dataclasses.replace(families.read(raw, str(folder / "config.json")), tie_embeddings=True)
-    settings = {"dtype": kwargs.get("dtype", "float32"), "layers": "auto", "remat": "none", "attention": "auto"}
-    return device_bytes(abstract_base(backend.make_model(ConfigDict({"model": settings}), known, mesh), mesh))
+    known = weights.classifier_config(raw, str(folder / "config.json"))
+    return device_bytes(abstract_base(reward_model.decoder(known, dtype, mesh), mesh))
 
 
 def _sampling(on: Spread, algorithm: Algorithm) -> Iterator[Phase]:

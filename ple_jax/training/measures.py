@@ -279,13 +279,12 @@ def best_of(run: Run[Algorithm], state: State) -> dict[str, Any]:
         if (top := points.best(points.of(state), by, budget)) is not None:
             where = top.iteration, top.step if top.within else None
             found[name] = top._asdict()
-            if not evaluation(workdir, *where).path.exists():  # it was damaged, and removed: the checkpoint is there
+            if not (file := evaluation(workdir, *where).path).exists():  # it was damaged, and so removed
                 continue
             before, after = before_and_after(workdir, *where)
             gain = intervals.bootstrap_ci(after - before, seed=run.config.seed)
-            file = evaluation(workdir, *where).path.relative_to(workdir)
-            length = gain_by_length(workdir, *where)
-            found[name] |= {"gain_ci95": list(gain), "gain_by_length": length, "responses": file.as_posix()}
+            length, said = gain_by_length(workdir, *where), file.relative_to(workdir).as_posix()
+            found[name] |= {"gain_ci95": list(gain), "gain_by_length": length, "responses": said}
             if sets := gains_of_sets(run.config, workdir, *where):
                 found[name]["sets"] = sets
     return found

@@ -12,7 +12,7 @@ from ple_jax.core import commits
 from ple_jax.core.compact import Compact
 from ple_jax.core.errors import Damaged, UserError
 from ple_jax.core.files import plain, read_json, write_json
-from ple_jax.core.types import Query
+from ple_jax.core.types import Query, Tokenizer
 from ple_jax.data.left_out import Bad, QuerySet, check_share, fit, note
 from ple_jax.training import costs
 from ple_jax.training.run import Run
@@ -52,10 +52,25 @@ def check_room(algorithm: OfflineAlgorithm, config: Any, *, model: str, context:
 
 def _encoded(which: str, queries: Sequence[Query], run: Run[OfflineAlgorithm]) -> tuple[Compact[Any], list[Bad]]:
     run.session.progress.phase(f"encode {which}", len(queries))
-    good, bad = fit(queries, lambda q: run.algorithm.encode(q, run.base.tokenizer, run.config))
-    check_share(QuerySet(good, bad), f"config.task.{which}", run.config.task.max_bad_share)
+    found = encoded(which, queries, run.algorithm, run.base.tokenizer, run.config)
     run.session.progress.advance(len(queries))
-    return good, bad
+    return found
+
+
+def encoded(
+    which: str, queries: Sequence[Query], algorithm: OfflineAlgorithm, tokenizer: Tokenizer, config: Any
+) -> tuple[Compact[Any], list[Bad]]:
+    """Encodes records as examples, and returns them and the records that cannot be one.
+
+    Args:
+        which: "train" or "heldout", for the error message.
+
+    Raises:
+        UserError: if the share of the latter is above config.task.max_bad_share.
+    """
+    kept = QuerySet(*fit(queries, lambda query: algorithm.encode(query, tokenizer, config)))
+    check_share(kept, f"config.task.{which}", config.task.max_bad_share)
+    return kept
 
 
 def train(run: Run[OfflineAlgorithm]) -> State:

@@ -291,9 +291,7 @@ def fitted(run: Run[Algorithm], *rewards: Reward) -> Run[Algorithm]:
     )
     if listed := note(data.bad, run.session.workdir):
         run.session.progress.log(listed)
-    draw_queries(run.config, data.train, 0)  # refuses more than there are, before anything is done for them
-    needed = prompting.longest(data, run.prompts) + run.config.sampling.max_new_tokens
-    prompting.check_context(needed, len(data.train), model=run.base.name, context=run.base.context)
+    prompting.check_run(data, run.prompts, model=run.base.name)
     return run._replace(data=data, prompts=run.prompts.sharing(data.heldout))
 
 

@@ -15,7 +15,7 @@ from ple_jax.core.types import Batch, Query, Reward, Tokenizer
 from ple_jax.data.formats import shorten
 from ple_jax.data.left_out import QuerySet, check_share, fit
 from ple_jax.data.load import Data
-from ple_jax.data.mixture import format_of
+from ple_jax.data.mixture import draw_queries, format_of
 from ple_jax.prompts import principles, template
 from ple_jax.training.progress import Progress
 
@@ -280,6 +280,18 @@ def longest(data: Data, rendering: Prompts) -> int:
     # principles add about as many tokens to every prompt: the longest of the principled is among the longest of the plain
     some = heapq.nlargest(_LOOKED_AT, itertools.chain(data.train, data.heldout), key=size)
     return max(len(rendering.of(query, True)[1]) for query in some)
+
+
+def check_run(data: Data, rendering: Prompts, *, model: str) -> None:
+    """Raises a UserError if too few train queries are left for an iteration, or a prompt with its response is too long.
+
+    Args:
+        data: the records that are used.
+        model: the base model's name.
+    """
+    draw_queries(rendering.config, data.train, 0)
+    needed = longest(data, rendering) + rendering.config.sampling.max_new_tokens
+    check_context(needed, len(data.train), model=model, context=rendering.context)
 
 
 def check_context(tokens: int, queries: int, *, model: str, context: float) -> None:

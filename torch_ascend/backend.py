@@ -180,7 +180,7 @@ class TorchBackend:
         return meta
 
     def environment(self) -> dict[str, Any]:
-        """Returns what bit-identical results depend on: versions, device, operators, processes, threads and cores."""
+        """Returns what bit-identical results depend on: versions, device, operators, processes, threads and processor."""
         return {
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "transformers")},
@@ -190,7 +190,7 @@ class TorchBackend:
             "ops": self.model.ops.name,
             "processes": self.world.size,
             "threads": torch.get_num_threads(),
-            "cores": processor.cores(),
+            **processor.environment(self.model.device.type),
         }
 
     def profile(self, folder: Path) -> AbstractContextManager[None]:

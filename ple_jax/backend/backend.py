@@ -192,7 +192,7 @@ class JaxBackend:
             "device": devices[0].device_kind,
             "platform": devices[0].platform,
             "mesh": ", ".join(f"{axis}={n}" for axis, n in self.mesh.shape.items()),
-            "cores": processor.cores(),
+            **processor.environment(devices[0].platform),
             "xla_flags": os.environ.get("XLA_FLAGS", ""),
             **({"processes": jax.process_count()} if jax.process_count() > 1 else {}),
         }

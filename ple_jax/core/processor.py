@@ -3,6 +3,7 @@
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
 from ple_jax.core import identity
 
@@ -23,6 +24,20 @@ def digest() -> str:
     """Returns 12 hex digits for the processor's kind and features: machine code for one may be wrong on another."""
     said = _lines("flags", "Features", "model name", "CPU part") or {platform.machine(), platform.processor()}
     return identity.digest(["\n".join(sorted(said)).encode()])[:12]
+
+
+def named() -> str:
+    """Returns the processor's name and `digest`: virtual machines of different processors often have one name."""
+    said = next((line.partition(":")[2].strip() for line in _of(CPUINFO) if line.startswith("model name")), "")
+    return f"{said or platform.processor() or platform.machine()} ({digest()})"
+
+
+def environment(kind: str) -> dict[str, Any]:
+    """Returns the entries of environment.json about this machine's processor, for a run on devices of a kind: "cpu", "gpu"...
+
+    Which processor it is has a say in results only where it computes them.
+    """
+    return {**({"processor": named()} if kind == "cpu" else {}), "cores": cores()}
 
 
 def cores() -> int:

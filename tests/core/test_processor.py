@@ -36,6 +36,15 @@ def test_who_multiplies_bfloat16(cpuinfo, flags, fast):
     assert processor.bfloat16() is fast
 
 
+def test_a_run_on_the_cpu_names_its_processor(cpuinfo):
+    cpuinfo("processor\t: 0\nmodel name\t: A Processor\nflags\t\t: avx2\n")
+    said = processor.environment("cpu")
+    assert said == {"processor": f"A Processor ({processor.digest()})", "cores": processor.cores()}
+    assert processor.environment("gpu") == {"cores": said["cores"]}  # where it computes nothing that is reported
+    cpuinfo("processor\t: 0\nmodel name\t: A Processor\nflags\t\t: avx2 amx_bf16\n")  # as virtual machines have it
+    assert processor.environment("cpu")["processor"] != said["processor"]
+
+
 def test_another_processor_has_another_digest(cpuinfo):
     digests = []
     for text in ("flags: a b", "flags: a c", "Features: a b", "model name: x\nflags: a b"):

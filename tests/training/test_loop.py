@@ -10,7 +10,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from configs import tiny as tiny_config
 from ple_jax import algorithms, modes
-from ple_jax.core import identity
+from ple_jax.core import identity, processor
 from ple_jax.core.config import validate
 from ple_jax.core.errors import Damaged, UserError
 from ple_jax.core.files import write_json
@@ -113,6 +113,7 @@ def test_a_trace_of_what_has_no_iteration_is_refused(tmp_path):
 def test_environment_says_what_made_the_run(default_run):
     found = json.loads((default_run[0] / "environment.json").read_text())
     assert found["ple_jax"] == VERSION and found["torch"] and {"commit", "date"} <= set(found)
+    assert found["processor"] == processor.named()
 
 
 def test_metrics_are_all_there(default_run):

@@ -116,10 +116,10 @@ def upgraded(kept: Mapping[str, Any], file: Path = Path("config.json")) -> dict[
         raise UserError(f"{file} is damaged, or no config of a run ({error})") from error
 
 
-def completed(kept: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
+def completed(kept: Mapping[str, Any], wanted: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Adds to a config.json of this format those `wanted` keys that it is too old to have, at their defaults.
 
-    A run that is older than a key was made as the key's default says.
+    A run that is older than a key was made as the key's default says. Without `wanted` all of today's keys are.
     """
     defaults = importlib.import_module("ple_jax.configs.default").get_config().to_dict()
 
@@ -129,7 +129,7 @@ def completed(kept: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, A
         new = {key: default[key] for key in wanted if key not in kept and key in default}
         return new | {key: filled(value, wanted.get(key), default.get(key)) for key, value in kept.items()}
 
-    return filled(kept, wanted, defaults)
+    return filled(kept, defaults if wanted is None else wanted, defaults)
 
 
 def _of_format_1(kept: Mapping[str, Any]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def named() -> str:
 
 
 def environment(kind: str) -> dict[str, Any]:
-    """Returns the entries of environment.json about this machine's processor, for a run on devices of a kind: "cpu", "gpu"...
+    """Returns what environment.json says of this machine's processor, for a run on devices of a kind: "cpu", "gpu" ...
 
     Which processor it is has a say in results only where it computes them.
     """

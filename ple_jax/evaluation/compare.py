@@ -5,7 +5,8 @@ reward are left out and counted. Intervals and tests treat seeds and queries as 
 what one seed or one query has in common does not pass for evidence. Methods are tested against each other on the same
 queries and the same seeds; where one has fewer seeds, on those that both have. A start model was not trained and has no seed
 in that sense: its one run is paired with every seed of the others, and does not add to their spread. p-values are adjusted
-for all pairs of methods of one measure, including those that nobody had asked about (Holm 1979).
+(Holm 1979) for the differences to one method of one measure, which is what a column of differences to the baseline asks, and
+for all pairs of methods, including those that nobody had asked about, where all are shown.
 """
 
 import itertools

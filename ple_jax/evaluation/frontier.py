@@ -82,13 +82,15 @@ def of(found: Sequence[Found], views: Mapping[str, Sequence[Method]], seed: int)
         seed: of the resampling for intervals.
 
     Returns:
-        "runs", with the evaluations of every run as columns, and "budgets", a row for each method and budget.
+        "runs", with the evaluations of every run as columns, and "budgets", a row for each method and budget. Its "start" is
+        the number of runs of which no evaluation after the first was chosen, so that the start model answers for them.
     """
     members = {
         (view, method.label): {run.workdir for run in method.runs if run.trained}
         for view, methods in views.items()
         for method in methods
     }
+    starts = {(view, method.label): _starts(method) for view, methods in views.items() for method in methods}
     labels = {workdir: label for (_, label), workdirs in members.items() for workdir in sorted(workdirs)}
     labels |= {one.workdir: one.label for one in found if one.view == POINTS and one.workdir not in labels}
     curves = {workdir: curve for workdir, label in labels.items() if (curve := _curve(workdir, label)).points}
@@ -105,8 +107,13 @@ def of(found: Sequence[Found], views: Mapping[str, Sequence[Method]], seed: int)
     for (view, label), workdirs in members.items():
         own, limit = [curves[workdir] for workdir in sorted(workdirs) if workdir in curves], budget(view)
         if own and not math.isnan(limit):
-            budgets.append({"view": view, "budget": limit, "method": label, **_at_budget(own, limit, seed)})
+            row = {"view": view, "budget": limit, "method": label, "start": starts[view, label]}
+            budgets.append({**row, **_at_budget(own, limit, seed)})
     return {"runs": runs, "budgets": budgets}
+
+
+def _starts(method: Method) -> int:
+    return sum(run.point is not None and run.point["step"] == 0 for run in method.runs)
 
 
 def _curve(workdir: Path, label: str) -> Curve:

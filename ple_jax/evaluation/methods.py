@@ -98,9 +98,9 @@ def read(found: entries.Found) -> Entry:
 
 
 def config(workdir: Path) -> dict[str, Any]:
-    """Reads config.json as a flat dictionary; {} if there is none."""
+    """Reads config.json as a flat dictionary, with today's keys; {} if there is none."""
     kept = read_json(workdir / "config.json")
-    return {} if kept is None else flatten(identity.upgraded(kept, workdir / "config.json"))
+    return {} if kept is None else flatten(identity.completed(identity.upgraded(kept, workdir / "config.json")))
 
 
 def progress(workdir: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

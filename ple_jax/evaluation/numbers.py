@@ -177,18 +177,28 @@ def by_length(a: Method, b: Method, measure: str) -> float:
 def tests(pairs: Sequence[tuple[Method, Method]], seed: int) -> list[dict[str, Any]]:
     """Tests the difference of every pair of methods in both rewards.
 
-    A row has the difference with its interval, the p-value, and the p-value adjusted for all pairs (Holm). Pairs without a
-    common seed, or without the reward, have no test: their numbers are nan.
+    A row has the difference with its interval, the p-value, and the p-value adjusted (Holm) for all pairs, "p_holm", and for
+    the pairs with the same `against`, "p_against": of a baseline, the differences to it. Pairs without a common seed, or
+    without the reward, have no test: their numbers are nan.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for measure in TESTED:
-        found = []
+        found: list[dict[str, Any]] = []
         for a, b in pairs:
             both = np.array(beside(a, b), int).reshape(-1, 2)
             one, other = a.by_query(measure)[both[:, 0]], b.by_query(measure)[both[:, 1]]
             tested = intervals.paired(one, other, seed=seed)
             what = {"measure": measure, "method": a.label, "against": b.label, "seeds": seeds(a, b)}
             found.append({**what, **tested._asdict(), "by_length": by_length(a, b, measure)})
-        adjusted = intervals.holm([row["p"] for row in found])
-        rows += [{**row, "p_holm": p} for row, p in zip(found, adjusted, strict=True)]
+        for name, families in (("p_holm", [found]), ("p_against", _families(found))):
+            for family in families:
+                adjusted = intervals.holm([row["p"] for row in family])
+                for row, p in zip(family, adjusted, strict=True):
+                    row[name] = p
+        rows += found
     return rows
+
+
+def _families(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    names = dict.fromkeys(row["against"] for row in rows)
+    return [[row for row in rows if row["against"] == name] for name in names]

@@ -23,12 +23,14 @@ OUT either.
    each budget and its last one answer --test-data, which nothing above has read, --samples times each; so does the start
    model, with and without the principles in its prompt. --second-reward, which no method was trained on, scores the answers
    too. With --keep, a run that is taken from DIR without its answers is trained again, since its weights are not there.
-4. comparison: `--mode=compare` of all these answers, at every budget and at equal tokens, with the curves of all runs. Its
-   tables are printed; its page is OUT/comparison/comparison.html.
+4. comparison: `--mode=compare` of these answers, at every budget and at equal tokens, with the curves of all runs. Its
+   tables are printed; its page is OUT/comparison/comparison.html. PLE's ablations and its sensitivity are questions of their
+   own, with a comparison of their own to PLE, in OUT/comparison_ablations and OUT/comparison_sensitivity.
 
 A method samples --responses in an iteration, however many of them for one query, and takes --steps optimiser steps on them.
 No run stops before its last iteration, so that all have generated equally many in the end. SFT and offline DPO sample
-nothing while they train: their iterations take as many queries as those of a method with two responses for each.
+nothing while they train: their iterations take as many queries as those of a method with two responses for each. Their data
+are the same for all seeds, so that their seeds differ in the order of training alone.
 
 The exit code is 1 if a run failed; the other runs are compared nevertheless.
 """
@@ -426,15 +428,29 @@ def trained_and_tested(s: Settings, runs: Sequence[Run], *, jobs: int) -> tuple[
     return ended, {entry: file for entry, file in entries.items() if file.exists()}
 
 
-def compared(s: Settings, entries: Sequence[str]) -> tuple[Job, Outcome]:
-    """Makes the comparison's page, and prints its tables; returns the job and how it ended.
+def questions(methods: Sequence[str]) -> dict[str, list[str]]:
+    """Divides the methods into those that are compared with each other, by the name of the comparison.
+
+    Variants of PLE are compared with PLE, apart from the other methods: with 35 of them in one table no p-value that is
+    adjusted for their number would say anything, and nobody would read it.
+    """
+    variants = {group: [m for m in methods if METHODS[m].group == group] for group in GROUPS}
+    others = [m for m in methods if not METHODS[m].of_ple]
+    found = {f"comparison_{group}": ["ple", *of] for group, of in variants.items() if of and METHODS[of[0]].of_ple}
+    if len(others) > 1 or not found:
+        return {"comparison": others, **found}
+    return found
+
+
+def compared(s: Settings, name: str, entries: Sequence[str]) -> tuple[Job, Outcome]:
+    """Makes the page of a comparison, and prints its tables; returns the job and how it ended.
 
     The page is always made anew, since folders of the same names may hold other answers.
     """
-    log = s.out / "comparison.log"
+    log = s.out / f"{name}.log"
     for file in (log, log.with_suffix(".done")):
         file.unlink(missing_ok=True)
-    job = command(s, "comparison", "comparison.html", {}, mode="compare")
+    job = command(s, name, "comparison.html", {}, mode="compare")
     job = job._replace(arguments=(*job.arguments, f"--runs={','.join(entries)}"))
     outcome = run([job], s.out)[job.name]
     if outcome.code == 0:
@@ -466,11 +482,15 @@ def compare(s: Settings, *, jobs: int) -> int:
     with stage("comparison"):
         answered = [f"{label}={job.result.parent}" for label, job in starts.items() if not ended[job.name].code]
         curves = [f"{job.name.partition('__')[0]}={job.workdir}@points" for job in grid if ended[job.name].code == 0]
-        page, ended["comparison"] = compared(s, [*entries, *answered, *curves])
+        pages = []
+        for name, methods in questions(s.methods).items():
+            own = [entry for entry in (*entries, *curves) if entry.partition("=")[0] in methods]
+            page, ended[name] = compared(s, name, [*own, *answered])
+            pages.append(str(page.result))
     left = [method for method in s.methods if (method, END) not in rates]
     failures = left + [name for name, outcome in ended.items() if outcome.code]
     say(f"\nfailed: {', '.join(failures)}" if failures else "\nnothing failed")
-    say(f"{(time.monotonic() - began) / 60:.1f} minutes; page: {page.result}")
+    say(f"{(time.monotonic() - began) / 60:.1f} minutes; {'page' if len(pages) == 1 else 'pages'}: {', '.join(pages)}")
     return int(bool(failures))
 
 

@@ -7,7 +7,7 @@ Makes the data and the rewards, and goes on as `ple_jax.experiments.compare_meth
 takes the same options. Give the same command again after a stop or a kill.
 
 imdb: the reward is `bag_of_words`, trained on the labels of 584 reviews of IMDb's train split; the second reward is VADER's.
-    `sft_references` imitates how the positive reviews of the train split go on.
+    `sft_references` imitates how the positive reviews of the train split go on, as far as the others may sample.
 hh: two reward models are trained with Bradley-Terry's loss, each on one half of the train pairs (halves by prompt). One is
     the reward, the other the second reward. OUT/rewards.json has the share of the test pairs that each of them orders as
     people did, and so says what an answer's reward is worth. `sft_references` imitates the chosen answers. Only queries of
@@ -233,7 +233,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             low, high = judged["heldout_accuracy_ci95"]
             share = f"{judged['heldout_accuracy']:.3f} ({low:.3f} to {high:.3f}) of {judged['heldout_examples']} test pairs"
             say(f"{name}: orders {share} as people did")
-        given = (*made.given, *options.given)
+        sampled = parsed((f"--config={options.config}", "--mode=plan", *made.given, *options.given)).config.sampling
+        # references are cut where sampled answers end: what no test sees would be most of what is imitated
+        given = (*made.given, f"--config.task.max_answer_tokens={sampled.max_new_tokens}", *options.given)
         own = vars(options) | {"test_data": str(made.test), "references": str(made.references), "second_reward": made.second}
         found = compare_methods.settings(**{**own, "given": given})
         return compare_methods.compare(found._replace(texts=made.test), jobs=options.jobs)

@@ -224,8 +224,8 @@ def _difference(row: Mapping[str, Any], sign: int, widest: float, digits: int) -
     low, high = sorted(sign * row[key] for key in ("low", "high"))
     pair = (row["method"], row["against"])[::sign]
     tip = (
-        f"{pair[0]} - {pair[1]}: {value:+.4g}, 95% interval {low:+.4g} to {high:+.4g}, p {p_value(row['p'])}, adjusted"
-        f" {p_value(row['p_holm'])}; seeds {', '.join(map(str, row['seeds']))}"
+        f"{pair[0]} - {pair[1]}: {value:+.4g}, 95% interval {low:+.4g} to {high:+.4g}, p {p_value(row['p'])}, adjusted for"
+        f" all pairs {p_value(row['p_holm'])}; seeds {', '.join(map(str, row['seeds']))}"
     )
     strong = row["p_holm"] is not None and row["p_holm"] < 0.05  # of one query and one seed there is no p
     return Cell(f"{value:+.{digits}f}", round(70 * abs(value) / widest), value > 0, tip, strong)

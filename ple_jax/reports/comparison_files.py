@@ -14,8 +14,8 @@ from ple_jax.evaluation.numbers import TESTED
 from ple_jax.reports import comparison_page, frontier
 from ple_jax.reports import comparison_tables as layout
 
-_ENDS = ("_low", "_high", "_difference", "_p_holm", "_difference_low", "_difference_high")
-_TESTS = ("measure", "method", "against", "seeds", "difference", "low", "high", "p", "p_holm", "by_length")
+_ENDS = ("_low", "_high", "_difference", "_p_against", "_difference_low", "_difference_high")
+_TESTS = ("measure", "method", "against", "seeds", "difference", "low", "high", "p", "p_against", "p_holm", "by_length")
 _WINS = (
     "method", "against", "seeds", "win", "tie", "loss", "win_rate", "low", "high", "position_bias", "consistency", "judged",
     "failed",
@@ -43,19 +43,22 @@ def write(result: Mapping[str, Any], out: Path) -> Path:
     _remove_former(out)
     if len(result["views"]) == 1:
         text = _write_view({**result["views"][0], "frontier": result["frontier"]}, out)
-        warnings = result["views"][0]["warnings"]
+        warnings, notes = (result["views"][0][kind] for kind in ("warnings", "notes"))
     else:
         for view in result["views"]:
             (out / view["view"]).mkdir(exist_ok=True)
             _write_view({**view, "frontier": {"runs": [], "budgets": []}}, out / view["view"])
         text = _write_views(result, out)
-        warnings = [f"{frontier.title(v['view'])}: {warning}" for v in result["views"] for warning in v["warnings"]]
+        warnings, notes = (
+            [f"{frontier.title(v['view'])}: {text}" for v in result["views"] for text in v[kind]]
+            for kind in ("warnings", "notes")
+        )
     if rows := list(_evaluations(result["frontier"])):
         write_csv(out / "frontier.csv", list(rows[0]), rows)
     print(text)
     for warning in warnings:
         print(f"warning: {warning}")
-    for note in result["views"][0]["notes"] if len(result["views"]) == 1 else ():
+    for note in notes:
         print(f"note: {note}")
     return out / "comparison.html"
 
@@ -133,7 +136,7 @@ def _methods(result: Mapping[str, Any]) -> list[dict[str, Any]]:
             row |= {f"{key}_low": low, f"{key}_high": high}
         for key in TESTED:
             if (test := with_baseline.get((method["label"], key))) and test["difference"] is not None:
-                row |= {f"{key}_{part}": test[part] for part in ("difference", "p_holm")}
+                row |= {f"{key}_{part}": test[part] for part in ("difference", "p_against")}
                 row |= {f"{key}_difference_{part}": test[part] for part in ("low", "high")}
         if win := won.get(method["label"]):
             row |= {"win_rate": win["win_rate"], "win_rate_low": win["low"], "win_rate_high": win["high"]}

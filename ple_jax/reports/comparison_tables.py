@@ -84,7 +84,7 @@ def _rewards(result: Mapping[str, Any], measure: str, name: str) -> Table:
 
 
 def against_baseline(result: Mapping[str, Any], measure: str, label: str, digits: int) -> list[str]:
-    """Returns as text a method's difference to the baseline, its adjusted p-value, and the difference by length.
+    """Returns as text a method's difference to the baseline, its p adjusted for all such differences, and that by length.
 
     The latter is what of the difference the lengths of the responses alone would give.
     """
@@ -93,15 +93,14 @@ def against_baseline(result: Mapping[str, Any], measure: str, label: str, digits
     if test is None:
         return ["baseline" if label == result["baseline"] else MISSING, MISSING, MISSING]
     length = MISSING if test["by_length"] is None else f"{test['by_length']:+.{digits}f}"
-    return [interval(test["difference"], (test["low"], test["high"]), digits, "+"), p_value(test["p_holm"]), length]
+    return [interval(test["difference"], (test["low"], test["high"]), digits, "+"), p_value(test["p_against"]), length]
 
 
 def _note(result: Mapping[str, Any], measure: str, wins: bool, lengths: bool) -> str:
     baseline = result["baseline"]
     note = "Mean over seeds with its 95% interval, seeds and queries both draws"
-    if n := sum(row["measure"] == measure and row["p"] is not None for row in result["tests"]):
-        adjusted = f"p adjusted for all {n} pairs of methods (Holm)" if n > 1 else "p of the one pair"
-        note += f"; difference to {baseline} on the same seeds and queries; {adjusted}"
+    if n := tested(result, measure):
+        note += f"; difference to {baseline} on the same seeds and queries; {adjusted(n)}"
     if lengths:
         note += ". By length: what of the difference the lengths of the responses alone would give"
     if wins:
@@ -110,14 +109,25 @@ def _note(result: Mapping[str, Any], measure: str, wins: bool, lengths: bool) ->
     return note
 
 
+def tested(result: Mapping[str, Any], measure: str) -> int:
+    """Returns the number of differences to the baseline that have a p-value."""
+    found = [row for row in result["tests"] if (row["measure"], row["against"]) == (measure, result["baseline"])]
+    return sum(row["p"] is not None for row in found)
+
+
+def adjusted(n: int) -> str:
+    """Says for how many differences the p-values of a column are adjusted."""
+    return f"p adjusted for the {n} differences (Holm)" if n > 1 else "p of the one difference"
+
+
 def _means(result: Mapping[str, Any], name: str, title: str, columns: Sequence[tuple[str, str]], note: str) -> Table:
     methods = result["methods"]
     kept = [(heading, key) for heading, key in columns if known(result, key)]
-    written = {}
+    cells = {}
     for _, key in kept:
         digits = decimals(method["measures"].get(key) for method in methods)
-        written[key] = [_plain(key, method["measures"].get(key), digits) for method in methods]
-    rows = [[method["label"], *(written[key][i] for _, key in kept)] for i, method in enumerate(methods)]
+        cells[key] = [written(key, method["measures"].get(key), digits) for method in methods]
+    rows = [[method["label"], *(cells[key][i] for _, key in kept)] for i, method in enumerate(methods)]
     return Table(name, title, note, ["method", *(heading for heading, _ in kept)], rows)
 
 
@@ -151,7 +161,7 @@ def every_seed(result: Mapping[str, Any]) -> Table:
             method["label"],
             str(run["seed"]),
             str(run["iteration"]),
-            *(_plain(key, run["measures"].get(key), digits[key]) for _, key in kept),
+            *(written(key, run["measures"].get(key), digits[key]) for _, key in kept),
             run["folder"],
         ]
         for method in result["methods"]
@@ -164,7 +174,8 @@ def known(result: Mapping[str, Any], measure: str) -> bool:
     return any(is_number(method["measures"].get(measure)) for method in result["methods"])
 
 
-def _plain(key: str, value: Any, digits: int) -> str:
+def written(key: str, value: Any, digits: int = 0) -> str:
+    """Writes the value of a measure: tokens and calls whole, FLOPs as a power of ten, memory in GiB, others in `digits`."""
     if not is_number(value):
         return MISSING if value is None else str(value)
     if key in ("generated_tokens", "principle_tokens", "training_tokens", "reward_calls"):

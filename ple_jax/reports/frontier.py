@@ -7,7 +7,7 @@ import numpy as np
 
 from ple_jax.reports import drawing
 from ple_jax.reports.comparison_charts import FRAME
-from ple_jax.reports.comparison_tables import REWARDS, Table, against_baseline
+from ple_jax.reports.comparison_tables import REWARDS, Table, adjusted, against_baseline, tested, written
 from ple_jax.reports.drawing import Chart, Frame, Line, Mark, Scale
 from ple_jax.reports.formats import MISSING, decimals, interval, is_number, number
 
@@ -39,6 +39,7 @@ _HEAD = (
     "repetition", "overlap",
 )  # fmt: skip
 _TEXTS = ("perplexity", "truncated", "distinct_2", "repetition", "overlap")
+_TOKENS = {"generated_tokens": "generated", "principle_tokens": "principles", "training_tokens": "trained on"}
 
 
 def _of_view(view: Mapping[str, Any], frontier: Mapping[str, Any]) -> Table:
@@ -49,14 +50,20 @@ def _of_view(view: Mapping[str, Any], frontier: Mapping[str, Any]) -> Table:
     for method in methods:
         label, measured = method["label"], method["measures"]
         rates = {run["lr"] for run in frontier["runs"] if run["label"] == label and name in run["views"]} - {None}
-        gets = f"{reached[label]['reached']} of {reached[label]['runs']}" if label in reached else MISSING
+        gets = _gets(reached[label]) if label in reached else MISSING
         spans = {key: interval(measured.get(key), method["intervals"].get(key), d) for key, d in digits.items()}
         against = against_baseline(view, "reward", label, digits["reward"])
         texts = [number(measured.get(key), 3) for key in _TEXTS]
         known = [", ".join(f"{rate:g}" for rate in sorted(rates)) or MISSING, *([gets] if reached else [])]
-        rows.append([label, *known, spans["kl"], spans["reward"], *against, spans["reward_second"], *texts])
+        tokens = [] if reached else [written(key, measured.get(key)) for key in _TOKENS]
+        rows.append([label, *known, spans["kl"], spans["reward"], *against, spans["reward_second"], *texts, *tokens])
     head = ["method", "rate", *(["seeds that get there"] if reached else []), *_HEAD]
-    return Table(name, title(name), _note(name, view["baseline"]), head, rows)
+    return Table(name, title(name), _note(view, bool(reached)), [*head, *([] if reached else _TOKENS.values())], rows)
+
+
+def _gets(row: Mapping[str, Any]) -> str:
+    """Says how many seeds get as far as a budget, and for how many of them the start model answers nevertheless."""
+    return f"{row['reached']} of {row['runs']}" + (f", {row['start']} as the start" if row["start"] else "")
 
 
 _CHOSEN = {
@@ -65,17 +72,25 @@ _CHOSEN = {
 }
 
 
-def _note(view: str, baseline: str) -> str:
+def _note(view: Mapping[str, Any], budget: bool) -> str:
     chosen = _CHOSEN.get(
-        view,
+        view["view"],
         "The best evaluation of each run within the budget on the dev split answers the test split; a run that never gets as"
-        " far as the budget stands with the best that it has",
+        " far as the budget stands with the best that it has, and one of which no evaluation within it is better than the"
+        " first answers as the start model",
+    )
+    p = f", {adjusted(n)}" if (n := tested(view, "reward")) else ""
+    tokens = (
+        ""
+        if budget
+        else " Tokens until then: sampled, added to prompts by the principles, and trained on; what trains on data that were"
+        " made before samples none."
     )
     return (
         f"{chosen}. Means over seeds with 95% intervals, seeds and queries both draws; KL to the start in nats per"
-        f" response, of these answers; difference to {baseline} on the same seeds and queries, p adjusted for all pairs"
-        " (Holm); by length: what of it the lengths of the responses alone would give; perplexity under the base model;"
-        " overlap: the share of trigrams that stand in the principles."
+        f" response, of these answers; difference to {view['baseline']} on the same seeds and queries{p}; by length: what of"
+        " it the lengths of the responses alone would give; perplexity under the base model; overlap: the share of trigrams"
+        f" that stand in the principles.{tokens}"
     )
 
 

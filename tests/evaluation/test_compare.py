@@ -19,7 +19,7 @@ from test_run_page import HOSTILE, Page
 from configs import default
 from ple_jax.core.conversation import Conversation
 from ple_jax.core.errors import UserError
-from ple_jax.core.files import write_json
+from ple_jax.core.files import read_json, write_json
 from ple_jax.core.types import Response, Rollout
 from ple_jax.evaluation import compare as comparing
 from ple_jax.evaluation import numbers as of_methods
@@ -238,7 +238,7 @@ def test_differences_are_methods_minus_the_baseline_wherever_it_stands(tmp_path)
     assert shown == ["-3.00", "baseline", "-2.00"]
 
 
-def test_p_values_are_adjusted_for_all_pairs_of_one_measure(tmp_path):
+def test_p_values_are_adjusted_for_all_pairs_of_one_measure_and_for_the_differences_of_a_column(tmp_path):
     rng = np.random.default_rng(1)
     values = {name: rng.normal(mean, 1, 12) for name, mean in (("x", 0.0), ("y", 0.4), ("z", 0.9))}
     for name, row in values.items():
@@ -256,6 +256,14 @@ def test_p_values_are_adjusted_for_all_pairs_of_one_measure(tmp_path):
     assert smallest["p_holm"] == 3 * smallest["p"]
     assert middle["p_holm"] == max(2 * middle["p"], 3 * smallest["p"])
     assert largest["p_holm"] == max(largest["p"], 2 * middle["p"], 3 * smallest["p"])
+    to_baseline = sorted(rows[:2], key=lambda row: row["p"])
+    assert to_baseline[0]["p_against"] == min(1, 2 * to_baseline[0]["p"])
+    assert to_baseline[1]["p_against"] == max(to_baseline[1]["p"], min(1, 2 * to_baseline[0]["p"]))
+    assert rows[2]["p_against"] == rows[2]["p"]  # the only difference to y
+    shown = (tmp_path / "out" / "table.md").read_text()
+    assert "p adjusted for the 2 differences (Holm)" in shown and f"| {formats.p_value(rows[1]['p_against'])} |" in shown
+    written = by(table(tmp_path / "out" / "table.csv"), method="z")
+    assert float(written["reward_p_against"]) == pytest.approx(rows[1]["p_against"])
 
 
 def test_methods_with_other_seeds_are_tested_on_those_that_both_have(tmp_path):
@@ -673,6 +681,21 @@ def test_what_weakens_a_comparison_is_said(tmp_path, capsys, change, says):
     assert [line for line in printed.splitlines() if line.startswith("warning")] == [f"warning: {text}" for text in says]
     shown = Page((tmp_path / "out" / "comparison.html").read_text()).inside("li")
     assert shown[: len(says)] == says
+
+
+def test_a_key_that_a_run_is_too_old_to_have_makes_no_other_method(tmp_path):
+    """It was made as the key's default says; with another value it is another method."""
+    for seed, cap in (("0", None), ("1", 0.0), ("2", 3.0)):
+        run = tmp_path / f"a{seed}"
+        write_run(run, const(1.0), seed=int(seed), overrides={} if cap is None else {"sampling.importance_cap": cap})
+        kept = read_json(run / "config.json")
+        if cap is None:
+            del kept["sampling"]["importance_cap"]
+        write_json(run / "config.json", kept)
+    compare(tmp_path, [tmp_path / "a0", tmp_path / "a1", tmp_path / "a2"])
+    assert [row["method"] for row in table(tmp_path / "out" / "table.csv")] == ["ple", "ple sampling.importance_cap=3.0"]
+    result = compare(tmp_path, [f"x={tmp_path / name}" for name in ("a0", "a1")], name="named")
+    assert not any("differ in more than their seeds" in text for text in result["warnings"])
 
 
 def test_what_a_start_with_an_adapter_cost_is_unknown(tmp_path):

@@ -277,7 +277,21 @@ def test_the_main_table_says_rates_and_who_gets_there(made):
         "ple", "0.001", "1 of 2", "baseline")  # fmt: skip
     assert dict(zip(eight.head, eight.rows[2], strict=True))["seeds that get there"] == "–"
     assert "seeds that get there" not in last.head and [row[0] for row in curves.rows] == ["ple", "raft"]
+    assert last.head[-3:] == ["generated", "principles", "trained on"] and eight.head[-1] == "overlap"
     assert (out / "table.md").read_text() in said
+
+
+def test_what_answers_as_the_start_is_counted_beside_who_gets_there(tmp_path, capsys):
+    """The only evaluation that is not beyond the budget may be the first one, whose rate and reward mean nothing."""
+    for name, algorithm, best in (("ple", "ple", POINTS[0]), ("raft", "raft", POINTS[1])):
+        answers = {f"trained/{best['iteration']}": 0.2}
+        budgeted(tmp_path / name, answers, points=POINTS, best={"kl_4": best}, algorithm=algorithm)
+    compare(tmp_path, [f"{tmp_path}/{name}@kl_4" for name in ("ple", "raft")])
+    result = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert [(row["method"], row["reached"], row["start"]) for row in result["frontier"]["budgets"]] == [
+        ("ple", 1, 1), ("raft", 1, 0)]  # fmt: skip
+    (table, _) = drawn.tables({"views": [result], "frontier": result["frontier"]})
+    assert [row[2] for row in table.rows] == ["1 of 1, 1 as the start", "1 of 1"]
 
 
 def test_the_page_links_every_budget_and_draws_curves_as_far_as_they_matter(made):

@@ -393,6 +393,34 @@ def test_mistakes_of_a_comparison_cost_no_run(capsys, tmp_path, arguments, says)
 
 
 @pytest.mark.slow
+def test_variants_are_questions_of_their_own(out, monkeypatch):
+    """No p-value would survive 35 methods in one family, and nobody would read such a table."""
+    ask = compare_methods.questions
+    assert ask(["ple", "raft"]) == {"comparison": ["ple", "raft"]} and ask(["ple"]) == {"comparison": ["ple"]}
+    assert ask(["ple", "ple_empty"]) == {"comparison_ablations": ["ple", "ple_empty"]}
+    assert ask(["ple", "raft", "ple_empty", "ple_tau_0", "trl_sft"]) == {
+        "comparison": ["ple", "raft", "trl_sft"], "comparison_ablations": ["ple", "ple_empty"],
+        "comparison_sensitivity": ["ple", "ple_tau_0"],
+    }  # fmt: skip
+    asked = {}
+    fine = Outcome(0, "")
+    monkeypatch.setattr(compare_methods, "check", lambda s: None)
+    monkeypatch.setattr(compare_methods, "executed", lambda s, jobs, parallel=1: {job.name: fine for job in jobs})
+    monkeypatch.setattr(compare_methods, "choose", lambda s, ended: {("ple", "newest"): "1e-3"})
+    tested = {}, {"ple=a@newest": out / "a", "raft=b@newest": out / "b", "ple_empty=c@newest": out / "c"}
+    monkeypatch.setattr(compare_methods, "trained_and_tested", lambda s, runs, jobs: tested)
+    monkeypatch.setattr(
+        compare_methods, "compared",
+        lambda s, name, entries: (asked.setdefault(name, entries), (compare_methods.starting(s, principled=False), fine))[1],
+    )  # fmt: skip
+    compare_methods.compare(settings(out, methods=["ple", "raft", "ple_empty"], lrs=["1e-3"], tune_seeds=1), jobs=1)
+    labels = {name: {entry.partition("=")[0] for entry in entries} for name, entries in asked.items()}
+    starts = {"start", "start + principles"}
+    assert labels == {"comparison": {"ple", "raft"} | starts, "comparison_ablations": {"ple", "ple_empty"} | starts}
+    curves = [entry.partition("=")[0] for entry in asked["comparison_ablations"] if entry.endswith("@points")]
+    assert curves == ["ple"]
+
+
 def test_a_whole_comparison(capsys, tmp_path):
     root, keep = tmp_path / "out", tmp_path / "kept"
     arguments = ["--config", TINY, "--methods", "ple,dpo_offline", "--seeds", "0,1", "--lrs", "1e-2,1e-1"]

@@ -75,6 +75,7 @@ def test_reviews_are_parted(capsys, tmp_path, reviews, compared):
     assert asked.config.task.heldout == str(data(out, "dev"))
     assert asked.test_data == str(data(out, "test")) == str(asked.texts)
     assert asked.config.sampling.max_new_tokens == 6  # the user's word is the last
+    assert asked.config.task.max_answer_tokens == 6  # what is imitated is as long as what is sampled
     # PLE answers the train queries, people's answers to the positive ones are imitated by one method alone
     jobs = {name: real_text.compare_methods.training(asked, name, "1e-2", "0").arguments for name in asked.methods}
     assert f"--config.task.train={data(out, 'references')}" in jobs["sft_references"]

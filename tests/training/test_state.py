@@ -46,6 +46,9 @@ def test_a_checkpoint_of_format_1_is_read():
 def test_another_environment_is_named():
     assert changed({"jax": "1"}, {"jax": "1"}) == ""
     assert "jax '1' -> '2'" in changed({"jax": "1"}, {"jax": "2"})
+    assert "processes None -> 2" in changed({}, {"processes": 2}) and "processor 'a' -> 'b'" in changed(
+        {"processor": "a"}, {"processor": "b"})  # fmt: skip
+    assert changed({"jax": "1"}, {"jax": "1", "processor": "a"}) == ""  # of a state that is too old to name it
 
 
 OLD = {

@@ -209,7 +209,7 @@ def get_config() -> ConfigDict:
     c.generate.principled = False  # with the principles in the prompt
     c.generate.data = config_dict.placeholder(str)  # records in config.task's format; unset: config.task.heldout
     c.generate.split = "test"  # of a folder or a data set on a hub
-    c.generate.max_queries = 0  # so many of them (0: all), chosen by seed
+    c.generate.max_queries = 0  # so many of them (0: all), the same ones for every seed
     c.generate.samples = 4  # responses per query
     # as config.eval.second_reward, which it is where it is unset
     c.generate.second_reward = config_dict.placeholder(str)

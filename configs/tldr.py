@@ -4,7 +4,8 @@ Paper: Progressively Label Enhancement for Large Language Model Alignment, ICML 
 the published comparisons of summaries, openai/summarize_from_feedback. Its repository has a loading script, which datasets
 runs no more: download its Parquet files (branch refs/convert/parquet, folder comparisons), and give them:
 python -m ple_jax.main --config configs/reward_hh.py --workdir runs/reward_tldr --config.task.format=tldr \
-    --config.task.train=comparisons/train --config.task.heldout=comparisons/validation --config.task.subsets="()"
+    --config.task.train=comparisons --config.task.heldout=comparisons --config.task.heldout_split=validation \
+    --config.task.subsets="()"
 
 Command: python -m ple_jax.main --config configs/tldr.py --workdir runs/tldr
 """

@@ -61,7 +61,8 @@ def train(config: Any, workdir: Path, backend: str, accept: Sequence[str] = (), 
         if (done := finished(workdir)) and _whole(done, config, online):
             if not (workdir / "report.html").exists():  # ended between the summary and the report
                 run_page.write(workdir)
-            print(f"{workdir} is finished: {outcome.reached(done)}; see {workdir / 'report.html'}")
+            early = f" (stopped early: {done['stopped']})" if done.get("stopped") else ""
+            print(f"{workdir} is finished{early}: {outcome.reached(done)}; see {workdir / 'report.html'}")
             return 0
         with open_run(workdir, backend, inputs, kept, tracked=True) as run:
             run = run._replace(session=run.session._replace(profile=profile))

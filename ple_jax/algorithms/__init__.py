@@ -5,6 +5,7 @@ there. One that trains on the records alone has those of `OfflineAlgorithm`. `lo
 and nothing else looks into the module again.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,8 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from ple_jax.core.config import names
-from ple_jax.core.errors import UserError, suggestion
+from ple_jax.core.errors import SLIP, UserError, suggestion
 from ple_jax.core.plugins import built_in, load_module
 from ple_jax.core.rules import Rule
 from ple_jax.core.types import Array, Backend, Batch, Loss, Query, Response, Rollout, Slot, Tokenizer
@@ -130,7 +130,8 @@ def load(name: str) -> Algorithm | OfflineAlgorithm:
     """Loads an algorithm by name (a file of ple_jax/algorithms), from a Python file, or by a dotted path.
 
     Raises:
-        UserError: the module cannot be imported, lacks a required function, or has a name of an earlier version.
+        UserError: the module cannot be imported, lacks a required function, has one of nearly such a name, or has a name of
+            an earlier version.
     """
     module = vars(built_in("algorithms", name) or load_module(name, "algorithm"))
     if former := [what for what in _FORMER if what in module]:
@@ -146,20 +147,19 @@ def load(name: str) -> Algorithm | OfflineAlgorithm:
         raise UserError(
             f"config.algorithm {name!r} lacks {', '.join(missing)}; start it with `from ple_jax.algorithms.ple import *`"
         )
+    _check_names(name, module, functions)
     return kind(**found)  # type: ignore[arg-type]
 
 
-def sampling(name: str) -> Algorithm:
-    """Loads an algorithm as `load` does, and requires one that samples.
-
-    Raises:
-        UserError: as `load`; the algorithm samples nothing.
-    """
-    found = load(name)
-    if not isinstance(found, Algorithm):
-        known = [other for other in names("algorithms", ".py") if isinstance(load(other), Algorithm)]
-        raise UserError(f"config.algorithm is {name!r}, which samples nothing; one of these does: {', '.join(known)}")
-    return found
+def _check_names(name: str, module: Mapping[str, Any], functions: Sequence[str]) -> None:
+    """Raises a UserError for a function that nothing calls, and whose name is a slip for one that is called."""
+    own = [key for key, value in module.items() if inspect.isfunction(value) and value.__module__ == module["__name__"]]
+    for key in own:
+        if key not in functions and not key.startswith("_") and (near := suggestion(key, functions, least=SLIP)):
+            raise UserError(
+                f"config.algorithm {name!r} has the function {key}, which nothing calls{near}"
+                " (a name that begins with _ is a helper's)"
+            )
 
 
 def records(slots: Sequence[Slot]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from ple_jax.core.errors import UserError, suggestion
+from ple_jax.core.errors import SLIP, UserError, suggestion
 from ple_jax.core.rules import (
     Rule,
     auto_or,
@@ -145,7 +145,7 @@ def _columns(value: Any) -> str:
     if not fine:
         return "a dictionary, our name -> the data's: \"{'prompt': 'question'}\""
     # others are what a reward reads; one that is nearly ours is a slip
-    unknown = [key for key in value if key not in known and (suggestion(key, known) or not key.isidentifier())]
+    unknown = [key for key in value if key not in known and (suggestion(key, known, least=SLIP) or not key.isidentifier())]
     if not unknown:
         return ""
     said = f"of {', '.join(known)}, or of names that a reward reads; {unknown[0]!r} is none"

@@ -28,15 +28,19 @@ class Unusable(UserError):
         self.kind, self.reason = kind, reason
 
 
-def suggestion(word: str, words: Iterable[str], *, files: bool = False) -> str:
+SLIP = 0.8  # a likeness of words above which one is a slip for the other, where it may well be a word of its own
+
+
+def suggestion(word: str, words: Iterable[str], *, files: bool = False, least: float = 0.6) -> str:
     """Suggests the nearest of `words`, but not the word itself, as the end of a sentence; returns "" if none is near.
 
-    `tau0` also finds `ple.tau_0`, by its last part. With `files`, the part after a dot is not compared alone.
+    `tau0` also finds `ple.tau_0`, by its last part. With `files`, the part after a dot is not compared alone. What is less
+    like the word than `least`, from 0 to 1, is not near.
     """
     words = [w for w in words if w != word]
     by_last_part = {} if files else {w.rsplit(".", 1)[-1]: w for w in words}
-    close = difflib.get_close_matches(word, words, n=1) or [
-        by_last_part[part] for part in difflib.get_close_matches(word.rsplit(".", 1)[-1], by_last_part, n=1)
+    close = difflib.get_close_matches(word, words, n=1, cutoff=least) or [
+        by_last_part[part] for part in difflib.get_close_matches(word.rsplit(".", 1)[-1], by_last_part, n=1, cutoff=least)
     ]
     return f"; did you mean {close[0]!r}?" if close else ""
 

@@ -81,7 +81,7 @@ def _done(one: Path, other: Path) -> Iterator[Difference]:
         yield from _of_metrics(lines, number, "loss")
         yield from _journals(one, other, Path("evaluations") / name, f"evaluation {number}")
         yield from _of_metrics(lines, number, "measure")
-        yield from _journals(one, other, Path("rollouts") / name, f"iteration {number}")
+        yield from _journals(one, other, Path("rollouts") / name, f"iteration {number + 1}")
         within = {path.parent.name for folder in (one, other) for path in (folder / "evaluations").glob(f"step_*/{name}")}
         for step in sorted(within):
             yield from _journals(one, other, Path("evaluations") / step / name, f"evaluation at {step.replace('_', ' ')}")

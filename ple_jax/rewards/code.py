@@ -2,10 +2,11 @@
 
 Code that a model writes is run. It runs in a process of its own (`_child.py`), in an empty folder that is removed
 afterwards, with limits on time, memory and the size of files. Where the system lets a process have user namespaces (Linux,
-mostly), the code has no network and no capability, it neither sees nor stops other processes, and all processes that it
-started end with it. Where the system does not, a warning says so. The code runs with the rights of the user who trains,
-though: it can read that user's files and write where that user may, and it can look into the interpreter that tests it.
-Whoever trains a model that may seek to do harm should put the whole run into a container.
+mostly), the code has no network and no capability, it can neither stop other processes nor look into them (it sees their
+names and command lines), and all processes that it started end with it. Where the system does not, a warning says so. The
+code runs with the rights of the user who trains, though: it can read that user's files and write where that user may, and it
+can look into the interpreter that tests it. Whoever trains a model that may seek to do harm should put the whole run into a
+container.
 """
 
 import contextlib

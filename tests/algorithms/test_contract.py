@@ -47,10 +47,13 @@ def test_a_file_of_an_earlier_version_is_told_what_to_write(tmp_path):
         algorithms.load(written(tmp_path, PLE + "def needs_reference(config): return True\n"))
 
 
-def test_an_algorithm_that_samples_is_asked_for():
-    assert algorithms.sampling("ppo").needs(config("ppo")).head == "value"
-    with pytest.raises(UserError, match="'reward', which samples nothing; one of these does: context_distillation, dpo"):
-        algorithms.sampling("reward")
+def test_a_slip_in_a_name_is_told_and_a_helper_is_none(tmp_path):
+    """Else the function of what the file begins with would do the work, and the variant would be none."""
+    for code, says in (("def lable(rollouts, context): ...\n", "'label'"), ("def make_losss(config): ...\n", "'make_loss'")):
+        with pytest.raises(UserError, match=rf"which nothing calls; did you mean {says}\?"):
+            algorithms.load(written(tmp_path, PLE + code))
+    helpers = "def collect_pairs(x): ...\ndef _lable(x): ...\nfrom math import fsum as lable\n"
+    assert algorithms.load(written(tmp_path, PLE + helpers)).label.__module__ == "ple_jax.algorithms.ple"
 
 
 KNOBS = "from ple_jax.core import rules\nDEFAULTS = {'gamma': 2.0, 'sides': 3}\nRULES = {'gamma': rules.positive}\n"

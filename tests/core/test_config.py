@@ -127,6 +127,7 @@ INVALID = [
     ({"reward__name": "examples/own_rewards.py:f"}, "; did you mean 'examples/own_reward.py'?"),
     ({"task__train": "READM.md"}, "or a data set on a hub, user/name; did you mean 'README.md'?"),
     ({"task__columns": {"promt": "question"}}, "'promt' is none; did you mean 'prompt'?"),
+    ({"task__columns": {"choices": "options", "chosn": "better", "solution": "solved"}}, "'chosn' is none; did"),
     ({"task__columns": {"word limit": "limit"}}, "or of names that a reward reads; 'word limit' is none"),
     ({"model__path": "lama-3-8b"}, "qwen3-8b; did you mean 'llama-3-8b'?"),
     ({"model__path": "nowhere/model.gguf"}, "an existing .gguf file"),

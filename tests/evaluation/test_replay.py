@@ -343,7 +343,7 @@ def test_a_planted_difference_is_found(quantity, run, copy, capsys):
     assert where in found[0].where and found[0].one != found[0].other
     if quantity not in ("config", "loss"):
         query = journal.read(run / ROLLOUTS)[3].query_id
-        assert found[0].where.startswith(f"iteration 1, query {query!r}")
+        assert found[0].where.startswith(f"iteration 2, query {query!r}")  # as its metrics say
     modes.replay(config(), run, "jax", against=copy)
     assert capsys.readouterr().out.strip() == str(found[0])
 

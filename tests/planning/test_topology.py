@@ -33,7 +33,7 @@ from ple_jax.models.families import read
 from ple_jax.planning import flops, hlo, outline, sheet, targets, topology
 from ple_jax.planning.sheet import GIB
 
-PLE = algorithms.sampling("ple")
+PLE = algorithms.load("ple")
 ROOT = Path(__file__).parents[2]
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 needs_libtpu = pytest.mark.skipif(not HAS_LIBTPU, reason="needs the TPU's compiler: pip install 'ple_jax[tpu]'")
@@ -223,7 +223,7 @@ def test_lengths_by_hand():
         outline.check_positions(config, sizes, dataclasses.replace(small, max_positions=sizes.positions - 1))
     pairs = [Query("a", "x", "y" * 20, "z"), Query("b", "x", "y", "z" * 40)]
     assert outline.lengths(config, source.tokenizer, pairs, heldout, "", ["rejected", "completion"]).answer == 41  # with EOS
-    config.algorithm, algorithm = "dpo", algorithms.sampling("dpo")
+    config.algorithm, algorithm = "dpo", algorithms.load("dpo")
     batch = outline.example_batch(config, algorithm, 4, sizes._replace(answer=41), 258)
     assert batch.response.shape == (4, 2, 64) and batch.response_mask.sum() == 4 * 2 * 41
 

@@ -30,7 +30,7 @@ from torch_ascend import counting, device, fakes, ops, sharding, topology
 from torch_ascend.model import Cache
 from torch_ascend.sharding import ALONE, Place, World
 
-PLE = algorithms.sampling("ple")
+PLE = algorithms.load("ple")
 ROOT = Path(__file__).parents[2]
 HIDDEN, INNER, VOCAB, HEADS, KV_HEADS, DIM = 64, 96, 136, 4, 2, 16
 NPU_FOLDER = ROOT / "tests" / "npu"

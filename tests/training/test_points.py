@@ -319,7 +319,7 @@ def test_a_spent_budget_ends_the_run_and_so_does_the_same_command(tmp_path, caps
     assert not any(tensor.any() for name, tensor in zero.items() if "lora_B" in name)  # that of the start
     assert "Stopped after 1 iterations" in (tmp_path / "report.html").read_text()
     train(tmp_path, **overrides)
-    assert "is finished" in capsys.readouterr().out
+    assert "is finished (stopped early: its budget is spent: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("key", ["principles", "heldout"])

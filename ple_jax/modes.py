@@ -59,11 +59,7 @@ def train(config: Any, workdir: Path, backend: str, accept: Sequence[str] = (), 
         kept = going_on(workdir, keys, accept=accept, check_length=length)
         _check_profile(profile, online := isinstance(inputs.algorithm, Algorithm), baselines)
         if (done := finished(workdir)) and _whole(done, config, online):
-            if not (workdir / "report.html").exists():  # ended between the summary and the report
-                run_page.write(workdir)
-            early = f" (stopped early: {done['stopped']})" if done.get("stopped") else ""
-            print(f"{workdir} is finished{early}: {outcome.reached(done)}; see {workdir / 'report.html'}")
-            return 0
+            return _finished(workdir, done)
         with open_run(workdir, backend, inputs, kept, tracked=True) as run:
             run = run._replace(session=run.session._replace(profile=profile))
             (workdir / SUMMARY).unlink(missing_ok=True)  # of a shorter run
@@ -85,6 +81,14 @@ def train(config: Any, workdir: Path, backend: str, accept: Sequence[str] = (), 
     print(f"report: {page}\nadapter: {workdir / 'adapter'}, of {points.told(config, taken)}")
     if head:
         print(_use_reward(workdir / "reward_model"))
+    return 0
+
+
+def _finished(workdir: Path, summary: Mapping[str, Any]) -> int:
+    if not (workdir / "report.html").exists():  # ended between the summary and the report
+        run_page.write(workdir)
+    early = f" (stopped early: {summary['stopped']})" if summary.get("stopped") else ""
+    print(f"{workdir} is finished{early}: {outcome.reached(summary)}; see {workdir / 'report.html'}")
     return 0
 
 

@@ -251,13 +251,14 @@ def methods(rows: Sequence[dict[str, str]]) -> str:
 _COMPUTING = ("backend", "torch_ascend")  # rooms that import JAX or torch
 
 
-def rooms(house: Any) -> str:
+def rooms(house: Any, order: Iterable[str]) -> str:
     """The rooms of the package in layers, each above all that it imports; a line for every import that no path implies.
 
     Args:
         house: the sources, as scripts/house.py reads them.
+        order: the rooms from the bottom up.
     """
-    order = [room for room in house.order if room != "the functional API"]  # a table of names, imported when they are used
+    order = [room for room in order if room != "the functional API"]  # a table of names, imported when they are used
     below: dict[str, set[str]] = {room: set() for room in order}
     for importer, imported, _ in house.edges:
         high, low = house.rooms[importer], house.rooms.get(imported)
@@ -294,17 +295,17 @@ def _curve(high: tuple[float, float], low: tuple[float, float]) -> str:
     return f'<path d="{curve}" fill="none" stroke="{COLOURS[2]}" opacity="0.55"/>'
 
 
-def _house() -> Any:
+def _rooms() -> str:
     sys.path.insert(0, str(DOCS.parent))
     from scripts import house
 
-    return house.read(DOCS.parent)
+    return rooms(house.read(DOCS.parent), house.ROOMS)
 
 
 PICTURES = {
     "quickstart.svg": lambda: quickstart(read_table(DOCS / "quickstart.md", "iteration")),
     "methods.svg": lambda: methods(read_table(DOCS / "results.md", "method")),
-    "rooms.svg": lambda: rooms(_house()),
+    "rooms.svg": _rooms,
 }
 
 

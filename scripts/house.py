@@ -1,28 +1,19 @@
 """The house, drawn from its imports: its rooms, circles and climbs, and what the style card forbids.
 
-    python scripts/house.py [--before REVISION] [--way] [--list]
+    python scripts/house.py [--list]
 
---before shows another revision beside it. --list names every file and line that is counted, not only how many there are.
+--list names every file and line that is counted, not only how many there are.
 An import counts wherever it stands, in a function too, and so does `importlib.import_module("...")`; a table of strings,
 as the lazy `ple_jax/__init__.py` and `core/backends.py` have it, is none. tests/test_house.py asserts what must hold.
 """
 
 import argparse
 import ast
-import contextlib
-import importlib
 import itertools
-import json
-import os
 import re
-import subprocess
 import sys
-import tarfile
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from io import BytesIO
 from pathlib import Path
-from types import CodeType, FrameType
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -97,14 +88,13 @@ class File(NamedTuple):
 class House(NamedTuple):
     """The Python files under HOUSE and BESIDE by path.
 
-    `modules` are the paths of dotted names, `rooms` the room of every file of HOUSE, `order` the rooms from the bottom up,
-    `edges` all (file, file that it imports, line) within the rooms.
+    `modules` are the paths of dotted names, `rooms` the room of every file of HOUSE, `edges` all (file, file that it
+    imports, line) within the rooms.
     """
 
     files: Mapping[str, File]
     modules: Mapping[str, str]
     rooms: Mapping[str, str]
-    order: Sequence[str] = tuple(ROOMS)
     edges: Sequence[tuple[str, str, int]] = ()
 
     @property
@@ -116,7 +106,7 @@ class House(NamedTuple):
 
 
 def read(root: Path) -> House:
-    """The house as it stands under `root`. Where files fit no room of the table, its folders are the rooms."""
+    """The house as it stands under `root`. The room of a file that fits none of the table is its folder."""
     files = {}
     for top in (*HOUSE, *BESIDE):
         for path in sorted((root / top).rglob("*.py")):
@@ -127,13 +117,8 @@ def read(root: Path) -> House:
                 tree = ast.parse(source)
                 files[name] = File(name, source, tree, list(ast.walk(tree)))
     inside = [name for name in files if name.split("/")[0] in HOUSE]
-    rooms = {name: room for name in inside if (room := room_of(name))}
-    known = len(rooms) == len(inside)
-    if not known:
-        rooms = {name: name.rpartition("/")[0] for name in inside}
-    house = House(files, dict(_modules(files)), rooms)
-    house = house._replace(edges=edges(house))
-    return house if known else house._replace(order=least_climbs(house))
+    house = House(files, dict(_modules(files)), {name: room_of(name) or name.rpartition("/")[0] for name in inside})
+    return house._replace(edges=edges(house))
 
 
 def room_of(path: str) -> str | None:
@@ -230,30 +215,12 @@ def room_circles(house: House) -> list[list[str]]:
 
 def climbs(house: House) -> list[Finding]:
     """Imports that run up."""
-    height = {room: i for i, room in enumerate(house.order)}
+    height = {room: i for i, room in enumerate(ROOMS)}
     return [
         Finding(start, line, f"imports {end}", f", from {house.rooms[start]} up to {house.rooms[end]}")
         for start, end, line in house.edges
         if height[house.rooms[start]] < height[house.rooms[end]]
     ]
-
-
-def least_climbs(house: House) -> list[str]:
-    """The order of rooms, from the bottom, with the fewest imports that run up: where no table says what up is."""
-    rooms = sorted(set(house.rooms.values()))
-    count: dict[tuple[str, str], int] = {}
-    for start, end, _ in house.edges:
-        pair = house.rooms[start], house.rooms[end]
-        count[pair] = count.get(pair, 0) + 1
-    best: dict[frozenset[str], tuple[int, list[str]]] = {frozenset(): (0, [])}
-    for size in range(1, len(rooms) + 1):
-        for some in map(frozenset, itertools.combinations(rooms, size)):
-            best[some] = min(
-                (best[below][0] + sum(count.get((room, top), 0) for room in below), [*best[below][1], top])
-                for top in some
-                for below in [some - {top}]
-            )
-    return best[frozenset(rooms)][1]
 
 
 # ---------------------------------------------------------------- the style card
@@ -362,91 +329,6 @@ def bindings(house: House, file: File) -> dict[str, str]:
     return found
 
 
-# ---------------------------------------------------------------- the way through the loop
-
-
-class Way(NamedTuple):
-    """How a reader gets through `train`: stretches within one file, the files, and how often one is entered again."""
-
-    stays: int
-    files: int
-    loop: int  # stays in loop.py itself
-
-    @property
-    def returns(self) -> int:
-        return self.stays - self.files
-
-    def __str__(self) -> str:
-        return f"{self.stays} stays, {self.files} files, {self.returns} returns"
-
-
-def way(root: Path) -> Way:
-    """The way of whoever reads along while configs/tiny.py trains for one iteration, from loop.py's `train` on.
-
-    A function of ours is read where it is first called, whoever calls it and by whatever name, and from it one goes back to
-    where it was called. What is known is not read again. Files that import jax or torch are behind the backend's door and
-    are not entered.
-    """
-    with tempfile.TemporaryDirectory() as workdir:
-        environment = os.environ | {"PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-        line = [sys.executable, __file__, "--walk", workdir]
-        found = subprocess.run(line, cwd=root, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
-    stays = json.loads(found.splitlines()[-1])
-    return Way(len(stays), len(set(stays)), sum(path.endswith("/loop.py") for path in stays))
-
-
-def walk(root: Path, workdir: str) -> list[str]:
-    """Runs `train` under `root`, in this process; the files in the order in which they are entered."""
-    house = read(root)
-    walker = _Walker({str(root / file.path): file.path for file in house.inside if not _is_behind_the_door(house, file)})
-    sys.argv = ["ple_jax.main", "--config=configs/tiny.py", f"--workdir={workdir}", "--config.iterations=1"]
-    entry = importlib.import_module("ple_jax.main")
-    sys.setprofile(walker.profile)
-    try:
-        entry.cli()
-    except SystemExit as ended:
-        if ended.code:
-            raise
-    finally:
-        sys.setprofile(None)
-    return [path for path, _ in itertools.groupby(walker.passed)]
-
-
-class _Walker:
-    """Follows a run from `train` on; `paths` are ours by the names that frames have for them."""
-
-    def __init__(self, paths: Mapping[str, str]):
-        self._paths = paths
-        self._seen: set[CodeType] = set()
-        self._open: list[FrameType] = []  # functions that are being read
-        self.passed: list[str] = []
-
-    def profile(self, frame: FrameType, event: str, _: object) -> None:
-        path = self._paths.get(frame.f_code.co_filename)
-        if path is None:
-            return
-        begins = not self._open and not self._seen and path.endswith("/loop.py") and frame.f_code.co_name == "train"
-        if event == "call" and (self._open or begins) and frame.f_code not in self._seen:
-            self._seen.add(frame.f_code)
-            self._open.append(frame)
-            self.passed += [path] if begins else [self._caller(frame), path]
-        elif event == "return" and self._open and frame is self._open[-1]:
-            self._open.pop()
-            self.passed += [self._caller(frame)] if self._open else []
-
-    def _caller(self, frame: FrameType) -> str:
-        """The nearest file of ours below a frame; there is one, `train`'s."""
-        below = frame.f_back
-        while below is not None and below.f_code.co_filename not in self._paths:
-            below = below.f_back
-        return self._paths[below.f_code.co_filename] if below is not None else ""
-
-
-def _is_behind_the_door(house: House, file: File) -> bool:
-    packages = set().union(*FRAMEWORKS.values())
-    return any(name.split(".")[0] in packages for _, name in imports(house, file))
-
-
 # ---------------------------------------------------------------- the table
 
 MEASURES: dict[str, Callable[[House], Sequence[object]]] = {
@@ -464,58 +346,21 @@ MEASURES: dict[str, Callable[[House], Sequence[object]]] = {
 def sheet(house: House) -> list[str]:
     """Rooms from the top down, with files and lines."""
     rows = [f"{'room':<20} {'files':>5} {'lines':>6}"]
-    for room in reversed(house.order):
+    for room in reversed(ROOMS):
         lines = [file.lines for file in house.inside if house.rooms[file.path] == room]
         rows.append(f"{room:<20} {len(lines):>5} {sum(lines):>6}")
     return [*rows, f"{'all':<20} {len(house.inside):>5} {sum(file.lines for file in house.inside):>6}"]
 
 
-def numbers(house: House) -> dict[str, str]:
-    counted = {name: str(len(measure(house))) for name, measure in MEASURES.items()}
-    if house.order != tuple(ROOMS):  # no table says what is neutral
-        counted["jax or torch in neutral rooms"] = "-"
-    return counted
-
-
-@contextlib.contextmanager
-def at(revision: str) -> Iterator[Path]:
-    """The tree of another revision, in a folder that does not stay."""
-    archive = subprocess.run(["git", "archive", revision], cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout
-    with tempfile.TemporaryDirectory() as folder, tarfile.open(fileobj=BytesIO(archive)) as tar:
-        tar.extractall(folder, filter="data")
-        yield Path(folder).resolve()
-
-
-def show(roots: Mapping[str, Path], *, ways: bool, listed: bool) -> None:
-    houses = {name: read(root) for name, root in roots.items()}
-    print("".join(f"{name:<38}" for name in houses).rstrip())
-    for row in itertools.zip_longest(*map(sheet, houses.values()), fillvalue=""):
-        print("".join(f"{part:<38}" for part in row).rstrip())
-    print()
-    found = [numbers(house) for house in houses.values()]
-    if ways:
-        for values, root in zip(found, roots.values(), strict=True):
-            seen = way(root)
-            values |= {"the way through the loop": str(seen), "of it, stays in loop.py": str(seen.loop)}
-    for name in found[0]:
-        print(f"{name:<44}" + "".join(f"{values[name]:<38}" for values in found).rstrip())
-    for name, measure in MEASURES.items() if listed else ():
-        print("\n".join([f"\n{name}:", *(f"  {place}" for place in measure(houses["now"]))]))
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--before", metavar="REVISION", help="of git, shown beside the tree as it is")
-    parser.add_argument("--way", action="store_true", help="also the way of a run through the loop, which takes a run")
     parser.add_argument("--list", action="store_true", help="every place that is counted")
-    parser.add_argument("--walk", metavar="WORKDIR", help=argparse.SUPPRESS)  # in a process of its own, for `way`
-    options = parser.parse_args()
-    if options.walk:
-        print(json.dumps(walk(Path.cwd(), options.walk)))
-        return 0
-    with at(options.before) if options.before else contextlib.nullcontext() as before:
-        roots = {options.before: before} if before else {}
-        show({**roots, "now": ROOT}, ways=options.way, listed=options.list)
+    listed = parser.parse_args().list
+    house = read(ROOT)
+    found = {name: measure(house) for name, measure in MEASURES.items()}
+    print("\n".join([*sheet(house), "", *(f"{name:<44}{len(places)}" for name, places in found.items())]))
+    for name, places in found.items() if listed else ():
+        print("\n".join([f"\n{name}:", *(f"  {place}" for place in places)]))
     return 0
 
 

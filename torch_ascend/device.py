@@ -134,12 +134,6 @@ def capabilities(device: torch.device) -> Capabilities:
     return CAPABILITIES[device.type]
 
 
-def synchronize(device: torch.device) -> None:
-    """Waits until the device has done what it was given."""
-    if device.type != "cpu":
-        module(device.type).synchronize(device)
-
-
 def recording_memory() -> Any:
     """Returns a memory pool for the temporary tensors of recordings, no two of which may be replayed at once."""
     return torch.cuda.graph_pool_handle()
@@ -172,11 +166,6 @@ def total_memory(device: torch.device) -> int | None:
 def free_memory(device: torch.device) -> int:
     """Returns the bytes of an accelerator's memory that no process has taken."""
     return int(module(device.type).mem_get_info(device)[0])
-
-
-def peak_memory(device: torch.device) -> int:
-    """Returns the most bytes that tensors have held on an accelerator so far; 0 for the CPU."""
-    return 0 if device.type == "cpu" else int(module(device.type).max_memory_allocated(device))
 
 
 def description(device: torch.device) -> str:

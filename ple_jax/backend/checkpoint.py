@@ -95,11 +95,7 @@ def _unstack(stacked: dict[str, Any], like: Any) -> Any:
     if not jax.tree.leaves(like)[0].is_fully_addressable:  # no array is moved alone
         where = jax.tree.map(lambda x: x.sharding, like)
         return jax.jit(functools.partial(_parted, like=jax.eval_shape(lambda: like)), out_shardings=where)(stacked)
-    leaves = {}
-    for name, paths in _groups(like).items():
-        for path, leaf in zip(paths, jnp.unstack(stacked[name]), strict=True):
-            leaves[path] = leaf
-    return jax.tree_util.tree_map_with_path(lambda p, x: jax.device_put(leaves[p], x.sharding), like)
+    return jax.tree.map(lambda leaf, x: jax.device_put(leaf, x.sharding), _parted(stacked, like), like)
 
 
 def _parted(stacked: dict[str, Any], like: Any) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ple_jax.evaluation import describe, harness
+from ple_jax.evaluation import describe, frontier, harness
 from ple_jax.evaluation.methods import MEASURED, Entry, Method, mean
 from ple_jax.formulas import intervals
 from ple_jax.formulas.texts import gain_by_length
@@ -132,13 +132,7 @@ def area(lines: Sequence[Mapping[str, Any]], budget: float) -> float:
     """
     columns = curve(lines)
     x, y = (np.array(columns.get(key, []), np.float64) for key in ("generated_tokens", "heldout_reward"))
-    if not len(x) or len(x) != len(y) or not x[-1] >= budget:
-        return math.nan
-    inside = x < budget
-    if not inside.any():
-        return math.nan
-    x, y = np.append(x[inside], budget), np.append(y[inside], np.interp(budget, x, y))
-    return float(np.trapezoid(y, x) / (x[-1] - x[0]))
+    return frontier.area(x, y, budget) if len(x) == len(y) else math.nan
 
 
 def beside(a: Method, b: Method) -> list[tuple[int, int]]:

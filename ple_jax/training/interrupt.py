@@ -1,4 +1,4 @@
-"""Stops a program on SIGTERM or SIGINT: at the next safe point, and within `grace` seconds whatever it is doing.
+"""Stops a program on SIGTERM or SIGINT: at the next safe point, and within 20 seconds whatever it is doing.
 
 Everything on disk is consistent at any moment (the journal and the checkpoints see to that), so leaving in the middle of a
 compilation loses only the unit of work in hand.
@@ -15,6 +15,7 @@ from types import TracebackType
 
 from ple_jax.core.forks import in_children
 
+_GRACE = 20.0  # seconds until the program is ended; machines that are taken back give 30
 _ONE = 1.0  # seconds within which two signals are one
 MESSAGE = "stopped; nothing finished is lost: give the same command again to continue"
 
@@ -42,17 +43,16 @@ class Stop:
     """A context in which SIGTERM and SIGINT ask for a stop instead of ending the program at once.
 
     Python runs signal handlers only between bytecodes, and a compilation may take a minute without one. So a thread waits at
-    the pipe that the interpreter's C handler writes to, and ends the program when the grace period is over. Forked children
+    the pipe that the interpreter's C handler writes to, and ends the program when `_GRACE` seconds are over. Forked children
     have neither the handlers nor the pipe.
 
     Args:
-        grace: seconds until the program is ended.
         at_once: for programs without safe points: SIGTERM raises `Interrupted` wherever the program is, as SIGINT does
             without a Stop.
     """
 
-    def __init__(self, *, grace: float = 20.0, at_once: bool = False):
-        self._grace, self._at_once = grace, at_once
+    def __init__(self, *, at_once: bool = False):
+        self._at_once = at_once
         self._number = 0
         self._asked = 0.0  # when, in seconds of the monotonic clock
         self._stack = contextlib.ExitStack()
@@ -116,7 +116,7 @@ class Stop:
             self._number, self._asked = number, time.monotonic()
             if not self._at_once:
                 print(f"\n{signal.Signals(number).name}: stopping at the next safe point", file=sys.stderr, flush=True)
-            timer = threading.Timer(self._grace, self._leave)
+            timer = threading.Timer(_GRACE, self._leave)
             timer.daemon = True
             timer.start()
 

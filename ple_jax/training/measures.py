@@ -12,7 +12,6 @@ import numpy as np
 
 from ple_jax import rewards
 from ple_jax.algorithms import Algorithm
-from ple_jax.core.conversation import render
 from ple_jax.core.errors import Damaged
 from ple_jax.core.noise import HELDOUT
 from ple_jax.core.types import Response, Rollout, Slot
@@ -193,7 +192,7 @@ def _samples(rollouts: Sequence[Rollout]) -> list[dict[str, Any]]:
     return [
         {
             "query": rollout.query_id,
-            "prompt": rollout.prompt if isinstance(rollout.prompt, str) else render(rollout.prompt.messages).strip(),
+            "prompt": str(rollout.prompt),
             "response": response.text,
             "reward": None if math.isnan(response.reward) else response.reward,
             "finished": response.finished,

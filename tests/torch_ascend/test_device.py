@@ -235,8 +235,7 @@ def test_the_allocators_new_name_excludes_the_old_ones():
 def test_a_cpu():
     cpu = torch.device("cpu")
     assert device.capabilities(cpu).collectives == "gloo" and device.capabilities(cpu).steps_per_sync == 1
-    assert device.total_memory(cpu) is None and device.peak_memory(cpu) == 0 and device.description(cpu) == "cpu"
-    device.synchronize(cpu)
+    assert device.total_memory(cpu) is None and device.description(cpu) == "cpu"
 
 
 def test_accelerators_are_asked_rarely():

@@ -5,6 +5,7 @@ The checks are functions from a page to what is wrong with it, so that they can 
 
 import dataclasses
 import importlib
+import inspect
 import json
 import re
 import shlex
@@ -21,7 +22,9 @@ import pytest
 
 from configs import default
 from ple_jax import main as entry
+from ple_jax.core import endpoints
 from ple_jax.core.config import flatten
+from ple_jax.evaluation import model_judges
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -430,6 +433,14 @@ def test_tables_name_all_there_is():
     assert names("rewards.md", "name") - {"mine.py:score", "package.module:function"} == modules("ple_jax/rewards")
     sets = {file.stem for file in (ROOT / "ple_jax").rglob("principles/*.txt")}
     assert len(sets) == 9 and sets == names("principles.md", "set")
+
+
+def test_options_of_judges_are_those_that_they_have():
+    named = {row[0].strip("`"): set(re.findall(r"`(\w+)`", row[2])) for row in rows(DOCS / "compare.md", "`compare.judge`")}
+    assert set(named) == {"reward", "endpoint", "model", "file.py:function"}
+    requests = {field.name for field in dataclasses.fields(endpoints.Endpoint)}
+    assert named["endpoint"] <= requests | set(inspect.signature(model_judges.endpoint).parameters)
+    assert named["model"] - {"likelihood", "text"} <= set(inspect.signature(model_judges.local).parameters)
 
 
 def test_options_of_trl_are_those_that_it_has():

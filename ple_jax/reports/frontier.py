@@ -27,11 +27,11 @@ def title(view: str) -> str:
 
 
 def tables(result: Mapping[str, Any]) -> list[Table]:
-    """Lays out a table for each view, of its answers to the test split.
+    """Lays out what the curves of the dev split say at the budgets, and a table for each view, of its answers to the test.
 
-    A last one has what the curves of the dev split say at the budgets.
+    At equal KL are the curves alone: a run is evaluated now and then, and its best within a budget may be far below it.
     """
-    return [_of_view(view, result["frontier"]) for view in result["views"]] + _on_curves(result["frontier"])
+    return _on_curves(result["frontier"]) + [_of_view(view, result["frontier"]) for view in result["views"]]
 
 
 _HEAD = (
@@ -104,17 +104,19 @@ def _on_curves(frontier: Mapping[str, Any]) -> list[Table]:
             interval(row[key], (row[f"{key}_low"], row[f"{key}_high"]), 3) if is_number(row[key]) else MISSING
             for key in ("reward", "second", "area")
         ]
+        if 0 < row["reached"] < row["runs"]:
+            spans[0] += f", {row['reached']} of {row['runs']}"
         at = 3 * budgets.index(row["view"])
         cells[at : at + 3] = spans
     if not rows:
         return []
     names = [f"{what} at {view.removeprefix('kl_')}" for view in budgets for what in ("reward", "second", "area")]
     note = (
-        "The dev split: the reward, and the second one, where a run's curve first gets to a budget, linear between two"
-        " evaluations; area: the mean reward on the way there. Means over the seeds that get there, 95% intervals over these"
-        " seeds (Student); a dash where none does."
+        "The dev split, on which rates were chosen too: the reward, and the second one, where a run's curve first gets to a"
+        " budget, linear between two evaluations; area: the mean reward on the way there. Means over the seeds that get there"
+        " (some of them where it is said), with 95% intervals over these seeds (Student); a dash where none does."
     )
-    return [Table("curves", "On the curve", note, ["method", *names], [[label, *cells] for label, cells in rows.items()])]
+    return [Table("curves", "At equal KL, on the curves of the dev split", note, ["method", *names], [[label, *cells] for label, cells in rows.items()])]
 
 
 # ---------------------------------------------------------------- charts

@@ -269,7 +269,7 @@ def test_the_curves_are_those_of_all_runs(made):
 
 def test_the_main_table_says_rates_and_who_gets_there(made):
     out, result, said = made
-    four, eight, last, curves = drawn.tables(json.loads((out / "comparison.json").read_text()))
+    curves, four, eight, last = drawn.tables(json.loads((out / "comparison.json").read_text()))
     assert [table.title for table in (four, eight, last)] == [
         "Within 4 nats a response", "Within 8 nats a response", "At equal tokens"]  # fmt: skip
     cells = dict(zip(eight.head, eight.rows[0], strict=True))
@@ -277,6 +277,7 @@ def test_the_main_table_says_rates_and_who_gets_there(made):
         "ple", "0.001", "1 of 2", "baseline")  # fmt: skip
     assert dict(zip(eight.head, eight.rows[2], strict=True))["seeds that get there"] == "–"
     assert "seeds that get there" not in last.head and [row[0] for row in curves.rows] == ["ple", "raft"]
+    assert [row[4].rpartition(", ")[2] for row in curves.rows] == ["1 of 2", "0.775"]  # the reward at 8 nats
     assert last.head[-3:] == ["generated", "principles", "trained on"] and eight.head[-1] == "overlap"
     assert (out / "table.md").read_text() in said
 
@@ -290,7 +291,7 @@ def test_what_answers_as_the_start_is_counted_beside_who_gets_there(tmp_path, ca
     result = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert [(row["method"], row["reached"], row["start"]) for row in result["frontier"]["budgets"]] == [
         ("ple", 1, 1), ("raft", 1, 0)]  # fmt: skip
-    (table, _) = drawn.tables({"views": [result], "frontier": result["frontier"]})
+    (_, table) = drawn.tables({"views": [result], "frontier": result["frontier"]})
     assert [row[2] for row in table.rows] == ["1 of 1, 1 as the start", "1 of 1"]
 
 

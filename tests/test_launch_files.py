@@ -46,6 +46,7 @@ def mesh_of(arguments: list[str]) -> int:
     run = parse(["ple_jax", *arguments])
     assert run.config.algorithm == "ple" and str(run.workdir).startswith("/")
     mesh = run.config.mesh
+    assert mesh.fsdp == 1  # over hosts it is gathered for every token that is sampled (docs/devices.md)
     return mesh.data * mesh.fsdp * mesh.tensor
 
 

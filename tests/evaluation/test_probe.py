@@ -117,7 +117,7 @@ def test_what_was_sampled_is_not_sampled_again(probed, tmp_path, monkeypatch, ca
     ]  # the plain prompt is as it was; of two rules each is tried once
     headings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("probe, ")]
     numbered = [f"probe, prompt {i} of 4" for i in range(1, 5)]
-    assert [line.partition(":")[0] for line in headings] == numbered and "rule 2 alone: 2. Be brief." in headings[3]
+    assert [line.partition(":")[0] for line in headings] == numbered and "rule 2 alone: Be brief." in headings[3]
     sampled.clear()
     modes.probe(config(**{"probe.queries": 3}), copy, "jax")  # another question
     assert len(sampled) == 10 and result(copy)["queries"] == 3

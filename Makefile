@@ -47,7 +47,7 @@ clean:
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.version_info[:2] >= (3, 11) or sys.exit("Python 3.11 or newer is needed, this is " \
 		+ sys.version.split()[0] + ": make PYTHON=python3.12")'
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 
 .venv/.quickstart: pyproject.toml | .venv/bin/python
 	@echo "Downloading JAX, transformers and what they need into .venv: 0.24 GB, and a model of 0.1 GB"

@@ -77,7 +77,7 @@ def train(config: Any, workdir: Path, backend: str, accept: Sequence[str] = (), 
             write.write_merged(config, workdir, backend, taken, summary, None, head=True)
         write_json(workdir / SUMMARY, summary, sealed=True)
         page = run_page.write(workdir)
-    print("\n".join([f"{outcome.reached(summary)} in {summary['wall_seconds']:.0f} s", *outcome.collapsed(summary)]))
+    print("\n".join([f"{outcome.reached(summary)} in {summary['wall_seconds']:.0f} s", *outcome.doubts(summary, config)]))
     print(f"report: {page}\nadapter: {workdir / 'adapter'}, of {points.told(config, taken)}")
     if head:
         print(_use_reward(workdir / "reward_model"))

@@ -46,6 +46,7 @@ def mesh_of(arguments: list[str]) -> int:
     run = parse(["ple_jax", *arguments])
     assert run.config.algorithm == "ple" and str(run.workdir).startswith("/")
     mesh = run.config.mesh
+    assert mesh.fsdp == 1  # over hosts it is gathered for every token that is sampled (docs/devices.md)
     return mesh.data * mesh.fsdp * mesh.tensor
 
 
@@ -143,7 +144,7 @@ def test_a_slice_is_what_its_selector_says():
 def test_slurm_starts_a_process_a_gpu_and_again_what_was_stopped(stub, code, restarts, again):
     stub("scontrol")
     path = stub("srun", code=code)
-    line = ("--config", "hh", "--workdir", "/x y", "--config.mesh.fsdp=8", "--config.mesh.tensor=2")
+    line = ("--config", "hh", "--workdir", "/x y", "--config.mesh.data=2", "--config.mesh.tensor=8")
     job = {"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "8", "SLURM_RESTART_COUNT": str(restarts)}
     done, says = said(LAUNCH / "slurm.sh", *line, PATH=path, **job)
     requeued = ["scontrol", "requeue", "7"] if again else []
@@ -172,7 +173,7 @@ def test_skypilot_tells_every_node_where_the_first_is(stub):
 
 def test_xpk_gets_the_command_as_it_was(stub):
     path = stub("xpk")
-    line = ["--config", "hh", "--workdir", "/runs/h h", "--config.mesh.fsdp=8", "--config.mesh.tensor=8"]
+    line = ["--config", "hh", "--workdir", "/runs/h h", "--config.mesh.data=8", "--config.mesh.tensor=8"]
     named = {"CLUSTER": "mine", "IMAGE": "i:1", "XPK": "--spot --dry-run"}
     code, says = said(LAUNCH / "xpk.sh", "ple-hh", "v5litepod-64", *line, PATH=path, **named)
     assert code == 0 and says[:3] == ["xpk", "workload", "create"] and says[-2:] == ["--spot", "--dry-run"]
@@ -197,11 +198,19 @@ def test_images_install_what_there_is_on_a_base_of_one_version(image):
     assert re.match(r"\d+\.\d+\.\d+-", base)
     [extras] = re.findall(r"/opt/ple_jax\[([\w,]+)\]", text)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert kind in extras.split(",") and set(extras.split(",")) <= set(project["optional-dependencies"])
-    if torch := re.findall(r"torch==[\d.]+", text):
-        assert torch[0] in project["optional-dependencies"]["ascend"]
+    wanted = {"data", "eval"} if kind == "ascend" else {kind, "data", "eval"}
+    assert set(extras.split(",")) == wanted and wanted <= set(project["optional-dependencies"])
     [entry] = re.findall(r'^ENTRYPOINT \["(\S+)"\]$', text, re.MULTILINE)
     assert entry in project["scripts"] or (ROOT / entry.removeprefix("/opt/ple_jax/")).is_file()
+
+
+def test_the_image_for_ascend_has_versions_that_belong_together():
+    """torch and torch-npu of one number, which the page's table has beside the image's CANN."""
+    text = (ROOT / "scripts" / "images" / "ascend.Dockerfile").read_text()
+    [cann], [torch], [npu] = (re.findall(rf"{name}([\d.]+\d)", text) for name in ("/cann:", " torch==", " torch-npu=="))
+    said = " ".join((ROOT / "docs" / "ascend.md").read_text().split())
+    [with_it] = re.findall(rf"([\w., ]+) with CANN {cann}\b", said)
+    assert torch == npu and torch in re.split(", | and ", with_it.strip())
 
 
 def test_an_image_is_sent_what_the_package_is_made_of():

@@ -307,8 +307,11 @@ def fast_dtype(config: ConfigDict) -> str:
     """Returns the dtype in which this config's devices compute fastest.
 
     That is bfloat16 on accelerators (on GPUs from Ampere on) and on processors with AMX, float32 elsewhere.
+
+    Raises:
+        UserError: JAX finds no device.
     """
-    device = jax.devices()[0]
+    device = sharding.devices()[0]
     if device.platform == "cpu":
         fast = processor.bfloat16()
     else:
@@ -366,7 +369,8 @@ def make_model(config: ConfigDict, model_config: ModelConfig, mesh: Mesh, *, pla
 
 def notes(backend: JaxBackend) -> list[str]:
     """Returns what a user should know before the run starts, one line each."""
-    return sharding.notes(backend.mesh, kv_heads=backend.model.config.num_kv_heads)
+    mesh = backend.mesh
+    return [*sharding.notes(mesh, kv_heads=backend.model.config.num_kv_heads), *sharding.idle(mesh)]
 
 
 def build(config: ConfigDict, loaded: weights.Loaded, *, head: str | None = None) -> JaxBackend:

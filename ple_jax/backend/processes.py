@@ -72,6 +72,10 @@ def _connect(asked: launch.Given) -> None:
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_shard_autotuning=false".lstrip()
     if asked.process == 0:
         print(f"waiting for {asked.processes} processes at {asked.coordinator}", file=sys.stderr, flush=True)
+    elif number := launch.number(asked.process):
+        of = "" if asked.processes is None else f" of {asked.processes}"
+        where = "process 0" if asked.coordinator is None else asked.coordinator  # JAX finds out where a launcher has put it
+        print(f"process {number}{of}: looking for {where}; process 0 says all else", file=sys.stderr, flush=True)
     # it would take SIGTERM for itself
     jax.config.update("jax_enable_preemption_service", False)
     try:

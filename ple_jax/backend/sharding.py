@@ -42,27 +42,43 @@ RULES |= {f"layers/{norm}/{leaf}": (None,) for norm in _NORMS for leaf in ("scal
 _HEADS = ("layers/qkv/kernel", "layers/qkv/bias", "layers/o/kernel")
 
 
+def devices() -> list[jax.Device]:
+    """Returns the devices that JAX finds; of all processes, where there are several.
+
+    Raises:
+        UserError: there are none of the kind that JAX_PLATFORMS names.
+    """
+    try:
+        return jax.devices()
+    except (AssertionError, RuntimeError) as error:  # JAX asserts that there is one, where no GPU is visible
+        why = (str(error) or "none is visible").splitlines()[0]
+        raise UserError(
+            f"JAX finds no device of JAX_PLATFORMS={jax.config.jax_platforms!r} ({why}); JAX for GPUs is the extra `cuda`,"
+            " docs/install.md"
+        ) from error
+
+
 def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     """Makes a mesh of the first data * fsdp * tensor devices; several processes must take all of their devices.
 
     Raises:
         UserError: there are fewer devices, or with several processes not exactly as many.
     """
-    needed = data * fsdp * tensor
-    devices = jax.devices()
-    if jax.process_count() > 1 and needed != len(devices):
+    needed, found = data * fsdp * tensor, devices()
+    if jax.process_count() > 1 and needed != len(found):
         raise UserError(
             f"mesh data={data} x fsdp={fsdp} x tensor={tensor} is of {needed} devices, and {jax.process_count()} processes"
-            f" have {len(devices)} ({devices[0].platform}), of which none may be idle: set --config.mesh.*, or, where"
+            f" have {len(found)} ({found[0].platform}), of which none may be idle: set --config.mesh.*, or, where"
             " processes of one host see the same devices, JAX_LOCAL_DEVICE_IDS of each"
         )
-    if needed > len(devices):
+    if needed > len(found):
+        cpus = "; JAX sees CPUs alone: for GPUs install the extra `cuda`" * (found[0].platform == "cpu")
         raise UserError(
-            f"mesh data={data} x fsdp={fsdp} x tensor={tensor} needs {needed} devices, there are {len(devices)}"
-            f" ({devices[0].platform}); lower --config.mesh.*"
+            f"mesh data={data} x fsdp={fsdp} x tensor={tensor} needs {needed} devices, there are {len(found)}"
+            f" ({found[0].platform}); lower --config.mesh.*{cpus}"
         )
     # Auto: the compiler propagates shardings; jax.make_mesh's default (Explicit) would ask for one at every operation
-    return Mesh(np.array(devices[:needed]).reshape(data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3)
+    return Mesh(np.array(found[:needed]).reshape(data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def spec(name: str, shape: tuple[int, ...], mesh: Mesh, *, kv_heads: int) -> PartitionSpec:
@@ -224,3 +240,13 @@ def notes(mesh: Mesh, *, kv_heads: int) -> list[str]:
     if kv_heads % tensor:
         return [f"{kv_heads} KV heads do not divide over tensor={tensor}: attention is replicated over that axis"]
     return []
+
+
+def idle(mesh: Mesh) -> list[str]:
+    """Returns a line if accelerators are there that the mesh leaves out and a larger `data` would take."""
+    there, rest = devices(), mesh.size // mesh.shape["data"]
+    most = len(there) // rest
+    if most <= mesh.shape["data"] or there[0].platform == "cpu":
+        return []
+    are = "is" if mesh.size == 1 else "are"
+    return [f"{mesh.size} of {len(there)} devices {are} used: --config.mesh.data={most} takes {most * rest}"]

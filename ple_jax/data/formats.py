@@ -360,7 +360,8 @@ def _turns(values: Values, key: str) -> list[Message]:
             raise Unusable("type", f": `content` of turn {i} of `{key}` is {str(content)[:60]!r}, not a text")
         if not turn.get("tool_calls"):  # an empty list calls nothing, and some templates ask only whether there is one
             turn = {key: value for key, value in turn.items() if key != "tool_calls"}
-        turns.append(_without_nulls(turn) | {"content": content})
+        role = "system" if turn["role"] == "developer" else turn["role"]  # OpenAI's name; many templates skip one they lack
+        turns.append(_without_nulls(turn) | {"role": role, "content": content})
     return turns
 
 

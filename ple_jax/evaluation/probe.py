@@ -140,15 +140,17 @@ def probe(run: Run[Any]) -> dict[str, Any]:
 
 def _all_answered(run: Run[Any], queries: Sequence[Query], folder: Path) -> list[Answers]:
     """Returns the answers under all prompts. Two prompts of the same rules are one: of two rules, leaving one out."""
-    found: list[Answers] = []
-    question = _question(run, queries)
-    for prompt in prompts_of(run):
-        equal = (one for one in found if one.prompt.principled == prompt.principled and one.prompt.prompts == prompt.prompts)
-        same = next(equal, None)
-        if same is None:
-            _settle(question, prompt, folder / prompt.name)
-        found.append(answered(run, prompt, queries, folder) if same is None else same._replace(prompt=prompt))
-    return found
+    prompts, question, found = prompts_of(run), _question(run, queries), dict[str, Answers]()
+
+    def first(prompt: Prompt) -> Prompt:
+        return next(one for one in prompts if (one.prompts, one.principled) == (prompt.prompts, prompt.principled))
+
+    asked = [prompt for prompt in prompts if first(prompt) is prompt]
+    for i, prompt in enumerate(asked, 1):
+        _settle(question, prompt, folder / prompt.name)
+        run.session.progress.heading(f"probe, prompt {i} of {len(asked)}: {prompt.about}")
+        found[prompt.name] = answered(run, prompt, queries, folder)
+    return [found[first(prompt).name]._replace(prompt=prompt) for prompt in prompts]
 
 
 def _with_rewards(run: Run[Any], found: Sequence[Answers], folder: Path) -> tuple[list[Answers], int]:
@@ -210,7 +212,6 @@ def answered(run: Run[Any], prompt: Prompt, queries: Sequence[Query], folder: Pa
     check_context(longest, len(queries), model=run.base.name, context=run.base.context)
     tokens, seconds = float(np.mean([len(whole) for whole in rendered])), math.nan
     journal = Journal(folder / prompt.name, 0)
-    run.session.progress.heading(f"probe: {prompt.about}")
     if (rollouts := journal.read()) is None:
         began = time.monotonic()
         slots = [Slot("probe", prompt.principled, number) for number in range(run.config.probe.samples)]

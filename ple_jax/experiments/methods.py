@@ -92,7 +92,9 @@ def chosen(text: str) -> list[str]:
     wanted = {name.strip() for name in text.split(",")}
     known = ("all", *GROUPS, *METHODS)
     if unknown := sorted(wanted - set(known)):
-        raise UserError(f"--methods: {unknown[0]!r} is none of {', '.join(known)}{suggestion(unknown[0], known)}")
+        own = "; a file of your own is compared by ple_jax.experiments.sweep (docs/variants.md)"
+        more = own if unknown[0].endswith(".py") else suggestion(unknown[0], known)
+        raise UserError(f"--methods: {unknown[0]!r} is none of {', '.join(known)}{more}")
     found = [name for name, method in METHODS.items() if wanted & {method.group, name, "" if method.references else "all"}]
     if "ple" not in found and (variants := [name for name in found if METHODS[name].of_ple]):
         raise UserError(f"--methods: {variants[0]} is trained at the learning rate of ple, which is not among them: add it")

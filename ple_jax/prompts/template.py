@@ -219,11 +219,11 @@ def _shown(turns: Sequence[Message], form: Form, tools: Sequence[Any], *, open_:
 
 
 def _said(turn: Message) -> list[str]:
-    """Returns what every template must write verbatim for a turn: a user's text, and the names of the tools that are called.
+    """Returns what every template must write verbatim for a turn: a user's or a system's text, and names of called tools.
 
     Some templates drop the assistant's thoughts, and some quote a tool's answer, so nothing else is expected.
     """
-    if turn["role"] == "user":
+    if turn["role"] in ("user", "system"):
         return [turn["content"]]
     return [call.get("function", call)["name"] for call in turn.get("tool_calls", ())]
 

@@ -65,6 +65,11 @@ def load(name: str, kwargs: Mapping[str, Any], **offered: Any) -> Reward:
             raise UserError(f"{WHERE} {dict(kwargs)!r}: {error}{plugins.OF_ANOTHER * bool(kwargs)}") from error
     known, words = names("rewards", ".py"), ("prompts", "responses")
     found = plugins.load_function(name, "reward.name", given=words, kwargs=kwargs, known=known)
+    if next(iter(inspect.signature(found.call).parameters), "") == "completions":  # it would get the prompts
+        raise UserError(
+            f"config.reward.name {name!r} takes `completions` first, as TRL calls it: here it is called as (prompts,"
+            " responses), and gets columns of the data that it asks for by name"
+        )
     version = digest(found.source, without_how(name, kwargs))
     return Reward(name, functools.partial(found.call, **kwargs), version=version, reads=found.asks)
 

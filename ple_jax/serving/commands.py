@@ -7,6 +7,8 @@ from typing import Any
 
 from ple_jax.models.hub import is_remote
 
+# else what a request leaves open (temperature, top_p) comes from the model's generation_config.json, not as in training
+_PLAIN = "--generation-config vllm"
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what `vllm serve --max-lora-rank` takes
 
 
@@ -29,7 +31,8 @@ def serve_adapter(folder: Path, adapter_config: Mapping[str, Any], *, name: str)
         return None
     modules = shlex.quote(f"{name}={folder}")
     commit = f" --revision {revision}" if (revision := adapter_config.get("revision")) else ""
-    return f"vllm serve {shlex.quote(base)}{commit} --enable-lora --max-lora-rank {rank} --lora-modules {modules}"
+    lora = f"--enable-lora --max-lora-rank {rank} {_PLAIN} --lora-modules {modules}"
+    return f"vllm serve {shlex.quote(base)}{commit} {lora}"
 
 
 def serve_by_transformers(folder: Path) -> str:
@@ -39,4 +42,4 @@ def serve_by_transformers(folder: Path) -> str:
 
 def serve_merged(folder: Path, *, name: str) -> str:
     """Returns the command that serves a folder of merged weights with vLLM."""
-    return f"vllm serve {shlex.quote(str(folder))} --served-model-name {shlex.quote(name)}"
+    return f"vllm serve {shlex.quote(str(folder))} --served-model-name {shlex.quote(name)} {_PLAIN}"

@@ -226,7 +226,8 @@ def open_run(
         base, vocab = _base(loaded, module), loaded.config.vocab_size
         del loaded  # the backend has weights of its own: the host's copy may go
         progress.advance(1)
-        for said in (*module.notes(built), *_told(inputs, config, base, backend)):
+        where = f"{backend} on {built.environment()['device']}"
+        for said in (*module.notes(built), *_told(inputs, config, base, where)):
             progress.log(said)
         if config.sampling.server is not None and not inputs.bare:
             built = _served(config, built, workdir, base, vocab, progress)
@@ -252,12 +253,15 @@ def _base(loaded: Any, module: Any) -> Base:
     )  # fmt: skip
 
 
-def _told(inputs: Inputs, config: Any, base: Base, backend: str) -> Iterator[str]:
-    """Yields what a user should know before the run starts, a line each."""
-    yield f"{base.name} in {config.model.dtype}, by {backend}"
+def _told(inputs: Inputs, config: Any, base: Base, where: str) -> Iterator[str]:
+    """Yields what a user should know before the run starts, a line each. `where` names the backend and its device."""
+    yield f"{base.name} in {config.model.dtype}, by {where}"
     yield from prompting.notes(config, base.tokenizer, base.eos)
+    if not isinstance(inputs.algorithm, Algorithm) or inputs.bare:  # a reward model's prompts are written by its template
+        return
+    yield from prompting.of_records(config, inputs.data, base.tokenizer)
     text = inputs.principles
-    if isinstance(inputs.algorithm, Algorithm) and not inputs.bare and text.text and not text.rules:
+    if text.text and not text.rules:
         yield (
             f"warning: principles {text.name!r} have no numbered rules, so all of the text goes into every prompt; probe and"
             ' config.principles_per_query tell rules apart that begin on lines of their own with their numbers: "1. "'

@@ -5,6 +5,7 @@ from typing import Any
 
 from ple_jax.core.rules import is_number
 
+_CUT = 0.5  # share of responses cut off, above which it is said
 _ALIKE = 0.5  # of the start's Distinct-2, below which responses are said to repeat one another
 
 
@@ -64,15 +65,35 @@ def none_better(summary: Mapping[str, Any]) -> str:
     return f"no evaluation{within} was better{' by the second reward' if summary.get('best_by') == 'second' else ''}"
 
 
+def doubts(summary: Mapping[str, Any], config: Any) -> Iterator[str]:
+    """Yields the warnings about what a run reached that are said at its end."""
+    yield from collapsed(summary)
+    yield from cut_off(summary, config)
+
+
 def collapsed(summary: Mapping[str, Any]) -> Iterator[str]:
     """Yields a warning if the responses of what a run reached are much more alike than those of its start."""
-    points, best = summary.get("points", []), list(summary.get("best", {}).values())
-    if not points:
+    if (last := _last(summary)) is None:
         return
-    before, after = points[0]["distinct_2"], (best or points)[-1]["distinct_2"]
+    before, after = summary["points"][0]["distinct_2"], last["distinct_2"]
     if after < _ALIKE * before:
         yield (
             f"warning: Distinct-2 of the held-out responses fell from {before:.2f} to {after:.2f}: they repeat one another,"
             " so look at them in the report before you believe the reward; a smaller --config.eval.max_kl keeps them closer"
             " to the start"
         )
+
+
+def cut_off(summary: Mapping[str, Any], config: Any) -> Iterator[str]:
+    """Yields a warning if most responses of what a run reached were cut off, though a chat's answers have an end."""
+    if config.task.chat and (last := _last(summary)) is not None and last["truncated"] > _CUT:
+        yield (
+            f"warning: {last['truncated']:.0%} of the held-out responses were cut off at"
+            f" config.sampling.max_new_tokens={config.sampling.max_new_tokens}: raise it"
+        )
+
+
+def _last(summary: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Returns the evaluation that a run reached: the best under its largest budget, or else the last; None without any."""
+    found = list(summary.get("best", {}).values()) or summary.get("points", [])
+    return found[-1] if found else None

@@ -294,7 +294,7 @@ def stopped(config: Any, state: State) -> str:
     if config.eval.max_kl and config.eval.stop and last.kl > max(config.eval.max_kl):
         return (
             f"its budget is spent: {last.kl:.3g} nats a response from the start at {last.where}, of"
-            f" {max(config.eval.max_kl):g}"
+            f" {max(config.eval.max_kl):g} (longer responses need a larger config.eval.max_kl)"
         )
     if config.eval.patience and limits:
         top = best(points, config.eval.best, max(limits.values()))

@@ -49,7 +49,7 @@ class Progress:
         self._clock = clock
         self._iteration: int | None = None  # none has begun: the run is being opened
         self._finished = 0
-        self._numbers = ""
+        self._heading, self._numbers = "opening", ""
         self._phase = ""
         self._done = self._total = self._tokens = 0
         self._run_start = self._iteration_start = self._phase_start = clock()
@@ -106,8 +106,12 @@ class Progress:
         self._print(text)
 
     def heading(self, text: str) -> None:
-        """Ends the phase, and prints a line that is the heading of the phases to come."""
+        """Ends the phase, and prints a line that is the heading of the phases to come.
+
+        Before the first iteration the live display shows it, as far as its first colon.
+        """
         self._end_phase()
+        self._heading = text.partition(":")[0]
         self._print(text)
 
     def _print(self, text: str, style: str = "") -> None:
@@ -138,9 +142,9 @@ class Progress:
         bars = Table.grid(padding=(0, 2))
         elapsed = _duration(self._clock() - self._run_start)
         bars.add_row(
-            "opening" if self._iteration is None else f"iteration {self._iteration}/{self._total_iterations}",
+            self._heading if self._iteration is None else f"iteration {self._iteration}/{self._total_iterations}",
             ProgressBar(total=self._total_iterations, completed=self._finished, width=30),
-            f"{elapsed} elapsed, ETA {self._eta()}",
+            f"{elapsed} elapsed" + ("" if self._iteration is None else f", ETA {self._eta()}"),
         )
         if self._phase:
             count = f"{self._done}/{self._total}" if self._total else f"{self._done}"

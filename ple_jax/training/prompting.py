@@ -4,11 +4,12 @@ import heapq
 import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from ple_jax import prompts
 from ple_jax.core.batches import left_padded
+from ple_jax.core.config import names
 from ple_jax.core.conversation import Conversation
 from ple_jax.core.errors import Unusable, UserError
 from ple_jax.core.types import Batch, Query, Reward, Tokenizer
@@ -19,7 +20,8 @@ from ple_jax.data.mixture import draw_queries, format_of
 from ple_jax.prompts import principles, template
 from ple_jax.training.progress import Progress
 
-_LOOKED_AT = 64  # queries whose principled prompts tell what all of them share, and which is the longest
+_LOOKED_AT = 64  # queries that stand for all: for what principled prompts share, the longest of them, and the kind of record
+_HELDOUT = "quickstart_heldout"  # the default
 
 
 class Rendered(NamedTuple):
@@ -268,6 +270,22 @@ def notes(config: Any, tokenizer: Tokenizer, eos: Sequence[int]) -> list[str]:
             " prompts"
         )
     return said
+
+
+def of_records(config: Any, data: Data, tokenizer: Tokenizer) -> Iterator[str]:
+    """Yields a warning where records are hardly meant to be read as they are: turns as text, or another task's held-out."""
+    task = config.task
+    turns = any(isinstance(query.prompt, Conversation) for query in data.train[:_LOOKED_AT])
+    if turns and not task.chat and tokenizer.chat_template is not None:
+        yield (
+            'warning: the records are conversations and config.task.chat is False: the model sees transcripts ("Human: ..."'
+            ' "Assistant:"), not its chat template; --config.task.chat=True gives it that'
+        )
+    if not task.sets and task.heldout == _HELDOUT and task.train not in names("data", ".jsonl"):
+        yield (
+            f"warning: config.task.train is {task.train!r}, and config.task.heldout still {_HELDOUT!r}, openings of film"
+            " reviews: evaluations are of these, and choose the best checkpoint; name held-out records of your own task"
+        )
 
 
 def longest(data: Data, rendering: Prompts) -> int:

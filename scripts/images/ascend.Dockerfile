@@ -11,10 +11,10 @@ ARG TORCH_INDEX=
 ENV PYTHONUNBUFFERED=1
 
 COPY . /opt/ple_jax
-# torch first: what comes after finds it there
+# torch first: what comes after finds it there. Not the extra `ascend`, whose torch is newer than what this CANN belongs to
 # hadolint ignore=DL3013  # takes the index for a package without a version
-RUN python3 -m pip install --no-cache-dir ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch==2.13.0 \
-    && python3 -m pip install --no-cache-dir '/opt/ple_jax[ascend,data,eval]'
+RUN python3 -m pip install --no-cache-dir ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch==2.12.0 \
+    && python3 -m pip install --no-cache-dir torch-npu==2.12.0 '/opt/ple_jax[data,eval]'
 
 # sources CANN's set_env.sh and starts a process for each of 8 NPUs (NPROC_PER_NODE; NNODES for several machines)
 ENTRYPOINT ["/opt/ple_jax/scripts/launch/ascend.sh"]

@@ -3,7 +3,7 @@
 # are those of ple_jax; --workdir must be a folder that all nodes mount.
 #
 #   sbatch scripts/launch/slurm.sh --config hh --workdir /shared/runs/hh --config.model.path=meta-llama/Meta-Llama-3-8B-Instruct \
-#       --config.mesh.fsdp=8 --config.mesh.tensor=2
+#       --config.mesh.data=2 --config.mesh.tensor=8
 #   sbatch --nodes=1 --gpus-per-node=4 --ntasks-per-node=4 scripts/launch/slurm.sh --config hh --workdir ...
 #   sbatch --partition=long --account=mine --time=2-0 scripts/launch/slurm.sh ...
 #

@@ -3,7 +3,7 @@
 # where the others are. Arguments are those of ple_jax; --workdir must be a folder that all hosts mount.
 #
 #   CLUSTER=mine IMAGE=REGION-docker.pkg.dev/PROJECT/ple/tpu:0.1 STORAGE=runs scripts/launch/xpk.sh ple-hh v5litepod-64 \
-#       --config hh --workdir /runs/hh --config.model.path=meta-llama/Meta-Llama-3-8B-Instruct --config.mesh.fsdp=8 --config.mesh.tensor=8
+#       --config hh --workdir /runs/hh --config.model.path=meta-llama/Meta-Llama-3-8B-Instruct --config.mesh.data=8 --config.mesh.tensor=8
 #
 # CLUSTER, IMAGE    of XPK (`xpk cluster create`), of scripts/images/tpu.Dockerfile
 # STORAGE           a storage of the cluster (`xpk storage create`) that is mounted where --workdir is

@@ -6,11 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from patience import LAST_RESORT
 from safetensors.numpy import load_file
 
+from ple_jax.backend import processes
 from ple_jax.core import launch
 from ple_jax.core.errors import UserError
 
@@ -58,6 +60,27 @@ def assert_the_same(one: Path, other: Path) -> None:
 
 def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_every_process_says_whom_it_looks_for(tmp_path, monkeypatch, capsys):
+    def alone(*_, **__):
+        raise RuntimeError("nobody is there")
+
+    monkeypatch.setattr(jax.distributed, "initialize", alone)
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])  # as it was, afterwards
+    for name in launch.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+    def said(*asked):
+        with pytest.raises(UserError, match="did not find one another"):
+            processes.processes(launch.Given(*asked), tmp_path, stop=print).__enter__()
+        return capsys.readouterr().err
+
+    assert said("host0:1", 2, 0) == "waiting for 2 processes at host0:1\n"
+    assert said("host0:1", 2, 1) == "process 1 of 2: looking for host0:1; process 0 says all else\n"
+    monkeypatch.setenv("SLURM_PROCID", "3")  # JAX finds out the rest
+    assert said() == "process 3: looking for process 0; process 0 says all else\n"
 
 
 @pytest.fixture(scope="module")

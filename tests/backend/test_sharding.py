@@ -1,6 +1,7 @@
 """Meshes of eight simulated devices give the numbers of one; every parameter has a rule."""
 
 import functools
+from types import SimpleNamespace
 
 import exact
 import jax
@@ -12,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from speed import quick
 from test_train import backend, negative_likelihood, random_batch
 
+from ple_jax.backend import backend as jax_backend
 from ple_jax.backend import sharding
 from ple_jax.core import packing
 from ple_jax.core.errors import UserError
@@ -101,5 +103,36 @@ def test_heads_that_do_not_divide_are_replicated_and_said_so():
 
 
 def test_too_few_devices():
-    with pytest.raises(UserError, match="needs 16 devices, there are 8"):
+    says = "needs 16 devices, there are 8 .cpu.; lower .*; JAX sees CPUs alone: for GPUs install the extra `cuda`"
+    with pytest.raises(UserError, match=says):
         sharding.make_mesh(data=16)
+
+
+@pytest.mark.parametrize(("error", "why"), [(RuntimeError("Not:\nmore"), "Not:"), (AssertionError(), "none is visible")])
+def test_no_device_is_a_line(monkeypatch, error, why):
+    """Where no GPU is visible JAX asserts, where its plugin is not installed it raises."""
+
+    def none():
+        raise error
+
+    monkeypatch.setattr(jax, "devices", none)
+    for asks in (sharding.make_mesh, lambda: jax_backend.fast_dtype(None)):
+        with pytest.raises(UserError, match="^JAX finds no device of JAX_PLATFORMS=") as found:
+            asks()
+        assert f"({why}); JAX for GPUs is the extra `cuda`, docs/install.md" in str(found.value)
+        assert "\n" not in str(found.value)
+
+
+def test_devices_that_are_left_out_are_said(monkeypatch):
+    def said(**axes):
+        stand = SimpleNamespace(mesh=sharding.make_mesh(**axes), model=SimpleNamespace(config=tiny.CONFIG))
+        with monkeypatch.context() as there:
+            there.setattr(sharding, "devices", lambda: [SimpleNamespace(platform=platform)] * 8)
+            return jax_backend.notes(stand)
+
+    platform = "gpu"
+    assert said() == ["1 of 8 devices is used: --config.mesh.data=8 takes 8"]
+    assert said(tensor=2, data=2) == ["4 of 8 devices are used: --config.mesh.data=4 takes 8"]
+    assert said(fsdp=5) == said(data=4, tensor=2) == []
+    platform = "cpu"
+    assert said() == []

@@ -198,6 +198,7 @@ NONE = {"tool_calls": None, "name": None}  # as Arrow fills up what other rows h
         ({"prompt": "a", "completion": [user("a"), assistant("b")]}, "completion", [user("a")], ("b", "")),
         ({"prompt": [system("s"), user("a")], "completion": [user("a"), assistant("b")]}, "completion",
          [system("s"), user("a")], ("b", "")),
+        ({"messages": [{**system("s"), "role": "developer"}, user("a")]}, "prompt", [system("s"), user("a")], ("", "")),
         ({"prompt": [system("s")], "completion": [user("a"), assistant("b")]}, "completion",
          [system("s"), user("a")], ("b", "")),
         ({"messages": [user("a"), {**assistant("b"), "tool_calls": []}, user("c")]}, "prompt",

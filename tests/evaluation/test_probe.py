@@ -94,7 +94,7 @@ def test_noise_is_the_same_under_every_prompt(probed):
     assert noise[0] == noise[1] == noise[2] and len(set(noise[0])) == 16
 
 
-def test_what_was_sampled_is_not_sampled_again(probed, tmp_path, monkeypatch):
+def test_what_was_sampled_is_not_sampled_again(probed, tmp_path, monkeypatch, capsys):
     copy = tmp_path / "w"
     shutil.copytree(probed, copy)
     shutil.rmtree(copy / "probe" / "only_2")
@@ -108,12 +108,16 @@ def test_what_was_sampled_is_not_sampled_again(probed, tmp_path, monkeypatch):
     sampled.clear()
     other = tmp_path / "rules.txt"
     other.write_text("Write.\n1. Be kind.\n2. Be brief.\n")
+    capsys.readouterr()
     modes.probe(config(principles=str(other)), copy, "jax")
     assert sampled == [
         "all",
         "only_1",
         "only_2",
     ]  # the plain prompt is as it was; of two rules each is tried once
+    headings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("probe, ")]
+    numbered = [f"probe, prompt {i} of 4" for i in range(1, 5)]
+    assert [line.partition(":")[0] for line in headings] == numbered and "rule 2 alone: Be brief." in headings[3]
     sampled.clear()
     modes.probe(config(**{"probe.queries": 3}), copy, "jax")  # another question
     assert len(sampled) == 10 and result(copy)["queries"] == 3

@@ -156,6 +156,8 @@ def test_methods_by_name():
     assert methods.chosen("ple,ablations") == ["ple", *(n for n in everything if methods.METHODS[n].group == "ablations")]
     with pytest.raises(UserError, match="'dpo_offlne' is none of all, main, .*did you mean 'dpo_offline'"):
         methods.chosen("ple,dpo_offlne")
+    with pytest.raises(UserError, match="'mine.py' is none of .*; a file of your own is compared by ple_jax.*sweep"):
+        methods.chosen("ple,mine.py")
     with pytest.raises(UserError, match="ple_empty is trained at the learning rate of ple, which is not among them"):
         methods.chosen("sft,ple_empty")
 

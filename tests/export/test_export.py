@@ -323,7 +323,10 @@ def adapter_config(**changes):
 
 def test_line_that_serves_an_adapter():
     line = commands.serve_adapter(Path("runs/my run/adapter"), adapter_config(), name="my run")
-    assert line == ("vllm serve some/base --enable-lora --max-lora-rank 8 --lora-modules 'my run=runs/my run/adapter'")
+    assert line == (
+        "vllm serve some/base --enable-lora --max-lora-rank 8 --generation-config vllm"
+        " --lora-modules 'my run=runs/my run/adapter'"
+    )
     pinned = commands.serve_adapter(Path("a"), adapter_config(revision="f" * 40), name="a")
     assert f"serve some/base --revision {'f' * 40} --enable-lora" in pinned
     assert shlex.split(line)[-1] == "my run=runs/my run/adapter"
@@ -382,7 +385,8 @@ def test_mode_export(run, hub, capsys):
     assert modes.export(asked, workdir, "jax") == 0
     said = capsys.readouterr().out
     assert f"adapter of iteration 2: {workdir / 'adapter'} (PEFT layout, base model tiny)" in said
-    vllm, own = f"vllm serve {workdir / 'merged'} --served-model-name tiny", f"transformers serve {workdir / 'merged'}"
+    vllm = f"vllm serve {workdir / 'merged'} --served-model-name tiny --generation-config vllm"
+    own = f"transformers serve {workdir / 'merged'}"
     assert f"serve with vLLM:\n  {vllm}\nor with transformers, on a CPU too:\n  {own}  # pip install" in said
     assert [(what, repo) for what, repo, _ in hub] == [
         ("create", "me/mine"), ("upload", "me/mine"), ("create", "me/mine-merged"), ("upload", "me/mine-merged"),
@@ -453,10 +457,8 @@ def test_a_base_folder_is_served_with_the_adapter(source, tmp_path, capsys, monk
     workdir = tmp_path / "run"
     config = a_run(workdir, model__path=str(base))
     modes.export(config, workdir, "jax")
-    modules = f"run={workdir / 'adapter'}"
-    assert capsys.readouterr().out.endswith(
-        f"serve with vLLM:\n  vllm serve {base} --enable-lora --max-lora-rank 8 --lora-modules {modules}\n"
-    )
+    lora = f"--enable-lora --max-lora-rank 8 --generation-config vllm --lora-modules run={workdir / 'adapter'}"
+    assert capsys.readouterr().out.endswith(f"serve with vLLM:\n  vllm serve {base} {lora}\n")
     monkeypatch.setattr(weights, "gguf_file", lambda path: Path("small.Q4_1.gguf"))  # as if it had been read from one
     for merged, remedy in ((False, "merge to serve these"), (True, "the second line serves these")):
         modes.export(exporting(config, merged=merged), workdir, "jax")
@@ -553,7 +555,7 @@ def test_card_of_an_adapter(tmp_path):
         "| `lora.rank` | `12` |",
         r"| `task.train` | `queries \| mine.jsonl` |",
         'AutoPeftModelForCausalLM.from_pretrained("me/mine")',
-        "vllm serve some/base --enable-lora --max-lora-rank 16 --lora-modules aligned=me/mine",
+        "vllm serve some/base --enable-lora --max-lora-rank 16 --generation-config vllm --lora-modules aligned=me/mine",
         "python 3.99, jax 9.9.9",
         "https://arxiv.org/abs/2408.02599",
     ):

@@ -82,6 +82,17 @@ def test_the_command_of_the_model_is_that_of_make():
     assert f"MODEL := {pinned}\n" in (ROOT / "Makefile").read_text()
 
 
+def test_an_environment_that_was_not_made_is_tried_again(tmp_path):
+    """Without Debian's python3-venv there is a folder with an interpreter in it, and no pip."""
+    shutil.copyfile(ROOT / "Makefile", tmp_path / "Makefile")
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\n[ "$1" = -m ] || exit 0\nmkdir -p .venv/bin\ntouch .venv/bin/python\nexit 1\n')
+    python.chmod(0o755)
+    for _ in range(2):
+        done = subprocess.run(["make", f"PYTHON={python}", ".venv/bin/python"], cwd=tmp_path, capture_output=True)
+        assert done.returncode == 2 and not (tmp_path / ".venv").exists()
+
+
 def test_the_version_is_that_of_the_citation():
     assert f"\nversion: {ple_jax.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 

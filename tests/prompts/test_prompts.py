@@ -226,6 +226,13 @@ def test_a_system_turn_that_is_also_in_the_markup(own):
         assert text == tok.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 
 
+def test_a_later_system_turn_is_not_lost_in_silence():
+    query = Query("q", Conversation([*TURNS[:2], system("Be brief."), TURNS[2]]))
+    assert "<|im_start|>system\nBe brief.<|im_end|>" in prompts.render(query, None, tokenizer(template=CHATML), chat=True)[0]
+    with pytest.raises(UserError, match="it leaves out 'Be brief.'"):
+        prompts.render(query, None, tokenizer(template=DROPS), chat=True)
+
+
 def test_the_first_user_turn_need_not_be_the_first():
     greeting = {"role": "assistant", "content": "Good evening."}
     query = Query("q", Conversation([system("You sell films."), greeting, *TURNS]))

@@ -203,6 +203,10 @@ def test_a_file_of_your_own(tmp_path):
     assert values(f"{tmp_path / 'mine.py'}:scorer", {}, ["a b"]) == [0.5]  # any object that can be called
 
 
+def of_trl(completions, answer, **columns):
+    return [float(a in c) for c, a in zip(completions, answer, strict=True)]
+
+
 @pytest.mark.parametrize(
     ("name", "kwargs", "says"),
     [
@@ -213,6 +217,7 @@ def test_a_file_of_your_own(tmp_path):
         ("test_rewards:nothing", {}, "no function 'nothing'"),
         ("test_rewards:constant", {"size": 1}, "not called as .*unexpected keyword argument 'size'; .*another reward"),
         ("test_rewards:cached", {}, "not called as"),
+        ("test_rewards:of_trl", {}, "takes `completions` first, as TRL calls it: here it is called as .prompts, responses."),
         ("letters", {"letters": ""}, "config.reward.kwargs letters = '': give at least one letter"),
     ],
 )

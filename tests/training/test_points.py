@@ -70,7 +70,7 @@ def test_a_run_stops_where_its_largest_budget_is_spent():
     config = config_of(**{"eval.max_kl": (2, 4)})
     assert not points.stopped(config, state_of(at(0, 0.0, 0.0), at(1, 1.0, 4.0)))
     why = points.stopped(config, state_of(at(0, 0.0, 0.0), at(1, 1.0, 4.1)))
-    assert why == "its budget is spent: 4.1 nats a response from the start at iteration 1, of 4"
+    assert why.startswith("its budget is spent: 4.1 nats a response from the start at iteration 1, of 4 (longer")
     assert not points.stopped(config, state_of(at(0, 0.0, 0.0), at(3, 1.0, 9.0)))  # it has ended by itself
     on = config_of(**{"eval.max_kl": (2, 4), "eval.stop": False})  # the best within each are kept all the same
     assert not points.stopped(on, state_of(at(0, 0.0, 0.0), at(1, 1.0, 4.1)))
@@ -381,6 +381,21 @@ def test_the_end_of_a_run_says_what_its_best_hides():
     (warning,) = outcome.collapsed(summary)
     assert "fell from 1.00 to 0.40: they repeat one another" in warning
     assert not list(outcome.collapsed(summary | {"best": {}})) and not list(outcome.collapsed({}))
+
+
+def test_responses_that_were_cut_off_are_said_at_the_end(tmp_path, capsys):
+    """Of what the run has reached, in a chat: there an answer has an end."""
+    cut, whole = (at(1, 0.5, 2.0)._replace(truncated=share)._asdict() for share in (0.51, 0.5))
+    summary = {"points": [whole, cut], "best": {"kl_4": cut}}
+    chat = config_of(**{"task.chat": True})
+    assert list(outcome.cut_off(summary, chat)) == [
+        "warning: 51% of the held-out responses were cut off at config.sampling.max_new_tokens=8: raise it"
+    ]
+    assert len(list(outcome.cut_off(summary | {"best": {}}, chat))) == 1
+    assert not list(outcome.cut_off(summary, config_of()))
+    assert not list(outcome.cut_off({"points": [cut, whole]}, chat)) and not list(outcome.cut_off({}, chat))
+    train(tmp_path, iterations=1, **{"task.chat": True, "sampling.max_new_tokens": 1})
+    assert "were cut off at config.sampling.max_new_tokens=1: raise it\n" in capsys.readouterr().out
 
 
 def test_several_points_an_iteration_change_nothing_of_the_training(tmp_path):

@@ -126,6 +126,15 @@ def test_terminal_display(clock):
     assert "held-out 0.500   plain 0.250   principled 0.750   tau 0.200" in text
 
 
+def test_work_without_iterations_shows_its_heading(clock):
+    with Progress(5, console=terminal(), clock=clock) as progress:
+        assert "opening" in rendered(progress) and "ETA" not in rendered(progress)
+        progress.heading("probe, prompt 2 of 10: a rule: all of its words")
+        progress.phase("generate plain", 48)
+        text = rendered(progress)
+    assert "probe, prompt 2 of 10 " in text and "a rule" not in text and "opening" not in text and "ETA" not in text
+
+
 def test_bars_are_filled_in_proportion(clock):
     with Progress(4, console=terminal(), clock=clock) as progress:
         progress.iteration(3)

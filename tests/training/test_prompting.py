@@ -197,6 +197,46 @@ def test_what_is_said_of_stops_and_headers():
     assert prompting.notes(raw, tokenizer, (256,)) == []
 
 
+def test_records_that_are_hardly_meant_as_they_are_read():
+    """The model has a template, and what was trained on are turns; or the held-out records are the default's."""
+
+    def said(query="a", heldout="mine", **options):
+        prompts = rendering(**{"task__chat": False, "task__heldout": heldout} | options)
+        data = Data([Query("", query)], [], {})
+        return list(prompting.of_records(prompts.config, data, prompts.tokenizer))
+
+    turns = Conversation([user("a")])
+    (warning,) = said(turns)
+    assert warning.startswith("warning: the records are conversations and config.task.chat is False")
+    assert "--config.task.chat=True gives it that" in warning and "\n" not in warning
+    assert said() == said(turns, task__chat=True) == []
+    base = byte_tokenizer()
+    base.chat_template = None
+    raw = rendering(task__chat=False, task__heldout="mine").config
+    assert list(prompting.of_records(raw, Data([Query("", turns)], [], {}), base)) == []
+    (warning,) = said(heldout="quickstart_heldout", task__train="mine.jsonl")
+    assert "config.task.train is 'mine.jsonl', and config.task.heldout still 'quickstart_heldout'" in warning
+    assert said(heldout="quickstart_heldout", task__train="quickstart_train") == []
+    assert said(heldout="quickstart_heldout", task__train="a.jsonl", task__sets={"a": {"train": "a.jsonl"}}) == []
+
+
+def test_what_a_run_says_first(tmp_path, capsys):
+    """Its model, dtype, backend and device; then what is odd about its records, once."""
+    for name in ("train", "heldout"):
+        pairs = [{"prompt": [user(f"{name} {i}")], "chosen": "b", "rejected": "c"} for i in range(20)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+
+    def said(algorithm, heldout):
+        files = {"task__train": str(tmp_path / "train.jsonl"), "task__heldout": heldout}
+        with modes.on_run(FrozenConfigDict(configured(algorithm, **files)), tmp_path / algorithm, "torch", trained=False):
+            return capsys.readouterr().out
+
+    found = said("ple", "quickstart_heldout")
+    assert "tiny in float32, by torch on cpu\n" in found
+    assert found.count("warning: the records are conversations") == found.count("warning: config.task.train is") == 1
+    assert "warning" not in said("reward", str(tmp_path / "heldout.jsonl"))  # the model's own template writes its prompts
+
+
 def test_a_run_keeps_the_day_on_which_it_began(tmp_path, monkeypatch):
     config = FrozenConfigDict(configured("ple"))
 

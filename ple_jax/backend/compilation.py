@@ -104,7 +104,7 @@ def _opened(shared: Path) -> _Open:
 
 def _swept(own: Path) -> None:
     """Removes the folder of a process that ended without removing it."""
-    with contextlib.suppress(OSError), (own / "lock").open() as lock:
+    with contextlib.suppress(OSError), (own / "lock").open("r+") as lock:  # NFS locks only what is open for writing
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         shutil.rmtree(own)
 

@@ -83,9 +83,9 @@ def test_on_nfs_too_only_what_nobody_holds_is_swept(tmp_path, monkeypatch):
     own.mkdir()
     with (own / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        compilation._swept(own)
+        compilation.sweep(own)
         assert own.exists()
-    compilation._swept(own)
+    compilation.sweep(own)
     assert not own.exists()
 
 

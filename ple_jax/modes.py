@@ -17,8 +17,8 @@ from ple_jax import algorithms, rewards
 from ple_jax import chat as chatting
 from ple_jax.algorithms import Algorithm, OfflineAlgorithm
 from ple_jax.core import backends
-from ple_jax.core.errors import UserError
-from ple_jax.core.files import plain, write_json
+from ple_jax.core.errors import Damaged, UserError
+from ple_jax.core.files import plain, read_json, write_json
 from ple_jax.core.identity import run_keys, upgraded
 from ple_jax.core.version import project
 from ple_jax.evaluation import compare as comparison
@@ -64,11 +64,9 @@ def train(config: Any, workdir: Path, backend: str, accept: Sequence[str] = (), 
             print(f"{workdir} is finished: {outcome.reached(done)}; see {workdir / 'report.html'}")
             return 0
         with open_run(workdir, backend, inputs, kept, tracked=True) as run:
-            run = run._replace(session=run.session._replace(profile=profile))
-            (workdir / SUMMARY).unlink(missing_ok=True)  # of a shorter run
             for said in outcome.of_two_rewards(kept):
                 run.session.progress.log(said)
-            write_json(workdir / "environment.json", _environment(run))
+            run = _begun(run, profile)
             state = (baselines or (loop if online else offline)).train(run)
             summary = (measures if online else offline).summary(run, backend, state)
             if online and baselines is None:  # another trainer's rates are its own
@@ -85,6 +83,17 @@ def train(config: Any, workdir: Path, backend: str, accept: Sequence[str] = (), 
     if head:
         print(_use_reward(workdir / "reward_model"))
     return 0
+
+
+def _begun(run: Run[Any], profile: bool) -> Run[Any]:
+    """Removes what tells of the end of a shorter run and writes environment.json; the session has the one before."""
+    workdir, before = run.session.workdir, None
+    for name in (SUMMARY, "report.html"):
+        (workdir / name).unlink(missing_ok=True)
+    with contextlib.suppress(Damaged):  # it is written anew
+        before = read_json(workdir / "environment.json")
+    write_json(workdir / "environment.json", _environment(run))
+    return run._replace(session=run.session._replace(profile=profile, before=before or {}))
 
 
 def _environment(run: Run[Any]) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def train(config: Any, workdir: Path, backend: str, accept: Sequence[str] = (), 
         with open_run(workdir, backend, inputs, kept, tracked=True) as run:
             for said in outcome.of_two_rewards(kept):
                 run.session.progress.log(said)
-            run = _begun(run, profile)
+            run = _prepared(run, profile)
             state = (baselines or (loop if online else offline)).train(run)
             summary = (measures if online else offline).summary(run, backend, state)
             if online and baselines is None:  # another trainer's rates are its own
@@ -85,7 +85,7 @@ def train(config: Any, workdir: Path, backend: str, accept: Sequence[str] = (), 
     return 0
 
 
-def _begun(run: Run[Any], profile: bool) -> Run[Any]:
+def _prepared(run: Run[Any], profile: bool) -> Run[Any]:
     """Removes what tells of the end of a shorter run and writes environment.json; the session has the one before."""
     workdir, before = run.session.workdir, None
     for name in (SUMMARY, "report.html"):

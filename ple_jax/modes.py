@@ -17,8 +17,8 @@ from ple_jax import algorithms, rewards
 from ple_jax import chat as chatting
 from ple_jax.algorithms import Algorithm, OfflineAlgorithm
 from ple_jax.core import backends
-from ple_jax.core.errors import UserError
-from ple_jax.core.files import plain, write_json
+from ple_jax.core.errors import Damaged, UserError
+from ple_jax.core.files import plain, read_json, write_json
 from ple_jax.core.identity import run_keys, upgraded
 from ple_jax.core.version import project
 from ple_jax.evaluation import compare as comparison
@@ -61,11 +61,9 @@ def train(config: Any, workdir: Path, backend: str, accept: Sequence[str] = (), 
         if (done := finished(workdir)) and _whole(done, config, online):
             return _finished(workdir, done)
         with open_run(workdir, backend, inputs, kept, tracked=True) as run:
-            run = run._replace(session=run.session._replace(profile=profile))
-            (workdir / SUMMARY).unlink(missing_ok=True)  # of a shorter run
             for said in outcome.of_two_rewards(kept):
                 run.session.progress.log(said)
-            write_json(workdir / "environment.json", _environment(run))
+            run = _prepared(run, profile)
             state = (baselines or (loop if online else offline)).train(run)
             summary = (measures if online else offline).summary(run, backend, state)
             if online and baselines is None:  # another trainer's rates are its own
@@ -90,6 +88,17 @@ def _finished(workdir: Path, summary: Mapping[str, Any]) -> int:
     early = f" (stopped early: {summary['stopped']})" if summary.get("stopped") else ""
     print(f"{workdir} is finished{early}: {outcome.reached(summary)}; see {workdir / 'report.html'}")
     return 0
+
+
+def _prepared(run: Run[Any], profile: bool) -> Run[Any]:
+    """Removes what tells of the end of a shorter run and writes environment.json; the session has the one before."""
+    workdir, before = run.session.workdir, None
+    for name in (SUMMARY, "report.html"):
+        (workdir / name).unlink(missing_ok=True)
+    with contextlib.suppress(Damaged):  # it is written anew
+        before = read_json(workdir / "environment.json")
+    write_json(workdir / "environment.json", _environment(run))
+    return run._replace(session=run.session._replace(profile=profile, before=before or {}))
 
 
 def _environment(run: Run[Any]) -> dict[str, Any]:

@@ -285,6 +285,24 @@ def test_init_copies_a_config(tmp_path, monkeypatch, capsys):
     assert "= 0.5" in copied.read_text()
 
 
+def test_init_leaves_no_half_of_a_config(tmp_path, monkeypatch):
+    """The same command would call it the user's own."""
+    opened = Path.open
+
+    def on_a_full_disk(self, mode="r", **options):
+        file = opened(self, mode, **options)
+        if mode != "r":
+            file.write("half")
+            file.write = lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device"))
+        return file
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="tiny.py cannot be written: .*No space left"):
+        patch.setattr(Path, "open", on_a_full_disk)
+        main.main(parse("--mode=init", "--config=tiny", f"--workdir={tmp_path}"))
+    assert list(tmp_path.iterdir()) == []
+    assert main.main(parse("--mode=init", "--config=tiny", f"--workdir={tmp_path}")) == 0
+
+
 @pytest.mark.parametrize("own", [False, True], ids=["no package", "a package of the user's own"])
 def test_configs_in_a_file_of_the_users(tmp_path, own):
     """`from configs import default` is ours where the user has none, and a user's own `configs` stays theirs."""
@@ -544,6 +562,7 @@ def test_plan_refuses_what_training_would(changes, says):
         (ValueError("RESOURCE_EXHAUSTED: Error writing /w/0: No space left on device [OS error 28]"), "the disk cannot"),
         (FileNotFoundError(errno.ENOENT, "No such file", "/nowhere/at/all/it"), "the folder of /nowhere/at/all/it is gone"),
         (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 10 bytes."), "not enough memory .*micro_queries"),
+        (RuntimeError("unable to mmap 9 bytes from file <0/state>: Cannot allocate memory (12)"), "not enough memory"),
         (MemoryError(), r"not enough memory \(MemoryError\)"),
     ],
     ids=lambda value: str(value)[:24],

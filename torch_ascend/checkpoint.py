@@ -31,13 +31,17 @@ def restore(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
 
     Raises:
         Damaged: a file of the checkpoint is not as it was written.
+        UserError: the machine cannot read it.
     """
     if (folder := commits.newest(path)) is None:
         return None
     try:
         return load_file(folder / _STATE), json.loads((folder / _META).read_text(encoding="utf-8"))
-    except (OSError, ValueError, SafetensorError) as error:
+    except (FileNotFoundError, ValueError, SafetensorError) as error:  # an earlier version has no list of the files
         raise commits.damaged(folder, str(error)) from error
+    except OSError as error:  # such as of a file system without mmap: nothing is wrong with the checkpoint
+        says = f"checkpoint {folder} cannot be read ({error}): mend that, and give the same command again"
+        raise UserError(says) from error
 
 
 def check(found: dict[str, Tensor], wanted: dict[str, Tensor], path: Path) -> None:

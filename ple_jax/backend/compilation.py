@@ -86,7 +86,7 @@ def _opened(shared: Path) -> _Open:
     used = shared / "used"
     used.mkdir(parents=True, exist_ok=True)
     for other in used.iterdir():
-        _swept(other)
+        sweep(other)
     own = Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=used))
     lock = (own / "unlocked").open("w")
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -102,9 +102,9 @@ def _opened(shared: Path) -> _Open:
     return _Open(shared, own, lock, os.getpid(), linked)
 
 
-def _swept(own: Path) -> None:
-    """Removes the folder of a process that ended without removing it."""
-    with contextlib.suppress(OSError), (own / "lock").open() as lock:
+def sweep(own: Path) -> None:
+    """Removes the folder of a process if the process has ended without removing it."""
+    with contextlib.suppress(OSError), (own / "lock").open("r+") as lock:  # NFS locks only what is open for writing
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         shutil.rmtree(own)
 

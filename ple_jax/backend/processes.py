@@ -33,6 +33,7 @@ from ple_jax.core.secrets import redacted
 _GRACE = {"heartbeat_timeout_seconds": 60, "shutdown_timeout_seconds": 60}  # JAX's own, which is behind ours
 _BEAT, _SILENT = 1.0, 15.0  # seconds between two signs of life, and without one until a process is taken for dead
 _POLL = 10_000  # milliseconds of one wait for a message
+_LAG = 60.0  # seconds after which NFS has looked again for what it did not find
 _SWEEP, _SWEPT = 64, 2**26  # messages, and bytes of them, after which those that all have read are removed
 _CALLS, _STATE = "ple_jax/calls", "ple_jax/state"  # in the store
 # what is said of a collective whose other end is gone
@@ -101,14 +102,28 @@ def _check_shared(workdir: Path) -> None:
         return token
 
     wanted = together.from_first(write)
-    seen = mark.exists() and mark.read_text(encoding="utf-8") == wanted
+    seen = shows(mark, wanted)
+    _client().wait_at_barrier("ple_jax/shown", 24 * 3600 * 1000)  # a collective would not wait for one that lags
     everywhere = all(_everywhere(seen))
     if together.rank() == 0:
-        mark.unlink()
+        mark.unlink(missing_ok=True)
     if not everywhere:
         raise UserError(
             f"--workdir={workdir} is not the same folder for all processes: give one on a file system that all hosts mount"
         )
+
+
+def shows(mark: Path, token: str) -> bool:
+    """Says whether a file that process 0 has written holds this text here, after waiting for a file system that lags."""
+    until = time.monotonic() + _LAG
+    while True:
+        with contextlib.suppress(OSError):
+            os.listdir(mark.parent)  # makes NFS ask its server for the names in the folder
+            if mark.read_text(encoding="utf-8") == token:
+                return True
+        if time.monotonic() > until:
+            return False
+        time.sleep(_BEAT)
 
 
 def _everywhere(value: bool) -> list[bool]:

@@ -61,19 +61,15 @@ def newest(path: Path) -> Path | None:
     if not (found := steps(path)):
         return None
     folder = path / str(found[-1])
-    alone = "train again from the start, on what was sampled"
-    if path.parent.name == BEST and not (path.parent / "config.json").exists():  # which a work directory of that name has
-        alone = "take the newest checkpoint in its place"
-    back = "go on from the one before it" if len(found) > 1 else alone
-    for name, said in _listed(folder, back).items():
+    for name, said in _listed(folder).items():
         if not (folder / name).is_file():
-            raise damaged(folder, f"{name} is gone", back)
+            raise damaged(folder, f"{name} is gone")
         if _digest(folder / name) != said:
-            raise damaged(folder, f"{name} is not as it was written", back)
+            raise damaged(folder, f"{name} is not as it was written")
     return folder
 
 
-def _listed(folder: Path, back: str) -> dict[str, str]:
+def _listed(folder: Path) -> dict[str, str]:
     """Reads the list of a checkpoint's files and their digests; it is empty for a checkpoint of an earlier version.
 
     Raises:
@@ -85,11 +81,17 @@ def _listed(folder: Path, back: str) -> dict[str, str]:
         listed, sealed = opened((folder / MANIFEST).read_bytes())
         if sealed:
             return listed
-    raise damaged(folder, f"{MANIFEST} is not as it was written", back)
+    raise damaged(folder, f"{MANIFEST} is not as it was written")
 
 
-def damaged(folder: Path, why: str, back: str = "go on from the one before it") -> Damaged:
-    """Returns the error for a checkpoint that cannot be read; `back` says what its removal makes possible."""
+def damaged(folder: Path, why: str) -> Damaged:
+    """Returns the error for the newest checkpoint, which cannot be read; it says what the removal makes possible."""
+    path = folder.parent
+    back = "train again from the start, on what was sampled"
+    if len(steps(path)) > 1:
+        back = "go on from the one before it"
+    elif path.parent.name == BEST and not (path.parent / "config.json").exists():  # which a work directory of that name has
+        back = "take the newest checkpoint in its place"
     return Damaged(f"checkpoint {folder} is damaged ({why}); remove that folder to {back}")
 
 

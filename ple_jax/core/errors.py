@@ -57,8 +57,9 @@ def of_the_machine(error: BaseException) -> str:
         return f"the disk cannot be written ({brief}); make room there, or mend it, and give the same command again"
     if isinstance(error, FileNotFoundError) and error.filename and not Path(os.fsdecode(error.filename)).parent.exists():
         return f"the folder of {os.fsdecode(error.filename)} is gone: something removed it while the program was at work"
-    # XLA's name for it on every platform, and torch's
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower():
+    # XLA's name for it on every platform, torch's on a device, and the system's
+    names = ("resource_exhausted", "out of memory", "cannot allocate memory")
+    if isinstance(error, MemoryError) or any(name in text.lower() for name in names):
         return (
             f"not enough memory ({brief}); lower --config.optimizer.micro_queries or set --config.model.remat=full, with the"
             " same --workdir, or lower --config.sampling.width, which makes another run"

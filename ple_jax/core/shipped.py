@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ple_jax.core.config import PACKAGE, names
 from ple_jax.core.errors import UserError, suggestion
+from ple_jax.core.files import write_text
 
 CONFIGS = PACKAGE / "configs"  # in a checkout a link to the folder at its top
 
@@ -51,8 +52,9 @@ def copy(file: Path, folder: Path) -> Path:
     path = folder / file.name
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with path.open("x", encoding="utf-8") as copied:
-            copied.write(_own(file))
+        if os.path.lexists(path):
+            raise FileExistsError
+        write_text(path, _own(file))  # whole or not at all: the next call would take a half for a file of the user's
     except FileExistsError as error:
         raise UserError(f"{path} exists, and may hold changes of yours: take another --workdir") from error
     except OSError as error:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from ple_jax.core.compact import Compact, compact
 from ple_jax.core.errors import Unusable, UserError
-from ple_jax.core.files import write_jsonl
+from ple_jax.core.files import read_jsonl, write_jsonl
 from ple_jax.core.types import Query
 
 FILE = "bad_records.jsonl"  # in the work directory: what was left out, and why
@@ -93,6 +93,18 @@ def note(bad: dict[str, list[Bad]], workdir: Path) -> str:
     write_bad(workdir / FILE, bad)
     listed = counts(bad)
     return f"records left out: {listed}; listed in {workdir / FILE}" if listed else ""
+
+
+def noted(workdir: Path, name: str) -> list[Bad]:
+    """Reads what an earlier process has listed in the work directory as left out of the set `name`.
+
+    Raises:
+        Damaged: a line of the list is not JSON.
+    """
+    if not (path := workdir / FILE).exists():
+        return []
+    lines = read_jsonl(path, remedy="remove it: it only lists what was left out")
+    return [Bad(*(line[field] for field in Bad._fields)) for line in lines if line["set"] == name]
 
 
 def write_bad(path: Path, bad: Mapping[str, Sequence[Bad]]) -> None:

@@ -25,7 +25,6 @@ from ple_jax.core import identity
 from ple_jax.core.config import differing
 from ple_jax.core.errors import UserError
 from ple_jax.core.secrets import redacted
-from ple_jax.training.interrupt import MESSAGE
 from ple_jax.training.workdir import lock
 
 
@@ -209,7 +208,8 @@ def _completed(kept: Any, today: Any) -> Any:
 
 def _wait_until_free(workdir: Path, stopping: threading.Event) -> None:
     """Waits until no process works in a folder: one may have outlived the script that started it."""
-    with contextlib.suppress(FileNotFoundError), (workdir / ".lock").open() as lock:
+    # where there is no lock to wait for, the job itself says what is wrong; NFS locks only what is open for writing
+    with contextlib.suppress(OSError), (workdir / ".lock").open("r+") as lock:
         while not stopping.is_set():
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -225,9 +225,9 @@ def _last_line(log: Path) -> str:
 
 @contextlib.contextmanager
 def reported(out: Path) -> Iterator[None]:
-    """Locks OUT for this process, and turns errors into one line and an exit code.
+    """Locks OUT for this process, and turns errors into one line and an exit code, as `ple_jax.main` does.
 
-    These are UserErrors (exit code 2) and a stop by Ctrl-C or SIGTERM (exit code 130).
+    A stop, by Ctrl-C or SIGTERM, gives the exit code 130.
     """
 
     def stop(number: int, frame: Any) -> None:
@@ -236,22 +236,24 @@ def reported(out: Path) -> Iterator[None]:
     # SIGINT too, though Python has a handler for it: where a shell starts this in the background, it is ignored
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        if out.exists() and not out.is_dir():
-            raise UserError(f"--out={out} is a file; give a folder, which is created if need be")
-        with lock(out):
+        with entry.one_line_errors(), _locked(out):
             yield
-    except UserError as error:
-        says = str(error)
-        if says.startswith(f"--workdir={out} "):  # of the lock, in words of `ple_jax.main`
-            says = says.replace("--workdir", "--out")
-        print(f"error: {' '.join(says.split())}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(MESSAGE, file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out={out} is a file; give a folder, which is created if need be")
+    try:
+        with lock(out):
+            yield
+    except UserError as error:
+        if str(error).startswith(f"--workdir={out} "):  # of the lock, in words of `ple_jax.main`
+            raise UserError(str(error).replace("--workdir", "--out")) from error
+        raise
 
 
 def overrides(rest: Sequence[str]) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ple_jax.core import identity
-from ple_jax.core.errors import Damaged, UserError
+from ple_jax.core.errors import Damaged, UserError, of_the_machine
 from ple_jax.core.files import read_sealed, write_sealed
 from ple_jax.core.types import Query
 from ple_jax.data.queries import load_queries
@@ -168,7 +168,7 @@ def take(job: Job, out: Path, keep: Path, *, texts: Path | None = None) -> bool:
 
     Raises:
         Damaged: if its file cannot be read, or answers a query that is not in `texts`.
-        UserError: if its file is of another question.
+        UserError: if its file is of another question, or the machine cannot unpack it.
     """
     if is_done(job, out) or not archive(job, keep).exists():
         return False
@@ -197,8 +197,11 @@ def _unpacked(job: Job, keep: Path, folder: Path) -> Path:
     try:
         with tarfile.open(file, "r:xz") as packed:
             packed.extractall(folder, filter="data")
-    except (tarfile.TarError, lzma.LZMAError, OSError, EOFError) as error:
+    except (tarfile.TarError, lzma.LZMAError, EOFError) as error:
         raise Damaged(f"{file} is damaged ({error}); {_AGAIN}") from error
+    except OSError as error:  # of the machine: nothing is wrong with the file, which may be all that is left of a training
+        says = of_the_machine(error) or f"{error}; mend that, and give the same command again"
+        raise UserError(f"{file} cannot be unpacked: {says}") from error
     return folder
 
 

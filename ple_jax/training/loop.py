@@ -86,9 +86,14 @@ def begin(run: Run[Algorithm]) -> State:
 
 
 def goes_another_way(run: Run[Algorithm], state: State) -> bool:
-    """Says whether the unfinished iteration after `state` may take other steps now than it took before it was stopped."""
+    """Says whether the unfinished iteration after `state` may take other steps now than it took before it was stopped.
+
+    It took them in the environment of the process before this one, which need not be that in which the run began.
+    """
     mended = changed_since(run.session.workdir, state.iteration) - {"after", "iterations"}
-    return bool(mended) or bool(changed(state.environment, run.backend.environment()))
+    now = run.backend.environment()
+    last = {key: value for key, value in run.session.before.items() if key in {**state.environment, **now}}
+    return bool(mended) or any(changed(then, now) for then in (state.environment, last or now))
 
 
 def first_length(run: Run[Algorithm]) -> float:

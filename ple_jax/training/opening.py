@@ -17,7 +17,7 @@ from ple_jax.core.compact import compact
 from ple_jax.core.errors import UserError
 from ple_jax.core.secrets import redacted
 from ple_jax.core.types import Reward
-from ple_jax.data.left_out import note
+from ple_jax.data.left_out import note, noted
 from ple_jax.data.load import Data, load_data, load_warm_up
 from ple_jax.data.mixture import draw_queries
 from ple_jax.data.queries import digest, record_digest
@@ -293,7 +293,10 @@ def fitted(run: Run[Algorithm], *rewards: Reward) -> Run[Algorithm]:
     data = prompting.fitted(
         run.data, run.prompts, run.session.progress, sources=sources, rewards=own, heldout_rewards=rewards
     )
-    if listed := note(data.bad, run.session.workdir):
+    workdir, bad = run.session.workdir, data.bad
+    if run.config.warm_up.data is not None:  # whose records are read once in a run
+        bad = {**bad, "warm_up": noted(workdir, "warm_up")}
+    if listed := note(bad, workdir):
         run.session.progress.log(listed)
     prompting.check_run(data, run.prompts, model=run.base.name)
     return run._replace(data=data, prompts=run.prompts.sharing(data.heldout))

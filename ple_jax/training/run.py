@@ -1,6 +1,7 @@
 """The parts of a run: a few small tuples, made once when the run is opened. Each stage takes those that it reads."""
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -51,6 +52,7 @@ class Session(NamedTuple):
     stop: Stop
     clock: Clock
     profile: bool = False  # whether an iteration is traced
+    before: Mapping[str, Any] = {}  # environment.json of the process before this one
 
 
 class Run(NamedTuple, Generic[A]):

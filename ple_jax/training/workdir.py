@@ -7,6 +7,7 @@ report.html  summary.json (written last: it marks a finished run)
 
 import fcntl
 import os
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import date
@@ -38,7 +39,7 @@ def lock(workdir: Path) -> Iterator[None]:
     The kernel frees the lock when the process ends, however it ends. Children that the process forks do not hold it.
 
     Raises:
-        UserError: if another process holds it, or the folder cannot be written.
+        UserError: if another process holds it, of this host or another one, or the folder cannot be written or locked.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -50,12 +51,18 @@ def lock(workdir: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             handle.seek(0)
+            host, colon, process = handle.read().strip().rpartition(":")
+            who = f"{process or 'unknown'}{f' on {host}' if colon else ''}"
             raise UserError(
-                f"--workdir={workdir} is in use by process {handle.read().strip() or 'unknown'};"
-                " wait for it, stop it, or give another --workdir"
+                f"--workdir={workdir} is in use by process {who}; wait for it, stop it, or give another --workdir"
             ) from None
+        except OSError as error:
+            raise UserError(
+                f"--workdir={workdir} cannot be locked ({error}): give another --workdir, on a file system that has locks,"
+                " or mount this one with them"
+            ) from error
         handle.truncate(0)
-        handle.write(f"{os.getpid()}\n")
+        handle.write(f"{socket.gethostname()}:{os.getpid()}\n")
         handle.flush()
         yield
 

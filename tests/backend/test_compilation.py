@@ -1,5 +1,6 @@
 """The cache of compiled programs: found again by other processes, whole after a kill, swept, and left alone by children."""
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from locks import as_on_nfs
 
 from ple_jax.backend import compilation
 from ple_jax.core import processor
@@ -73,6 +75,18 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert len(list((shared / "used").iterdir())) == 1
     assert run("program(1); print(len(hits) > 0)", shared) == "True"
     assert not list((shared / "used").iterdir())  # what was left of the killed one is gone too
+
+
+def test_on_nfs_too_only_what_nobody_holds_is_swept(tmp_path, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", as_on_nfs)
+    own = tmp_path / "1-left"
+    own.mkdir()
+    with (own / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        compilation.sweep(own)
+        assert own.exists()
+    compilation.sweep(own)
+    assert not own.exists()
 
 
 @pytest.mark.slow

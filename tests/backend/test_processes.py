@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -167,6 +168,23 @@ def test_mistakes_of_several_processes_are_said_once(tmp_path):
     assert codes == {"mesh": [2, 0], "chat": [2, 2]}, said
     assert said.count("is of 1 devices, and 2 processes have 2 (cpu), of which none may be idle") == 1
     assert "--mode=chat is one process: start it alone" in said
+
+
+@pytest.mark.parametrize(("after", "waited"), [(0, 0), (30, 30), (90, 61)])
+def test_a_mark_that_another_host_has_written_is_waited_for(after, waited, tmp_path, monkeypatch):
+    """On NFS this host may have remembered for up to a minute that there is no such file."""
+    seconds, mark, read = [], tmp_path / ".together", Path.read_text
+    mark.write_text("token")
+
+    def late(self, **options):
+        if sum(seconds) < after:
+            raise FileNotFoundError
+        return read(self, **options)
+
+    monkeypatch.setattr(processes, "time", SimpleNamespace(sleep=seconds.append, monotonic=lambda: sum(seconds)))
+    monkeypatch.setattr(Path, "read_text", late)
+    assert processes.shows(mark, "token") == (after <= waited) and sum(seconds) == waited
+    assert not processes.shows(mark, "of another folder")
 
 
 # ---------------------------------------------------------------- how they were started

@@ -1,5 +1,6 @@
 """Jobs: what runs, waits, stops or is done already, with programs that stand in for a run."""
 
+import errno
 import fcntl
 import json
 import os
@@ -10,6 +11,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from locks import as_on_nfs
 from patience import LAST_RESORT
 
 from ple_jax.core.errors import UserError
@@ -109,6 +111,7 @@ def test_a_process_that_outlived_its_script_is_waited_for(make, tmp_path, monkey
     job.workdir.mkdir()
     holder = (job.workdir / ".lock").open("w")
     fcntl.flock(holder, fcntl.LOCK_EX)
+    monkeypatch.setattr(fcntl, "flock", as_on_nfs)
 
     class Event(threading.Event):
         def wait(self, timeout=None):
@@ -170,6 +173,13 @@ def test_a_stop_ends_what_runs_and_starts_nothing_more(tmp_path, number):
     assert found.returncode == 130 and (tmp_path / "one.done").exists() and (tmp_path / "two" / "stopped").exists()
     found = again()
     assert found.returncode == 0 and "1 of 2 are done already" in found.stdout
+
+
+def test_a_full_disk_is_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended, jobs.reported(tmp_path / "out"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a.log")
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.startswith("error: the disk cannot be written") and said.count("\n") == 1
 
 
 def test_overrides_and_nothing_else():

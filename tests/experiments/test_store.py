@@ -1,6 +1,8 @@
 """What finished jobs say, packed and unpacked."""
 
+import errno
 import json
+import os
 import tarfile
 
 import pytest
@@ -152,6 +154,21 @@ def test_a_damaged_file_is_named_and_leaves_nothing(kept, other, spoil):
     with pytest.raises(Damaged, match=r"ple__seed-0.tar.xz is damaged .* delete it, and that job is done again"):
         store.take(jobs(other)[0], other, kept)
     assert list(other.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [(errno.ENOSPC, "the disk cannot be written .*make room there"), (errno.EACCES, "Permission denied.*; mend that")],
+    ids=["full", "denied"],
+)
+def test_what_the_machine_refuses_is_no_damage(number, says, kept, other, monkeypatch):
+    def refused(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(tarfile.TarFile, "extractall", refused)
+    with pytest.raises(UserError, match=f"ple__seed-0.tar.xz cannot be unpacked: .*{says}.* same command again") as error:
+        store.take(jobs(other)[0], other, kept)
+    assert not isinstance(error.value, Damaged) and "delete" not in str(error.value)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Checkpoints of the torch backend: exact, whole or not there, few, and refused with names where they do not fit."""
 
+import errno
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from test_torch_train import backend, head, negative_likelihood
 from test_train import random_batch
 
-from ple_jax.core.errors import UserError
+from ple_jax.core.errors import Damaged, UserError
 from ple_jax.models import adapters
 from ple_jax.models.adapters import Lora
 from torch_ascend import checkpoint, lora
@@ -145,6 +146,25 @@ def test_a_damaged_one_is_named(damage, tmp_path):
         checkpoint.restore(tmp_path)
     shutil.rmtree(tmp_path / "2")
     assert checkpoint.restore(tmp_path)[1] == {"step": 1}
+
+
+def test_one_that_the_machine_cannot_read_is_not_damaged(tmp_path, monkeypatch):
+    def refused(_):
+        raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+
+    checkpoint.save(tmp_path, 1, tensors(1), {}, keep=1)
+    monkeypatch.setattr(checkpoint, "load_file", refused)
+    with pytest.raises(UserError, match=r"checkpoint .*/1 cannot be read \(.*No such device\): mend that") as error:
+        checkpoint.restore(tmp_path)
+    assert not isinstance(error.value, Damaged) and "remove" not in str(error.value)
+
+
+def test_there_is_none_before_the_only_one(tmp_path):
+    checkpoint.save(tmp_path, 1, tensors(1), {}, keep=1)
+    (tmp_path / "1" / "digests.json").unlink()  # as an earlier version wrote it
+    (tmp_path / "1" / "meta.json").write_text("{")
+    with pytest.raises(Damaged, match=r"/1 is damaged \(.+\); remove that folder to train again from the start"):
+        checkpoint.restore(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from ple_jax import modes
 from ple_jax.core.errors import UserError
 from ple_jax.core.files import read_json
 from ple_jax.models import peft
-from ple_jax.training import journal, opening
+from ple_jax.training import journal, loop, opening
 from torch_ascend.backend import TorchBackend
 
 REWARD = """
@@ -209,6 +209,19 @@ def journal_of(workdir: Path, iteration: int) -> list[dict[str, Any]]:
     return lines(workdir / "rollouts" / f"iter_{iteration:04d}.jsonl")
 
 
+def test_what_was_evaluated_in_another_environment_is_evaluated_again(tmp_path, monkeypatch):
+    """In that of the process before, and not only in that in which the run began."""
+    host, forgot, environment = ["A"], [], TorchBackend.environment
+    monkeypatch.setattr(TorchBackend, "environment", lambda self: environment(self) | {"host": host[0]})
+    train(tmp_path / "run", iterations=1)
+    monkeypatch.setattr(loop, "forget_within", lambda *_: forgot.append(host[0]))
+    monkeypatch.setattr(loop, "one_iteration", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    for number, host[0] in enumerate("ABBAA"):
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "run", iterations=3)
+        assert (number, "".join(forgot)) == (number, ("", "B", "BB", "BBA", "BBA")[number])
+
+
 # ---------------------------------------------------------------- how, and not what
 
 
@@ -282,6 +295,18 @@ def test_more_iterations_end_as_if_they_had_been_asked_for_at_once(finished, tmp
     assert {"after": 1, "iterations": [1, 3]} in read_json(tmp_path / "run" / "config.json")["changed"]
     with pytest.raises(UserError, match="config.iterations is 2, and 3 are done: give at least as many"):
         train(tmp_path / "run", iterations=2)
+
+
+def test_the_report_of_a_shorter_run_is_not_taken_for_that_of_the_longer_one(tmp_path, monkeypatch):
+    """Where it is stopped after the summary, which marks it as finished."""
+    train(tmp_path / "run", iterations=1)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(modes.run_page, "write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        train(tmp_path / "run", iterations=2)
+    report = tmp_path / "run" / "report.html"
+    assert (tmp_path / "run" / "summary.json").exists() and not report.exists()
+    train(tmp_path / "run", iterations=2)
+    assert report.exists()
 
 
 def test_the_former_end_of_a_longer_run_stays_one_of_its_evaluations(tmp_path):

@@ -1,7 +1,9 @@
 """Signals wherever they come, and what children that are forked must not keep of a run."""
 
+import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -78,7 +80,7 @@ with lock(Path(sys.argv[1])), Stop():
 """
     process = python(code, str(tmp_path))
     workers = [int(pid) for pid in process.stdout.readline().split()]
-    with pytest.raises(UserError, match=f"in use by process {process.pid}"), lock(tmp_path):
+    with pytest.raises(UserError, match=f"in use by process {process.pid} on {socket.gethostname()};"), lock(tmp_path):
         pass
     process.kill()
     process.wait()
@@ -90,6 +92,17 @@ with lock(Path(sys.argv[1])), Stop():
         for pid in workers:
             os.kill(pid, signal.SIGKILL)
         process.communicate()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_named(number, tmp_path, monkeypatch):
+    def refused(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", refused)
+    says = rf"{tmp_path} cannot be locked \(.*{os.strerror(number)}\): give another --workdir, on a file system that has lo"
+    with pytest.raises(UserError, match=says), lock(tmp_path):
+        pass
 
 
 PLACES = {  # what is going on -> the function that is called then, whose call the signal comes before

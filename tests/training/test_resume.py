@@ -129,12 +129,12 @@ def test_one_writer(tmp_path):
     workdir = tmp_path / "busy"
     workdir.mkdir()
     with (workdir / ".lock").open("w") as lock:
-        lock.write("4711")
+        lock.write("node-3:4711")
         lock.flush()
         fcntl.flock(lock, fcntl.LOCK_EX)
         result = run(workdir)
     assert result.returncode == 2
-    assert "in use by process 4711" in result.stderr and len(result.stderr.splitlines()) == 1
+    assert "in use by process 4711 on node-3; wait for it" in result.stderr and len(result.stderr.splitlines()) == 1
 
 
 def test_the_work_directory_is_as_documented(uninterrupted):

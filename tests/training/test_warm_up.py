@@ -75,6 +75,17 @@ def test_a_warm_up_that_was_killed_goes_on(cut, records, tmp_path, monkeypatch):
     assert not (tmp_path / "cut" / "warm_up").exists()
 
 
+def test_what_it_left_out_stays_listed(records, tmp_path):
+    with open(records, "a") as file:
+        file.write('{"prompt": "no answer"}\n')
+    c, listed = settings(records, task__max_bad_share=0.1), tmp_path / "run" / "bad_records.jsonl"
+    assert modes.train(c, tmp_path / "run", "torch") == 0
+    before = listed.read_bytes()
+    assert json.loads(before)["set"] == "warm_up"
+    assert modes.evaluate(c, tmp_path / "run", "torch") == 0
+    assert listed.read_bytes() == before
+
+
 @pytest.mark.parametrize(("epochs", "says"), [(3, r"step \d of the warm-up .* gave loss"), (1, "the policy's log-prob")])
 def test_a_warm_up_that_diverges_is_never_committed(epochs, says, tmp_path):
     """With one step there is no later one whose loss would tell."""

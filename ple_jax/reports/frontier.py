@@ -113,10 +113,11 @@ def _on_curves(frontier: Mapping[str, Any]) -> list[Table]:
     names = [f"{what} at {view.removeprefix('kl_')}" for view in budgets for what in ("reward", "second", "area")]
     note = (
         "The dev split, on which rates were chosen too: the reward, and the second one, where a run's curve first gets to a"
-        " budget, linear between two evaluations; area: the mean reward on the way there. Means over the seeds that get there"
-        " (some of them where it is said), with 95% intervals over these seeds (Student); a dash where none does."
+        " budget, linear between two evaluations; area: the mean reward on the way there. Means over the seeds that get"
+        " there (some of them where it is said), with 95% intervals over these seeds (Student); a dash where none does."
     )
-    return [Table("curves", "At equal KL, on the curves of the dev split", note, ["method", *names], [[label, *cells] for label, cells in rows.items()])]
+    cells_of = [[label, *cells] for label, cells in rows.items()]
+    return [Table("curves", "At equal KL, on the curves of the dev split", note, ["method", *names], cells_of)]
 
 
 # ---------------------------------------------------------------- charts

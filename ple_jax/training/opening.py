@@ -60,8 +60,8 @@ def read_inputs(config: Any, backend: str) -> Inputs:
     if isinstance(algorithm, Algorithm):
         reward, second = training_reward(config, backend), second_reward(config, backend, "eval")
         # held-out queries are answered, whatever is trained on
-        needs, reads = algorithms.records(algorithm.collect(config)), rewards.reads(reward, second)
-        found = load_data(config, needs=needs, heldout_needs="prompt", reads=reads)
+        needs, reads = algorithms.records(algorithm.collect(config)), (rewards.reads(reward), rewards.reads(second))
+        found = load_data(config, needs=needs, heldout_needs="prompt", reads=reads[0], heldout_reads=reads[1])
         _check_reach(config, algorithm, reward)
         draw_queries(config, found.train, 0)  # refuses more than there are
         principles.choose(text, config.principles_per_query, seed=config.seed, query_id="")  # refuses more than there are
@@ -285,9 +285,9 @@ def fitted(run: Run[Algorithm], *rewards: Reward) -> Run[Algorithm]:
             than the model takes.
     """
     sources = algorithms.given_sources(run.algorithm.collect(run.config))
-    own = (run.reward, *(() if run.second is None else (run.second,)))
+    others = (*rewards, *(() if run.second is None else (run.second,)))
     data = prompting.fitted(
-        run.data, run.prompts, run.session.progress, sources=sources, rewards=own, heldout_rewards=rewards
+        run.data, run.prompts, run.session.progress, sources=sources, rewards=(run.reward,), heldout_rewards=others
     )
     if listed := note(data.bad, run.session.workdir):
         run.session.progress.log(listed)

@@ -77,7 +77,7 @@ def read_inputs(config: Any, backend: str) -> Inputs:
                 " (nor does vLLM serve a head that is being trained): unset it"
             )
         found, reward = load_data(config, needs=algorithm.records), Reward("none")
-    digests = _digests(config, found, text if isinstance(algorithm, Algorithm) else None, reward)
+    digests = _digests(config, found, text if isinstance(algorithm, Algorithm) else None, {"reward": reward, "second": second})
     return Inputs(config, algorithm, found, text, reward, second, digests)
 
 
@@ -145,13 +145,17 @@ def _check_reach(config: Any, algorithm: Algorithm, reward: Reward) -> None:
         )
 
 
-def _digests(config: Any, data: Data, rules: principles.Principles | None, reward: Reward) -> dict[str, str]:
+def _digests(
+    config: Any, data: Data, rules: principles.Principles | None, scorers: Mapping[str, Reward | None]
+) -> dict[str, str]:
     """Computes digests that tell these inputs from others of the same names. `rules` is None where nothing is sampled."""
     digests = {"train": digest(data.train), "heldout": digest(data.heldout)}
     if read := record_digest(itertools.chain(data.train, data.heldout)):
         digests["record"] = read
     if rules is not None:
-        digests["reward"] = identity.digest([json.dumps([leaf.version for leaf in rewards.leaves(reward)]).encode()])
+        for name, reward in scorers.items():
+            if reward is not None:
+                digests[name] = identity.digest([json.dumps([leaf.version for leaf in rewards.leaves(reward)]).encode()])
         digests["principles"] = identity.digest([rules.text.encode()])
         if config.warm_up.data is not None:
             digests["warm_up"] = digest(load_warm_up(config).queries)

@@ -188,6 +188,8 @@ def _compared(workdir: Path, wanted: Mapping[str, Any], accept: Sequence[str]) -
     if found.get("format", 1) != FORMAT:
         found = _upgraded(found, wanted, workdir)
     found = identity.completed(found, wanted)
+    if second := wanted.get("inputs", {}).get("second"):  # which runs of an earlier version do not have
+        found = {**found, "inputs": {"second": second} | found.get("inputs", {})}
     day = wanted.get("task", {}).get("date")
     if day and not found.get("task", {}).get("date"):  # of no known day
         found = {**found, "task": {**found.get("task", {}), "date": day}}

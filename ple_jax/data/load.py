@@ -10,6 +10,7 @@ from ple_jax.core.types import Query
 from ple_jax.data import mixture
 from ple_jax.data.left_out import Bad, QuerySet, check_share
 from ple_jax.data.queries import disjoint, load_queries, some
+from ple_jax.data.records import on_hub
 
 
 class Data(NamedTuple):
@@ -109,6 +110,7 @@ def _read(
     optional: Collection[str] = (),
 ) -> QuerySet:
     task = config.task
+    streaming = task.streaming and on_hub(source)  # of what is here, N are drawn from all
     found = load_queries(
         source,
         split=split,
@@ -116,8 +118,8 @@ def _read(
         format=task.format,
         columns=dict(task.columns),
         words=tuple(task.words),
-        streaming=task.streaming,
-        limit=limit if task.streaming else 0,
+        streaming=streaming,
+        limit=limit if streaming else 0,
         seed=config.seed,
         needs=needs,
         reads=reads,

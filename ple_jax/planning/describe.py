@@ -97,8 +97,7 @@ def describe(
     Args:
       parameters, adapter_parameters: of the base model, and of the LoRA adapter, which alone is trained.
       found: the records that iterations draw from and that evaluations use.
-      reward, second: the rewards that score responses, the second those to held-out queries alone; a record that they do
-        not take is left out.
+      reward, second: of all responses, and of those to held-out queries alone; a record that they do not take is left out.
       eos, model, context: the tokens that end a response, the base model's name, and the most tokens that it takes.
       rates: the speed of an earlier run like it on this machine, if there was one.
 

@@ -14,6 +14,7 @@ from ple_jax.algorithms import Algorithm, OfflineAlgorithm
 from ple_jax.core import backends, files, identity
 from ple_jax.core.answers import Cache
 from ple_jax.core.compact import compact
+from ple_jax.core.config import flatten
 from ple_jax.core.errors import UserError
 from ple_jax.core.secrets import redacted
 from ple_jax.core.types import Reward
@@ -51,12 +52,8 @@ def read_inputs(config: Any, backend: str) -> Inputs:
     """
     algorithm = algorithms.load(config.algorithm)
     config = algorithms.with_defaults(algorithm, config)
-    if config.lora.dropout and algorithm.needs(config).old_logprobs:
-        raise UserError(
-            f"config.lora.dropout is {config.lora.dropout:g}, and algorithm {config.algorithm!r} compares a policy with"
-            " itself, as it was when it sampled: dropout alone would move that ratio and have it clipped; set it to 0"
-        )
     text, second = principles.load(config.principles), None
+    _check_needs(config, algorithm.needs(config), text)
     if isinstance(algorithm, Algorithm):
         reward, second = training_reward(config, backend), second_reward(config, backend, "eval")
         # held-out queries are answered, whatever is trained on
@@ -66,18 +63,10 @@ def read_inputs(config: Any, backend: str) -> Inputs:
         draw_queries(config, found.train, 0)  # refuses more than there are
         principles.choose(text, config.principles_per_query, seed=config.seed, query_id="")  # refuses more than there are
     else:
-        if weighted := [name for name, of in config.task.sets.to_dict().items() if of.get("weight", 1.0) != 1.0]:
-            raise UserError(
-                f"config.task.sets[{weighted[0]!r}] has a weight, and algorithm {config.algorithm!r} takes every record of"
-                " every set once an epoch: leave the weights out, and choose by max_train"
-            )
-        if config.sampling.server is not None:
-            raise UserError(
-                f"config.sampling.server is {config.sampling.server!r}, and algorithm {config.algorithm!r} samples nothing"
-                " (nor does vLLM serve a head that is being trained): unset it"
-            )
+        _check_offline(config)
         found, reward = load_data(config, needs=algorithm.records), Reward("none")
-    digests = _digests(config, found, text if isinstance(algorithm, Algorithm) else None, {"reward": reward, "second": second})
+    rules, scorers = text if isinstance(algorithm, Algorithm) else None, {"reward": reward, "second": second}
+    digests = _digests(config, found, rules, scorers)
     return Inputs(config, algorithm, found, text, reward, second, digests)
 
 
@@ -126,6 +115,45 @@ def second_reward(config: Any, backend: str, section: str) -> Reward | None:
         )
     except UserError as error:
         raise UserError(str(error).replace("config.reward.", f"config.{section}.second_")) from error
+
+
+def _check_needs(config: Any, needs: algorithms.Needs, rules: principles.Principles) -> None:
+    """Raises a UserError for a setting that takes the meaning from what an algorithm's loss reads."""
+    if config.lora.dropout and needs.old_logprobs:
+        raise UserError(
+            f"config.lora.dropout is {config.lora.dropout:g}, and algorithm {config.algorithm!r} compares a policy with"
+            " itself, as it was when it sampled: dropout alone would move that ratio and have it clipped; set it to 0"
+        )
+    if needs.teacher and not rules.text:
+        raise UserError(
+            f"config.principles is {config.principles!r}, and the teacher of algorithm {config.algorithm!r} is the policy"
+            " with principles in its prompt: without any the two are the same, and nothing is learned; name some"
+        )
+
+
+_OF_SAMPLING = {  # what is read only where responses are sampled -> its default
+    "warm_up.data": None, "eval.second_reward": None, "eval.best": "reward", "eval.max_kl": (), "eval.patience": 0,
+}  # fmt: skip
+
+
+def _check_offline(config: Any) -> None:
+    """Raises a UserError for a setting that an algorithm which samples nothing would not read."""
+    flat = flatten(config.to_dict())
+    if weighted := [name for name, of in config.task.sets.to_dict().items() if of.get("weight", 1.0) != 1.0]:
+        raise UserError(
+            f"config.task.sets[{weighted[0]!r}] has a weight, and algorithm {config.algorithm!r} takes every record of"
+            " every set once an epoch: leave the weights out, and choose by max_train"
+        )
+    if config.sampling.server is not None:
+        raise UserError(
+            f"config.sampling.server is {config.sampling.server!r}, and algorithm {config.algorithm!r} samples nothing"
+            " (nor does vLLM serve a head that is being trained): unset it"
+        )
+    if unread := [key for key, usual in _OF_SAMPLING.items() if flat[key] != usual]:
+        raise UserError(
+            f"config.{unread[0]} is {flat[unread[0]]!r}, and algorithm {config.algorithm!r}, which samples nothing, does not"
+            f" read it: leave it at {_OF_SAMPLING[unread[0]]!r}"
+        )
 
 
 def _check_reach(config: Any, algorithm: Algorithm, reward: Reward) -> None:

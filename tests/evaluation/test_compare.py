@@ -714,6 +714,23 @@ def test_the_principles_of_a_start_are_those_that_stood_in_the_prompt(tmp_path):
     assert labels == ["start + principles", "start + principles principles=honest"]
 
 
+def test_starts_with_other_principles_of_one_name_are_no_seeds_of_one_method(tmp_path):
+    """What settings of earlier versions do not say is as the directory's config has it."""
+    given = {"principles": "mine.txt", "principles_per_query": 0, "principles_digest": "d"}
+    how = {"policy": "start", "principled": True}
+    for seed, changed in enumerate(({}, {"principles_per_query": 2}, {"principles_digest": "e"})):
+        write_run(tmp_path / str(seed), const(1.0), **how, seed=seed, settings={**given, **changed})
+    inputs = {"train": "a", "model": "m", "principles": "d"}
+    changed = {"settings": {"principles": "mine.txt"}, "overrides": {"principles": "mine.txt"}, "inputs": inputs}
+    write_run(tmp_path / "3", const(1.0), **how, seed=3, **changed)
+    compare(tmp_path, [tmp_path / str(seed) for seed in range(4)])
+    found = {row["method"]: row["seeds"] for row in table(tmp_path / "out" / "table.csv")}
+    assert found == {
+        "start + principles": "0 3", "start + principles principles_per_query=2": "1",
+        "start + principles principles_digest=e": "2",
+    }  # fmt: skip
+
+
 def test_sampling_that_kl_does_not_hold_for_is_said(tmp_path):
     for temperature, said in ((1.0, False), (0.5, True)):
         drawn = {"temperature": temperature, "top_k": 0, "top_p": 1.0, "min_p": 0.0}

@@ -166,6 +166,15 @@ def test_the_memory_is_what_the_machine_has_free(backend, monkeypatch):
         assert counted(c, backend, inputs).memory == room
 
 
+def test_processes_of_other_hosts_take_none_of_this_ones_memory(monkeypatch):
+    """As torchrun says how many processes it has started here."""
+    c = config()
+    inputs = read_inputs(c, "torch")
+    monkeypatch.setattr(processor, "free_memory", lambda: 10**9)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert counted(c, "torch", inputs).memory == int(outline.FULL * 10**9 / 4)
+
+
 def test_a_topology_has_a_memory_of_its_own(capsys):
     c = config(mesh__data=2)
     found = fit.fitted(read_inputs(c, "torch"), "torch", "910b:2")

@@ -251,7 +251,8 @@ def test_a_second_reward_may_be_slower_or_mended(tmp_path, mine, capsys):
     second = {"eval__second_reward": f"{mine}:reward"}
     train(tmp_path / "run", iterations=1, **second, eval__second_kwargs={"timeout": 1})
     train(tmp_path / "run", iterations=2, **second, eval__second_kwargs={"timeout": 60})
-    with pytest.raises(UserError, match="differing in eval.second_kwargs, inputs.second .*; to go on with it .*, add --accept=reward"):
+    says = "differing in eval.second_kwargs, inputs.second .*; to go on with it .*, add --accept=reward"
+    with pytest.raises(UserError, match=says):
         train(tmp_path / "run", iterations=3, **second, eval__second_kwargs={"scale": 2})
     capsys.readouterr()
     train(tmp_path / "run", "reward", iterations=3, **second, eval__second_kwargs={"scale": 2})

@@ -522,6 +522,12 @@ def test_digests_of_records_that_a_seed_chooses_make_no_other_method(tmp_path, l
     assert labels([tmp_path / "a*"]) == (["ple", "ple"] if limit else ["ple", "ple inputs.train=digest1"])
 
 
+def test_what_training_never_sees_makes_no_other_method(tmp_path):
+    for seed, second in enumerate(({}, {"second": "a"}, {"second": "b"})):
+        write_run(tmp_path / f"a{seed}", const(1.0), seed=seed, inputs={"train": "t", **second})
+    assert labels([tmp_path / "a*"]) == ["ple"] * 3
+
+
 def test_entries_are_labels_globs_folders_of_responses_and_paths_with_an_equals_sign(tmp_path, monkeypatch):
     for name in ("b", "a", "sweep/lr=0.1", "sweep/lr=0.2"):
         write_run(tmp_path / name, const(1.0))

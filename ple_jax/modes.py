@@ -380,7 +380,7 @@ def plan(config: Any, workdir: Path, backend: str, topology: str | None = None) 
         )  # fmt: skip
         return 0
     module = backends.load(backend)
-    loaded = module.load(config)
+    loaded = module.load(config, planned=True)
     parameters, adapter_parameters = module.count(config, loaded)
     common: dict[str, Any] = {
         "tokenizer": loaded.tokenizer, "parameters": parameters, "adapter_parameters": adapter_parameters, "found": found,

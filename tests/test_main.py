@@ -16,7 +16,7 @@ from ml_collections import FrozenConfigDict
 
 import ple_jax
 from configs import default, tiny
-from ple_jax import main, rewards
+from ple_jax import main, modes, rewards
 from ple_jax.algorithms import ple
 from ple_jax.core import extras, shipped
 from ple_jax.core.config import names, validate
@@ -526,6 +526,14 @@ def test_plan_says_what_would_run():
     assert "'1. Be kind.\\n'" in lines and "'2. Be brief.'" in lines
     assert lines[lines.index("First query, plain prompt: 24 tokens") + 1] == "'The film [red]was[/red] '"
     assert any(line.startswith("First query, principled prompt: ") for line in lines)
+
+
+def test_plan_asks_for_no_device_of_the_mesh(capsys, tmp_path):
+    """A run over several hosts is planned on one of them, or elsewhere."""
+    config = tiny.get_config()
+    config.mesh.data = 64
+    assert modes.plan(FrozenConfigDict(config), tmp_path, "jax") == 0
+    assert "data 64 x fsdp 1 x tensor 1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -343,8 +343,11 @@ class TorchBackend:
         return self._to_device(x[sharding.own_rows(self.world, len(x))])
 
 
-def load(config: ConfigDict) -> weights.Loaded:
+def load(config: ConfigDict, *, planned: bool = False) -> weights.Loaded:
     """Loads weights, model config and tokenizer of the base model; no weight is put on a device.
+
+    Args:
+        planned: makes no difference here: how many devices there are is seen where the processes start.
 
     Raises:
         UserError: there is no such device, or the config asks for what this backend lacks (both found before anything is
@@ -442,9 +445,9 @@ def build(config: ConfigDict, loaded: weights.Loaded, *, head: str | None = None
 def _build(config: ConfigDict, head: str | None) -> TorchBackend:
     algorithms.load(config.algorithm)  # the losses that process 0 sends may be of a module that only a config names
     device, loaded = devices.resolve(config.model.device), load(config)
-    place = choose_place(
-        config, loaded.config, device, devices.capabilities(device), devices.total_memory(device), sharding.world()
-    )
+    world = sharding.world()
+    memory = sharding.least(world, devices.total_memory(device))
+    place = choose_place(config, loaded.config, device, devices.capabilities(device), memory, world)
     made = assemble(config, loaded, place, ops.choose(config.model.ops, device), head=head)
     forget()
     return together.shared(made)
@@ -463,7 +466,7 @@ def choose_place(
     A base that does not fit into a device is spread over all devices, if the config has more than one copy of it.
 
     Args:
-        memory: bytes of a device; None if unknown.
+        memory: bytes of a device, the same in all processes; None if unknown.
 
     Raises:
         UserError: the config asks for what this backend lacks (see `check`).

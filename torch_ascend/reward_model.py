@@ -31,6 +31,8 @@ def classifier(
 ) -> Callable[[Sequence[Sequence[int]]], Float32[np.ndarray, "n labels"]]:
     """Loads a sequence classifier from a Hugging Face folder, and puts its weights on every process's device.
 
+    Where the processes are JAX's, of which torch knows nothing, this one alone has the classifier.
+
     Args:
         folder: config.json and safetensors of a ...ForSequenceClassification that transformers has.
         dtype: float32 or bfloat16, of weights and activations.
@@ -45,6 +47,8 @@ def classifier(
     Raises:
         UserError: there is no such device, the checkpoint is damaged, or its weights are not those of the classifier.
     """
+    if together.size() != sharding.world().size:
+        return _Classifier(_load(folder, dtype), devices.resolve(device)).logits
     return _make(folder, source, dtype, device).classify
 
 
@@ -64,6 +68,10 @@ class _Classifier:
 
     @together.together
     def classify(self, ids: Sequence[Sequence[int]]) -> Float32[np.ndarray, "n labels"]:
+        return self.logits(ids)
+
+    def logits(self, ids: Sequence[Sequence[int]]) -> Float32[np.ndarray, "n labels"]:
+        """Returns the logits of the rows of torch's processes, all of which are in this call."""
         world = sharding.world()
         count = round_up(len(ids), sharding.row_multiple(world))
         rows = [*ids, *[ids[0]] * (count - len(ids))][sharding.own_rows(world, count)]

@@ -168,6 +168,11 @@ def choose(mesh: Mapping[str, int], base_bytes: int, memory: int | None) -> tupl
     return 1, data * fsdp, f"{size}: they are spread over all {data * fsdp} devices (FSDP2), as with mesh.fsdp={data * fsdp}"
 
 
+def least(world: World, memory: int | None) -> int | None:
+    """Returns the fewest bytes of memory that any process has, so that all decide alike; None where they are unknown."""
+    return int(gather(world, torch.tensor([memory or 0])).min()) or None
+
+
 def make_mesh(device: torch.device, *, data: int, fsdp: int) -> DeviceMesh:
     """Makes the mesh over which layers are spread: one dimension, or two if there are several copies of the base."""
     if data == 1:

@@ -6,6 +6,7 @@ tensors that are alive are counted. Collectives do nothing. What kernels and lib
 
 import contextlib
 import math
+import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -438,8 +439,10 @@ def _present(config: ConfigDict) -> Target:
 def _room(config: ConfigDict) -> int | None:
     """Returns how many bytes of this process's device may be filled; None if unknown."""
     device = devices.resolve(config.model.device)
-    found = devices.free_memory(device) if device.type != "cpu" else processor.free_memory()
-    return found and int(FULL * found / (1 if device.type != "cpu" else sharding.world().size))
+    if device.type != "cpu":
+        return int(FULL * devices.free_memory(device))
+    found, here = processor.free_memory(), int(os.environ.get("LOCAL_WORLD_SIZE", sharding.world().size))
+    return found and int(FULL * found / here)  # the processes of this host share its memory
 
 
 def on_sheet(target: Target) -> sheet.Target:

@@ -289,17 +289,21 @@ class JaxBackend:
         return sharding.put_rows(self.mesh, narrow)
 
 
-def load(config: ConfigDict) -> weights.Loaded:
+def load(config: ConfigDict, *, planned: bool = False) -> weights.Loaded:
     """Loads weights, model config and tokenizer of the base model; no weight is put on a device.
 
     Turns on the compile cache first, if the config asks for it.
+
+    Args:
+        planned: whether nothing will be computed, so that the mesh need not fit the devices.
 
     Raises:
         UserError: the mesh does not fit the devices (found before anything is read), or the model cannot be read.
     """
     if config.model.compile_cache:
         compilation.keep()
-    sharding.make_mesh(**config.mesh)
+    if not planned:
+        sharding.make_mesh(**config.mesh)
     return weights.load(config.model.path, config.model.revision)
 
 

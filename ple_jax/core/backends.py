@@ -17,8 +17,11 @@ Made = TypeVar("Made", bound=Backend)
 class BackendModule(Protocol[Loaded, Made]):
     """The functions that make a backend from a config. A module of functions satisfies it; mypy checks both backends."""
 
-    def load(self, config: Any) -> Loaded:
+    def load(self, config: Any, *, planned: bool = False) -> Loaded:
         """Reads weights, model config and tokenizer of `config.model`; puts no weight on a device yet.
+
+        Args:
+            planned: whether nothing will be computed: the devices of a mesh may then be those of other machines.
 
         Raises:
             UserError: the mesh or the device is not there, or the model cannot be read. No weight has been read then.

@@ -26,7 +26,7 @@ LENGTH = ("iterations", "offline.epochs")
 # what --accept names, code of the user's that was mended while a run went on -> the keys that may then differ; "config" is
 # for a config.json that is gone
 ACCEPTED = {
-    "reward": ("inputs.reward", "inputs.record", "reward.kwargs", "eval.second_kwargs"),
+    "reward": ("inputs.reward", "inputs.second", "inputs.record", "reward.kwargs", "eval.second_kwargs"),
     "algorithm": ("inputs.algorithm",),
     "config": (),
 }
@@ -40,7 +40,7 @@ _HOW_CODE = ("concurrency",)  # in what time a test must pass is a part of the r
 _SECRET = ("headers",)  # of a function of one's own: they may be keys; those of the package name variables that hold keys
 _REWARDS = (("reward", "name", "kwargs"), ("eval", "second_reward", "second_kwargs"))  # part of a config, its keys
 # keys that make no other method of a run
-_NO_METHOD = (*EXECUTION, "format", "seed", "changed", "task.date")
+_NO_METHOD = (*EXECUTION, "format", "seed", "changed", "task.date", "inputs.second")
 _NO_METHOD_GROUPS = tuple(f"{group}." for group in ("eval", *_MODES))
 
 

@@ -4,7 +4,7 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -35,7 +35,7 @@ def load_queries(
     seed: int = 0,
     needs: str = "prompt",
     reads: Sequence[str] = (),
-    optional: bool = False,
+    optional: Collection[str] = (),
 ) -> QuerySet:
     """Loads the queries of a source, and the records that cannot be one.
 
@@ -48,7 +48,7 @@ def load_queries(
         seed: of that draw, and of imdb's number of words.
         needs: what a record must have to be used: prompt, completion or pair (a chosen and a rejected answer).
         reads: what else a record must have, as in `Reward.reads`; it becomes the query's `record`.
-        optional: whether a record may lack some of that; its value is None then.
+        optional: what of that a record may lack; its value is None then.
 
     Raises:
         UserError: as `records.read`; there is no record at all; no record has a column that is needed.
@@ -133,7 +133,7 @@ def _query(
     make: Callable[[Mapping[str, Any], str], Query],
     columns: Mapping[str, str],
     reads: Sequence[str],
-    optional: bool,
+    optional: Collection[str],
 ) -> Query:
     if record.kind:
         raise formats.Unusable(record.kind, record.reason)
@@ -143,7 +143,7 @@ def _query(
     except formats.Unusable as error:
         raise (error.kind == "column" and _misnamed(record.value, columns)) or error from None
     query = query._replace(id=record.name if values.get("id") is None else str(values["id"]))
-    return query._replace(record={name: _told(query, values, name, optional=optional) for name in reads})
+    return query._replace(record={name: _told(query, values, name, optional=name in optional) for name in reads})
 
 
 def _misnamed(values: Mapping[str, Any], columns: Mapping[str, str]) -> formats.Unusable | None:

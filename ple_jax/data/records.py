@@ -51,7 +51,7 @@ def read(source: str, *, split: str = "train", subsets: Sequence[str] = (), stre
     elif path.is_dir():
         for subset in subsets or ("",):
             yield from _folder(path, split, subset)
-    elif is_hub_id(source) and not source.removesuffix(".gz").endswith(SUFFIXES):
+    elif on_hub(source):
         for subset in subsets or ("",):
             yield from _hub(source, split, subset, streaming)
     else:
@@ -60,6 +60,12 @@ def read(source: str, *, split: str = "train", subsets: Sequence[str] = (), stre
             f"{source!r} is neither a file nor a folder (looked in {Path.cwd()}), no user/name of a data set on a hub, and"
             f" none of {', '.join(known)}{suggestion(source, known)}"
         )
+
+
+def on_hub(source: str) -> bool:
+    """Says whether a source is the user/name of a data set on a hub, and no built-in set, file or folder here."""
+    path = find("data", ".jsonl", source) or Path(source)
+    return not path.exists() and is_hub_id(source) and not source.removesuffix(".gz").endswith(SUFFIXES)
 
 
 def _folder(path: Path, split: str, subset: str) -> Iterator[Record]:

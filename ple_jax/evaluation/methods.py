@@ -171,9 +171,13 @@ def method_keys(run: Entry) -> dict[str, Any]:
     config = identity.method_keys(run.config)
     if run.trained:
         return config
-    # the directory may since have been trained in with another set
     own = {k: v for k, v in config.items() if k.startswith(_START)}
-    return own | ({"principles": run.generated.settings["principles"]} if run.generated.settings["principled"] else {})
+    if not (said := run.generated.settings)["principled"]:
+        return own
+    # the directory may since have been trained in with another set; if not, it says what settings of earlier versions do not
+    known = config if config.get("principles") == said["principles"] else {}
+    rules = {key: said.get(key, known.get(of_run)) for key, of_run in responses.RULES.items()}
+    return {**own, "principles": said["principles"], **rules}
 
 
 def _value(value: Any) -> str:

@@ -84,7 +84,10 @@ def file_of(workdir: Path, point: Mapping[str, Any]) -> Path:
     return workdir / "responses" / f"trained{step}" / f"iter_{point['iteration']:04d}.scores.jsonl"
 
 
-_VERSION = "second_reward_version"  # which files of an earlier version lack
+_VERSION = "second_reward_version"
+# what says of principled answers which principles a query had, beside their name -> the key of config.json that says it too
+RULES = {"principles_per_query": "principles_per_query", "principles_digest": "inputs.principles"}
+_NEWER = (_VERSION, *RULES)  # which files of an earlier version lack
 # what is read of the settings of responses
 _SETTINGS: dict[str, Rule] = {
     "algorithm": text, "trainer": text, "seed": whole(0), "iteration": whole(0), "policy": choice("trained", "start"),
@@ -195,8 +198,8 @@ def _tell_of_overlap(run: Run[Algorithm], queries: QuerySet) -> None:
 def _settle(path: Path, settings: dict[str, Any]) -> None:
     """Writes the settings of responses; raises a UserError if responses with other settings are there."""
     kept = read_json(path, remedy=_AGAIN)
-    if kept is not None and _VERSION not in kept:  # of whatever version these were scored by
-        settings = {key: value for key, value in settings.items() if key != _VERSION}
+    if kept is not None:  # by whatever version these were scored, and with whatever principles of this name
+        settings = {key: value for key, value in settings.items() if key in kept or key not in _NEWER}
     if kept is not None and kept != settings:
         keys = ", ".join(differing(flatten(kept), flatten(settings)))
         raise UserError(
@@ -231,6 +234,9 @@ def _settings(run: Run[Algorithm], second: Reward | None, *, backend: str, itera
         "second_reward": None if second is None else second.name,
         _VERSION: None if second is None else second.version,
     }
+    if options.principled:
+        known = config.principles_per_query, identity.digest([run.prompts.principles.text.encode()])
+        settings |= dict(zip(RULES, known, strict=True))
     if _moved(config):
         settings["kl"] = "start"  # and not the base, as in files of an earlier version
     if read := record_digest(run.data.heldout):

@@ -35,8 +35,11 @@ def _of_ple(group: str, keys: dict[str, str], *, samples: int = 2) -> Method:
     return Method(samples, keys, group=group)
 
 
-# what is called PLE here, whatever the config makes of it: the paper's loss, and the likelihood term of ranked pairs
-PLE = {"ple.kl_weight": "0.0", "ple.rank_weight": "1.0", "ple.rank_sft_weight": "1.0"}
+# what is called PLE here, whatever the config makes of it: the paper's pairs and loss, with the likelihood of ranked winners
+PLE = {
+    "ple.kl_weight": "0.0", "ple.rank_weight": "1.0", "ple.rank_sft_weight": "1.0", "ple.candidates": "1",
+    "ple.selection": "threshold",
+}  # fmt: skip
 METHODS = {
     "ple": Method(2, {}),
     "context_distillation": Method(1, {"algorithm": "context_distillation"}),

@@ -35,7 +35,7 @@ def is_commit(revision: str) -> bool:
 def here(folder: Path, source: tuple[str, str | None] | None) -> Path:
     """Returns the folder, on this host, of a model that another process fetched.
 
-    If the folder does not exist here and the model is from a hub, it is fetched again, at the same commit.
+    If the folder is not here, or not whole, and the model is from a hub, it is fetched again, at the same commit.
 
     Args:
         folder: the folder on the other host; its name is the commit if the model is from a hub.
@@ -44,7 +44,7 @@ def here(folder: Path, source: tuple[str, str | None] | None) -> Path:
     Raises:
         UserError: as `fetch` does.
     """
-    if folder.exists() or source is None or not is_remote(source[0]):
+    if source is None or not is_remote(source[0]) or _missing(folder, True) is None:
         return folder
     return fetch(source[0], folder.name)
 

@@ -97,7 +97,7 @@ def describe(
     Args:
       parameters, adapter_parameters: of the base model, and of the LoRA adapter, which alone is trained.
       found: the records that iterations draw from and that evaluations use.
-      reward, second: the rewards that score responses; a record that they do not take is left out.
+      reward, second: of all responses, and of those to held-out queries alone; a record that they do not take is left out.
       eos, model, context: the tokens that end a response, the base model's name, and the most tokens that it takes.
       rates: the speed of an earlier run like it on this machine, if there was one.
 
@@ -105,8 +105,8 @@ def describe(
       UserError: the records are refused, as they would be when the run begins.
     """
     rendering = Prompts(config, tokenizer, rules, eos, context)
-    rewards = [one for one in (reward, second) if one is not None]
-    found = _fitted(found, rendering, given_sources(algorithm.collect(config)), rewards, model)
+    of_heldout = [one for one in (reward, second) if one is not None]
+    found = _fitted(found, rendering, given_sources(algorithm.collect(config)), reward, of_heldout, model)
     plain = [len(rendering.of(query, False)[1]) for query in found.train]
     blocks = [
         _model(config, parameters, adapter_parameters),
@@ -118,10 +118,12 @@ def describe(
     return "\n\n".join([*blocks, *(_first_prompt(found, rendering, principled) for principled in _WORDS)])
 
 
-def _fitted(found: Data, rendering: Prompts, sources: Sequence[str], rewards: Sequence[Reward], model: str) -> Data:
+def _fitted(
+    found: Data, rendering: Prompts, sources: Sequence[str], reward: Reward, of_heldout: Sequence[Reward], model: str
+) -> Data:
     """Returns the records that a run would use, after the checks with which it begins."""
-    train, _ = usable(found.train, rendering, "config.task.train", sources=sources, rewards=rewards)
-    heldout, _ = usable(found.heldout, rendering, "config.task.heldout", rewards=rewards)
+    train, _ = usable(found.train, rendering, "config.task.train", sources=sources, rewards=[reward])
+    heldout, _ = usable(found.heldout, rendering, "config.task.heldout", rewards=of_heldout)
     bad = {"train": [*found.bad["train"], *train.bad], "heldout": [*found.bad["heldout"], *heldout.bad]}
     found = Data(train.queries, heldout.queries, {**found.bad, **bad})
     check_run(found, rendering, model=model)

@@ -1,7 +1,7 @@
 """The speed of earlier runs on this machine, by which a plan says how long a run will take.
 
 A run that ends leaves its rates in the user's cache folder, under what they depend on most: backend, model, dtype, mesh,
-processor and the number of its cores. Only plans read them.
+processor, the number of its cores, and whether a server sampled. Only plans read them.
 """
 
 import contextlib
@@ -98,7 +98,8 @@ def _all() -> dict[str, Any]:
 
 def _key(config: Any, backend: str) -> str:
     model, mesh = config.model, "x".join(str(n) for n in config.mesh.values())
-    return f"{backend} {model.path} {model.dtype} {model.quantize} {mesh} {processor.digest()} {processor.cores()}"
+    served = "" if config.sampling.server is None else " served"  # a server's devices sample, not these
+    return f"{backend} {model.path} {model.dtype} {model.quantize} {mesh} {processor.digest()} {processor.cores()}{served}"
 
 
 def expected(rates: Rates | None, *, sampled: int, trained: int, scored: int, evaluated: int) -> str:

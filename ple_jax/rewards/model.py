@@ -4,6 +4,7 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -94,6 +95,11 @@ def make(
     framework = choose_framework(framework, backend, raw.get("model_type", ""), path)
     if framework == "jax" and device != "auto":
         raise UserError(f"{WHERE} device = {device!r} goes with framework='torch'; JAX takes the run's mesh")
+    if framework == "jax" and backend != "jax" and math.prod((mesh or {}).values()) > 1:
+        raise UserError(
+            f"{WHERE} framework = 'jax' takes the run's mesh, whose devices have a process each with --backend={backend}:"
+            " set framework to 'torch'"
+        )
     positions = families.read(raw, str(folder / "config.json")).max_positions if framework == "jax" else _positions(raw)
     limit = min((most for most in (max_tokens, positions) if most is not None), default=None)
     labels = label_names(raw)

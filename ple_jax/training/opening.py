@@ -14,6 +14,7 @@ from ple_jax.algorithms import Algorithm, OfflineAlgorithm
 from ple_jax.core import backends, files, identity
 from ple_jax.core.answers import Cache
 from ple_jax.core.compact import compact
+from ple_jax.core.config import flatten
 from ple_jax.core.errors import UserError
 from ple_jax.core.secrets import redacted
 from ple_jax.core.types import Reward
@@ -51,33 +52,21 @@ def read_inputs(config: Any, backend: str) -> Inputs:
     """
     algorithm = algorithms.load(config.algorithm)
     config = algorithms.with_defaults(algorithm, config)
-    if config.lora.dropout and algorithm.needs(config).old_logprobs:
-        raise UserError(
-            f"config.lora.dropout is {config.lora.dropout:g}, and algorithm {config.algorithm!r} compares a policy with"
-            " itself, as it was when it sampled: dropout alone would move that ratio and have it clipped; set it to 0"
-        )
     text, second = principles.load(config.principles), None
+    _check_needs(config, algorithm.needs(config), text)
     if isinstance(algorithm, Algorithm):
         reward, second = training_reward(config, backend), second_reward(config, backend, "eval")
         # held-out queries are answered, whatever is trained on
-        needs, reads = algorithms.records(algorithm.collect(config)), rewards.reads(reward, second)
-        found = load_data(config, needs=needs, heldout_needs="prompt", reads=reads)
+        needs, reads = algorithms.records(algorithm.collect(config)), (rewards.reads(reward), rewards.reads(second))
+        found = load_data(config, needs=needs, heldout_needs="prompt", reads=reads[0], heldout_reads=reads[1])
         _check_reach(config, algorithm, reward)
         draw_queries(config, found.train, 0)  # refuses more than there are
         principles.choose(text, config.principles_per_query, seed=config.seed, query_id="")  # refuses more than there are
     else:
-        if weighted := [name for name, of in config.task.sets.to_dict().items() if of.get("weight", 1.0) != 1.0]:
-            raise UserError(
-                f"config.task.sets[{weighted[0]!r}] has a weight, and algorithm {config.algorithm!r} takes every record of"
-                " every set once an epoch: leave the weights out, and choose by max_train"
-            )
-        if config.sampling.server is not None:
-            raise UserError(
-                f"config.sampling.server is {config.sampling.server!r}, and algorithm {config.algorithm!r} samples nothing"
-                " (nor does vLLM serve a head that is being trained): unset it"
-            )
+        _check_offline(config)
         found, reward = load_data(config, needs=algorithm.records), Reward("none")
-    digests = _digests(config, found, text if isinstance(algorithm, Algorithm) else None, reward)
+    rules, scorers = text if isinstance(algorithm, Algorithm) else None, {"reward": reward, "second": second}
+    digests = _digests(config, found, rules, scorers)
     return Inputs(config, algorithm, found, text, reward, second, digests)
 
 
@@ -128,6 +117,45 @@ def second_reward(config: Any, backend: str, section: str) -> Reward | None:
         raise UserError(str(error).replace("config.reward.", f"config.{section}.second_")) from error
 
 
+def _check_needs(config: Any, needs: algorithms.Needs, rules: principles.Principles) -> None:
+    """Raises a UserError for a setting that takes the meaning from what an algorithm's loss reads."""
+    if config.lora.dropout and needs.old_logprobs:
+        raise UserError(
+            f"config.lora.dropout is {config.lora.dropout:g}, and algorithm {config.algorithm!r} compares a policy with"
+            " itself, as it was when it sampled: dropout alone would move that ratio and have it clipped; set it to 0"
+        )
+    if needs.teacher and not rules.text:
+        raise UserError(
+            f"config.principles is {config.principles!r}, and the teacher of algorithm {config.algorithm!r} is the policy"
+            " with principles in its prompt: without any the two are the same, and nothing is learned; name some"
+        )
+
+
+_OF_SAMPLING = {  # what is read only where responses are sampled -> its default
+    "warm_up.data": None, "eval.second_reward": None, "eval.best": "reward", "eval.max_kl": (), "eval.patience": 0,
+}  # fmt: skip
+
+
+def _check_offline(config: Any) -> None:
+    """Raises a UserError for a setting that an algorithm which samples nothing would not read."""
+    flat = flatten(config.to_dict())
+    if weighted := [name for name, of in config.task.sets.to_dict().items() if of.get("weight", 1.0) != 1.0]:
+        raise UserError(
+            f"config.task.sets[{weighted[0]!r}] has a weight, and algorithm {config.algorithm!r} takes every record of"
+            " every set once an epoch: leave the weights out, and choose by max_train"
+        )
+    if config.sampling.server is not None:
+        raise UserError(
+            f"config.sampling.server is {config.sampling.server!r}, and algorithm {config.algorithm!r} samples nothing"
+            " (nor does vLLM serve a head that is being trained): unset it"
+        )
+    if unread := [key for key, usual in _OF_SAMPLING.items() if flat[key] != usual]:
+        raise UserError(
+            f"config.{unread[0]} is {flat[unread[0]]!r}, and algorithm {config.algorithm!r}, which samples nothing, does not"
+            f" read it: leave it at {_OF_SAMPLING[unread[0]]!r}"
+        )
+
+
 def _check_reach(config: Any, algorithm: Algorithm, reward: Reward) -> None:
     """Raises a UserError if no margin of this reward exceeds PLE's lowest threshold, and only ranked pairs have a loss."""
     blends = config.ple.blend_weight > 0 or config.ple.selection == "percentile"
@@ -145,13 +173,17 @@ def _check_reach(config: Any, algorithm: Algorithm, reward: Reward) -> None:
         )
 
 
-def _digests(config: Any, data: Data, rules: principles.Principles | None, reward: Reward) -> dict[str, str]:
+def _digests(
+    config: Any, data: Data, rules: principles.Principles | None, scorers: Mapping[str, Reward | None]
+) -> dict[str, str]:
     """Computes digests that tell these inputs from others of the same names. `rules` is None where nothing is sampled."""
     digests = {"train": digest(data.train), "heldout": digest(data.heldout)}
     if read := record_digest(itertools.chain(data.train, data.heldout)):
         digests["record"] = read
     if rules is not None:
-        digests["reward"] = identity.digest([json.dumps([leaf.version for leaf in rewards.leaves(reward)]).encode()])
+        for name, reward in scorers.items():
+            if reward is not None:
+                digests[name] = identity.digest([json.dumps([leaf.version for leaf in rewards.leaves(reward)]).encode()])
         digests["principles"] = identity.digest([rules.text.encode()])
         if config.warm_up.data is not None:
             digests["warm_up"] = digest(load_warm_up(config).queries)
@@ -289,9 +321,9 @@ def fitted(run: Run[Algorithm], *rewards: Reward) -> Run[Algorithm]:
             than the model takes.
     """
     sources = algorithms.given_sources(run.algorithm.collect(run.config))
-    own = (run.reward, *(() if run.second is None else (run.second,)))
+    others = (*rewards, *(() if run.second is None else (run.second,)))
     data = prompting.fitted(
-        run.data, run.prompts, run.session.progress, sources=sources, rewards=own, heldout_rewards=rewards
+        run.data, run.prompts, run.session.progress, sources=sources, rewards=(run.reward,), heldout_rewards=others
     )
     workdir, bad = run.session.workdir, data.bad
     if run.config.warm_up.data is not None:  # whose records are read once in a run

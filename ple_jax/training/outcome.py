@@ -10,7 +10,7 @@ _ALIKE = 0.5  # of the start's Distinct-2, below which responses are said to rep
 
 
 def of_two_rewards(kept: Mapping[str, Any]) -> Iterator[str]:
-    """Yields a warning for every time that another version of the reward was accepted.
+    """Yields a warning for every time that another version of the reward or of the second reward was accepted.
 
     Args:
         kept: the contents of config.json.
@@ -21,8 +21,11 @@ def of_two_rewards(kept: Mapping[str, Any]) -> Iterator[str]:
                 f"warning: after iteration {change['after']} the reward is another version than before (--accept=reward):"
                 " rewards before and after need not be of one scale, the gain over the start included"
             )
-        elif "eval.second_kwargs" in change:
-            yield f"warning: after iteration {change['after']} the second reward has other options than before"
+        if "inputs.second" in change or "eval.second_kwargs" in change:
+            yield (
+                f"warning: after iteration {change['after']} the second reward is another version than before"
+                " (--accept=reward): its values before and after need not be of one scale"
+            )
 
 
 def reached(summary: Mapping[str, Any]) -> str:

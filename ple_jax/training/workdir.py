@@ -72,13 +72,15 @@ def begun(config: Any, workdir: Path, backend: str) -> Any:
 
     Chat templates ask for the day, and a run that goes on tomorrow must have the prompts that it began with. Likewise a run
     that goes on elsewhere must have the same dtype, and the numbers that were fitted to a memory. What no run has decided
-    yet is decided now.
+    yet is decided now, also where a mode that trains nothing has left the config.json of another config.
     """
     flat = flatten(config.to_dict())
     fit = [key for key in AUTO if flat[key] == "auto"]
     if config.task.date is not None and config.model.dtype != "auto" and not fit:
         return config
     kept = recorded(workdir) or {}
+    if not _work(workdir) and not _is_of(kept, config, backend):
+        kept = {}
     whole = ConfigDict(config.to_dict())
     if whole.task.date is None:
         whole.task.date = kept.get("task", {}).get("date") or today().isoformat()
@@ -88,6 +90,14 @@ def begun(config: Any, workdir: Path, backend: str) -> Any:
     with whole.ignore_type():
         whole.update_from_flattened_dict({key: before[key] for key in fit if key in before})
     return FrozenConfigDict(whole)
+
+
+def _is_of(kept: Mapping[str, Any], config: Any, backend: str) -> bool:
+    """Says whether a config.json has all that a config says, and differs only in what is decided when a run begins."""
+    wanted = plain(identity.run_keys(config, backend, {}))
+    given, names = flatten(wanted), ("inputs", "changed", "algorithm_kwargs")  # a variant's own knobs are filled in
+    differ = [key for key in differing(identity.completed(kept, wanted), wanted) if key.split(".")[0] not in names]
+    return all(given.get(key) in (None, "auto") and key in ("task.date", "model.dtype", *AUTO) for key in differ)
 
 
 def today() -> date:
@@ -195,6 +205,8 @@ def _compared(workdir: Path, wanted: Mapping[str, Any], accept: Sequence[str]) -
     if found.get("format", 1) != FORMAT:
         found = _upgraded(found, wanted, workdir)
     found = identity.completed(found, wanted)
+    if second := wanted.get("inputs", {}).get("second"):  # which runs of an earlier version do not have
+        found = {**found, "inputs": {"second": second} | found.get("inputs", {})}
     day = wanted.get("task", {}).get("date")
     if day and not found.get("task", {}).get("date"):  # of no known day
         found = {**found, "task": {**found.get("task", {}), "date": day}}

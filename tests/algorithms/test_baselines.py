@@ -15,7 +15,7 @@ from ple_jax.algorithms import Context
 from ple_jax.core.config import validate
 from ple_jax.core.errors import UserError
 from ple_jax.core.types import Batch, Outputs, Response, Rollout
-from ple_jax.training import prompting, steps
+from ple_jax.training import opening, prompting, steps
 from ple_jax.training.measures import mean_length
 
 ONLINE = ("context_distillation", "self_distillation", "raft", "grpo", "rloo")
@@ -191,6 +191,12 @@ def test_rloo_pays_for_leaving_the_reference():
     np.testing.assert_allclose(ready.data["advantages"], expected, rtol=1e-5, atol=1e-5)
     value, _ = module.make_loss(c)(outputs(batch), ready)
     np.testing.assert_allclose(value, -expected.mean(1), rtol=1e-4, atol=1e-5)
+
+
+def test_self_distillation_needs_principles_for_its_teacher():
+    c = FrozenConfigDict(config("self_distillation", principles="none"))
+    with pytest.raises(UserError, match="config.principles is 'none', and the teacher of .* nothing is learned; name some"):
+        opening.read_inputs(c, "torch")
 
 
 def test_self_distillation_pulls_to_the_policy_with_the_principles():

@@ -29,6 +29,7 @@ from ple_jax.core.types import Outputs, Query
 from ple_jax.formulas import calibration
 from ple_jax.models import adapters, peft, weights
 from ple_jax.models.tokenizer import byte_tokenizer
+from ple_jax.training import opening
 
 TOKENIZER = byte_tokenizer()
 
@@ -416,6 +417,20 @@ def test_a_pair_is_no_longer_than_the_base_takes(tmp_path, files):
         with pytest.raises(UserError, match="config.reward_model.max_tokens is 4096, and tiny takes 2048"):
             mode(c, tmp_path / "run", "torch")
     run(tmp_path / "begun", **files, reward_model__max_tokens=2048)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("warm_up.data", "tiny_train"), ("eval.second_reward", "letters"), ("eval.best", "none"), ("eval.max_kl", (4.0,)),
+     ("eval.patience", 3)],
+)  # fmt: skip
+def test_what_only_sampling_reads_is_refused(files, key, value):
+    c = config(**files)
+    assert opening.read_inputs(FrozenConfigDict(c), "torch").data.train
+    c.update_from_flattened_dict({key: value})
+    validate(c)
+    with pytest.raises(UserError, match=f"config.{key} is .*, and algorithm 'reward', which samples nothing, does not read"):
+        opening.read_inputs(FrozenConfigDict(c), "torch")
 
 
 def test_a_head_alone_takes_no_adapter(tmp_path):

@@ -161,6 +161,8 @@ def test_a_column_that_one_set_lacks_is_none_there(tmp_path, two):
     assert all(q.record["completion"] for q in found.train if q.id.startswith("b/"))
     with pytest.raises(UserError, match="no record of config.task.sets has a `label`, and the reward reads it"):
         load_data(config(tmp_path, two), reads=("label",))
+    two["a"]["heldout"] = write(tmp_path / "labelled.jsonl", {"prompt": "held", "label": 1})
+    assert {q.record["label"] for q in load_data(config(tmp_path, two), heldout_reads=("label",)).train} == {None}
 
 
 def test_queries_of_generate_are_counted_over_all_sets(tmp_path, two):

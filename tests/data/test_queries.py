@@ -541,6 +541,16 @@ def test_a_limit_is_a_seeded_choice_in_order(tmp_path):
     assert [q.id for q in stream.queries] == [f"{i:03}" for i in range(30)] and not stream.bad
 
 
+def test_what_is_here_is_no_stream(tmp_path):
+    """A limit draws from all of a file, whatever another set of the run, on a hub, is asked for."""
+    source = write(tmp_path / "q.jsonl", *[{"prompt": f"{i}", "id": f"{i:03}"} for i in range(100)])
+    c = get_config()
+    c.task.train, c.task.max_train, c.task.heldout, c.task.max_heldout = source, 30, "tiny_heldout", 5
+    drawn = load_data(c)
+    c.task.streaming = True
+    assert load_data(c) == drawn and [q.id for q in drawn.train] != [f"{i:03}" for i in range(30)]
+
+
 def test_a_stream_of_which_nothing_is_of_use_is_not_read_to_its_end(tmp_path):
     source = write(tmp_path / "q.jsonl", *[{"text": "a"}] * 1500, {"prompt": "b"})
     with pytest.raises(UserError, match="has no `prompt`"):

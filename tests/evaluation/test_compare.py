@@ -522,6 +522,12 @@ def test_digests_of_records_that_a_seed_chooses_make_no_other_method(tmp_path, l
     assert labels([tmp_path / "a*"]) == (["ple", "ple"] if limit else ["ple", "ple inputs.train=digest1"])
 
 
+def test_what_training_never_sees_makes_no_other_method(tmp_path):
+    for seed, second in enumerate(({}, {"second": "a"}, {"second": "b"})):
+        write_run(tmp_path / f"a{seed}", const(1.0), seed=seed, inputs={"train": "t", **second})
+    assert labels([tmp_path / "a*"]) == ["ple"] * 3
+
+
 def test_entries_are_labels_globs_folders_of_responses_and_paths_with_an_equals_sign(tmp_path, monkeypatch):
     for name in ("b", "a", "sweep/lr=0.1", "sweep/lr=0.2"):
         write_run(tmp_path / name, const(1.0))
@@ -712,6 +718,23 @@ def test_the_principles_of_a_start_are_those_that_stood_in_the_prompt(tmp_path):
     compare(tmp_path, [tmp_path / "a", tmp_path / "b"])
     labels = [row["method"] for row in table(tmp_path / "out" / "table.csv")]
     assert labels == ["start + principles", "start + principles principles=honest"]
+
+
+def test_starts_with_other_principles_of_one_name_are_no_seeds_of_one_method(tmp_path):
+    """What settings of earlier versions do not say is as the directory's config has it."""
+    given = {"principles": "mine.txt", "principles_per_query": 0, "principles_digest": "d"}
+    how = {"policy": "start", "principled": True}
+    for seed, changed in enumerate(({}, {"principles_per_query": 2}, {"principles_digest": "e"})):
+        write_run(tmp_path / str(seed), const(1.0), **how, seed=seed, settings={**given, **changed})
+    inputs = {"train": "a", "model": "m", "principles": "d"}
+    changed = {"settings": {"principles": "mine.txt"}, "overrides": {"principles": "mine.txt"}, "inputs": inputs}
+    write_run(tmp_path / "3", const(1.0), **how, seed=3, **changed)
+    compare(tmp_path, [tmp_path / str(seed) for seed in range(4)])
+    found = {row["method"]: row["seeds"] for row in table(tmp_path / "out" / "table.csv")}
+    assert found == {
+        "start + principles": "0 3", "start + principles principles_per_query=2": "1",
+        "start + principles principles_digest=e": "2",
+    }  # fmt: skip
 
 
 def test_sampling_that_kl_does_not_hold_for_is_said(tmp_path):

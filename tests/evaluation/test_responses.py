@@ -177,6 +177,14 @@ def test_the_start_needs_no_run(data, tmp_path):
     assert [rollout.prompt_tokens for rollout in principled.rollouts] == [
         rollout.prompt_tokens for rollout in plain.rollouts
     ]
+    # which principles they were is kept, and settings of an earlier version, which do not say it, are no other ones
+    inputs = read_json(tmp_path / "start" / "config.json")["inputs"]
+    said = {key: principled.settings.get(key) for key in responses.RULES}
+    assert said == {"principles_per_query": 0, "principles_digest": inputs["principles"]} and not {*said} & {*plain.settings}
+    file = tmp_path / "start" / "responses" / "start_principled" / "iter_0000.json"
+    before = {key: value for key, value in principled.settings.items() if key not in said}
+    write_json(file, before, sealed=True)
+    assert modes.generate(c, tmp_path / "start", "torch") == 0 and read_json(file) == before
 
 
 def test_both_backends_keep_the_same(data, trained, tmp_path):

@@ -131,6 +131,14 @@ def test_a_method_wins_over_what_the_user_gives(out):
     assert config.lora.rank == 2
 
 
+def test_ple_takes_its_two_responses_whatever_the_config_makes_of_it(out):
+    """Of sums it would be four, and twice the budget."""
+    s = settings(out, "--config.ple.selection=symmetric")._replace(file="sums")
+    config = parsed(compare_methods.training(s, "ple", "1e-3", "0").arguments).config
+    collected = algorithms.load("ple").collect(config)
+    assert config.queries_per_iteration * len(collected) == s.responses and config.ple.selection == "threshold"
+
+
 def test_budgets_that_do_not_divide():
     says = "--responses=96 must be a multiple of 56, or little more: ple_percentile takes 8 a query"
     with pytest.raises(UserError, match=says):

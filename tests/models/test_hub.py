@@ -217,6 +217,9 @@ def test_an_incomplete_cache_is_completed(online):
     folder = hub.fetch("me/model")
     (folder / "model.safetensors").unlink()
     assert hub.fetch("me/model") == folder and (folder / "model.safetensors").is_file()
+    # of another host, where somebody else had fetched the description alone
+    (folder / "model.safetensors").unlink()
+    assert hub.here(folder, ("me/model", None)) == folder and (folder / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(

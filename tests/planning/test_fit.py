@@ -11,6 +11,8 @@ from ple_jax.configs import tiny
 from ple_jax.core import backends, processor
 from ple_jax.core.config import AUTO, flatten, validate
 from ple_jax.core.errors import UserError
+from ple_jax.core.files import write_json
+from ple_jax.core.identity import run_keys
 from ple_jax.main import parse
 from ple_jax.modes import train
 from ple_jax.planning import fit, outline
@@ -164,6 +166,15 @@ def test_the_memory_is_what_the_machine_has_free(backend, monkeypatch):
         assert counted(c, backend, inputs).memory == room
 
 
+def test_processes_of_other_hosts_take_none_of_this_ones_memory(monkeypatch):
+    """As torchrun says how many processes it has started here."""
+    c = config()
+    inputs = read_inputs(c, "torch")
+    monkeypatch.setattr(processor, "free_memory", lambda: 10**9)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert counted(c, "torch", inputs).memory == int(outline.FULL * 10**9 / 4)
+
+
 def test_a_topology_has_a_memory_of_its_own(capsys):
     c = config(mesh__data=2)
     found = fit.fitted(read_inputs(c, "torch"), "torch", "910b:2")
@@ -195,6 +206,28 @@ def test_a_run_records_them_and_goes_on_with_them(tmp_path, backend, monkeypatch
     train(config(iterations=2), tmp_path, backend)
     with pytest.raises(UserError, match="config.sampling.width is 'auto', and 8, the least, needs"):
         train(config(), tmp_path / "new", backend)
+
+
+def test_what_another_mode_left_is_no_decision_of_another_config(tmp_path):
+    """A probe writes a config.json; given again it must find its answers, and what then trains there is another run."""
+    left_open = {"task__date": None, "model__dtype": "auto"}
+    fresh = begun(config(**left_open), tmp_path / "new", "torch")
+    dtype = "float32" if fresh.model.dtype == "bfloat16" else "bfloat16"
+    decided = {"task.date": "2020-02-29", "model.dtype": dtype, "sampling.width": 8, "optimizer.micro_queries": 2}
+
+    def found(backend="torch", **changed):
+        flat = flatten(begun(config(**left_open, **changed), tmp_path, backend).to_dict())
+        return {key: flat[key] for key in decided}
+
+    probed = config(**{key.replace(".", "__"): value for key, value in decided.items()})
+    write_json(tmp_path / "config.json", run_keys(probed, "torch", {"train": "a"}), sealed=True)
+    assert found() == decided
+    for other in ({"seed": 1}, {"model__quantize": "int8"}, {"backend": "jax"}, {"sampling__width": 16}):
+        anew = found(**other)
+        assert not [key for key, value in anew.items() if value == decided[key] and key != "model.dtype"]
+    assert found(seed=1)["model.dtype"] == fresh.model.dtype
+    (tmp_path / "rollouts").mkdir()  # of a run
+    assert found(seed=1) == decided
 
 
 def test_what_is_not_counted_is_refused(tmp_path):

@@ -63,6 +63,11 @@ def test_they_are_kept_apart_by_what_they_depend_on(cache, monkeypatch):
     assert rates.read(config(), "jax") == slow
     assert rates.read(config("bfloat16"), "jax") == fast
     assert rates.read(config(), "torch") is None
+    served = config()
+    served.sampling.server = "http://localhost:8000"
+    assert rates.read(served, "jax") is None  # its devices sample faster or slower than these
+    rates.keep(served, "jax", fast)
+    assert rates.read(served, "jax") == fast and rates.read(config(), "jax") == slow
     monkeypatch.setattr(rates.processor, "cores", lambda: 64)
     assert rates.read(config(), "jax") is None  # those of other cores are other ones
 

@@ -359,6 +359,14 @@ def test_a_device_is_for_torch(tmp_path):
         make(tmp_path, framework="jax", device="cpu")
 
 
+def test_jax_has_no_mesh_of_torchs_processes(tmp_path):
+    build("llama", tmp_path, num_labels=1)
+    with pytest.raises(UserError, match="framework = 'jax' takes the run's mesh.*--backend=torch: set framework to 'torch'"):
+        make(tmp_path, framework="jax", backend="torch", mesh={"data": 2, "fsdp": 1, "tensor": 1})
+    for run in ({"backend": "torch", "mesh": {"data": 1}}, {"backend": "jax", "mesh": {"data": 2}}):
+        assert make(tmp_path, framework="jax", **run).name == tmp_path.name
+
+
 def test_the_version_says_whatever_changes_the_values(bert, tmp_path):
     folder = bert[0]
     plain = {"label": 0}

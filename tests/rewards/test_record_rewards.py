@@ -20,6 +20,7 @@ from ple_jax.core.errors import UserError
 from ple_jax.core.types import Reward
 from ple_jax.data.queries import digest, load_queries
 from ple_jax.training.journal import read
+from ple_jax.training.opening import read_inputs
 
 pytest_plugins = ["servers"]
 
@@ -201,6 +202,27 @@ def test_a_run_scores_every_record_by_its_own(tmp_path):
     write(tmp_path / "train.jsonl", *(json.loads(line) | {"answer": "77"} for line in lines))
     with pytest.raises(UserError, match=r"inputs.record \(the content\); to go on with it .* add --accept=reward"):
         modes.train(c, work, "jax")
+
+
+def test_a_second_reward_chooses_no_record_to_train_on(tmp_path, capsys):
+    """Held-out records alone need what it reads: of a record to train on it is kept where it is there, and refuses none."""
+    alone = config(tmp_path, **{"reward.name": "letters"})
+    c = config(
+        tmp_path,
+        **{"reward.name": "letters", "eval.second_reward": "numeric", "eval.second_kwargs": {"column": "gold"}},
+    )
+    rows = [json.loads(line) for line in Path(c.task.heldout).read_text().splitlines()]
+    write(tmp_path / "heldout.jsonl", *(row | {"gold": 3} for row in rows))
+    rows = [json.loads(line) for line in Path(c.task.train).read_text().splitlines()]
+    write(tmp_path / "train.jsonl", {**rows[0], "gold": "no number"}, *rows[1:])
+    without, found = (read_inputs(one, "jax").data for one in (alone, c))
+    assert [q.id for q in found.train] == [q.id for q in without.train] and not any(found.bad.values())
+    modes.plan(c, tmp_path / "plan", "jax")
+    assert f"train     10 of {c.task.train}\n" in capsys.readouterr().out
+    modes.train(c, tmp_path / "w", "jax")
+    rollouts = read(tmp_path / "w" / "rollouts" / "iter_0000.jsonl")
+    assert {rollout.record["gold"] for rollout in rollouts} <= {None, "no number"}
+    assert read(tmp_path / "w" / "evaluations" / "iter_0001.jsonl")[0].record == {"gold": 3}
 
 
 def test_a_column_that_no_record_has_ends_it_at_once(tmp_path):

@@ -179,6 +179,28 @@ def test_a_base_that_does_not_fit_is_spread(size, data, fsdp, chosen):
     assert sharding.choose({"data": data, "fsdp": fsdp}, size * 2**30, None) == (data, fsdp, "")
 
 
+def test_all_processes_decide_by_the_smallest_device(monkeypatch):
+    """Where each went by its own, one would spread the base and wait for another that does not."""
+    seen = []
+
+    def choose_place(config, shape, device, able, memory, world):
+        seen.append(memory)
+        raise UserError("far enough")
+
+    def all_gather(parts, values, group):
+        for part, given in zip(parts, (values, torch.tensor([30])), strict=True):
+            part.copy_(given)
+
+    monkeypatch.setattr(backend, "choose_place", choose_place)
+    monkeypatch.setattr(sharding, "world", lambda: sharding.World(0, 2))
+    monkeypatch.setattr(sharding.dist, "all_gather", all_gather)
+    for memory in (40, 20, None):
+        monkeypatch.setattr(devices, "total_memory", lambda device, memory=memory: memory)
+        with pytest.raises(UserError, match="far enough"):
+            backend.build(tiny_config.get_config(), weights.load("tiny"))
+    assert seen == [30, 20, None]
+
+
 def test_a_quantised_base_that_does_not_fit_is_not_told_to_stay_whole():
     config, loaded = tiny_config.get_config(), weights.load("tiny")
     config.model.quantize, config.mesh.data = "int8", 8

@@ -10,7 +10,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from speed import quick
+from test_together import Control
 
+from ple_jax.core import together
 from ple_jax.core.errors import UserError
 from torch_ascend import reward_model
 
@@ -105,6 +107,15 @@ def test_bfloat16(folder):
     assert rounded.dtype == np.float32
     np.testing.assert_array_equal(rounded, torch.tensor(rounded).bfloat16().float().numpy())  # it was computed so
     assert 0 < np.abs(rounded - exact).max() < 0.1 * np.ptp(exact) + 0.05
+
+
+def test_where_the_processes_are_jaxs_one_alone_has_it(folder):
+    """In each it would be on the same device, and compute the same rows."""
+    control, alone = Control(), reward_model.classifier(folder, dtype="float32", rows=6)(rows())
+    with together.led(control):
+        found = reward_model.classifier(folder, dtype="float32", rows=6)(rows())
+        assert control.messages.empty()
+    np.testing.assert_array_equal(found, alone)
 
 
 def test_a_missing_head_is_not_drawn_at_random(folder, tmp_path):

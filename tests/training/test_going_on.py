@@ -13,7 +13,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from configs import tiny as tiny_config
 from ple_jax import modes
 from ple_jax.core.errors import UserError
-from ple_jax.core.files import read_json
+from ple_jax.core.files import read_json, write_json
 from ple_jax.models import peft
 from ple_jax.training import journal, loop, opening
 from torch_ascend.backend import TorchBackend
@@ -264,11 +264,32 @@ def test_a_second_reward_may_be_slower_or_mended(tmp_path, mine, capsys):
     second = {"eval__second_reward": f"{mine}:reward"}
     train(tmp_path / "run", iterations=1, **second, eval__second_kwargs={"timeout": 1})
     train(tmp_path / "run", iterations=2, **second, eval__second_kwargs={"timeout": 60})
-    with pytest.raises(UserError, match="differing in eval.second_kwargs; to go on with it .*, add --accept=reward"):
+    says = "differing in eval.second_kwargs, inputs.second .*; to go on with it .*, add --accept=reward"
+    with pytest.raises(UserError, match=says):
         train(tmp_path / "run", iterations=3, **second, eval__second_kwargs={"scale": 2})
     capsys.readouterr()
     train(tmp_path / "run", "reward", iterations=3, **second, eval__second_kwargs={"scale": 2})
-    assert "warning: after iteration 2 the second reward has other options than before" in capsys.readouterr().out
+    assert "warning: after iteration 2 the second reward is another version than before" in capsys.readouterr().out
+
+
+def test_another_version_of_a_second_reward_is_vouched_for(tmp_path, mine, capsys):
+    """The best policy may be chosen by it. Runs that did not write down which version they had go on as they are."""
+    second = {"eval__second_reward": f"{mine}:reward"}
+    train(tmp_path / "run", iterations=1, **second)
+    old = read_json(tmp_path / "run" / "config.json")
+    before = old["inputs"].pop("second")
+    mine.write_text(REWARD.format(value="len(r)"))
+    says = r"differing in inputs.second \(the content\); to go on with it as it is now, add --accept=reward;"
+    with pytest.raises(UserError, match=says):
+        train(tmp_path / "run", **second)
+    capsys.readouterr()
+    train(tmp_path / "run", "reward", **second)
+    assert "warning: after iteration 1 the second reward is another version than before" in capsys.readouterr().out
+    kept = read_json(tmp_path / "run" / "config.json")
+    assert kept["changed"][-1]["inputs.second"] == [before, kept["inputs"]["second"]]
+    write_json(tmp_path / "run" / "config.json", old, sealed=True)
+    train(tmp_path / "run", iterations=3, **second)
+    assert read_json(tmp_path / "run" / "config.json")["inputs"] == kept["inputs"]
 
 
 # ---------------------------------------------------------------- more iterations

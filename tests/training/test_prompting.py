@@ -276,7 +276,8 @@ def test_one_conversation_of_many_does_not_end_a_run(algorithm, tmp_path, monkey
         return str(path)
 
     options = {"task__train": save("train", 20), "task__heldout": save("heldout", 20), "task__chat": True, "iterations": 1}
-    options |= {"warm_up__data": save("warm", 20), "generate__data": save("asked", 20), "task__max_bad_share": 0.05}
+    options |= {"generate__data": save("asked", 20), "task__max_bad_share": 0.05}
+    options |= {"warm_up__data": save("warm", 20)} if algorithm != "reward" else {}
     config = FrozenConfigDict(configured(algorithm, **options))
     assert modes.train(config, tmp_path / "run", "torch") == 0
     sets = ["train", "heldout"] + (["warm_up"] if algorithm != "reward" else [])

@@ -21,9 +21,9 @@ from ml_collections.config_flags import config_flags
 
 from ple_jax.core import extras, launch, shipped, streams
 from ple_jax.core.backends import BACKENDS
-from ple_jax.core.config import OF_FILES, OWN, flatten, renamed, validate
+from ple_jax.core.config import OF_FILES, OWN, flatten, validate
 from ple_jax.core.errors import UserError, of_the_machine, suggestion
-from ple_jax.core.identity import ACCEPTED, upgraded
+from ple_jax.core.identity import ACCEPTED
 from ple_jax.core.rules import written
 from ple_jax.core.secrets import redacted
 from ple_jax.core.version import VERSION
@@ -226,7 +226,7 @@ def _recorded(workdir: Path, config: ConfigDict) -> ConfigDict:
     """
     if not (kept := recorded(workdir)):
         raise UserError(f"--workdir={workdir} holds no run (no config.json there); train one first: --mode=train")
-    usual, own = flatten(config.to_dict()), flatten(upgraded(kept, workdir / "config.json"))
+    usual, own = flatten(config.to_dict()), flatten(kept)
     own = {key: value for key, value in own.items() if key in usual and not key.startswith("sampling.server")}
 
     def of_json(key: str, value: object) -> object:
@@ -287,8 +287,6 @@ def _override(config: ConfigDict, argv: Sequence[str]) -> ConfigDict:
         parent = match[1].rsplit(".", 1)[0]
         if parent in keys:
             raise UserError(f"unknown key in {argument!r}: override {parent} whole, --config.{parent}=\"{{'k': 1}}\"")
-        if says := renamed(match[1]):
-            raise UserError(says)
         raise UserError(f"unknown key in {argument!r}{suggestion(match[1], keys)} (all are in configs/default.py)")
     values = flags.FlagValues()
     values.set_gnu_getopt(True)

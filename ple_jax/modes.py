@@ -19,7 +19,7 @@ from ple_jax.algorithms import Algorithm, OfflineAlgorithm
 from ple_jax.core import backends
 from ple_jax.core.errors import Damaged, UserError
 from ple_jax.core.files import plain, read_json, write_json
-from ple_jax.core.identity import run_keys, upgraded
+from ple_jax.core.identity import run_keys
 from ple_jax.core.version import project
 from ple_jax.evaluation import compare as comparison
 from ple_jax.evaluation import describe, differences, responses
@@ -148,7 +148,7 @@ def on_run(
     with lock(workdir):
         config = begun(config, workdir, backend)
         if bare:
-            before = upgraded(recorded(workdir) or {}, workdir / "config.json")
+            before = recorded(workdir) or {}
             inputs = checkpoint_inputs(config, before)
         else:
             inputs = fitted(read_inputs(config, backend), backend)

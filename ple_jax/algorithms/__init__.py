@@ -117,26 +117,15 @@ class OfflineAlgorithm(NamedTuple):
 
 
 _CONSTANTS = {"DEFAULTS": "defaults", "RULES": "rules", "RECORDS": "records"}  # of a file -> of the tuple
-_FORMER = {  # of files written for an earlier version -> what stands for it
-    "needs_reference": "needs(config) -> Needs(reference=True)",
-    "needs_old_logprobs": "needs(config) -> Needs(old_logprobs=True)",
-    "needs_teacher": "needs(config) -> Needs(teacher=True)",
-    "HEAD": 'needs(config) -> Needs(head="value")',
-    "NEEDS": "RECORDS",
-}
 
 
 def load(name: str) -> Algorithm | OfflineAlgorithm:
     """Loads an algorithm by name (a file of ple_jax/algorithms), from a Python file, or by a dotted path.
 
     Raises:
-        UserError: the module cannot be imported, lacks a required function, has one of nearly such a name, or has a name of
-            an earlier version.
+        UserError: the module cannot be imported, lacks a required function, or has one of nearly such a name.
     """
     module = vars(built_in("algorithms", name) or load_module(name, "algorithm"))
-    if former := [what for what in _FORMER if what in module]:
-        says = f"config.algorithm {name!r} has {former[0]}, which is now {_FORMER[former[0]]}"
-        raise UserError(f"{says}; see docs/variants.md")
     about = next(iter((module["__doc__"] or "").strip().splitlines()), "")
     found = {"name": name, "about": about}
     found |= {ours: module[theirs] for theirs, ours in _CONSTANTS.items() if theirs in module}

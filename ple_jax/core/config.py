@@ -43,15 +43,6 @@ FREE = (
     "compare.judge_kwargs",
 )  # fmt: skip
 
-# keys of earlier versions -> their names now
-RENAMED = {
-    "sft.data": "warm_up.data",
-    "sft.epochs": "warm_up.epochs",
-    "sft.lr": "warm_up.lr",
-    "reward_model.epochs": "offline.epochs",
-    "reward_model.eval_every": "offline.eval_every",
-}
-
 # keys that one backend alone reads, all of them "auto" by default
 OWN = {"model.layers": "jax", "model.attention": "jax", "model.device": "torch", "model.ops": "torch"}
 
@@ -447,15 +438,6 @@ _MULTIPLES = (  # (key, the keys whose product divides it, why)
 )
 
 
-def renamed(key: str) -> str:
-    """Says, as a sentence, where a key or a section of an earlier version is now; returns "" for any other key."""
-    now = [new for old, new in RENAMED.items() if old == key or old.startswith(f"{key}.")]
-    if not now:
-        return ""
-    name = now[0] if key in RENAMED else now[0].split(".")[0]
-    return f"config.{key} is now config.{name}: rename it, in files and on the command line"
-
-
 def validate(config: "ConfigDict") -> None:
     """Checks every key, then the keys that must fit one another; reads no file and imports nothing heavy.
 
@@ -468,8 +450,7 @@ def validate(config: "ConfigDict") -> None:
     flat = flatten(config.to_dict())
     for key in flat:
         if key not in RULES:
-            says = f"config.{key} is not a known key{suggestion(key, RULES)} (all are in configs/default.py)"
-            raise UserError(renamed(key) or says)
+            raise UserError(f"config.{key} is not a known key{suggestion(key, RULES)} (all are in configs/default.py)")
     for key, rule in RULES.items():
         if key not in flat:
             raise UserError(f"config.{key} is missing; start the config file from configs/default.py's get_config()")

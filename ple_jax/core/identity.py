@@ -8,13 +8,11 @@ far), and what a user vouches for (`ACCEPTED`). Runs are seeds of one method if 
 import hashlib
 import importlib
 from collections.abc import Callable, Collection, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
-from ple_jax.core.errors import UserError
 from ple_jax.core.secrets import redacted
 
-FORMAT = 2  # of config.json, journals and checkpoints; 1 had other keys, and none of this name
+FORMAT = 2  # of config.json, journals and checkpoints; that of no version before the first one that was published
 # how a run is computed and not what: a run may go on, or be exported, with others
 EXECUTION = (
     "model.layers", "model.attention", "model.remat", "model.device", "model.ops", "model.compile_cache",
@@ -59,7 +57,7 @@ def run_keys(config: Any, backend: str, digests: Mapping[str, str]) -> dict[str,
 
 
 def known_keys() -> set[str]:
-    """Returns the outermost keys that a config.json of this format may have."""
+    """Returns the outermost keys that a config.json may have."""
     usual = importlib.import_module("ple_jax.configs.default").get_config().to_dict()
     return {*usual, "format", "backend", "inputs", "changed"}
 
@@ -102,22 +100,8 @@ def _part_without(part: Any, drop: Callable[[str | None], Collection[str]]) -> A
     return {**part, "kwargs": _without(part.get("name"), own, drop)}
 
 
-def upgraded(kept: Mapping[str, Any], file: Path = Path("config.json")) -> dict[str, Any]:
-    """Converts a config.json of an earlier format to the keys that it would have today; one of this format stays as it is.
-
-    Raises:
-        UserError: it is no config of a run; the message names the `file`.
-    """
-    if kept.get("format", 1) != 1:
-        return dict(kept)
-    try:
-        return _of_format_1(kept)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{file} is damaged, or no config of a run ({error})") from error
-
-
 def completed(kept: Mapping[str, Any], wanted: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Adds to a config.json of this format those `wanted` keys that it is too old to have, at their defaults.
+    """Adds to a config.json those `wanted` keys that it is too old to have, at their defaults.
 
     A run that is older than a key was made as the key's default says. Without `wanted` all of today's keys are.
     """
@@ -130,15 +114,6 @@ def completed(kept: Mapping[str, Any], wanted: Mapping[str, Any] | None = None) 
         return new | {key: filled(value, wanted.get(key), default.get(key)) for key, value in kept.items()}
 
     return filled(kept, defaults if wanted is None else wanted, defaults)
-
-
-def _of_format_1(kept: Mapping[str, Any]) -> dict[str, Any]:
-    found = {**kept, "format": FORMAT, "inputs": dict(kept["inputs"]), "reward_model": dict(kept["reward_model"])}
-    if "sft" in found["inputs"]:
-        found["inputs"]["warm_up"] = found["inputs"].pop("sft")
-    found["warm_up"] = found.pop("sft")
-    found["offline"] = {name: found["reward_model"].pop(name) for name in ("epochs", "eval_every")}
-    return found
 
 
 def method_keys(config: Mapping[str, Any]) -> dict[str, Any]:

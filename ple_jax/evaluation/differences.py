@@ -63,7 +63,7 @@ def _first(found: Iterator[Difference]) -> list[Difference]:
 
 def _configs(one: Path, other: Path) -> Iterator[Difference]:
     """Yields the differences in config keys that have a part in the result."""
-    kept = [identity.upgraded(recorded(folder) or {}, folder / "config.json") for folder in (one, other)]
+    kept = [recorded(folder) or {} for folder in (one, other)]
     kept = [identity.completed(kept[i], kept[1 - i]) for i in (0, 1)]  # of an earlier version one has fewer keys
     flat = [flatten({k: v for k, v in identity.comparable(each).items() if k != "changed"}) for each in kept]
     for key in dict.fromkeys([*flat[0], *flat[1]]):

@@ -15,6 +15,7 @@ from ple_jax.core.files import read_json, read_jsonl
 from ple_jax.core.rules import Rule, misshapen, optional, real, whole
 from ple_jax.evaluation import entries, responses
 from ple_jax.training import costs
+from ple_jax.training.workdir import recorded
 
 MEASURED = ("reward", "reward_second", "kl")  # measures with a value of every response
 SAME = (
@@ -99,8 +100,8 @@ def read(found: entries.Found) -> Entry:
 
 def config(workdir: Path) -> dict[str, Any]:
     """Reads config.json as a flat dictionary, with today's keys; {} if there is none."""
-    kept = read_json(workdir / "config.json")
-    return {} if kept is None else flatten(identity.completed(identity.upgraded(kept, workdir / "config.json")))
+    kept = recorded(workdir)
+    return {} if kept is None else flatten(identity.completed(kept))
 
 
 def progress(workdir: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

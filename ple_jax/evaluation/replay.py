@@ -61,12 +61,11 @@ def replay(config: Any, workdir: Path, backend: str) -> dict[str, Any]:
     """
     if not (kept := recorded(workdir)):
         raise UserError(f"--workdir={workdir} holds no run; train one first: --mode=train")
-    was = identity.upgraded(kept, workdir / "config.json")
     algorithm = algorithms.load(config.algorithm)
     if not isinstance(algorithm, Algorithm):
         raise UserError(f"--mode=replay needs an algorithm that samples, and config.algorithm is {config.algorithm!r}")
     config = algorithms.with_defaults(algorithm, begun(config, workdir, backend))
-    changed = _changed(was, config, backend)
+    changed = _changed(kept, config, backend)
     another = {"reward.name", "reward.kwargs"} & changed.keys()
     with lock(workdir / FOLDER):  # a run that goes on is not disturbed
         found = list(_iterations(config, workdir, backend, algorithm, another=another))

@@ -189,12 +189,8 @@ def _response(raw: dict[str, Any]) -> Response:
     parts = {name: _number(value) for name, value in raw.get("parts", {}).items()}
     said = tuple(raw["tokens"]), raw["finished"], raw["kind"], raw["sample"], raw["text"]
     values = _number(raw["reward"]), _number(raw["score"]), _number(raw["weight"]), parts
-    if "source" in raw:
-        logprobs = tuple(map(_number, raw.get("logprobs", ())))
-        return Response(*said, *values, raw["principled"], raw["source"], logprobs, raw.get("noise", ""))
-    # of format 1, where the names of kinds told who gave a response
-    records = {"reference": "completion", "chosen": "completion", "rejected": "rejected"}
-    return Response(*said, *values, raw["kind"] == "principled", records.get(raw["kind"], "policy"))
+    logprobs = tuple(map(_number, raw.get("logprobs", ())))
+    return Response(*said, *values, raw["principled"], raw["source"], logprobs, raw.get("noise", ""))
 
 
 def _number(value: float | str | None) -> float:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ple_jax.core import commits
-from ple_jax.core.files import read_jsonl, write_jsonl
+from ple_jax.core.files import write_jsonl
 from ple_jax.core.identity import FORMAT
 from ple_jax.core.types import Backend
 from ple_jax.training.costs import Costs
@@ -42,9 +42,7 @@ def newest(backend: Backend, checkpoints: Path) -> State | None:
         return None
     kept = {name: value for name, value in meta.items() if name in State._fields} 
     kept |= {name: tuple(meta.get(name, ())) for name in ("lines", "points")}
-    # of format 1 the counters stand beside the others
-    costs = meta.get("costs", {name: value for name, value in meta.items() if name in Costs._fields})
-    return State(**(kept | {"costs": Costs(**costs)}))
+    return State(**(kept | {"costs": Costs(**meta["costs"])}))
 
 
 def resume(backend: Backend, session: Session) -> State | None:
@@ -59,20 +57,8 @@ def resume(backend: Backend, session: Session) -> State | None:
         return None
     if said := changed(state.environment, backend.environment()):
         session.progress.log(said)
-    state = state._replace(lines=before(state, log))
     write_jsonl(log, state.lines, ascii=True)  # as the sink writes them
     return state
-
-
-def before(state: State, log: Path) -> tuple[Mapping[str, Any], ...]:
-    """Returns the lines of metrics.jsonl before the iteration that `state` stands at.
-
-    That iteration's own line is written when it is evaluated. The checkpoint has the lines; one of an earlier version does
-    not, and then they are read from the file.
-    """
-    if state.lines or not state.iteration or not log.exists():
-        return state.lines
-    return tuple(line for line in read_jsonl(log, torn=True) if line["iteration"] < state.iteration)
 
 
 def commit(state: State, backend: Backend, session: Session) -> State:
@@ -125,11 +111,8 @@ def peak_memory() -> int:
     return size if sys.platform == "darwin" else size * 1024
 
 
-_LATER = ("processor",)  # what states of 2026-11 and before lack, whatever it was then
-
-
 def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """Returns a warning if a run goes on in another environment than it began in; otherwise an empty text."""
-    keys = [k for k in {**old, **new} if old.get(k) != new.get(k) and (k in old or k not in _LATER)]
+    keys = [k for k in {**old, **new} if old.get(k) != new.get(k)]
     changes = ", ".join(f"{k} {old.get(k)!r} -> {new.get(k)!r}" for k in keys)
     return f"warning: the run began in another environment ({changes}); results need not be bit-identical" if keys else ""

@@ -21,7 +21,7 @@ from ple_jax.core.config import AUTO, differing, flatten
 from ple_jax.core.errors import Damaged, UserError
 from ple_jax.core.files import plain, read_json
 from ple_jax.core.forks import in_children
-from ple_jax.core.identity import ACCEPTED, EXECUTION, FORMAT, LENGTH, comparable, upgraded
+from ple_jax.core.identity import ACCEPTED, EXECUTION, FORMAT, LENGTH, comparable
 from ple_jax.core.secrets import redacted
 
 SUMMARY = "summary.json"
@@ -110,17 +110,21 @@ def recorded(workdir: Path) -> dict[str, Any] | None:
 
     Raises:
         Damaged: if it is not the config of a run.
+        UserError: if it is that of a run of another format.
     """
     remedy = f"put a copy of it back, or, {_SAME}, remove it and add --accept=config"
-    found = redacted(read_json(workdir / "config.json", remedy=remedy))  # an earlier version may have written a key
-    says = [
-        f"{key} is no object"
-        for key in ("inputs", "model", "reward", "task")
-        if not isinstance((found or {}).get(key, {}), dict)
-    ]
-    if found is not None and found.get("format") == FORMAT:
-        says += [f"{key[:40]!r} is none of its keys" for key in found if key not in identity.known_keys()]
-    if says:
+    found = redacted(read_json(workdir / "config.json", remedy=remedy))
+    if found is None:
+        return None
+    if (kind := found.get("format")) != FORMAT and type(kind) is int:
+        raise UserError(
+            f"{workdir} holds a run of format {kind}, and this version reads format {FORMAT}: take the version that began"
+            " it, or give another --workdir"
+        )
+    parts = ("inputs", "model", "reward", "task")
+    says = [f"{key} is no object" for key in parts if not isinstance(found.get(key, {}), dict)]
+    says += [f"{key[:40]!r} is none of its keys" for key in found if key not in identity.known_keys()]
+    if says := says or ["it has no format"] * (kind != FORMAT):
         raise Damaged(f"{workdir / 'config.json'} is damaged, or no config of a run ({says[0]}); {remedy}")
     return found
 
@@ -202,8 +206,6 @@ def _compared(workdir: Path, wanted: Mapping[str, Any], accept: Sequence[str]) -
     # without any work in it a directory may change hands: a mistake that was mended should not need another one
     if found is None or not work:
         return None, []
-    if found.get("format", 1) != FORMAT:
-        found = _upgraded(found, wanted, workdir)
     found = identity.completed(found, wanted)
     if second := wanted.get("inputs", {}).get("second"):  # which runs of an earlier version do not have
         found = {**found, "inputs": {"second": second} | found.get("inputs", {})}
@@ -238,21 +240,3 @@ def summary(workdir: Path) -> dict[str, Any]:
     except Damaged:
         return {}
     return found if {"algorithm", "seed"} <= found.keys() else {}
-
-
-def _upgraded(found: Mapping[str, Any], wanted: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
-    """Returns the config of a finished run of format 1 as it would be written today.
-
-    Raises:
-        UserError: if the run is not finished, or of a later format, so that it cannot go on here.
-    """
-    if type(found.get("format", 1)) is not int or found.get("format", 1) > FORMAT or not (workdir / "summary.json").exists():
-        raise UserError(
-            f"--workdir={workdir} holds a run of format {found.get('format', 1)}, and this version goes on with format"
-            f" {FORMAT}: finish it with the version that began it, or give another --workdir"
-        )
-    now = upgraded(found, workdir / "config.json")
-    inputs = {**now["inputs"], "reward": wanted["inputs"].get("reward")}  # versions of rewards were digests of files
-    new = {key: value for key, value in wanted.get("task", {}).items() if key in ("date", "max_answer_tokens")}
-    task = {"task": new | now["task"]} if "task" in now else {}
-    return {**now, **task, "inputs": {k: v for k, v in inputs.items() if v is not None}}

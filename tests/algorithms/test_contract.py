@@ -42,11 +42,6 @@ def test_what_a_file_does_not_say_has_a_default(tmp_path):
     assert found.measures({"loss": 1.0}, {}, {}) == {"loss": 1.0}
 
 
-def test_a_file_of_an_earlier_version_is_told_what_to_write(tmp_path):
-    with pytest.raises(UserError, match=r"has needs_reference, which is now needs\(config\) -> Needs\(reference=True\)"):
-        algorithms.load(written(tmp_path, PLE + "def needs_reference(config): return True\n"))
-
-
 def test_a_slip_in_a_name_is_told_and_a_helper_is_none(tmp_path):
     """Else the function of what the file begins with would do the work, and the variant would be none."""
     for code, says in (("def lable(rollouts, context): ...\n", "'label'"), ("def make_losss(config): ...\n", "'make_loss'")):

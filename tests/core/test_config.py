@@ -4,11 +4,9 @@ import math
 import re
 
 import pytest
-from ml_collections import ConfigDict
 
 from configs import default, quickstart, tiny
-from configs.default import get_config
-from ple_jax.core.config import RENAMED, RULES, differing, flatten, renamed, validate
+from ple_jax.core.config import RULES, differing, flatten, validate
 from ple_jax.core.errors import UserError, suggestion
 
 
@@ -273,17 +271,3 @@ def test_differing():
     assert differing(a, {"x": 1, "s": {"t": [1, 2], "u": math.inf}, "reward": {"kwargs": {}}}) == []
     b = {"x": 2, "s": {"t": [1, 3], "v": None}, "reward": {"kwargs": {"k": 1}}}
     assert differing(a, b) == ["reward.kwargs", "s.t", "s.u", "s.v", "x"]
-
-
-@pytest.mark.parametrize(("old", "new"), [*RENAMED.items(), ("sft", "warm_up")])
-def test_a_key_of_an_earlier_version_is_told_its_new_name(old, new):
-    assert renamed(old) == f"config.{old} is now config.{new}: rename it, in files and on the command line"
-    c = get_config()
-    *parents, name = old.split(".")
-    node = c
-    for parent in parents:
-        node[parent] = node.get(parent, ConfigDict())
-        node = node[parent]
-    node[name] = 1
-    with pytest.raises(UserError, match=f"config.{old} is now config.{new}: "):
-        validate(c)

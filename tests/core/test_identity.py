@@ -55,10 +55,6 @@ def test_records_that_a_seed_chooses_make_no_other_method(limit):
     assert "inputs.model" in drawn
 
 
-def test_what_is_of_this_format_stays_as_it_is():
-    assert identity.upgraded({"format": 2, "sft": 1}) == {"format": 2, "sft": 1}
-
-
 @pytest.mark.parametrize(
     ("name", "same", "other"),
     [

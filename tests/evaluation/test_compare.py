@@ -500,20 +500,6 @@ def test_start_models_of_other_weights_are_told_apart_and_others_are_not(tmp_pat
     assert labels([tmp_path / name for name in "abc"]) == ["start", "start model.path=smollm2-135m", "start"]
 
 
-def test_a_run_of_format_1_is_a_seed_of_the_same_method(tmp_path):
-    for seed in range(2):
-        write_run(tmp_path / f"a{seed}", const(1.0), seed=seed)
-    path = tmp_path / "a0" / "config.json"
-    old = json.loads(path.read_text())
-    old["sft"] = old.pop("warm_up")
-    old["reward_model"] |= old.pop("offline")
-    del old["format"]
-    path.write_text(json.dumps(old))
-    result = compare(tmp_path, [tmp_path / "a?"])
-    assert [(method["label"], method["seeds"]) for method in result["methods"]] == [("ple", [0, 1])]
-    assert not [text for text in result["warnings"] if "differ" in text]
-
-
 @pytest.mark.parametrize("limit", [0, 100])
 def test_digests_of_records_that_a_seed_chooses_make_no_other_method(tmp_path, limit):
     for seed in (0, 1):

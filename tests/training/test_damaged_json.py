@@ -38,7 +38,7 @@ def test_json_of_another_kind(tmp_path, text):
 def test_a_comparison_of_a_run_whose_config_is_none(tmp_path, monkeypatch):
     folder = tmp_path / "responses" / "trained"
     folder.mkdir(parents=True)
-    (tmp_path / "config.json").write_text('{"format": 1}')
+    (tmp_path / "config.json").write_text('{"format": []}')
     monkeypatch.setattr(methods.responses, "read", lambda folder, iteration: Generated({"policy": "start"}, [], []))
     with pytest.raises(UserError, match="config.json is damaged, or no config of a run"):
         methods.read(Found("", folder, None, ""))

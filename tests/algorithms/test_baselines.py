@@ -82,6 +82,9 @@ def test_the_mean_length_is_that_of_what_would_be_learned(algorithm, options, ex
     else:
         kinds = {"ple": (0, 1), "context_distillation": (0, 1)}.get(algorithm, (0,))
         given = [r._replace(responses=tuple(r.responses[i]._replace(principled=i == 1) for i in kinds)) for r in given]
+    if not any(x.principled for r in given for x in r.responses):  # nothing learns from one then, not even from the best
+        best = Response((1,) * 9, True, "principled", 0, "", 9.0, 9.0, principled=True)
+        given = [r._replace(responses=(*r.responses, best)) for r in given]
     run = type("Stand", (), {"algorithm": algorithms.load(algorithm), "config": c})()
     assert mean_length(given, run) == pytest.approx(expected)
 

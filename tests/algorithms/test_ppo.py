@@ -103,13 +103,13 @@ def test_a_response_that_was_cut_off_pays():
 
 
 def test_the_coefficient_goes_on_from_the_last_iteration():
-    c = config("ppo", ppo__kl="adaptive", ppo__kl_target=2.0, ppo__kl_horizon=80)
+    c = config("ppo", ppo__samples=2, ppo__kl="adaptive", ppo__kl_target=2.0, ppo__kl_horizon=80)
     module, batch = ready(c)
     assert set(batch.data["kl_coefficient"]) == {np.float32(0.05)}
     far, near = (module.control({"kl_coefficient": 0.4}, {"kl_response": kl}, c) for kl in (9.0, 1.9))
-    # eight responses of a horizon of 80, an error that is cut at a fifth: up by 2%; and by -5% of a tenth
-    assert far["kl_coefficient"] == pytest.approx(0.4 * 1.02)
-    assert near["kl_coefficient"] == pytest.approx(0.4 * (1 - 0.05 / 10))
+    # two responses to eight queries of a horizon of 80, an error that is cut at a fifth: up by 4%; and by -5% of a fifth
+    assert far["kl_coefficient"] == pytest.approx(0.4 * 1.04)
+    assert near["kl_coefficient"] == pytest.approx(0.4 * (1 - 0.05 / 5))
     assert ready(c, far)[1].data["kl_coefficient"][0] == np.float32(far["kl_coefficient"])
     c.ppo.kl = "fixed"
     assert module.control({"kl_coefficient": 0.05}, {"kl_response": 9.0}, c) == {"kl_coefficient": 0.05}

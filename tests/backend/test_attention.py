@@ -186,6 +186,25 @@ def test_rows_are_read_in_parts_each_as_far_as_its_own_are_filled():
     np.testing.assert_array_equal(found[4:8], alone)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
+def test_a_prefix_is_held_once_for_the_rows_that_see_it(dtype, tolerance):
+    """Its keys and values stand before those of every row; the second row sees nothing of it."""
+    rng, before, length = np.random.default_rng(0), 40, 32
+    shapes = (2, 1), (before + length,), (before + length,)
+    q, k, v = (jnp.asarray(rng.normal(size=(3, 2, *shape, 16)), dtype) for shape in shapes)
+    k, v = (x.at[:, :, :before].set(x[:1, :, :before]) for x in (k, v))
+    mask = rng.random((3, 1, before + length)) < 0.4
+    mask[1, :, :before] = False
+
+    def read(start, size, rows):
+        return tuple(jax.lax.dynamic_slice_in_dim(x[rows], before + start, size, 2) for x in (k, v))
+
+    how = {"length": length, "reach": length, "mask": mask, "scale": SCALE, "softcap": 0.7, "looped": False}
+    found = attend_cache(q, read, **how, prefix=(k[:1, :, :before], v[:1, :, :before]))
+    expected = oracle(q, k, v, mask, 0.7, np.ones(q.shape))[0]
+    np.testing.assert_allclose(np.asarray(found, np.float64), expected, atol=tolerance)
+
+
 def test_rows_that_read_nothing_are_numbers():
     """All rows of a part are done: what is computed for them goes into the cache, where another response begins."""
     length, reach = 320, jnp.array([0, 0, 5, 0], jnp.int32)

@@ -189,7 +189,12 @@ def test_room_for_more_tokens_changes_no_bit(scan):
 
 @pytest.mark.parametrize("scan", [False, True])
 def test_an_accelerator_reads_no_more_than_rows_fill(scan, monkeypatch):
-    """In blocks that do not depend on how many are read: to the bit what all of the cache gives."""
+    """In blocks that do not depend on how many are read: to the bit what all of the cache gives.
+
+    Steps between two checks of what is done count, or a call would fill more than the bound that it was given.
+    """
+    decode = generate.decode
+    monkeypatch.setattr(generate, "decode", lambda *given, unasked, **how: decode(*given, unasked=8, **how))
     monkeypatch.setattr(jax_backend.attention, "loops", lambda mesh: False)
     noise, how = np.random.default_rng(5).random((6, 500), dtype=np.float32), {"sampling": Sampling(500, ())}
     made, within = backend(scan=scan), []

@@ -658,6 +658,14 @@ def test_training_with_every_option_goes_on_bit_for_bit(tmp_path):
         assert np.abs(array - start[name]).max() > 0, name
 
 
+def test_micro_batches_drop_each_their_own():
+    batch, ours, losses = random_batch(), backend(replace(ALL, dropout=0.5)), []
+    for count in (1, 2):
+        ours.freeze_reference()  # steps, by which the draws are, are counted anew
+        losses.append(ours.update([batch] * count, negative_likelihood, lr=0.0)["loss"])
+    assert losses[1] != pytest.approx(losses[0], rel=1e-5)
+
+
 @pytest.mark.slow
 def test_dropout_is_for_training_alone():
     batch = random_batch()

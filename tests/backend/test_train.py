@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import exact
 import jax
@@ -194,6 +195,22 @@ def test_entropy_is_of_who_asks_for_it():
     assert ours.logprobs(batch).entropy is None
     asked = ours.logprobs(batch, entropy=True)
     assert (asked.entropy[batch.response_mask] > 0).all() and not asked.entropy[~batch.response_mask].any()
+
+
+def test_what_is_said_and_what_is_learned_at_a_temperature():
+    """Logits are divided by it, in log-probabilities, entropies (read at the first tokens here) and a loss."""
+    import torch
+
+    batch, ours, (theirs, _) = random_batch(), backend(), peft_model()
+    found = ours.logprobs(batch, temperature=0.6, entropy=True)
+    expected = separate_logprobs(lambda ids: SimpleNamespace(logits=theirs(ids).logits / 0.6), batch).detach().numpy()
+    np.testing.assert_allclose(found.logprobs, expected, atol=1e-4)
+    for i, prompt in enumerate(batch.prompt):
+        last = theirs(torch.tensor(prompt[batch.prompt_mask[i]]).long()[None]).logits[0, -1]
+        entropy = torch.distributions.Categorical(logits=last / 0.6).entropy().item()
+        np.testing.assert_allclose(found.entropy[i, :, 0], entropy, atol=1e-4)
+    loss = ours.update([batch], negative_likelihood, lr=0.01, temperature=0.6)["loss"]
+    assert loss == pytest.approx(-expected.sum() / 4, rel=1e-5)
 
 
 def test_accumulated_micro_batches_equal_one_batch():

@@ -278,6 +278,16 @@ def test_the_records_own_pairs_stay_as_they_are():
     assert found["sft"][0]["completion"] == "good" and found["prompt_completion"] == []
 
 
+def test_of_the_best_of_several_the_pair_is_best_and_worst():
+    from ple_jax import algorithms
+
+    given = tuple(PAIR[0]._replace(sample=i, text=f"{score}", score=score) for i, score in enumerate((0.5, 1.0, 0.0)))
+    rollouts = [Rollout("a", "So", (1,), given, margin=0.5, decision="best")]
+    found = journal_records.of({0: rollouts}, algorithms.load("raft"), config(algorithm="raft"))
+    assert [(row["chosen"], row["rejected"]) for row in found["preference"]] == [("1.0", "0.0")]
+    assert [row["completion"] for row in found["sft"]] == ["1.0"]
+
+
 def test_trl_reads_the_records(copy):
     from datasets import load_dataset
     from trl import data_utils

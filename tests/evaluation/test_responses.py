@@ -136,10 +136,13 @@ def test_log_probabilities_and_kl_by_hand(data, trained):
                 assert line["kl"][k] == pytest.approx((ratio - 1 - np.log(ratio)).sum(), rel=1e-3)
 
 
-@pytest.mark.parametrize("backend", ["torch", "jax"])
-def test_kl_is_to_what_training_began_with(backend, data, tmp_path):
-    """After a warm-up that is the warmed-up policy, as it is for the budgets; perplexity stays that of the base."""
-    options = {"warm_up__data": data, "warm_up__epochs": 3, "warm_up__lr": 0.05, "task__max_bad_share": 0.5}
+@pytest.mark.parametrize(("backend", "began"), [("torch", "warm_up"), ("jax", "warm_up"), ("torch", "adapter")])
+def test_kl_is_to_what_training_began_with(backend, began, data, trained, tmp_path):
+    """An adapter, or the policy after a warm-up, as it is for the budgets; perplexity stays that of the base."""
+    options = {
+        "warm_up": {"warm_up__data": data, "warm_up__epochs": 3, "warm_up__lr": 0.05, "task__max_bad_share": 0.5},
+        "adapter": {"model__adapter": str(trained / "adapter")},
+    }[began]
     still = {"checkpoint__use": "newest", "eval__best": "none", "optimizer__lr": 1e-30}
     c = settings(data, **options, **still, generate__second_reward=None)
     assert modes.train(c, tmp_path, backend) == 0
@@ -157,10 +160,12 @@ def test_log_probabilities_are_of_the_untouched_model_whatever_they_are_sampled_
         assert line["kl"] == pytest.approx([0.0] * 3, abs=1e-6)
 
 
-def test_the_start_needs_no_run(data, tmp_path):
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_the_start_needs_no_run(data, tmp_path, temperature):
     found = {}
     for principled in (False, True):
-        c = settings(data, **SECOND, generate__policy="start", generate__principled=principled)
+        asked = {"generate__policy": "start", "generate__principled": principled, "sampling__temperature": temperature}
+        c = settings(data, **SECOND, **asked)
         assert modes.generate(c, tmp_path / "start", "torch") == 0
         found[principled] = responses.read(responses.folder(tmp_path / "start", c))
     plain, principled = found[False], found[True]

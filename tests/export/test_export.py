@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from configs import default
 from configs import tiny as tiny_config
 from ple_jax import modes
+from ple_jax.core import backends
 from ple_jax.core.config import names
 from ple_jax.core.errors import UserError
 from ple_jax.core.types import Sampling
@@ -142,6 +143,19 @@ def test_of_a_multimodal_model_the_text_part(tmp_path):
     assert type(ours).__name__ == "Gemma3ForCausalLM"
     assert not report["missing_keys"] and not report["unexpected_keys"]
     np.testing.assert_allclose(logits(ours), expected, atol=1e-4)
+
+
+def test_of_gpt2_whose_matrices_are_in_by_out(tmp_path):
+    """Its adapter says so, and what is merged is what PEFT makes of the adapter."""
+    base, workdir = tmp_path / "base", tmp_path / "run"
+    families.save(families.build(families.VARIANTS["gpt2"], n_positions=512), base)
+    modes.export(exporting(a_run(workdir, model__path=str(base)), merged=True), workdir, "jax")
+    assert json.loads((workdir / "adapter" / "adapter_config.json").read_text())["fan_in_fan_out"] is True
+    assert all(backends.load(name).transposed(weights.load(str(base))) for name in ("jax", "torch"))
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    before, expected = logits(plain), logits(PeftModel.from_pretrained(plain, workdir / "adapter"))
+    assert np.abs(expected - before).max() > 0.1
+    np.testing.assert_allclose(logits(AutoModelForCausalLM.from_pretrained(workdir / "merged")), expected, atol=1e-4)
 
 
 def test_what_is_not_adapted_is_untouched(source, tmp_path):

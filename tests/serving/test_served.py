@@ -22,6 +22,7 @@ from ple_jax import modes
 from ple_jax.backend import backend, generate, lora
 from ple_jax.core.config import validate
 from ple_jax.core.errors import UserError
+from ple_jax.core.files import read_sealed
 from ple_jax.core.types import Response, Sampling
 from ple_jax.models import adapters, peft
 from ple_jax.serving import protocol, served
@@ -57,22 +58,22 @@ class Policy:
     def __init__(self):
         self.tensors = {f"base_model.model.model.layers.0.self_attn.q_proj.lora_{side}.weight": np.zeros(shape, np.float32)
                         for side, shape in {"A": (8, 32), "B": (32, 8)}.items()}  # fmt: skip
-        self.updates = 0
+        self.updates = []
 
     def adapter(self):
         return self.tensors
 
-    def update(self, batches, loss, *, lr, temperature=1.0):
-        self.updates += 1
-        self.tensors = {name: tensor + np.float32(lr) for name, tensor in self.tensors.items()}
+    def update(self, batches, loss, **how):
+        self.updates.append((batches, loss, how))
+        self.tensors = {name: tensor + np.float32(how["lr"]) for name, tensor in self.tensors.items()}
         return {"loss": 0.0, "grad_norm": 0.0}
 
     def restore(self, path):
         self.tensors = {name: np.full_like(tensor, float(path.name)) for name, tensor in self.tensors.items()}
         return {}
 
-    def logprobs(self, batch, *, reference=False, base=False, temperature=1.0, entropy=False):
-        return ("logprobs", batch, reference)
+    def logprobs(self, batch, **how):
+        return batch, how
 
     def environment(self):
         return {"python": "3.11"}
@@ -142,6 +143,8 @@ def test_a_greedy_run_is_the_one_in_process(vllm, tmp_path):
     changed = [found["evaluations/iter_0000.jsonl"][::2], found["evaluations/iter_0002.jsonl"]]
     assert changed[0] != changed[1]  # of the plain prompts: training changed what is sampled
     assert [line["heldout_reward"] for line in theirs] == [line["heldout_reward"] for line in ours]
+    kl = [[line["heldout_kl_response"] for line in lines] for lines in (ours, theirs)]
+    assert kl[1] == pytest.approx(kl[0], rel=1e-3, abs=1e-5) and kl[0][2] > 1e-3
     a, b = ((tmp_path / name / "adapter" / peft.WEIGHTS).read_bytes() for name in ("process", "server"))
     assert a == b
     assert list(dict.fromkeys(server.used)) == sorted(set(server.used), key=server.used.index)  # never an old one again
@@ -203,6 +206,17 @@ def test_a_server_that_is_gone_costs_no_rollouts(vllm, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "config.json").read_text())["sampling"]["server"] == "vllm"
     # how it is asked is no part of the run
     train(tmp_path, iterations=2, **{"sampling.server": second.url, "sampling.server_sleep": True})
+
+
+def test_likelihoods_are_the_trainers_whatever_a_server_says_of_its_tokens(vllm, tmp_path):
+    config = tiny_config.get_config()
+    config.sinks, config.generate.policy, config.generate.max_queries, config.sampling.server = (), "start", 2, vllm().url
+    assert modes.generate(FrozenConfigDict(config), tmp_path, "torch") == 0
+    lines = read_sealed(tmp_path / "responses" / "start" / "iter_0000.scores.jsonl", remedy="")
+    assert len(lines) == 2
+    for line in lines:  # policy and base are one model
+        assert line["logprob"] == pytest.approx(line["base_logprob"])
+        assert line["kl"] == pytest.approx([0.0] * 4, abs=1e-6)
 
 
 @pytest.mark.slow
@@ -487,18 +501,26 @@ def test_a_server_of_another_model_is_said_once(vllm, tmp_path):
     assert said == [f"warning: {server.url} serves llama, and this run trains tiny: both must be the same weights"]
 
 
+def test_all_but_sampling_is_asked_of_the_other_backend_as_it_was_asked(vllm, tmp_path):
+    inner, backend = connect(vllm(), tmp_path)
+    how = {"reference": True, "base": True, "temperature": 0.7, "entropy": True}
+    assert backend.logprobs("batch", **how) == ("batch", how)
+    backend.update(["batch"], "loss", lr=0.5, temperature=0.7)
+    assert inner.updates == [(["batch"], "loss", {"lr": 0.5, "temperature": 0.7})]
+
+
 # ---------------------------------------------------------------- sleep
 
 
 def test_the_server_sleeps_while_something_is_computed_here(vllm, tmp_path):
     server = vllm()
     inner, backend = connect(server, tmp_path, server_sleep=True)
-    assert backend.logprobs("batch", reference=True) == ("logprobs", "batch", True) and server.asleep
+    assert backend.logprobs("batch")[0] == "batch" and server.asleep
     first = sample(backend)
     assert sample(backend) == first and not server.asleep  # nothing in between: it stays awake
     backend.update([], None, lr=0.5)
     backend.logprobs("batch")
-    assert server.asleep and inner.updates == 1
+    assert server.asleep and len(inner.updates) == 1
     assert sample(backend) != first
     assert server.paths("/sleep", "/wake_up") == ["/sleep", "/wake_up", "/sleep", "/wake_up"]
     backend.update([], None, lr=0.5)

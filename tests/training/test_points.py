@@ -122,14 +122,14 @@ def test_what_a_killed_process_kept_of_later_steps_is_forgotten(tmp_path):
 # ---------------------------------------------------------------- a run
 
 
-SECOND = {"eval.second_reward": "length"}
+BUDGETED = {"eval.max_kl": (0.05, 1e3), "eval.samples": 3, "eval.second_reward": "length"}
 
 
 @pytest.fixture(scope="module")
 def budgeted(tmp_path_factory):
     """A run that is soon out of one budget and never of the other."""
     workdir = tmp_path_factory.mktemp("budgeted")
-    return workdir, train(workdir, **{"eval.max_kl": (0.05, 1e3), **SECOND})
+    return workdir, train(workdir, **BUDGETED)
 
 
 def test_every_evaluation_is_a_point_with_the_kl_of_all_its_responses(budgeted):
@@ -163,18 +163,19 @@ def test_the_first_evaluation_keeps_the_kinds_apart(budgeted):
     means = {how: np.mean([r.reward for r in some]) for how, some in kinds.items()}
     assert first["heldout_reward"] == pytest.approx(means[False]) != pytest.approx(means[True])
     assert first["heldout_reward_principled"] == pytest.approx(means[True])
-    said = rewards.score(rewards.load("length", {}), [x.prompt for x in rollouts], [r.text for r in kinds[False]]).values
+    prompts = [x.prompt for x in rollouts for _ in range(3)]
+    said = rewards.score(rewards.load("length", {}), prompts, [r.text for r in kinds[False]]).values
     assert first["heldout_second"] == pytest.approx(said.mean())
 
 
 def test_kl_is_what_it_is_said_to_be(budgeted):
     """To the base, where the adapter began as nothing, of the trainer's log-probabilities, in float64."""
     workdir, _ = budgeted
-    config = config_of(**{"eval.max_kl": (0.05, 1e3), "checkpoint.use": "newest", **SECOND})
+    config = config_of(**BUDGETED, **{"checkpoint.use": "newest"})
     with modes.on_run(config, workdir, "torch") as (run, state):
         rollouts = read(workdir / "evaluations" / f"iter_{state.iteration:04d}.jsonl")
         ours, logprob = points.divergences(run, rollouts)
-        batch = pack(rollouts, [[0]] * len(rollouts), prompt_multiple=16, response_len=8)
+        batch = pack(rollouts, [range(3)] * len(rollouts), prompt_multiple=16, response_len=8)
         policy, base = (run.backend.logprobs(batch, base=base).logprobs.astype(np.float64) for base in (False, True))
         ratio = np.where(batch.response_mask, np.exp(base - policy), 1.0)
         theirs = (ratio - 1 - np.log(ratio)).sum(-1)
@@ -183,6 +184,8 @@ def test_kl_is_what_it_is_said_to_be(budgeted):
     tokens = batch.response_mask.sum()
     assert lines(workdir)[-1]["heldout_perplexity"] == pytest.approx(np.exp(-logprob.sum() / tokens), rel=1e-4)
     assert lines(workdir)[-1]["heldout_kl_response"] == pytest.approx(ours.mean())
+    low, high = measures.intervals.bootstrap_ci(ours.mean(1), seed=0)  # queries are drawn, not responses
+    assert [lines(workdir)[-1][f"heldout_kl_response_{end}"] for end in ("low", "high")] == pytest.approx([low, high])
 
 
 def test_every_evaluation_is_a_point_of_the_summary(budgeted):
@@ -236,10 +239,9 @@ def test_the_best_under_each_budget_is_kept_and_taken(budgeted, capsys):
     top = max(found, key=lambda line: line["heldout_reward"])
     assert best["kl_1000"]["iteration"] == top["iteration"] and best["kl_1000"]["reward"] == top["heldout_reward"]
     assert best["kl_1000"]["kl"] == top["heldout_kl_response"] and best["kl_1000"]["second"] == top["heldout_second"]
-    shared = {"eval.max_kl": (0.05, 1e3), **SECOND}
     adapters = {}
     for use in ("best", "newest", "kl_0.05", "kl_1000"):
-        assert modes.export(config_of(**shared, **{"checkpoint.use": use}), workdir, "torch") == 0
+        assert modes.export(config_of(**BUDGETED, **{"checkpoint.use": use}), workdir, "torch") == 0
         adapters[use] = peft.read(workdir / "adapter")[0]
     said = capsys.readouterr().out
     best_of_all = f"the best evaluated within 1000 nats: reward {top['heldout_reward']:.3f}"
@@ -251,9 +253,9 @@ def test_the_best_under_each_budget_is_kept_and_taken(budgeted, capsys):
 
     assert same("best", "kl_1000") and not same("best", "kl_0.05")
     assert same("best", "newest") == (top["iteration"] == 3)
-    assert modes.evaluate(config_of(**shared), workdir, "torch") == 0
+    assert modes.evaluate(config_of(**BUDGETED), workdir, "torch") == 0
     assert f"held-out reward {top['heldout_reward']:.4f}" in capsys.readouterr().out
-    assert modes.generate(config_of(**shared), workdir, "torch") == 0
+    assert modes.generate(config_of(**BUDGETED), workdir, "torch") == 0
     assert (workdir / "responses" / "trained" / f"iter_{top['iteration']:04d}.scores.jsonl").exists()
     settings = json.loads((workdir / "responses" / "trained" / f"iter_{top['iteration']:04d}.json").read_text())
     assert settings["second_reward"] == "length"  # of the evaluations, where generate names none
@@ -417,11 +419,13 @@ def test_several_points_an_iteration_change_nothing_of_the_training(tmp_path):
     texts = [[r.text for rollout in read(path) for r in rollout.responses if r.own] for path in (*ends, *within)]
     assert len({tuple(some) for some in texts}) == 5
     config = config_of(iterations=2, **{"eval.points": 2, "checkpoint.use": "newest"})
-    with modes.on_run(config, parted, "torch") as (_, state):
+    with modes.on_run(config, parted, "torch") as (run, state):
         found = points.of(state)
+        kl = [points.divergences(run, read(path)).kl.mean() for path in within]
     assert [(p.iteration, p.step, p.within) for p in found] == [
         (0, 0, False), (0, 1, True), (1, 2, False), (1, 3, True),
     ]  # fmt: skip  # that of the end is not committed any more
+    assert [found[1].kl, found[3].kl] == pytest.approx(kl) and min(kl) > 0
     assert 0 < found[1].training_tokens < found[2].training_tokens < found[3].training_tokens
     assert found[1].generated_tokens == found[2].generated_tokens
     assert summary["evaluation_tokens"] > json.loads((whole / "summary.json").read_text())["evaluation_tokens"]

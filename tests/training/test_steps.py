@@ -188,7 +188,9 @@ def test_the_kl_of_an_evaluation_is_at_the_temperature_of_sampling():
     told = [
         r._replace(responses=tuple(x._replace(logprobs=(math.log(POLICY[x.tokens[0]]),)) for x in r.responses)) for r in bare
     ]
-    for rollouts, passes in ((told, 2), (bare, 4)):  # two chunks; of the policy if the sampler said nothing
+    # two chunks; of the policy if the sampler said nothing, or a server said it, which may be at another temperature
+    for rollouts, server, passes in ((told, None, 2), (bare, None, 4), (told, "http://127.0.0.1:9", 4)):
+        run.config.sampling.server = server
         run.backend.asked.clear()
         points.divergences(run, rollouts)
         assert run.backend.asked == [0.7] * passes

@@ -7,6 +7,7 @@ and nothing else looks into the module again.
 
 import inspect
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -143,12 +144,12 @@ def load(name: str) -> Algorithm | OfflineAlgorithm:
 def _check_names(name: str, module: Mapping[str, Any], functions: Sequence[str]) -> None:
     """Raises a UserError for a function that nothing calls, and whose name is a slip for one that is called."""
     own = [key for key, value in module.items() if inspect.isfunction(value) and value.__module__ == module["__name__"]]
-    for key in own:
-        if key not in functions and not key.startswith("_") and (near := suggestion(key, functions, least=SLIP)):
-            raise UserError(
-                f"config.algorithm {name!r} has the function {key}, which nothing calls{near}"
-                " (a name that begins with _ is a helper's)"
-            )
+    unknown = [key for key in own if key not in functions and not key.startswith("_")]
+    text = Path(module["__file__"]).read_text(encoding="utf-8") if unknown else ""
+    for key in unknown:
+        named = len(re.findall(rf"\b{key}\b", text)) > 1  # a helper, which the file itself calls
+        if not named and (near := suggestion(key, functions, least=SLIP)):
+            raise UserError(f"config.algorithm {name!r} has the function {key}, which nothing calls{near}")
 
 
 def records(slots: Sequence[Slot]) -> str:

@@ -46,16 +46,16 @@ def devices() -> list[jax.Device]:
     """Returns the devices that JAX finds; of all processes, where there are several.
 
     Raises:
-        UserError: there are none of the kind that JAX_PLATFORMS names.
+        UserError: there are none of the kind that JAX_PLATFORMS names, or they cannot be used.
     """
     try:
         return jax.devices()
     except (AssertionError, RuntimeError) as error:  # JAX asserts that there is one, where no GPU is visible
-        why = (str(error) or "none is visible").splitlines()[0]
-        raise UserError(
-            f"JAX finds no device of JAX_PLATFORMS={jax.config.jax_platforms!r} ({why}); JAX for GPUs is the extra `cuda`,"
-            " docs/install.md"
-        ) from error
+        why, kind = (str(error) or "none is visible").splitlines()[0], jax.config.jax_platforms
+        if kind is None:  # what is installed for them does not fit the driver, say
+            raise UserError(f"JAX cannot use this machine's devices ({why}); see docs/install.md") from error
+        says = f"JAX finds no device of JAX_PLATFORMS={kind!r} ({why}); JAX for GPUs is the extra `cuda`, docs/install.md"
+        raise UserError(says) from error
 
 
 def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:

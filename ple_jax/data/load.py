@@ -18,7 +18,7 @@ class Data(NamedTuple):
 
     train: Compact[Query]
     heldout: Compact[Query]
-    bad: dict[str, list[Bad]]  # by "train", "heldout" and "sft"
+    bad: dict[str, list[Bad]]  # by "train" and "heldout"
 
 
 def load_data(

@@ -25,10 +25,10 @@ from ple_jax.core.answers import Cache
 from ple_jax.core.config import flatten
 from ple_jax.core.errors import UserError
 from ple_jax.core.files import plain, write_json, write_jsonl
-from ple_jax.core.types import Reward, Rollout
+from ple_jax.core.types import Query, Reward, Rollout
 from ple_jax.data.load import load_data
 from ple_jax.evaluation import journal_records
-from ple_jax.training import journal, scoring
+from ple_jax.training import journal, prompting, scoring
 from ple_jax.training.opening import training_reward
 from ple_jax.training.workdir import begun, lock, recorded
 
@@ -128,12 +128,22 @@ def _check_slots(rollouts: Sequence[Rollout], algorithm: Algorithm, config: Any,
 
 
 def _scored(rollouts: Sequence[Rollout], reward: Reward, config: Any, cache: Cache) -> list[Rollout]:
-    """Scores the rollouts with another reward than the run's; nan where it gives nothing finite."""
+    """Scores the rollouts with another reward than the run's; nan where it gives nothing finite, or takes no such query."""
     reads = rewards.reads(reward)
-    if any(name not in rollout.record for rollout in rollouts for name in reads):  # the run's own reward did not read it
+    known_none = bool(config.task.sets)  # else it is what a second reward read of a train record that has no such column
+    told = [name in one.record and (known_none or one.record[name] is not None) for one in rollouts for name in reads]
+    if not all(told):
         known = {query.id: query.record for query in load_data(config, reads=reads).train}
-        rollouts = [rollout._replace(record={**known.get(rollout.query_id, {}), **rollout.record}) for rollout in rollouts]
-    return scoring.filled(rollouts, reward, cache)
+        rollouts = [rollout._replace(record={**rollout.record, **known.get(rollout.query_id, {})}) for rollout in rollouts]
+    return [_unscored(one) if _refused(one, reward) else one for one in scoring.filled(rollouts, reward, cache)]
+
+
+def _refused(rollout: Rollout, reward: Reward) -> bool:
+    return bool(prompting.refusal(reward, Query(rollout.query_id, rollout.prompt, record=rollout.record)))
+
+
+def _unscored(rollout: Rollout) -> Rollout:
+    return rollout._replace(responses=tuple(response._replace(reward=math.nan) for response in rollout.responses))
 
 
 # ---------------------------------------------------------------- compared

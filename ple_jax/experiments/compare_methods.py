@@ -25,12 +25,12 @@ OUT either.
    too. With --keep, a run that is taken from DIR without its answers is trained again, since its weights are not there.
 4. comparison: `--mode=compare` of these answers, at every budget and at equal tokens, with the curves of all runs. Its
    tables are printed; its page is OUT/comparison/comparison.html. PLE's ablations and its sensitivity are questions of their
-   own, with a comparison of their own to PLE, in OUT/comparison_ablations and OUT/comparison_sensitivity.
+   own: they are compared with PLE alone, in OUT/comparison_ablations and OUT/comparison_sensitivity.
 
 A method samples --responses in an iteration, however many of them for one query, and takes --steps optimiser steps on them.
 No run stops before its last iteration, so that all have generated equally many in the end. SFT and offline DPO sample
 nothing while they train: their iterations take as many queries as those of a method with two responses for each. Their data
-are the same for all seeds, so that their seeds differ in the order of training alone.
+are the same for all seeds, which differ in the adapter's start and in the order of training alone.
 
 The exit code is 1 if a run failed; the other runs are compared nevertheless.
 """

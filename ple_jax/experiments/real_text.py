@@ -233,7 +233,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             low, high = judged["heldout_accuracy_ci95"]
             share = f"{judged['heldout_accuracy']:.3f} ({low:.3f} to {high:.3f}) of {judged['heldout_examples']} test pairs"
             say(f"{name}: orders {share} as people did")
-        sampled = parsed((f"--config={options.config}", "--mode=plan", *made.given, *options.given)).config.sampling
+        asked = (f"--config={options.config}", f"--backend={options.backend}", "--mode=plan", *made.given, *options.given)
+        sampled = parsed(asked).config.sampling
         # references are cut where sampled answers end: what no test sees would be most of what is imitated
         given = (*made.given, f"--config.task.max_answer_tokens={sampled.max_new_tokens}", *options.given)
         own = vars(options) | {"test_data": str(made.test), "references": str(made.references), "second_reward": made.second}

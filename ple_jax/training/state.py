@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ple_jax.core import commits
+from ple_jax.core.errors import UserError
 from ple_jax.core.files import write_jsonl
 from ple_jax.core.identity import FORMAT
 from ple_jax.core.types import Backend
@@ -36,11 +37,20 @@ class State(NamedTuple):
 
 
 def newest(backend: Backend, checkpoints: Path) -> State | None:
-    """Loads the newest checkpoint into the backend and returns its state; None if there is none."""
+    """Loads the newest checkpoint into the backend and returns its state; None if there is none.
+
+    Raises:
+        UserError: it is of another format.
+    """
     meta = backend.restore(checkpoints)
     if meta is None:
         return None
-    kept = {name: value for name, value in meta.items() if name in State._fields} 
+    if (kind := meta.get("format")) != FORMAT:
+        raise UserError(
+            f"{checkpoints} holds a checkpoint of format {kind}, and this version reads format {FORMAT}: take the version"
+            " that began the run, or give another --workdir"
+        )
+    kept = {name: value for name, value in meta.items() if name in State._fields}
     kept |= {name: tuple(meta.get(name, ())) for name in ("lines", "points")}
     return State(**(kept | {"costs": Costs(**meta["costs"])}))
 

@@ -116,7 +116,7 @@ def recorded(workdir: Path) -> dict[str, Any] | None:
     found = redacted(read_json(workdir / "config.json", remedy=remedy))
     if found is None:
         return None
-    if (kind := found.get("format")) != FORMAT and type(kind) is int:
+    if (kind := found.get("format", 1)) != FORMAT and type(kind) is int:  # the first one had no key of this name
         raise UserError(
             f"{workdir} holds a run of format {kind}, and this version reads format {FORMAT}: take the version that began"
             " it, or give another --workdir"

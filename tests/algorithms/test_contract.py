@@ -48,6 +48,7 @@ def test_a_slip_in_a_name_is_told_and_a_helper_is_none(tmp_path):
         with pytest.raises(UserError, match=rf"which nothing calls; did you mean {says}\?"):
             algorithms.load(written(tmp_path, PLE + code))
     helpers = "def collect_pairs(x): ...\ndef _lable(x): ...\nfrom math import fsum as lable\n"
+    helpers += "def labels(x): ...\ndef schedule(config): return lambda iteration: labels(iteration)\n"
     assert algorithms.load(written(tmp_path, PLE + helpers)).label.__module__ == "ple_jax.algorithms.ple"
 
 

@@ -116,6 +116,18 @@ def test_no_device_is_a_line(monkeypatch, error, why):
         raise error
 
     monkeypatch.setattr(jax, "devices", none)
+    before = jax.config.jax_platforms
+    jax.config.update("jax_platforms", None)
+    try:
+        with pytest.raises(UserError, match=r"^JAX cannot use this machine's devices \(.*\); see docs/install.md$"):
+            sharding.make_mesh()
+        jax.config.update("jax_platforms", "cuda")
+        _asked(why)
+    finally:
+        jax.config.update("jax_platforms", before)
+
+
+def _asked(why):
     for asks in (sharding.make_mesh, lambda: jax_backend.fast_dtype(None)):
         with pytest.raises(UserError, match="^JAX finds no device of JAX_PLATFORMS=") as found:
             asks()

@@ -137,6 +137,16 @@ def test_a_reward_that_reads_what_the_run_did_not_keep(copy):
     assert all(not r.query_id.endswith("7") for p in (copy / "replay" / "rollouts").glob("*") for r in journal.read(p))
 
 
+def test_a_reward_scores_no_answer_to_what_it_refuses(copy, monkeypatch):
+    refused = {rollout.query_id for rollout in journal.read(copy / ROLLOUTS)[:2]}
+    says = {True: "no number", False: ""}
+    monkeypatch.setattr(replay.prompting, "refusal", lambda reward, query: says[query.id in refused])
+    result = replayed(copy, "--config.reward.name=length", "--config.reward.kwargs={'target': 3}")
+    assert sum(row["left_out"] for row in result["iterations"]) >= 2
+    kept = {r.query_id for path in (copy / "replay" / "rollouts").glob("*") for r in journal.read(path)}
+    assert kept and not kept & refused
+
+
 def test_transform_and_selection(copy):
     result = replayed(
         copy, "--config.reward.transform=zscore", "--config.ple.selection=symmetric", "--config.ple.blend=best"

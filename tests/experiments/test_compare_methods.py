@@ -402,7 +402,6 @@ def test_mistakes_of_a_comparison_cost_no_run(capsys, tmp_path, arguments, says)
     assert [path.name for path in out.iterdir()] == [".lock"]
 
 
-@pytest.mark.slow
 def test_variants_are_questions_of_their_own(out, monkeypatch):
     """No p-value would survive 35 methods in one family, and nobody would read such a table."""
     ask = compare_methods.questions
@@ -431,6 +430,7 @@ def test_variants_are_questions_of_their_own(out, monkeypatch):
     assert curves == ["ple"]
 
 
+@pytest.mark.slow
 def test_a_whole_comparison(capsys, tmp_path):
     root, keep = tmp_path / "out", tmp_path / "kept"
     arguments = ["--config", TINY, "--methods", "ple,dpo_offline", "--seeds", "0,1", "--lrs", "1e-2,1e-1"]

@@ -82,6 +82,13 @@ def test_reviews_are_parted(capsys, tmp_path, reviews, compared):
     assert f"--config.task.train={data(out, 'references')}" not in jobs["ple"]
 
 
+def test_what_is_sampled_is_read_for_the_backend_that_is_asked_for(capsys, tmp_path, reviews, compared):
+    """After the data and the rewards were made: JAX need not be there, and reads no device of torch."""
+    asked = ["imdb", "--out", str(tmp_path), *reviews, *SMALL, "--backend", "torch", *TINY, "--config.model.device=cpu"]
+    assert call(capsys, real_text.main, *asked).code == 0
+    assert compared[0].backend == "torch" and compared[0].config.task.max_answer_tokens == 6
+
+
 def test_other_data_have_other_names(capsys, tmp_path, reviews, compared):
     """So that nothing that was made of the ones passes for the others'."""
     found = []

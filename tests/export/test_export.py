@@ -35,7 +35,7 @@ from ple_jax.models import adapters, peft, smollm2, weights
 from ple_jax.models.families import read
 from ple_jax.models.tokenizer import byte_tokenizer
 from ple_jax.serving import commands
-from ple_jax.training import opening
+from ple_jax.training import opening, state
 
 RAW = tiny.RAW | {"vocab_size": 259}  # a row for every token of the byte tokenizer
 WEIGHTS = tiny.weights(read(RAW, "tiny"))
@@ -377,7 +377,7 @@ def a_run(workdir: Path, **overrides):
     frozen = FrozenConfigDict(config)
     workdir.mkdir()
     with opening.open_run(workdir, "jax", opening.read_inputs(frozen, "jax")) as run:
-        run.backend.save(workdir / "checkpoints", 2, {"iteration": 2}, keep=1)
+        state.commit(state.State(iteration=2), run.backend, run.session)
     return frozen
 
 

@@ -223,6 +223,9 @@ def test_a_second_reward_chooses_no_record_to_train_on(tmp_path, capsys):
     rollouts = read(tmp_path / "w" / "rollouts" / "iter_0000.jsonl")
     assert {rollout.record["gold"] for rollout in rollouts} <= {None, "no number"}
     assert read(tmp_path / "w" / "evaluations" / "iter_0001.jsonl")[0].record == {"gold": 3}
+    another = {"reward.name": "numeric", "reward.kwargs": {"column": "gold"}}
+    with pytest.raises(UserError, match="has no `gold`, .* and the reward reads it"):  # and no answer is scored by None
+        modes.replay(config(tmp_path, **another), tmp_path / "w", "jax")
 
 
 def test_a_column_that_no_record_has_ends_it_at_once(tmp_path):

@@ -34,6 +34,14 @@ def test_a_state_is_taken_up_as_it_was(tmp_path):
     assert json.loads(backend.kept)["format"] == FORMAT == 2
 
 
+@pytest.mark.parametrize("meta", [{}, {"format": 3}])
+def test_a_checkpoint_of_another_format_is_refused(tmp_path, meta):
+    backend = Backend()
+    backend.kept = json.dumps({"iteration": 2, "step": 6, "environment": {}, **meta})
+    with pytest.raises(UserError, match=r"holds a checkpoint of format (None|3), and this version reads format 2"):
+        newest(backend, tmp_path)
+
+
 def test_another_environment_is_named():
     assert changed({"jax": "1"}, {"jax": "1"}) == ""
     assert "jax '1' -> '2'" in changed({"jax": "1"}, {"jax": "2"})
@@ -45,7 +53,8 @@ KEPT = {"format": 2, "backend": "jax", "seed": 0, "inputs": {"train": "a"}}
 
 @pytest.mark.parametrize("kind", [1, 3])
 def test_a_run_of_another_format_is_refused_in_one_line(tmp_path, kind):
-    (tmp_path / "config.json").write_text(json.dumps(KEPT | {"format": kind}))
+    kept = {**KEPT, "format": kind} if kind > 1 else {key: value for key, value in KEPT.items() if key != "format"}
+    (tmp_path / "config.json").write_text(json.dumps(kept))
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match=f"holds a run of format {kind}, and this version reads format 2"):
         check_config(tmp_path, KEPT)

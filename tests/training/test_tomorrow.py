@@ -9,7 +9,9 @@ from test_baselines import config as configured
 from test_resume import curve, outcome
 
 from ple_jax import modes
+from ple_jax.core import identity
 from ple_jax.core.errors import UserError
+from ple_jax.core.files import write_json
 from ple_jax.training import workdir
 from ple_jax.training.journal import read
 
@@ -76,7 +78,9 @@ def test_every_mode_has_the_day_of_the_run(on, tmp_path, capsys):
     on(ONE_DAY)
     modes.plan(config, tmp_path, "jax")
     assert "'28 Nov 2026\\n'" in capsys.readouterr().out
-    (tmp_path / "config.json").write_text('{"task": {"date": "2026-11-28"}}')
+    began = workdir.begun(config, tmp_path, "jax")
+    write_json(tmp_path / "config.json", identity.run_keys(began, "jax", {}), sealed=True)
+    (tmp_path / "metrics.jsonl").write_text("")
     on(THE_NEXT)
     modes.plan(config, tmp_path, "jax")
     assert "'28 Nov 2026\\n'" in capsys.readouterr().out

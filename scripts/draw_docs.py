@@ -232,7 +232,7 @@ def quickstart(rows: Sequence[dict[str, str]]) -> str:
     return picture([reward, drift], "The quickstart: held-out reward and KL by iteration", width=870, height=326)
 
 
-_BEFORE = ("PLE", "context distillation", "GRPO", "SFT")  # whose names stand left of their points, to leave room
+_BEFORE = ("PLE", "context distillation", "PPO", "SFT")  # whose names stand left of their points, to leave room
 
 
 def methods(rows: Sequence[dict[str, str]]) -> str:

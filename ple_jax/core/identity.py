@@ -10,6 +10,7 @@ import importlib
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
+from ple_jax.core.errors import UserError
 from ple_jax.core.secrets import redacted
 
 FORMAT = 2  # of config.json, journals and checkpoints; that of no version before the first one that was published
@@ -54,6 +55,14 @@ def run_keys(config: Any, backend: str, digests: Mapping[str, str]) -> dict[str,
         own = keys[part]
         own[kwargs] = _without(own[name], own[kwargs], lambda of: _SECRET if _is_own(of) else ())
     return {"format": FORMAT, "backend": backend, **redacted(keys), "inputs": dict(digests)}
+
+
+def other_format(what: str, kind: Any) -> UserError:
+    """Returns the error for what is of another format than `FORMAT`."""
+    return UserError(
+        f"{what} of format {kind}, and this version reads format {FORMAT}: take the version that began the run, or give"
+        " another --workdir"
+    )
 
 
 def known_keys() -> set[str]:

@@ -235,7 +235,7 @@ def _settings(run: Run[Algorithm], second: Reward | None, *, backend: str, itera
         _VERSION: None if second is None else second.version,
     }
     if options.principled:
-        known = config.principles_per_query, identity.digest([run.prompts.principles.text.encode()])
+        known = config.principles_per_query, run.prompts.principles.digest
         settings |= dict(zip(RULES, known, strict=True))
     if _moved(config):
         settings["kl"] = "start"  # and not the base, as in files of an earlier version

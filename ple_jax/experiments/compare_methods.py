@@ -434,12 +434,10 @@ def questions(methods: Sequence[str]) -> dict[str, list[str]]:
     Variants of PLE are compared with PLE, apart from the other methods: with 35 of them in one table no p-value that is
     adjusted for their number would say anything, and nobody would read it.
     """
-    variants = {group: [m for m in methods if METHODS[m].group == group] for group in GROUPS}
     others = [m for m in methods if not METHODS[m].of_ple]
-    found = {f"comparison_{group}": ["ple", *of] for group, of in variants.items() if of and METHODS[of[0]].of_ple}
-    if len(others) > 1 or not found:
-        return {"comparison": others, **found}
-    return found
+    groups = dict.fromkeys(METHODS[m].group for m in methods if METHODS[m].of_ple)
+    found = {f"comparison_{group}": ["ple", *(m for m in methods if METHODS[m].group == group)] for group in groups}
+    return found if found and len(others) == 1 else {"comparison": others, **found}
 
 
 def compared(s: Settings, name: str, entries: Sequence[str]) -> tuple[Job, Outcome]:

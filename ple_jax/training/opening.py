@@ -184,7 +184,7 @@ def _digests(
         for name, reward in scorers.items():
             if reward is not None:
                 digests[name] = identity.digest([json.dumps([leaf.version for leaf in rewards.leaves(reward)]).encode()])
-        digests["principles"] = identity.digest([rules.text.encode()])
+        digests["principles"] = rules.digest
         if config.warm_up.data is not None:
             digests["warm_up"] = digest(load_warm_up(config).queries)
     return {**digests, **_own_digests(config)}

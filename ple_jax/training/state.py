@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ple_jax.core import commits
-from ple_jax.core.errors import UserError
 from ple_jax.core.files import write_jsonl
-from ple_jax.core.identity import FORMAT
+from ple_jax.core.identity import FORMAT, other_format
 from ple_jax.core.types import Backend
 from ple_jax.training.costs import Costs
 from ple_jax.training.run import Session
@@ -46,10 +45,7 @@ def newest(backend: Backend, checkpoints: Path) -> State | None:
     if meta is None:
         return None
     if (kind := meta.get("format")) != FORMAT:
-        raise UserError(
-            f"{checkpoints} holds a checkpoint of format {kind}, and this version reads format {FORMAT}: take the version"
-            " that began the run, or give another --workdir"
-        )
+        raise other_format(f"{checkpoints} holds a checkpoint", kind)
     kept = {name: value for name, value in meta.items() if name in State._fields}
     kept |= {name: tuple(meta.get(name, ())) for name in ("lines", "points")}
     return State(**(kept | {"costs": Costs(**meta["costs"])}))

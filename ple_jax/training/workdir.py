@@ -117,13 +117,11 @@ def recorded(workdir: Path) -> dict[str, Any] | None:
     if found is None:
         return None
     if (kind := found.get("format", 1)) != FORMAT and type(kind) is int:  # the first one had no key of this name
-        raise UserError(
-            f"{workdir} holds a run of format {kind}, and this version reads format {FORMAT}: take the version that began"
-            " it, or give another --workdir"
-        )
+        raise identity.other_format(f"{workdir} holds a run", kind)
     parts = ("inputs", "model", "reward", "task")
     says = [f"{key} is no object" for key in parts if not isinstance(found.get(key, {}), dict)]
-    says += [f"{key[:40]!r} is none of its keys" for key in found if key not in identity.known_keys()]
+    known = identity.known_keys()
+    says += [f"{key[:40]!r} is none of its keys" for key in found if key not in known]
     if says := says or ["it has no format"] * (kind != FORMAT):
         raise Damaged(f"{workdir / 'config.json'} is damaged, or no config of a run ({says[0]}); {remedy}")
     return found

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from ple_jax.core import identity
 from ple_jax.core.config import find, names
 from ple_jax.core.errors import UserError, suggestion
 from ple_jax.core.noise import uniforms
@@ -30,6 +31,11 @@ class Principles(NamedTuple):
         numbered = "\n".join(f"{number}. {rule}" for number, rule in enumerate(self.rules, 1)).rstrip("\n")
         upper = "\n".join(part for part in (self.heading, numbered) if part)
         return "\n\n".join(part for part in (upper, self.ending) if part)
+
+    @property
+    def digest(self) -> str:
+        """Hex digits that stand for the text, and tell it from others of the same name."""
+        return identity.digest([self.text.encode()])
 
 
 def load(source: str) -> Principles:

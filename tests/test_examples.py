@@ -12,6 +12,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from patience import LAST_RESORT
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -99,7 +100,9 @@ def test_the_notebook_runs(tmp_path, monkeypatch):
     for name in ("JAX_NUMPY_DTYPE_PROMOTION", "JAX_NUMPY_RANK_PROMOTION", "XLA_FLAGS"):  # as a reader has it
         monkeypatch.delenv(name, raising=False)
     notebook = nbformat.read(NOTEBOOK, 4)
-    client = NotebookClient(notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}})
+    at = {"metadata": {"path": str(tmp_path)}}
+    # the first start of a kernel compiles what was never imported, beside other tests; by default it has 60 s
+    client = NotebookClient(notebook, timeout=None, startup_timeout=LAST_RESORT, kernel_name="python3", resources=at)
     client.execute()
     said = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ()))
     assert "ranked True" in said and "nats per token gained" in said

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from locks import as_on_nfs
+from patience import LAST_RESORT
 
 from ple_jax.backend import compilation
 from ple_jax.core import processor
@@ -40,7 +41,7 @@ def process(code: str, shared: Path, **popen) -> subprocess.Popen:
 
 def run(code: str, shared: Path) -> str:
     child = process(code, shared)
-    out, err = child.communicate(timeout=120)
+    out, err = child.communicate(timeout=LAST_RESORT)
     assert child.returncode == 0 and "rror" not in err and "arning" not in err, err
     return out.strip()
 
@@ -69,7 +70,7 @@ program(1)
 os.kill(os.getpid(), signal.SIGKILL)
 """
     child = process(half, shared)
-    child.communicate(timeout=120)
+    child.communicate(timeout=LAST_RESORT)
     assert child.returncode == -signal.SIGKILL
     assert entries(shared) and "jit_half-cache" not in entries(shared)
     assert len(list((shared / "used").iterdir())) == 1

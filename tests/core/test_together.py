@@ -6,6 +6,7 @@ import threading
 import weakref
 
 import pytest
+from patience import LAST_RESORT
 
 from ple_jax.core import together
 from ple_jax.core.errors import UserError
@@ -52,7 +53,7 @@ class Follower(Control):
         self.messages, self.failures = first.messages, []
 
     def told(self):
-        return self.messages.get(timeout=10)
+        return self.messages.get(timeout=LAST_RESORT)
 
     def failed(self, error, *, known):
         self.failures.append((error, known))

@@ -234,6 +234,7 @@ def get_config() -> ConfigDict:
     c.compare.judge_queries = 0  # queries that are judged (0: all)
     c.compare.judge_samples = 0  # responses to each that are judged (0: all)
     c.compare.examples = 8  # queries shown side by side
+    c.compare.note = config_dict.placeholder(str)  # a sentence of yours that stands beside the tables
 
     c.mesh = ConfigDict()  # devices along each axis; their product must be the number of devices used
     c.mesh.data = 1

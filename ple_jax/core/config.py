@@ -405,6 +405,7 @@ RULES: dict[str, Rule] = {
     "compare.judge_queries": whole(0, LARGE),
     "compare.judge_samples": whole(0, LARGE),
     "compare.examples": whole(0, LARGE),
+    "compare.note": optional(text),
     "harness.tasks": many(text, empty=True),
     "harness.include": optional(_folder),
     "harness.limit": whole(0, LARGE),

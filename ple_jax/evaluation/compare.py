@@ -83,7 +83,7 @@ def _of_view(
         "settings": settings(methods),
         "judge": about(judge, config, methods),
         "warnings": [*said, *warnings(methods, equal_tokens=math.isnan(entries.budget(view)))],
-        "notes": notes(methods),
+        "notes": [*filter(None, [config.compare.note]), *notes(methods)],
         "methods": described(methods, config.seed),
         "tests": tests(pairs, config.seed),
         "examples": examples(methods, config.compare.examples),

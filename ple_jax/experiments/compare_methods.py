@@ -88,6 +88,7 @@ class Settings(NamedTuple):
     references: str = ""  # what is imitated in place of what the start model answered
     keep: Path | None = None
     texts: Path | None = None  # what the data say is read here, and not kept
+    note: str = ""  # what stands beside the tables
 
     @property
     def views(self) -> list[str]:
@@ -448,7 +449,7 @@ def compared(s: Settings, name: str, entries: Sequence[str]) -> tuple[Job, Outco
     log = s.out / f"{name}.log"
     for file in (log, log.with_suffix(".done")):
         file.unlink(missing_ok=True)
-    job = command(s, name, "comparison.html", {}, mode="compare")
+    job = command(s, name, "comparison.html", {"compare.note": s.note} if s.note else {}, mode="compare")
     job = job._replace(arguments=(*job.arguments, f"--runs={','.join(entries)}"))
     outcome = run([job], s.out)[job.name]
     if outcome.code == 0:

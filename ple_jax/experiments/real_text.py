@@ -8,10 +8,11 @@ takes the same options. Give the same command again after a stop or a kill.
 
 imdb: the reward is `bag_of_words`, trained on the labels of 584 reviews of IMDb's train split; the second reward is VADER's.
     `sft_references` imitates how the positive reviews of the train split go on, as far as the others may sample.
-hh: two reward models are trained with Bradley-Terry's loss, each on one half of the train pairs (halves by prompt). One is
-    the reward, the other the second reward. OUT/rewards.json has the share of the test pairs that each of them orders as
-    people did, and so says what an answer's reward is worth. `sft_references` imitates the chosen answers. Only queries of
-    at most --max-words words are used.
+hh: two reward models are trained with Bradley-Terry's loss, each on one half of the train pairs (halves by prompt), whose
+    answers are cut where sampled ones end, as it is these that are scored. One is the reward, as a z-score since the loss
+    gives it no scale, the other the second reward. OUT/rewards.json has the share of the test pairs, cut alike, that each
+    of them orders as people did, and so says what an answer's reward is worth; the comparison notes it. `sft_references`
+    imitates the chosen answers. Only queries of at most --max-words words are used.
 
 Of the train records --dev queries are set apart, by which learning rates and checkpoints are chosen. The test split is
 answered once. None of the data goes into --keep: texts of the data are read from --train and --test again.
@@ -35,9 +36,11 @@ from ple_jax.data.queries import digest, load_queries, some
 from ple_jax.experiments import compare_methods, store
 from ple_jax.experiments.jobs import Job, parsed, positive, reported, say
 from ple_jax.experiments.methods import budget
+from ple_jax.rewards import bag_of_words
 
 METHODS = "ple,sft_references,context_distillation,raft,dpo_iterative,ppo,grpo"
 HALVES = ("half_a", "half_b")  # the reward that trains, and the other one
+SAMPLED = {"imdb": 24, "hh": 32}  # tokens of an answer
 _DRAWN = 0  # what is set apart is the same, whatever the seeds of the runs
 
 
@@ -48,6 +51,7 @@ class Made(NamedTuple):
     test: Path
     references: Path
     second: str  # the second reward
+    note: str  # what the rewards are worth
 
 
 class Task(NamedTuple):
@@ -66,30 +70,41 @@ def imdb(options: argparse.Namespace) -> Made:
     positive_ones = [query for query in queries["train"] if query.record["label"] in (1, "1", "pos")]
     if not positive_ones:
         raise UserError(f"--train={options.train} has no review with the label 1: sft_references has nothing to imitate")
+    # how a review of hundreds of words goes on is nothing to measure 24 tokens by
+    queries["test"] = Compact(query._replace(completion="") for query in queries["test"])
     files = _written(options.out, {**queries, "references": positive_ones})
-    given = (*_data(options, files), "--config.reward.name=bag_of_words", "--config.sampling.max_new_tokens=24")
-    return Made(given, files["test"], files["references"], "vader")
+    given = (*_data(options, files), "--config.reward.name=bag_of_words")
+    words = read_json(bag_of_words.WEIGHTS) or {}
+    note = (
+        f"the training reward tells positive from negative reviews of the test split in {words['test_accuracy']:.3f} of"
+        f" {words['test_texts']}, and in {words['test_accuracy_pieces']:.3f} of their {words['test_pieces']:,} pieces of"
+        f" {words['piece_words']} words"
+    )
+    return Made(given, files["test"], files["references"], "vader", note)
 
 
 def hh(options: argparse.Namespace) -> Made:
     train, test = _read(options, format="hh", needs="pair")
     halves = dict(zip(HALVES, prepare.divide(train, share=0.5, seed=_DRAWN), strict=True))
-    pairs = _written(options.out, {**halves, "pairs": test}, needs="pair")
+    cut = _cutting(options)
+    pairs = _written(options.out, {name: cut(some) for name, some in {**halves, "pairs": test}.items()}, needs="pair")
     jobs = {name: _rewarding(options, name, pairs[name], pairs["pairs"]) for name in HALVES}
     ended = store.run(list(jobs.values()), options.out, options.keep, parallel=options.jobs)
     if failed := [name for name, outcome in ended.items() if outcome.code]:
         raise UserError(f"the reward model {failed[0]} was not trained; see {options.out / f'{failed[0]}.log'}")
-    write_json(options.out / "rewards.json", {name: _judged(job) for name, job in jobs.items()})
+    rewards = {name: _judged(job) for name, job in jobs.items()}
+    write_json(options.out / "rewards.json", rewards)
     queries = _divided(options, _short(train, options.max_words), _short(test, options.max_words))
     files = _written(options.out, {**queries, "references": queries["train"]})
     first, second = ({"path": str(_rebuilt(job)), "name": name} for name, job in jobs.items())
     given = (
-        *_data(options, files), "--config.task.subsets=()", "--config.sampling.max_new_tokens=32",
-        f"--config.reward.kwargs={first}",
+        *_data(options, files), "--config.task.subsets=()", f"--config.reward.kwargs={first}",
+        "--config.reward.transform=zscore",
         *(f"--config.{mode}.second_reward=model" for mode in ("eval", "generate")),
         *(f"--config.{mode}.second_kwargs={second}" for mode in ("eval", "generate")),
     )  # fmt: skip
-    return Made(given, files["test"], files["references"], "model")
+    note = "; ".join(f"{name} orders {_share(judged)} as people did" for name, judged in rewards.items())
+    return Made(given, files["test"], files["references"], "model", f"{note}; {HALVES[0]} is trained on")
 
 
 TASKS = {
@@ -150,11 +165,39 @@ def _data(options: argparse.Namespace, files: dict[str, Path]) -> tuple[str, ...
     return (
         *(f"--config.{key}={value}" for key, value in numbers.items()),
         "--config.task.format=records", f"--config.task.train={files['train']}", f"--config.task.heldout={files['dev']}",
-        "--config.task.max_heldout=0", "--config.iterations=5",
+        "--config.task.max_heldout=0", "--config.iterations=5", _sampled(options),
     )  # fmt: skip
 
 
+def _sampled(options: argparse.Namespace) -> str:
+    return f"--config.sampling.max_new_tokens={SAMPLED[options.task]}"
+
+
+def _config(options: argparse.Namespace) -> Any:
+    """Returns the config of the runs, without what is made for them: the last word is the user's."""
+    flags = (f"--config={options.config}", f"--backend={options.backend}", "--mode=plan")
+    return parsed((*flags, _sampled(options), *options.given)).config
+
+
 # ---------------------------------------------------------------- rewards of HH
+
+
+def _cutting(options: argparse.Namespace) -> Callable[[Sequence[Query]], Compact[Query]]:
+    """Returns a function that cuts both answers of pairs where sampled ones end, and leaves out those equal until there."""
+    from ple_jax.models import weights
+
+    config = _config(options)
+    tokenizer = weights.load(config.model.path, config.model.revision).tokenizer
+
+    def cut(text: str) -> str:
+        tokens = tokenizer.encode(text, add_special_tokens=False)[: config.sampling.max_new_tokens]
+        return str(tokenizer.decode(tokens)).strip()
+
+    def cuts(pairs: Sequence[Query]) -> Compact[Query]:
+        short = (pair._replace(completion=cut(pair.completion), rejected=cut(pair.rejected)) for pair in pairs)
+        return Compact(pair for pair in short if pair.completion != pair.rejected)
+
+    return cuts
 
 
 def _rewarding(options: argparse.Namespace, name: str, pairs: Path, test: Path) -> Job:
@@ -166,7 +209,7 @@ def _rewarding(options: argparse.Namespace, name: str, pairs: Path, test: Path) 
         "task.format": "records", "task.subsets": "()", "task.train": pairs, "task.heldout": test, "seed": _DRAWN,
         "model.path": options.reward_base, "reward_model.max_tokens": options.reward_tokens,
         "lora.rank": 1, "lora.alpha": 2.0, "optimizer.micro_queries": 2, "offline.epochs": 1,
-        "offline.eval_every": 500,  # and so often it is committed: a stop costs no more
+        "offline.eval_every": 50,  # and so often it is committed: a stop costs no more
     }  # fmt: skip
     own = [word for word in options.given if word.startswith("--config.model.dtype")]
     overrides = (*(f"--config.{key}={value}" for key, value in keys.items()), *own)
@@ -177,6 +220,11 @@ def _rewarding(options: argparse.Namespace, name: str, pairs: Path, test: Path) 
 def _judged(job: Job) -> dict[str, Any]:
     summary = read_json(job.result) or {}
     return {key: summary[key] for key in ("train_examples", "heldout_examples", "heldout_accuracy", "heldout_accuracy_ci95")}
+
+
+def _share(judged: Mapping[str, Any]) -> str:
+    low, high = judged["heldout_accuracy_ci95"]
+    return f"{judged['heldout_accuracy']:.3f} ({low:.3f} to {high:.3f}) of {judged['heldout_examples']} test pairs"
 
 
 def _rebuilt(job: Job) -> Path:
@@ -229,17 +277,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     with reported(options.out):
         _check(options)
         made = TASKS[options.task].make(options)
-        for name, judged in (read_json(options.out / "rewards.json") or {}).items():
-            low, high = judged["heldout_accuracy_ci95"]
-            share = f"{judged['heldout_accuracy']:.3f} ({low:.3f} to {high:.3f}) of {judged['heldout_examples']} test pairs"
-            say(f"{name}: orders {share} as people did")
-        asked = (f"--config={options.config}", f"--backend={options.backend}", "--mode=plan", *made.given, *options.given)
-        sampled = parsed(asked).config.sampling
+        say(made.note)
         # references are cut where sampled answers end: what no test sees would be most of what is imitated
-        given = (*made.given, f"--config.task.max_answer_tokens={sampled.max_new_tokens}", *options.given)
+        longest = _config(options).sampling.max_new_tokens
+        given = (*made.given, f"--config.task.max_answer_tokens={longest}", *options.given)
         own = vars(options) | {"test_data": str(made.test), "references": str(made.references), "second_reward": made.second}
         found = compare_methods.settings(**{**own, "given": given})
-        return compare_methods.compare(found._replace(texts=made.test), jobs=options.jobs)
+        return compare_methods.compare(found._replace(texts=made.test, note=made.note), jobs=options.jobs)
 
 
 if __name__ == "__main__":

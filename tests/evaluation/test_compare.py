@@ -763,7 +763,10 @@ def test_one_seed_and_no_second_reward_are_said(tmp_path):
         "no second reward: over-optimisation of the training reward would not show (--config.generate.second_reward)",
     ]  # fmt: skip
     # one that samples nothing has no budget to be compared, and that is said too
-    assert result["notes"] == ["raft: nothing is sampled while it trains; compare the tokens that it was trained on"]
+    told = "raft: nothing is sampled while it trains; compare the tokens that it was trained on"
+    assert result["notes"] == [told]
+    mine = compare(tmp_path, [tmp_path / "a", tmp_path / "b"], name="mine", note="Rewards of 0.62.")["notes"]
+    assert mine == ["Rewards of 0.62.", told] and mine[0] in (tmp_path / "mine" / "comparison.html").read_text()
     assert not any(key.startswith("reward_second") for key in table(tmp_path / "out" / "table.csv")[0])
     assert "Second reward" not in Page((tmp_path / "out" / "comparison.html").read_text()).inside("h2")
 

@@ -8,6 +8,7 @@ from test_sweep import call
 
 from ple_jax.core.files import read_json, read_jsonl, write_jsonl
 from ple_jax.experiments import real_text
+from ple_jax.experiments.jobs import Outcome
 from ple_jax.models import hub
 
 SMALL = ["--dev", "8", "--test-queries", "8", "--responses", "16", "--steps", "2", "--samples", "2", "--lrs", "1e-2"]
@@ -74,6 +75,8 @@ def test_reviews_are_parted(capsys, tmp_path, reviews, compared):
     assert (asked.config.reward.name, asked.second_reward) == ("bag_of_words", "vader")
     assert asked.config.task.heldout == str(data(out, "dev"))
     assert asked.test_data == str(data(out, "test")) == str(asked.texts)
+    assert all(not row.get("completion") for row in read_jsonl(data(out, "test")))  # a whole review is no reference
+    assert "0.663 of their 1,428 pieces of 25 words" in asked.note and asked.note in found.out
     assert asked.config.sampling.max_new_tokens == 6  # the user's word is the last
     assert asked.config.task.max_answer_tokens == 6  # what is imitated is as long as what is sampled
     # PLE answers the train queries, people's answers to the positive ones are imitated by one method alone
@@ -137,6 +140,35 @@ def test_reviews_without_a_positive_one_are_refused(capsys, tmp_path, reviews, c
     assert found.code == 2 and "has no review with the label 1" in found.err
 
 
+def trained(jobs, *_, **__):
+    """In the place of the training of reward models: leaves what is read of it."""
+    judged = {"heldout_accuracy": 0.75, "heldout_accuracy_ci95": (0.5, 0.9), "heldout_examples": 12, "train_examples": 30}
+    for job in jobs:
+        (job.workdir / "reward_model").mkdir(parents=True)
+        (job.workdir / "reward_model" / "config.json").write_text("{}")
+        job.result.write_text(json.dumps(judged))
+    return {job.name: Outcome(0) for job in jobs}
+
+
+def test_rewards_learn_from_answers_as_long_as_sampled_ones(capsys, tmp_path, dialogues, compared, monkeypatch):
+    """Of pairs that differ later alone there is nothing to learn: such a difference is in no answer that is scored."""
+    rows = list(read_jsonl(Path(dialogues[1])))
+    late = {name: f"\n\nHuman: May I swim?\n\nAssistant: Of course you {said}." for name, said in
+            (("chosen", "may"), ("rejected", "may not"))}  # fmt: skip
+    write_jsonl(Path(dialogues[1]), [late, *rows])
+    monkeypatch.setattr(real_text.store, "run", trained)
+    out = tmp_path / "out"
+    assert call(capsys, real_text.main, "hh", "--out", str(out), *dialogues, *SMALL, *TINY).code == 0
+    pairs = [row for name in (*real_text.HALVES, "pairs") for row in read_jsonl(data(out, name))]
+    assert len(pairs) == 60 + 12  # the late one is left out
+    assert {row[name][0]["content"] for row in pairs for name in ("chosen", "rejected")} >= {"No.", "Yes, 4"}
+    assert not any("may" in row["chosen"][0]["content"] for row in pairs)
+    (asked,) = compared
+    assert asked.config.reward.transform == "zscore"  # the loss of a reward model gives it no scale
+    assert asked.note.startswith("half_a orders 0.750 (0.500 to 0.900) of 12 test pairs as people did; half_b orders")
+    assert any("may." in row["completion"][0]["content"] for row in read_jsonl(data(out, "references")))  # cut later
+
+
 @pytest.mark.slow
 def test_dialogues_with_two_reward_models(capsys, tmp_path, dialogues):
     """As a whole; and from what was kept, with which nothing is trained, in another folder."""
@@ -147,7 +179,7 @@ def test_dialogues_with_two_reward_models(capsys, tmp_path, dialogues):
     for out in (tmp_path / "out", tmp_path / "other"):
         found = call(capsys, real_text.main, "hh", "--out", str(out), *asked)
         assert found.code == 0, found.out + found.err
-        assert "half_a: orders" in found.out and "nothing failed" in found.out
+        assert found.out.count("half_a orders") >= 2 and "nothing failed" in found.out  # and beside the tables
         halves = [ids(out, name) for name in real_text.HALVES]
         assert not halves[0] & halves[1] and len(halves[0] | halves[1]) == 60
         queries = ids(out, "train") | ids(out, "dev")

@@ -341,6 +341,7 @@ def test_export_and_chat_need_neither_the_config_nor_what_was_read(tmp_path, mon
             entry.parse([*given, "--mode=evaluate"])
 
 
+@pytest.mark.slow
 def test_a_run_is_evaluated_by_its_own_config(tmp_path, capsys):
     workdir = tmp_path / "run"
     small = ["--config.iterations=1", "--config.sinks=()", "--config.seed=3", "--config.lora.targets=('q_proj','v_proj')"]

@@ -253,6 +253,7 @@ def test_sampler_and_trainer_agree():
     np.testing.assert_allclose(said, np.log(np.take_along_axis(p, out[..., None], -1)[..., 0]), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan", [False, True])
 def test_weights_that_the_adapter_is_folded_into_sample_the_same(scan):
     """Of the policy as it is at the time; what is trained and exported knows nothing of it."""

@@ -643,6 +643,7 @@ def backend(options: Lora, *, seed: int = 1, scan: bool = False, mesh: Any = Non
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_training_with_every_option_goes_on_bit_for_bit(tmp_path):
     """Ranks that differ between layers, magnitudes, dropout: two more steps after a restore are those without one."""
     batches = [random_batch(seed=seed) for seed in range(3)]

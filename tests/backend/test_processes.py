@@ -96,6 +96,7 @@ def alone_and_two(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_two_processes_are_as_one(alone_and_two):
     assert_the_same(alone_and_two / "alone", alone_and_two / "two")
     assert json.loads((alone_and_two / "two" / "environment.json").read_text())["processes"] == 2

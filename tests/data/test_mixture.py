@@ -116,6 +116,7 @@ def by_name(prompts, responses, set):
     return [{"a": 1.0, "b": 10.0}[name] + len(r) / 100 for r, name in zip(responses, set, strict=True)]
 
 
+@pytest.mark.slow
 def test_a_run_says_what_each_set_gained(tmp_path, two):
     c, work = config(tmp_path, two, **{"reward.name": f"{__file__}:by_name", "reward.kwargs": {}}), tmp_path / "w"
     modes.train(c, work, "jax")

@@ -190,6 +190,7 @@ def test_revision_of_the_config(online):
     assert backend.load(config).revision == OLD
 
 
+@pytest.mark.slow
 def test_an_export_names_the_commit_of_its_base(online, tmp_path, monkeypatch, capsys):
     """By the run's own directory, after the branch has moved too."""
     c = tiny.get_config()

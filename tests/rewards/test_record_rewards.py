@@ -186,6 +186,7 @@ def near(prompts, responses, answer):
     return [int(a) + len(set(r)) / 100 for r, a in zip(responses, answer, strict=True)]
 
 
+@pytest.mark.slow
 def test_a_run_scores_every_record_by_its_own(tmp_path):
     work = tmp_path / "w"
     c = config(tmp_path)

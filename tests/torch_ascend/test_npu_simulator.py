@@ -228,6 +228,7 @@ OPERATORS = {
 }
 
 
+@pytest.mark.slow
 @inside()
 def test_operators_compute_what_the_cpu_computes():
     x, i = random(4, 6), torch.tensor([[0, 5, 2], [1, 1, 3], [4, 0, 0], [2, 3, 5]])

@@ -152,7 +152,6 @@ def test_a_base_that_does_not_fit_is_noticed_before_it_is_read():
     assert (data, fsdp) == (1, 2) and "do not fit" in note
 
 
-@pytest.mark.slow
 @simulator.inside()
 def test_without_the_fused_operators_an_npu_says_so():
     from ple_jax.core.errors import UserError

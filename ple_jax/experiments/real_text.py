@@ -20,12 +20,13 @@ answered once. None of the data goes into --keep: texts of the data are read fro
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from ple_jax import prompts
 from ple_jax.core import identity
 from ple_jax.core.compact import Compact
 from ple_jax.core.errors import UserError
@@ -86,8 +87,7 @@ def imdb(options: argparse.Namespace) -> Made:
 def hh(options: argparse.Namespace) -> Made:
     train, test = _read(options, format="hh", needs="pair")
     halves = dict(zip(HALVES, prepare.divide(train, share=0.5, seed=_DRAWN), strict=True))
-    cut = _cutting(options)
-    pairs = _written(options.out, {name: cut(some) for name, some in {**halves, "pairs": test}.items()}, needs="pair")
+    pairs = _written(options.out, _cut({**halves, "pairs": test}, _config(options)), needs="pair")
     jobs = {name: _rewarding(options, name, pairs[name], pairs["pairs"]) for name in HALVES}
     ended = store.run(list(jobs.values()), options.out, options.keep, parallel=options.jobs)
     if failed := [name for name, outcome in ended.items() if outcome.code]:
@@ -182,22 +182,23 @@ def _config(options: argparse.Namespace) -> Any:
 # ---------------------------------------------------------------- rewards of HH
 
 
-def _cutting(options: argparse.Namespace) -> Callable[[Sequence[Query]], Compact[Query]]:
-    """Returns a function that cuts both answers of pairs where sampled ones end, and leaves out those equal until there."""
+def _cut(sets: Mapping[str, Sequence[Query]], config: Any) -> dict[str, Compact[Query]]:
+    """Cuts both answers of all pairs where sampled ones end, and leaves out the pairs that are equal until there."""
     from ple_jax.models import weights
 
-    config = _config(options)
     tokenizer = weights.load(config.model.path, config.model.revision).tokenizer
 
-    def cut(text: str) -> str:
+    def short(text: str) -> str:
         tokens = tokenizer.encode(text, add_special_tokens=False)[: config.sampling.max_new_tokens]
-        return str(tokenizer.decode(tokens)).strip()
+        return prompts.decoded(tokens, tokenizer, chat=config.task.chat).strip()
 
-    def cuts(pairs: Sequence[Query]) -> Compact[Query]:
-        short = (pair._replace(completion=cut(pair.completion), rejected=cut(pair.rejected)) for pair in pairs)
-        return Compact(pair for pair in short if pair.completion != pair.rejected)
+    def shortened(pairs: Sequence[Query]) -> Iterator[Query]:
+        for pair in pairs:
+            chosen, rejected = short(pair.completion), short(pair.rejected)
+            if chosen != rejected:
+                yield pair._replace(completion=chosen, rejected=rejected)
 
-    return cuts
+    return {name: Compact(shortened(pairs)) for name, pairs in sets.items()}
 
 
 def _rewarding(options: argparse.Namespace, name: str, pairs: Path, test: Path) -> Job:
